@@ -1,0 +1,41 @@
+# `make demo` and `make test` need Python 3.11 and git, nothing else: the first call makes .venv and installs into it.
+#   PYTHON          the interpreter .venv is made from:   make test PYTHON=python3.12
+#   PIP_CONSTRAINT  pip's own variable, to pin versions:  PIP_CONSTRAINT=pins.txt make demo
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo   train, fine-tune and compare a small recommender on the synthetic shop (CPU, a few minutes)"
+	@echo "make test   run the tests"
+	@echo "make lint   check style and format with ruff"
+	@echo "make clean  remove .venv"
+
+# All values are given, so that accelerate neither warns nor reads a configuration of this machine. Small models gain
+# nothing from more than a few threads.
+demo: $(STAMP)
+	@threads=$${OMP_NUM_THREADS:-$$($(BIN)/python -c 'import os; print(min(4, os.cpu_count() or 1))')}; \
+	$(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		--num_cpu_threads_per_process $$threads examples/gflowgr_amazon.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv
+
+# The stamp is older than setup.cfg when the requirements may have changed: only then is anything installed again.
+$(STAMP): setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "gflowtrl needs Python 3.11 or newer, and '$(PYTHON)' is not one. Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv .venv || \
+		{ echo "'$(PYTHON) -m venv .venv' failed; on Debian and Ubuntu install the package python3-venv first." >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' || \
+		{ echo "Installing gflowtrl into .venv failed; pip's message is above. 'make clean' starts afresh." >&2; exit 1; }
+	@touch $@

@@ -1,0 +1,7 @@
+"""The catalogue: items, their token paths and the prefix tree over them. No model and no trainer here."""
+
+from .catalog import Item, ItemCatalog
+from .tree import PrefixTree
+
+
+__all__ = ["Item", "ItemCatalog", "PrefixTree"]

@@ -1,0 +1,199 @@
+"""The catalogue: which item has which semantic id, and the prefix tree over all ids."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .tree import PrefixTree
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Item = int | str
+logger = logging.getLogger(__name__)
+CATALOG_FILE = "catalog.json"
+
+
+class ItemCatalog:
+    """Items, their semantic ids and the prefix tree over them.
+
+    Every tensor with an item axis is in the order of `items`; every tensor with a leaf axis is in the order of
+    `tree.paths`. Items that share one semantic id (a collision) share one leaf.
+
+    Args:
+        items: the items, integers or strings, without duplicates.
+        semantic_ids: the token texts of each item, parallel to `items`.
+        item_token_ids: `(items, L)` token numbers of each item, padded with -1 at the right.
+    """
+
+    def __init__(self, items: Sequence[Item], semantic_ids: Sequence[Sequence[str]], item_token_ids: Tensor):
+        self.items = list(items)
+        self.semantic_ids = [tuple(tokens) for tokens in semantic_ids]
+        if not len(self.items) == len(self.semantic_ids) == len(item_token_ids):
+            raise ValueError(
+                f"{len(self.items)} items, {len(self.semantic_ids)} semantic ids and {len(item_token_ids)} rows of "
+                f"token numbers were given; there must be one of each per item."
+            )
+        self._index = {item: i for i, item in enumerate(self.items)}
+        if len(self._index) < len(self.items):
+            repeated = next(item for i, item in enumerate(self.items) if self._index[item] != i)
+            raise ValueError(f"Item {repeated!r} stands twice in the catalogue; every item may have one semantic id.")
+        self.item_token_ids = item_token_ids.long()
+        paths, row = torch.unique(self.item_token_ids, dim=0, return_inverse=True)
+        self.tree = PrefixTree(paths)
+        self.item_leaf = self.tree.leaf_of_row[row].long()
+        self.leaf_sizes = torch.bincount(self.item_leaf, minlength=self.tree.num_leaves)
+        # Items of a leaf: a slice of `_items_by_leaf`, in the catalogue's order.
+        self._items_by_leaf = torch.argsort(self.item_leaf, stable=True)
+        self._leaf_start = torch.cumsum(self.leaf_sizes, 0) - self.leaf_sizes
+
+    @classmethod
+    def from_semantic_ids(
+        cls, semantic_ids: Mapping[Item, Sequence[str]], tokenizer: PreTrainedTokenizerBase
+    ) -> ItemCatalog:
+        """Build the catalogue of `{item: ("<a_1>", "<b_7>", ...)}` with the token numbers of `tokenizer`.
+
+        Items with equal ids are merged into one leaf, and the log says how many.
+
+        Raises:
+            ValueError: no items, an item without tokens, a token that the tokenizer does not know as one token.
+        """
+        if not semantic_ids:
+            raise ValueError("semantic_ids is empty; the catalogue needs at least one item.")
+        texts = sorted({token for tokens in semantic_ids.values() for token in tokens})
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        numbers = dict(zip(texts, tokenizer.convert_tokens_to_ids(texts), strict=True))
+        for item, tokens in semantic_ids.items():
+            if not tokens:
+                raise ValueError(f"Item {item!r} has an empty semantic id.")
+            if isinstance(tokens, str):
+                raise ValueError(f"The semantic id of item {item!r} is the text {tokens!r}; give a list of its tokens.")
+            for token in tokens:
+                if numbers[token] is None or numbers[token] == unknown:
+                    raise ValueError(
+                        f"The tokenizer does not know token {token!r} of item {item!r}. Build it with "
+                        f"gflowtrl.data.build_tokenizer or add the tokens with gflowtrl.data.add_item_tokens."
+                    )
+        length = max(len(tokens) for tokens in semantic_ids.values())
+        rows = [[numbers[t] for t in tokens] + [-1] * (length - len(tokens)) for tokens in semantic_ids.values()]
+        catalog = cls(list(semantic_ids), list(semantic_ids.values()), torch.tensor(rows))
+        merged = int((catalog.leaf_sizes - 1).sum())
+        if merged:
+            logger.info(
+                "%d of %d items share a semantic id with another one; they are merged into %d leaves.",
+                int(catalog.leaf_sizes[catalog.leaf_sizes > 1].sum()), len(catalog), catalog.tree.num_leaves,
+            )  # fmt: skip
+        return catalog
+
+    # ------------------------------------------------------------------------------------------------------ queries
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __contains__(self, item: Item) -> bool:
+        return item in self._index
+
+    def __repr__(self) -> str:
+        return f"ItemCatalog(items={len(self)}, leaves={self.tree.num_leaves}, tokens_per_id={self.tree.max_depth})"
+
+    @property
+    def device(self) -> torch.device:
+        return self.tree.device
+
+    def to(self, device: torch.device | str) -> ItemCatalog:
+        """Move all tensors to `device`, in place."""
+        self.tree.to(device)
+        for name in ("item_token_ids", "item_leaf", "leaf_sizes", "_items_by_leaf", "_leaf_start"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    def index_of(self, items: Sequence[Item]) -> Tensor:
+        """Positions of items in `items`: `(n,)`. Raises a ValueError that names an unknown item."""
+        try:
+            return torch.tensor([self._index[item] for item in items], dtype=torch.long, device=self.device)
+        except KeyError as error:
+            raise ValueError(
+                f"Item {error.args[0]!r} is not in the catalogue of {len(self)} items (its items look like "
+                f"{self.items[0]!r}). Remove it from the data or give it a semantic id."
+            ) from None
+
+    def leaf_of(self, items: Sequence[Item]) -> Tensor:
+        """Leaf of each item: `(n,)`."""
+        return self.item_leaf[self.index_of(items)]
+
+    def items_of(self, leaf: int) -> list[Item]:
+        """All items at a leaf, in the catalogue's order."""
+        start = int(self._leaf_start[leaf])
+        rows = self._items_by_leaf[start : start + int(self.leaf_sizes[leaf])]
+        return [self.items[i] for i in rows.tolist()]
+
+    def leaf_text(self, leaf: int) -> str:
+        """The semantic id of a leaf as text, tokens joined by spaces."""
+        return " ".join(self.semantic_ids[int(self._items_by_leaf[self._leaf_start[leaf]])])
+
+    def fold_items(self, values: Tensor, reduction: str = "sum") -> Tensor:
+        """Values per item to values per leaf: `(B, items) -> (B, N)`; `reduction` is "sum" or "max" over a leaf's items."""
+        if reduction not in ("sum", "max"):
+            raise ValueError(f"reduction is {reduction!r}; choose 'sum' or 'max'.")
+        index = self.item_leaf.to(values.device).expand(values.shape[0], -1)
+        folded = values.new_zeros(values.shape[0], self.tree.num_leaves)
+        if reduction == "sum":
+            return folded.scatter_add_(1, index, values)
+        return folded.scatter_reduce_(1, index, values, "amax", include_self=False)
+
+    def expand_leaves(self, leaves: Tensor, k: int) -> Tensor:
+        """Ranked leaves to ranked items: a leaf yields all its items, and the list is cut at `k`.
+
+        Args:
+            leaves: `(U, R)`, best first; -1 is skipped.
+            k: length of the item list.
+
+        Returns:
+            `(U, k)` positions in `items`, padded with -1.
+        """
+        leaves = leaves.to(self.device)
+        sizes = torch.where(leaves >= 0, self.leaf_sizes[leaves.clamp(min=0)], 0)
+        ends = torch.cumsum(sizes, 1)
+        wanted = torch.arange(k, device=leaves.device).expand(len(leaves), k).contiguous()
+        place = torch.searchsorted(ends, wanted, right=True)
+        found = place < leaves.shape[1]
+        place = place.clamp(max=leaves.shape[1] - 1)
+        leaf = leaves.gather(1, place).clamp(min=0)
+        within = wanted - (ends - sizes).gather(1, place)
+        rows = torch.where(found, self._leaf_start[leaf] + within, 0)
+        return torch.where(found, self._items_by_leaf[rows], -1)
+
+    # ------------------------------------------------------------------------------------------------ saving, loading
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Write `catalog.json` (items, token texts, token numbers) into `directory`, atomically."""
+        path = Path(directory) / CATALOG_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        numbers = {}
+        for tokens, row in zip(self.semantic_ids, self.item_token_ids.tolist(), strict=True):
+            numbers.update(zip(tokens, row, strict=False))
+        content = {"items": self.items, "semantic_ids": self.semantic_ids, "token_ids": numbers}
+        scratch = path.with_suffix(".json.tmp")
+        scratch.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(scratch, path)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike) -> ItemCatalog:
+        """Read what `save_pretrained` wrote. Raises FileNotFoundError where `catalog.json` is missing."""
+        path = Path(directory) / CATALOG_FILE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing. A recommender checkpoint of gflowtrl holds it; a plain language model does not."
+            )
+        content = json.loads(path.read_text(encoding="utf-8"))
+        numbers, texts = content["token_ids"], content["semantic_ids"]
+        length = max(len(tokens) for tokens in texts)
+        rows = [[numbers[t] for t in tokens] + [-1] * (length - len(tokens)) for tokens in texts]
+        return cls(content["items"], texts, torch.tensor(rows))

@@ -1,0 +1,173 @@
+"""What a reader returns: who took what, in which order, and what is known about the items."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..catalog import Item
+
+
+#: Levels of an `Event`, ordered by how much they say about a user's taste.
+SHOWN, CLICKED, PURCHASED = 0, 1, 2
+
+
+class Event(NamedTuple):
+    """One item shown to one user: the session's number, the item, and `SHOWN`, `CLICKED` or `PURCHASED`."""
+
+    session: int
+    item: Item
+    level: int
+
+
+@dataclass
+class InteractionData:
+    """Interactions of users with the items of one catalogue.
+
+    Args:
+        name: what tables and reports call it.
+        users: user ids, each once, all `int` or all `str`.
+        sequences: for each user the items taken, oldest first.
+        items: the whole catalogue, sorted; items that nobody took included.
+        item_features: item -> what is known about it (`{"title": ...}`); may be empty.
+        semantic_ids: item -> tokens, or `None` where ids are still to be made. Kept in the order of `items`, so that a
+            catalogue made of it has its item axis in that order.
+        synthetic: whether the interactions were made by a program.
+        events: for each user the log with impressions, oldest first, or `None`. The events of level `CLICKED` and above
+            are the user's sequence, in the same order.
+
+    Raises:
+        ValueError: where these parts contradict each other; the message names the first user or item concerned.
+    """
+
+    name: str
+    users: list[Item]
+    sequences: list[list[Item]]
+    items: list[Item]
+    item_features: dict[Item, dict[str, Any]] = field(default_factory=dict)
+    semantic_ids: dict[Item, tuple[str, ...]] | None = None
+    synthetic: bool = False
+    events: list[list[Event]] | None = None
+
+    def __post_init__(self):
+        if len(self.users) != len(self.sequences):
+            raise ValueError(f"{self.name}: {len(self.users)} users but {len(self.sequences)} sequences were given.")
+        _check_unique(self.users, f"{self.name}: user")
+        _check_unique(self.items, f"{self.name}: item")
+        known = set(self.items)
+        for user, sequence in zip(self.users, self.sequences, strict=True):
+            if not known.issuperset(sequence):
+                item = next(item for item in sequence if item not in known)
+                raise ValueError(f"{self.name}: user {user!r} took item {item!r}, which is not in the catalogue.")
+        if self.semantic_ids is not None:
+            self.semantic_ids = _in_item_order(self.semantic_ids, self.items, self.name)
+        if self.events is not None:
+            self._check_events()
+
+    def _check_events(self) -> None:
+        if len(self.events) != len(self.users):
+            raise ValueError(
+                f"{self.name}: {len(self.users)} users but {len(self.events)} lists of events were given."
+            )
+        known = set(self.items)
+        for user, sequence, events in zip(self.users, self.sequences, self.events, strict=True):
+            if not known.issuperset(event.item for event in events):
+                item = next(event.item for event in events if event.item not in known)
+                raise ValueError(f"{self.name}: user {user!r} was shown item {item!r}, which is not in the catalogue.")
+            if [event.item for event in events if event.level >= CLICKED] != list(sequence):
+                raise ValueError(
+                    f"{self.name}: the clicks and purchases in the events of user {user!r} are not the user's sequence, "
+                    "in order. Make the sequence from the events, or leave the events out."
+                )
+
+    @property
+    def num_interactions(self) -> int:
+        return sum(map(len, self.sequences))
+
+    def summary(self) -> str:
+        """One line for a log: sizes, the usual length of a sequence, and whether the data is synthetic."""
+        lengths = [len(sequence) for sequence in self.sequences] or [0]
+        kind = " (SYNTHETIC)" if self.synthetic else ""
+        return (
+            f"{self.name}{kind}: {len(self.users):,} users, {len(self.items):,} items, {self.num_interactions:,} "
+            f"interactions; {min(lengths)} to {max(lengths)} a user, median {np.median(lengths):.0f}"
+        )
+
+
+def k_core(data: InteractionData, k: int = 5) -> InteractionData:
+    """The largest part of `data` in which every user has at least `k` interactions and every item too.
+
+    Users and items are dropped in turn until nothing changes. Items that nobody took are dropped as well.
+
+    Raises:
+        ValueError: if nothing is left, or `k` is below 1.
+    """
+    if k < 1:
+        raise ValueError(f"k_core needs k >= 1, but k={k} was given.")
+    item_index = {item: index for index, item in enumerate(data.items)}
+    flat, offsets = flatten(data.sequences, item_index)
+    user_of = np.repeat(np.arange(len(data.users)), np.diff(offsets))
+    keep = np.ones(len(flat), dtype=bool)
+    while True:
+        per_user = np.bincount(user_of[keep], minlength=len(data.users))
+        per_item = np.bincount(flat[keep], minlength=len(data.items))
+        still = keep & (per_user[user_of] >= k) & (per_item[flat] >= k)
+        if still.sum() == keep.sum():
+            break
+        keep = still
+    if not keep.any():
+        raise ValueError(f"{data.name} has no {k}-core: no user or item is left. Choose a smaller k.")
+
+    items = [data.items[index] for index in np.flatnonzero(per_item)]
+    kept = set(items)
+    rows = np.flatnonzero(per_user).tolist()
+    return replace(
+        data,
+        users=[data.users[row] for row in rows],
+        sequences=[[item for item in data.sequences[row] if item in kept] for row in rows],
+        items=items,
+        item_features={item: features for item, features in data.item_features.items() if item in kept},
+        semantic_ids=None if data.semantic_ids is None else {item: data.semantic_ids[item] for item in items},
+        events=data.events and [[event for event in data.events[row] if event.item in kept] for row in rows],
+    )
+
+
+def flatten(sequences: Sequence[Sequence[Item]], item_index: dict[Item, int]) -> tuple[np.ndarray, np.ndarray]:
+    """All sequences end to end as item indices, int64 (T,), and where each begins and ends, int64 (len + 1,)."""
+    offsets = np.cumsum([0, *map(len, sequences)], dtype=np.int64)
+    flat = np.fromiter((item_index[item] for item in chain.from_iterable(sequences)), np.int64, count=offsets[-1])
+    return flat, offsets
+
+
+def ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """`arange(start, stop)` for every pair, end to end, without a loop."""
+    lengths = stops - starts
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
+
+
+def _check_unique(values: Sequence[Item], what: str) -> None:
+    kinds = {type(value) for value in values}
+    if not (kinds <= {int} or kinds <= {str}):
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise ValueError(f"{what} ids must be all whole numbers or all strings, but these kinds were found: {names}.")
+    if len(set(values)) != len(values):
+        seen: set[Item] = set()
+        twice = next(value for value in values if value in seen or seen.add(value))
+        raise ValueError(f"{what} {twice!r} is there twice. Every id may be given once.")
+
+
+def _in_item_order(semantic_ids, items: list[Item], name: str) -> dict[Item, tuple[str, ...]]:
+    missing = [item for item in items if item not in semantic_ids]
+    if missing:
+        raise ValueError(
+            f"{name}: {len(missing)} of {len(items)} items have no semantic id, the first is item {missing[0]!r}. Give "
+            "each item of the catalogue an id, or drop these items."
+        )
+    if len(semantic_ids) != len(items):
+        known = set(items)
+        item = next(item for item in semantic_ids if item not in known)
+        raise ValueError(f"{name}: there is a semantic id for item {item!r}, which is not in the catalogue.")
+    return {item: tuple(semantic_ids[item]) for item in items}

@@ -1,0 +1,151 @@
+"""Histories to prompts: the one place where the plain prompt format is defined.
+
+A prompt is `[bos]` and the tokens of the last `max_history_items` items. Supervised training, fine-tuning, decoding and
+evaluation all come through `item_tokens` and so cannot differ.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..catalog import Item, ItemCatalog
+from .splits import user_windows
+
+
+IGNORED_LABEL = -100
+
+
+def item_tokens(catalog: ItemCatalog, histories: Sequence[Sequence[Item]]) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens of all items of all histories, end to end; one gather, no walk over tokens.
+
+    Returns:
+        tokens (T,), the row that each belongs to (T,), and its item's place in that row (T,); all long, on the CPU.
+
+    Raises:
+        ValueError: for an item that is not in the catalogue, with the row it is in.
+    """
+    try:
+        items = catalog.index_of(list(chain.from_iterable(histories)))
+    except ValueError as error:
+        row = next(row for row, history in enumerate(histories) if any(item not in catalog for item in history))
+        raise ValueError(f"The history in row {row} cannot be read. {error}") from None
+    tokens = catalog.item_token_ids[items].cpu()
+    present = tokens >= 0
+    lengths = torch.tensor([len(history) for history in histories], dtype=torch.long)
+    row = torch.repeat_interleave(lengths)
+    place = torch.arange(len(row)) - (lengths.cumsum(0) - lengths)[row]
+    per_item = present.sum(1)
+    return tokens[present], row.repeat_interleave(per_item), place.repeat_interleave(per_item)
+
+
+class PromptEncoder:
+    """Turns histories into a left-padded batch of prompts.
+
+    Where the tokenizer has no `bos` token the prompt is the history's tokens alone. Where it has no padding token, `eos`
+    or 0 fills the masked places.
+
+    Args:
+        catalog: gives the token ids. Moving it to a device moves the look-up there; prompts are always on the CPU.
+        tokenizer: gives `bos` and padding.
+        max_history_items: how many items of a history, the last ones, are used.
+    """
+
+    def __init__(self, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase, max_history_items: int = 20):
+        if max_history_items < 1:
+            raise ValueError(f"max_history_items must be at least 1, but {max_history_items} was given.")
+        self.catalog = catalog
+        self.max_history_items = max_history_items
+        self.bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self.padding = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+
+    def __call__(self, histories: Sequence[Sequence[Item]]) -> dict[str, Tensor]:
+        """Encode B histories.
+
+        Returns:
+            `input_ids` and `attention_mask`, long (B, P), padded at the left to the longest prompt.
+
+        Raises:
+            ValueError: for no history at all, an empty one or an unknown item; the message names the row.
+        """
+        if not len(histories):
+            raise ValueError("There is no history to encode: the batch is empty.")
+        for row, history in enumerate(histories):
+            if not len(history):
+                raise ValueError(
+                    f"The history in row {row} is empty. A prompt needs at least one item; drop this row."
+                )
+        tokens, row, _ = item_tokens(self.catalog, [history[-self.max_history_items :] for history in histories])
+        count = torch.bincount(row, minlength=len(histories))
+        width = int(count.max()) + len(self.bos)
+        # The tokens of a row end at the right edge: counted from there, column = width - (tokens still to come).
+        column = width - (count.cumsum(0)[row] - torch.arange(len(row)))
+        start = width - count - len(self.bos)
+        input_ids = torch.full((len(histories), width), self.padding)
+        input_ids[row, column] = tokens
+        if self.bos:
+            input_ids[torch.arange(len(histories)), start] = self.bos[0]
+        return {"input_ids": input_ids, "attention_mask": (torch.arange(width) >= start[:, None]).long()}
+
+
+class GroupCollator:
+    """Collates dataset rows into the batch that samplers and rewards see; a row is one prompt, a group to be.
+
+    The batch has `prompts` (what `encoder` returns for the histories), `row_id` as long (B,), and every other column,
+    `history` and `target` among them, as a list of length B.
+
+    Args:
+        encoder: a `PromptEncoder`, or anything else that turns histories into `input_ids` and `attention_mask`.
+    """
+
+    def __init__(self, encoder: PromptEncoder):
+        self.encoder = encoder
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        for column in ("row_id", "history", "target"):
+            if column not in rows[0]:
+                raise ValueError(
+                    f"A row has no column {column!r} (it has {', '.join(sorted(rows[0]))}). Make rows with leave_one_out, "
+                    "and set remove_unused_columns=False in the training arguments."
+                )
+        batch = {column: [row[column] for row in rows] for column in rows[0]}
+        batch["row_id"] = torch.tensor(batch["row_id"])
+        return {"prompts": self.encoder(batch["history"]), **batch}
+
+
+def sft_dataset(
+    sequences: Sequence[Sequence[Item]],
+    catalog: ItemCatalog,
+    tokenizer: PreTrainedTokenizerBase,
+    max_history_items: int = 20,
+) -> Dataset:
+    """Rows for TRL's `SFTTrainer`, already tokenised: one a user, more for a long sequence (see `user_windows`).
+
+    A row is the prompt of its items. The labels are the tokens of the items that are targets in this window, and -100 at
+    `bos`, a user's first item and what an earlier window has covered: each target of each sequence is learned once. As
+    ids are read on the tree of items, no end token is needed.
+
+    Returns:
+        A dataset with the columns `input_ids` and `labels`.
+    """
+    windows = user_windows(sequences, max_history_items)
+    if not windows:
+        raise ValueError("No sequence has two items or more, so there is nothing to predict from a history.")
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    tokens, row, place = item_tokens(catalog, [window.items for window in windows])
+    first_target = torch.tensor([window.first_target for window in windows])
+    labels = torch.where(place >= first_target[row], tokens, IGNORED_LABEL)
+    count = torch.bincount(row, minlength=len(windows))
+    starts = (count + len(bos)).cumsum(0) - count - len(bos)
+    columns = {"input_ids": tokens, "labels": labels}
+    for name, values in columns.items():
+        flat = np.full(len(tokens) + len(bos) * len(windows), bos[0] if bos and name == "input_ids" else IGNORED_LABEL)
+        flat[(torch.arange(len(tokens)) + (row + 1) * len(bos)).numpy()] = values.numpy()
+        columns[name] = pa.ListArray.from_arrays(pa.array([*starts.tolist(), len(flat)], pa.int32()), pa.array(flat))
+    return Dataset(pa.table(columns))

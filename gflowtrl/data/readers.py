@@ -1,0 +1,275 @@
+"""Readers: the folder format of this library and the LETTER / APAO triple. docs/data.md describes both."""
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from ..catalog import Item
+from .interactions import CLICKED, PURCHASED, Event, InteractionData
+
+
+def read_interactions(path: str | Path) -> InteractionData:
+    """Read a folder in whichever known format its files have.
+
+    Args:
+        path: a folder with `sequences.jsonl` (see `read_folder`) or with `X.inter.json` (see `read_letter`).
+
+    Raises:
+        FileNotFoundError: if the folder, or a known format in it, is not there.
+        ValueError: if a file is broken; the message says where.
+    """
+    path = Path(path)
+    if (path / "sequences.jsonl").is_file():
+        return read_folder(path)
+    if path.is_dir() and not any(path.glob("*.inter.json")):
+        raise FileNotFoundError(
+            f"{path} holds neither sequences.jsonl nor X.inter.json. docs/data.md describes both formats."
+        )
+    return read_letter(path)
+
+
+def read_folder(path: str | Path) -> InteractionData:
+    """Read the folder format.
+
+    `sequences.jsonl` is required. `items.jsonl`, `semantic_ids.json`, `events.jsonl` and `dataset.json` are read where
+    they are. The catalogue is every item named in the first three.
+
+    Raises:
+        FileNotFoundError: if `path` or `sequences.jsonl` is missing.
+        ValueError: for a broken line, a duplicate, a field that is missing, or files that contradict each other; the
+            message names the file and the line, or the user or item.
+    """
+    path = Path(path)
+    users, sequences = _read_sequences(_require(path / "sequences.jsonl"))
+    features: dict[Item, dict[str, Any]] = {}
+    if (path / "items.jsonl").is_file():
+        for where, row in _json_lines(path / "items.jsonl"):
+            item = _identifier(row, "item", where)
+            if item in features:
+                raise ValueError(f"{where}: item {item!r} was described in an earlier line. Keep one of the two.")
+            features[item] = {key: value for key, value in row.items() if key != "item"}
+    make_item = _item_maker(sequences, features)
+    ids_file = path / "semantic_ids.json"
+    semantic_ids = _read_semantic_ids(ids_file, make_item) if ids_file.is_file() else None
+    about = _read_object(path / "dataset.json") if (path / "dataset.json").is_file() else {}
+    events = _read_events(path / "events.jsonl", users) if (path / "events.jsonl").is_file() else None
+    return InteractionData(
+        name=about.get("name", path.resolve().name),
+        users=users,
+        sequences=sequences,
+        items=_all_items(sequences, features, semantic_ids),
+        item_features=features,
+        semantic_ids=semantic_ids,
+        synthetic=bool(about.get("synthetic", False)),
+        events=events,
+    )
+
+
+def read_letter(path: str | Path) -> InteractionData:
+    """Read the triple of LETTER, LC-Rec and APAO: `X.inter.json`, `X.index.json`, `X.item.json`.
+
+    `X.inter.json` maps users to their items in order, `X.index.json` items to tokens, `X.item.json` items to features;
+    the last two are optional. JSON keys are strings; those that are items become whole numbers where the sequences
+    hold whole numbers.
+
+    Args:
+        path: the folder, or the common beginning of the files (`folder/X`) where a folder holds several triples.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_folder`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = sorted(path.glob("*.inter.json"))
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found)
+            raise ValueError(f"{path} holds several data sets ({names}). Give the path without '.inter.json'.")
+        path = path / (found[0].name.removesuffix(".inter.json") if found else "X")
+    inter_file, index_file, item_file = (path.with_name(f"{path.name}.{part}.json") for part in _LETTER_PARTS)
+    by_user = _read_object(_require(inter_file))
+    users: list[Item] = list(by_user)
+    if all(_is_number(user) for user in by_user):
+        users = [int(user) for user in by_user]
+    sequences = [_item_list(items, f"{inter_file}: user {user}") for user, items in by_user.items()]
+    make_item = _item_maker(sequences, ())
+    semantic_ids = _read_semantic_ids(index_file, make_item) if index_file.is_file() else None
+    features = _read_features(item_file, make_item) if item_file.is_file() else {}
+    return InteractionData(
+        name=path.name,
+        users=users,
+        sequences=sequences,
+        items=_all_items(sequences, features, semantic_ids),
+        item_features=features,
+        semantic_ids=semantic_ids,
+    )
+
+
+def write_folder(data: InteractionData, path: str | Path) -> None:
+    """Write `data` in the folder format, so that `read_folder(path)` gives it back. The folder is made if needed."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    pairs = zip(data.users, data.sequences, strict=True)
+    _write_lines(path / "sequences.jsonl", ({"user": user, "items": items} for user, items in pairs))
+    _write_lines(path / "items.jsonl", ({"item": item, **data.item_features.get(item, {})} for item in data.items))
+    about = {"name": data.name, "synthetic": data.synthetic}
+    (path / "dataset.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
+    if data.semantic_ids is not None:
+        ids = {str(item): tokens for item, tokens in data.semantic_ids.items()}
+        (path / "semantic_ids.json").write_text(json.dumps(ids) + "\n", encoding="utf-8")
+    if data.events is not None:
+        rows = zip(data.users, data.events, strict=True)
+        keys = ("session", "item", "level")
+        columns = ((user, list(zip(*events, strict=True)) or [[], [], []]) for user, events in rows)
+        _write_lines(
+            path / "events.jsonl",
+            (
+                {"user": user, **{f"{key}s": list(column) for key, column in zip(keys, lists, strict=True)}}
+                for user, lists in columns
+            ),
+        )
+
+
+_LETTER_PARTS = ("inter", "index", "item")
+
+
+def _require(file: Path) -> Path:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing. docs/data.md describes the files that a data folder needs.")
+    return file
+
+
+def _read_sequences(file: Path) -> tuple[list[Item], list[list[Item]]]:
+    rows: dict[Item, list[Item]] = {}
+    for where, row in _json_lines(file):
+        user = _identifier(row, "user", where)
+        if user in rows:
+            raise ValueError(
+                f"{where}: user {user!r} was given in an earlier line. Put all items of a user in one line."
+            )
+        rows[user] = _item_list(row.get("items"), f"{where}: user {user!r}")
+    if not rows:
+        raise ValueError(f"{file} is empty. It needs one line a user.")
+    return list(rows), list(rows.values())
+
+
+def _read_events(file: Path, users: list[Item]) -> list[list[Event]]:
+    rows: dict[Item, list[Event]] = {}
+    for where, row in _json_lines(file):
+        user = _identifier(row, "user", where)
+        columns = [row.get(key) for key in ("sessions", "items", "levels")]
+        if user in rows:
+            raise ValueError(
+                f"{where}: user {user!r} was given in an earlier line. Put all events of a user in one line."
+            )
+        if not all(isinstance(column, list) for column in columns) or len({*map(len, columns)}) != 1:
+            raise ValueError(f"{where}: 'sessions', 'items' and 'levels' must be three lists of one length.")
+        rows[user] = [Event(*event) for event in zip(*columns, strict=True)]
+        if any(event.level not in (0, CLICKED, PURCHASED) for event in rows[user]):
+            raise ValueError(f"{where}: a level must be 0 (shown), 1 (clicked) or 2 (purchased).")
+    unknown = rows.keys() - set(users)
+    if unknown:
+        raise ValueError(f"{file}: user {min(unknown)!r} has events but no line in sequences.jsonl.")
+    return [rows.get(user, []) for user in users]
+
+
+def _read_semantic_ids(file: Path, make_item) -> dict[Item, tuple[str, ...]]:
+    ids = {}
+    for key, tokens in _read_object(file).items():
+        if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
+            raise ValueError(f"{file}: the semantic id of item {key} must be a list of at least one string.")
+        ids[make_item(key, file)] = tuple(tokens)
+    return ids
+
+
+def _read_features(file: Path, make_item) -> dict[Item, dict[str, Any]]:
+    content = _read_object(file)
+    for key, row in content.items():
+        if not isinstance(row, dict):
+            raise ValueError(f"{file}: the features of item {key} must be a JSON object.")
+    return {make_item(key, file): row for key, row in content.items()}
+
+
+def _json_lines(file: Path) -> Iterator[tuple[str, dict]]:
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{file}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: this is no JSON ({error.msg}, column {error.colno}).") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: a JSON object is needed, not {type(row).__name__}.")
+            yield where, row
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """One JSON object. A key that is there twice is an error (the json module would silently keep the last)."""
+
+    def unique(pairs):
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"{file}: {twice!r} is there twice. Keep one of the two.")
+        return found
+
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{file}, line {error.lineno}: this is no JSON ({error.msg}, column {error.colno})."
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: one JSON object is needed, not {type(content).__name__}.")
+    return content
+
+
+def _identifier(row: dict, key: str, where: str) -> Item:
+    if type(row.get(key)) not in (int, str):  # bool is an int to isinstance
+        raise ValueError(f"{where}: {key!r} must be a whole number or a string, but it is {row.get(key)!r}.")
+    return row[key]
+
+
+def _item_list(items: Any, where: str) -> list[Item]:
+    if not isinstance(items, list) or not items:
+        raise ValueError(f"{where} has no items: a list with at least one item is needed.")
+    wrong = [item for item in items if type(item) not in (int, str)]
+    if wrong:
+        raise ValueError(f"{where}: an item must be a whole number or a string, but one is {wrong[0]!r}.")
+    return items
+
+
+def _item_maker(sequences: Sequence[Sequence[Item]], described):
+    """How a JSON key (always a string) becomes an item: a whole number where the items are whole numbers."""
+    if any(type(item) is str for item in chain(chain.from_iterable(sequences), described)):
+        return lambda key, file: key
+
+    def number(key: str, file: Path) -> int:
+        if not _is_number(key):
+            raise ValueError(f"{file}: {key!r} is no item: the items of the sequences are whole numbers.")
+        return int(key)
+
+    return number
+
+
+def _is_number(text: str) -> bool:
+    return text.removeprefix("-").isdecimal()
+
+
+def _all_items(sequences, features, semantic_ids) -> list[Item]:
+    items = {*chain.from_iterable(sequences), *features, *(semantic_ids or ())}
+    kinds = {type(item).__name__ for item in items}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"Items must be all whole numbers or all strings, but both were found ({' and '.join(kinds)})."
+        )
+    return sorted(items)
+
+
+def _write_lines(file: Path, rows) -> None:
+    with file.open("w", encoding="utf-8") as out:
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

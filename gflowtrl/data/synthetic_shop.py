@@ -1,0 +1,247 @@
+"""A seeded, SYNTHETIC shop whose truth is known, so that the cure of exposure bias can be measured.
+
+No real person or product is in it. It is the default data of the examples: small enough for a laptop and with
+something that no real log has, what each user would like among the items that were never shown.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..catalog import Item
+from .interactions import CLICKED, PURCHASED, SHOWN, Event, InteractionData
+
+
+DEPARTMENTS = ("Garden", "Kitchen", "Music", "Office", "Outdoor", "Pets", "Toys", "Wellness")
+SHELVES = ("Basics", "Care", "Decoration", "Electronics", "Gifts", "Refills", "Storage", "Tools")
+
+
+class ShopTruth:
+    """What only an evaluation may know about a synthetic shop. No `InteractionData`, row or dataset refers to it.
+
+    Attributes:
+        users, items: ids, in the order of the tensors' axes (`items` is `InteractionData.items`).
+        preference: float64 (users, items); a row is the user's true distribution over all items and sums to 1.
+        shown: bool (users, items); the user was shown the item at least once.
+        consumed: bool (users, items); the user clicked or bought the item.
+        liked: bool (users, items); the user's preference is more than `liked_ratio` times uniform, 1 / items.
+    """
+
+    def __init__(
+        self,
+        users: list[Item],
+        items: list[Item],
+        preference: Tensor,
+        shown: Tensor,
+        consumed: Tensor,
+        liked_ratio: float = 2.0,
+    ):
+        self.users, self.items = users, items
+        self.preference, self.shown, self.consumed = preference, shown, consumed
+        self.liked = preference > liked_ratio / len(items)
+        self._row_of = {user: row for row, user in enumerate(users)}
+
+    def per_user(self, user_ids: Sequence[Item], item_probs: Tensor) -> dict[str, Tensor]:
+        """The figures of `evaluate` for each user: name -> float64 (U,)."""
+        unknown = [user for user in user_ids if user not in self._row_of]
+        if unknown:
+            raise ValueError(f"User {unknown[0]!r} is not in this synthetic shop.")
+        probs = torch.as_tensor(item_probs).detach().cpu().double()
+        if probs.shape != (len(user_ids), len(self.items)):
+            raise ValueError(
+                f"item_probs has shape {tuple(probs.shape)}; needed are {len(user_ids)} users x {len(self.items)} items."
+            )
+        bad = ~((probs >= 0).all(1) & ((probs.sum(1) - 1).abs() < 1e-3))  # False for NaN too
+        if bad.any():
+            raise ValueError(
+                f"Row {int(bad.nonzero()[0])} of item_probs is no probability distribution over the items."
+            )
+        rows = torch.tensor([self._row_of[user] for user in user_ids], dtype=torch.long)
+        unseen_liked = self.liked[rows] & ~self.shown[rows]
+        open_items = ~self.consumed[rows]
+        truth, given = (_normalize(p * open_items) for p in (self.preference[rows], probs))
+        return {
+            "unseen_liked_mass": (probs * unseen_liked).sum(1),
+            "total_variation": (truth - given).abs().sum(1) / 2,
+        }
+
+    def evaluate(self, user_ids: Sequence[Item], item_probs: Tensor) -> dict[str, float]:
+        """How well predicted distributions serve these users, means over them.
+
+        `unseen_liked_mass` is the probability on items that a user likes and was never shown (higher is better; given as
+        predicted, no renormalisation). `total_variation` to the true preference (lower is better) compares both
+        distributions **on the items that the user has not yet clicked or bought, each renormalised there**: sequences
+        hold distinct items, so every model rightly learns to leave out what was taken, which the preference does not.
+
+        Args:
+            user_ids: U users.
+            item_probs: (U, items); rows sum to 1, columns in the order of `items`.
+
+        Raises:
+            ValueError: for an unknown user, a wrong shape, or a row that is no distribution.
+        """
+        return {name: float(values.mean()) for name, values in self.per_user(user_ids, item_probs).items()}
+
+
+@dataclass(frozen=True)
+class SyntheticShop:
+    """Recipe of a SYNTHETIC shop; `generate()` gives the log and, apart from it, the truth. Same fields, same shop.
+
+    *Catalogue.* `departments` x `shelves` categories; the semantic id is department, shelf, and the item's place on its
+    shelf (by price), so ids carry meaning. *Truth.* There are `interests`; each is a softmax over items of an affinity to
+    the department, one to the shelf, a personal liking of the item, and the item's quality. A user is a sparse Dirichlet
+    mixture of interests, so the preference matrix has rank `interests`: collaborative filtering can find it. *Logging.* A
+    session shows `slate_size` items drawn by popularity, which is skewed and only loosely tied to quality, and in
+    addition each item goes to `min_users_shown` random users (discovery). It is not personalised. *Behaviour.* A shown
+    item is clicked with probability 1 - (1 - noise) exp(-click_rate * n_items * preference): proportional to preference
+    where small, saturating, with random clicks. A click becomes a purchase by a similar rule. Items taken are not shown
+    again, and a user stays until `min_items` items are taken.
+
+    Args:
+        seed: of everything random.
+        n_users, n_items, departments, shelves, interests: sizes.
+        concentration: of the Dirichlet over interests; small: few interests a user.
+        sharpness: scale of the interests' affinities; large: interests of few items.
+        popularity_skew: standard deviation of the log exposure weight; 0 shows all items alike.
+        popularity_quality: correlation of log exposure and quality.
+        slate_size: items a session shows by popularity.
+        mean_sessions: sessions a user has on average (at least 3; Poisson above that).
+        min_users_shown: every item is shown to at least so many users.
+        click_rate, purchase_rate, noise: of the behaviour above; noise is the chance of a random click.
+        min_items: shortest sequence.
+        liked_ratio: an item is liked if its preference is more than so many times uniform.
+    """
+
+    seed: int = 0
+    n_users: int = 1200
+    n_items: int = 300
+    departments: int = 8
+    shelves: int = 8
+    interests: int = 10
+    concentration: float = 0.1
+    sharpness: float = 1.2
+    popularity_skew: float = 1.5
+    popularity_quality: float = 0.3
+    slate_size: int = 8
+    mean_sessions: float = 9.0
+    min_users_shown: int = 20
+    click_rate: float = 0.12
+    purchase_rate: float = 0.1
+    noise: float = 0.01
+    min_items: int = 5
+    liked_ratio: float = 2.0
+
+    def __post_init__(self):
+        if not 0 < self.noise < 1:
+            raise ValueError(f"noise must lie between 0 and 1 (both excluded), but noise={self.noise} was given.")
+        if self.min_items < 3:
+            raise ValueError(f"min_items must be at least 3 (train, validation, test), not {self.min_items}.")
+        if self.n_items <= self.min_items:
+            raise ValueError(f"{self.n_items} items are too few for sequences of {self.min_items}. Raise n_items.")
+        if self.min_users_shown > self.n_users:
+            raise ValueError(f"{self.n_users} users cannot be {self.min_users_shown} users per item. Raise n_users.")
+
+    def generate(self) -> tuple[InteractionData, ShopTruth]:
+        """Make the shop: the log that training may see, and the truth that only an evaluation may."""
+        rng = np.random.default_rng(self.seed)
+        department = rng.integers(self.departments, size=self.n_items)
+        shelf = rng.integers(self.shelves, size=self.n_items)
+        quality = rng.standard_normal(self.n_items)
+        preference = self._preferences(rng, department, shelf, quality)
+        users, items = list(range(self.n_users)), list(range(self.n_items))
+        events = self._simulate(rng, preference, quality)
+        features, semantic_ids = self._describe(rng, department, shelf)
+        data = InteractionData(
+            name="synthetic_shop",
+            users=users,
+            sequences=[[event.item for event in log if event.level >= CLICKED] for log in events],
+            items=items,
+            item_features=features,
+            semantic_ids=semantic_ids,
+            synthetic=True,
+            events=events,
+        )
+        shown, consumed = (_mask(events, self.n_items, level) for level in (SHOWN, CLICKED))
+        return data, ShopTruth(users, items, torch.from_numpy(preference), shown, consumed, self.liked_ratio)
+
+    def _preferences(self, rng, department, shelf, quality) -> np.ndarray:
+        """(users, items), rows sum to 1: user's mixture of interests x interest's distribution over items."""
+        affinity = (
+            rng.standard_normal((self.interests, self.departments))[:, department]
+            + rng.standard_normal((self.interests, self.departments, self.shelves))[:, department, shelf]
+            + 0.5 * rng.standard_normal((self.interests, self.n_items))
+        )
+        logits = self.sharpness * affinity + 0.5 * quality
+        tastes = np.exp(logits - logits.max(1, keepdims=True))
+        tastes /= tastes.sum(1, keepdims=True)
+        mixture = rng.dirichlet(np.full(self.interests, self.concentration), size=self.n_users)
+        return mixture @ tastes
+
+    def _simulate(self, rng, preference: np.ndarray, quality: np.ndarray) -> list[list[Event]]:
+        """Play all sessions, all users at once; per user the events in order."""
+        shape = preference.shape
+        rho = self.popularity_quality
+        luck = rng.standard_normal(self.n_items)
+        popularity = self.popularity_skew * (rho * quality + np.sqrt(1 - rho**2) * luck)
+        intensity = self.n_items * preference
+        click = 1 - (1 - self.noise) * np.exp(-self.click_rate * intensity)
+        purchase = 1 - np.exp(-self.purchase_rate * intensity)
+        sessions = 3 + rng.poisson(max(self.mean_sessions - 3, 0), size=self.n_users)
+        discovery = self._discovery(rng, sessions)
+
+        taken = np.zeros(shape, dtype=bool)
+        log, session = [], 0
+        while (active := (session < sessions) | (taken.sum(1) < self.min_items)).any():
+            keys = np.where(taken, -np.inf, popularity + rng.gumbel(size=shape))  # largest keys: a draw by popularity
+            size = min(self.slate_size, self.n_items)
+            slate = keys >= np.partition(keys, -size, axis=1)[:, [-size]]
+            slate = (slate | (discovery == session)) & ~taken & active[:, None]
+            clicked = slate & (rng.random(shape) < click)
+            bought = clicked & (rng.random(shape) < purchase)
+            user, item = np.nonzero(slate)
+            level = np.where(bought, PURCHASED, np.where(clicked, CLICKED, SHOWN))[user, item]
+            log.append(np.stack([user, np.full_like(user, session), rng.permutation(len(user)), item, level]))
+            taken |= clicked
+            session += 1
+        user, number, place, item, level = np.concatenate(log, axis=1)
+        order = np.lexsort((place, number, user))
+        events: list[list[Event]] = [[] for _ in range(self.n_users)]
+        for who, *event in zip(*(column[order].tolist() for column in (user, number, item, level)), strict=True):
+            events[who].append(Event(*event))
+        return events
+
+    def _discovery(self, rng, sessions: np.ndarray) -> np.ndarray:
+        """(users, items): the session in which the user meets the item whatever its popularity, -1 for none."""
+        order = rng.random((self.n_users, self.n_items)).argsort(0).argsort(0)
+        when = (rng.random((self.n_users, self.n_items)) * sessions[:, None]).astype(int)
+        return np.where(order < self.min_users_shown, when, -1)
+
+    def _describe(self, rng, department, shelf) -> tuple[dict[Item, dict], dict[Item, tuple[str, ...]]]:
+        """Features (title, category, price) and semantic ids; neither says anything about quality or popularity."""
+        price = np.exp(rng.normal(3.0, 0.4, self.departments)[department] + rng.normal(0, 0.6, self.n_items)).round(2)
+        features, ids, on_shelf = {}, {}, {}
+        for item in np.argsort(price, kind="stable").tolist():
+            place = (int(department[item]), int(shelf[item]))
+            number = on_shelf[place] = on_shelf.get(place, -1) + 1
+            category = f"{_name(DEPARTMENTS, place[0])} / {_name(SHELVES, place[1])}"
+            features[item] = {"title": f"{category} no. {number}", "category": category, "price": float(price[item])}
+            ids[item] = (f"<a_{place[0]}>", f"<b_{place[1]}>", f"<c_{number}>")
+        return {item: features[item] for item in sorted(features)}, ids
+
+
+def _name(names: tuple[str, ...], index: int) -> str:
+    return names[index] if index < len(names) else f"{names[index % len(names)]} {index // len(names) + 1}"
+
+
+def _normalize(weights: Tensor) -> Tensor:
+    return weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+def _mask(events: list[list[Event]], n_items: int, level: int) -> Tensor:
+    mask = torch.zeros(len(events), n_items, dtype=torch.bool)
+    for row, log in enumerate(events):
+        mask[row, [event.item for event in log if event.level >= level]] = True
+    return mask

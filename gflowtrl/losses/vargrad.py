@@ -1,0 +1,47 @@
+"""Trajectory balance with the partition function estimated from the group."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .common import expect_shape, penalty
+
+
+def vargrad(log_probs: Tensor, log_rewards: Tensor, huber_delta: float | None = None) -> Tensor:
+    """`(log Z + sum_l log pi(t_l | s_l) - log R(x, leaf))^2` with `log Z = mean_k(log R_k - log pi_k)` of the prompt.
+
+    Averaged over the K trajectories this is the variance of log R - log pi, which is zero for every set of
+    trajectories if and only if pi = R / Z. Nothing is learned beside the policy, and a factor on R changes nothing.
+
+    No gradient flows through the mean. For the squared residual with equal weights that changes nothing (residuals sum
+    to zero, so the two gradients are the same); with Huber or weighted trajectories it keeps log Z an estimate that
+    the policy is pulled towards, instead of a term by which trajectories move each other.
+
+    Args:
+        log_probs: `(B, K, L)` tree-normalised log-probabilities of the tokens taken, 0 after a shorter id's end.
+        log_rewards: `(B, K)`, finite.
+        huber_delta: residuals beyond this size count linearly; None squares all of them.
+
+    Returns:
+        `(B, K)`, in nats squared.
+
+    Raises:
+        ValueError: fewer than two trajectories a prompt; one alone is its own mean and teaches nothing.
+
+    Relation to other losses: `trajectory_balance` with that log Z. K times the sum over k equals the sum of the
+    squared contrastive residuals over all pairs of the prompt.
+
+    References:
+        Richter et al., VarGrad: a low-variance gradient estimator for variational inference, NeurIPS 2020.
+        Zhang et al., Robust scheduling with GFlowNets, ICLR 2023 (as a GFlowNet objective).
+        Bartoldson et al., Trajectory balance with asynchrony (TBA), arXiv 2503.18929 (for language models).
+    """
+    batch, num_generations, _ = log_probs.shape
+    expect_shape("log_rewards", log_rewards, (batch, num_generations), "(prompts, trajectories)")
+    if num_generations < 2:
+        raise ValueError(
+            f"vargrad compares a prompt's trajectories with their mean and needs at least 2 of them, got "
+            f"num_generations={num_generations}. Raise num_generations, or use trajectory_balance or exact_flow."
+        )
+    surplus = log_probs.sum(-1) - log_rewards
+    return penalty(surplus - surplus.mean(1, keepdim=True).detach(), huber_delta)

@@ -1,0 +1,22 @@
+"""Ranking, breadth, fairness and calibration."""
+
+from .breadth import breadth_metrics, popularity_groups
+from .ranking import group_means, item_ranking_metrics, leaf_ranking_metrics
+from .report import RankingReport, summarise, summarise_items
+from .statistics import jensen_shannon, paired_bootstrap, rank_summary, total_variation
+
+
+__all__ = [
+    "RankingReport",
+    "breadth_metrics",
+    "group_means",
+    "item_ranking_metrics",
+    "jensen_shannon",
+    "leaf_ranking_metrics",
+    "paired_bootstrap",
+    "popularity_groups",
+    "rank_summary",
+    "summarise",
+    "summarise_items",
+    "total_variation",
+]

@@ -1,0 +1,82 @@
+"""All figures of one row of a results table."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from .breadth import breadth_metrics
+from .ranking import DEFAULT_KS, item_ranking_metrics, leaf_ranking_metrics
+from .statistics import rank_summary
+
+
+class _Catalog(Protocol):
+    leaf_sizes: Tensor
+
+    def expand_leaves(self, leaves: Tensor, k: int) -> Tensor: ...
+
+
+@dataclass
+class RankingReport:
+    """What `summarise` and `summarise_items` return.
+
+    Attributes:
+        metrics: flat floats: `"recall@10"`, `"item_ndcg@10"`, `"coverage@10"`, ...; means over users for the ranking
+            metrics.
+        standard_errors: of the ranking metrics' means, under the same names.
+        per_user: the ranking metrics before averaging, float tensors `(U,)`, for `paired_bootstrap`.
+    """
+
+    metrics: dict[str, float]
+    standard_errors: dict[str, float]
+    per_user: dict[str, Tensor]
+
+
+def summarise(
+    leaf_lists: Tensor,
+    target_leaves: Tensor,
+    catalog: _Catalog,
+    item_counts: Tensor,
+    ks: Sequence[int] = DEFAULT_KS,
+) -> RankingReport:
+    """Ranking and breadth of ranked leaves, as a generative recommender's beam search returns them.
+
+    Args:
+        leaf_lists: LongTensor `(U, R)`, best first, -1 for "none". R must reach the largest cut-off (or the number of
+            leaves), else the figures at that cut-off would be too low in silence.
+        target_leaves: LongTensor `(U,)`.
+        catalog: an `ItemCatalog`; each leaf is expanded to all its items for the breadth metrics.
+        item_counts: `(n_items,)`, training interactions, in the order of `catalog.items`.
+        ks: cut-offs.
+    """
+    _check_width(leaf_lists, len(catalog.leaf_sizes), ks, "leaves; use at least that many beams")
+    leaf_lists, target_leaves = leaf_lists.cpu(), target_leaves.cpu()
+    per_user = leaf_ranking_metrics(leaf_lists, target_leaves, catalog.leaf_sizes.cpu(), ks)
+    return _report(per_user, catalog.expand_leaves(leaf_lists, max(ks)).cpu(), item_counts, ks)
+
+
+def summarise_items(
+    item_lists: Tensor, targets: Tensor, item_counts: Tensor, ks: Sequence[int] = DEFAULT_KS
+) -> RankingReport:
+    """The same for ranked item indices `(U, R)` and target item indices `(U,)`, as a teacher's `top_items` gives them.
+
+    Items do not collide, so the item figures (`"item_recall@10"`, ...) are the plain ones.
+    """
+    _check_width(item_lists, len(item_counts), ks, "items; ask for at least that many")
+    item_lists = item_lists.cpu()
+    per_user = item_ranking_metrics(item_lists, targets.cpu(), ks)
+    per_user |= {f"item_{name}": values for name, values in per_user.items() if not name.startswith("mrr")}
+    return _report(per_user, item_lists, item_counts, ks)
+
+
+def _report(per_user: dict[str, Tensor], item_lists: Tensor, item_counts: Tensor, ks: Sequence[int]) -> RankingReport:
+    summary = rank_summary(per_user)
+    means = {name: summary[name] for name in per_user}
+    errors = {name: summary[f"{name}_se"] for name in per_user}
+    return RankingReport(means | breadth_metrics(item_lists, item_counts.cpu(), ks), errors, per_user)
+
+
+def _check_width(lists: Tensor, available: int, ks: Sequence[int], remedy: str) -> None:
+    if lists.shape[1] < min(max(ks), available):
+        raise ValueError(f"Figures at {max(ks)} were asked for, but the lists hold only {lists.shape[1]} {remedy}.")

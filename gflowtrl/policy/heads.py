@@ -1,0 +1,91 @@
+"""Flow heads: log Z(x) predicted from the prompt's hidden state, inside the model's own forward.
+
+A parameter or a head used outside the forward fails under DDP, ZeRO-3 or FSDP2; inside the forward every wrapper
+sees an ordinary module. The class of the model is replaced by a subclass of the same name, so a checkpoint's
+`architectures` stay loadable by `AutoModelForCausalLM`; the trainer keeps the head's weights in a file of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+HEADS_ATTRIBUTE = "flow_heads"
+
+
+@dataclass
+class FlowLMOutput(CausalLMOutputWithPast):
+    """A causal model's output with `log_z` `(B,)`, present where `flow_positions` was given to the forward."""
+
+    log_z: Tensor | None = None
+
+
+class FlowHeads(nn.Module):
+    """log Z(x) = w . gelu(A h + b) + c on the hidden state h of the prompt's last token.
+
+    The last layer starts at zero, so that log Z starts at 0 for every prompt.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.inner = nn.Linear(hidden_size, hidden_size)
+        self.outer = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.outer(nn.functional.gelu(self.inner(hidden))).squeeze(-1).float()
+
+
+class _FlowForward:
+    """Mixed into a model's class by `attach_flow_heads`."""
+
+    def forward(self, *args, flow_positions: Tensor | None = None, **kwargs):
+        if flow_positions is None:
+            return super().forward(*args, **kwargs)
+        kwargs["output_hidden_states"] = True
+        output = super().forward(*args, **kwargs)
+        hidden = output.hidden_states[-1].index_select(1, flow_positions).squeeze(1)
+        return FlowLMOutput(logits=output.logits, log_z=getattr(self, HEADS_ATTRIBUTE)(hidden))
+
+
+def has_flow_heads(model: nn.Module) -> bool:
+    """Whether `attach_flow_heads` was called on this model (seen through PEFT, DDP and DeepSpeed wrappers)."""
+    return any(isinstance(module, FlowHeads) for module in model.modules())
+
+
+def attach_flow_heads(model: PreTrainedModel) -> PreTrainedModel:
+    """Give a causal model a log Z head, in place. A second call changes nothing.
+
+    Under PEFT attach before wrapping, and name `flow_heads` in `modules_to_save`.
+    """
+    if has_flow_heads(model):
+        return model
+    hidden_size = model.config.get_text_config().hidden_size
+    embeddings = model.get_input_embeddings().weight
+    heads = FlowHeads(hidden_size).to(device=embeddings.device, dtype=embeddings.dtype)
+    setattr(model, HEADS_ATTRIBUTE, heads)
+    original = type(model)
+    model.__class__ = type(original.__name__, (_FlowForward, original), {"__module__": original.__module__})
+    return model
+
+
+def split_heads(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A state dict as (the language model's own, the heads')."""
+    marker = f"{HEADS_ATTRIBUTE}."
+    heads = {name: value for name, value in state_dict.items() if marker in name}
+    return {name: value for name, value in state_dict.items() if name not in heads}, heads
+
+
+def load_heads(model: nn.Module, heads: dict[str, Tensor]) -> None:
+    """Load what `split_heads` took out. Raises a ValueError where names do not match."""
+    own = {name for name, _ in model.named_parameters() if f"{HEADS_ATTRIBUTE}." in name}
+    if own != set(heads):
+        raise ValueError(f"The flow heads in the checkpoint are {sorted(heads)}, the model's are {sorted(own)}.")
+    with torch.no_grad():
+        model.load_state_dict(heads, strict=False)

@@ -1,0 +1,78 @@
+"""Randomness as a function: the same (seed, step, row, trajectory, depth, purpose) always gives the same number.
+
+A generator's next number depends on everything drawn before, so trajectories would change with the number of processes,
+the order of rows and every interruption. Here each number is a hash of what it is for (the counter-based generators of
+Salmon et al., SC 2011, with SplitMix64 as the mixing function).
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+_GAMMA = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift: torch's shift of a signed integer fills with the sign bit."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser; int64 multiplication wraps around, which is what it needs."""
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def _combine(state: Tensor, value: Tensor | int) -> Tensor:
+    return _mix((state ^ value) + _GAMMA)
+
+
+def _wrap(value: int) -> int:
+    """Any Python integer as a signed 64-bit one."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+class StatelessNoise:
+    """Source of all randomness of a run.
+
+    Args:
+        seed: any integer.
+
+    Example:
+        ```python
+        noise = StatelessNoise(42).at(step=7, row_ids=torch.tensor([3, 8]))
+        noise.uniform("on_policy", num=4, depth=0)  # (2, 4), the same whenever and wherever it is asked for
+        ```
+    """
+
+    def __init__(self, seed: int):
+        self.seed = int(seed)
+
+    def at(self, step: int, row_ids: Tensor) -> Noise:
+        """The noise of one training step for rows with these ids, `(B,)` integers."""
+        state = _combine(torch.zeros_like(row_ids, dtype=torch.long), _wrap(self.seed))
+        return Noise(_combine(_combine(state, _wrap(int(step))), row_ids.long()))
+
+
+class Noise:
+    """The noise of some rows at one step. Made by `StatelessNoise.at`."""
+
+    def __init__(self, row_state: Tensor):
+        self._row_state = row_state
+
+    def __len__(self) -> int:
+        return len(self._row_state)
+
+    def uniform(self, purpose: str, num: int, depth: int = 0) -> Tensor:
+        """Uniform numbers in the open interval (0, 1): float64 `(B, num)`, one for each row and trajectory."""
+        tag = int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "big", signed=True)
+        state = _combine(_combine(self._row_state, tag), _wrap(depth))
+        state = _combine(state[:, None], torch.arange(num, device=state.device))
+        return (_shift_right(state, 11).double() + 0.5) * 2.0**-53

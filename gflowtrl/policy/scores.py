@@ -1,0 +1,33 @@
+"""What a policy says about trajectories."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class StepScores:
+    """Tree-normalised scores of `K` trajectories for each of `B` prompts (`L` tokens an id, `C` children a node).
+
+    Attributes:
+        log_probs: `(B, K, L)` log-probability of each token taken, 0 where a shorter id has ended.
+        child_log_probs: `(B, K, L, C)` the whole distribution at each visited state, -inf on padding.
+        child_nodes: `(B, K, L, C)` the nodes that distribution is over, -1 on padding.
+        lengths: `(B, K)` number of tokens of each trajectory.
+        log_z: `(B,)` log Z(x), where the model carries that head.
+        log_flows: `(B, K, L)` log F of the states s_0 .. s_{L-1}, where the model carries that head.
+    """
+
+    log_probs: Tensor
+    child_log_probs: Tensor
+    child_nodes: Tensor
+    lengths: Tensor
+    log_z: Tensor | None = None
+    log_flows: Tensor | None = None
+
+    @property
+    def trajectory_log_probs(self) -> Tensor:
+        """`(B, K)` log pi(leaf | x)."""
+        return self.log_probs.sum(-1)

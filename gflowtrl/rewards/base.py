@@ -1,0 +1,82 @@
+"""What the built-in rewards share: one formula, offered as a tensor over items, over leaves, and as a TRL reward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from gflowtrl.catalog import ItemCatalog
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Keyword arguments of TRL's reward signature that are no dataset columns.
+CALL_KEYWORDS = ("completions", "completion_ids", "items", "trainer_state", "log_extra", "log_metric")
+
+
+class Reward:
+    """Base class of rewards that are tensors. A subclass writes `score_items`; the other two forms follow from it.
+
+    A reward need not derive from this class: any callable with TRL's signature is one, and any object with
+    `score_items` or `score_leaves` is a fast one (see docs/rewards.md).
+
+    Args:
+        name: what the reward is called in logs; also `__name__`, which TRL's own trainers read.
+    """
+
+    catalog: ItemCatalog | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    leaf_reduction: str = "sum"
+
+    def __init__(self, name: str):
+        self.__name__ = name
+
+    def bind(
+        self, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase | None = None, leaf_reduction: str = "sum"
+    ) -> Self:
+        """Tell the reward which catalogue it scores. `RewardFusion` does it; do it yourself to use a reward alone."""
+        self.catalog, self.tokenizer, self.leaf_reduction = catalog, tokenizer, leaf_reduction
+        return self
+
+    def score_items(self, batch: Mapping[str, Any]) -> Tensor:
+        """Reward of every item for every row: `(B, items)`, in the order of `catalog.items`."""
+        raise NotImplementedError(f"{type(self).__name__} must define score_items(batch) -> Tensor (B, items).")
+
+    def score_leaves(self, batch: Mapping[str, Any], leaves: Tensor) -> Tensor:
+        """Reward of some leaves for every row: `(B, K) -> (B, K)`."""
+        scores = self._bound_catalog().fold_items(self.score_items(batch), self.leaf_reduction)
+        return scores.gather(1, leaves.to(scores.device))
+
+    def __call__(self, prompts: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        """The same reward with TRL's signature: one value per completion, 0 for one that is no id of the catalogue."""
+        leaves = self._leaves_of(completion_ids)
+        batch = {name: values for name, values in columns.items() if name not in CALL_KEYWORDS}
+        scores = self.score_leaves({"prompts": prompts, "cache": {}, **batch}, leaves.clamp(min=0)[:, None])[:, 0]
+        return torch.where(leaves >= 0, scores.to(leaves.device), 0.0).tolist()
+
+    def _bound_catalog(self) -> ItemCatalog:
+        if self.catalog is None:
+            raise ValueError(f"Reward {self.__name__!r} does not know the catalogue yet; call bind(catalog) first.")
+        return self.catalog
+
+    def _leaves_of(self, completion_ids: list[list[int]]) -> Tensor:
+        """Leaf that each completion spells, whatever follows it (an end token, say): `(n,)`, -1 for none."""
+        tree = self._bound_catalog().tree
+        tokens = pad_sequence([torch.tensor(ids, dtype=torch.long) for ids in completion_ids], True, -1)
+        tokens = tokens[:, : tree.max_depth].to(tree.device)
+        nodes = torch.zeros(len(tokens), dtype=torch.long, device=tree.device)
+        for column in tokens.unbind(1):
+            nodes = torch.where(tree.leaf_at(nodes) >= 0, nodes, tree.step(nodes, column))
+        return tree.leaf_at(nodes)
+
+
+def column(batch: Mapping[str, Any], name: str, reward: str) -> Any:
+    """A column of the batch, or an error that says which reward wants it."""
+    if name not in batch:
+        raise ValueError(f"Reward {reward!r} needs the dataset column {name!r}; the batch has {sorted(batch)}.")
+    return batch[name]

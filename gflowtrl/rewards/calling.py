@@ -1,0 +1,146 @@
+"""Calling plain reward functions the way TRL's GRPOTrainer does: lists in, a list out, sync or async."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import math
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from gflowtrl.catalog import ItemCatalog
+
+from .base import CALL_KEYWORDS
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Entries of a batch that are no dataset columns.
+_NOT_COLUMNS = ("prompts", "cache", "target_leaf", "leaf_log_rewards")
+
+
+def reward_keywords(
+    batch: Mapping[str, Any], leaves: Tensor, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list]:
+    """The keyword arguments of a reward function, all lists of length B * K, row by row.
+
+    `prompts` are the texts the model sees (without padding), `completions` the id's tokens joined by spaces,
+    `completion_ids` their numbers, `items` the items at the leaf; then every dataset column, each value K times.
+    """
+    repeats = leaves.shape[1]
+
+    def repeat(values: Sequence) -> list:
+        return [value for value in values for _ in range(repeats)]
+
+    ids, mask = batch["prompts"]["input_ids"], batch["prompts"]["attention_mask"].bool()
+    texts = [
+        tokenizer.decode(row[keep], clean_up_tokenization_spaces=False) for row, keep in zip(ids, mask, strict=True)
+    ]
+    drawn = leaves.flatten().tolist()
+    paths = catalog.tree.paths[leaves.flatten().to(catalog.device)].tolist()
+    at_leaf = {leaf: (catalog.leaf_text(leaf), catalog.items_of(leaf)) for leaf in set(drawn)}
+    keywords = {
+        "prompts": repeat(texts),
+        "completions": [at_leaf[leaf][0] for leaf in drawn],
+        "completion_ids": [[token for token in path if token >= 0] for path in paths],
+        "items": [at_leaf[leaf][1] for leaf in drawn],
+    }
+    for name, values in batch.items():
+        if name in _NOT_COLUMNS or not isinstance(values, list | tuple | Tensor) or len(values) != len(leaves):
+            continue
+        if name in CALL_KEYWORDS:
+            raise ValueError(f"The dataset column {name!r} has the name of an argument of rewards; rename it.")
+        keywords[name] = repeat(values.tolist() if isinstance(values, Tensor) else values)
+    return keywords
+
+
+class RewardLog:
+    """What reward functions report besides their values: `log_extra(column, values)`, `log_metric(name, value)`."""
+
+    def __init__(self) -> None:
+        self.extra: dict[str, list] = {}
+        self._metrics: defaultdict[str, list[float]] = defaultdict(list)
+
+    def log_extra(self, column: str, values: Sequence) -> None:
+        """Add a column to the table of logged completions: one value per completion."""
+        self.extra[column] = list(values)
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Add a number to the training metrics; several values of one name are averaged."""
+        self._metrics[name].append(float(value))
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {name: sum(values) / len(values) for name, values in self._metrics.items()}
+
+
+def call_rewards(functions: Mapping[str, Callable], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Call all functions; those that return awaitables run concurrently. An exception gets a note with the reward."""
+    results, waiting = {}, {}
+    for name, function in functions.items():
+        try:
+            result = function(**keywords)
+        except Exception as error:
+            error.add_note(f"It was raised by reward {name!r}.")
+            raise
+        (waiting if inspect.isawaitable(result) else results)[name] = result
+    if waiting:
+        gathered = asyncio.run_coroutine_threadsafe(_gather(waiting), _event_loop()).result()
+        results.update(zip(waiting, gathered, strict=True))
+    return results
+
+
+async def _gather(waiting: Mapping[str, Any]) -> list[Any]:
+    async def noted(name: str, awaitable: Any) -> Any:
+        try:
+            return await awaitable
+        except Exception as error:
+            error.add_note(f"It was raised by reward {name!r}.")
+            raise
+
+    return await asyncio.gather(*(noted(name, awaitable) for name, awaitable in waiting.items()))
+
+
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """One loop in a thread of its own for the whole run: it works inside notebooks, and a reward's open connections,
+    which belong to a loop, survive from step to step."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="gflowtrl-rewards", daemon=True).start()
+    return loop
+
+
+def checked_values(name: str, values: Any, count: int, where: Callable[[int], str]) -> list[float]:
+    """A reward function's answer as `count` numbers, NaN for None; `where` names the completion in an error."""
+    if isinstance(values, Tensor):
+        values = values.tolist()
+    try:
+        values = list(values)
+    except TypeError:
+        raise TypeError(
+            f"Reward {name!r} returned {type(values).__name__}; it must return a list of {count} numbers or None."
+        ) from None
+    if len(values) != count:
+        raise ValueError(
+            f"Reward {name!r} returned {len(values)} values for {count} completions; return one per completion, None "
+            f"where the reward does not apply."
+        )
+    numbers = []
+    for i, value in enumerate(values):
+        try:
+            number = math.nan if value is None else float(value)
+        except (TypeError, ValueError):
+            raise TypeError(f"Reward {name!r} returned {value!r} for {where(i)}; return a number or None.") from None
+        if value is not None and not math.isfinite(number):
+            raise ValueError(
+                f"Reward {name!r} returned {number} for {where(i)}; return a finite number, or None where the reward "
+                f"does not apply."
+            )
+        numbers.append(number)
+    return numbers

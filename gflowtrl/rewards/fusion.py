@@ -1,0 +1,292 @@
+"""From several rewards to one `log R`: call them, check them, add them up, transform the sum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gflowtrl.catalog import ItemCatalog
+
+from .calling import RewardLog, call_rewards, checked_values, reward_keywords
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class RewardResult:
+    """Rewards of some leaves, `n` a row: K trajectories, or all N leaves.
+
+    Attributes:
+        log_rewards: `(B, n)` float32, log R.
+        rewards: `(B, n)`, the weighted sum before the transform.
+        parts: each reward's own values, `(B, n)`, unweighted; NaN where a reward returned None.
+        floored_mass: scalar tensor, the share of R that lies on leaves lifted to the floor, mean over the prompts;
+            of all leaves where all are scored (then at most `floor` for beta = 1), else of the group's distinct ones.
+        metrics: means of what reward functions reported with `log_metric`.
+        extra: columns, B * K values each, reported with `log_extra`.
+    """
+
+    log_rewards: Tensor
+    rewards: Tensor
+    parts: dict[str, Tensor]
+    floored_mass: Tensor
+    metrics: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, list] = field(default_factory=dict)
+
+    def gather(self, leaves: Tensor) -> RewardResult:
+        """The columns of `leaves (B, K)` of a result over all leaves."""
+        return replace(
+            self,
+            log_rewards=self.log_rewards.gather(1, leaves),
+            rewards=self.rewards.gather(1, leaves),
+            parts={name: values.gather(1, leaves) for name, values in self.parts.items()},
+        )
+
+
+# A test for bad values: where it fails (B, n), the values to show, and the sentence that explains it.
+_Check = tuple[Tensor, Tensor, str]
+
+
+class RewardFusion:
+    """Combines rewards: `r = sum of weights[i] * r_i`, then
+
+    - `transform="power"`: `log R = beta * log max(r, floor * mean of r over the prompt's leaves)`, r >= 0;
+    - `transform="exp"`: `log R = beta * r`, any sign.
+
+    The floor keeps R positive (GFlowNets need it) without giving the many worthless leaves together more than about
+    `floor` of the mass. Its mean runs over **all** leaves where every reward scores all items; otherwise over the
+    group's distinct leaves, which is only an approximation and depends on the trajectories drawn.
+
+    Args:
+        reward_funcs: one reward or a list: callables with TRL's signature (sync or async), or objects with
+            `score_items(batch) -> (B, items)` or `score_leaves(batch, leaves) -> (B, K)`.
+        catalog: the items.
+        tokenizer: turns prompts into text; only plain callables need it.
+        weights: one number per reward (default 1 each); >= 0 under "power". Weight 0 logs a reward without using it.
+        transform: "power" or "exp".
+        beta: exponent, or inverse temperature; > 0.
+        floor: share of the prompt's mean reward, in [0, 1); with 0 every reward must be positive.
+        leaf_reduction: how values of items become one of their leaf, reward by reward: "sum" or "max".
+
+    Raises:
+        ValueError: bad options; when used, a reward of the wrong shape, NaN or infinite values, a negative one under
+            "power", a completion for which all rewards are None, a row without any positive reward. The error names
+            the reward and the first bad row.
+    """
+
+    def __init__(
+        self,
+        reward_funcs: Callable | Sequence[Callable],
+        catalog: ItemCatalog,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        weights: Sequence[float] | None = None,
+        transform: str = "power",
+        beta: float = 1.0,
+        floor: float = 1e-3,
+        leaf_reduction: str = "sum",
+    ):
+        funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        self.weights = [1.0] * len(funcs) if weights is None else [float(weight) for weight in weights]
+        _check_options(funcs, self.weights, transform, beta, floor, leaf_reduction)
+        self.rewards = dict(zip(_names(funcs), funcs, strict=True))
+        self.catalog, self.tokenizer = catalog, tokenizer
+        self.transform, self.beta, self.floor, self.leaf_reduction = transform, beta, floor, leaf_reduction
+        for name, reward in self.rewards.items():
+            if hasattr(reward, "bind"):
+                reward.bind(catalog, tokenizer, leaf_reduction)
+            elif not _is_tensor_reward(reward) and tokenizer is None:
+                raise ValueError(f"Reward {name!r} is a plain callable; RewardFusion needs the tokenizer to call it.")
+
+    @property
+    def names(self) -> list[str]:
+        """What the rewards are called in logs: `__name__` or the class name, numbered where it repeats."""
+        return list(self.rewards)
+
+    @property
+    def can_score_all(self) -> bool:
+        """Whether every reward scores all items, so that R is known on all leaves (what exact flows need)."""
+        return all(hasattr(reward, "score_items") for reward in self.rewards.values())
+
+    def leaf_log_rewards(self, batch: dict[str, Any]) -> Tensor:
+        """log R of all leaves: `(B, N)`, computed once per batch."""
+        return self.score_all(batch).log_rewards
+
+    @torch.no_grad()
+    def score_all(self, batch: dict[str, Any]) -> RewardResult:
+        """Rewards of all leaves, `(B, N)`; kept in `batch["cache"]`, so that a second call costs nothing."""
+        if not self.can_score_all:
+            lacking = [name for name, reward in self.rewards.items() if not hasattr(reward, "score_items")]
+            raise ValueError(
+                f"log R of all leaves is needed, but {', '.join(map(repr, lacking))} cannot score all items. "
+                f"Give it a method score_items(batch) -> Tensor (B, {len(self.catalog)}), or choose an objective that "
+                f"needs only sampled rewards (vargrad, say)."
+            )
+        cache, key = batch.setdefault("cache", {}), ("rewards of all leaves", id(self))
+        if key not in cache:
+            parts = {name: self._item_scores(name, batch) for name in self.rewards}
+            cache[key] = self._combine(parts, batch, None)
+        return cache[key]
+
+    @torch.no_grad()
+    def log_rewards(self, batch: dict[str, Any], leaves: Tensor, trainer_state: Any = None) -> RewardResult:
+        """Rewards of `leaves (B, K)`. `trainer_state` is handed to plain callables."""
+        if self.can_score_all:
+            return self.score_all(batch).gather(leaves)
+        log, plain = RewardLog(), {n: r for n, r in self.rewards.items() if not _is_tensor_reward(r)}
+        answers: dict[str, Any] = {}
+        if plain:
+            keywords = reward_keywords(batch, leaves, self.catalog, self.tokenizer)
+            keywords |= {"trainer_state": trainer_state, "log_extra": log.log_extra, "log_metric": log.log_metric}
+            answers = call_rewards(plain, keywords)
+        parts = {}
+        for name, reward in self.rewards.items():
+            if name in plain:
+                parts[name] = self._listed(name, answers[name], batch, leaves)
+            elif hasattr(reward, "score_leaves"):
+                parts[name] = _shaped(name, "score_leaves", reward.score_leaves(batch, leaves), leaves.shape, leaves)
+            else:
+                parts[name] = self._item_scores(name, batch).gather(1, leaves)
+        return replace(self._combine(parts, batch, leaves), metrics=log.metrics, extra=log.extra)
+
+    # -------------------------------------------------------------------------------------------- one reward's values
+    def _item_scores(self, name: str, batch: dict[str, Any]) -> Tensor:
+        ids = batch["prompts"]["input_ids"]
+        shape = (len(ids), len(self.catalog))
+        scores = _shaped(name, "score_items", self.rewards[name].score_items(batch), shape, ids)
+        return self.catalog.fold_items(scores, self.leaf_reduction)
+
+    def _listed(self, name: str, values: Any, batch: dict[str, Any], leaves: Tensor) -> Tensor:
+        def where(i: int) -> str:
+            return self._where(batch, leaves, *divmod(i, leaves.shape[1]))
+
+        numbers = checked_values(name, values, leaves.numel(), where)
+        return torch.tensor(numbers, dtype=torch.float32, device=leaves.device).view(leaves.shape)
+
+    # ------------------------------------------------------------------------------------------------- sum, transform
+    def _combine(self, parts: dict[str, Tensor], batch: dict[str, Any], leaves: Tensor | None) -> RewardResult:
+        """Parts `(B, n)` to log R. `leaves` of None: the columns are all leaves."""
+        checks: list[_Check] = []
+        total = torch.zeros_like(next(iter(parts.values())))
+        silent = torch.ones_like(total, dtype=torch.bool)
+        for (name, values), weight in zip(parts.items(), self.weights, strict=True):
+            # NaN means None, and only a list can hold None: a tensor's NaN is an error.
+            none = torch.isnan(values) if not _is_tensor_reward(self.rewards[name]) else torch.zeros_like(silent)
+            silent &= none
+            total += weight * values.masked_fill(none, 0.0)
+            finite = f"Reward {name!r} returned {{value}} for {{where}}; return a finite number."
+            checks.append((~torch.isfinite(values) & ~none, values, finite))
+            if self.transform == "power":
+                negative = (
+                    f"Reward {name!r} returned {{value}} for {{where}}; under reward_transform='power' rewards must "
+                    f"be >= 0. Shift or squash it, or use reward_transform='exp', which takes any sign."
+                )
+                checks.append((weight * values < 0, values, negative))
+        checks.append(
+            (silent, total, "All rewards are None for {where}; at least one must apply to every completion.")
+        )
+        log_rewards, floored, vanishing = self._transform(total, leaves)
+        checks.append(vanishing)
+        self._raise_first(checks, batch, leaves)
+        return RewardResult(log_rewards, total, parts, floored)
+
+    def _transform(self, rewards: Tensor, leaves: Tensor | None) -> tuple[Tensor, Tensor, _Check]:
+        if self.transform == "exp":
+            log_rewards = self.beta * rewards
+            overflow = "The log-reward of {where} is not finite; lower reward_beta."
+            return log_rewards, rewards.new_zeros(()), (~torch.isfinite(log_rewards), rewards, overflow)
+        counted = torch.ones_like(rewards, dtype=torch.bool) if leaves is None else _first_occurrence(leaves)
+        mean = (rewards * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True)
+        floor = self.floor * mean
+        log_rewards = self.beta * torch.log(torch.maximum(rewards, floor))
+        # Softmax within the row: the share of each distinct leaf in the total R.
+        share = torch.softmax(log_rewards.masked_fill(~counted, -math.inf), 1)
+        floored = (share * (rewards < floor)).sum(1).mean()
+        zero = (
+            "The reward of {where} is zero, and GFlowNets need a positive one. "
+            + ("reward_floor is 0: set it to 1e-3, say. " if self.floor == 0 else "So are all others of this row. ")
+            + "Or add a reward that is positive somewhere for every row (a GroundTruthReward together with the ground "
+            "truth among the trajectories, or a constant), or use reward_transform='exp'."
+        )
+        return log_rewards, floored, (~torch.isfinite(log_rewards), rewards, zero)
+
+    # --------------------------------------------------------------------------------------------------------- errors
+    def _raise_first(self, checks: list[_Check], batch: dict[str, Any], leaves: Tensor | None) -> None:
+        """Raise the first check that fails; a good batch costs a single synchronisation for all of them."""
+        if not torch.stack([mask.any() for mask, _, _ in checks]).any():
+            return
+        for mask, values, sentence in checks:
+            if mask.any():
+                row, column = mask.nonzero()[0].tolist()
+                where = self._where(batch, leaves, row, column)
+                raise ValueError(sentence.format(value=values[row, column].item(), where=where))
+
+    def _where(self, batch: dict[str, Any], leaves: Tensor | None, row: int, column: int) -> str:
+        """For example `row 3 of the batch (row_id 17), item 'B01' ('<a_1> <b_7>')`."""
+        row_id = f" (row_id {int(batch['row_id'][row])})" if "row_id" in batch else ""
+        leaf = column if leaves is None else int(leaves[row, column])
+        items = ", ".join(map(repr, self.catalog.items_of(leaf)))
+        return f"row {row} of the batch{row_id}, item {items} ({self.catalog.leaf_text(leaf)!r})"
+
+
+def _is_tensor_reward(reward: Any) -> bool:
+    return hasattr(reward, "score_items") or hasattr(reward, "score_leaves")
+
+
+def _shaped(name: str, method: str, scores: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
+    if not isinstance(scores, Tensor) or scores.shape != tuple(shape):
+        got = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(
+            f"{method} of reward {name!r} returned {got}; it must return a tensor of shape {tuple(shape)}."
+        )
+    return scores.detach().to(like.device, torch.float32)
+
+
+def _first_occurrence(leaves: Tensor) -> Tensor:
+    """True at the first of equal leaves of a row: `(B, K) -> bool (B, K)`."""
+    same = leaves[:, :, None] == leaves[:, None, :]
+    return ~same.tril(-1).any(-1)
+
+
+def _names(funcs: Sequence[Any]) -> list[str]:
+    names: list[str] = []
+    for func in funcs:
+        base = (
+            getattr(getattr(func, "func", func), "__name__", None) or type(func).__name__
+        )  # .func: functools.partial
+        taken = sum(name == base or name.startswith(f"{base}_") and name[len(base) + 1 :].isdigit() for name in names)
+        names.append(f"{base}_{taken + 1}" if taken else base)
+    return names
+
+
+def _check_options(
+    funcs: list, weights: list[float], transform: str, beta: float, floor: float, leaf_reduction: str
+) -> None:
+    if not funcs:
+        raise ValueError("reward_funcs is empty; give at least one reward.")
+    for func in funcs:
+        if not (callable(func) or _is_tensor_reward(func)):
+            raise TypeError(f"A reward must be a callable or have score_items or score_leaves; got {func!r}.")
+    if len(weights) != len(funcs):
+        raise ValueError(f"{len(weights)} reward_weights were given for {len(funcs)} rewards; give one per reward.")
+    if not all(map(math.isfinite, weights)) or not any(weights):
+        raise ValueError(f"reward_weights must be finite and not all zero, got {weights}.")
+    if transform not in ("power", "exp"):
+        raise ValueError(f"reward_transform is {transform!r}; choose 'power' or 'exp'.")
+    if transform == "power" and min(weights) < 0:
+        raise ValueError(
+            f"reward_weights {weights} hold a negative number; under reward_transform='power' they must be >= 0. Use "
+            f"reward_transform='exp', which takes any sign."
+        )
+    if not (beta > 0 and math.isfinite(beta)):
+        raise ValueError(f"reward_beta must be a positive number, got {beta}.")
+    if not 0 <= floor < 1:
+        raise ValueError(f"reward_floor is a share of the prompt's mean reward in [0, 1), got {floor}.")
+    if leaf_reduction not in ("sum", "max"):
+        raise ValueError(f"leaf_reduction is {leaf_reduction!r}; choose 'sum' or 'max'.")

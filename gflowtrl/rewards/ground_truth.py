@@ -1,0 +1,32 @@
+"""The item that the user really chose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Reward, column
+
+
+class GroundTruthReward(Reward):
+    """1 for the logged target, 0 for everything else.
+
+    Alone it makes a GFlowNet learn what supervised fine-tuning learns; its weight in a sum says how much of the
+    target distribution belongs to the log (the interaction level r_a of GFlowGR, arXiv 2506.16114). Reads the column
+    `target`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("ground_truth")
+
+    def score_items(self, batch: Mapping[str, Any]) -> Tensor:
+        catalog = self._bound_catalog()
+        index = catalog.index_of(column(batch, "target", self.__name__))
+        return torch.zeros(len(index), len(catalog), device=index.device).scatter_(1, index[:, None], 1.0)
+
+    def score_leaves(self, batch: Mapping[str, Any], leaves: Tensor) -> Tensor:
+        target = self._bound_catalog().leaf_of(column(batch, "target", self.__name__)).to(leaves.device)
+        return (leaves == target[:, None]).float()

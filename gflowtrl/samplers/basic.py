@@ -1,0 +1,124 @@
+"""The samplers with one source each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gflowtrl.rewards import CollaborativeReward
+
+from .base import Sampler, TrajectoryBatch, draw_leaves
+
+
+if TYPE_CHECKING:
+    from gflowtrl.catalog import Item
+    from gflowtrl.teachers import Teacher
+
+
+def _one_source(leaves: Tensor, log_q: Tensor | None) -> TrajectoryBatch:
+    return TrajectoryBatch(leaves, torch.zeros_like(leaves), log_q)
+
+
+class GroundTruthSampler(Sampler):
+    """The logged target, K times (in a mixture usually once); `log_q` is 0. Reads `target_leaf`, or `target`."""
+
+    source_names = ("ground_truth",)
+
+    def sample(self, batch: Mapping[str, Any], policy: Any, num_generations: int, noise: Any) -> TrajectoryBatch:
+        if "target_leaf" not in batch and "target" not in batch:
+            raise ValueError(
+                "GroundTruthSampler needs the dataset column 'target'; choose another sampler without it."
+            )
+        target = batch["target_leaf"] if "target_leaf" in batch else policy.catalog.leaf_of(batch["target"])
+        leaves = target.to(_device(batch))[:, None].repeat(1, num_generations)
+        return _one_source(leaves, torch.zeros(leaves.shape, device=leaves.device))
+
+
+class OnPolicySampler(Sampler):
+    """The policy in training, tempered and mixed with the uniform choice of a child.
+
+    Args:
+        temperature: > 0; above 1 explores.
+        epsilon: probability, at every step, of a child drawn uniformly.
+    """
+
+    source_names = ("on_policy",)
+
+    def __init__(self, temperature: float = 1.0, epsilon: float = 0.0):
+        if not temperature > 0:
+            raise ValueError(f"The temperature of OnPolicySampler must be > 0, got {temperature}.")
+        if not 0 <= epsilon <= 1:
+            raise ValueError(f"epsilon is a probability in [0, 1], got {epsilon}.")
+        self.temperature, self.epsilon = temperature, epsilon
+
+    def sample(self, batch: Mapping[str, Any], policy: Any, num_generations: int, noise: Any) -> TrajectoryBatch:
+        leaves, log_q = policy.sample(
+            batch["prompts"], num_generations, noise, temperature=self.temperature, epsilon=self.epsilon
+        )
+        return _one_source(leaves, log_q)
+
+
+class CollaborativeSampler(Sampler):
+    """Items in proportion to `softmax(teacher's score / temperature)`, with replacement. Reads the column `history`.
+
+    Args:
+        teacher: a `gflowtrl.teachers.Teacher`, or any callable `histories -> (B, items)` in the catalogue's order.
+        temperature: > 0; a high one draws from all items, a low one from the teacher's favourites.
+    """
+
+    source_names = ("collaborative",)
+
+    def __init__(self, teacher: Teacher | Callable[[list[list[Item]]], Tensor], temperature: float = 1.0):
+        self.distribution = CollaborativeReward(teacher, temperature)
+
+    def sample(self, batch: Mapping[str, Any], policy: Any, num_generations: int, noise: Any) -> TrajectoryBatch:
+        with torch.no_grad():
+            items = self.distribution.bind(policy.catalog).score_items(batch)
+            leaves = policy.catalog.fold_items(items.to(_device(batch)))
+        return _one_source(*draw_leaves(leaves, noise.uniform("collaborative", num_generations)))
+
+
+class UniformSampler(Sampler):
+    """All leaves alike."""
+
+    source_names = ("uniform",)
+
+    def sample(self, batch: Mapping[str, Any], policy: Any, num_generations: int, noise: Any) -> TrajectoryBatch:
+        size = policy.catalog.tree.num_leaves
+        uniforms = noise.uniform("uniform", num_generations).to(_device(batch))
+        leaves = (uniforms * size).long().clamp(max=size - 1)
+        return _one_source(leaves, torch.full(leaves.shape, -math.log(size), device=leaves.device))
+
+
+class RewardSampler(Sampler):
+    """The target distribution itself, R / Z: the best source there is where all leaf rewards are known.
+
+    Reads `leaf_log_rewards (B, N)`, which the trainer puts into the batch when every reward scores all items.
+
+    Args:
+        temperature: > 0; draws in proportion to R ** (1 / temperature).
+    """
+
+    source_names = ("reward",)
+
+    def __init__(self, temperature: float = 1.0):
+        if not temperature > 0:
+            raise ValueError(f"The temperature of RewardSampler must be > 0, got {temperature}.")
+        self.temperature = temperature
+
+    def sample(self, batch: Mapping[str, Any], policy: Any, num_generations: int, noise: Any) -> TrajectoryBatch:
+        if batch.get("leaf_log_rewards") is None:
+            raise ValueError(
+                "RewardSampler needs the rewards of all leaves, but not every reward can score all items. Give the "
+                "rewards a method score_items, or choose another sampler."
+            )
+        probabilities = torch.softmax(batch["leaf_log_rewards"] / self.temperature, 1)
+        return _one_source(*draw_leaves(probabilities, noise.uniform("reward", num_generations)))
+
+
+def _device(batch: Mapping[str, Any]) -> torch.device:
+    return batch["prompts"]["input_ids"].device

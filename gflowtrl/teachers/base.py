@@ -1,0 +1,240 @@
+"""What a teacher is, and what all teachers share: item lookup, saving, loading, memoised scoring."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+Item = int | str
+History = Sequence[Item]
+
+CONFIG_FILE = "teacher.json"
+TENSOR_FILE = "teacher.safetensors"
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """A model that scores the whole catalogue for a history.
+
+    `items` fixes the order of the score columns; `score(histories)` returns a float tensor `(B, len(items))`, higher
+    is better. Built-in teachers return *logits*: `softmax(score)` is their distribution over the next item.
+    """
+
+    items: list[Item]
+
+    def score(self, histories: Sequence[History]) -> Tensor: ...
+
+
+class TeacherModule(nn.Module):
+    """Base class of the built-in teachers: a module whose state is its buffers and parameters.
+
+    A subclass takes `items` first and the entries of `config` as keyword arguments, and implements `score`. That is
+    all that saving and loading need.
+
+    Args:
+        items: the catalogue, without duplicates, in the order of the score columns.
+        **config: the JSON-able keyword arguments that rebuild the (untrained) teacher.
+    """
+
+    classes: ClassVar[dict[str, type["TeacherModule"]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        TeacherModule.classes[cls.__name__] = cls
+
+    def __init__(self, items: Sequence[Item], **config: Any) -> None:
+        super().__init__()
+        self.items = list(items)
+        self.config = config
+        self._index = {item: index for index, item in enumerate(self.items)}
+        if len(self._index) != len(self.items):
+            raise ValueError("The items given to a teacher contain duplicates; give every item once.")
+
+    def score(self, histories: Sequence[History]) -> Tensor:
+        """Scores all items: `B` histories (oldest item first) to a float tensor `(B, len(items))`."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        return next((tensor.device for tensor in (*self.parameters(), *self.buffers())), torch.device("cpu"))
+
+    def encode(self, histories: Iterable[History]) -> list[list[int]]:
+        """Histories of items to histories of column indices; an unknown item is an error that names it."""
+        encoded = []
+        for row, history in enumerate(histories):
+            try:
+                encoded.append([self._index[item] for item in history])
+            except KeyError as error:
+                raise ValueError(
+                    f"Item {error.args[0]!r} in history {row} is unknown to the {type(self).__name__} teacher; "
+                    "fit the teacher with the whole catalogue as its `items`."
+                ) from None
+        return encoded
+
+    def description(self) -> dict[str, Any]:
+        return {"class": type(self).__name__, "config": self.config}
+
+    @classmethod
+    def from_config(cls, items: Sequence[Item], config: Mapping[str, Any]) -> "TeacherModule":
+        """The untrained teacher of the `"config"` entry of a `description`."""
+        return cls(items, **config)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes `teacher.safetensors` and `teacher.json`, each atomically, the latter last."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        description = json.dumps({**self.description(), "items": self.items}, ensure_ascii=False)
+        _write_atomically(directory / TENSOR_FILE, lambda path: save_file(tensors, path))
+        _write_atomically(directory / CONFIG_FILE, lambda path: path.write_text(description, encoding="utf-8"))
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "TeacherModule":
+        """Loads what `save_pretrained` wrote; called on the base class, it loads any kind of teacher."""
+        path = Path(directory) / CONFIG_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no saved teacher in {directory}: {CONFIG_FILE} is missing.")
+        description = json.loads(path.read_text(encoding="utf-8"))
+        teacher = build_teacher(description, description["items"])
+        if not isinstance(teacher, cls):
+            raise TypeError(f"{directory} holds a {type(teacher).__name__} teacher, not a {cls.__name__}.")
+        teacher.load_state_dict(load_file(path.with_name(TENSOR_FILE)))
+        return teacher.eval()
+
+
+def build_teacher(description: Mapping[str, Any], items: Sequence[Item]) -> TeacherModule:
+    """The untrained teacher of a `description()`."""
+    name = description["class"]
+    if name not in TeacherModule.classes:
+        known = ", ".join(sorted(TeacherModule.classes))
+        raise ValueError(f"Unknown teacher class {name!r}; known are {known}. Import the module that defines it.")
+    return TeacherModule.classes[name].from_config(items, description["config"])
+
+
+def load_teacher(directory: str | Path) -> TeacherModule:
+    """Loads a teacher of any built-in kind from the folder that its `save_pretrained` wrote."""
+    return TeacherModule.from_pretrained(directory)
+
+
+def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class CallableTeacher:
+    """Any function `histories -> (B, len(items))` (tensor, array or nested lists) as a teacher."""
+
+    def __init__(self, function: Callable[[Sequence[History]], Any], items: Sequence[Item]) -> None:
+        self.items = list(items)
+        self.function = function
+
+    def score(self, histories: Sequence[History]) -> Tensor:
+        scores = torch.as_tensor(self.function(histories), dtype=torch.float32)
+        expected = (len(histories), len(self.items))
+        if tuple(scores.shape) != expected:
+            raise ValueError(
+                f"The teacher function returned scores of shape {tuple(scores.shape)}, but {expected} is needed: one "
+                "row a history, one column an item of the catalogue."
+            )
+        return scores
+
+
+class ReorderedTeacher:
+    """A teacher whose columns are brought into the order of other `items` (all of which it must know)."""
+
+    def __init__(self, teacher: Teacher, items: Sequence[Item]) -> None:
+        self.items = list(items)
+        self.teacher = teacher
+        index = {item: column for column, item in enumerate(teacher.items)}
+        missing = [item for item in self.items if item not in index]
+        if missing:
+            raise ValueError(
+                f"The teacher does not know {len(missing)} items of the catalogue, for example {missing[0]!r}; fit "
+                "it with the whole catalogue as its `items`."
+            )
+        self.columns = torch.tensor([index[item] for item in self.items])
+
+    def score(self, histories: Sequence[History]) -> Tensor:
+        return self.combine(lambda teacher: teacher.score(histories))
+
+    def combine(self, score: Callable[[Teacher], Tensor]) -> Tensor:
+        scores = score(self.teacher)
+        return scores[:, self.columns.to(scores.device)]
+
+
+def as_teacher(teacher: Teacher | Callable[[Sequence[History]], Any], items: Sequence[Item]) -> Teacher:
+    """Makes a teacher over exactly `items`, in that order (usually `catalog.items`), of a teacher or a callable.
+
+    A teacher that has these items already is returned as it is; one with another order, or with more items, is
+    reordered; a plain callable `histories -> (B, len(items))` is wrapped.
+    """
+    if isinstance(teacher, Teacher):
+        return teacher if teacher.items == list(items) else ReorderedTeacher(teacher, items)
+    if callable(teacher):
+        return CallableTeacher(teacher, items)
+    raise TypeError(
+        f"A teacher needs `items` and `score(histories)`, or must be a callable; {type(teacher).__name__} is neither."
+    )
+
+
+def teacher_scores(teacher: Teacher, batch: Mapping[str, Any]) -> Tensor:
+    """`teacher.score(batch["history"])`, computed once a batch: `(B, len(teacher.items))`.
+
+    Rewards and samplers that share a teacher share its scores through the memo `batch["cache"]`, even where the
+    teacher is reordered or part of a mixture. Without a cache the scores are simply computed.
+    """
+
+    def compute(part: Teacher) -> Tensor:
+        if hasattr(part, "combine"):
+            return part.combine(lookup)
+        with torch.no_grad():
+            return part.score(batch["history"])
+
+    def lookup(part: Teacher) -> Tensor:
+        cache = batch.get("cache")
+        if cache is None:
+            return compute(part)
+        key = ("teacher_scores", id(part))
+        if key not in cache:
+            cache[key] = (part, compute(part))  # the teacher is kept with its scores, so that its id stays its own
+        return cache[key][1]
+
+    return lookup(teacher)
+
+
+@torch.no_grad()
+def top_items(
+    teacher: Teacher,
+    histories: Sequence[History],
+    k: int,
+    *,
+    max_history_items: int | None = 20,
+    exclude_seen: bool = False,
+    batch_size: int = 512,
+) -> Tensor:
+    """The `k` best items of each history: item *indices* (columns of the teacher), LongTensor `(U, k)`, best first.
+
+    Histories are cut to their last `max_history_items`. `exclude_seen` drops the items of the cut history; it is meant
+    for applications, never for a benchmark table.
+    """
+    index = {item: column for column, item in enumerate(teacher.items)} if exclude_seen else {}
+    k, lists = min(k, len(teacher.items)), []
+    cut = [list(history)[-max_history_items:] if max_history_items else list(history) for history in histories]
+    for start in range(0, len(cut), batch_size):
+        batch = cut[start : start + batch_size]
+        scores = teacher.score(batch)
+        if exclude_seen:
+            seen = [(row, index[item]) for row, history in enumerate(batch) for item in history]
+            scores = scores.index_put(tuple(torch.tensor(seen, device=scores.device).T), scores.new_tensor(-torch.inf))
+        lists.append(scores.topk(k).indices.cpu())
+    return torch.cat(lists) if lists else torch.empty(0, k, dtype=torch.long)

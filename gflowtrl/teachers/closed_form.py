@@ -1,0 +1,93 @@
+"""Teachers without gradient training: EASE and popularity."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import History, Item, TeacherModule
+
+
+class EASE(TeacherModule):
+    """Embarrassingly shallow autoencoder (Steck, WWW 2019): a linear item-item model in closed form.
+
+    Scores are the sum of the weights of the distinct items of the history, order ignored, divided by `temperature`,
+    which turns them into logits (see `fit`) and leaves the ranking alone. Its recommendations are weaker but far
+    broader than SASRec's. Time and memory grow with items cubed and squared: meant for up to about 30,000 items.
+
+    Args:
+        items: the catalogue, in the order of the score columns.
+        temperature: what the scores are divided by.
+    """
+
+    temperature_grid = tuple(2.0**-power for power in range(11))
+
+    def __init__(self, items: Sequence[Item], temperature: float = 1.0) -> None:
+        super().__init__(items, temperature=temperature)
+        self.register_buffer("weights", torch.zeros(len(self.items), len(self.items)))
+
+    @torch.no_grad()
+    def score(self, histories: Sequence[History]) -> Tensor:
+        rows = [sorted(set(row)) for row in self.encode(histories)]
+        flat = torch.tensor([index for row in rows for index in row], dtype=torch.long, device=self.device)
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.long, device=self.device)
+        return (
+            F.embedding_bag(flat, self.weights, lengths.cumsum(0) - lengths, mode="sum") / self.config["temperature"]
+        )
+
+    @classmethod
+    @torch.no_grad()
+    def fit(
+        cls,
+        train_sequences: Iterable[History],
+        items: Sequence[Item],
+        validation: Iterable[Mapping[str, Any]] | None = None,
+        *,
+        regularization: float = 100.0,
+    ) -> "EASE":
+        """Fits the weights; with `validation` rows (`"history"`, `"target"`) also the temperature.
+
+        The temperature is the one of `temperature_grid` that gives the targets the highest mean log-softmax.
+        """
+        teacher = cls(items)
+        gram = torch.zeros(len(teacher.items), len(teacher.items))
+        for row in teacher.encode(train_sequences):
+            index = torch.tensor(row, dtype=torch.long).unique()
+            gram[index[:, None], index] += 1
+        gram.diagonal().add_(regularization)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+        weights = inverse / -inverse.diagonal()
+        weights.fill_diagonal_(0.0)
+        teacher.weights.copy_(weights)
+        if rows := list(validation or []):
+            teacher.config["temperature"] = teacher._best_temperature(rows)
+        return teacher
+
+    def _best_temperature(self, rows: Sequence[Mapping[str, Any]], batch_size: int = 512) -> float:
+        grid, total = self.temperature_grid, torch.zeros(len(self.temperature_grid))
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            scores = self.score([row["history"] for row in batch])
+            targets = torch.tensor(self.encode([[row["target"]] for row in batch])).flatten()
+            total += torch.stack([-F.cross_entropy(scores / value, targets, reduction="sum") for value in grid])
+        return grid[int(total.argmax())]
+
+
+class Popularity(TeacherModule):
+    """The same scores for everybody: log(training count + 1), so that their softmax is smoothed popularity."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        super().__init__(items)
+        self.register_buffer("counts", torch.zeros(len(self.items)))
+
+    def score(self, histories: Sequence[History]) -> Tensor:
+        return self.counts.log1p().expand(len(histories), -1)
+
+    @classmethod
+    def fit(cls, train_sequences: Iterable[History], items: Sequence[Item]) -> "Popularity":
+        teacher = cls(items)
+        flat = torch.tensor([index for row in teacher.encode(train_sequences) for index in row], dtype=torch.long)
+        teacher.counts.copy_(torch.bincount(flat, minlength=len(teacher.items)))
+        return teacher

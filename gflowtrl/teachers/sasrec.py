@@ -1,0 +1,177 @@
+"""SASRec with full-softmax cross entropy."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .base import History, Item, TeacherModule
+
+
+class Block(nn.Module):
+    """A causal transformer layer, normalised first."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, nn.Dropout(dropout)
+        self.attention_norm, self.feed_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention_in, self.attention_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.feed = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        batch, length, width = hidden.shape
+        heads = self.attention_in(self.attention_norm(hidden)).view(batch, length, 3, self.heads, -1)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        hidden = hidden + self.dropout(self.attention_out(mixed.transpose(1, 2).reshape(batch, length, width)))
+        return hidden + self.dropout(self.feed(self.feed_norm(hidden)))
+
+
+class SASRec(TeacherModule):
+    """Self-attentive sequential recommendation (Kang and McAuley, ICDM 2018), trained with the full softmax.
+
+    Item embeddings (tied to the output layer) plus learned positions, a causal transformer, and cross entropy over
+    *all* items at every position; with sampled negatives, as in the original, it is far weaker. Build one with `fit`.
+
+    Args:
+        items: the catalogue, in the order of the score columns.
+        max_history_items: longest history that is read; longer ones are cut to their last items.
+        width, layers, heads, dropout: shape of the transformer.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        max_history_items: int = 20,
+        width: int = 64,
+        layers: int = 2,
+        heads: int = 2,
+        dropout: float = 0.4,
+    ) -> None:
+        super().__init__(
+            items, max_history_items=max_history_items, width=width, layers=layers, heads=heads, dropout=dropout
+        )
+        self.max_history_items = max_history_items
+        self.item_embedding = nn.Embedding(len(self.items), width)
+        self.position_embedding = nn.Embedding(max_history_items, width)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.Sequential(*(Block(width, heads, dropout) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        for embedding in (self.item_embedding, self.position_embedding):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Item indices `(B, T)` to hidden states `(B, T, width)`; state t has read the items up to t."""
+        positions = self.position_embedding.weight[: indices.shape[1]]
+        return self.norm(self.blocks(self.dropout(self.item_embedding(indices) + positions)))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden @ self.item_embedding.weight.T
+
+    @torch.no_grad()
+    def score(self, histories: Sequence[History]) -> Tensor:
+        """Next-item logits `(B, len(items))`. An empty history is an error."""
+        rows = [row[-self.max_history_items :] for row in self.encode(histories)]
+        if empty := [row for row, history in enumerate(rows) if not history]:
+            raise ValueError(f"History {empty[0]} is empty; SASRec needs at least one item to start from.")
+        lengths = torch.tensor([len(row) for row in rows])
+        # Padding stands at the right, where a causal model never looks at it.
+        padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(self.device)
+        hidden = self.eval()(padded)
+        return self.logits(hidden[torch.arange(len(rows)), lengths - 1])
+
+    @classmethod
+    def fit(
+        cls,
+        train_sequences: Iterable[History],
+        items: Sequence[Item],
+        validation: Iterable[Mapping[str, Any]] | None = None,
+        *,
+        epochs: int = 60,
+        patience: int = 8,
+        batch_size: int = 128,
+        learning_rate: float = 1e-3,
+        seed: int = 42,
+        device: str | torch.device = "cpu",
+        progress: bool = True,
+        **config: Any,
+    ) -> "SASRec":
+        """Trains on the sequences; keeps the epoch with the best NDCG@10 on `validation`.
+
+        Args:
+            train_sequences: one chronological list of items a user.
+            items: the whole catalogue.
+            validation: rows with `"history"` and `"target"`; without them all epochs are run and the last is kept.
+            patience: stop after so many epochs without a better validation NDCG@10.
+            batch_size: sequences a step.
+            seed: fixes initialisation, order and dropout; the global random state is left as it was.
+            **config: `max_history_items`, `width`, `layers`, `heads`, `dropout`.
+        """
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            teacher = cls(items, **config).to(device)
+            windows = teacher._windows(train_sequences)
+            rows = list(validation or [])
+            optimizer = torch.optim.Adam(teacher.parameters(), lr=learning_rate)
+            best, best_state, stale = -1.0, None, 0
+            bar = tqdm(range(epochs), desc="SASRec", unit="epoch", disable=not progress)
+            for _ in bar:
+                loss = teacher._train_epoch(windows, optimizer, batch_size)
+                if not rows:
+                    bar.set_postfix(loss=f"{loss:.3f}")
+                    continue
+                value = teacher._ndcg(rows)
+                if value > best:
+                    best, best_state, stale = value, copy.deepcopy(teacher.state_dict()), 0
+                else:
+                    stale += 1
+                bar.set_postfix(loss=f"{loss:.3f}", validation_ndcg=f"{value:.4f}", best=f"{best:.4f}")
+                if stale >= patience:
+                    break
+        if best_state is not None:
+            teacher.load_state_dict(best_state)
+        return teacher.eval()
+
+    def _windows(self, sequences: Iterable[History]) -> list[Tensor]:
+        """Training windows grouped by length: tensors (number, T + 1), so that no batch holds padding.
+
+        A long sequence is cut from its end; every item but a user's first is the target of exactly one window.
+        """
+        groups: dict[int, list[list[int]]] = defaultdict(list)
+        for sequence in self.encode(sequences):
+            for end in range(len(sequence), 1, -self.max_history_items):
+                window = sequence[max(0, end - self.max_history_items - 1) : end]
+                groups[len(window)].append(window)
+        if not groups:
+            raise ValueError("SASRec needs at least one training sequence of two or more items.")
+        return [torch.tensor(groups[length], device=self.device) for length in sorted(groups)]
+
+    def _train_epoch(self, windows: list[Tensor], optimizer: torch.optim.Optimizer, batch_size: int) -> float:
+        self.train()
+        batches = [part for group in windows for part in group[torch.randperm(len(group))].split(batch_size)]
+        total, count = 0.0, 0
+        for index in torch.randperm(len(batches)).tolist():
+            inputs, targets = batches[index][:, :-1], batches[index][:, 1:].flatten()
+            loss = F.cross_entropy(self.logits(self(inputs)).flatten(0, 1), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total, count = total + loss.item() * len(targets), count + len(targets)
+        return total / count
+
+    def _ndcg(self, rows: Sequence[Mapping[str, Any]], k: int = 10, batch_size: int = 512) -> float:
+        total = 0.0
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            scores = self.score([row["history"] for row in batch])
+            targets = torch.tensor(self.encode([[row["target"]] for row in batch]), device=scores.device)
+            rank = 1 + (scores > scores.gather(1, targets)).sum(1)
+            total += torch.where(rank <= k, 1 / torch.log2(rank + 1.0), 0.0).sum().item()
+        return total / len(rows)

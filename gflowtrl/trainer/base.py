@@ -1,0 +1,170 @@
+"""What all trainers share: TRL's base class, averaged metrics, checkpoints that are complete recommenders."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Sampler
+from trl.trainer.base_config import _BaseConfig
+from trl.trainer.base_trainer import _BaseTrainer
+
+from gflowtrl.catalog import ItemCatalog
+from gflowtrl.data import PromptEncoder
+from gflowtrl.policy.heads import load_heads, split_heads
+
+from .evaluation import RankingEvaluationMixin, history_lengths
+from .model_card import write_model_card
+
+
+HEADS_FILE = "flow_heads.safetensors"
+RECOMMENDER_FILE = "recommender_config.json"
+
+
+@dataclass
+class BaseConfig(_BaseConfig):
+    """Defaults of all gflowtrl trainers: TRL's, but right for small models and for machines without bf16."""
+
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Trade compute for memory; off unless asked for, unlike in TRL."}
+    )
+    bf16: bool | None = field(
+        default=None, metadata={"help": "bfloat16 mixed precision; by default where the device has it."}
+    )
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "Where metrics are reported to."})
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            on_gpu = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = not self.fp16 and on_gpu and torch.cuda.is_bf16_supported()
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False  # pinning without a device only warns
+        super().__post_init__()
+
+
+class BaseTrainer(RankingEvaluationMixin, _BaseTrainer):
+    """TRL's base trainer (the one of SFTTrainer and DPOTrainer) without telemetry, for recommenders."""
+
+    loss_is_scaled_for_ga = False  # our losses are means over a micro-batch; the Trainer divides by the accumulation
+    _catalog: ItemCatalog
+    _encoder: PromptEncoder
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent anywhere."""
+
+    # ------------------------------------------------------------------------------------------------------- metrics
+    def record(self, metrics: dict[str, Tensor | float]) -> None:
+        """Add to the running means that the next log line reports; NaN is left out. Tensors stay on their device."""
+        sums = self.__dict__.setdefault("_metric_sums", defaultdict(lambda: [0.0, 0.0]))
+        for name, value in metrics.items():
+            value = torch.as_tensor(value, dtype=torch.float32).detach()
+            valid = torch.isfinite(value)
+            sums[name][0] = sums[name][0] + torch.where(valid, value, 0.0)
+            sums[name][1] = sums[name][1] + valid.float()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the mean of what was recorded since the last time, over all processes."""
+        sums = self.__dict__.get("_metric_sums")
+        if sums and "loss" in logs:
+            names = sorted(sums)
+            table = torch.tensor([[float(x) for x in sums[name]] for name in names], device=self.args.device)
+            table = self.accelerator.reduce(table, "sum").tolist()
+            logs = logs | {n: total / count if count else math.nan for n, (total, count) in zip(names, table, strict=True)}
+            sums.clear()
+        super().log(logs, start_time)
+
+    # ------------------------------------------------------------------------------------------------- order of rows
+    def _get_train_sampler(self, train_dataset: Dataset | None = None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        lengths = history_lengths(dataset).clamp(max=self._encoder.max_history_items)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthGroupedEpochSampler(lengths, batch, seed)
+
+    # --------------------------------------------------------------------------------------------------- checkpoints
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Write a complete recommender; flow heads go into a file of their own, so `AutoModel` loads without a word."""
+        output_dir = output_dir or self.args.output_dir
+        state_dict, heads = split_heads(self.model.state_dict() if state_dict is None else state_dict)
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        if heads:
+            save_file({name: value.contiguous().cpu() for name, value in heads.items()}, Path(output_dir, HEADS_FILE))
+        self._catalog.save_pretrained(output_dir)
+        description = {"max_history_items": self._encoder.max_history_items, "prompt_format": "plain"}
+        Path(output_dir, RECOMMENDER_FILE).write_text(json.dumps(description, indent=2))
+        write_model_card(self, output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_heads(resume_from_checkpoint, self.model if model is None else model)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_heads(self.state.best_model_checkpoint, self.model)
+
+    @staticmethod
+    def _load_heads(directory: str, model) -> None:
+        file = Path(directory, HEADS_FILE)
+        if file.is_file():
+            load_heads(model, load_file(file))
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """The heads are not in the model's own file: not a thing to warn of."""
+        for name in list(split_heads(dict.fromkeys(load_result.missing_keys))[1]):
+            load_result.missing_keys.remove(name)
+        super()._issue_warnings_after_load(load_result)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+        """Write `README.md` into the output folder (called by `push_to_hub`)."""
+        if self.is_world_process_zero():
+            os.makedirs(self.args.output_dir, exist_ok=True)
+            write_model_card(self, self.args.output_dir)
+
+
+class LengthGroupedEpochSampler(Sampler[int]):
+    """Rows in random order, rows of like length together, as a function of (seed, epoch).
+
+    transformers' own length grouping draws from the global generator, whose state at the beginning of an epoch is lost
+    when a run is interrupted; this one repeats the epoch's order.
+
+    Args:
+        lengths: `(rows,)`.
+        batch_size: rows of one step over all processes.
+        seed: any integer.
+        spread: batches among which rows are sorted; more means less padding and less randomness.
+    """
+
+    def __init__(self, lengths: Tensor, batch_size: int, seed: int, spread: int = 50):
+        self.lengths, self.batch_size, self.seed, self.spread, self.epoch = lengths, batch_size, seed, spread, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator)
+        batches = []
+        for pool in order.split(self.batch_size * self.spread):
+            pool = pool[torch.argsort(self.lengths[pool], descending=True, stable=True)]
+            batches += pool.split(self.batch_size)
+        # Only the very last batch may be short, or batches would no longer be of like length.
+        short = [batch for batch in batches if len(batch) < self.batch_size]
+        full = [batch for batch in batches if len(batch) == self.batch_size]
+        shuffled = [full[i] for i in torch.randperm(len(full), generator=generator)]
+        for batch in shuffled + short:
+            yield from batch.tolist()

@@ -1,0 +1,61 @@
+"""What is checked before any training time is spent."""
+
+from __future__ import annotations
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gflowtrl.catalog import ItemCatalog
+
+
+REQUIRED_COLUMNS = ("row_id", "history", "target")
+
+
+def check_model(model: PreTrainedModel, catalog: ItemCatalog) -> None:
+    """The model must be a decoder that knows every token of the catalogue."""
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder; this trainer takes causal language models.")
+    known = model.get_input_embeddings().num_embeddings
+    if known < catalog.tree.num_tokens:
+        raise ValueError(
+            f"The catalogue uses token {catalog.tree.num_tokens - 1}, but the model embeds only {known} tokens. Call "
+            f"gflowtrl.data.add_item_tokens(tokenizer, semantic_ids, model), which resizes them."
+        )
+
+
+def check_rows(rows: Dataset | None, catalog: ItemCatalog) -> None:
+    """Rows must have their columns, no empty history, no unknown item, and ids that tell them apart."""
+    if rows is None:
+        return
+    if not isinstance(rows, Dataset):
+        raise TypeError(f"Rows must be a datasets.Dataset with a length and an order, got {type(rows).__name__}.")
+    missing = [column for column in REQUIRED_COLUMNS if column not in rows.column_names]
+    if missing:
+        raise ValueError(
+            f"The dataset has no column {', '.join(missing)} (it has {', '.join(rows.column_names)}). "
+            f"gflowtrl.data.leave_one_out makes such rows."
+        )
+    if not len(rows):
+        raise ValueError("The dataset has no rows.")
+    row_ids = rows["row_id"]
+    if len(set(row_ids)) < len(rows):
+        raise ValueError("Two rows share a row_id; every row needs its own, because its random numbers follow from it.")
+    known = set(catalog.items)
+    for row_id, history, target in zip(row_ids, rows["history"], rows["target"], strict=True):
+        if not history:
+            raise ValueError(f"Row {row_id} has an empty history; leave rows without one out.")
+        if target not in known or not known.issuperset(history):
+            stranger = next(item for item in [target, *history] if item not in known)
+            raise ValueError(
+                f"Row {row_id} holds item {stranger!r}, which is not in the catalogue of {len(catalog)} items. "
+                f"Leave it out of the data or give it a semantic id."
+            )
+
+
+def item_counts_of(rows: Dataset | None, catalog: ItemCatalog) -> Tensor:
+    """How often each item is a training target: `(items,)`; ones without training rows."""
+    if rows is None:
+        return torch.ones(len(catalog), dtype=torch.long)
+    return torch.bincount(catalog.index_of(rows["target"]).cpu(), minlength=len(catalog))

@@ -1,0 +1,109 @@
+"""Evaluation by what counts: the quality and breadth of constrained beam search, independent of any reward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import SequentialSampler
+from tqdm.auto import tqdm
+from transformers import EvalPrediction
+
+from gflowtrl.catalog import ItemCatalog
+from gflowtrl.data import GroupCollator, PromptEncoder
+from gflowtrl.metrics import summarise
+from gflowtrl.policy import CausalTreePolicy
+
+# Of all that `metrics.summarise` knows, what a training log can hold and stay readable.
+LOGGED_METRICS = ("recall", "ndcg", "coverage", "entropy", "gini", "long_tail")
+
+
+class RankingEvaluationMixin:
+    """Gives any `transformers.Trainer` (TRL's SFTTrainer too) ranking and breadth metrics from constrained beam search.
+
+    Call `set_up_ranking` after the constructor. `evaluate()` then takes rows `{"row_id", "history", "target", ...}` and
+    returns `eval_recall@10`, `eval_ndcg@10`, `eval_coverage@10`, ... through the Trainer's own evaluation loop, so that
+    `metric_for_best_model="eval_ndcg@10"`, early stopping and sharded engines work as ever.
+    """
+
+    def set_up_ranking(
+        self,
+        catalog: ItemCatalog,
+        encoder: PromptEncoder,
+        item_counts: Tensor,
+        num_beams: int = 20,
+        ks: Sequence[int] = (5, 10, 20),
+    ) -> None:
+        """Say what to rank and how.
+
+        Args:
+            catalog, encoder: the items, and what makes prompts of histories.
+            item_counts: `(items,)` training interactions, for popularity groups, novelty and the long tail.
+            num_beams: beam width; must reach the largest cut-off.
+            ks: cut-offs of the lists.
+        """
+        self._catalog, self._item_counts = catalog, item_counts
+        self._num_beams, self._ks = num_beams, tuple(ks)
+        self._ranking_collator = GroupCollator(encoder)
+        self.compute_metrics = self._ranking_metrics
+        self.args.remove_unused_columns = False  # histories and targets are no argument of the model's forward
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None):
+        """The evaluation rows, longest histories first (less padding, and memory runs out at once or never)."""
+        if not isinstance(eval_dataset, Dataset):
+            eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
+        own, self.data_collator = self.data_collator, self._ranking_collator
+        try:
+            return super().get_eval_dataloader(by_length(eval_dataset)[0])
+        finally:
+            self.data_collator = own
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> SequentialSampler:
+        return SequentialSampler(eval_dataset)  # sorted already
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Ranked leaves `(B, beams)` as predictions, target leaves `(B,)` as labels; there is no loss."""
+        inputs = self._prepare_inputs(inputs)
+        leaves, _ = CausalTreePolicy(model, self._catalog).beam_search(inputs["prompts"], self._num_beams)
+        return None, leaves, self._catalog.leaf_of(inputs["target"]).to(leaves.device)
+
+    def _ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        leaves, targets = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+        metrics = summarise(leaves, targets, self._catalog, self._item_counts, self._ks).metrics
+        return {name: value for name, value in metrics.items() if name.split("@")[0] in LOGGED_METRICS}
+
+
+def by_length(rows: Dataset) -> tuple[Dataset, Tensor]:
+    """Rows sorted by falling history length, and the order: `rows[order[i]]` is row i of the result."""
+    order = torch.argsort(history_lengths(rows), descending=True, stable=True)
+    return rows.select(order.tolist()), order
+
+
+def history_lengths(rows: Dataset) -> Tensor:
+    """Number of items of each row's history: `(rows,)`."""
+    return torch.tensor([len(history) for history in rows["history"]])
+
+
+def rank_rows(
+    policy: CausalTreePolicy,
+    encoder: PromptEncoder,
+    rows: Dataset,
+    num_beams: int = 20,
+    batch_size: int = 256,
+    progress: bool = True,
+) -> Tensor:
+    """Constrained beam search for every row, in one process.
+
+    Returns:
+        `(rows, num_beams)` leaves in the order of `rows`, best first, -1 where the catalogue has fewer leaves.
+    """
+    device = next(policy.model.parameters()).device
+    ordered, order = by_length(rows)
+    histories = ordered["history"]
+    ranked = torch.empty(len(rows), num_beams, dtype=torch.long)
+    for start in tqdm(range(0, len(rows), batch_size), desc="Ranking", disable=not progress):
+        prompts = {k: v.to(device) for k, v in encoder(histories[start : start + batch_size]).items()}
+        ranked[order[start : start + batch_size]] = policy.beam_search(prompts, num_beams)[0].cpu()
+    return ranked

@@ -1,0 +1,201 @@
+"""Configuration of `GFlowNetTrainer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from gflowtrl.losses import get_loss
+
+from .base import BaseConfig
+
+
+def _listed(value: Any) -> list:
+    """A YAML or command line value as a list: `vargrad`, `[vargrad, sft]` and `vargrad,sft` all work."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+@dataclass
+class GFlowNetConfig(BaseConfig):
+    r"""
+    Configuration of [`GFlowNetTrainer`], beside everything in `transformers.TrainingArguments`.
+
+    `per_device_train_batch_size` counts **prompts**; each brings `num_generations` trajectories, which are never split
+    across processes.
+
+    Parameters:
+        > Parameters that control trajectories
+
+        num_generations (`int`, *optional*, defaults to `8`):
+            K, trajectories a prompt, the observed target included (N in GFlowGR, arXiv 2506.16114).
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Divides the logits while trajectories are drawn on policy. It changes what is explored, not the target.
+        epsilon (`float`, *optional*, defaults to `0.0`):
+            Probability of a uniform child at each step of an on-policy draw.
+
+        > Parameters that control the loss
+
+        loss_type (`str` or `list[str]`, *optional*, defaults to `["vargrad"]`):
+            One or more of `vargrad`, `trajectory_balance`, `exact_flow`, `sft`. GFlowGR's full loss is
+            `["sft", "trajectory_balance"]` with `loss_weights=[1.0, lambda]`.
+        loss_weights (`list[float]`, *optional*):
+            A weight for each of `loss_type`; 1 each by default.
+        loss_reduction (`str`, *optional*, defaults to `"mean"`):
+            How the trajectories of a prompt are reduced: `"mean"`, or `"sum"` as in the paper. Prompts are averaged.
+        huber_delta (`float`, *optional*):
+            Huber instead of squared residuals, linear beyond this residual. Keeps the fixed point.
+        log_z_learning_rate (`float`, *optional*, defaults to `1e-2`):
+            Learning rate of the log Z head of `trajectory_balance`; 10 to 100 times the policy's works well
+            (Malkin et al., arXiv 2201.13259).
+
+        > Parameters that control the reward
+
+        reward_weights (`list[float]`, *optional*):
+            A weight for each reward function; 1 each by default.
+        reward_transform (`str`, *optional*, defaults to `"power"`):
+            `"power"`: log R = beta * log max(r, floor), r >= 0. `"exp"`: log R = beta * r, any sign.
+        reward_beta (`float`, *optional*, defaults to `1.0`):
+            The exponent or inverse temperature beta. Larger is greedier.
+        reward_floor (`float`, *optional*, defaults to `1e-3`):
+            Least reward under `"power"`, as a share of the prompt's mean reward.
+        leaf_reduction (`str`, *optional*, defaults to `"sum"`):
+            A leaf's reward from the rewards of its items: `"sum"` or `"max"`.
+        max_exact_elements (`int`, *optional*, defaults to `50_000_000`):
+            Largest allowed prompts x leaves of one micro-batch of `exact_flow`, which holds several tables of that size.
+
+        > Parameters that control data and evaluation
+
+        max_history_items (`int`, *optional*, defaults to `20`):
+            Items of the history that a prompt holds, the last ones.
+        eval_num_beams (`int`, *optional*, defaults to `20`):
+            Width of the constrained beam search of `evaluate()`.
+        eval_ks (`list[int]`, *optional*, defaults to `[5, 10, 20]`):
+            Cut-offs of the evaluation's lists.
+        log_completions (`bool`, *optional*, defaults to `False`):
+            Print a group of trajectories with its rewards at every logging step.
+        model_init_kwargs (`dict` or `str`, *optional*):
+            Keyword arguments of `from_pretrained` where the model is given by name.
+
+        > Other defaults than `TrainingArguments`: learning rate 5e-4, gradient checkpointing off, bf16 only on a device
+        > that has it, `train_sampling_strategy="group_by_length"`, `remove_unused_columns=False`.
+    """
+
+    # Parameters that control trajectories
+    num_generations: int = field(default=8, metadata={"help": "Trajectories per prompt (K), the target included."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of on-policy draws."})
+    epsilon: float = field(default=0.0, metadata={"help": "Probability of a uniform step in on-policy draws."})
+
+    # Parameters that control the loss
+    loss_type: list[str] = field(
+        default_factory=lambda: ["vargrad"],
+        metadata={"help": "Losses: vargrad, trajectory_balance, exact_flow, sft; one or more."},
+    )
+    loss_weights: list[float] | None = field(default=None, metadata={"help": "A weight for each of `loss_type`."})
+    loss_reduction: str = field(
+        default="mean",
+        metadata={"help": "Reduction over a prompt's trajectories.", "choices": ["mean", "sum"]},
+    )
+    huber_delta: float | None = field(default=None, metadata={"help": "Huber residuals with this delta."})
+    log_z_learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of the log Z head."})
+
+    # Parameters that control the reward
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "A weight for each reward function."})
+    reward_transform: str = field(
+        default="power",
+        metadata={"help": "From combined reward to log R.", "choices": ["power", "exp"]},
+    )
+    reward_beta: float = field(default=1.0, metadata={"help": "Exponent (power) or inverse temperature (exp) of R."})
+    reward_floor: float = field(
+        default=1e-3, metadata={"help": "Least reward under `power`, as a share of the prompt's mean reward."}
+    )
+    leaf_reduction: str = field(
+        default="sum",
+        metadata={"help": "A leaf's reward from its items' rewards.", "choices": ["sum", "max"]},
+    )
+    max_exact_elements: int = field(
+        default=50_000_000, metadata={"help": "Largest prompts x leaves of a micro-batch of exact_flow."}
+    )
+
+    # Parameters that control data and evaluation
+    max_history_items: int = field(default=20, metadata={"help": "Items of the history that a prompt holds."})
+    eval_num_beams: int = field(default=20, metadata={"help": "Beam width of evaluate()."})
+    eval_ks: list[int] = field(default_factory=lambda: [5, 10, 20], metadata={"help": "Cut-offs of evaluate()."})
+    log_completions: bool = field(default=False, metadata={"help": "Print a group of trajectories when logging."})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of from_pretrained where the model is given by name."}
+    )
+
+    # Other defaults than TrainingArguments
+    learning_rate: float = field(default=5e-4, metadata={"help": "The initial learning rate of the policy."})
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "Order of the training rows: histories of like length together, or plain random.",
+            "choices": ["group_by_length", "random", "sequential", "batch_rebalance"],
+        },
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: rewards see all columns."})
+
+    _VALID_DICT_FIELDS = BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs"]
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.loss_type = [str(name) for name in _listed(self.loss_type)]
+        self.eval_ks = [int(k) for k in _listed(self.eval_ks)]
+        for name in ("loss_weights", "reward_weights"):
+            if getattr(self, name) is not None:
+                setattr(self, name, [float(weight) for weight in _listed(getattr(self, name))])
+        self._check_losses()
+        self._check_numbers()
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would drop histories and targets; leave it False.")
+
+    def _check_losses(self) -> None:
+        if not self.loss_type:
+            raise ValueError("loss_type is empty; name at least one loss, for example ['vargrad'].")
+        if self.loss_weights is None:
+            self.loss_weights = [1.0] * len(self.loss_type)
+        if len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(
+                f"loss_weights has {len(self.loss_weights)} entries and loss_type {len(self.loss_type)} "
+                f"({', '.join(self.loss_type)}); give one weight for each loss."
+            )
+        for name in self.loss_type:
+            least = get_loss(name).min_generations
+            if self.num_generations < least:
+                raise ValueError(
+                    f"num_generations is {self.num_generations}, but the loss {name!r} needs at least {least} "
+                    f"trajectories a prompt. Raise num_generations or choose another loss_type."
+                )
+        if self.num_generations < 1:
+            raise ValueError(f"num_generations is {self.num_generations}; at least 1 trajectory a prompt is needed.")
+
+    def _check_numbers(self) -> None:
+        for name, choices in (
+            ("loss_reduction", ("mean", "sum")), ("reward_transform", ("power", "exp")),
+            ("leaf_reduction", ("sum", "max")),
+        ):  # fmt: skip
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(map(repr, choices))}.")
+        for name in ("temperature", "reward_beta", "log_z_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be greater than 0.")
+        if self.huber_delta is not None and not self.huber_delta > 0:
+            raise ValueError(f"huber_delta is {self.huber_delta}; it must be greater than 0, or None for squares.")
+        if not 0 <= self.epsilon <= 1:
+            raise ValueError(f"epsilon is {self.epsilon}; it is a probability and must lie in [0, 1].")
+        if not 0 <= self.reward_floor < 1:
+            raise ValueError(f"reward_floor is {self.reward_floor}; it is a share and must lie in [0, 1).")
+        if not self.eval_ks or min(self.eval_ks) < 1:
+            raise ValueError(f"eval_ks is {self.eval_ks}; give list lengths of at least 1, for example [5, 10].")
+        if self.eval_num_beams < max(self.eval_ks):
+            raise ValueError(
+                f"eval_num_beams is {self.eval_num_beams}, but eval_ks asks for lists of {max(self.eval_ks)}. "
+                f"Raise eval_num_beams or shorten eval_ks."
+            )
+        if self.max_history_items < 1:
+            raise ValueError(f"max_history_items is {self.max_history_items}; a prompt needs at least 1 item.")

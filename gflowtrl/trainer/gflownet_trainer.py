@@ -1,0 +1,327 @@
+"""`GFlowNetTrainer`: draw trajectories, reward them, score them, balance."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+
+from gflowtrl.catalog import ItemCatalog
+from gflowtrl.data import GroupCollator, PromptEncoder
+from gflowtrl.losses import flow_targets, get_loss
+from gflowtrl.policy import CausalTreePolicy, StatelessNoise, StepScores, attach_flow_heads
+from gflowtrl.rewards import RewardFusion, RewardResult
+from gflowtrl.samplers import Sampler, TrajectoryBatch, build_sampler, validate_trajectories
+
+from .base import BaseTrainer
+from .checks import check_model, check_rows, item_counts_of
+from .gflownet_config import GFlowNetConfig
+
+
+@dataclass
+class Group:
+    """What one step knows about its prompts and their trajectories."""
+
+    batch: dict[str, Any]
+    trajectories: TrajectoryBatch
+    scores: StepScores
+    rewards: RewardResult | None = None
+    log_flows: Tensor | None = None  # (B, M), where the reward of every leaf is known
+
+
+class GFlowNetTrainer(BaseTrainer):
+    """Fine-tunes a generative recommender so that it recommends items in proportion to their reward.
+
+    For every prompt K trajectories are drawn by the sampler, rewarded, scored by the policy in one packed forward, and
+    balanced by the losses of `args.loss_type`. Derives from the base class of TRL's SFTTrainer and DPOTrainer, with
+    their argument names; **one difference**: `per_device_train_batch_size` counts prompts, not completions.
+
+    Args:
+        model: a causal language model, or the name or folder of one.
+        reward_funcs: one reward or a list. Any callable with TRL's signature `(prompts, completions, completion_ids,
+            **dataset_columns) -> list[float | None]`, which also gets `items`; or one of `gflowtrl.rewards`. Not needed
+            for `loss_type=["sft"]`.
+        args: the configuration.
+        train_dataset, eval_dataset: rows `{"row_id", "history", "target", ...}` as `gflowtrl.data.leave_one_out` makes
+            them; further columns reach the rewards.
+        processing_class: the tokenizer; by default that of `model`'s folder.
+        catalog: the items; by default that of `model`'s folder.
+        sampler: where trajectories come from: a name (`"on_policy"`, `"reward"`, ...), a mixture
+            `{"ground_truth": 1, "on_policy": 3}`, or a `Sampler`. By default the observed target and K - 1 on policy;
+            under `exact_flow` alone, K from the reward itself.
+        peft_config: a PEFT configuration; adapters are trained instead of the model.
+        item_counts: `(items,)` training interactions in the order of `catalog.items`, for the breadth metrics; counted
+            in the training targets by default.
+        callbacks, optimizers: as in `transformers.Trainer`.
+
+    Example:
+        ```python
+        trainer = GFlowNetTrainer(
+            model="sft_checkpoint",
+            reward_funcs=[GroundTruthReward(), CollaborativeReward(teacher)],
+            args=GFlowNetConfig(output_dir="out", loss_type="vargrad", reward_weights=[0.7, 0.3]),
+            train_dataset=splits.train,
+            eval_dataset=splits.validation,
+            sampler={"ground_truth": 1, "on_policy": 7},
+        )
+        trainer.train()
+        ```
+    """
+
+    _tag_names = ["gflowtrl", "gflownet"]
+    _name = "GFlowNet"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: Callable | Sequence[Callable] | None = None,
+        args: GFlowNetConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        catalog: ItemCatalog | None = None,
+        sampler: str | Mapping | Sampler | Callable | None = None,
+        peft_config: Any = None,
+        item_counts: Tensor | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+    ):
+        args = GFlowNetConfig("gflownet-output") if args is None else args
+        if isinstance(model, str):
+            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
+            catalog = catalog or ItemCatalog.from_pretrained(model)
+            model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+        elif args.model_init_kwargs:
+            raise ValueError("model_init_kwargs was given, but the model is built already; pass its name or folder.")
+        if processing_class is None or catalog is None:
+            raise ValueError("processing_class and catalog are needed where the model is not given by its folder.")
+        check_model(model, catalog)
+        self.losses = [(name, get_loss(name), w) for name, w in zip(args.loss_type, args.loss_weights, strict=True)]
+        self._needs_rewards = any(loss.rewards for _, loss, _ in self.losses)
+        self._exact = any(loss.all_leaf_rewards for _, loss, _ in self.losses)
+        self._set_up_rewards(reward_funcs, args, catalog, processing_class)
+        self._set_up_sampler(sampler, args)
+        for dataset in [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]:
+            check_rows(dataset, catalog)
+        if any(loss.log_z for _, loss, _ in self.losses):
+            attach_flow_heads(model)
+        if peft_config is not None:
+            model = _with_adapters(model, peft_config)
+        self._encoder = PromptEncoder(catalog, processing_class, args.max_history_items)
+        self.noise = StatelessNoise(args.seed)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=GroupCollator(self._encoder),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        counts = item_counts_of(train_dataset, catalog) if item_counts is None else item_counts
+        self.set_up_ranking(catalog, self._encoder, counts, args.eval_num_beams, args.eval_ks)
+        if self.is_world_process_zero():
+            prompts = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            print(
+                f"GFlowNetTrainer: {prompts} prompts a step (per_device_train_batch_size counts prompts), "
+                f"{self.num_generations} trajectories each, loss {' + '.join(args.loss_type)}."
+            )
+
+    def _set_up_rewards(self, reward_funcs, args: GFlowNetConfig, catalog, tokenizer) -> None:
+        self.rewards: RewardFusion | None = None
+        if reward_funcs is not None and reward_funcs != []:
+            self.rewards = RewardFusion(
+                reward_funcs, catalog, tokenizer, args.reward_weights, args.reward_transform, args.reward_beta,
+                args.reward_floor, args.leaf_reduction,
+            )  # fmt: skip
+        if self._needs_rewards and self.rewards is None:
+            raise ValueError(f"loss_type {args.loss_type} needs a reward; give reward_funcs (see gflowtrl.rewards).")
+        if not self._exact:
+            return
+        if not self.rewards.can_score_all:
+            raise ValueError(
+                "exact_flow needs the reward of every leaf, but one of the rewards scores only given completions. "
+                "Give it a method score_items(batch) -> Tensor (B, items), or use loss_type='vargrad'."
+            )
+        table = args.per_device_train_batch_size * catalog.tree.num_leaves
+        if table > args.max_exact_elements:
+            raise ValueError(
+                f"exact_flow would hold tables of {args.per_device_train_batch_size} prompts x "
+                f"{catalog.tree.num_leaves} leaves = {table} numbers; max_exact_elements is {args.max_exact_elements}. "
+                f"Lower per_device_train_batch_size, raise max_exact_elements, or use loss_type='vargrad'."
+            )
+
+    def _set_up_sampler(self, sampler, args: GFlowNetConfig) -> None:
+        self.num_generations = args.num_generations
+        if not self._needs_rewards and sampler is None:
+            sampler, self.num_generations = "ground_truth", 1
+        elif sampler is None and all(loss.all_leaf_rewards or loss.on_target for _, loss, _ in self.losses):
+            sampler = "reward"
+        elif sampler is None:
+            sampler = {"ground_truth": 1, "on_policy": args.num_generations - 1}
+        self.sampler = build_sampler(sampler, temperature=args.temperature, epsilon=args.epsilon)
+
+    # ---------------------------------------------------------------------------------------------------------- step
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Draw, reward, score, balance. Returns the loss, a mean over the micro-batch's prompts."""
+        batch = dict(inputs, cache={})
+        tree = self._catalog.to(batch["row_id"].device).tree
+        batch["target_leaf"] = self._catalog.leaf_of(batch["target"])
+        policy = CausalTreePolicy(model, self._catalog)
+        with self._timed("reward"):
+            if self.rewards is not None and self.rewards.can_score_all:
+                batch["leaf_log_rewards"] = self.rewards.leaf_log_rewards(batch)
+        with self._timed("sample"):
+            trajectories = self._draw(policy, batch)
+        with self._timed("reward"):
+            rewards = log_flows = None
+            if self.rewards is not None:
+                rewards = self.rewards.log_rewards(batch, trajectories.leaves, self.state)
+            if "leaf_log_rewards" in batch and self._exact:
+                log_flows = tree.log_flows(batch["leaf_log_rewards"])
+        with self._timed("score"):
+            target_first, leaves = self._with_targets(batch, trajectories.leaves)
+            scores = policy.score(batch["prompts"], leaves)
+        group = Group(batch, trajectories, _columns(scores, slice(target_first, None)), rewards, log_flows)
+        loss = self._balance(group, _columns(scores, slice(0, 1)))
+        self.record(self._group_metrics(group))
+        if self.args.log_completions:
+            self._last_group = group
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _draw(self, policy: CausalTreePolicy, batch: dict[str, Any]) -> TrajectoryBatch:
+        noise = self.noise.at(self.state.global_step, batch["row_id"])
+        trajectories = self.sampler.sample(batch, policy, self.num_generations, noise)
+        validate_trajectories(
+            trajectories, len(batch["row_id"]), self.num_generations, self._catalog.tree.num_leaves
+        )
+        return trajectories
+
+    def _with_targets(self, batch: dict[str, Any], leaves: Tensor) -> tuple[int, Tensor]:
+        """Put the target before the group where a loss needs it and the group does not begin with it."""
+        if not any(loss.on_target for _, loss, _ in self.losses):
+            return 0, leaves
+        if torch.equal(leaves[:, 0], batch["target_leaf"]):
+            return 0, leaves
+        return 1, torch.cat([batch["target_leaf"][:, None], leaves], 1)
+
+    def _balance(self, group: Group, target: StepScores) -> Tensor:
+        """The weighted sum of the losses; `target` are the scores of the observed target alone."""
+        total = 0.0
+        for name, loss, weight in self.losses:
+            scores = target if loss.on_target else group.scores
+            tensors = {
+                "log_probs": scores.log_probs,
+                "child_log_probs": scores.child_log_probs,
+                "lengths": scores.lengths,
+                "log_z": scores.log_z,
+                "log_rewards": None if group.rewards is None else group.rewards.log_rewards,
+            }
+            if loss.all_leaf_rewards:
+                tensors["child_target_log_probs"] = flow_targets(group.log_flows, scores.child_nodes)
+            per_trajectory = loss(tensors, huber_delta=self.args.huber_delta)
+            reduced = per_trajectory.sum(1) if self.args.loss_reduction == "sum" else per_trajectory.mean(1)
+            value = reduced.mean()
+            self.record({f"loss/{name}": value})
+            total = total + weight * value
+        return total
+
+    # ------------------------------------------------------------------------------------------------------- metrics
+    @torch.no_grad()
+    def _group_metrics(self, group: Group) -> dict[str, Tensor]:
+        scores, leaves, source = group.scores, group.trajectories.leaves, group.trajectories.source
+        log_pi = scores.trajectory_log_probs
+        child = scores.child_log_probs
+        entropy = -(child.exp() * child.masked_fill(child == -torch.inf, 0.0)).sum((-2, -1))
+        ordered = leaves.sort(1).values
+        metrics = {
+            "policy_entropy": entropy.mean(),
+            "unique_items": 1.0 + (ordered[:, 1:] != ordered[:, :-1]).sum(1).float().mean(),
+            "log_pi": log_pi.mean(),
+        }
+        if group.rewards is None:
+            return metrics
+        metrics |= {f"rewards/{name}": values.nanmean() for name, values in group.rewards.parts.items()}
+        metrics |= {f"rewards/{name}": value for name, value in group.rewards.metrics.items()}
+        metrics |= {"reward": group.rewards.rewards.mean(), "reward_floored_mass": group.rewards.floored_mass}
+        metrics["reward_std"] = group.rewards.rewards.std(1, correction=0).mean()
+        if len(self.sampler.source_names) > 1:
+            for index, name in enumerate(self.sampler.source_names):
+                own = source == index
+                metrics[f"sampler/{name}/share"] = own.float().mean()
+                metrics[f"sampler/{name}/reward"] = group.rewards.rewards[own].mean()
+        balance = group.rewards.log_rewards - log_pi
+        log_z = balance.mean(1)  # VarGrad's estimate, unless something better is known
+        if group.log_flows is not None:
+            log_z = group.log_flows[:, 0]
+        elif scores.log_z is not None:
+            log_z = scores.log_z
+        return metrics | {"log_z": log_z.mean(), "residual": (log_z[:, None] - balance).abs().mean()}
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        """Record the seconds of a part of the step, as the host sees them."""
+        start = time.perf_counter()
+        yield
+        self.record({f"seconds/{part}": time.perf_counter() - start})
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if self.args.log_completions and "loss" in logs and self.is_world_process_zero():
+            self._print_group()
+
+    def _print_group(self) -> None:
+        """Print the first prompt's trajectories of the last step, the best rewarded first."""
+        group = self._last_group
+        catalog, sources = self._catalog, self.sampler.source_names
+        print(f"Step {self.state.global_step}, history {group.batch['history'][0]}, target {group.batch['target'][0]!r}:")
+        log_pi = group.scores.trajectory_log_probs[0]
+        rows = zip(group.trajectories.leaves[0].tolist(), group.trajectories.source[0].tolist(), log_pi.tolist(), strict=True)
+        for place, (leaf, source, value) in enumerate(rows):
+            reward = "" if group.rewards is None else f", log R {group.rewards.log_rewards[0, place]:.3f}"
+            print(f"  {catalog.leaf_text(leaf)} {catalog.items_of(leaf)} from {sources[source]}: log pi {value:.3f}{reward}")
+
+    def card_settings(self) -> dict[str, Any]:
+        """What the model card says about the training."""
+        settings = {"losses": ", ".join(f"{weight:g} x {name}" for name, _, weight in self.losses)}
+        if self.rewards is not None:
+            settings["rewards"] = ", ".join(
+                f"{w:g} x {name}" for name, w in zip(self.rewards.names, self.rewards.weights, strict=True)
+            )
+            settings["trajectories"] = f"{self.num_generations} a prompt from {', '.join(self.sampler.source_names)}"
+        return settings
+
+
+def _columns(scores: StepScores, columns: slice) -> StepScores:
+    """The scores of some of the trajectories."""
+    return StepScores(
+        log_probs=scores.log_probs[:, columns],
+        child_log_probs=scores.child_log_probs[:, columns],
+        child_nodes=scores.child_nodes[:, columns],
+        lengths=scores.lengths[:, columns],
+        log_z=scores.log_z,
+    )
+
+
+def _with_adapters(model: PreTrainedModel, peft_config: Any) -> PreTrainedModel:
+    from peft import get_peft_model
+
+    from gflowtrl.policy.heads import HEADS_ATTRIBUTE
+
+    if hasattr(model, HEADS_ATTRIBUTE):
+        peft_config.modules_to_save = [*(peft_config.modules_to_save or []), HEADS_ATTRIBUTE]
+    return get_peft_model(model, peft_config)

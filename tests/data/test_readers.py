@@ -1,0 +1,119 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from gflowtrl.data import InteractionData, read_folder, read_interactions, read_letter, write_folder
+
+
+SEQUENCES = [{"user": 0, "items": [3, 1, 2]}, {"user": 1, "items": [1, 3, 10]}]
+IDS = {"1": ["<a_0>", "<b_0>"], "2": ["<a_0>", "<b_1>"], "3": ["<a_1>"], "10": ["<a_0>", "<b_1>"], "11": ["<a_2>"]}
+
+
+def write(folder, sequences=SEQUENCES, **files):
+    lines = sequences if isinstance(sequences, str) else "\n".join(map(json.dumps, sequences))
+    (folder / "sequences.jsonl").write_text(lines)
+    for name, content in files.items():
+        file = folder / (f"{name}.json" if name in ("semantic_ids", "dataset") else f"{name}.jsonl")
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+def test_folder(tmp_path):
+    items = '{"item": 1, "title": "Lamp"}\n\n{"item": 10, "title": ""}\n'
+    data = read_interactions(write(tmp_path, items=items, semantic_ids=IDS))
+    assert (data.name, data.synthetic, data.users) == (tmp_path.name, False, [0, 1])
+    assert data.sequences == [[3, 1, 2], [1, 3, 10]]
+    assert data.items == [1, 2, 3, 10, 11]  # by number, and item 11, which nobody took, is in the catalogue
+    assert data.item_features == {1: {"title": "Lamp"}, 10: {"title": ""}}
+    assert list(data.semantic_ids) == data.items and data.semantic_ids[10] == ("<a_0>", "<b_1>")
+    assert "2 users, 5 items, 6 interactions; 3 to 3" in data.summary()
+
+
+def test_string_items(tmp_path):
+    data = read_folder(write(tmp_path, [{"user": "u", "items": ["B0", "7"]}], semantic_ids={"B0": ["x"], "7": ["y"]}))
+    assert data.items == ["7", "B0"] and data.semantic_ids == {"7": ("y",), "B0": ("x",)}
+
+
+def test_letter(tmp_path):
+    (tmp_path / "Toy.inter.json").write_text('{"0": [3, 1, 2], "1": [1, 3]}')
+    (tmp_path / "Toy.index.json").write_text('{"1": ["<a_0>"], "2": ["<a_1>"], "3": ["<a_2>"]}')
+    (tmp_path / "Toy.item.json").write_text('{"2": {"title": "Ball"}}')
+    for path in (tmp_path, tmp_path / "Toy"):
+        data = read_letter(path)
+        assert (data.name, data.users, data.sequences) == ("Toy", [0, 1], [[3, 1, 2], [1, 3]])
+        assert data.items == [1, 2, 3] and data.semantic_ids[3] == ("<a_2>",)
+        assert data.item_features == {2: {"title": "Ball"}}
+    (tmp_path / "Other.inter.json").write_text("{}")
+    with pytest.raises(ValueError, match="several data sets"):
+        read_interactions(tmp_path)
+
+
+def test_a_written_folder_reads_back(tmp_path, small_shop):
+    data, _ = small_shop
+    write_folder(data, tmp_path)
+    assert read_folder(tmp_path) == data
+    assert "SYNTHETIC" in read_folder(tmp_path).summary()
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"sequences": '{"user": 0, "items": [1]}\n{"user": 1, "items": [1,}'}, r"sequences\.jsonl, line 2: .*no JSON"),
+        ({"sequences": '{"user": 0, "items": [1]}\n\n[1]'}, r"sequences\.jsonl, line 3: a JSON object is needed"),
+        ({"sequences": ""}, "empty"),
+        ({"sequences": [{"user": 0, "items": []}]}, "user 0 has no items"),
+        ({"sequences": [{"user": 7}]}, "user 7 has no items"),
+        ({"sequences": [{"items": [1]}]}, "line 1: 'user' must be"),
+        ({"sequences": [{"user": 0, "items": [1, True]}]}, "user 0: an item must be .* True"),
+        ({"sequences": [{"user": 0, "items": [1, "a"]}]}, "whole numbers or all strings"),
+        ({"sequences": [SEQUENCES[0], SEQUENCES[0]]}, "line 2: user 0 was given in an earlier line"),
+        ({"items": '{"item": 1}\n{"item": 1}'}, r"items\.jsonl, line 2: item 1 was described"),
+        ({"items": '{"title": "Lamp"}'}, "line 1: 'item' must be"),
+        ({"semantic_ids": {key: IDS[key] for key in ("1", "2", "10")}}, "1 of 4 items have no semantic id.* item 3"),
+        ({"semantic_ids": {**IDS, "1": "<a_0>"}}, "semantic id of item 1 must be a list"),
+        ({"semantic_ids": {**IDS, "x": ["<a_0>"]}}, "'x' is no item"),
+        ({"semantic_ids": '{"1": ["<a_0>"],\n "1": ["<a_1>"]}'}, r"semantic_ids\.json: '1' is there twice"),
+        ({"semantic_ids": '{"1": ["<a_0>"],\n "2": [}'}, r"semantic_ids\.json, line 2: .*no JSON"),
+        ({"events": '{"user": 5, "sessions": [], "items": [], "levels": []}'}, "user 5 has events but no line"),
+        ({"events": '{"user": 0, "sessions": [0], "items": [3], "levels": []}'}, "line 1: .* of one length"),
+        ({"events": '{"user": 0, "sessions": [0], "items": [3], "levels": [7]}'}, "line 1: a level must be"),
+        ({"events": '{"user": 0, "sessions": [0], "items": [3], "levels": [1]}'}, "events of user 0 are not"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, files, message):
+    with pytest.raises(ValueError, match=message):
+        read_folder(write(tmp_path, **files))
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"sequences\.jsonl is missing"):
+        read_folder(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"neither sequences\.jsonl nor X\.inter\.json"):
+        read_interactions(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.inter\.json is missing"):
+        read_interactions(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"users": [0]}, "1 users but 2 sequences"),
+        ({"users": [0, 0]}, "user 0 is there twice"),
+        ({"items": [1, 2, 2]}, "item 2 is there twice"),
+        ({"items": [1]}, "user 1 took item 2, which is not in the catalogue"),
+        ({"semantic_ids": {1: ("a",), 2: ("b",), 3: ("c",)}}, "id for item 3, which is not in the catalogue"),
+        ({"users": [0, "1"]}, "all whole numbers or all strings"),
+    ],
+)
+def test_contradictions_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        InteractionData(**{"name": "toy", "users": [0, 1], "sequences": [[1], [2, 1]], "items": [1, 2]} | changes)
+
+
+@pytest.mark.skipif("GFLOWTRL_TEST_DATA" not in os.environ, reason="GFLOWTRL_TEST_DATA names no folder of real data")
+def test_real_folder():
+    data = read_interactions(Path(os.environ["GFLOWTRL_TEST_DATA"]) / "office")
+    assert (len(data.users), len(data.items), data.num_interactions) == (4905, 2420, 53258)
+    assert len(data.items) - len(set(data.semantic_ids.values())) == 5

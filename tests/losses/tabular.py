@@ -1,0 +1,54 @@
+"""A policy that is a table of logits on a small random tree: the exact setting in which losses are judged."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gflowtrl.catalog import PrefixTree
+from gflowtrl.losses import flow_targets
+
+
+def random_tree(seed: int, num_paths: int = 40, depth: int = 4, branching: int = 4) -> PrefixTree:
+    """Ids of 2 to `depth` tokens; the last token ends an id (a set of its own), so none is a prefix of another."""
+    generator = torch.Generator().manual_seed(seed)
+    paths = torch.randint(0, branching, (num_paths, depth), generator=generator)
+    lengths = torch.randint(2, depth + 1, (num_paths,), generator=generator)
+    steps = torch.arange(depth)
+    paths = torch.where(steps == lengths[:, None] - 1, paths + branching, paths)
+    paths = torch.where(steps < lengths[:, None], paths, -1)
+    return PrefixTree(paths.unique(dim=0))
+
+
+class TabularPolicy:
+    """pi(child | state) = softmax of the children's logits. `logits` is `(B, M)`: a row a prompt, a column a node."""
+
+    def __init__(self, tree: PrefixTree, logits: Tensor):
+        self.tree, self.logits = tree, logits
+
+    def children_of(self, leaves: Tensor) -> Tensor:
+        """Children of the states on the way to each leaf: `(B, K) -> (B, K, L, C)`, padded with -1."""
+        nodes, width = self.tree.walk(leaves), max(self.tree.max_children)
+        levels = [self.tree.children(nodes[..., depth], depth)[1] for depth in range(self.tree.max_depth)]
+        return torch.stack([torch.nn.functional.pad(c, (0, width - c.shape[-1]), value=-1) for c in levels], dim=-2)
+
+    def score(self, leaves: Tensor, log_flows: Tensor) -> dict[str, Tensor]:
+        """Everything a trainer would hand to a loss, log Z left out."""
+        children = self.children_of(leaves)
+        logits = self.logits.gather(1, children.clamp(min=0).flatten(1)).view(children.shape)
+        ended = (children < 0).all(-1, keepdim=True)
+        logits = logits.masked_fill((children < 0) & ~ended, -torch.inf)
+        child_log_probs = logits.log_softmax(-1).masked_fill(children < 0, -torch.inf)
+        taken = (children == self.tree.walk(leaves)[..., 1:, None]) & (children >= 0)
+        return {
+            "log_probs": child_log_probs.masked_fill(~taken, 0.0).sum(-1),
+            "child_log_probs": child_log_probs,
+            "child_target_log_probs": flow_targets(log_flows, children),
+            "lengths": self.tree.leaf_lengths[leaves],
+            "log_rewards": log_flows.gather(1, self.tree.leaf_nodes()[leaves]),
+        }
+
+    def leaf_log_probs(self) -> Tensor:
+        """`(B, N)`, every leaf scored."""
+        leaves = torch.arange(self.tree.num_leaves).expand(len(self.logits), -1)
+        return self.score(leaves, torch.zeros_like(self.logits))["log_probs"].sum(-1)

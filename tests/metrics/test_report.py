@@ -1,0 +1,66 @@
+"""The report's two ways (leaves, items) agree where they must."""
+
+import pytest
+import torch
+
+from gflowtrl.metrics import breadth_metrics, leaf_ranking_metrics, summarise, summarise_items
+
+
+class OneItemPerLeaf:
+    """A catalogue in which leaf i holds item `order[i]` and nothing else."""
+
+    def __init__(self, order):
+        self.order = order
+        self.leaf_sizes = torch.ones(len(order), dtype=torch.long)
+
+    def expand_leaves(self, leaves, k):
+        return torch.where(leaves >= 0, self.order[leaves], -1)[:, :k]
+
+
+class Colliding:
+    """Leaf 0 holds items 0 and 1, leaf i > 0 holds item i + 1."""
+
+    leaf_sizes = torch.tensor([2, 1, 1, 1])
+
+    def expand_leaves(self, leaves, k):
+        rows = [[item for leaf in row for item in ((0, 1) if leaf == 0 else (leaf + 1,))] for row in leaves.tolist()]
+        return torch.tensor([row[:k] for row in rows])
+
+
+def test_leaves_and_items_agree_without_collisions():
+    generator = torch.Generator().manual_seed(0)
+    catalog = OneItemPerLeaf(torch.randperm(30, generator=generator))
+    leaves = torch.rand(50, 30, generator=generator).topk(10).indices
+    targets = torch.randint(30, (50,), generator=generator)
+    counts = torch.randint(1, 40, (30,), generator=generator)
+    ks = (5, 10)
+    from_leaves = summarise(leaves, targets, catalog, counts, ks)
+    from_items = summarise_items(catalog.order[leaves], catalog.order[targets], counts, ks)
+    assert from_leaves.metrics == pytest.approx(from_items.metrics)
+    assert from_leaves.standard_errors == pytest.approx(from_items.standard_errors)
+    assert {"recall@5", "item_ndcg@10", "coverage@10", "entropy@10", "gini@10", "long_tail@10"} <= set(
+        from_leaves.metrics
+    )
+    assert all(type(value) is float for value in from_leaves.metrics.values())
+    assert from_leaves.per_user["recall@10"].shape == (50,)
+    assert from_leaves.metrics["recall@10"] == pytest.approx(from_leaves.per_user["recall@10"].mean().item())
+
+
+def test_colliding_leaves_are_expanded_for_breadth():
+    leaves, counts = torch.tensor([[0, 1], [0, 2]]), torch.tensor([5, 4, 3, 2, 1])
+    report = summarise(leaves, torch.tensor([1, 3]), Colliding(), counts, (2,))
+    ranking = leaf_ranking_metrics(leaves, torch.tensor([1, 3]), Colliding.leaf_sizes, (2,))
+    breadth = breadth_metrics(torch.tensor([[0, 1], [0, 1]]), counts, (2,))
+    assert report.metrics == pytest.approx({name: v.mean().item() for name, v in ranking.items()} | breadth)
+    assert report.metrics["recall@2"] == 0.5 and report.metrics["item_recall@2"] == 0
+
+
+def test_lists_that_are_too_short_are_refused():
+    counts = torch.ones(30)
+    catalog = OneItemPerLeaf(torch.arange(30))
+    lists, targets = torch.arange(10)[None], torch.tensor([3])
+    with pytest.raises(ValueError, match="at 20 .* only 10 leaves"):
+        summarise(lists, targets, catalog, counts, (20,))
+    with pytest.raises(ValueError, match="at 20 .* only 10 items"):
+        summarise_items(lists, targets, counts, (20,))
+    assert summarise_items(lists, targets, torch.ones(10), (20,)).metrics["recall@20"] == 1  # the whole catalogue

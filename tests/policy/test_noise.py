@@ -1,0 +1,29 @@
+import torch
+from scipy import stats
+
+from gflowtrl.policy import StatelessNoise
+
+
+def test_numbers_are_uniform_and_independent_of_the_batch():
+    ids = torch.arange(2000)
+    drawn = StatelessNoise(7).at(3, ids).uniform("policy", 50)
+    assert drawn.dtype == torch.float64 and drawn.min() > 0 and drawn.max() < 1
+    assert stats.kstest(drawn.flatten().numpy(), "uniform").pvalue > 1e-3
+    shuffled = torch.randperm(2000)
+    assert torch.equal(StatelessNoise(7).at(3, ids[shuffled]).uniform("policy", 20), drawn[shuffled, :20])
+
+
+def test_every_argument_changes_the_numbers():
+    ids = torch.arange(500)
+    base = StatelessNoise(0).at(0, ids).uniform("a", 40).flatten()
+    others = [
+        StatelessNoise(1).at(0, ids).uniform("a", 40),
+        StatelessNoise(-1).at(0, ids).uniform("a", 40),
+        StatelessNoise(2**63 + 5).at(0, ids).uniform("a", 40),
+        StatelessNoise(0).at(1, ids).uniform("a", 40),
+        StatelessNoise(0).at(0, ids + 1).uniform("a", 40),
+        StatelessNoise(0).at(0, ids).uniform("b", 40),
+        StatelessNoise(0).at(0, ids).uniform("a", 40, depth=1),
+    ]
+    for other in others:
+        assert abs(float(torch.corrcoef(torch.stack([base, other.flatten()]))[0, 1])) < 0.03

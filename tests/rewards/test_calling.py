@@ -1,0 +1,101 @@
+"""Plain reward functions are called as TRL calls them."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gflowtrl.rewards import RewardFusion
+from tests.rewards.world import SEMANTIC_IDS, TOKENIZER, make_batch, make_catalog
+
+
+def leaves_of(*names):
+    return make_catalog().leaf_of(names).view(-1, 2)
+
+
+LEAVES = leaves_of("date", "apple", "fig", "fig", "pear", "nut", "kiwi", "lime")
+
+
+def fuse(*rewards):
+    return RewardFusion(list(rewards), make_catalog(), TOKENIZER)
+
+
+def test_keywords():
+    seen = {}
+
+    def reward(prompts, completions, completion_ids, items, **columns):
+        seen.update(prompts=prompts, completions=completions, ids=completion_ids, items=items, **columns)
+        columns["log_metric"]("half", 1)
+        columns["log_metric"]("half", 0)
+        columns["log_extra"]("note", ["x"] * 8)
+        return [1.0] * 8
+
+    state = SimpleNamespace(global_step=3)
+    result = fuse(reward).log_rewards(make_batch() | {"target_leaf": torch.zeros(4)}, LEAVES, trainer_state=state)
+    assert seen["prompts"][0] == seen["prompts"][1] == "<bos> <a_1> <b_1> <c_2>"
+    assert seen["prompts"][2] == "<bos> <a_2> <b_2> <c_1> <a_3> <b_1>"
+    assert seen["completions"][:2] == ["<a_3> <b_1>", "<a_1> <b_1> <c_1>"]
+    assert seen["ids"] == TOKENIZER(seen["completions"], add_special_tokens=False)["input_ids"]
+    assert seen["items"][:3] == [["date"], ["apple", "quince"], ["fig"]]
+    assert seen["row_id"] == [10, 10, 11, 11, 12, 12, 13, 13]
+    assert seen["target"] == ["apple"] * 2 + ["date"] * 2 + ["pear"] * 2 + ["quince"] * 2
+    assert seen["history"][3] == ["pear", "date"] and seen["budget"][-1] == 3.0
+    assert seen["trainer_state"] is state
+    assert set(seen) == {
+        "prompts", "completions", "ids", "items", "row_id", "target", "history", "budget", "trainer_state",
+        "log_extra", "log_metric",
+    }  # fmt: skip
+    assert result.metrics == {"half": 0.5} and result.extra == {"note": ["x"] * 8}
+
+
+def test_async_rewards_run_concurrently():
+    """Each waits for the other: one after the other would wait for ever."""
+    events, loops = {}, []
+
+    def waiting(mine, other):
+        async def reward(completions, **_):
+            loops.append(asyncio.get_running_loop())
+            for name in (mine, other):
+                events.setdefault(name, asyncio.Event())
+            events[mine].set()
+            await asyncio.wait_for(events[other].wait(), timeout=5)
+            return [2.0 if mine == "a" else 3.0] * len(completions)
+
+        return reward
+
+    class Scorer:
+        async def __call__(self, completions, **_):
+            return [float(len(text.split())) for text in completions]
+
+    fusion = fuse(waiting("a", "b"), waiting("b", "a"), Scorer())
+    result = fusion.log_rewards(make_batch(), LEAVES)
+    assert result.rewards.tolist() == [[7, 8], [8, 8], [8, 8], [8, 8]]
+    assert result.parts["Scorer"][0].tolist() == [2, 3]
+
+    async def notebook():
+        return fusion.log_rewards(make_batch(), LEAVES).rewards
+
+    assert torch.equal(asyncio.run(notebook()), result.rewards)
+    assert len(set(loops)) == 1  # open connections of a reward survive from step to step
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_exception_says_which_reward_raised_it(asynchronous):
+    def plain(**_):
+        raise KeyError("price")
+
+    async def later(**_):
+        raise KeyError("price")
+
+    with pytest.raises(KeyError) as caught:
+        fuse(later if asynchronous else plain).log_rewards(make_batch(), LEAVES)
+    assert f"'{'later' if asynchronous else 'plain'}'" in caught.value.__notes__[0]
+
+
+def test_a_column_with_a_reserved_name():
+    def reward(**_):
+        return [1.0] * 8
+
+    with pytest.raises(ValueError, match="dataset column 'items' has the name of an argument of rewards; rename it"):
+        fuse(reward).log_rewards(make_batch() | {"items": list(SEMANTIC_IDS)[:4]}, LEAVES)

@@ -1,0 +1,289 @@
+"""Combination of rewards: sum, transforms, floor, and every error, against hand computation."""
+
+import functools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gflowtrl.rewards import CollaborativeReward, GroundTruthReward, RewardFusion
+from tests.rewards.world import PRICES, TOKENIZER, TableTeacher, all_leaves, make_batch, make_catalog
+
+
+class Fixed:
+    """A reward with a given table, over items or over leaves."""
+
+    def __init__(self, items=None, leaves=None):
+        self.calls = 0
+        if items is not None:
+            self.score_items = lambda batch: self._count(items)
+        if leaves is not None:
+            self.score_leaves = lambda batch, asked: self._count(leaves).gather(1, asked)
+
+    def _count(self, values):
+        self.calls += 1
+        return values
+
+
+def over_leaves(values, **options):
+    """Fusion of one reward with these values on the 8 leaves, known for all of them (the collision's item gets 0)."""
+    catalog = make_catalog()
+    items = torch.zeros(len(values), len(catalog))
+    for leaf in range(catalog.tree.num_leaves):
+        items[:, catalog.items.index(catalog.items_of(leaf)[0])] = torch.as_tensor(values)[:, leaf]
+    return RewardFusion(Fixed(items=items), catalog, **options)
+
+
+TABLE = [[0, 0, 0, 0, 0, 0, 2, 6], [1, 1, 1, 1, 1, 1, 1, 9], [5, 0, 0, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6, 7, 8]]
+TABLE = torch.tensor(TABLE, dtype=torch.float32)
+
+
+def test_power_with_floor_by_hand():
+    batch = make_batch()
+    fusion = over_leaves(TABLE, beta=2.0, floor=0.25, weights=[3.0])
+    result = fusion.log_rewards(batch, torch.tensor([[0, 6, 7], [0, 1, 7], [0, 1, 2], [0, 1, 2]]))
+    # Means of 3 r over the leaves: 3, 6, 15/8, 13.5; floors a quarter of it.
+    lifted = [[0.75, 6, 18], [3, 3, 27], [15, 15 / 32, 15 / 32], [3.375, 6, 9]]
+    torch.testing.assert_close(result.log_rewards, 2 * torch.tensor(lifted).log())
+    assert result.rewards.tolist() == [[0, 6, 18], [3, 3, 27], [15, 0, 0], [3, 6, 9]]
+    assert result.parts["Fixed"].tolist() == [[0, 2, 6], [1, 1, 9], [5, 0, 0], [1, 2, 3]]
+    low = [6 * 0.75**2 / (6 * 0.75**2 + 36 + 324), 0, 7 * (15 / 32) ** 2 / (7 * (15 / 32) ** 2 + 225)]
+    low.append(3.375**2 / (3.375**2 + 9 * sum(i * i for i in range(2, 9))))
+    assert float(result.floored_mass) == pytest.approx(sum(low) / 4, rel=1e-5)
+
+
+def test_exp_takes_any_sign():
+    fusion = over_leaves(TABLE - 4, transform="exp", beta=0.5)
+    torch.testing.assert_close(fusion.leaf_log_rewards(make_batch()), 0.5 * (TABLE - 4))
+    assert float(fusion.score_all(make_batch()).floored_mass) == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.lists(st.floats(0, 1e6), min_size=8, max_size=8).filter(any), min_size=4, max_size=4),
+    st.floats(1e-6, 0.9),
+)
+def test_floor_gives_worthless_leaves_at_most_its_share(values, floor):
+    result = over_leaves(torch.tensor(values) + 1e-30, floor=floor).score_all(make_batch())
+    assert torch.isfinite(result.log_rewards).all()
+    assert float(result.floored_mass) <= floor + 1e-5
+
+
+def test_all_leaves_are_scored_once_and_gathered():
+    catalog, batch = make_catalog(), make_batch()
+    counted = Fixed(items=torch.rand(4, 9))
+    rewards = [GroundTruthReward(), CollaborativeReward(TableTeacher()), counted]
+    fusion = RewardFusion(rewards, catalog, weights=[0.3, 0.7, 0.1])
+    table, leaves = fusion.leaf_log_rewards(batch), torch.tensor([[7, 0], [1, 1], [3, 2], [5, 6]])
+    result = fusion.log_rewards(batch, leaves)
+    assert fusion.can_score_all and counted.calls == 1
+    assert fusion.names == list(result.parts) == ["ground_truth", "collaborative", "Fixed"]
+    assert torch.equal(result.log_rewards, table.gather(1, leaves))
+    weighted = sum(w * result.parts[name] for w, name in zip([0.3, 0.7, 0.1], fusion.names, strict=True))
+    torch.testing.assert_close(result.rewards, weighted)
+    # Scaling all weights moves log R by a constant, the floor included.
+    scaled = RewardFusion(rewards, catalog, weights=[3.0, 7.0, 1.0]).leaf_log_rewards(make_batch())
+    torch.testing.assert_close(scaled, table + math.log(10))
+
+
+def test_collision_adds_up_or_takes_the_best():
+    catalog = make_catalog()
+    items = torch.rand(4, 9) + 0.5
+    leaf, pair = catalog.leaf_of(["apple"]), items[:, catalog.index_of(["apple", "quince"])]
+    for reduction, expected in (("sum", pair.sum(1)), ("max", pair.amax(1))):
+        fusion = RewardFusion(Fixed(items=items), catalog, leaf_reduction=reduction)
+        torch.testing.assert_close(fusion.score_all(make_batch()).rewards[:, leaf].squeeze(1), expected)
+
+
+def test_group_floor_uses_distinct_leaves():
+    """Where not all leaves are known, a leaf drawn twice counts once."""
+    fusion = RewardFusion(Fixed(leaves=TABLE), make_catalog(), floor=0.5)
+    assert not fusion.can_score_all
+    result = fusion.log_rewards(make_batch(), torch.tensor([[7, 7, 7, 6, 0], [7] * 5, [0] * 5, [7] * 5]))
+    floor = 0.5 * (6 + 2 + 0) / 3
+    assert result.log_rewards[0].exp().tolist() == pytest.approx([6, 6, 6, 2, floor])
+    assert float(result.floored_mass) == pytest.approx(floor / (6 + 2 + floor) / 4)  # nothing in the other three rows
+
+
+def test_mixed_kinds_agree_with_all_tensors():
+    """A list, a tensor over leaves and a tensor over items give what three tensors over items give, floor apart."""
+    catalog, leaves = make_catalog(), torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7]] * 4)
+    ground, collaborative, prices = GroundTruthReward(), CollaborativeReward(TableTeacher()), torch.rand(4, 9)
+    leaf_prices = catalog.fold_items(prices)
+
+    def listed(items, budget, **_):
+        pairs = zip(budget, items, strict=True)
+        return [sum(prices[int(row), catalog.items.index(item)].item() for item in group) for row, group in pairs]
+
+    fast = RewardFusion([ground, collaborative, Fixed(items=prices)], catalog, weights=[1, 2, 3])
+    expected = fast.log_rewards(make_batch(), leaves).log_rewards
+    for third in (listed, Fixed(leaves=leaf_prices)):
+        slow = RewardFusion([ground, collaborative, third], catalog, TOKENIZER, weights=[1, 2, 3])
+        torch.testing.assert_close(slow.log_rewards(make_batch(), leaves).log_rewards, expected)
+
+
+def test_one_synchronisation_a_batch(monkeypatch):
+    """On an accelerator every look at a value stops the queue: one look decides all checks."""
+    fusion, batch, looks = over_leaves(TABLE + 1), make_batch(), []
+    for name in ("__bool__", "item", "tolist", "__float__", "__int__"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, original=original, name=name: looks.append(name) or original(self)
+        )
+    fusion.log_rewards(batch, torch.zeros(4, 2, dtype=torch.long))
+    assert looks == ["__bool__"]
+
+
+def test_names():
+    def cheap(**_):
+        return []
+
+    rewards = [cheap, functools.partial(cheap), Fixed(leaves=TABLE), Fixed(leaves=TABLE), GroundTruthReward()]
+    names = RewardFusion(rewards, make_catalog(), TOKENIZER).names
+    assert names == ["cheap", "cheap_2", "Fixed", "Fixed_2", "ground_truth"]
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+LEAVES = torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7]])
+
+
+def flawed(kind, value, row=2, column=1):
+    """The same flaw in each kind of reward, at the leaf of row 2 and slot 1 (leaf 5)."""
+    catalog, leaf = make_catalog(), int(LEAVES[row, column])
+    if kind == "list":
+        values = [1.0] * 8
+        values[row * 2 + column] = value
+
+        def broken(**_):
+            return values
+
+        return broken
+    values = torch.ones(4, 9 if kind == "items" else 8)
+    values[row, catalog.items.index(catalog.items_of(leaf)[0]) if kind == "items" else leaf] = value
+    broken = Fixed(**{kind: values})
+    broken.__name__ = "broken"
+    return broken
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.5])
+@pytest.mark.parametrize("kind", ["list", "leaves", "items"])
+def test_bad_value_is_named_with_its_reward_and_row(kind, value):
+    fusion = RewardFusion([GroundTruthReward(), flawed(kind, value)], make_catalog(), TOKENIZER)
+    item = make_catalog().items_of(5)[0]
+    with pytest.raises(
+        ValueError, match=rf"'broken' returned {value} for row 2 of the batch \(row_id 12\), item '{item}'"
+    ):
+        fusion.log_rewards(make_batch(), LEAVES)
+
+
+def test_negative_values_are_fine_under_exp_and_at_weight_zero():
+    batch, catalog = make_batch(), make_catalog()
+    exp = RewardFusion(flawed("list", -0.5), catalog, TOKENIZER, transform="exp")
+    assert exp.log_rewards(batch, LEAVES).log_rewards[2, 1] == -0.5
+    watched = RewardFusion([flawed("list", 1), flawed("list", -0.5)], catalog, TOKENIZER, weights=[1, 0])
+    assert watched.log_rewards(batch, LEAVES).parts["broken_2"][2, 1] == -0.5
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        ([1.0] * 7, ValueError, "'broken' returned 7 values for 8 completions"),
+        (1.0, TypeError, "'broken' returned float; it must return a list of 8 numbers"),
+        ([1.0, "good"] + [1.0] * 6, TypeError, "'broken' returned 'good' for row 0 of the batch"),
+    ],
+)
+def test_bad_list(answer, error, message):
+    def broken(**_):
+        return answer
+
+    with pytest.raises(error, match=message):
+        RewardFusion(broken, make_catalog(), TOKENIZER).log_rewards(make_batch(), LEAVES)
+
+
+@pytest.mark.parametrize("kind", ["items", "leaves"])
+def test_bad_shape(kind):
+    broken = Fixed(**{kind: torch.ones(4, 9)})
+    broken.score_leaves = lambda batch, leaves: torch.ones(4)
+    if kind == "items":
+        broken.score_items = lambda batch: torch.ones(4, 8)
+    shapes = r"\(4, 8\); it must return a tensor of shape \(4, 9\)" if kind == "items" else r"\(4,\).*\(4, 2\)"
+    with pytest.raises(ValueError, match=f"score_{kind} of reward 'Fixed' returned a tensor of shape {shapes}"):
+        RewardFusion(broken, make_catalog()).log_rewards(make_batch(), LEAVES)
+
+
+@pytest.mark.parametrize("kind", ["items", "leaves"])
+def test_row_without_reward(kind):
+    values = torch.ones(4, 9 if kind == "items" else 8)
+    values[1] = 0
+    fusion = RewardFusion(Fixed(**{kind: values}), make_catalog())
+    with pytest.raises(ValueError, match=r"row 1 of the batch \(row_id 11\).* So are all others of this row"):
+        fusion.log_rewards(make_batch(), LEAVES)
+    values[1, 1:] = 1
+    with pytest.raises(ValueError, match=r"row 1 of the batch .* reward_floor is 0: set it to 1e-3"):
+        RewardFusion(Fixed(**{kind: values}), make_catalog(), floor=0.0).log_rewards(make_batch(), LEAVES * 0)
+
+
+def test_none_is_skipped_unless_all_are_none():
+    def sometimes(budget, **_):
+        return [None if b == 2 else 5.0 for b in budget]
+
+    catalog = make_catalog()
+    both = RewardFusion([sometimes, Fixed(leaves=TABLE + 1)], catalog, TOKENIZER, weights=[2, 1])
+    result = both.log_rewards(make_batch(), LEAVES)
+    assert result.rewards[2].tolist() == [1, 1] and result.rewards[0].tolist() == [11, 11]
+    assert result.parts["sometimes"].isnan().tolist() == [[False] * 2, [False] * 2, [True] * 2, [False] * 2]
+    with pytest.raises(ValueError, match=r"All rewards are None for row 2 of the batch \(row_id 12\)"):
+        RewardFusion(sometimes, catalog, TOKENIZER).log_rewards(make_batch(), LEAVES)
+
+
+def test_plain_callable_cannot_score_all():
+    def cheap(**_):
+        return []
+
+    fusion = RewardFusion([GroundTruthReward(), cheap], make_catalog(), TOKENIZER)
+    with pytest.raises(ValueError, match=r"'cheap' cannot score all items. Give it a method score_items"):
+        fusion.leaf_log_rewards(make_batch())
+    with pytest.raises(ValueError, match="'cheap' is a plain callable; RewardFusion needs the tokenizer"):
+        RewardFusion(cheap, make_catalog())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": [1.0, 2.0]}, "2 reward_weights were given for 1 rewards"),
+        ({"weights": [0.0]}, "not all zero"),
+        ({"weights": [-1.0]}, "under reward_transform='power' they must be >= 0"),
+        ({"transform": "log"}, "reward_transform is 'log'"),
+        ({"beta": 0}, "reward_beta must be a positive number"),
+        ({"floor": 1.0}, "reward_floor is a share"),
+        ({"leaf_reduction": "mean"}, "leaf_reduction is 'mean'"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        RewardFusion(GroundTruthReward(), make_catalog(), **options)
+
+
+def test_no_reward_and_no_callable():
+    with pytest.raises(ValueError, match="reward_funcs is empty"):
+        RewardFusion([], make_catalog())
+    with pytest.raises(TypeError, match="A reward must be a callable .* got 'accuracy'"):
+        RewardFusion("accuracy", make_catalog())
+
+
+def test_a_custom_reward_moves_the_target_distribution():
+    catalog, batch = make_catalog(), make_batch()
+
+    def prefer_cheap(items, **_):
+        return [1 / min(PRICES[item] for item in group) for group in items]
+
+    def expected_price(rewards):
+        leaves = all_leaves(catalog, batch)
+        log_rewards = RewardFusion(rewards, catalog, TOKENIZER).log_rewards(make_batch(), leaves).log_rewards
+        price = torch.tensor([min(PRICES[item] for item in catalog.items_of(leaf)) for leaf in range(8)])
+        return (log_rewards.softmax(1) * price).sum(1).mean()
+
+    teacher = CollaborativeReward(TableTeacher())
+    assert expected_price([teacher, prefer_cheap]) < expected_price([teacher]) - 0.5

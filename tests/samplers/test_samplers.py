@@ -1,0 +1,253 @@
+"""Samplers follow their distribution, know its log-probability, and depend on nothing but the row."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from gflowtrl.policy import StatelessNoise
+from gflowtrl.rewards import CollaborativeReward
+from gflowtrl.samplers import (
+    CollaborativeSampler,
+    FunctionSampler,
+    GroundTruthSampler,
+    MixtureSampler,
+    OnPolicySampler,
+    RewardSampler,
+    TrajectoryBatch,
+    UniformSampler,
+    build_sampler,
+    draw_leaves,
+    validate_trajectories,
+)  # fmt: skip
+from tests.rewards.world import TableTeacher, make_batch, make_catalog, make_policy
+
+
+LOG_REWARDS = torch.randn(4, 8, generator=torch.Generator().manual_seed(3))
+
+
+def batch_of(rows=(0, 1, 2, 3)):
+    return make_batch(rows) | {"leaf_log_rewards": LOG_REWARDS[list(rows)]}
+
+
+def draw(sampler, num, rows=(0, 1, 2, 3), step=5, policy=None):
+    batch = batch_of(rows)
+    policy = policy or make_policy(make_catalog())
+    drawn = sampler.sample(batch, policy, num, StatelessNoise(42).at(step, batch["row_id"]))
+    validate_trajectories(drawn, len(rows), num, 8)
+    return drawn
+
+
+def distributions():
+    """Sampler and its exact distribution over leaves (4, 8)."""
+    catalog, batch = make_catalog(), batch_of()
+    items = CollaborativeReward(TableTeacher(), 0.6).bind(catalog).score_items(batch)
+    policy = make_policy(catalog).leaf_log_probs(batch["prompts"]).exp()
+    return {
+        "collaborative": (CollaborativeSampler(TableTeacher(), 0.6), catalog.fold_items(items)),
+        "uniform": (UniformSampler(), torch.full((4, 8), 1 / 8)),
+        "reward": (RewardSampler(), LOG_REWARDS.softmax(1)),
+        "tempered_reward": (RewardSampler(2.0), (LOG_REWARDS / 2).softmax(1)),
+        "on_policy": (OnPolicySampler(), policy),
+    }
+
+
+@pytest.mark.parametrize("name", ["collaborative", "uniform", "reward", "tempered_reward", "on_policy"])
+def test_draws_follow_the_distribution(name):
+    sampler, expected = distributions()[name]
+    num = 1000 if name == "on_policy" else 4000
+    drawn = draw(sampler, num)
+    torch.testing.assert_close(drawn.log_q, expected.log().gather(1, drawn.leaves), atol=1e-4, rtol=1e-4)
+    for leaves, probabilities in zip(drawn.leaves, expected.double(), strict=True):
+        counts = torch.bincount(leaves, minlength=8)
+        assert stats.chisquare(counts, num * probabilities / probabilities.sum()).pvalue > 1e-3
+
+
+def test_on_policy_hands_its_options_on():
+    class Recorder:
+        def sample(self, prompts, num, noise, temperature, epsilon):
+            return torch.zeros(4, num, dtype=torch.long), torch.full((4, num), temperature + epsilon)
+
+    drawn = draw(OnPolicySampler(2.0, 0.25), 3, policy=Recorder())
+    assert drawn.log_q.unique().tolist() == [2.25]
+
+
+def test_ground_truth():
+    drawn = draw(GroundTruthSampler(), 2)
+    expected = make_catalog().leaf_of(batch_of()["target"])
+    assert torch.equal(drawn.leaves, expected[:, None].expand(4, 2)) and not drawn.log_q.any()
+    given_leaf = {**batch_of(), "target_leaf": torch.tensor([4, 5, 6, 7])}
+    assert GroundTruthSampler().sample(given_leaf, None, 1, None).leaves.flatten().tolist() == [4, 5, 6, 7]
+
+
+def everything():
+    return MixtureSampler(
+        {
+            "ground_truth": 1,
+            "on_policy": 2,
+            "uniform": 2,
+            "reward": 2,
+            "teacher": (CollaborativeSampler(TableTeacher()), 2),
+        }
+    )
+
+
+@pytest.mark.parametrize("rows", [(2,), (3, 1), (1, 0, 3, 2)])
+def test_a_row_draws_the_same_in_any_batch(rows):
+    whole, part = draw(everything(), 36), draw(everything(), 36, rows)
+    assert torch.equal(part.leaves, whole.leaves[list(rows)])
+    torch.testing.assert_close(part.log_q, whole.log_q[list(rows)], atol=1e-5, rtol=1e-5)
+
+
+def test_steps_and_rows_differ():
+    first = draw(everything(), 36).leaves
+    assert torch.equal(first, draw(everything(), 36).leaves)
+    assert not torch.equal(first, draw(everything(), 36, step=6).leaves)
+    uniform = draw(UniformSampler(), 36).leaves
+    assert len(uniform.unique(dim=0)) == 4
+
+
+# ------------------------------------------------------------------------------------------------------ inverse CDF
+def test_draw_leaves_on_a_grid():
+    """Equally spaced numbers hit each leaf in proportion, and never one of probability zero."""
+    probabilities = torch.tensor([[0.0, 3.0, 0.0, 1.0, 0.0], [2.0, 0.0, 0.0, 0.0, 6.0]])
+    grid = ((torch.arange(800, dtype=torch.float64) + 0.5) / 800).expand(2, -1)
+    leaves, log_q = draw_leaves(probabilities, grid)
+    assert [torch.bincount(row, minlength=5).tolist() for row in leaves] == [[0, 600, 0, 200, 0], [200, 0, 0, 0, 600]]
+    torch.testing.assert_close(log_q, (probabilities / probabilities.sum(1, keepdim=True)).gather(1, leaves).log())
+    edges = torch.tensor([[2.0**-60, 1 - 2.0**-53, 1.0]], dtype=torch.float64).expand(2, -1)
+    assert draw_leaves(probabilities, edges)[0].tolist() == [[1, 3, 3], [0, 4, 4]]
+
+
+def test_draw_leaves_reaches_the_end_of_a_large_catalogue():
+    """In 32 bits the cumulative sum of many small numbers is too coarse for this."""
+    size = 3_000_000
+    wanted = torch.tensor([[0, 1_234_567, size - 2, size - 1]])
+    leaves, _ = draw_leaves(torch.full((1, size), 1 / size), (wanted.double() + 0.5) / size)
+    assert leaves.tolist() == wanted.tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------- mixtures
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=6).filter(any), st.integers(0, 64))
+def test_allocation_is_by_largest_remainder(weights, num):
+    sampler = MixtureSampler({str(i): (UniformSampler(), weight) for i, weight in enumerate(weights)})
+    counts = sampler.allocate(num)
+    shares = [num * weight / sum(weights) for weight in weights]
+    assert sum(counts) == num
+    assert all(abs(count - share) < 1 + 1e-9 for count, share in zip(counts, shares, strict=True))
+
+
+def test_allocation_examples():
+    three = MixtureSampler({"ground_truth": 1, "uniform": 3, "on_policy": 4})
+    assert three.allocate(8) == [1, 3, 4]
+    assert three.allocate(16) == [2, 6, 8]
+    assert MixtureSampler({"ground_truth": 1, "uniform": 1, "on_policy": 1}).allocate(4) == [2, 1, 1]
+    assert MixtureSampler({"a": (UniformSampler(), 0.1), "b": (UniformSampler(), 0.1)}).allocate(3) == [2, 1]
+
+
+def test_sources_are_told_apart_nested_ones_too():
+    inner = MixtureSampler({"uniform": 1, "ground_truth": 1})
+    sampler = MixtureSampler({"ground_truth": 1, "never": (RewardSampler(), 0), "wide": (inner, 2), "on_policy": 1})
+    assert sampler.source_names == ("ground_truth", "never", "wide/uniform", "wide/ground_truth", "on_policy")
+    drawn = draw(sampler, 8)
+    assert drawn.source.tolist() == [[0, 0, 2, 2, 3, 3, 4, 4]] * 4
+    target = make_catalog().leaf_of(batch_of()["target"])[:, None]
+    assert (drawn.leaves[:, [0, 1, 4, 5]] == target).all()
+    assert not drawn.log_q[:, [0, 1, 4, 5]].any()
+    torch.testing.assert_close(drawn.log_q[:, 2:4], torch.full((4, 2), -math.log(8)))
+
+
+def test_two_sources_of_one_kind_do_not_repeat_each_other():
+    drawn = draw(MixtureSampler({"a": (UniformSampler(), 1), "b": (UniformSampler(), 1)}), 40)
+    assert not torch.equal(drawn.leaves[:, :20], drawn.leaves[:, 20:])
+
+
+def test_log_q_is_unknown_if_one_source_does_not_know_it():
+    def mine(batch, policy, num_generations, noise):
+        return torch.zeros(4, num_generations, dtype=torch.long)
+
+    sampler = build_sampler({"uniform": 1, "mine": [mine, 1]})
+    assert sampler.source_names == ("uniform", "mine")
+    assert draw(sampler, 4).log_q is None and draw(build_sampler({"uniform": 1}), 4).log_q is not None
+
+
+# ---------------------------------------------------------------------------------------------------- by name, errors
+def test_build_sampler():
+    teacher = TableTeacher()
+    assert isinstance(build_sampler("ground_truth"), GroundTruthSampler)
+    assert isinstance(build_sampler(UniformSampler), UniformSampler)
+    policy = build_sampler("on_policy", temperature=2.0, epsilon=0.1)
+    assert (policy.temperature, policy.epsilon) == (2.0, 0.1)
+    assert build_sampler(policy) is policy
+    mixture = build_sampler(
+        {"ground_truth": 1, "collaborative": 3, "explore": ["on_policy", 4]}, teacher=teacher, teacher_temperature=3.0
+    )
+    assert mixture.source_names == ("ground_truth", "collaborative", "explore")
+    assert mixture.samplers["collaborative"].distribution.temperature == 3.0
+    assert isinstance(build_sampler(lambda *_: None), FunctionSampler)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: build_sampler("beam"), r"Unknown sampler 'beam'; known are \['collaborative', 'ground_truth', 'on"),
+        (lambda: build_sampler("collaborative"), "'collaborative' needs a teacher"),
+        (lambda: MixtureSampler({"uniform": 0}), "weights of a mixture must be >= 0, finite and not all zero"),
+        (lambda: MixtureSampler({"uniform": -1, "reward": 2}), "weights of a mixture"),
+        (lambda: OnPolicySampler(0.0), "temperature of OnPolicySampler must be > 0"),
+        (lambda: OnPolicySampler(epsilon=1.5), r"epsilon is a probability in \[0, 1\], got 1.5"),
+        (lambda: RewardSampler(-1), "temperature of RewardSampler must be > 0"),
+        (lambda: RewardSampler().sample(make_batch(), None, 1, None), "needs the rewards of all leaves"),
+        (lambda: GroundTruthSampler().sample({}, None, 1, None), "needs the dataset column 'target'"),
+    ],
+)
+def test_mistakes_are_explained(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+GOOD = torch.tensor([[0, 1, 7], [2, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("leaves", "source", "log_q", "message"),
+    [
+        (
+            torch.tensor([[0, 1, 7], [2, 8, -1]]),
+            GOOD,
+            None,
+            "returned 8 as trajectory 1 of row 1, which is not a leaf",
+        ),
+        (
+            torch.tensor([[0, -1, 7], [2, 8, 1]]),
+            GOOD,
+            None,
+            "returned -1 as trajectory 1 of row 0, which is not a leaf",
+        ),
+        (GOOD[:, :2], GOOD, None, r"leaves of shape \(2, 2\); it must be \(2, 3\): 2 prompts with num_generations=3"),
+        (GOOD, GOOD[0], None, r"source of shape \(3,\)"),
+        (GOOD.float(), GOOD, None, "leaves of torch.float32; they must be integers"),
+        (GOOD, GOOD, torch.zeros(2), r"log_q of shape \(2,\)"),
+    ],
+)
+def test_bad_trajectories(leaves, source, log_q, message):
+    validate_trajectories(TrajectoryBatch(GOOD, GOOD, torch.zeros(2, 3)), 2, 3, 8)
+    with pytest.raises(ValueError, match=message):
+        validate_trajectories(TrajectoryBatch(leaves, source, log_q), 2, 3, 8)
+
+
+def test_something_else_than_trajectories():
+    with pytest.raises(TypeError, match="returned list; it must return a TrajectoryBatch"):
+        validate_trajectories([[0, 1]], 1, 2, 8)
+    with pytest.raises(TypeError, match="returned leaves as list; it must be a tensor"):
+        validate_trajectories(TrajectoryBatch([[0, 1]], torch.zeros(1, 2)), 1, 2, 8)
+
+    def mine(*_):
+        return [[0]]
+
+    with pytest.raises(TypeError, match="sampler 'mine' returned list"):
+        FunctionSampler(mine).sample({}, None, 1, None)

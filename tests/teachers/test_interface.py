@@ -1,0 +1,175 @@
+"""What all teachers share: saving, caching, alignment to a catalogue, memoised scores, top items."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from gflowtrl.teachers import (
+    EASE,
+    MixtureTeacher,
+    Popularity,
+    SASRec,
+    as_teacher,
+    fingerprint,
+    fit_cached,
+    load_teacher,
+    teacher_scores,
+    top_items,
+)
+
+
+ITEMS = ["tea", "cup", "pot", "ink", 7, 8]
+SEQUENCES = [["tea", "cup", 7], ["pot", "ink"], [8, "tea", "cup"], ["cup", 7, "pot", "ink"]]
+
+
+def all_kinds():
+    torch.manual_seed(0)
+    rows = [{"history": sequence[:-1], "target": sequence[-1]} for sequence in SEQUENCES]
+    ease, popularity = EASE.fit(SEQUENCES, ITEMS, rows), Popularity.fit(SEQUENCES, ITEMS)
+    sasrec = SASRec(ITEMS, max_history_items=3, width=8)
+    return [ease, popularity, sasrec, MixtureTeacher({ease: 1.0, MixtureTeacher({sasrec: 1.0, popularity: 2.0}): 0.5})]
+
+
+class Counting:
+    """A teacher that counts how often it is asked."""
+
+    def __init__(self, items=ITEMS):
+        self.items, self.calls = items, 0
+
+    def score(self, histories):
+        self.calls += 1
+        return torch.arange(len(self.items)).float().expand(len(histories), -1)
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_saving_and_loading_changes_nothing(kind, tmp_path):
+    teacher = all_kinds()[kind]
+    teacher.save_pretrained(tmp_path / "saved")
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == {"teacher.json", "teacher.safetensors"}
+    for load in (load_teacher, type(teacher).from_pretrained):
+        loaded = load(tmp_path / "saved")
+        assert type(loaded) is type(teacher) and loaded.items == ITEMS
+        torch.testing.assert_close(loaded.score(SEQUENCES), teacher.score(SEQUENCES), rtol=0, atol=0)
+
+
+def test_loading_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no saved teacher"):
+        load_teacher(tmp_path)
+    Popularity.fit(SEQUENCES, ITEMS).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="holds a Popularity teacher, not a EASE"):
+        EASE.from_pretrained(tmp_path)
+    description = json.loads((tmp_path / "teacher.json").read_text())
+    (tmp_path / "teacher.json").write_text(json.dumps(description | {"class": "Oracle"}))
+    with pytest.raises(ValueError, match="'Oracle'; known are EASE"):
+        load_teacher(tmp_path)
+
+
+def test_a_failed_write_keeps_the_saved_teacher(tmp_path, monkeypatch):
+    Popularity.fit(SEQUENCES, ITEMS).save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full_disk(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(OSError, match="disk full"):
+        Popularity.fit(SEQUENCES[:1], ITEMS).save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_mixture_with_a_callable_works_but_is_not_saved(tmp_path):
+    popularity = Popularity.fit(SEQUENCES, ITEMS)
+    mixture = MixtureTeacher({popularity: 1.0, as_teacher(lambda h: np.zeros((len(h), 6)), ITEMS): 1.0})
+    expected = popularity.score(SEQUENCES).softmax(-1) / 2 + 1 / 12
+    torch.testing.assert_close(mixture.score(SEQUENCES).softmax(-1), expected)
+    with pytest.raises(TypeError, match="built-in teachers"):
+        mixture.save_pretrained(tmp_path)
+
+
+def test_fit_cached_fits_once_a_key(tmp_path):
+    fits = []
+
+    def fit():
+        fits.append(1)
+        return Popularity.fit(SEQUENCES, ITEMS)
+
+    first = fit_cached(fit, tmp_path, {"teacher": "popularity", "seed": 1})
+    again = fit_cached(fit, tmp_path, {"seed": 1, "teacher": "popularity"})
+    assert len(fits) == 1 and torch.equal(first.counts, again.counts)
+    fit_cached(fit, tmp_path, {"teacher": "popularity", "seed": 2})
+    assert len(fits) == 2
+
+
+def test_an_interrupted_fit_or_save_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_cached(interrupted, tmp_path, 1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Popularity, "description", interrupted)
+        fit_cached(lambda: Popularity(ITEMS), tmp_path, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_filled_by_another_process_meanwhile_is_used(tmp_path):
+    def slow_fit():
+        fit_cached(lambda: Popularity.fit(SEQUENCES, ITEMS), tmp_path, 1)
+        return Popularity(ITEMS)
+
+    assert fit_cached(slow_fit, tmp_path, 1).counts.sum() == sum(map(len, SEQUENCES))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_fingerprint():
+    assert fingerprint({"a": 1, "b": [1, 2]}) == fingerprint({"b": [1, 2], "a": 1})
+    assert fingerprint([[1, 2]]) != fingerprint([[2, 1]]) != fingerprint([["1", 2]])
+
+
+def test_as_teacher_aligns_and_wraps():
+    popularity = Popularity.fit(SEQUENCES, ITEMS)
+    assert as_teacher(popularity, ITEMS) is popularity
+    wanted = [8, "cup", "tea"]
+    aligned = as_teacher(popularity, wanted).score(SEQUENCES)
+    assert torch.equal(aligned, popularity.score(SEQUENCES)[:, [5, 1, 0]])
+    with pytest.raises(ValueError, match="does not know 1 items .* 'gnu'"):
+        as_teacher(popularity, ["tea", "gnu"])
+    wrapped = as_teacher(lambda histories: [[1, 2]] * len(histories), ["tea", "cup"])
+    assert wrapped.score([["tea"], ["cup"]]).tolist() == [[1, 2], [1, 2]]
+    with pytest.raises(ValueError, match=r"shape \(2, 2\), but \(2, 3\) is needed"):
+        as_teacher(lambda histories: [[1, 2]] * len(histories), ["tea", "cup", "pot"]).score([["tea"], ["cup"]])
+    with pytest.raises(TypeError, match="int is neither"):
+        as_teacher(3, ITEMS)
+
+
+def test_scores_are_computed_once_a_batch():
+    teacher, popularity = Counting(), Popularity.fit(SEQUENCES, ITEMS)
+    mixture, reordered = MixtureTeacher({teacher: 1.0, popularity: 1.0}), as_teacher(teacher, ITEMS[::-1])
+    batch = {"history": SEQUENCES, "cache": {}}
+    for wanted in (teacher, mixture, reordered, mixture, teacher):
+        torch.testing.assert_close(teacher_scores(wanted, batch), wanted.score(SEQUENCES))
+    direct = 4  # the four calls of wanted.score above that reach the teacher, plus mixture's second one
+    assert teacher.calls == direct + 2
+    teacher_scores(teacher, {"history": SEQUENCES, "cache": {}})
+    teacher_scores(teacher, {"history": SEQUENCES})
+    assert teacher.calls == direct + 4
+
+
+def test_top_items_cut_histories_and_can_exclude_seen_items():
+    class LastItem:
+        items = ITEMS
+
+        def score(self, histories):
+            assert all(len(history) <= 2 for history in histories)
+            return torch.stack([torch.tensor([float(item == history[-1]) for item in ITEMS]) for history in histories])
+
+    histories = [["tea", "cup", 7], ["pot", "ink"], [8]]
+    assert top_items(LastItem(), histories, 1, max_history_items=2, batch_size=2).flatten().tolist() == [4, 3, 5]
+    unseen = top_items(LastItem(), histories, 4, max_history_items=2, exclude_seen=True, batch_size=2)
+    for row, history in zip(unseen.tolist(), histories, strict=True):
+        assert len(set(row)) == 4 and not {ITEMS[index] for index in row} & set(history[-2:])
+    assert top_items(Counting(), histories, 99).tolist() == [[5, 4, 3, 2, 1, 0]] * 3
+    assert top_items(Counting(), [], 2).shape == (0, 2)

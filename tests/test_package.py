@@ -1,0 +1,130 @@
+"""The package as a whole: light to import, layered, honest about what it needs, and never unpickling."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import re
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import gflowtrl
+
+
+PACKAGE = Path(gflowtrl.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
+
+# DESIGN: imports go one way, from the right to the left.
+LAYERS = (
+    {"catalog"},
+    {"data", "policy", "teachers"},
+    {"rewards", "samplers", "losses", "metrics"},
+    {"trainer", "recommender"},
+    {"pipeline"},
+    {"cli"},
+)
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+TRAINING_ROOMS = {"trainer", "pipeline", "cli"}  # where trl may be imported
+
+
+def room_of(path: Path) -> str:
+    """First part of a module's path below the package: its room in DESIGN's layout."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports_of(path: Path) -> list[str]:
+    """Absolute dotted names of all that a module imports, those inside functions and TYPE_CHECKING included."""
+    package = ["gflowtrl", *path.relative_to(PACKAGE).parent.parts]
+    names = []
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names += [f"{module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def test_importing_the_package_loads_no_library_and_opens_no_connection():
+    code = (
+        "import socket, sys\n"
+        "def refuse(*_, **__): raise AssertionError('a connection was opened')\n"
+        "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
+        "import gflowtrl; dir(gflowtrl); gflowtrl.__version__\n"
+        "heavy = {'torch', 'trl', 'transformers', 'numpy', 'datasets', 'accelerate'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+def test_losses_know_tensors_only():
+    for path in MODULES:
+        if room_of(path) == "losses":
+            ours = [n for n in imports_of(path) if n.startswith("gflowtrl.") and not n.startswith("gflowtrl.losses")]
+            assert not ours, f"{path} imports {ours}"
+
+
+@pytest.mark.parametrize("name", [name for name in gflowtrl.__all__ if name != "__version__"])
+def test_every_public_name_is_there_and_documented(name):
+    assert getattr(gflowtrl, name).__doc__
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(AttributeError, match="no attribute 'Trainer'"):
+        _ = gflowtrl.Trainer
+
+
+def test_imports_go_one_way():
+    graph: dict[str, set[str]] = {}
+    for path in MODULES:
+        here = room_of(path)
+        if here == "__init__":
+            continue
+        assert here in LEVEL, f"{path} stands outside the layout of DESIGN; give it a place in LAYERS"
+        for name in imports_of(path):
+            parts = name.split(".")
+            if parts[0] != "gflowtrl" or parts[1] == here:
+                continue
+            there = parts[1]
+            assert there in LEVEL, f"{path} imports {name}, past the layers; import it from its own room"
+            assert LEVEL[there] <= LEVEL[here], f"{path} imports {name}, which stands above it"
+            graph.setdefault(here, set()).add(there)
+    TopologicalSorter(graph).prepare()  # rooms of one layer may use each other, but never in a circle
+
+
+def test_trl_is_imported_by_training_code_only():
+    for path in MODULES:
+        if room_of(path) not in TRAINING_ROOMS:
+            assert not [name for name in imports_of(path) if name.split(".")[0] == "trl"], path
+
+
+def test_what_is_imported_is_required():
+    setup = configparser.ConfigParser()
+    setup.read(PACKAGE.parent / "setup.cfg")
+    if "options" not in setup:
+        pytest.skip("setup.cfg is not beside the package: an installed copy is tested")
+    required = {re.split(r"[<>=!]", line)[0].lower() for line in setup["options"]["install_requires"].split()}
+    required = {"yaml" if name == "pyyaml" else name for name in required}
+    used = {name.split(".")[0] for path in MODULES for name in imports_of(path)}
+    assert used - set(sys.stdlib_module_names) - {"gflowtrl"} <= required
+
+
+def test_nothing_is_unpickled():
+    for path in MODULES:
+        names = {name.split(".")[0] for name in imports_of(path)}
+        assert not names & {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}, path
+        for node in ast.walk(TREES[path]):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            where = f"{path}:{node.lineno}"
+            assert not called.endswith("read_pickle"), where
+            assert called != "torch.load" or options.get("weights_only") == "True", where
+            assert options.get("allow_pickle", "False") == "False", where

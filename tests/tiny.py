@@ -1,0 +1,48 @@
+"""Tiny catalogues and models for tests."""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from gflowtrl.catalog import ItemCatalog
+
+
+FIRST_TOKEN = 3  # 0 padding, 1 beginning, 2 end
+
+
+def random_paths(num_leaves: int, depth: int = 3, codes: int = 6, seed: int = 0, ragged: bool = False) -> torch.Tensor:
+    """Distinct random paths with a code range per level; with `ragged`, some ids are one token shorter."""
+    generator = torch.Generator().manual_seed(seed)
+    every = torch.cartesian_prod(*[torch.arange(codes)] * depth).view(-1, depth)
+    paths = every[torch.randperm(len(every), generator=generator)[:num_leaves]].clone()
+    if ragged:  # cut one id short and drop the ids that would continue it
+        for row in paths[:: max(num_leaves // 4, 1)].clone():
+            paths = paths[~(paths[:, :-1] == row[:-1]).all(1)]
+            row[-1] = -1 - FIRST_TOKEN - (depth - 1) * codes
+            paths = torch.cat([paths, row[None]])
+    return paths + FIRST_TOKEN + torch.arange(depth) * codes
+
+
+def catalog_of(paths: torch.Tensor) -> ItemCatalog:
+    texts = [tuple(f"<t{t}>" for t in row if t >= 0) for row in paths.tolist()]
+    return ItemCatalog(list(range(len(paths))), texts, paths)
+
+
+def tiny_model(vocab_size: int, kind: str = "llama", attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config_class, model_class = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[kind]
+    config = config_class(
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        attn_implementation=attention, initializer_range=0.3,
+    )  # fmt: skip
+    return model_class(config).eval()
+
+
+def ragged_prompts(batch: int, vocab_size: int, length: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Left-padded prompts of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, length + 1, (batch,), generator=generator)
+    lengths[0] = length
+    mask = (torch.arange(length) >= (length - lengths)[:, None]).long()
+    tokens = torch.randint(FIRST_TOKEN, vocab_size, (batch, length), generator=generator)
+    return {"input_ids": tokens * mask, "attention_mask": mask}
