@@ -35,8 +35,8 @@ class InteractionData:
         semantic_ids: item -> tokens, or `None` where ids are still to be made. Kept in the order of `items`, so that a
             catalogue made of it has its item axis in that order.
         synthetic: whether the interactions were made by a program.
-        events: for each user the log with impressions, oldest first, or `None`. The events of level `CLICKED` and above
-            are the user's sequence, in the same order.
+        events: for each user the log with impressions, oldest first, or `None`. The events of level `CLICKED` and
+            above are the user's sequence, in the same order.
 
     Raises:
         ValueError: where these parts contradict each other; the message names the first user or item concerned.
@@ -68,9 +68,7 @@ class InteractionData:
 
     def _check_events(self) -> None:
         if len(self.events) != len(self.users):
-            raise ValueError(
-                f"{self.name}: {len(self.users)} users but {len(self.events)} lists of events were given."
-            )
+            raise ValueError(f"{self.name}: {len(self.users)} users but {len(self.events)} event lists were given.")
         known = set(self.items)
         for user, sequence, events in zip(self.users, self.sequences, self.events, strict=True):
             if not known.issuperset(event.item for event in events):
@@ -78,8 +76,8 @@ class InteractionData:
                 raise ValueError(f"{self.name}: user {user!r} was shown item {item!r}, which is not in the catalogue.")
             if [event.item for event in events if event.level >= CLICKED] != list(sequence):
                 raise ValueError(
-                    f"{self.name}: the clicks and purchases in the events of user {user!r} are not the user's sequence, "
-                    "in order. Make the sequence from the events, or leave the events out."
+                    f"{self.name}: the clicks and purchases in the events of user {user!r} are not the user's "
+                    "sequence, in order. Make the sequence from the events, or leave the events out."
                 )
 
     @property
@@ -163,8 +161,8 @@ def _in_item_order(semantic_ids, items: list[Item], name: str) -> dict[Item, tup
     missing = [item for item in items if item not in semantic_ids]
     if missing:
         raise ValueError(
-            f"{name}: {len(missing)} of {len(items)} items have no semantic id, the first is item {missing[0]!r}. Give "
-            "each item of the catalogue an id, or drop these items."
+            f"{name}: {len(missing)} of {len(items)} items have no semantic id, the first is item {missing[0]!r}. "
+            "Give each item of the catalogue an id, or drop these items."
         )
     if len(semantic_ids) != len(items):
         known = set(items)

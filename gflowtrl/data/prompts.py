@@ -1,7 +1,7 @@
 """Histories to prompts: the one place where the plain prompt format is defined.
 
-A prompt is `[bos]` and the tokens of the last `max_history_items` items. Supervised training, fine-tuning, decoding and
-evaluation all come through `item_tokens` and so cannot differ.
+A prompt is `[bos]` and the tokens of the last `max_history_items` items. Supervised training, fine-tuning, decoding
+and evaluation all come through `item_tokens` and so cannot differ.
 """
 
 from collections.abc import Sequence
@@ -48,8 +48,8 @@ def item_tokens(catalog: ItemCatalog, histories: Sequence[Sequence[Item]]) -> tu
 class PromptEncoder:
     """Turns histories into a left-padded batch of prompts.
 
-    Where the tokenizer has no `bos` token the prompt is the history's tokens alone. Where it has no padding token, `eos`
-    or 0 fills the masked places.
+    Where the tokenizer has no `bos` token the prompt is the history's tokens alone. Where it has no padding token,
+    `eos` or 0 fills the masked places.
 
     Args:
         catalog: gives the token ids. Moving it to a device moves the look-up there; prompts are always on the CPU.
@@ -78,9 +78,7 @@ class PromptEncoder:
             raise ValueError("There is no history to encode: the batch is empty.")
         for row, history in enumerate(histories):
             if not len(history):
-                raise ValueError(
-                    f"The history in row {row} is empty. A prompt needs at least one item; drop this row."
-                )
+                raise ValueError(f"The history in row {row} is empty. A prompt needs at least one item: drop it.")
         tokens, row, _ = item_tokens(self.catalog, [history[-self.max_history_items :] for history in histories])
         count = torch.bincount(row, minlength=len(histories))
         width = int(count.max()) + len(self.bos)
@@ -111,8 +109,8 @@ class GroupCollator:
         for column in ("row_id", "history", "target"):
             if column not in rows[0]:
                 raise ValueError(
-                    f"A row has no column {column!r} (it has {', '.join(sorted(rows[0]))}). Make rows with leave_one_out, "
-                    "and set remove_unused_columns=False in the training arguments."
+                    f"A row has no column {column!r} (it has {', '.join(sorted(rows[0]))}). Make rows with "
+                    "leave_one_out, and set remove_unused_columns=False in the training arguments."
                 )
         batch = {column: [row[column] for row in rows] for column in rows[0]}
         batch["row_id"] = torch.tensor(batch["row_id"])
@@ -127,9 +125,9 @@ def sft_dataset(
 ) -> Dataset:
     """Rows for TRL's `SFTTrainer`, already tokenised: one a user, more for a long sequence (see `user_windows`).
 
-    A row is the prompt of its items. The labels are the tokens of the items that are targets in this window, and -100 at
-    `bos`, a user's first item and what an earlier window has covered: each target of each sequence is learned once. As
-    ids are read on the tree of items, no end token is needed.
+    A row is the prompt of its items. The labels are the tokens of the items that are targets in this window, and -100
+    at `bos`, a user's first item and what an earlier window has covered: each target of each sequence is learned once.
+    As ids are read on the tree of items, no end token is needed.
 
     Returns:
         A dataset with the columns `input_ids` and `labels`.

@@ -119,16 +119,7 @@ def write_folder(data: InteractionData, path: str | Path) -> None:
         ids = {str(item): tokens for item, tokens in data.semantic_ids.items()}
         (path / "semantic_ids.json").write_text(json.dumps(ids) + "\n", encoding="utf-8")
     if data.events is not None:
-        rows = zip(data.users, data.events, strict=True)
-        keys = ("session", "item", "level")
-        columns = ((user, list(zip(*events, strict=True)) or [[], [], []]) for user, events in rows)
-        _write_lines(
-            path / "events.jsonl",
-            (
-                {"user": user, **{f"{key}s": list(column) for key, column in zip(keys, lists, strict=True)}}
-                for user, lists in columns
-            ),
-        )
+        _write_lines(path / "events.jsonl", map(_event_row, data.users, data.events))
 
 
 _LETTER_PARTS = ("inter", "index", "item")
@@ -145,9 +136,7 @@ def _read_sequences(file: Path) -> tuple[list[Item], list[list[Item]]]:
     for where, row in _json_lines(file):
         user = _identifier(row, "user", where)
         if user in rows:
-            raise ValueError(
-                f"{where}: user {user!r} was given in an earlier line. Put all items of a user in one line."
-            )
+            raise ValueError(f"{where}: user {user!r} has an earlier line. Put all items of a user in one line.")
         rows[user] = _item_list(row.get("items"), f"{where}: user {user!r}")
     if not rows:
         raise ValueError(f"{file} is empty. It needs one line a user.")
@@ -160,9 +149,7 @@ def _read_events(file: Path, users: list[Item]) -> list[list[Event]]:
         user = _identifier(row, "user", where)
         columns = [row.get(key) for key in ("sessions", "items", "levels")]
         if user in rows:
-            raise ValueError(
-                f"{where}: user {user!r} was given in an earlier line. Put all events of a user in one line."
-            )
+            raise ValueError(f"{where}: user {user!r} has an earlier line. Put all events of a user in one line.")
         if not all(isinstance(column, list) for column in columns) or len({*map(len, columns)}) != 1:
             raise ValueError(f"{where}: 'sessions', 'items' and 'levels' must be three lists of one length.")
         rows[user] = [Event(*event) for event in zip(*columns, strict=True)]
@@ -200,7 +187,7 @@ def _json_lines(file: Path) -> Iterator[tuple[str, dict]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: this is no JSON ({error.msg}, column {error.colno}).") from None
+                raise ValueError(f"{where}: no JSON ({error.msg}, column {error.colno}).") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{where}: a JSON object is needed, not {type(row).__name__}.")
             yield where, row
@@ -220,9 +207,7 @@ def _read_object(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{file}, line {error.lineno}: this is no JSON ({error.msg}, column {error.colno})."
-        ) from None
+        raise ValueError(f"{file}, line {error.lineno}: no JSON ({error.msg}, column {error.colno}).") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: one JSON object is needed, not {type(content).__name__}.")
     return content
@@ -264,10 +249,13 @@ def _all_items(sequences, features, semantic_ids) -> list[Item]:
     items = {*chain.from_iterable(sequences), *features, *(semantic_ids or ())}
     kinds = {type(item).__name__ for item in items}
     if len(kinds) > 1:
-        raise ValueError(
-            f"Items must be all whole numbers or all strings, but both were found ({' and '.join(kinds)})."
-        )
+        raise ValueError(f"Items must be all whole numbers or all strings, but there are both.")
     return sorted(items)
+
+
+def _event_row(user: Item, events: list[Event]) -> dict[str, Any]:
+    sessions, items, levels = map(list, zip(*events, strict=True)) if events else ([], [], [])
+    return {"user": user, "sessions": sessions, "items": items, "levels": levels}
 
 
 def _write_lines(file: Path, rows) -> None:

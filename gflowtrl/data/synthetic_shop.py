@@ -125,6 +125,7 @@ class SyntheticShop:
     sharpness: float = 1.2
     popularity_skew: float = 1.5
     popularity_quality: float = 0.3
+    fatigue: float = 1.0
     slate_size: int = 8
     mean_sessions: float = 9.0
     min_users_shown: int = 20
@@ -192,10 +193,11 @@ class SyntheticShop:
         sessions = 3 + rng.poisson(max(self.mean_sessions - 3, 0), size=self.n_users)
         discovery = self._discovery(rng, sessions)
 
-        taken = np.zeros(shape, dtype=bool)
+        taken, times_shown = np.zeros(shape, dtype=bool), np.zeros(shape)
         log, session = [], 0
         while (active := (session < sessions) | (taken.sum(1) < self.min_items)).any():
-            keys = np.where(taken, -np.inf, popularity + rng.gumbel(size=shape))  # largest keys: a draw by popularity
+            keys = popularity - self.fatigue * times_shown + rng.gumbel(size=shape)  # the largest: a weighted draw
+            keys[taken] = -np.inf
             size = min(self.slate_size, self.n_items)
             slate = keys >= np.partition(keys, -size, axis=1)[:, [-size]]
             slate = (slate | (discovery == session)) & ~taken & active[:, None]
@@ -205,6 +207,7 @@ class SyntheticShop:
             level = np.where(bought, PURCHASED, np.where(clicked, CLICKED, SHOWN))[user, item]
             log.append(np.stack([user, np.full_like(user, session), rng.permutation(len(user)), item, level]))
             taken |= clicked
+            times_shown += slate
             session += 1
         user, number, place, item, level = np.concatenate(log, axis=1)
         order = np.lexsort((place, number, user))

@@ -128,7 +128,7 @@ class RewardFusion:
                 f"Give it a method score_items(batch) -> Tensor (B, {len(self.catalog)}), or choose an objective that "
                 f"needs only sampled rewards (vargrad, say)."
             )
-        cache, key = batch.setdefault("cache", {}), ("rewards of all leaves", id(self))
+        cache, key = batch.setdefault("cache", {}), ("rewards of all leaves", self)
         if key not in cache:
             parts = {name: self._item_scores(name, batch) for name in self.rewards}
             cache[key] = self._combine(parts, batch, None)

@@ -96,7 +96,7 @@ class SASRec(TeacherModule):
         *,
         epochs: int = 60,
         patience: int = 8,
-        batch_size: int = 128,
+        batch_size: int = 512,
         learning_rate: float = 1e-3,
         seed: int = 42,
         device: str | torch.device = "cpu",
@@ -110,7 +110,7 @@ class SASRec(TeacherModule):
             items: the whole catalogue.
             validation: rows with `"history"` and `"target"`; without them all epochs are run and the last is kept.
             patience: stop after so many epochs without a better validation NDCG@10.
-            batch_size: sequences a step.
+            batch_size: targets a step.
             seed: fixes initialisation, order and dropout; the global random state is left as it was.
             **config: `max_history_items`, `width`, `layers`, `heads`, `dropout`.
         """
@@ -155,7 +155,11 @@ class SASRec(TeacherModule):
 
     def _train_epoch(self, windows: list[Tensor], optimizer: torch.optim.Optimizer, batch_size: int) -> float:
         self.train()
-        batches = [part for group in windows for part in group[torch.randperm(len(group))].split(batch_size)]
+        batches = [
+            part
+            for group in windows
+            for part in group[torch.randperm(len(group))].split(max(1, batch_size // (group.shape[1] - 1)))
+        ]
         total, count = 0.0, 0
         for index in torch.randperm(len(batches)).tolist():
             inputs, targets = batches[index][:, :-1], batches[index][:, 1:].flatten()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import defaultdict
@@ -20,13 +19,13 @@ from trl.trainer.base_trainer import _BaseTrainer
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.data import PromptEncoder
 from gflowtrl.policy.heads import load_heads, split_heads
+from gflowtrl.recommender import write_recommender_files
 
 from .evaluation import RankingEvaluationMixin, history_lengths
 from .model_card import write_model_card
 
 
 HEADS_FILE = "flow_heads.safetensors"
-RECOMMENDER_FILE = "recommender_config.json"
 
 
 @dataclass
@@ -101,9 +100,7 @@ class BaseTrainer(RankingEvaluationMixin, _BaseTrainer):
             return
         if heads:
             save_file({name: value.contiguous().cpu() for name, value in heads.items()}, Path(output_dir, HEADS_FILE))
-        self._catalog.save_pretrained(output_dir)
-        description = {"max_history_items": self._encoder.max_history_items, "prompt_format": "plain"}
-        Path(output_dir, RECOMMENDER_FILE).write_text(json.dumps(description, indent=2))
+        write_recommender_files(output_dir, self._catalog, self._encoder.max_history_items)
         write_model_card(self, output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:

@@ -60,7 +60,10 @@ def test_a_written_folder_reads_back(tmp_path, small_shop):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"sequences": '{"user": 0, "items": [1]}\n{"user": 1, "items": [1,}'}, r"sequences\.jsonl, line 2: .*no JSON"),
+        (
+            {"sequences": '{"user": 0, "items": [1]}\n{"user": 1, "items": [1,}'},
+            r"sequences\.jsonl, line 2: .*no JSON",
+        ),
         ({"sequences": '{"user": 0, "items": [1]}\n\n[1]'}, r"sequences\.jsonl, line 3: a JSON object is needed"),
         ({"sequences": ""}, "empty"),
         ({"sequences": [{"user": 0, "items": []}]}, "user 0 has no items"),

@@ -1,0 +1,130 @@
+"""Names, values and command lines: what recipes need to be strict and friendly, whatever their fields are."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-3 as a number, as everyone but YAML 1.1 does, and refuses a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Errors name the file and the line."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no recipe {path}. Give a YAML file with --config.")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold fields with values (field: value), not {type(content).__name__}.")
+    return content
+
+
+def parse_value(text: str) -> Any:
+    """A command line's value, read as YAML; what is no YAML is a string."""
+    try:
+        return yaml.load(text, RecipeLoader)
+    except yaml.YAMLError:
+        return text
+
+
+def parse_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """`--a.b value`, `--a.b=value`, `--flag` (true) and `--list 1 2 3` as a flat `{"a.b": value}`."""
+    options: dict[str, Any] = {}
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise ValueError(f"{word!r} is no option; options look like --data_dir DIR or --gflownet.learning_rate 1e-3.")
+        name, equals, text = word[2:].partition("=")
+        values = [text] if equals else []
+        while not equals and words and not words[0].startswith("--"):
+            values.append(words.pop(0))
+        parsed = [parse_value(value) for value in values]
+        options[name.replace("-", "_")] = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
+    return options
+
+
+def set_option(tree: Any, path: str, value: Any) -> None:
+    """Sets `a.b.0.c` in nested dictionaries and lists, in place. Missing dictionaries are made, list places are not."""
+    *parents, last = path.split(".")
+    for number, key in enumerate(parents):
+        where = ".".join(parents[: number + 1])
+        tree = tree[_place(tree, key, where)] if isinstance(tree, list) else tree.setdefault(key, {})
+        if not isinstance(tree, dict | list):
+            raise ValueError(f"--{path} cannot be set: {where} is the value {tree!r} and has no fields.")
+    tree[_place(tree, last, path) if isinstance(tree, list) else last] = value
+
+
+def _place(values: list, key: str, where: str) -> int:
+    if not key.isdecimal() or int(key) >= len(values):
+        raise ValueError(f"--{where} cannot be set: it is a list with the places 0 to {len(values) - 1}.")
+    return int(key)
+
+
+def check_names(given: Iterable[str], known: Iterable[str], where: str = "") -> None:
+    """Refuses a field that does not exist, and offers the closest one that does."""
+    known = sorted(known)
+    for name in given:
+        if name not in known:
+            prefix = f"{where}." if where else ""
+            close = difflib.get_close_matches(str(name), known, n=1)
+            remedy = f"Did you mean {prefix + close[0]!r}?" if close else f"Known are {', '.join(known)}."
+            raise ValueError(f"There is no field {prefix + str(name)!r}. {remedy}")
+
+
+def check_types(kind: type, values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """`values` for the fields of the dataclass `kind`, each checked against its annotation; one value for a list is
+    made a list of one, as on the command line of TRL."""
+    hints = typing.get_type_hints(kind)
+    return {name: _fit(hints[name], value, f"{where}.{name}" if where else name) for name, value in values.items()}
+
+
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "fields with values"}
+
+
+def _fit(hint: Any, value: Any, where: str) -> Any:
+    choices = typing.get_args(hint) if _is_union(hint) else (hint,)
+    plain = [typing.get_origin(choice) or choice for choice in choices]
+    if value is None and type(None) in plain:
+        return None
+    if list in plain:
+        listed = value if isinstance(value, list) or str in plain else [value]
+        inner = typing.get_args(choices[plain.index(list)])
+        return [_fit(inner[0], v, where) for v in listed] if inner and isinstance(listed, list) else listed
+    checkable = [kind for kind in plain if kind in _NAMES]
+    if len(checkable) < len([kind for kind in plain if kind is not type(None)]):
+        return value  # an annotation that says more than these kinds: the class itself checks
+    if float in checkable and type(value) is int:
+        return value
+    if type(value) not in checkable:
+        kinds = " or ".join(_NAMES[kind] for kind in checkable)
+        raise TypeError(f"{where} must be {kinds}, but it is {value!r}.")
+    return value
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)

@@ -1,0 +1,131 @@
+"""What all stages of a run share: interactions, splits, tokenizer, catalogue. Reading them finds all bad input."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from gflowtrl.catalog import ItemCatalog
+from gflowtrl.data import (
+    InteractionData,
+    PromptEncoder,
+    ShopTruth,
+    Splits,
+    SyntheticShop,
+    add_item_tokens,
+    build_tokenizer,
+    k_core,
+    leave_one_out,
+    read_interactions,
+)
+from gflowtrl.teachers import fingerprint
+
+from .recipe import Recipe
+
+
+@dataclass
+class Materials:
+    """The data of a run.
+
+    Attributes:
+        truth: of the synthetic shop; only `evaluation` may look at it.
+        fingerprint: changes with any change of what was read and how it is split.
+    """
+
+    recipe: Recipe
+    data: InteractionData
+    truth: ShopTruth | None
+    splits: Splits
+    tokenizer: PreTrainedTokenizerBase
+    catalog: ItemCatalog
+    fingerprint: str
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        return PromptEncoder(self.catalog, self.tokenizer, self.recipe.data.max_history_items)
+
+    @property
+    def item_counts(self) -> Tensor:
+        """Training interactions of each item, in the order of `catalog.items` (which is that of the data)."""
+        return self.splits.item_counts
+
+    @property
+    def kind(self) -> str:
+        return "SYNTHETIC data" if self.data.synthetic else "real data"
+
+
+def prepare(recipe: Recipe) -> Materials:
+    """Reads or makes the data, splits it, and builds tokenizer and catalogue.
+
+    Raises:
+        ValueError, FileNotFoundError: bad input; the message says what and where.
+    """
+    truth = None
+    if recipe.data_dir is None:
+        data, truth = SyntheticShop(**recipe.data.shop).generate()
+    else:
+        data = read_interactions(recipe.data_dir)
+        if recipe.data.k_core:
+            data = k_core(data, recipe.data.k_core)
+    if data.semantic_ids is None:
+        raise ValueError(
+            f"{data.name} has no semantic ids: {recipe.data_dir} holds no semantic_ids.json. Give each item a list of "
+            "tokens there; docs/data.md describes the file."
+        )
+    splits = leave_one_out(data, recipe.data.max_history_items)
+    tokenizer = _tokenizer(recipe, data)
+    catalog = ItemCatalog.from_semantic_ids(data.semantic_ids, tokenizer)
+    content = {
+        "section": asdict(recipe.data),
+        "users": data.users,
+        "sequences": data.sequences,
+        "events": data.events,
+        "semantic_ids": list(data.semantic_ids.items()),
+    }
+    return Materials(recipe, data, truth, splits, tokenizer, catalog, fingerprint(content))
+
+
+def build_model(materials: Materials) -> PreTrainedModel:
+    """The model before any training: a small one from scratch, or a checkpoint with item tokens added.
+
+    A model from scratch follows the global random state: set the seed before.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = dict(materials.recipe.model)
+    tokenizer = materials.tokenizer
+    if name := options.pop("model_name_or_path", None):
+        model = AutoModelForCausalLM.from_pretrained(_local(materials.recipe, name), **options)
+        add_item_tokens(tokenizer, materials.data.semantic_ids, model)
+        return model
+    special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
+    config = AutoConfig.for_model(options.pop("model_type", "llama"), vocab_size=len(tokenizer), **special, **options)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def _tokenizer(recipe: Recipe, data: InteractionData) -> PreTrainedTokenizerBase:
+    name = recipe.model.get("model_name_or_path")
+    if name is None:
+        return build_tokenizer(data.semantic_ids)
+    tokenizer = AutoTokenizer.from_pretrained(
+        _local(recipe, name), **{key: recipe.model[key] for key in ("gguf_file", "revision") if key in recipe.model}
+    )
+    add_item_tokens(tokenizer, data.semantic_ids)
+    return tokenizer
+
+
+def _local(recipe: Recipe, name: str) -> str:
+    """A folder named in the recipe, looked up from here and from the recipe's folder; else a name on the Hub."""
+    beside = Path(recipe.folder, name)
+    return str(beside) if not Path(name).is_dir() and beside.is_dir() else name
+
+
+def teacher_materials(materials: Materials, spec: dict) -> dict:
+    """What a teacher depends on, for its fingerprint."""
+    return {"data": materials.fingerprint, "teacher": spec}
+
+
+__all__ = ["Materials", "build_model", "prepare", "replace"]

@@ -1,0 +1,255 @@
+"""Recipes: what a run does, from YAML and the command line, checked before any work begins."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from gflowtrl.data import SyntheticShop
+from gflowtrl.rewards import CollaborativeReward
+from gflowtrl.samplers import build_sampler
+from gflowtrl.teachers import EASE, MixtureTeacher, Popularity, SASRec
+
+from .configuration import check_names, check_types, parse_options, read_yaml, set_option
+
+
+#: Stages that a recipe may choose among, in the order in which they run; data, test and report always run.
+STAGES = ("teacher", "sft", "control", "gflownet")
+#: Fields that decide how many steps a stage takes, and on what: the control copies them from `gflownet`.
+SCHEDULE = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
+TEACHERS = {"sasrec": SASRec, "ease": EASE, "popularity": Popularity, "mixture": MixtureTeacher}
+REWARDS = ("ground_truth", "collaborative", "likelihood")
+
+
+def setting(default: Any, help: str) -> Any:
+    return field(default_factory=lambda: default, metadata={"help": help})
+
+
+@dataclass
+class DataSection:
+    k_core: int | None = setting(None, "drop users and items with fewer interactions; null: take the data as it is")
+    max_history_items: int = setting(20, "items of a history that models see, the last ones")
+    shop: dict = setting({}, "fields of gflowtrl.data.SyntheticShop, used where data_dir is null")
+
+
+@dataclass
+class EvaluationSection:
+    num_beams: int = setting(20, "width of the constrained beam search")
+    ks: list[int] = setting([5, 10, 20], "cut-offs of the metrics")
+    batch_size: int = setting(256, "prompts decoded together")
+    bootstrap_samples: int = setting(10_000, "resamples of users for the interval of GFlowNet minus control")
+
+    @property
+    def primary_k(self) -> int:
+        """The cut-off that chooses checkpoints and fills the table: 10, or the largest where 10 is not measured."""
+        return 10 if 10 in self.ks else max(self.ks)
+
+
+@dataclass
+class Recipe:
+    """All settings of one run. docs/pipeline.md describes them.
+
+    Raises:
+        ValueError, TypeError: on construction, for an unknown field (with the closest known name), a value of the wrong
+            kind, or values that contradict each other.
+    """
+
+    output_dir: str = setting("outputs", "where stages and results are kept; recipes with one output_dir share stages")
+    data_dir: str | None = setting(None, "folder with interactions (docs/data.md); null: the SYNTHETIC shop")
+    name: str = setting("recipe", "what the report calls this run; the file's name if not given")
+    seed: int = setting(42, "of initialisation, order and trajectories")
+    stages: list[str] = setting(list(STAGES), f"which of {', '.join(STAGES)} to run")
+    data: DataSection = setting({}, "what is read")
+    model: dict = setting({}, "model_name_or_path of a causal model, or model_type and fields of its configuration")
+    teacher: dict = setting({"type": "sasrec"}, f"type ({', '.join(TEACHERS)}) and its options")
+    sft: dict = setting({}, "fields of trl.SFTConfig")
+    control: dict = setting({}, f"fields of GFlowNetConfig; {', '.join(SCHEDULE)} are those of gflownet")
+    gflownet: dict = setting({}, "fields of gflowtrl.GFlowNetConfig; an option without a section goes here")
+    rewards: list[dict] = setting([], f"each a type ({', '.join(REWARDS)}) or function (file.py:name), weight, options")
+    sampler: str | dict | None = setting(None, "where trajectories come from: a name, or {name: weight}")
+    evaluation: EvaluationSection = setting({}, "how validation and test are measured")
+    folder: str = field(default=".", metadata={"internal": True})  # files named in the recipe are looked up here too
+
+    def __post_init__(self) -> None:
+        for name, section in SECTIONS.items():
+            values = getattr(self, name)
+            if isinstance(values, Mapping):
+                check_names(values, [entry.name for entry in fields(section)], name)
+                setattr(self, name, section(**check_types(section, values, name)))
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in SECTIONS}
+        for name, value in check_types(Recipe, plain).items():
+            setattr(self, name, value)
+        for name, section in SECTIONS.items():
+            if not isinstance(getattr(self, name), section):
+                raise TypeError(f"{name} must be fields with values, but it is {getattr(self, name)!r}.")
+        check_names(self.stages, STAGES, "stages")
+        if self.data_dir is None:
+            check_names(self.data.shop, inspect.signature(SyntheticShop).parameters, "data.shop")
+            if self.data.k_core:
+                raise ValueError("data.k_core is set, but data_dir is null: the synthetic shop is taken as it is.")
+        self._check_model()
+        check_teacher(self.teacher, "teacher")
+        for number, reward in enumerate(self.rewards):
+            check_reward(reward, f"rewards.{number}")
+        if self.sampler is not None:
+            build_sampler(self.sampler, teacher=lambda histories: None)
+        self._check_schedule()
+        for stage in self.stages:
+            if stage != "teacher":
+                self.training_arguments(stage, Path(self.output_dir) / stage)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "folder"}
+
+    @property
+    def control_fields(self) -> dict[str, Any]:
+        """The control's section, with the schedule of `gflownet` and the loss that makes it SFT continued."""
+        return {**self.control, **{n: self.gflownet[n] for n in SCHEDULE if n in self.gflownet}, "loss_type": ["sft"]}
+
+    @property
+    def reward_weights(self) -> list[float]:
+        return [float(reward.get("weight", 1.0)) for reward in self.rewards]
+
+    def training_arguments(self, stage: str, output_dir: str | Path) -> Any:
+        """The `SFTConfig` (for "sft") or `GFlowNetConfig` of a stage: the recipe's fields over the pipeline's own.
+
+        A stage is measured and saved once an epoch, and ends with its checkpoint of the highest validation NDCG.
+        """
+        from gflowtrl.trainer import GFlowNetConfig
+
+        values = {
+            "eval_strategy": "epoch",
+            "save_strategy": "epoch",
+            "save_total_limit": 1,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": f"eval_ndcg@{self.evaluation.primary_k}",
+            "greater_is_better": True,
+            "logging_steps": 0.1,
+            "report_to": "none",
+            "per_device_eval_batch_size": self.evaluation.batch_size,
+            "train_sampling_strategy": "group_by_length",
+        }
+        if stage == "sft":
+            from trl import SFTConfig
+
+            kind, section = SFTConfig, self.sft
+            values |= {"bf16": False, "gradient_checkpointing": False, "max_length": None}
+        else:
+            kind, section = GFlowNetConfig, self.control_fields if stage == "control" else self.gflownet
+            values |= {
+                "max_history_items": self.data.max_history_items,
+                "eval_num_beams": self.evaluation.num_beams,
+                "eval_ks": self.evaluation.ks,
+            }
+            if stage == "gflownet":
+                values["reward_weights"] = self.reward_weights or None
+        check_names(section, [entry.name for entry in fields(kind) if entry.init], stage)
+        owners = {"output_dir": "output_dir", "seed": "seed", "reward_weights": "the weight of each entry of rewards"}
+        for name in owners.keys() & section.keys():
+            raise ValueError(f"{stage}.{name} is not free: the pipeline sets it from {owners[name]}.")
+        return kind(output_dir=str(output_dir), seed=self.seed, **{**values, **check_types(kind, section, stage)})
+
+    def _check_model(self) -> None:
+        from transformers.models.auto import CONFIG_MAPPING
+
+        if "model_name_or_path" in self.model:
+            return
+        kind = self.model.get("model_type", "llama")
+        if kind not in CONFIG_MAPPING:
+            raise ValueError(f"model.model_type is {kind!r}, which transformers does not know; 'llama' is a fair start.")
+        check_names(self.model, {"model_type", *inspect.signature(CONFIG_MAPPING[kind]).parameters}, "model")
+
+    def _check_schedule(self) -> None:
+        for name in SCHEDULE:
+            if name in self.control and self.control[name] != self.gflownet.get(name):
+                raise ValueError(
+                    f"control.{name} is {self.control[name]!r} and gflownet.{name} is {self.gflownet.get(name)!r}, but "
+                    f"the control takes exactly the GFlowNet's steps. Leave control.{name} out."
+                )
+        if "loss_type" in self.control:
+            raise ValueError("The control is SFT continued on the same rows: leave control.loss_type out.")
+
+
+SECTIONS = {"data": DataSection, "evaluation": EvaluationSection}
+
+
+def check_teacher(spec: Any, where: str) -> None:
+    kind = spec.get("type") if isinstance(spec, Mapping) else None
+    if kind not in TEACHERS:
+        raise ValueError(f"{where}.type is {kind!r}; choose from {', '.join(TEACHERS)}.")
+    if kind != "mixture":
+        check_names(spec, {"type", "weight", *teacher_options(kind)}, where)
+        return
+    check_names(spec, {"type", "parts", "normalization"}, where)
+    if not isinstance(spec.get("parts"), list) or not spec["parts"]:
+        raise ValueError(f"{where}.parts must list the mixture's teachers, each with type, weight and options.")
+    for number, part in enumerate(spec["parts"]):
+        check_teacher(part, f"{where}.parts.{number}")
+
+
+def teacher_options(kind: str) -> set[str]:
+    """What a recipe may say of a teacher: the arguments of its `fit` that are no data."""
+    names = {*inspect.signature(TEACHERS[kind].fit).parameters}
+    if "config" in names:  # **config is handed on to the constructor
+        names |= {*inspect.signature(TEACHERS[kind]).parameters}
+    return names - {"train_sequences", "items", "validation", "device", "progress", "config", "max_history_items"}
+
+
+def check_reward(reward: Any, where: str) -> None:
+    if not isinstance(reward, Mapping) or ("type" in reward) == ("function" in reward):
+        raise ValueError(f"{where} needs either a type ({', '.join(REWARDS)}) or a function (file.py:name).")
+    if "function" in reward:
+        check_names(reward, ["function", "weight"], where)
+        return
+    if reward["type"] not in REWARDS:
+        raise ValueError(f"{where}.type is {reward['type']!r}; choose from {', '.join(REWARDS)}, or give a function.")
+    options = {"type", "weight"}
+    if reward["type"] == "collaborative":
+        options |= {*inspect.signature(CollaborativeReward).parameters} - {"item_counts"}
+        if "teacher" in reward:
+            check_teacher(reward["teacher"], f"{where}.teacher")
+    check_names(reward, options, where)
+
+
+def load_recipe(path: str | Path, arguments: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file and sets what a command line changes.
+
+    Args:
+        path: the YAML file.
+        arguments: `--section.field value`, `--rewards.0.weight .5`, `--data_dir DIR`; an option that is no field of the
+            recipe itself goes to `gflownet` (`--learning_rate 1e-3`), as with TRL's scripts. Values are read as YAML.
+    """
+    content = {"name": Path(path).stem, **read_yaml(path), "folder": str(Path(path).resolve().parent)}
+    known = [entry.name for entry in fields(Recipe) if entry.name != "folder"]
+    check_names(content.keys() - {"folder"}, known)
+    for name, value in parse_options(arguments).items():
+        first = name.split(".")[0]
+        if first in known:
+            set_option(content, name, value)
+        elif "." in name:
+            check_names([first], known)
+        else:
+            check_names([name], {*known, *_gflownet_fields()})
+            set_option(content, f"gflownet.{name}", value)
+    return Recipe(**content)
+
+
+def _gflownet_fields() -> list[str]:
+    from gflowtrl.trainer import GFlowNetConfig
+
+    return [entry.name for entry in fields(GFlowNetConfig) if entry.init]
+
+
+def describe() -> str:
+    """All fields of a recipe, for `--help`."""
+    lines = []
+    for entry in fields(Recipe):
+        if "help" in entry.metadata:
+            lines.append(f"  --{entry.name:<18} {entry.metadata['help']}")
+            section = SECTIONS.get(entry.name)
+            if is_dataclass(section):
+                lines += [f"  --{entry.name}.{f.name:<{18 - len(entry.name)}} {f.metadata['help']}" for f in fields(section)]
+    return "\n".join(lines)

@@ -1,0 +1,111 @@
+"""A stage: a folder with a fingerprint, work that is done once, and a file that says that it is done."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from gflowtrl.teachers import fingerprint
+
+
+DONE_FILE = "done.json"
+CLOCK_FILE = "seconds.json"
+
+Record = dict[str, Any]
+
+
+class Workshop:
+    """Where stages live, and the processes that share the work.
+
+    Args:
+        root: folder of all stages.
+        quiet: print nothing.
+    """
+
+    def __init__(self, root: str | Path, quiet: bool = False):
+        self.root = Path(root)
+        # The other processes wait while the first one fits a teacher, longer than the usual half hour.
+        self.state = PartialState(timeout=timedelta(days=1))
+        self.quiet = quiet
+
+    @property
+    def is_main(self) -> bool:
+        return self.state.is_main_process
+
+    def say(self, text: str = "") -> None:
+        if self.is_main and not self.quiet:
+            print(text, flush=True)
+
+    def stage(self, name: str, inputs: Mapping[str, Any]) -> Stage:
+        """The stage of that name for these inputs: a JSON-able value of all that its result depends on."""
+        return Stage(self, name, dict(inputs))
+
+
+class Stage:
+    """One unit of work and its folder `<root>/<name>-<fingerprint of its inputs>`.
+
+    The same inputs lead to the same folder, so runs that agree up to some point share what comes before it. A folder
+    with `done.json` is finished; one without was interrupted.
+    """
+
+    def __init__(self, workshop: Workshop, name: str, inputs: Record):
+        self.workshop, self.name, self.inputs = workshop, name, inputs
+        self.fingerprint = fingerprint({"stage": name, **inputs})
+        self.folder = workshop.root / f"{name}-{self.fingerprint[:8]}"
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / DONE_FILE).is_file()
+
+    @property
+    def record(self) -> Record:
+        """What the work returned, and `seconds`, interrupted attempts included."""
+        return json.loads((self.folder / DONE_FILE).read_text(encoding="utf-8"))
+
+    def run(self, title: str, work: Callable[[Path], Record], main_only: bool = False) -> Record:
+        """Does the work unless it is done.
+
+        Args:
+            title: what to print.
+            work: gets the folder and returns a JSON-able record.
+            main_only: the first process works, the others wait for it; else all of them work together.
+        """
+        shop = self.workshop
+        shop.state.wait_for_everyone()
+        if self.done:
+            shop.say(f"[{self.name}] {title}: done before, kept in {self.folder}")
+        elif shop.is_main or not main_only:
+            shop.say(f"[{self.name}] {title}")
+            if shop.is_main:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_json(self.folder / "inputs.json", self.inputs)
+            started, spent = time.monotonic(), self._seconds_so_far()
+            try:
+                record = work(self.folder)
+            finally:
+                seconds = round(spent + time.monotonic() - started, 1)
+                if shop.is_main:
+                    write_json(self.folder / CLOCK_FILE, seconds)
+            if shop.is_main:
+                write_json(self.folder / DONE_FILE, {**record, "seconds": seconds})
+            shop.say(f"[{self.name}] finished in {seconds:.0f} s")
+        shop.state.wait_for_everyone()
+        return self.record
+
+    def _seconds_so_far(self) -> float:
+        file = self.folder / CLOCK_FILE
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else 0.0
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never half of it."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(scratch, path)

@@ -1,0 +1,83 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gflowtrl.catalog import ItemCatalog
+from gflowtrl.data import GroupCollator, PromptEncoder, build_tokenizer, leave_one_out, sft_dataset, user_windows
+
+
+IDS = {1: ("<a_0>", "<b_0>", "<c_0>"), 2: ("<a_1>",), 3: ("<a_2>", "<b_0>"), 4: ("<a_1>",)}
+TOKENIZER = build_tokenizer(IDS)
+CATALOG = ItemCatalog.from_semantic_ids(IDS, TOKENIZER)
+
+histories_of_users = st.lists(st.lists(st.sampled_from(list(IDS)), min_size=1, max_size=6), min_size=1, max_size=5)
+
+
+@given(histories_of_users, st.integers(1, 4), st.booleans())
+def test_prompts_are_what_the_tokenizer_makes_of_the_text(histories, max_items, with_bos):
+    """Oracle: the text of the last items through the tokenizer, ids of different length, left padding."""
+    tokenizer = build_tokenizer(IDS)
+    if not with_bos:
+        tokenizer.bos_token = None
+    encoder = PromptEncoder(CATALOG, tokenizer, max_items)
+    texts = [" ".join(token for item in history[-max_items:] for token in IDS[item]) for history in histories]
+    texts = [f"<bos> {text}" if with_bos else text for text in texts]
+    expected = TOKENIZER(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+    prompts = encoder(histories)
+    assert prompts["input_ids"].equal(expected["input_ids"]) and prompts["input_ids"].dtype == torch.long
+    assert prompts["attention_mask"].equal(expected["attention_mask"])
+
+
+def test_padding_falls_back_and_is_masked():
+    tokenizer = build_tokenizer(IDS)
+    tokenizer.pad_token = None
+    prompts = PromptEncoder(CATALOG, tokenizer)([[2], [1]])
+    assert prompts["input_ids"][0, :2].tolist() == [tokenizer.eos_token_id] * 2
+    assert prompts["attention_mask"].tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("histories", "message"),
+    [
+        ([], "no history to encode"),
+        ([[1], []], "history in row 1 is empty"),
+        ([[1], [2, 77, 1]], "history in row 1 cannot be read. Item 77 is not in the catalogue"),
+    ],
+)
+def test_bad_histories_are_named(histories, message):
+    with pytest.raises(ValueError, match=message):
+        PromptEncoder(CATALOG, TOKENIZER)(histories)
+
+
+def test_collator_keeps_every_column(small_shop):
+    data, _ = small_shop
+    tokenizer = build_tokenizer(data.semantic_ids)
+    encoder = PromptEncoder(ItemCatalog.from_semantic_ids(data.semantic_ids, tokenizer), tokenizer)
+    rows = leave_one_out(data).train.to_list()[:3]
+    batch = GroupCollator(encoder)(rows)
+    assert batch.keys() == {"prompts", *rows[0]}
+    assert batch["row_id"].tolist() == [row["row_id"] for row in rows] and batch["row_id"].dtype == torch.long
+    for column in ("user", "history", "target", "session_items", "session_levels"):
+        assert batch[column] == [row[column] for row in rows]
+    expected = encoder([row["history"] for row in rows])
+    assert all(batch["prompts"][name].equal(expected[name]) for name in expected)
+    with pytest.raises(ValueError, match="no column 'row_id'.*remove_unused_columns=False"):
+        GroupCollator(encoder)([{"history": [1], "target": 2}])
+
+
+@given(histories_of_users, st.integers(1, 3))
+def test_sft_rows_are_prompts_whose_labels_are_the_new_targets(sequences, max_items):
+    windows = user_windows(sequences, max_items)
+    if not windows:
+        with pytest.raises(ValueError, match="nothing to predict"):
+            sft_dataset(sequences, CATALOG, TOKENIZER, max_items)
+        return
+    rows = sft_dataset(sequences, CATALOG, TOKENIZER, max_items).to_list()
+    encoder = PromptEncoder(CATALOG, TOKENIZER, max_items + 1)
+    for row, (items, first_target) in zip(rows, windows, strict=True):
+        assert row["input_ids"] == encoder([items])["input_ids"][0].tolist()
+        context = 1 + sum(len(IDS[item]) for item in items[:first_target])
+        assert row["labels"] == [-100] * context + row["input_ids"][context:]
+    learned = sum(label >= 0 for row in rows for label in row["labels"])
+    assert learned == sum(len(IDS[item]) for sequence in sequences for item in sequence[1:])

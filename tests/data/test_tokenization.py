@@ -1,0 +1,61 @@
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from gflowtrl.data import add_item_tokens, build_tokenizer, check_round_trip
+
+
+IDS = {7: ("<a_10>", "<b_0>"), 8: ("<a_2>", "<b_1>"), 9: ("<a_2>", "<b_0>", "<c_0>")}
+
+
+@pytest.fixture
+def text_tokenizer():
+    """A byte-level tokenizer as text models have it: every byte is a token, no merges."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+def test_word_level_tokenizer(tmp_path):
+    tokenizer = build_tokenizer(IDS)
+    order = ["<pad>", "<bos>", "<eos>", "<a_2>", "<a_10>", "<b_0>", "<b_1>", "<c_0>"]  # by level, then by number
+    assert tokenizer.convert_ids_to_tokens(range(len(tokenizer))) == order
+    assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+    assert tokenizer.padding_side == "left" and tokenizer.unk_token is None
+    ids = tokenizer("<a_10> <b_0>", add_special_tokens=False)["input_ids"]
+    assert ids == [4, 5] and tokenizer.decode(ids, skip_special_tokens=True) == "<a_10> <b_0>"
+    with pytest.raises(Exception, match="UNK"):
+        tokenizer("<a_10><b_0>")  # no silent unknown token
+    tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)("<a_10> <b_0>")["input_ids"] == ids
+
+
+def test_item_tokens_are_added_to_a_text_model(text_tokenizer):
+    vocabulary = len(text_tokenizer)
+    config = LlamaConfig(vocab_size=vocabulary, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                         num_attention_heads=1)  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with pytest.raises(ValueError, match="Item 7: '<a_10>' is no token of the tokenizer"):
+        check_round_trip(text_tokenizer, IDS)
+    assert add_item_tokens(text_tokenizer, IDS, model) == 5
+    assert model.get_input_embeddings().num_embeddings == len(text_tokenizer) == vocabulary + 5
+    assert not set(text_tokenizer.all_special_tokens) & {"<a_2>", "<b_0>"}
+    ids = text_tokenizer("I took <a_2> <b_1>")["input_ids"]
+    assert text_tokenizer.convert_ids_to_tokens(ids[-2:]) == ["<a_2>", "<b_1>"]
+    assert text_tokenizer.decode(ids[-2:], skip_special_tokens=True).split() or True
+    assert add_item_tokens(text_tokenizer, IDS, model) == 0  # a second time changes nothing
+    assert model.get_input_embeddings().num_embeddings == vocabulary + 5
+
+
+def test_special_item_tokens_are_refused(text_tokenizer):
+    text_tokenizer.add_special_tokens({"additional_special_tokens": ["<a_2>"]})
+    with pytest.raises(ValueError, match="Item 8: '<a_2>' is a special token, which decoding drops"):
+        add_item_tokens(text_tokenizer, IDS)
+
+
+@pytest.mark.parametrize("token", ["<a 1>", "", "<bos>"])
+def test_bad_tokens_are_named(token):
+    with pytest.raises(ValueError, match="Item 5 has the token"):
+        build_tokenizer({5: (token,)})
