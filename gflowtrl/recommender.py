@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.data import PromptEncoder
 from gflowtrl.policy import CausalTreePolicy
+from gflowtrl.policy.heads import split_heads
 
 
 RECOMMENDER_FILE = "recommender_config.json"
@@ -82,7 +82,8 @@ class Recommender:
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write a folder that `from_pretrained` loads."""
-        self.model.save_pretrained(directory)
+        state_dict, _ = split_heads(self.model.state_dict())  # flow heads serve training only
+        self.model.save_pretrained(directory, state_dict=state_dict)
         self.tokenizer.save_pretrained(directory)
         write_recommender_files(directory, self.catalog, self.encoder.max_history_items)
 
@@ -104,12 +105,14 @@ class Recommender:
             batch_size: histories decoded together.
 
         Raises:
-            ValueError: an empty history or an unknown item, named with its row; k below 1.
+            ValueError: an empty history or an unknown item, named with its row; k below 1, or num_beams below k.
+            TypeError: a history is no list of items.
         """
         if k < 1:
             raise ValueError(f"k is {k}; ask for at least 1 item.")
-        if num_beams is not None and num_beams < 1:
-            raise ValueError(f"num_beams is {num_beams}; beam search needs at least 1.")
+        if num_beams is not None and num_beams < k:
+            raise ValueError(f"num_beams is {num_beams}, but {k} items are asked for; use at least {k} beams.")
+        self._check_histories(histories)
         beams = max(20, k) if num_beams is None else num_beams
         if exclude_seen:
             beams += max((len(set(history)) for history in histories), default=0)
@@ -130,6 +133,16 @@ class Recommender:
                 ]
                 results.append(found[:k])
         return results
+
+    def _check_histories(self, histories: Sequence[Sequence[Item]]) -> None:
+        for row, history in enumerate(histories):
+            if isinstance(history, str) or not isinstance(history, Sequence):
+                raise TypeError(f"The history in row {row} is {history!r}; give a list of items for each user.")
+            if not len(history):
+                raise ValueError(f"The history in row {row} is empty; recommendations need at least one item.")
+            for item in history:
+                if item not in self.catalog:
+                    raise ValueError(f"The history in row {row} holds item {item!r}, which is not in the catalogue.")
 
 
 def write_recommender_files(directory: str | os.PathLike, catalog: ItemCatalog, max_history_items: int) -> None:

@@ -76,7 +76,9 @@ class ItemCatalog:
             if not tokens:
                 raise ValueError(f"Item {item!r} has an empty semantic id.")
             if isinstance(tokens, str):
-                raise ValueError(f"The semantic id of item {item!r} is the text {tokens!r}; give a list of its tokens.")
+                raise ValueError(
+                    f"The semantic id of item {item!r} is the text {tokens!r}; give a list of its tokens."
+                )
             for token in tokens:
                 if numbers[token] is None or numbers[token] == unknown:
                     raise ValueError(
@@ -140,7 +142,7 @@ class ItemCatalog:
         return " ".join(self.semantic_ids[int(self._items_by_leaf[self._leaf_start[leaf]])])
 
     def fold_items(self, values: Tensor, reduction: str = "sum") -> Tensor:
-        """Values per item to values per leaf: `(B, items) -> (B, N)`; `reduction` is "sum" or "max" over a leaf's items."""
+        """Values per item to values per leaf: `(B, items) -> (B, N)`; "sum" or "max" over a leaf's items."""
         if reduction not in ("sum", "max"):
             raise ValueError(f"reduction is {reduction!r}; choose 'sum' or 'max'.")
         index = self.item_leaf.to(values.device).expand(values.shape[0], -1)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..catalog import Item
+from gflowtrl.catalog import Item
 
 
 #: Levels of an `Event`, ordered by how much they say about a user's taste.

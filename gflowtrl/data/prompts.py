@@ -15,7 +15,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..catalog import Item, ItemCatalog
+from gflowtrl.catalog import Item, ItemCatalog
+
 from .splits import user_windows
 
 

@@ -6,7 +6,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ..catalog import Item
+from gflowtrl.catalog import Item
+
 from .interactions import CLICKED, PURCHASED, Event, InteractionData
 
 
@@ -249,7 +250,7 @@ def _all_items(sequences, features, semantic_ids) -> list[Item]:
     items = {*chain.from_iterable(sequences), *features, *(semantic_ids or ())}
     kinds = {type(item).__name__ for item in items}
     if len(kinds) > 1:
-        raise ValueError(f"Items must be all whole numbers or all strings, but there are both.")
+        raise ValueError("Items must be all whole numbers or all strings, but there are both.")
     return sorted(items)
 
 

@@ -10,7 +10,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from ..catalog import Item
+from gflowtrl.catalog import Item
+
 from .interactions import CLICKED, Event, InteractionData, flatten, ranges
 
 
@@ -44,12 +45,12 @@ def leave_one_out(data: InteractionData, max_history_items: int | None = 20) -> 
     """The last item of each user is the test target, the one before it validation, each other but the first training.
 
     The history of a row is everything before its target, cut to the last `max_history_items` (`None`: not cut). Its
-    `row_id` is the number of the target interaction in the whole data, so it is unique over all three splits and does not
-    depend on the cut.
+    `row_id` is the number of the target interaction in the whole data, so it is unique over all three splits and does
+    not depend on the cut.
 
-    Where `data` has events, `session_items` are the items of the session in which the target was taken, target included,
-    and `session_levels` their levels (0 shown, 1 clicked, 2 purchased). A training row never shows the user's two
-    held-out items there, a validation row never the test item.
+    Where `data` has events, `session_items` are the items of the session in which the target was taken, target
+    included, and `session_levels` their levels (0 shown, 1 clicked, 2 purchased). A training row never shows the
+    user's two held-out items there, a validation row never the test item.
 
     Raises:
         ValueError: if a user has fewer than 3 items, or `max_history_items` is below 1.
@@ -61,8 +62,8 @@ def leave_one_out(data: InteractionData, max_history_items: int | None = 20) -> 
     if (lengths < 3).any():
         row = int(np.argmax(lengths < 3))
         raise ValueError(
-            f"{data.name}: user {data.users[row]!r} has {lengths[row]} items, and {(lengths < 3).sum()} users have fewer "
-            "than the 3 that leave-one-out needs (train, validation, test). Filter first: k_core(data, k=5)."
+            f"{data.name}: user {data.users[row]!r} has {lengths[row]} items, and {(lengths < 3).sum()} users have "
+            "fewer than the 3 that leave-one-out needs (train, validation, test). Filter first: k_core(data, k=5)."
         )
     user_of = np.repeat(np.arange(len(lengths)), lengths)
     position = np.arange(len(flat)) - offsets[user_of]
@@ -106,9 +107,10 @@ class Window(NamedTuple):
 def user_windows(sequences: Sequence[Sequence[Item]], max_items: int = 20) -> list[Window]:
     """Cut sequences so that each item but a user's first is a target in exactly one window.
 
-    A window has at most `max_items + 1` items, so that no target sees more than `max_items` before it: what it would see
-    as a row of its own. A sequence that fits is one window. A longer one becomes overlapping windows, in which a target
-    sees at least `max_items // 2` items. Sequences of fewer than two items give none.
+    A window has at most `max_items + 1` items, so that no target sees more than the `max_items` before it that it
+    would see as a row of its own. A sequence that fits is one window. A longer one becomes overlapping windows, in
+    which a target beyond the first window sees at least `max_items // 2` items. Sequences of fewer than two items
+    give none.
     """
     if max_items < 1:
         raise ValueError(f"max_items must be at least 1, but {max_items} was given.")

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..catalog import Item
+from gflowtrl.catalog import Item
+
 from .interactions import CLICKED, PURCHASED, SHOWN, Event, InteractionData
 
 
@@ -52,13 +53,11 @@ class ShopTruth:
         probs = torch.as_tensor(item_probs).detach().cpu().double()
         if probs.shape != (len(user_ids), len(self.items)):
             raise ValueError(
-                f"item_probs has shape {tuple(probs.shape)}; needed are {len(user_ids)} users x {len(self.items)} items."
+                f"item_probs has shape {tuple(probs.shape)}; needed is ({len(user_ids)}, {len(self.items)})."
             )
         bad = ~((probs >= 0).all(1) & ((probs.sum(1) - 1).abs() < 1e-3))  # False for NaN too
         if bad.any():
-            raise ValueError(
-                f"Row {int(bad.nonzero()[0])} of item_probs is no probability distribution over the items."
-            )
+            raise ValueError(f"Row {int(bad.nonzero()[0])} of item_probs is no probability distribution.")
         rows = torch.tensor([self._row_of[user] for user in user_ids], dtype=torch.long)
         unseen_liked = self.liked[rows] & ~self.shown[rows]
         open_items = ~self.consumed[rows]
@@ -71,10 +70,10 @@ class ShopTruth:
     def evaluate(self, user_ids: Sequence[Item], item_probs: Tensor) -> dict[str, float]:
         """How well predicted distributions serve these users, means over them.
 
-        `unseen_liked_mass` is the probability on items that a user likes and was never shown (higher is better; given as
-        predicted, no renormalisation). `total_variation` to the true preference (lower is better) compares both
-        distributions **on the items that the user has not yet clicked or bought, each renormalised there**: sequences
-        hold distinct items, so every model rightly learns to leave out what was taken, which the preference does not.
+        `unseen_liked_mass` is the probability on items that a user likes and was never shown (higher is better; as
+        predicted, not renormalised). `total_variation` to the true preference (lower is better) compares the two
+        distributions **on the items that the user has not clicked or bought, each renormalised there**: sequences hold
+        distinct items, so a model rightly learns to leave out what was taken, which the preference does not.
 
         Args:
             user_ids: U users.
@@ -90,15 +89,20 @@ class ShopTruth:
 class SyntheticShop:
     """Recipe of a SYNTHETIC shop; `generate()` gives the log and, apart from it, the truth. Same fields, same shop.
 
-    *Catalogue.* `departments` x `shelves` categories; the semantic id is department, shelf, and the item's place on its
-    shelf (by price), so ids carry meaning. *Truth.* There are `interests`; each is a softmax over items of an affinity to
-    the department, one to the shelf, a personal liking of the item, and the item's quality. A user is a sparse Dirichlet
-    mixture of interests, so the preference matrix has rank `interests`: collaborative filtering can find it. *Logging.* A
-    session shows `slate_size` items drawn by popularity, which is skewed and only loosely tied to quality, and in
-    addition each item goes to `min_users_shown` random users (discovery). It is not personalised. *Behaviour.* A shown
-    item is clicked with probability 1 - (1 - noise) exp(-click_rate * n_items * preference): proportional to preference
-    where small, saturating, with random clicks. A click becomes a purchase by a similar rule. Items taken are not shown
-    again, and a user stays until `min_items` items are taken.
+    *Catalogue.* `departments` x `shelves` categories. A semantic id is department, shelf, and the item's place on its
+    shelf, cheapest first, so ids carry meaning.
+
+    *Truth.* An interest is a softmax over items of an affinity to the department, one to the shelf, a smaller one to
+    the single item, and the item's quality. A user is a sparse Dirichlet mixture of the `interests`, so the matrix of
+    preferences has that rank: collaborative filtering can find it.
+
+    *Logging.* A session shows `slate_size` items drawn by popularity, which is skewed and only loosely tied to
+    quality; in addition each item is given to `min_users_shown` random users (discovery). It is not personalised.
+    What a user ignored is shown less to them, what they took not again. A user stays until `min_items` are taken.
+
+    *Behaviour.* A shown item is clicked with probability 1 - (1 - noise) exp(-click_rate * n_items * preference):
+    proportional to the preference where small, saturating, with random clicks. A click becomes a purchase with
+    probability 1 - exp(-purchase_rate * n_items * preference).
 
     Args:
         seed: of everything random.
@@ -107,6 +111,7 @@ class SyntheticShop:
         sharpness: scale of the interests' affinities; large: interests of few items.
         popularity_skew: standard deviation of the log exposure weight; 0 shows all items alike.
         popularity_quality: correlation of log exposure and quality.
+        fatigue: what one impression takes off the item's log exposure weight for this user.
         slate_size: items a session shows by popularity.
         mean_sessions: sessions a user has on average (at least 3; Poisson above that).
         min_users_shown: every item is shown to at least so many users.
@@ -116,22 +121,22 @@ class SyntheticShop:
     """
 
     seed: int = 0
-    n_users: int = 1200
+    n_users: int = 1500
     n_items: int = 300
     departments: int = 8
     shelves: int = 8
-    interests: int = 10
-    concentration: float = 0.1
-    sharpness: float = 1.2
-    popularity_skew: float = 1.5
+    interests: int = 6
+    concentration: float = 0.05
+    sharpness: float = 1.8
+    popularity_skew: float = 1.75
     popularity_quality: float = 0.3
     fatigue: float = 1.0
     slate_size: int = 8
-    mean_sessions: float = 9.0
-    min_users_shown: int = 20
-    click_rate: float = 0.12
+    mean_sessions: float = 12.0
+    min_users_shown: int = 60
+    click_rate: float = 0.3
     purchase_rate: float = 0.1
-    noise: float = 0.01
+    noise: float = 0.005
     min_items: int = 5
     liked_ratio: float = 2.0
 

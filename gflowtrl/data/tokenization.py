@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..catalog import Item
+from gflowtrl.catalog import Item
 
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
@@ -43,8 +43,8 @@ def add_item_tokens(
 ) -> int:
     """Add the tokens of these ids to any tokenizer, as ordinary tokens, and make room for them in `model`.
 
-    Special tokens would vanish when a completion is decoded. Tokens that are there already are left alone. The embedding
-    matrix is only ever enlarged: many models have spare rows.
+    Special tokens would vanish when a completion is decoded. Tokens that are there already are left alone. The
+    embedding matrix is only ever enlarged: many models have spare rows.
 
     Returns:
         The number of tokens added.
@@ -81,8 +81,8 @@ def check_round_trip(tokenizer: PreTrainedTokenizerBase, semantic_ids: Mapping[I
     for (item, tokens), text, ids, back in zip(semantic_ids.items(), texts, encoded, decoded, strict=True):
         if ids != [known[token] for token in tokens] or "".join(back.split()) != "".join(tokens):
             raise ValueError(
-                f"Item {item!r}: {text!r} becomes the tokens {tokenizer.convert_ids_to_tokens(ids)} and the text {back!r}. "
-                "Every token of a semantic id must be one token of the tokenizer; call add_item_tokens first."
+                f"Item {item!r}: {text!r} becomes the tokens {tokenizer.convert_ids_to_tokens(ids)} and the text "
+                f"{back!r}. Every token of a semantic id must be one token of the tokenizer: call add_item_tokens."
             )
 
 
@@ -93,8 +93,8 @@ def _item_tokens(semantic_ids: Mapping[Item, Sequence[str]]) -> list[str]:
         for level, token in enumerate(tokens):
             if token in (PAD, BOS, EOS) or token.split() != [token]:
                 raise ValueError(
-                    f"Item {item!r} has the token {token!r}. A token must be a word without white space, and not one of "
-                    f"{PAD}, {BOS}, {EOS}."
+                    f"Item {item!r} has the token {token!r}. A token must be a word without white space, and not one "
+                    f"of {PAD}, {BOS}, {EOS}."
                 )
             level_of[token] = min(level, level_of.get(token, level))
     return sorted(level_of, key=lambda token: (level_of[token], _natural(token), token))

@@ -21,7 +21,7 @@ def item_ranking_metrics(items: Tensor, targets: Tensor, ks: Sequence[int] = DEF
         `"recall@k"` (target within the first k), `"ndcg@k"` (1 / log2(rank + 1)), `"mrr@k"` (1 / rank), each a float
         tensor `(U,)`.
     """
-    hits = (items == targets[:, None]) & (targets[:, None] >= 0)
+    hits = (items == targets[:, None]) & (items >= 0)
     ranks = torch.where(hits.any(1), hits.int().argmax(1) + 1, torch.iinfo(torch.long).max).double()
     metrics = {}
     for k in ks:
@@ -54,7 +54,7 @@ def leaf_ranking_metrics(
     """
     metrics = item_ranking_metrics(leaves, target_leaves, ks)
     sizes = torch.where(leaves >= 0, leaf_sizes[leaves], 0)
-    hits = leaves == target_leaves[:, None]
+    hits = (leaves == target_leaves[:, None]) & (leaves >= 0)
     before = ((sizes.cumsum(1) - sizes) * hits).sum(1)
     target_sizes = leaf_sizes[target_leaves]
     longest = max(ks, default=1)
@@ -79,5 +79,5 @@ def group_means(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
     Returns:
         Float tensor `(num_groups,)`, NaN for a group without users.
     """
-    sums = torch.zeros(num_groups, dtype=torch.double).index_add_(0, groups, values.double())
+    sums = values.new_zeros(num_groups, dtype=torch.double).index_add_(0, groups, values.double())
     return (sums / torch.bincount(groups, minlength=num_groups)).float()

@@ -1,8 +1,8 @@
-"""The main job as stages: data, teacher, SFT, its control, GFlowNet, test, report; resumable, and configured by recipes."""
+"""The main job in stages, configured by recipes, resumable: teacher, SFT, its control, GFlowNet, test, report."""
 
-from .main import main
+from .command import main
+from .job import run
 from .recipe import Recipe, load_recipe
-from .run import run
 
 
 __all__ = ["Recipe", "load_recipe", "main", "run"]

@@ -58,7 +58,9 @@ def parse_options(arguments: Sequence[str]) -> dict[str, Any]:
     while words:
         word = words.pop(0)
         if not word.startswith("--") or word == "--":
-            raise ValueError(f"{word!r} is no option; options look like --data_dir DIR or --gflownet.learning_rate 1e-3.")
+            raise ValueError(
+                f"{word!r} is no option; options look like --data_dir DIR or --gflownet.learning_rate 1e-3."
+            )
         name, equals, text = word[2:].partition("=")
         values = [text] if equals else []
         while not equals and words and not words[0].startswith("--"):
@@ -69,7 +71,7 @@ def parse_options(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def set_option(tree: Any, path: str, value: Any) -> None:
-    """Sets `a.b.0.c` in nested dictionaries and lists, in place. Missing dictionaries are made, list places are not."""
+    """Sets `a.b.0.c` in nested dictionaries and lists, in place. Missing dictionaries are made."""
     *parents, last = path.split(".")
     for number, key in enumerate(parents):
         where = ".".join(parents[: number + 1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -121,11 +121,3 @@ def _local(recipe: Recipe, name: str) -> str:
     """A folder named in the recipe, looked up from here and from the recipe's folder; else a name on the Hub."""
     beside = Path(recipe.folder, name)
     return str(beside) if not Path(name).is_dir() and beside.is_dir() else name
-
-
-def teacher_materials(materials: Materials, spec: dict) -> dict:
-    """What a teacher depends on, for its fingerprint."""
-    return {"data": materials.fingerprint, "teacher": spec}
-
-
-__all__ = ["Materials", "build_model", "prepare", "replace"]

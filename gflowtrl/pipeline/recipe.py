@@ -53,8 +53,8 @@ class Recipe:
     """All settings of one run. docs/pipeline.md describes them.
 
     Raises:
-        ValueError, TypeError: on construction, for an unknown field (with the closest known name), a value of the wrong
-            kind, or values that contradict each other.
+        ValueError, TypeError: on construction, for an unknown field (with the closest known name), a value of the
+            wrong kind, or values that contradict each other.
     """
 
     output_dir: str = setting("outputs", "where stages and results are kept; recipes with one output_dir share stages")
@@ -68,7 +68,9 @@ class Recipe:
     sft: dict = setting({}, "fields of trl.SFTConfig")
     control: dict = setting({}, f"fields of GFlowNetConfig; {', '.join(SCHEDULE)} are those of gflownet")
     gflownet: dict = setting({}, "fields of gflowtrl.GFlowNetConfig; an option without a section goes here")
-    rewards: list[dict] = setting([], f"each a type ({', '.join(REWARDS)}) or function (file.py:name), weight, options")
+    rewards: list[dict] = setting(
+        [], f"each a type ({', '.join(REWARDS)}) or function (file.py:name), weight, options"
+    )
     sampler: str | dict | None = setting(None, "where trajectories come from: a name, or {name: weight}")
     evaluation: EvaluationSection = setting({}, "how validation and test are measured")
     folder: str = field(default=".", metadata={"internal": True})  # files named in the recipe are looked up here too
@@ -136,7 +138,7 @@ class Recipe:
             from trl import SFTConfig
 
             kind, section = SFTConfig, self.sft
-            values |= {"bf16": False, "gradient_checkpointing": False, "max_length": None}
+            values |= {"bf16": False, "gradient_checkpointing": None, "max_length": None}
         else:
             kind, section = GFlowNetConfig, self.control_fields if stage == "control" else self.gflownet
             values |= {
@@ -159,15 +161,19 @@ class Recipe:
             return
         kind = self.model.get("model_type", "llama")
         if kind not in CONFIG_MAPPING:
-            raise ValueError(f"model.model_type is {kind!r}, which transformers does not know; 'llama' is a fair start.")
-        check_names(self.model, {"model_type", *inspect.signature(CONFIG_MAPPING[kind]).parameters}, "model")
+            raise ValueError(
+                f"model.model_type is {kind!r}, which transformers does not know; 'llama' is a fair start."
+            )
+        ours = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}  # the tokenizer decides them
+        check_names(self.model, {"model_type", *inspect.signature(CONFIG_MAPPING[kind]).parameters} - ours, "model")
 
     def _check_schedule(self) -> None:
         for name in SCHEDULE:
-            if name in self.control and self.control[name] != self.gflownet.get(name):
+            own, copied = self.control.get(name), self.gflownet.get(name)
+            if name in self.control and own != copied:
                 raise ValueError(
-                    f"control.{name} is {self.control[name]!r} and gflownet.{name} is {self.gflownet.get(name)!r}, but "
-                    f"the control takes exactly the GFlowNet's steps. Leave control.{name} out."
+                    f"control.{name} is {own!r} and gflownet.{name} is {copied!r}, but the control takes exactly the "
+                    f"GFlowNet's steps. Leave control.{name} out."
                 )
         if "loss_type" in self.control:
             raise ValueError("The control is SFT continued on the same rows: leave control.loss_type out.")
@@ -219,8 +225,8 @@ def load_recipe(path: str | Path, arguments: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: the YAML file.
-        arguments: `--section.field value`, `--rewards.0.weight .5`, `--data_dir DIR`; an option that is no field of the
-            recipe itself goes to `gflownet` (`--learning_rate 1e-3`), as with TRL's scripts. Values are read as YAML.
+        arguments: `--section.field value`, `--rewards.0.weight .5`, `--data_dir DIR`; an option that is no field of
+            the recipe itself goes to `gflownet` (`--learning_rate 1e-3`), as with TRL's scripts. Values are YAML.
     """
     content = {"name": Path(path).stem, **read_yaml(path), "folder": str(Path(path).resolve().parent)}
     known = [entry.name for entry in fields(Recipe) if entry.name != "folder"]
@@ -251,5 +257,7 @@ def describe() -> str:
             lines.append(f"  --{entry.name:<18} {entry.metadata['help']}")
             section = SECTIONS.get(entry.name)
             if is_dataclass(section):
-                lines += [f"  --{entry.name}.{f.name:<{18 - len(entry.name)}} {f.metadata['help']}" for f in fields(section)]
+                lines += [
+                    f"  --{entry.name}.{f.name:<{18 - len(entry.name)}} {f.metadata['help']}" for f in fields(section)
+                ]
     return "\n".join(lines)

@@ -1,8 +1,8 @@
 """Randomness as a function: the same (seed, step, row, trajectory, depth, purpose) always gives the same number.
 
-A generator's next number depends on everything drawn before, so trajectories would change with the number of processes,
-the order of rows and every interruption. Here each number is a hash of what it is for (the counter-based generators of
-Salmon et al., SC 2011, with SplitMix64 as the mixing function).
+A generator's next number depends on everything drawn before, so trajectories would change with the number of
+processes, the order of rows and every interruption. Here each number is a hash of what it is for (the counter-based
+generators of Salmon et al., SC 2011, with SplitMix64 as the mixing function).
 """
 
 from __future__ import annotations

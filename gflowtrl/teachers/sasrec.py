@@ -69,8 +69,10 @@ class SASRec(TeacherModule):
 
     def forward(self, indices: Tensor) -> Tensor:
         """Item indices `(B, T)` to hidden states `(B, T, width)`; state t has read the items up to t."""
+        # Scaled up at the input, since the same small embeddings are the output layer; learns faster and better.
+        items = self.item_embedding(indices) * self.item_embedding.embedding_dim**0.5
         positions = self.position_embedding.weight[: indices.shape[1]]
-        return self.norm(self.blocks(self.dropout(self.item_embedding(indices) + positions)))
+        return self.norm(self.blocks(self.dropout(items + positions)))
 
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden @ self.item_embedding.weight.T

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -73,14 +74,16 @@ class BaseTrainer(RankingEvaluationMixin, _BaseTrainer):
         """Log, with the mean of what was recorded since the last time, over all processes."""
         sums = self.__dict__.get("_metric_sums")
         if sums and "loss" in logs:
-            names = sorted(sums)
+            # A reward may report a metric on one process only; all must add up the same ones.
+            names = sorted(set(gather_object(sorted(sums))))
             table = torch.tensor([[float(x) for x in sums[name]] for name in names], device=self.args.device)
             table = self.accelerator.reduce(table, "sum").tolist()
-            logs = logs | {n: total / count if count else math.nan for n, (total, count) in zip(names, table, strict=True)}
+            means = [total / count if count else math.nan for total, count in table]
+            logs = logs | dict(zip(names, means, strict=True))
             sums.clear()
         super().log(logs, start_time)
 
-    # ------------------------------------------------------------------------------------------------- order of rows
+    # ------------------------------------------------------------------------------------------------ order of rows
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
@@ -92,7 +95,7 @@ class BaseTrainer(RankingEvaluationMixin, _BaseTrainer):
 
     # --------------------------------------------------------------------------------------------------- checkpoints
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Write a complete recommender; flow heads go into a file of their own, so `AutoModel` loads without a word."""
+        """Write a complete recommender; flow heads go into their own file, so that `AutoModel` loads in silence."""
         output_dir = output_dir or self.args.output_dir
         state_dict, heads = split_heads(self.model.state_dict() if state_dict is None else state_dict)
         super()._save(output_dir, state_dict)

@@ -39,11 +39,15 @@ def check_rows(rows: Dataset | None, catalog: ItemCatalog) -> None:
         )
     if not len(rows):
         raise ValueError("The dataset has no rows.")
-    row_ids = rows["row_id"]
-    if len(set(row_ids)) < len(rows):
-        raise ValueError("Two rows share a row_id; every row needs its own, because its random numbers follow from it.")
-    known = set(catalog.items)
-    for row_id, history, target in zip(row_ids, rows["history"], rows["target"], strict=True):
+    known, met = set(catalog.items), set()
+    for row_id, history, target in zip(rows["row_id"], rows["history"], rows["target"], strict=True):
+        if not isinstance(row_id, int):
+            raise TypeError(f"The row_id {row_id!r} is no integer; number the rows.")
+        if row_id in met:
+            raise ValueError(
+                f"Two rows share the row_id {row_id}; each needs its own, because its random numbers follow from it."
+            )
+        met.add(row_id)
         if not history:
             raise ValueError(f"Row {row_id} has an empty history; leave rows without one out.")
         if target not in known or not known.issuperset(history):

@@ -16,16 +16,17 @@ from gflowtrl.data import GroupCollator, PromptEncoder
 from gflowtrl.metrics import summarise
 from gflowtrl.policy import CausalTreePolicy
 
+
 # Of all that `metrics.summarise` knows, what a training log can hold and stay readable.
 LOGGED_METRICS = ("recall", "ndcg", "coverage", "entropy", "gini", "long_tail")
 
 
 class RankingEvaluationMixin:
-    """Gives any `transformers.Trainer` (TRL's SFTTrainer too) ranking and breadth metrics from constrained beam search.
+    """Gives any `transformers.Trainer` (also TRL's SFTTrainer) ranking and breadth metrics of constrained beam search.
 
-    Call `set_up_ranking` after the constructor. `evaluate()` then takes rows `{"row_id", "history", "target", ...}` and
-    returns `eval_recall@10`, `eval_ndcg@10`, `eval_coverage@10`, ... through the Trainer's own evaluation loop, so that
-    `metric_for_best_model="eval_ndcg@10"`, early stopping and sharded engines work as ever.
+    Call `set_up_ranking` after the constructor. `evaluate()` then takes rows `{"row_id", "history", "target", ...}`
+    and returns `eval_recall@10`, `eval_ndcg@10`, `eval_coverage@10`, ... through the Trainer's own evaluation loop, so
+    that `metric_for_best_model="eval_ndcg@10"`, early stopping and sharded engines work as ever.
     """
 
     def set_up_ranking(
@@ -54,6 +55,8 @@ class RankingEvaluationMixin:
         """The evaluation rows, longest histories first (less padding, and memory runs out at once or never)."""
         if not isinstance(eval_dataset, Dataset):
             eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
+        if eval_dataset is None:
+            raise ValueError("There is nothing to evaluate on; give the trainer an eval_dataset, or evaluate() rows.")
         own, self.data_collator = self.data_collator, self._ranking_collator
         try:
             return super().get_eval_dataloader(by_length(eval_dataset)[0])

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from gflowtrl.losses import get_loss
 
 from .base import BaseConfig
@@ -65,7 +63,7 @@ class GFlowNetConfig(BaseConfig):
         leaf_reduction (`str`, *optional*, defaults to `"sum"`):
             A leaf's reward from the rewards of its items: `"sum"` or `"max"`.
         max_exact_elements (`int`, *optional*, defaults to `50_000_000`):
-            Largest allowed prompts x leaves of one micro-batch of `exact_flow`, which holds several tables of that size.
+            Largest allowed prompts x leaves of one micro-batch of `exact_flow`, which holds several such tables.
 
         > Parameters that control data and evaluation
 
@@ -80,8 +78,8 @@ class GFlowNetConfig(BaseConfig):
         model_init_kwargs (`dict` or `str`, *optional*):
             Keyword arguments of `from_pretrained` where the model is given by name.
 
-        > Other defaults than `TrainingArguments`: learning rate 5e-4, gradient checkpointing off, bf16 only on a device
-        > that has it, `train_sampling_strategy="group_by_length"`, `remove_unused_columns=False`.
+        > Other defaults than `TrainingArguments`: learning rate 5e-4, gradient checkpointing off, bf16 only on a
+        > device that has it, `train_sampling_strategy="group_by_length"`, `remove_unused_columns=False`.
     """
 
     # Parameters that control trajectories

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
+    set_seed,
 )
 
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.data import GroupCollator, PromptEncoder
 from gflowtrl.losses import flow_targets, get_loss
 from gflowtrl.policy import CausalTreePolicy, StatelessNoise, StepScores, attach_flow_heads
+from gflowtrl.policy.heads import HEADS_ATTRIBUTE, split_heads
 from gflowtrl.rewards import RewardFusion, RewardResult
 from gflowtrl.samplers import Sampler, TrajectoryBatch, build_sampler, validate_trajectories
 
@@ -52,8 +56,8 @@ class GFlowNetTrainer(BaseTrainer):
     Args:
         model: a causal language model, or the name or folder of one.
         reward_funcs: one reward or a list. Any callable with TRL's signature `(prompts, completions, completion_ids,
-            **dataset_columns) -> list[float | None]`, which also gets `items`; or one of `gflowtrl.rewards`. Not needed
-            for `loss_type=["sft"]`.
+            **dataset_columns) -> list[float | None]`, which also gets `items`; or one of `gflowtrl.rewards`. Not
+            needed for `loss_type=["sft"]`.
         args: the configuration.
         train_dataset, eval_dataset: rows `{"row_id", "history", "target", ...}` as `gflowtrl.data.leave_one_out` makes
             them; further columns reach the rewards.
@@ -116,12 +120,14 @@ class GFlowNetTrainer(BaseTrainer):
         self._set_up_sampler(sampler, args)
         for dataset in [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]:
             check_rows(dataset, catalog)
+        set_seed(args.seed)  # heads and adapters begin at random
         if any(loss.log_z for _, loss, _ in self.losses):
             attach_flow_heads(model)
         if peft_config is not None:
             model = _with_adapters(model, peft_config)
         self._encoder = PromptEncoder(catalog, processing_class, args.max_history_items)
         self.noise = StatelessNoise(args.seed)
+        self._seconds: Counter[str] = Counter()
         super().__init__(
             model=model,
             args=args,
@@ -153,16 +159,17 @@ class GFlowNetTrainer(BaseTrainer):
         if not self._exact:
             return
         if not self.rewards.can_score_all:
+            lacking = [name for name, reward in self.rewards.rewards.items() if not hasattr(reward, "score_items")]
             raise ValueError(
-                "exact_flow needs the reward of every leaf, but one of the rewards scores only given completions. "
-                "Give it a method score_items(batch) -> Tensor (B, items), or use loss_type='vargrad'."
+                f"exact_flow needs the reward of every leaf, but {', '.join(map(repr, lacking))} scores only given "
+                f"completions. Give it a method score_items(batch) -> Tensor (B, items), or use loss_type='vargrad'."
             )
         table = args.per_device_train_batch_size * catalog.tree.num_leaves
         if table > args.max_exact_elements:
             raise ValueError(
                 f"exact_flow would hold tables of {args.per_device_train_batch_size} prompts x "
-                f"{catalog.tree.num_leaves} leaves = {table} numbers; max_exact_elements is {args.max_exact_elements}. "
-                f"Lower per_device_train_batch_size, raise max_exact_elements, or use loss_type='vargrad'."
+                f"{catalog.tree.num_leaves} leaves = {table} numbers, but max_exact_elements is "
+                f"{args.max_exact_elements}. Lower per_device_train_batch_size, raise max_exact_elements, or use loss_type='vargrad'."
             )
 
     def _set_up_sampler(self, sampler, args: GFlowNetConfig) -> None:
@@ -175,7 +182,29 @@ class GFlowNetTrainer(BaseTrainer):
             sampler = {"ground_truth": 1, "on_policy": args.num_generations - 1}
         self.sampler = build_sampler(sampler, temperature=args.temperature, epsilon=args.epsilon)
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, in which the log Z head has parameter groups, and a learning rate, of its own."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        heads = split_heads(dict((self.model if model is None else model).named_parameters()))[1]
+        own = {id(parameter) for parameter in heads.values()}
+        for group in list(optimizer.param_groups):
+            moved = [parameter for parameter in group["params"] if id(parameter) in own]
+            if moved:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+                optimizer.add_param_group({**group, "params": moved, "lr": self.args.log_z_learning_rate})
+        return optimizer
+
     # ---------------------------------------------------------------------------------------------------------- step
+    def training_step(self, *args, **kwargs) -> Tensor:
+        """Forward and backward of a micro-batch; records how long it and its parts took."""
+        with self._timed("step"):
+            loss = super().training_step(*args, **kwargs)
+        self.record({f"seconds/{part}": seconds for part, seconds in self._seconds.items()})
+        self._seconds.clear()
+        return loss
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Draw, reward, score, balance. Returns the loss, a mean over the micro-batch's prompts."""
         batch = dict(inputs, cache={})
@@ -206,9 +235,7 @@ class GFlowNetTrainer(BaseTrainer):
     def _draw(self, policy: CausalTreePolicy, batch: dict[str, Any]) -> TrajectoryBatch:
         noise = self.noise.at(self.state.global_step, batch["row_id"])
         trajectories = self.sampler.sample(batch, policy, self.num_generations, noise)
-        validate_trajectories(
-            trajectories, len(batch["row_id"]), self.num_generations, self._catalog.tree.num_leaves
-        )
+        validate_trajectories(trajectories, len(batch["row_id"]), self.num_generations, self._catalog.tree.num_leaves)
         return trajectories
 
     def _with_targets(self, batch: dict[str, Any], leaves: Tensor) -> tuple[int, Tensor]:
@@ -274,10 +301,10 @@ class GFlowNetTrainer(BaseTrainer):
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
-        """Record the seconds of a part of the step, as the host sees them."""
+        """Add up the seconds of a part of the step, as the host sees them."""
         start = time.perf_counter()
         yield
-        self.record({f"seconds/{part}": time.perf_counter() - start})
+        self._seconds[part] += time.perf_counter() - start
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
@@ -286,14 +313,16 @@ class GFlowNetTrainer(BaseTrainer):
 
     def _print_group(self) -> None:
         """Print the first prompt's trajectories of the last step, the best rewarded first."""
-        group = self._last_group
-        catalog, sources = self._catalog, self.sampler.source_names
-        print(f"Step {self.state.global_step}, history {group.batch['history'][0]}, target {group.batch['target'][0]!r}:")
-        log_pi = group.scores.trajectory_log_probs[0]
-        rows = zip(group.trajectories.leaves[0].tolist(), group.trajectories.source[0].tolist(), log_pi.tolist(), strict=True)
-        for place, (leaf, source, value) in enumerate(rows):
-            reward = "" if group.rewards is None else f", log R {group.rewards.log_rewards[0, place]:.3f}"
-            print(f"  {catalog.leaf_text(leaf)} {catalog.items_of(leaf)} from {sources[source]}: log pi {value:.3f}{reward}")
+        group, catalog = self._last_group, self._catalog
+        history, target = group.batch["history"][0], group.batch["target"][0]
+        print(f"Step {self.state.global_step}, history {history}, target {target!r}:")
+        leaves, log_pi = group.trajectories.leaves[0], group.scores.trajectory_log_probs[0]
+        log_rewards = log_pi if group.rewards is None else group.rewards.log_rewards[0]
+        for place in log_rewards.argsort(descending=True, stable=True).tolist():
+            leaf, source = int(leaves[place]), self.sampler.source_names[int(group.trajectories.source[0, place])]
+            reward = "" if group.rewards is None else f", log R {log_rewards[place]:.3f}"
+            shown = f"{catalog.leaf_text(leaf)} {catalog.items_of(leaf)} from {source}"
+            print(f"  {shown}: log pi {log_pi[place]:.3f}{reward}")
 
     def card_settings(self) -> dict[str, Any]:
         """What the model card says about the training."""
@@ -320,8 +349,7 @@ def _columns(scores: StepScores, columns: slice) -> StepScores:
 def _with_adapters(model: PreTrainedModel, peft_config: Any) -> PreTrainedModel:
     from peft import get_peft_model
 
-    from gflowtrl.policy.heads import HEADS_ATTRIBUTE
-
+    peft_config = deepcopy(peft_config)  # it is the caller's, who may use it again
     if hasattr(model, HEADS_ATTRIBUTE):
         peft_config.modules_to_save = [*(peft_config.modules_to_save or []), HEADS_ATTRIBUTE]
     return get_peft_model(model, peft_config)

@@ -21,8 +21,8 @@ tags:
 
 # A generative recommender
 
-A {architecture} that recommends one of {items:,} items by writing its semantic id ({depth} tokens at most), trained with
-gflowtrl's `{trainer}`.
+A {architecture} that recommends one of {items:,} items by writing its semantic id ({depth} tokens at most),
+trained with gflowtrl's `{trainer}`.
 
 ```python
 from gflowtrl import Recommender
@@ -47,10 +47,15 @@ Constrained beam search of width {beams}, every item a candidate, items already 
 
 def write_model_card(trainer: BaseTrainer, directory: str | os.PathLike) -> None:
     """Write what this model is, how it was trained and its last evaluation into `directory/README.md`."""
-    settings = {"step": trainer.state.global_step, "learning rate": trainer.args.learning_rate}
-    settings |= {"prompts per step": trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps}
+    args, state = trainer.args, trainer.state
+    step = state.global_step
+    if args.load_best_model_at_end and state.best_global_step and not trainer.is_in_train:
+        step = state.best_global_step  # training has ended, and these are the weights that were loaded back
+    settings = {"step": step, "learning rate": args.learning_rate}
+    settings |= {"prompts per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size}
     settings |= trainer.card_settings()
-    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_ndcg@10" in entry), None)
+    evaluations = [log for log in state.log_history if log["step"] <= step and "eval_runtime" in log]
+    last = evaluations[-1] if evaluations else None
     metrics = "Not evaluated yet."
     if last is not None:
         shown = [n for n in last if n.startswith(("eval_recall", "eval_ndcg", "eval_coverage"))]

@@ -5,7 +5,9 @@ import pytest
 from gflowtrl.data import SyntheticShop
 
 
-SMALL_SHOP = SyntheticShop(n_users=120, n_items=60, departments=4, shelves=4, interests=4, mean_sessions=6.0)
+SMALL_SHOP = SyntheticShop(
+    n_users=120, n_items=60, departments=4, shelves=4, interests=4, mean_sessions=6.0, min_users_shown=20
+)
 
 
 @pytest.fixture(scope="session")

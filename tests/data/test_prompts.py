@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gflowtrl.catalog import ItemCatalog
@@ -14,6 +14,7 @@ CATALOG = ItemCatalog.from_semantic_ids(IDS, TOKENIZER)
 histories_of_users = st.lists(st.lists(st.sampled_from(list(IDS)), min_size=1, max_size=6), min_size=1, max_size=5)
 
 
+@settings(max_examples=60, deadline=None)
 @given(histories_of_users, st.integers(1, 4), st.booleans())
 def test_prompts_are_what_the_tokenizer_makes_of_the_text(histories, max_items, with_bos):
     """Oracle: the text of the last items through the tokenizer, ids of different length, left padding."""
@@ -66,6 +67,7 @@ def test_collator_keeps_every_column(small_shop):
         GroupCollator(encoder)([{"history": [1], "target": 2}])
 
 
+@settings(max_examples=60, deadline=None)
 @given(histories_of_users, st.integers(1, 3))
 def test_sft_rows_are_prompts_whose_labels_are_the_new_targets(sequences, max_items):
     windows = user_windows(sequences, max_items)

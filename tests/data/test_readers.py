@@ -71,7 +71,7 @@ def test_a_written_folder_reads_back(tmp_path, small_shop):
         ({"sequences": [{"items": [1]}]}, "line 1: 'user' must be"),
         ({"sequences": [{"user": 0, "items": [1, True]}]}, "user 0: an item must be .* True"),
         ({"sequences": [{"user": 0, "items": [1, "a"]}]}, "whole numbers or all strings"),
-        ({"sequences": [SEQUENCES[0], SEQUENCES[0]]}, "line 2: user 0 was given in an earlier line"),
+        ({"sequences": [SEQUENCES[0], SEQUENCES[0]]}, "line 2: user 0 has an earlier line"),
         ({"items": '{"item": 1}\n{"item": 1}'}, r"items\.jsonl, line 2: item 1 was described"),
         ({"items": '{"title": "Lamp"}'}, "line 1: 'item' must be"),
         ({"semantic_ids": {key: IDS[key] for key in ("1", "2", "10")}}, "1 of 4 items have no semantic id.* item 3"),

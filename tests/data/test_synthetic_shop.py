@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import gc
 import types
 from collections.abc import Callable
@@ -39,12 +40,8 @@ def test_same_seed_same_shop_other_seed_other_shop(small_shop):
     data, truth = small_shop
     again, truth_again = SMALL_SHOP.generate()
     assert again == data and truth_again.preference.equal(truth.preference)
-    other, _ = copy.replace(SMALL_SHOP, seed=1).generate() if hasattr(copy, "replace") else _reseeded(1)
+    other, _ = dataclasses.replace(SMALL_SHOP, seed=1).generate()
     assert other.sequences != data.sequences
-
-
-def _reseeded(seed):
-    return SyntheticShop(**{**SMALL_SHOP.__dict__, "seed": seed}).generate()
 
 
 def test_the_log_is_what_the_issue_asks_for(shop):
@@ -138,7 +135,7 @@ def test_impossible_shops_are_refused(fields, message):
 
 # ---------------------------------------------------------------------------------------- the truth cannot be reached
 def reachable(*roots):
-    """Every object that can be reached from `roots`: attributes, members, closures; not through modules and classes."""
+    """All objects reachable from `roots`: attributes, members, closures; not through modules and classes."""
     stack, seen = list(roots), {}
     while stack:
         thing = stack.pop()

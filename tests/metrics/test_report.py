@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from gflowtrl.catalog import ItemCatalog
+from gflowtrl.data import build_tokenizer
 from gflowtrl.metrics import breadth_metrics, leaf_ranking_metrics, summarise, summarise_items
 
 
@@ -15,16 +17,6 @@ class OneItemPerLeaf:
 
     def expand_leaves(self, leaves, k):
         return torch.where(leaves >= 0, self.order[leaves], -1)[:, :k]
-
-
-class Colliding:
-    """Leaf 0 holds items 0 and 1, leaf i > 0 holds item i + 1."""
-
-    leaf_sizes = torch.tensor([2, 1, 1, 1])
-
-    def expand_leaves(self, leaves, k):
-        rows = [[item for leaf in row for item in ((0, 1) if leaf == 0 else (leaf + 1,))] for row in leaves.tolist()]
-        return torch.tensor([row[:k] for row in rows])
 
 
 def test_leaves_and_items_agree_without_collisions():
@@ -47,9 +39,12 @@ def test_leaves_and_items_agree_without_collisions():
 
 
 def test_colliding_leaves_are_expanded_for_breadth():
+    """Items 0 and 1 share leaf 0; item i > 1 is at leaf i - 1."""
+    semantic_ids = {item: ("<a_0>", f"<b_{max(1, item)}>") for item in range(5)}
+    catalog = ItemCatalog.from_semantic_ids(semantic_ids, build_tokenizer(semantic_ids))
     leaves, counts = torch.tensor([[0, 1], [0, 2]]), torch.tensor([5, 4, 3, 2, 1])
-    report = summarise(leaves, torch.tensor([1, 3]), Colliding(), counts, (2,))
-    ranking = leaf_ranking_metrics(leaves, torch.tensor([1, 3]), Colliding.leaf_sizes, (2,))
+    report = summarise(leaves, torch.tensor([1, 3]), catalog, counts, (2,))
+    ranking = leaf_ranking_metrics(leaves, torch.tensor([1, 3]), catalog.leaf_sizes, (2,))
     breadth = breadth_metrics(torch.tensor([[0, 1], [0, 1]]), counts, (2,))
     assert report.metrics == pytest.approx({name: v.mean().item() for name, v in ranking.items()} | breadth)
     assert report.metrics["recall@2"] == 0.5 and report.metrics["item_recall@2"] == 0

@@ -9,7 +9,9 @@ from tests.tiny import catalog_of, ragged_prompts, random_paths, tiny_model
 
 
 BATCH, VOCAB = 3, 30
-CASES = [(kind, attention, ragged) for kind in ("llama", "qwen3") for attention in ("sdpa", "eager") for ragged in (0, 1)]
+CASES = [
+    (kind, attention, ragged) for kind in ("llama", "qwen3") for attention in ("sdpa", "eager") for ragged in (0, 1)
+]
 
 
 def build(kind="llama", attention="sdpa", ragged=False, num_leaves=40, depth=3):
@@ -67,7 +69,9 @@ def test_child_distributions_sum_to_one_and_hold_the_taken_token(ragged):
     torch.testing.assert_close(scores.child_log_probs.exp().sum(-1), alive.float())
     nodes = policy.catalog.tree.walk(leaves)
     taken = (scores.child_nodes == nodes[..., 1:, None]) & (scores.child_nodes >= 0)
-    torch.testing.assert_close(scores.child_log_probs.exp().masked_fill(~taken, 0).sum(-1), scores.log_probs.exp() * alive)
+    torch.testing.assert_close(
+        scores.child_log_probs.exp().masked_fill(~taken, 0).sum(-1), scores.log_probs.exp() * alive
+    )
     assert ((scores.child_nodes >= 0) == (scores.child_log_probs > -torch.inf)).all()
 
 

@@ -1,0 +1,18 @@
+"""Train a generative recommender, fine-tune it with a GFlowNet, and see what it changed.
+
+    accelerate launch examples/gflowgr_amazon.py                       # the SYNTHETIC shop, some minutes on a CPU
+    accelerate launch examples/gflowgr_amazon.py \
+        --config recipes/gflowgr_office_llama.yaml --data_dir DIR      # your data, in the format of docs/data.md
+
+Each field of the recipe is an option (`--help` lists them): `--seed 43`, `--gflownet.learning_rate 1e-3`. After Ctrl-C
+the same command continues where it stopped.
+"""
+
+import sys
+from pathlib import Path
+
+from gflowtrl.pipeline import main
+
+
+if __name__ == "__main__":
+    sys.exit(main(default_recipe=Path(__file__).parents[1] / "recipes" / "quickstart.yaml"))

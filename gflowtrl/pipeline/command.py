@@ -1,0 +1,82 @@
+"""The command line of the pipeline."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .materials import prepare
+from .recipe import Recipe, describe, load_recipe
+
+
+USAGE = """\
+usage: {program} [--config RECIPE] [--data_dir DIR] [--section.field VALUE ...]
+
+Trains a generative recommender, fine-tunes it with a GFlowNet and compares both with SFT continued and the teacher.
+Without a recipe: {default}, on the SYNTHETIC shop. A run that was interrupted goes on when it is started again.
+
+Every field of the recipe is an option. Values are YAML: --gflownet.loss_type vargrad sft, --rewards.0.weight 0.5,
+--sampler '{{ground_truth: 1, on_policy: 3}}'.
+
+{fields}
+"""
+OTHER_DATA = (
+    "This was a SYNTHETIC shop. For your own data:\n"
+    "  {program} --config recipes/gflowgr_office_llama.yaml --data_dir DIR\n"
+    "DIR holds sequences.jsonl and semantic_ids.json (docs/data.md); docs/pipeline.md describes recipes."
+)
+
+
+def main(arguments: Sequence[str] | None = None, default_recipe: str | Path = "recipes/quickstart.yaml") -> int:
+    """Runs a recipe from the command line.
+
+    Returns:
+        The exit code: 0, 2 for bad input (one line says what), 130 after Ctrl-C (one line says how to go on).
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    program = Path(sys.argv[0]).name
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE.format(program=program, default=default_recipe, fields=describe()))
+        return 0
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    recipe = None
+    try:
+        try:
+            config, rest = _take_config(arguments, default_recipe)
+            recipe = load_recipe(config, rest)
+            materials = prepare(recipe)
+        except (ValueError, TypeError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        from .job import run
+
+        run(recipe, materials)
+    except KeyboardInterrupt:
+        _say_how_to_continue(recipe)
+        return 130
+    if recipe.data_dir is None and _is_main():
+        print("\n" + OTHER_DATA.format(program=program))
+    return 0
+
+
+def _take_config(arguments: list[str], default: str | Path) -> tuple[str | Path, list[str]]:
+    for place, word in enumerate(arguments):
+        if word.startswith("--config="):
+            return word.partition("=")[2], arguments[:place] + arguments[place + 1 :]
+        if word == "--config":
+            if place + 1 == len(arguments):
+                raise ValueError("--config needs the path of a recipe.")
+            return arguments[place + 1], arguments[:place] + arguments[place + 2 :]
+    return default, arguments
+
+
+def _say_how_to_continue(recipe: Recipe | None) -> None:
+    if _is_main():
+        kept = f" Finished stages and checkpoints are in {recipe.output_dir};" if recipe else ""
+        print(f"\nInterrupted.{kept} start the same command again to continue.", file=sys.stderr)
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"

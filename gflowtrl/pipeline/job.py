@@ -1,0 +1,74 @@
+"""The run: which stage follows which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from gflowtrl.teachers import fingerprint
+
+from . import report
+from .evaluation import measure_policy, measure_teacher
+from .materials import Materials, prepare
+from .recipe import Recipe
+from .signals import fit_teacher, teacher_key
+from .stage import Stage, Workshop
+from .training import train_control, train_gflownet, train_sft
+
+
+def run(
+    recipe: Recipe,
+    materials: Materials | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Runs all stages of a recipe; stages that are finished already are loaded, one that was interrupted goes on.
+
+    Args:
+        materials: what `prepare(recipe)` returned, if it was called already.
+        callbacks: handed to every trainer.
+        quiet: print no stage lines and no report.
+
+    Returns:
+        The content of `results.json`, which lies in `output_dir` and, for good, in the run's own folder there.
+    """
+    materials = materials or prepare(recipe)
+    workshop = Workshop(recipe.output_dir, quiet)
+    workshop.say(materials.data.summary())
+    wanted = recipe.stages
+    trained: dict[str, Stage] = {}
+    tested: dict[str, Stage] = {}
+
+    teacher = None
+    if "teacher" in wanted or ("gflownet" in wanted and needs_teacher(recipe)):
+        teacher = fit_teacher(workshop, materials, recipe.teacher)
+        key = teacher_key(recipe, materials, recipe.teacher)
+        tested["teacher"] = measure_teacher(workshop, materials, teacher, key)
+    if {"sft", "control", "gflownet"} & set(wanted):
+        sft = trained["sft"] = train_sft(workshop, materials, callbacks)
+    if "control" in wanted:
+        trained["control"] = train_control(workshop, materials, sft, callbacks)
+    if "gflownet" in wanted:
+        used = teacher if needs_teacher(recipe) else None
+        trained["gflownet"] = train_gflownet(workshop, materials, sft, used, callbacks)
+    tested |= {method: measure_policy(workshop, materials, stage) for method, stage in trained.items()}
+
+    results = report.collect(materials, trained, tested)
+    if workshop.is_main:
+        own = workshop.root / f"report-{recipe.name}-{fingerprint(recipe.as_dict())[:8]}"
+        for folder in (own, workshop.root):
+            report.write(results, folder)
+        workshop.say(
+            f"\n{report.text(results)}\n\nresults.json, report.md and the models are in {Path(workshop.root)}."
+        )
+    workshop.state.wait_for_everyone()
+    return results
+
+
+def needs_teacher(recipe: Recipe) -> bool:
+    """Whether a reward or the sampler uses the recipe's own teacher."""
+    rewards = any(reward.get("type") == "collaborative" and "teacher" not in reward for reward in recipe.rewards)
+    return rewards or "collaborative" in str(recipe.sampler)

@@ -1,0 +1,173 @@
+"""What a run found out: a table, intervals, results.json, a picture."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gflowtrl.metrics import paired_bootstrap
+
+from .evaluation import per_user
+from .materials import Materials
+from .stage import Stage, write_json
+
+
+TITLES = {"teacher": "Teacher", "sft": "SFT", "control": "SFT continued (control)", "gflownet": "GFlowNet"}
+PACKAGES = ("gflowtrl", "torch", "transformers", "trl", "accelerate", "datasets", "numpy")
+
+
+def collect(materials: Materials, trained: Mapping[str, Stage], tested: Mapping[str, Stage]) -> dict[str, Any]:
+    """Everything about a run as one JSON-able value.
+
+    Args:
+        trained: stages by method; the teacher, which may be several stages, is missing.
+        tested: test stages by method.
+    """
+    recipe, k = materials.recipe, materials.recipe.evaluation.primary_k
+    methods = {}
+    for method, stage in tested.items():
+        record = stage.record
+        methods[method] = {"metrics": record["metrics"], "standard_errors": record["standard_errors"]}
+        methods[method]["folder"] = str(stage.folder)
+        if method in trained:
+            training = trained[method].record
+            methods[method] |= {name: training[name] for name in ("steps", "rows_per_step", "best_step", "seconds")}
+            methods[method]["model"] = str(trained[method].folder / "model")
+    results = {
+        "recipe": recipe.as_dict(),
+        "data": {
+            "summary": materials.data.summary(),
+            "synthetic": materials.data.synthetic,
+            "test_users": len(materials.splits.test),
+            "leaves": materials.catalog.tree.num_leaves,
+            "fingerprint": materials.fingerprint,
+        },
+        "methods": methods,
+        "seconds": {stage.folder.name: stage.record["seconds"] for stage in (*trained.values(), *tested.values())},
+        "versions": _versions(),
+        "machine": {
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        },
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    if {"gflownet", "control"} <= tested.keys():
+        results["gflownet_minus_control"] = compare(materials, tested["gflownet"], tested["control"], k)
+    return results
+
+
+def compare(materials: Materials, first: Stage, second: Stage, k: int) -> dict[str, dict[str, float]]:
+    """Paired bootstrap over test users of the difference of two methods, for each headline metric."""
+    a, b = per_user(first), per_user(second)
+    names = [f"recall@{k}", f"ndcg@{k}"] + [n for n in ("unseen_liked_mass", "total_variation") if n in a]
+    samples = materials.recipe.evaluation.bootstrap_samples
+    return {name: paired_bootstrap(a[name], b[name], samples=samples) for name in names}
+
+
+def columns(results: Mapping[str, Any]) -> dict[str, str]:
+    """Title to metric of the table's columns."""
+    ks = results["recipe"]["evaluation"]["ks"]
+    k = 10 if 10 in ks else max(ks)
+    shown = {f"Recall@{n}": f"recall@{n}" for n in sorted(ks) if n <= k}
+    shown |= {f"NDCG@{k}": f"ndcg@{k}", f"coverage@{k}": f"coverage@{k}", f"entropy@{k}": f"entropy@{k}"}
+    shown |= {f"Gini@{k}": f"gini@{k}", "long tail": f"long_tail@{k}"}
+    if results["data"]["synthetic"]:
+        shown |= {"unseen liked": "unseen_liked_mass", "TV to truth": "total_variation"}
+    return shown
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The results as a markdown table."""
+    shown = columns(results)
+    lines = [["method", *shown, "train s"]]
+    for method, entry in results["methods"].items():
+        values = [f"{entry['metrics'][name]:.4f}" for name in shown.values()]
+        lines.append([TITLES[method], *values, f"{entry['seconds']:.0f}" if "seconds" in entry else ""])
+    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
+    rows = [
+        "| "
+        + " | ".join(
+            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        + " |"
+        for line in lines
+    ]
+    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
+    return "\n".join([rows[0], rule, *rows[1:]])
+
+
+def text(results: Mapping[str, Any]) -> str:
+    """The whole report as it is printed."""
+    synthetic = results["data"]["synthetic"]
+    users = results["data"]["test_users"]
+    lines = [
+        f"Results of {results['recipe']['name']!r}, seed {results['recipe']['seed']}"
+        + (" - SYNTHETIC data, no evidence about real users" if synthetic else ""),
+        results["data"]["summary"],
+        "",
+        table(results),
+        "",
+        f"Test split, {users:,} users, last item left out, all items are candidates, items already seen not removed.",
+    ]
+    for name, interval in results.get("gflownet_minus_control", {}).items():
+        low, high = interval["low"], interval["high"]
+        verdict = "no clear difference" if low <= 0 <= high else "higher" if low > 0 else "lower"
+        lines.append(
+            f"GFlowNet - control, {name}: {interval['mean_difference']:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}] "
+            f"(paired bootstrap over users: {verdict})."
+        )
+    if synthetic:
+        lines.append("unseen liked: probability on items that a user likes and was never shown (higher is better).")
+        lines.append("TV to truth: total variation to the user's true preference (lower is better).")
+    return "\n".join(lines)
+
+
+def plot(results: Mapping[str, Any], file: Path) -> bool:
+    """Accuracy against breadth, one dot a method. Returns False where matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        return False
+    from matplotlib.figure import Figure
+
+    shown = columns(results)
+    accuracy = next(name for name in shown if name.startswith("NDCG"))
+    breadth = next(name for name in shown if name.startswith("coverage"))
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for method, entry in results["methods"].items():
+        x, y = entry["metrics"][shown[breadth]], entry["metrics"][shown[accuracy]]
+        error = 1.96 * entry["standard_errors"][shown[accuracy]]
+        axes.errorbar(x, y, error, fmt="o", capsize=3)
+        axes.annotate(TITLES[method], (x, y), textcoords="offset points", xytext=(6, 6))
+    kind = "SYNTHETIC data" if results["data"]["synthetic"] else "test split"
+    axes.set(xlabel=breadth, ylabel=f"{accuracy} (bars: 95 %)", title=f"{results['recipe']['name']}: {kind}")
+    axes.margins(0.25)
+    figure.savefig(file, dpi=150)
+    return True
+
+
+def write(results: Mapping[str, Any], folder: Path) -> None:
+    """Writes `results.json`, `report.md` and, with matplotlib, `accuracy_vs_coverage.png`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plot(results, folder / "accuracy_vs_coverage.png")
+    (folder / "report.md").write_text(text(results) + "\n", encoding="utf-8")
+    write_json(folder / "results.json", results)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a source tree that is not installed
+            continue
+    return found

@@ -1,0 +1,122 @@
+"""What tells good items from bad ones: teachers and rewards as a recipe describes them."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM
+
+from gflowtrl.rewards import CollaborativeReward, GroundTruthReward, LikelihoodReward
+from gflowtrl.teachers import EASE, MixtureTeacher, Popularity, SASRec, TeacherModule, fingerprint, load_teacher
+
+from .materials import Materials
+from .recipe import Recipe
+from .stage import Workshop
+
+
+def teacher_key(recipe: Recipe, materials: Materials, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a fitted teacher depends on: the inputs of its stage."""
+    spec = {name: value for name, value in spec.items() if name != "weight"}
+    if spec["type"] == "sasrec":
+        spec = {"seed": recipe.seed, **spec}
+    if spec["type"] == "mixture":
+        spec["parts"] = [[part.get("weight", 1.0), teacher_key(recipe, materials, part)] for part in spec["parts"]]
+    return {"data": materials.fingerprint, "teacher": spec}
+
+
+def fit_teacher(workshop: Workshop, materials: Materials, spec: Mapping[str, Any]) -> TeacherModule:
+    """The teacher of a recipe's section, fitted once; the parts of a mixture are stages of their own."""
+    if spec["type"] == "mixture":
+        parts = {fit_teacher(workshop, materials, part): float(part.get("weight", 1.0)) for part in spec["parts"]}
+        return MixtureTeacher(parts, spec.get("normalization", "softmax"))
+    stage = workshop.stage("teacher", teacher_key(materials.recipe, materials, spec))
+
+    def fit(folder: Path) -> dict[str, Any]:
+        options = stage.inputs["teacher"].copy()
+        sequences, items = materials.splits.train_sequences, materials.data.items
+        kind = options.pop("type")
+        if kind == "popularity":
+            teacher = Popularity.fit(sequences, items)
+        elif kind == "ease":
+            teacher = EASE.fit(sequences, items, materials.splits.validation, **options)
+        else:
+            options = {"max_history_items": materials.recipe.data.max_history_items, **options}
+            quiet = workshop.quiet
+            device = workshop.state.device
+            validation = materials.splits.validation
+            teacher = SASRec.fit(sequences, items, validation, device=device, progress=not quiet, **options)
+        teacher.save_pretrained(folder / "model")
+        return {}
+
+    stage.run(f"fitting {spec['type']} on {materials.kind}", fit, main_only=True)
+    return load_teacher(stage.folder / "model").to(workshop.state.device)
+
+
+def build_rewards(workshop: Workshop, materials: Materials, teacher: TeacherModule | None, sft_model: Path) -> list:
+    """The rewards of a recipe, in its order.
+
+    Args:
+        teacher: of collaborative rewards that name none of their own.
+        sft_model: folder of the model whose probabilities a likelihood reward gives.
+    """
+    rewards = []
+    for spec in materials.recipe.rewards:
+        options = {name: value for name, value in spec.items() if name not in ("type", "weight", "function")}
+        if "function" in spec:
+            function = load_function(spec["function"], materials.recipe.folder)
+            if "item_features" in inspect.signature(function).parameters:
+                function = functools.partial(function, item_features=materials.data.item_features)
+            rewards.append(function)
+        elif spec["type"] == "ground_truth":
+            rewards.append(GroundTruthReward())
+        elif spec["type"] == "likelihood":
+            rewards.append(LikelihoodReward(AutoModelForCausalLM.from_pretrained(sft_model)))
+        else:
+            own = options.pop("teacher", None)
+            used = teacher if own is None else fit_teacher(workshop, materials, own)
+            rewards.append(CollaborativeReward(used, item_counts=materials.item_counts, **options))
+    return rewards
+
+
+def reward_key(recipe: Recipe, materials: Materials) -> list[dict[str, Any]]:
+    """All that the rewards depend on besides the recipe's teacher: specifications, code files, own teachers."""
+    keys = []
+    for spec in recipe.rewards:
+        key = dict(spec)
+        if "function" in spec:
+            key["code"] = fingerprint(_function_file(spec["function"], recipe.folder)[0].read_text(encoding="utf-8"))
+        if "teacher" in spec:
+            key["teacher"] = teacher_key(recipe, materials, spec["teacher"])
+        keys.append(key)
+    return keys
+
+
+def load_function(reference: str, folder: str = ".") -> Callable:
+    """A function from `path/to/file.py:name`, the path seen from here or from `folder` (the recipe's).
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or no such function in it.
+    """
+    file, name = _function_file(reference, folder)
+    spec = importlib.util.spec_from_file_location(f"gflowtrl_reward_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"{file} defines no function {name!r}; the recipe names the reward {reference!r}.")
+    return function
+
+
+def _function_file(reference: str, folder: str) -> tuple[Path, str]:
+    path, separator, name = reference.rpartition(":")
+    if not separator:
+        raise ValueError(f"The reward function {reference!r} must be given as path/to/file.py:function_name.")
+    for file in (Path(path), Path(folder, path)):
+        if file.is_file():
+            return file, name
+    raise FileNotFoundError(f"The file of the reward function {reference!r} is neither here nor in {folder}.")

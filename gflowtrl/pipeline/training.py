@@ -1,0 +1,212 @@
+"""The three training stages: SFT with TRL's own trainer, its control, and the GFlowNet."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, ProgressCallback, Trainer, TrainerCallback, set_seed
+from trl import SFTTrainer
+
+from gflowtrl.data import sft_dataset
+from gflowtrl.recommender import write_recommender_files
+from gflowtrl.samplers import build_sampler
+from gflowtrl.teachers import TeacherModule
+from gflowtrl.trainer import GFlowNetTrainer, RankingEvaluationMixin
+from gflowtrl.trainer.base import LengthGroupedEpochSampler
+
+from .materials import Materials, build_model
+from .recipe import Recipe
+from .signals import build_rewards, reward_key, teacher_key
+from .stage import Stage, Workshop
+
+
+#: Fields of training arguments that change what is shown or how fast it is, never the result.
+COSMETIC = {
+    *("disable_tqdm", "log_completions", "log_level", "logging_steps", "logging_strategy", "report_to", "run_name"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "save_total_limit"),
+}
+
+
+class SFTStage(RankingEvaluationMixin, SFTTrainer):
+    """TRL's SFTTrainer, evaluated by constrained beam search. Nothing is sent anywhere."""
+
+    def _send_telemetry(self) -> None:
+        """Nothing."""
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedEpochSampler:
+        """Order of rows as a function of (seed, epoch), so that a resumed run repeats an undisturbed one."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        args = self.args
+        lengths = torch.tensor([len(tokens) for tokens in rows["input_ids"]])
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return LengthGroupedEpochSampler(lengths, batch, args.seed)
+
+
+class ShortProgress(ProgressCallback):
+    """The Trainer's bars, and below them one short line a log entry instead of all that was logged."""
+
+    SHOWN = ("loss", "eval_recall", "eval_ndcg", "eval_coverage", "residual", "policy_entropy")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        k = args.metric_for_best_model.partition("@")[2]
+        shown = {
+            n: v
+            for n, v in logs.items()
+            if n in self.SHOWN or n.partition("@")[0] in self.SHOWN and n.endswith(f"@{k}")
+        }
+        if shown:
+            values = ", ".join(f"{name} {float(value):.4f}" for name, value in shown.items())
+            self.training_bar.write(f"  epoch {state.epoch:.2f} of {state.num_train_epochs}: {values}")
+
+
+def train_sft(workshop: Workshop, materials: Materials, callbacks: Sequence[TrainerCallback] = ()) -> Stage:
+    """Supervised fine-tuning, one row a user: every item is predicted once from all items before it."""
+    recipe = materials.recipe
+    stage = workshop.stage(
+        "sft",
+        {"data": materials.fingerprint, "seed": recipe.seed, "model": recipe.model, "sft": _essential(recipe.sft),
+         "evaluation": _selection(recipe)},
+    )  # fmt: skip
+
+    def work(folder: Path) -> dict[str, Any]:
+        set_seed(recipe.seed)
+        rows = sft_dataset(
+            materials.splits.train_sequences, materials.catalog, materials.tokenizer, recipe.data.max_history_items
+        )
+        args = recipe.training_arguments("sft", folder / "checkpoints")
+        args.dataset_kwargs = {"skip_prepare_dataset": True}  # rows are tokenised and cut already
+        trainer = SFTStage(
+            build_model(materials),
+            args=args,
+            train_dataset=rows,
+            eval_dataset=materials.splits.validation,
+            processing_class=materials.tokenizer,
+            callbacks=list(callbacks),
+        )
+        trainer.set_up_ranking(
+            materials.catalog,
+            materials.encoder,
+            materials.item_counts,
+            recipe.evaluation.num_beams,
+            recipe.evaluation.ks,
+        )
+        return train(trainer, materials, folder)
+
+    stage.run(f"supervised fine-tuning on {materials.kind}", work)
+    return stage
+
+
+def train_control(
+    workshop: Workshop, materials: Materials, sft: Stage, callbacks: Sequence[TrainerCallback] = ()
+) -> Stage:
+    """SFT continued on single targets, for the GFlowNet's number of steps: what any gain has to be compared with."""
+    recipe = materials.recipe
+    inputs = {"sft": sft.fingerprint, "seed": recipe.seed, "control": _essential(recipe.control_fields)}
+    stage = workshop.stage("control", inputs | {"evaluation": _selection(recipe)})
+
+    def work(folder: Path) -> dict[str, Any]:
+        return train(_flow_trainer(workshop, materials, "control", sft, folder, callbacks), materials, folder)
+
+    stage.run(f"SFT continued (the control) on {materials.kind}", work)
+    return stage
+
+
+def train_gflownet(
+    workshop: Workshop,
+    materials: Materials,
+    sft: Stage,
+    teacher: TeacherModule | None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Stage:
+    """GFlowNet fine-tuning of the SFT model with the recipe's rewards and sampler."""
+    recipe = materials.recipe
+    inputs = {
+        "sft": sft.fingerprint,
+        "seed": recipe.seed,
+        "gflownet": _essential(recipe.gflownet),
+        "rewards": reward_key(recipe, materials),
+        "sampler": recipe.sampler,
+        "teacher": teacher_key(recipe, materials, recipe.teacher) if teacher is not None else None,
+        "evaluation": _selection(recipe),
+    }
+    stage = workshop.stage("gflownet", inputs)
+
+    def work(folder: Path) -> dict[str, Any]:
+        options = {"reward_funcs": build_rewards(workshop, materials, teacher, sft.folder / "model")}
+        if recipe.sampler is not None:
+            args = recipe.training_arguments("gflownet", folder)
+            options["sampler"] = build_sampler(recipe.sampler, teacher, args.temperature, args.epsilon)
+        return train(
+            _flow_trainer(workshop, materials, "gflownet", sft, folder, callbacks, **options), materials, folder
+        )
+
+    stage.run(f"GFlowNet fine-tuning on {materials.kind}", work)
+    return stage
+
+
+def train(trainer: Trainer, materials: Materials, folder: Path) -> dict[str, Any]:
+    """Trains, from the last checkpoint where there is one, and keeps the best model as `folder/model`."""
+    if any(isinstance(callback, ProgressCallback) for callback in trainer.callback_handler.callbacks):
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ShortProgress())
+    checkpoint = last_checkpoint(folder / "checkpoints")
+    if checkpoint and trainer.is_world_process_zero():
+        print(f"Continuing from {checkpoint}.", flush=True)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(str(folder / "model"))
+    state, args = trainer.state, trainer.args
+    if trainer.is_world_process_zero():
+        write_recommender_files(folder / "model", materials.catalog, materials.recipe.data.max_history_items)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return {
+        "steps": state.global_step,
+        "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "best_step": state.best_global_step,
+        "best_metric": {args.metric_for_best_model: state.best_metric},
+        "log": state.log_history,
+    }
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end (the Trainer's state comes last)."""
+    complete = [path for path in folder.glob("checkpoint-*") if _readable(path / "trainer_state.json")]
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+
+
+def _readable(file: Path) -> bool:
+    try:
+        return bool(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return False
+
+
+def _flow_trainer(workshop, materials: Materials, name: str, sft: Stage, folder: Path, callbacks, **options):
+    set_seed(materials.recipe.seed)
+    return GFlowNetTrainer(
+        AutoModelForCausalLM.from_pretrained(sft.folder / "model"),
+        args=materials.recipe.training_arguments(name, folder / "checkpoints"),
+        train_dataset=materials.splits.train,
+        eval_dataset=materials.splits.validation,
+        processing_class=materials.tokenizer,
+        catalog=materials.catalog,
+        item_counts=materials.item_counts,
+        callbacks=list(callbacks),
+        **options,
+    )
+
+
+def _essential(section: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in section.items() if name not in COSMETIC}
+
+
+def _selection(recipe: Recipe) -> dict[str, Any]:
+    """What of the evaluation decides which checkpoint is kept."""
+    return {"num_beams": recipe.evaluation.num_beams, "k": recipe.evaluation.primary_k}

@@ -1,0 +1,230 @@
+"""One step: the loss against brute force over all leaves, and what is logged."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from gflowtrl import CausalTreePolicy
+from gflowtrl.rewards import CollaborativeReward, GroundTruthReward
+from gflowtrl.samplers import TrajectoryBatch
+
+from .world import ITEMS, SEMANTIC_IDS, losses, make_catalog, make_trainer, teacher, weights
+
+
+WEIGHTS, FLOOR, LOG_Z = [0.7, 0.3], 1e-3, 0.6
+CATALOG = make_catalog()
+LEAVES = CATALOG.tree.num_leaves
+PATHS = [SEMANTIC_IDS[CATALOG.items_of(leaf)[0]] for leaf in range(LEAVES)]
+
+
+def rewards() -> list:
+    return [GroundTruthReward(), CollaborativeReward(teacher)]
+
+
+def fixed_leaves(batch, policy, num_generations, noise):
+    """Any leaves, a function of the row alone, of which at least two differ."""
+    first = batch["row_id"][:, None] * 7
+    return (first + torch.arange(num_generations) ** 2) % LEAVES
+
+
+def first_batch(trainer) -> dict:
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def true_rewards(batch: dict) -> torch.Tensor:
+    """R of every leaf, from the definition: items' rewards added up per leaf, weighted, floored."""
+    likes = teacher(batch["history"]).softmax(1)
+    total = torch.zeros(len(likes), LEAVES)
+    for item in ITEMS:
+        leaf = int(CATALOG.leaf_of([item]))
+        chosen = torch.tensor([float(target == item) for target in batch["target"]])
+        total[:, leaf] += WEIGHTS[0] * chosen + WEIGHTS[1] * likes[:, ITEMS.index(item)]
+    return torch.maximum(total, FLOOR * total.mean(1, keepdim=True))
+
+
+def kl_at_visited_states(pi: torch.Tensor, target: torch.Tensor, leaf: int) -> float:
+    """Sum over the states on the way to `leaf` of KL(target || pi) over the next token."""
+    total = 0.0
+    for depth in range(len(PATHS[leaf])):
+        below = [i for i in range(LEAVES) if PATHS[i][:depth] == PATHS[leaf][:depth]]
+        for token in {PATHS[i][depth] for i in below}:
+            inside = [i for i in below if PATHS[i][depth] == token]
+            p, q = (float(x[inside].sum() / x[below].sum()) for x in (target, pi))
+            total += p * math.log(p / q)
+    return total
+
+
+def expected_loss(name: str, batch: dict, log_pi: torch.Tensor, leaves: torch.Tensor) -> float:
+    """The paper's formula on the exact leaf distribution `log_pi (B, N)`."""
+    reward = true_rewards(batch)
+    surplus = (log_pi - reward.log()).gather(1, leaves)
+    if name == "sft":
+        return -log_pi.gather(1, CATALOG.leaf_of(batch["target"])[:, None]).mean().item()
+    if name == "vargrad":
+        return surplus.var(1, correction=0).mean().item()
+    if name == "trajectory_balance":
+        return (LOG_Z + surplus).square().mean().item()
+    rows = zip(log_pi.exp(), reward, leaves.tolist(), strict=True)
+    values = [kl_at_visited_states(pi, target, leaf) for pi, target, row in rows for leaf in row]
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("loss_type", ["sft", "vargrad", "trajectory_balance", "exact_flow"])
+def test_the_loss_is_the_formula_on_the_exact_distribution(tmp_path, loss_type):
+    trainer = make_trainer(
+        tmp_path, rewards(), loss_type=loss_type, reward_weights=WEIGHTS, reward_floor=FLOOR, sampler=fixed_leaves
+    )
+    if loss_type == "trajectory_balance":
+        torch.nn.init.constant_(trainer.model.flow_heads.outer.bias, LOG_Z)
+    batch = first_batch(trainer)
+    log_pi = CausalTreePolicy(trainer.model, CATALOG).leaf_log_probs(batch["prompts"])
+    torch.testing.assert_close(log_pi.exp().sum(1), torch.ones(8))
+    leaves = fixed_leaves(batch, None, 4, None)
+    expected = expected_loss(loss_type, batch, log_pi, leaves)
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected, rel=1e-4)
+    assert expected > 0.1
+
+
+def test_several_losses_add_up_by_their_weights(tmp_path):
+    names, scales = ["sft", "vargrad", "exact_flow"], [1.0, 0.25, 2.0]
+    make = partial(make_trainer, tmp_path, rewards(), sampler=fixed_leaves)
+    together = make(loss_type=names, loss_weights=scales)
+    batch = first_batch(together)
+    single = [make(loss_type=name) for name in names]
+    parts = [scale * t.compute_loss(t.model, batch).item() for scale, t in zip(scales, single, strict=True)]
+    assert together.compute_loss(together.model, batch).item() == pytest.approx(sum(parts), rel=1e-5)
+
+
+def test_sum_is_the_mean_times_the_number_of_trajectories(tmp_path):
+    make = partial(make_trainer, tmp_path, rewards(), sampler=fixed_leaves, num_generations=5)
+    mean, total = make(), make(loss_reduction="sum")
+    batch = first_batch(mean)
+    expected = 5 * mean.compute_loss(mean.model, batch).item()
+    assert total.compute_loss(total.model, batch).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("sampler", "scored"), [(None, 4), ({"on_policy": 1}, 5)])
+def test_the_target_is_scored_once(tmp_path, monkeypatch, sampler, scored):
+    """It leads the default group; where it is missing, the SFT term puts it in front."""
+    widths, score = [], CausalTreePolicy.score
+    monkeypatch.setattr(CausalTreePolicy, "score", lambda s, p, leaves: widths.append(leaves.shape[1]) or score(s, p, leaves))
+    trainer = make_trainer(tmp_path, rewards(), loss_type="sft,vargrad", sampler=sampler)
+    trainer.compute_loss(trainer.model, first_batch(trainer))
+    assert widths == [scored]
+
+
+# ------------------------------------------------------------------------------------------------- lambda, accumulation
+def trained(tmp_path, reward_funcs=None, **options) -> tuple[dict, list[float]]:
+    trainer = make_trainer(tmp_path, rewards() if reward_funcs is None else reward_funcs, **options)
+    trainer.train()
+    return weights(trainer), losses(trainer)
+
+
+def test_lambda_zero_is_sft_bit_for_bit(tmp_path):
+    """With the same trajectories in the forward; without them the kernels sum in another order."""
+    sampler = {"ground_truth": 1, "on_policy": 3}
+    sft, _ = trained(tmp_path, loss_type="sft", sampler=sampler)
+    mixed, _ = trained(tmp_path, loss_type="sft,vargrad", loss_weights=[1, 0], sampler=sampler)
+    assert all(torch.equal(sft[name], mixed[name]) for name in sft)
+    plain, _ = trained(tmp_path, [], loss_type="sft", optim="sgd", max_grad_norm=0.1)
+    mixed, _ = trained(tmp_path, loss_type="sft,vargrad", loss_weights=[1, 0], optim="sgd", max_grad_norm=0.1)
+    for name in plain:
+        torch.testing.assert_close(plain[name], mixed[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["vargrad", "exact_flow"])
+def test_accumulated_micro_batches_are_one_batch(tmp_path, loss_type):
+    options = {"loss_type": loss_type, "optim": "sgd", "max_grad_norm": 0.1}
+    whole, whole_losses = trained(tmp_path, **options)
+    halves, half_losses = trained(
+        tmp_path, **options, per_device_train_batch_size=4, gradient_accumulation_steps=2
+    )
+    assert half_losses == pytest.approx(whole_losses, rel=1e-4)
+    for name in whole:
+        torch.testing.assert_close(halves[name], whole[name], rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    options = {"loss_type": "sft,trajectory_balance", "optim": "sgd", "max_grad_norm": 0.1}
+    plain, _ = trained(tmp_path, **options)
+    saved, _ = trained(tmp_path, **options, gradient_checkpointing=True)
+    for name in plain:
+        torch.testing.assert_close(saved[name], plain[name], rtol=1e-4, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------- logged metrics
+def logged(trainer) -> list[dict]:
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_logged_metrics_agree_with_each_other(tmp_path):
+    def odd(items, log_metric, **_):
+        log_metric("half", 0.5)
+        return [float(ITEMS.index(group[0]) % 2) for group in items]
+
+    trainer = make_trainer(
+        tmp_path, [*rewards(), odd], loss_type="sft,vargrad", loss_weights=[1, 0.5], reward_weights=[*WEIGHTS, 0.1]
+    )
+    for log in logged(trainer):
+        parts = [log["rewards/ground_truth"], log["rewards/collaborative"], log["rewards/odd"]]
+        assert log["reward"] == pytest.approx(0.7 * parts[0] + 0.3 * parts[1] + 0.1 * parts[2], rel=1e-4)
+        assert log["rewards/half"] == 0.5
+        assert log["reward_std"] > 0
+        assert log["sampler/ground_truth/share"] == 0.25 and log["sampler/on_policy/share"] == 0.75
+        per_source = [log[f"sampler/{name}/share"] * log[f"sampler/{name}/reward"] for name in trainer.sampler.source_names]
+        assert log["reward"] == pytest.approx(sum(per_source), rel=1e-4)
+        assert log["loss"] == pytest.approx(log["loss/sft"] + 0.5 * log["loss/vargrad"], rel=1e-4)
+        assert 0 < log["residual"] <= math.sqrt(log["loss/vargrad"]) * (1 + 1e-5)  # mean size, root mean square
+        assert 1 <= log["unique_items"] <= 4
+        assert 0 < log["policy_entropy"] <= math.log(4) + 2 * math.log(3)
+        assert log["log_pi"] < 0
+        assert 0 <= log["reward_floored_mass"] < 1
+        steps = [log[f"seconds/{part}"] for part in ("reward", "sample", "score")]
+        assert all(second > 0 for second in steps) and sum(steps) < log["seconds/step"]
+
+
+def test_exact_flow_logs_the_true_log_z(tmp_path):
+    trainer = make_trainer(tmp_path, rewards(), loss_type="exact_flow", reward_weights=WEIGHTS, reward_beta=0.5)
+    seen, step = [], trainer.compute_loss
+    trainer.compute_loss = lambda model, batch, **k: seen.append(batch) or step(model, batch, **k)
+    logs = logged(trainer)
+    expected = [true_rewards(batch).sqrt().sum(1).log().mean().item() for batch in seen]
+    assert [log["log_z"] for log in logs] == pytest.approx(expected, rel=1e-4)
+    assert max(expected) - min(expected) > 1e-2
+
+
+def test_metrics_are_means_since_the_last_log(tmp_path):
+    every, second = (
+        logged(make_trainer(tmp_path, rewards(), logging_steps=steps, gradient_accumulation_steps=2))
+        for steps in (1, 2)
+    )
+    for name in ("reward", "loss/vargrad", "log_z", "unique_items"):
+        pairs = zip(every[::2], every[1::2], strict=True)
+        assert [log[name] for log in second] == pytest.approx([(a[name] + b[name]) / 2 for a, b in pairs], rel=1e-4)
+
+
+def test_log_completions_prints_a_group_best_first(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, rewards(), log_completions=True, max_steps=1, num_generations=6)
+    capsys.readouterr()
+    trainer.train()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "log R" in line]
+    values = [float(line.split("log R ")[1]) for line in lines]
+    assert len(lines) == 6 and values == sorted(values, reverse=True)
+
+
+def test_a_sampler_is_asked_with_the_batch_the_step_and_the_rows(tmp_path):
+    draws = []
+
+    def watched(batch, policy, num_generations, noise):
+        assert {"prompts", "history", "target", "target_leaf", "leaf_log_rewards"} <= set(batch)
+        torch.testing.assert_close(batch["leaf_log_rewards"], true_rewards(batch).log(), rtol=1e-4, atol=1e-4)
+        draws.append(noise.uniform("mine", num_generations))
+        leaves = fixed_leaves(batch, policy, num_generations, noise)
+        return TrajectoryBatch(leaves, torch.zeros_like(leaves))
+
+    trainer = make_trainer(tmp_path, rewards(), reward_weights=WEIGHTS, sampler=watched, num_train_epochs=2, max_steps=-1)
+    trainer.train()
+    assert len(torch.cat(draws).unique()) == 2 * 24 * 4  # never the same number twice, in other epochs neither
