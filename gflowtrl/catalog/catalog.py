@@ -111,16 +111,16 @@ class ItemCatalog:
         return self.tree.device
 
     def to(self, device: torch.device | str) -> ItemCatalog:
-        """Move all tensors to `device`, in place."""
+        """Move all tensors to `device`, in place, but for `item_token_ids`: prompts are made on the CPU."""
         self.tree.to(device)
-        for name in ("item_token_ids", "item_leaf", "leaf_sizes", "_items_by_leaf", "_leaf_start"):
+        for name in ("item_leaf", "leaf_sizes", "_items_by_leaf", "_leaf_start"):
             setattr(self, name, getattr(self, name).to(device))
         return self
 
     def index_of(self, items: Sequence[Item]) -> Tensor:
-        """Positions of items in `items`: `(n,)`. Raises a ValueError that names an unknown item."""
+        """Positions of items in `items`: `(n,)`, on the CPU. Raises a ValueError that names an unknown item."""
         try:
-            return torch.tensor([self._index[item] for item in items], dtype=torch.long, device=self.device)
+            return torch.tensor([self._index[item] for item in items], dtype=torch.long)
         except KeyError as error:
             raise ValueError(
                 f"Item {error.args[0]!r} is not in the catalogue of {len(self)} items (its items look like "
@@ -129,7 +129,7 @@ class ItemCatalog:
 
     def leaf_of(self, items: Sequence[Item]) -> Tensor:
         """Leaf of each item: `(n,)`."""
-        return self.item_leaf[self.index_of(items)]
+        return self.item_leaf[self.index_of(items).to(self.device)]
 
     def items_of(self, leaf: int) -> list[Item]:
         """All items at a leaf, in the catalogue's order."""

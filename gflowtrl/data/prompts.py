@@ -37,7 +37,7 @@ def item_tokens(catalog: ItemCatalog, histories: Sequence[Sequence[Item]]) -> tu
     except ValueError as error:
         row = next(row for row, history in enumerate(histories) if any(item not in catalog for item in history))
         raise ValueError(f"The history in row {row} cannot be read. {error}") from None
-    tokens = catalog.item_token_ids[items].cpu()
+    tokens = catalog.item_token_ids[items]
     present = tokens >= 0
     lengths = torch.tensor([len(history) for history in histories], dtype=torch.long)
     row = torch.repeat_interleave(lengths)
@@ -53,7 +53,7 @@ class PromptEncoder:
     `eos` or 0 fills the masked places.
 
     Args:
-        catalog: gives the token ids. Moving it to a device moves the look-up there; prompts are always on the CPU.
+        catalog: gives the token ids. Prompts are made on the CPU wherever the catalogue's tree is.
         tokenizer: gives `bos` and padding.
         max_history_items: how many items of a history, the last ones, are used.
     """

@@ -50,8 +50,11 @@ def main(arguments: Sequence[str] | None = None, default_recipe: str | Path = "r
         except (ValueError, TypeError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        from transformers.utils import logging
+
         from .job import run
 
+        logging.disable_progress_bar()  # of loading and writing weights; the trainers' bars stay
         run(recipe, materials)
     except KeyboardInterrupt:
         _say_how_to_continue(recipe)

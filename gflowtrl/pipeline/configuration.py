@@ -43,6 +43,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `changes`: fields of sections one by one, everything else (lists too) as a whole."""
+    result = dict(base)
+    for name, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(base.get(name), Mapping)
+        result[name] = merged(base[name], value) if both else value
+    return result
+
+
 def parse_value(text: str) -> Any:
     """A command line's value, read as YAML; what is no YAML is a string."""
     try:

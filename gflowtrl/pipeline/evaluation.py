@@ -57,7 +57,7 @@ def measure_teacher(workshop: Workshop, materials: Materials, teacher: TeacherMo
             materials.recipe.data.max_history_items,
         )
         items = top_items(teacher, rows["history"], max(measure.num_beams, *measure.ks), max_history_items=cut)
-        targets = materials.catalog.index_of(rows["target"]).cpu()
+        targets = materials.catalog.index_of(rows["target"])
         report = summarise_items(items, targets, materials.item_counts, measure.ks)
         leaves = materials.catalog.item_leaf.cpu()[items]
 

@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gflowtrl.data import SyntheticShop
 from gflowtrl.rewards import CollaborativeReward
 from gflowtrl.samplers import build_sampler
 from gflowtrl.teachers import EASE, MixtureTeacher, Popularity, SASRec
 
-from .configuration import check_names, check_types, parse_options, read_yaml, set_option
+from .configuration import check_names, check_types, merged, parse_options, read_yaml, set_option
 
 
 #: Stages that a recipe may choose among, in the order in which they run; data, test and report always run.
@@ -139,6 +141,7 @@ class Recipe:
 
             kind, section = SFTConfig, self.sft
             values |= {"bf16": False, "gradient_checkpointing": None, "max_length": None}
+            values |= {"dataloader_pin_memory": torch.cuda.is_available()}
         else:
             kind, section = GFlowNetConfig, self.control_fields if stage == "control" else self.gflownet
             values |= {
@@ -207,6 +210,8 @@ def teacher_options(kind: str) -> set[str]:
 def check_reward(reward: Any, where: str) -> None:
     if not isinstance(reward, Mapping) or ("type" in reward) == ("function" in reward):
         raise ValueError(f"{where} needs either a type ({', '.join(REWARDS)}) or a function (file.py:name).")
+    if not isinstance(reward.get("weight", 1.0), int | float):
+        raise TypeError(f"{where}.weight must be a number, but it is {reward['weight']!r}.")
     if "function" in reward:
         check_names(reward, ["function", "weight"], where)
         return
@@ -214,7 +219,9 @@ def check_reward(reward: Any, where: str) -> None:
         raise ValueError(f"{where}.type is {reward['type']!r}; choose from {', '.join(REWARDS)}, or give a function.")
     options = {"type", "weight"}
     if reward["type"] == "collaborative":
-        options |= {*inspect.signature(CollaborativeReward).parameters} - {"item_counts"}
+        options |= {"popularity", *inspect.signature(CollaborativeReward).parameters} - {"item_counts"}
+        if reward.get("popularity", "interactions") not in ("interactions", "impressions"):
+            raise ValueError(f"{where}.popularity is {reward['popularity']!r}; choose interactions or impressions.")
         if "teacher" in reward:
             check_teacher(reward["teacher"], f"{where}.teacher")
     check_names(reward, options, where)
@@ -224,11 +231,15 @@ def load_recipe(path: str | Path, arguments: Sequence[str] = ()) -> Recipe:
     """Reads a recipe file and sets what a command line changes.
 
     Args:
-        path: the YAML file.
+        path: the YAML file. Its field `base` may name another one, beside it, of which it tells the differences.
         arguments: `--section.field value`, `--rewards.0.weight .5`, `--data_dir DIR`; an option that is no field of
             the recipe itself goes to `gflownet` (`--learning_rate 1e-3`), as with TRL's scripts. Values are YAML.
     """
-    content = {"name": Path(path).stem, **read_yaml(path), "folder": str(Path(path).resolve().parent)}
+    path = Path(path)
+    content = read_yaml(path)
+    if "base" in content:
+        content = merged(read_yaml(path.parent / str(content.pop("base"))), content)
+    content = {"name": path.stem, **content, "folder": str(path.resolve().parent)}
     known = [entry.name for entry in fields(Recipe) if entry.name != "folder"]
     check_names(content.keys() - {"folder"}, known)
     for name, value in parse_options(arguments).items():

@@ -127,6 +127,9 @@ def text(results: Mapping[str, Any]) -> str:
             f"(paired bootstrap over users: {verdict})."
         )
     if synthetic:
+        lines.append(
+            "Recall and NDCG count what was bought, and mostly popular items were shown: they see half of the truth."
+        )
         lines.append("unseen liked: probability on items that a user likes and was never shown (higher is better).")
         lines.append("TV to truth: total variation to the user's true preference (lower is better).")
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from gflowtrl.rewards import CollaborativeReward, GroundTruthReward, LikelihoodReward
@@ -79,8 +80,18 @@ def build_rewards(workshop: Workshop, materials: Materials, teacher: TeacherModu
         else:
             own = options.pop("teacher", None)
             used = teacher if own is None else fit_teacher(workshop, materials, own)
-            rewards.append(CollaborativeReward(used, item_counts=materials.item_counts, **options))
+            counts = _exposure(materials, options.pop("popularity", "interactions"))
+            rewards.append(CollaborativeReward(used, item_counts=counts, **options))
     return rewards
+
+
+def _exposure(materials: Materials, kind: str) -> Tensor:
+    """What a popularity correction divides by: how often an item was taken, or, where the log says it, shown."""
+    if kind == "interactions":
+        return materials.item_counts
+    if materials.splits.impression_counts is None:
+        raise ValueError(f"{materials.data.name} has no impressions (events.jsonl): use popularity: interactions.")
+    return materials.splits.impression_counts
 
 
 def reward_key(recipe: Recipe, materials: Materials) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ class GroundTruthReward(Reward):
 
     def score_items(self, batch: Mapping[str, Any]) -> Tensor:
         catalog = self._bound_catalog()
-        index = catalog.index_of(column(batch, "target", self.__name__))
+        index = catalog.index_of(column(batch, "target", self.__name__)).to(catalog.device)
         return torch.zeros(len(index), len(catalog), device=index.device).scatter_(1, index[:, None], 1.0)
 
     def score_leaves(self, batch: Mapping[str, Any], leaves: Tensor) -> Tensor:

@@ -39,7 +39,6 @@ class BaseConfig(_BaseConfig):
     bf16: bool | None = field(
         default=None, metadata={"help": "bfloat16 mixed precision; by default where the device has it."}
     )
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Where metrics are reported to."})
 
     def __post_init__(self):
         if self.bf16 is None:

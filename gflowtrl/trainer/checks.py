@@ -62,4 +62,4 @@ def item_counts_of(rows: Dataset | None, catalog: ItemCatalog) -> Tensor:
     """How often each item is a training target: `(items,)`; ones without training rows."""
     if rows is None:
         return torch.ones(len(catalog), dtype=torch.long)
-    return torch.bincount(catalog.index_of(rows["target"]).cpu(), minlength=len(catalog))
+    return torch.bincount(catalog.index_of(rows["target"]), minlength=len(catalog))

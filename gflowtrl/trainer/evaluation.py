@@ -45,6 +45,11 @@ class RankingEvaluationMixin:
             num_beams: beam width; must reach the largest cut-off.
             ks: cut-offs of the lists.
         """
+        if item_counts.shape != (len(catalog),):
+            raise ValueError(
+                f"item_counts has shape {tuple(item_counts.shape)}, but the catalogue has {len(catalog)} items; give "
+                f"one number for each, in the order of catalog.items."
+            )
         self._catalog, self._item_counts = catalog, item_counts
         self._num_beams, self._ks = num_beams, tuple(ks)
         self._ranking_collator = GroupCollator(encoder)

@@ -6,12 +6,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -26,7 +26,7 @@ from gflowtrl.catalog import ItemCatalog
 from gflowtrl.data import GroupCollator, PromptEncoder
 from gflowtrl.losses import flow_targets, get_loss
 from gflowtrl.policy import CausalTreePolicy, StatelessNoise, StepScores, attach_flow_heads
-from gflowtrl.policy.heads import HEADS_ATTRIBUTE, split_heads
+from gflowtrl.policy.heads import split_heads
 from gflowtrl.rewards import RewardFusion, RewardResult
 from gflowtrl.samplers import Sampler, TrajectoryBatch, build_sampler, validate_trajectories
 
@@ -98,7 +98,7 @@ class GFlowNetTrainer(BaseTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         catalog: ItemCatalog | None = None,
         sampler: str | Mapping | Sampler | Callable | None = None,
-        peft_config: Any = None,
+        peft_config: PeftConfig | None = None,
         item_counts: Tensor | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
@@ -121,10 +121,11 @@ class GFlowNetTrainer(BaseTrainer):
         for dataset in [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]:
             check_rows(dataset, catalog)
         set_seed(args.seed)  # heads and adapters begin at random
-        if any(loss.log_z for _, loss, _ in self.losses):
-            attach_flow_heads(model)
         if peft_config is not None:
-            model = _with_adapters(model, peft_config)
+            model = get_peft_model(model, peft_config)
+        if any(loss.log_z for _, loss, _ in self.losses):
+            # After the adapters, which would freeze or adapt the head.
+            attach_flow_heads(model.get_base_model() if hasattr(model, "get_base_model") else model)
         self._encoder = PromptEncoder(catalog, processing_class, args.max_history_items)
         self.noise = StatelessNoise(args.seed)
         self._seconds: Counter[str] = Counter()
@@ -169,7 +170,8 @@ class GFlowNetTrainer(BaseTrainer):
             raise ValueError(
                 f"exact_flow would hold tables of {args.per_device_train_batch_size} prompts x "
                 f"{catalog.tree.num_leaves} leaves = {table} numbers, but max_exact_elements is "
-                f"{args.max_exact_elements}. Lower per_device_train_batch_size, raise max_exact_elements, or use loss_type='vargrad'."
+                f"{args.max_exact_elements}. Lower per_device_train_batch_size, raise max_exact_elements, or use "
+                f"loss_type='vargrad'."
             )
 
     def _set_up_sampler(self, sampler, args: GFlowNetConfig) -> None:
@@ -344,12 +346,3 @@ def _columns(scores: StepScores, columns: slice) -> StepScores:
         lengths=scores.lengths[:, columns],
         log_z=scores.log_z,
     )
-
-
-def _with_adapters(model: PreTrainedModel, peft_config: Any) -> PreTrainedModel:
-    from peft import get_peft_model
-
-    peft_config = deepcopy(peft_config)  # it is the caller's, who may use it again
-    if hasattr(model, HEADS_ATTRIBUTE):
-        peft_config.modules_to_save = [*(peft_config.modules_to_save or []), HEADS_ATTRIBUTE]
-    return get_peft_model(model, peft_config)

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,13 +110,15 @@ def test_sum_is_the_mean_times_the_number_of_trajectories(tmp_path):
 def test_the_target_is_scored_once(tmp_path, monkeypatch, sampler, scored):
     """It leads the default group; where it is missing, the SFT term puts it in front."""
     widths, score = [], CausalTreePolicy.score
-    monkeypatch.setattr(CausalTreePolicy, "score", lambda s, p, leaves: widths.append(leaves.shape[1]) or score(s, p, leaves))
+    monkeypatch.setattr(
+        CausalTreePolicy, "score", lambda s, p, leaves: widths.append(leaves.shape[1]) or score(s, p, leaves)
+    )
     trainer = make_trainer(tmp_path, rewards(), loss_type="sft,vargrad", sampler=sampler)
     trainer.compute_loss(trainer.model, first_batch(trainer))
     assert widths == [scored]
 
 
-# ------------------------------------------------------------------------------------------------- lambda, accumulation
+# ------------------------------------------------------------------------------------------- whole runs compared
 def trained(tmp_path, reward_funcs=None, **options) -> tuple[dict, list[float]]:
     trainer = make_trainer(tmp_path, rewards() if reward_funcs is None else reward_funcs, **options)
     trainer.train()
@@ -138,9 +141,7 @@ def test_lambda_zero_is_sft_bit_for_bit(tmp_path):
 def test_accumulated_micro_batches_are_one_batch(tmp_path, loss_type):
     options = {"loss_type": loss_type, "optim": "sgd", "max_grad_norm": 0.1}
     whole, whole_losses = trained(tmp_path, **options)
-    halves, half_losses = trained(
-        tmp_path, **options, per_device_train_batch_size=4, gradient_accumulation_steps=2
-    )
+    halves, half_losses = trained(tmp_path, **options, per_device_train_batch_size=4, gradient_accumulation_steps=2)
     assert half_losses == pytest.approx(whole_losses, rel=1e-4)
     for name in whole:
         torch.testing.assert_close(halves[name], whole[name], rtol=1e-4, atol=1e-6)
@@ -174,7 +175,9 @@ def test_logged_metrics_agree_with_each_other(tmp_path):
         assert log["rewards/half"] == 0.5
         assert log["reward_std"] > 0
         assert log["sampler/ground_truth/share"] == 0.25 and log["sampler/on_policy/share"] == 0.75
-        per_source = [log[f"sampler/{name}/share"] * log[f"sampler/{name}/reward"] for name in trainer.sampler.source_names]
+        per_source = [
+            log[f"sampler/{name}/share"] * log[f"sampler/{name}/reward"] for name in trainer.sampler.source_names
+        ]
         assert log["reward"] == pytest.approx(sum(per_source), rel=1e-4)
         assert log["loss"] == pytest.approx(log["loss/sft"] + 0.5 * log["loss/vargrad"], rel=1e-4)
         assert 0 < log["residual"] <= math.sqrt(log["loss/vargrad"]) * (1 + 1e-5)  # mean size, root mean square
@@ -184,6 +187,17 @@ def test_logged_metrics_agree_with_each_other(tmp_path):
         assert 0 <= log["reward_floored_mass"] < 1
         steps = [log[f"seconds/{part}"] for part in ("reward", "sample", "score")]
         assert all(second > 0 for second in steps) and sum(steps) < log["seconds/step"]
+
+
+def test_every_logged_name_is_documented(tmp_path):
+    page = Path(__file__).parents[2] / "docs" / "gflownet_trainer.md"
+    if not page.is_file():
+        pytest.skip("docs are not beside the tests")
+    text, general = page.read_text(encoding="utf-8"), {"grad_norm", "learning_rate", "epoch", "step"}
+    for name in set(logged(make_trainer(tmp_path, rewards(), loss_type="sft,vargrad"))[0]) - general:
+        room, _, last = name.partition("/")
+        pattern = {"loss": "loss/NAME", "rewards": "rewards/NAME", "sampler": f"sampler/SOURCE/{last.split('/')[-1]}"}
+        assert f"`{pattern.get(room, name) if last else name}`" in text, name
 
 
 def test_exact_flow_logs_the_true_log_z(tmp_path):
@@ -198,7 +212,11 @@ def test_exact_flow_logs_the_true_log_z(tmp_path):
 
 def test_metrics_are_means_since_the_last_log(tmp_path):
     every, second = (
-        logged(make_trainer(tmp_path, rewards(), logging_steps=steps, gradient_accumulation_steps=2))
+        logged(
+            make_trainer(
+                tmp_path, rewards(), logging_steps=steps, per_device_train_batch_size=4, gradient_accumulation_steps=2
+            )
+        )
         for steps in (1, 2)
     )
     for name in ("reward", "loss/vargrad", "log_z", "unique_items"):
@@ -225,6 +243,8 @@ def test_a_sampler_is_asked_with_the_batch_the_step_and_the_rows(tmp_path):
         leaves = fixed_leaves(batch, policy, num_generations, noise)
         return TrajectoryBatch(leaves, torch.zeros_like(leaves))
 
-    trainer = make_trainer(tmp_path, rewards(), reward_weights=WEIGHTS, sampler=watched, num_train_epochs=2, max_steps=-1)
+    trainer = make_trainer(
+        tmp_path, rewards(), reward_weights=WEIGHTS, sampler=watched, num_train_epochs=2, max_steps=-1
+    )
     trainer.train()
     assert len(torch.cat(draws).unique()) == 2 * 24 * 4  # never the same number twice, in other epochs neither

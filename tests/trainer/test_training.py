@@ -58,8 +58,9 @@ def test_an_optimizer_of_the_caller_is_left_alone(tmp_path):
 
 def test_the_same_seed_gives_the_same_numbers(tmp_path):
     def run(seed: int) -> tuple[list[float], dict]:
-        torch.rand(seed + 3)  # what was drawn before must not matter
-        trainer = make_trainer(tmp_path, rewards(), loss_type="sft,trajectory_balance", seed=seed)
+        model = tiny_model(len(TOKENIZER))
+        torch.seed()  # what was drawn before must not matter, not to the head's first weights either
+        trainer = make_trainer(tmp_path, rewards(), model, loss_type="sft,trajectory_balance", seed=seed)
         trainer.train()
         return losses(trainer), weights(trainer)
 
@@ -69,7 +70,7 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path):
 
 
 def test_a_resumed_run_repeats_an_undisturbed_one(tmp_path):
-    """From the middle of the second epoch, with dropout, accumulation, on-policy draws, evaluation and a log Z head."""
+    """From the middle of the second epoch, with dropout, accumulation, on-policy draws, evaluation and a head."""
 
     def trainer(model_seed: int, folder: Path, **options):
         model = tiny_model(len(TOKENIZER), seed=model_seed)
@@ -100,7 +101,9 @@ def test_a_resumed_run_repeats_an_undisturbed_one(tmp_path):
 
 def test_rows_come_in_another_order_every_epoch_each_once(tmp_path):
     seen = []
-    trainer = make_trainer(tmp_path, rewards(), num_train_epochs=3, max_steps=-1, train_dataset=make_rows(20, longest=9))
+    trainer = make_trainer(
+        tmp_path, rewards(), num_train_epochs=3, max_steps=-1, train_dataset=make_rows(20, longest=9)
+    )
     step = trainer.compute_loss
     trainer.compute_loss = lambda model, batch, **k: seen.append(batch) or step(model, batch, **k)
     trainer.train()
@@ -115,18 +118,16 @@ def test_rows_come_in_another_order_every_epoch_each_once(tmp_path):
 def test_adapters_are_trained_and_resumed_alone(tmp_path):
     def trainer(**options):
         config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-        made = make_trainer(
+        return make_trainer(
             tmp_path, rewards(), loss_type="trajectory_balance", peft_config=config, save_strategy="steps",
             save_steps=2, **options,
         )  # fmt: skip
-        assert config.modules_to_save is None  # the caller's own is not touched
-        return made
 
     whole = trainer()
     before = weights(whole)
     whole.train()
     moved = {name for name, value in weights(whole).items() if not torch.equal(value, before[name])}
-    trained = {name for name in before if "lora_" in name or "flow_heads.modules_to_save" in name}
+    trained = {name for name in before if "lora_" in name or "flow_heads" in name}
     assert moved == trained
     resumed = trainer()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -1,4 +1,4 @@
-"""A small shop to train on: 24 items on 23 leaves of two or three tokens, rows with ids, and a short way to a trainer."""
+"""A small shop to train on: 24 items on 23 leaves of two or three tokens, rows, and a short way to a trainer."""
 
 import random
 from typing import Any
@@ -11,7 +11,9 @@ from gflowtrl.data import build_tokenizer
 from tests.tiny import tiny_model
 
 
-SEMANTIC_IDS = {f"i{a}{b}{c}": (f"<a_{a}>", f"<b_{b}>", f"<c_{c}>") for a in range(3) for b in range(3) for c in range(3)}
+SEMANTIC_IDS = {
+    f"i{a}{b}{c}": (f"<a_{a}>", f"<b_{b}>", f"<c_{c}>") for a in range(3) for b in range(3) for c in range(3)
+}
 for gone in ("i000", "i011", "i120", "i122", "i201"):
     del SEMANTIC_IDS[gone]
 SEMANTIC_IDS |= {"short": ("<a_3>", "<b_0>"), "twin": ("<a_0>", "<b_0>", "<c_1>")}
@@ -42,8 +44,9 @@ def teacher(histories: list[list[str]]) -> torch.Tensor:
 def make_trainer(tmp_path: Any, reward_funcs: Any = None, model: Any = None, **options: Any) -> GFlowNetTrainer:
     """A trainer; `options` are fields of `GFlowNetConfig` where it has them, else arguments of the trainer."""
     settings = {
-        "per_device_train_batch_size": 8, "num_generations": 4, "max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1,
-        "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "eval_num_beams": 10, "eval_ks": [5, 10],
+        "per_device_train_batch_size": 8, "num_generations": 4, "max_steps": 4, "learning_rate": 1e-2,
+        "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "eval_num_beams": 10,
+        "eval_ks": [5, 10],
     }  # fmt: skip
     own = {name: value for name, value in options.items() if name in GFlowNetConfig.__dataclass_fields__}
     arguments = {"train_dataset": make_rows(), "catalog": make_catalog(), "processing_class": TOKENIZER}

@@ -1,0 +1,117 @@
+"""Recipes times seeds on real data: one table with mean and standard deviation, and intervals over users.
+
+    python benchmarks/quality/office.py --data_dir DIR
+    python benchmarks/quality/office.py --data_dir DIR --seeds 42 43 --recipes recipes/gflowgr_office_llama.yaml
+
+Runs that are kept in benchmarks/results/quality/ with the same recipe are not repeated; all runs share their stages in
+--output_dir. Any other option goes to all recipes (`--gflownet.learning_rate 1e-3`).
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from gflowtrl.metrics import paired_bootstrap
+from gflowtrl.pipeline import Recipe, load_recipe, run
+from gflowtrl.pipeline.report import TITLES
+
+
+ROOT = Path(__file__).parents[2]
+KEPT = ROOT / "benchmarks" / "results" / "quality"
+RECIPES = ["gflowgr_office_llama", "gflowgr_office_llama_vargrad", "distillation_office_llama"]
+COLUMNS = ["recall@10", "ndcg@10", "coverage@10", "entropy@10", "gini@10", "long_tail@10"]
+
+
+def settings(recipe: Recipe) -> dict:
+    """What a kept run must agree with: the recipe without the places of this machine."""
+    return {name: value for name, value in recipe.as_dict().items() if name not in ("output_dir", "data_dir")}
+
+
+def keep(results: dict, recipe: Recipe, file: Path) -> None:
+    """Writes the run without paths, and beside it each user's rank of the target (0: not in the list)."""
+    ranks = {}
+    for method, entry in results["methods"].items():
+        folder = Path(entry.pop("folder"))
+        entry.pop("model", None)
+        reciprocal = load_file(folder / "per_user.safetensors")["mrr@20"]
+        ranks[method] = torch.where(reciprocal > 0, (1 / reciprocal).round(), 0).to(torch.uint8)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(ranks, file.with_suffix(".safetensors"))
+    file.write_text(json.dumps({**results, "recipe": settings(recipe)}, indent=2) + "\n", encoding="utf-8")
+
+
+def gains(ranks: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Recall@10 and NDCG@10 of each user from ranks."""
+    inside = (ranks > 0) & (ranks <= 10)
+    return {"recall@10": inside.double(), "ndcg@10": torch.where(inside, 1 / torch.log2(ranks + 1.0), 0.0).double()}
+
+
+def rows_of(runs: dict[str, list[Path]]) -> dict[str, list[tuple[dict, dict[str, torch.Tensor]]]]:
+    """Title to (record, gains of each user) of every seed. What recipes share is taken from the first of them."""
+    rows = {}
+    for number, (name, files) in enumerate(runs.items()):
+        for file in files:
+            methods, ranks = json.loads(file.read_text())["methods"], load_file(file.with_suffix(".safetensors"))
+            for method, entry in methods.items():
+                title = f"{TITLES[method]}: {name}" if method == "gflownet" else TITLES[method]
+                if method == "gflownet" or number == 0:
+                    rows.setdefault(title, []).append((entry, gains(ranks[method])))
+    return rows
+
+
+def table(runs: dict[str, list[Path]]) -> str:
+    """Markdown: mean ± standard deviation over seeds, and the difference to the control with its 95 % interval over
+    users, each user's figures averaged over the seeds first."""
+    rows = rows_of(runs)
+    lines = ["| method | " + " | ".join(COLUMNS) + " | minutes | recall@10 - control | ndcg@10 - control |"]
+    lines.append("|---" + "|---:" * (len(COLUMNS) + 3) + "|")
+    control = rows.get(TITLES["control"])
+    for title, seeds in rows.items():
+        cells = [spread([entry["metrics"][name] for entry, _ in seeds]) for name in COLUMNS]
+        cells.append(spread([entry.get("seconds", float("nan")) / 60 for entry, _ in seeds], digits=1))
+        for name in ("recall@10", "ndcg@10"):
+            if control is None or title == TITLES["control"] or len(control) != len(seeds):
+                cells.append("")
+                continue
+            ours, theirs = (torch.stack([gain[name] for _, gain in group]).mean(0) for group in (seeds, control))
+            interval = paired_bootstrap(ours, theirs)
+            cells.append(f"{interval['mean_difference']:+.4f} [{interval['low']:+.4f}, {interval['high']:+.4f}]")
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float], digits: int = 4) -> str:
+    tensor = torch.tensor(values, dtype=torch.double)
+    if tensor.isnan().any():
+        return ""
+    mean = f"{tensor.mean():.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {tensor.std():.{digits}f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", required=True, help="the folder of the data")
+    parser.add_argument("--recipes", nargs="+", default=[str(ROOT / "recipes" / f"{name}.yaml") for name in RECIPES])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
+    parser.add_argument("--output_dir", default="outputs/office_llama", help="where stages are kept")
+    parser.add_argument("--prefix", default="office", help="beginning of the names of the kept files")
+    given, others = parser.parse_known_args()
+    runs: dict[str, list[Path]] = {}
+    for seed in given.seeds:
+        for path in given.recipes:
+            places = ["--data_dir", given.data_dir, "--output_dir", given.output_dir, "--seed", str(seed)]
+            recipe = load_recipe(path, [*places, *others])
+            file = KEPT / f"{given.prefix}-{recipe.name}-seed{seed}.json"
+            if file.is_file() and json.loads(file.read_text())["recipe"] == settings(recipe):
+                print(f"{file.name} is there.")
+            else:
+                keep(run(recipe), recipe, file)
+            runs.setdefault(recipe.name, []).append(file)
+    print(f"\n{len(given.seeds)} seed(s), test split, beam {recipe.evaluation.num_beams}:\n\n{table(runs)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Reading recipes and command lines."""
+
+import re
+import shlex
+
+import pytest
+import yaml
+
+from gflowtrl.pipeline import load_recipe
+from gflowtrl.pipeline.configuration import parse_options, parse_value, read_yaml, set_option
+
+from .micro import micro_recipe, micro_settings
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 1e-3), ("2E5", 2e5), ("-1.5e-2", -0.015), ("7", 7), ("null", None), ("true", True), ("a: [1", "a: [1")],
+)
+def test_values_are_yaml_and_exponents_are_numbers(text, value):
+    assert parse_value(text) == value
+    assert type(parse_value(text)) is type(value)
+
+
+def test_options_take_every_form():
+    options = parse_options(shlex.split("--a.b 1 --c=x --flag --losses vargrad sft --low -0.5"))
+    assert options == {"a.b": 1, "c": "x", "flag": True, "losses": ["vargrad", "sft"], "low": -0.5}
+    with pytest.raises(ValueError, match="'stray' is no option"):
+        parse_options(["stray"])
+
+
+def test_set_option_reaches_into_lists_and_makes_sections():
+    tree = {"rewards": [{"weight": 1}, {"weight": 2}], "seed": 1}
+    set_option(tree, "rewards.1.weight", 5)
+    set_option(tree, "sft.learning_rate", 0.1)
+    assert tree == {"rewards": [{"weight": 1}, {"weight": 5}], "seed": 1, "sft": {"learning_rate": 0.1}}
+    with pytest.raises(ValueError, match=re.escape("--rewards.2 cannot be set: it is a list with the places 0 to 1")):
+        set_option(tree, "rewards.2.weight", 5)
+    with pytest.raises(ValueError, match="seed is the value 1 and has no fields"):
+        set_option(tree, "seed.x", 5)
+
+
+def test_broken_yaml_and_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no recipe .*absent.yaml"):
+        read_yaml(tmp_path / "absent.yaml")
+    file = tmp_path / "recipe.yaml"
+    for content, message in (
+        ("a: [1", "no valid YAML"),
+        ("seed: 1\nseed: 2", "'seed' stands twice"),
+        ("- 1", "not list"),
+    ):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_yaml(file)
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    file = tmp_path / "micro.yaml"
+    settings = micro_settings(tmp_path / "out")
+    del settings["name"]
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+def test_command_line_sets_any_field(recipe_file):
+    options = (
+        "--data_dir d --sft.learning_rate 1e-2 --learning_rate 3e-4 --loss_type vargrad --rewards.1.weight 2 "
+        "--rewards.1.temperature 0.5 --evaluation.ks 3 --data.max_history_items=4"
+    )
+    recipe = load_recipe(recipe_file, shlex.split(options))
+    assert recipe.name == "micro"
+    assert recipe.data_dir == "d"
+    assert recipe.data.max_history_items == 4
+    assert recipe.evaluation.ks == [3]
+    assert recipe.training_arguments("sft", "x").learning_rate == 1e-2
+    arguments = recipe.training_arguments("gflownet", "x")
+    assert (arguments.learning_rate, arguments.loss_type, arguments.eval_ks) == (3e-4, ["vargrad"], [3])
+    assert arguments.reward_weights == [0.3, 2.0]
+    assert recipe.rewards[1]["temperature"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--sft.learning_rat 1", "no field 'sft.learning_rat'. Did you mean 'sft.learning_rate'"),
+        ("--num_generation 4", "Did you mean 'num_generations'"),
+        ("--gflowent.learning_rate 1", "Did you mean 'gflownet'"),
+        ("--evaluation.beams 4", "no field 'evaluation.beams'"),
+        ("--data.shop.n_user 4", "Did you mean 'data.shop.n_users'"),
+        ("--teacher.regularisation 4", "Did you mean 'teacher.regularization'"),
+        ("--rewards.1.temprature 1", "Did you mean 'rewards.1.temperature'"),
+        ("--model.hidden_sizes 1", "Did you mean 'model.hidden_size'"),
+        ("--teacher.type als", "teacher.type is 'als'; choose from sasrec"),
+        ("--rewards.0.type none", "rewards.0.type is 'none'"),
+        ("--rewards.0.weight much", "rewards.0.weight must be a number"),
+        ("--seed soon", "seed must be a whole number, but it is 'soon'"),
+        ("--sft.learning_rate fast", "sft.learning_rate must be a number"),
+        ("--num_generations 0", "num_generations is 0"),
+        ("--num_generations 1 --loss_type vargrad", "needs at least 2"),
+        ("--sampler no_such", "Unknown sampler 'no_such'"),
+        ("--stages sft gflow", "Did you mean 'stages.gflownet'"),
+        ("--control.num_train_epochs 9", "the control takes exactly the GFlowNet's steps"),
+        ("--control.loss_type vargrad", "leave control.loss_type out"),
+        ("--gflownet.output_dir x", "gflownet.output_dir is not free"),
+        ("--data.k_core 5", "the synthetic shop is taken as it is"),
+        ("--evaluation.num_beams 2", "eval_num_beams is 2"),
+    ],
+)
+def test_mistakes_are_found_before_any_work(recipe_file, option, message):
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        load_recipe(recipe_file, option.split())
+
+
+def test_the_control_copies_the_schedule(tmp_path):
+    recipe = micro_recipe(tmp_path)
+    control, flow = (recipe.training_arguments(stage, tmp_path) for stage in ("control", "gflownet"))
+    assert control.loss_type == ["sft"]
+    assert control.learning_rate == flow.learning_rate == 2e-3
+    for name in ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        assert getattr(control, name) == getattr(flow, name)

@@ -1,0 +1,155 @@
+"""The whole pipeline on a micro shop."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from gflowtrl import Recommender
+from gflowtrl.pipeline import main, run
+from gflowtrl.pipeline.materials import prepare
+from gflowtrl.pipeline.report import table
+from gflowtrl.pipeline.training import last_checkpoint
+
+from .micro import micro_recipe, micro_settings
+
+
+METHODS = ["teacher", "sft", "control", "gflownet"]
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C at a step of the n-th trainer."""
+
+    def __init__(self, stage: str, step: int):
+        self.stage, self.step = stage, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if Path(args.output_dir).parent.name.startswith(self.stage) and state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+class Forbidden(TrainerCallback):
+    """No trainer may run."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        raise AssertionError("a finished stage was trained again")
+
+
+def weights(folder: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder, "model.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    recipe = micro_recipe(tmp_path_factory.mktemp("pipeline"))
+    return recipe, run(recipe, quiet=True)
+
+
+def test_results_hold_what_a_reader_needs(finished):
+    recipe, results = finished
+    assert json.loads(Path(recipe.output_dir, "results.json").read_text()) == results
+    assert list(results["methods"]) == METHODS
+    for entry in results["methods"].values():
+        metrics = entry["metrics"]
+        assert 0 <= metrics["recall@3"] <= metrics["recall@5"] <= 1
+        assert {"ndcg@5", "coverage@5", "entropy@5", "gini@5", "long_tail@5", "unseen_liked_mass"} <= metrics.keys()
+        assert 0 < metrics["total_variation"] < 1
+    interval = results["gflownet_minus_control"]["recall@5"]
+    difference = (
+        results["methods"]["gflownet"]["metrics"]["recall@5"] - results["methods"]["control"]["metrics"]["recall@5"]
+    )
+    assert interval["mean_difference"] == pytest.approx(difference, abs=1e-6)
+    assert interval["low"] <= interval["mean_difference"] <= interval["high"]
+    assert results["data"]["synthetic"] and "SYNTHETIC" in results["data"]["summary"]
+    assert results["recipe"]["seed"] == 7
+    assert {"torch", "transformers", "trl", "python"} <= results["versions"].keys()
+    assert "SYNTHETIC" in Path(recipe.output_dir, "report.md").read_text()
+    assert [line.split("|")[1].strip() for line in table(results).splitlines()[2:]] == [
+        "Teacher", "SFT", "SFT continued (control)", "GFlowNet"
+    ]  # fmt: skip
+
+
+def test_control_and_gflownet_take_equal_steps_on_equal_rows(finished):
+    control, flow = (finished[1]["methods"][name] for name in ("control", "gflownet"))
+    assert control["steps"] == flow["steps"] > 0
+    assert control["rows_per_step"] == flow["rows_per_step"] == 32
+
+
+def test_a_finished_run_is_skipped_and_gives_the_same(finished):
+    recipe, results = finished
+    again = run(recipe, callbacks=[Forbidden()], quiet=True)
+    assert again["methods"] == results["methods"]
+
+
+def test_a_variant_shares_what_it_has_in_common(finished):
+    recipe, results = finished
+    before = {path.name for path in Path(recipe.output_dir).iterdir()}
+    changed = run(micro_recipe(recipe.output_dir, name="variant", rewards=recipe.rewards[:1]), quiet=True)
+    new = {path.name.split("-")[0] for path in Path(recipe.output_dir).iterdir() if path.name not in before}
+    assert new == {"gflownet", "test", "report"}
+    assert changed["methods"]["control"] == results["methods"]["control"]
+    assert changed["methods"]["gflownet"]["metrics"] != results["methods"]["gflownet"]["metrics"]
+
+
+def test_trained_models_are_recommenders(finished):
+    recipe, results = finished
+    recommender = Recommender.from_pretrained(results["methods"]["gflownet"]["model"])
+    history = prepare(recipe).splits.test["history"][0]
+    assert len(recommender.recommend([history], k=5)[0]) == 5
+
+
+def test_each_training_stage_moves_every_parameter(finished):
+    sft, control, flow = (weights(finished[1]["methods"][name]["model"]) for name in METHODS[1:])
+    for a, b in ((sft, control), (sft, flow), (control, flow)):
+        assert not any(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("stage", ["sft", "gflownet"])
+def test_an_interrupted_run_ends_like_an_undisturbed_one(finished, tmp_path, stage):
+    recipe, results = finished
+    steps = results["methods"][stage]["steps"]
+    again = micro_recipe(tmp_path, stages=[stage])
+    with pytest.raises(KeyboardInterrupt):
+        run(again, callbacks=[Interrupt(stage, step=steps // 2 + 2)], quiet=True)
+    (folder,) = tmp_path.glob(f"{stage}-*")
+    assert last_checkpoint(folder / "checkpoints").endswith(f"checkpoint-{steps // 2}")
+    resumed = run(again, quiet=True)
+    assert resumed["methods"][stage]["metrics"] == results["methods"][stage]["metrics"]
+    first, second = (weights(value["methods"][stage]["model"]) for value in (results, resumed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not (folder / "checkpoints").exists()
+
+
+def test_a_torn_checkpoint_is_passed_over(tmp_path):
+    for step, content in ((2, "{}"), (4, '{"global_step": 4}'), (10, '{"global_step": 1')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(content)
+    (tmp_path / "checkpoint-12").mkdir()
+    assert last_checkpoint(tmp_path).endswith("checkpoint-4")
+    assert last_checkpoint(tmp_path / "absent") is None
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(micro_settings(tmp_path / "out")))
+    assert main(["--config", str(file), "--data_dir", str(tmp_path / "absent")]) == 2
+    assert main(["--config", str(file), "--sft.learning_rat", "1"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert "absent" in lines[0] and "Did you mean 'sft.learning_rate'" in lines[1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_says_how_to_continue(tmp_path, monkeypatch, capsys):
+    def interrupted(recipe, materials):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gflowtrl.pipeline.job.run", interrupted)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(micro_settings(tmp_path / "out")))
+    assert main(["--config", str(file)]) == 130
+    assert "start the same command again to continue" in capsys.readouterr().err

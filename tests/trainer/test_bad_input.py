@@ -1,0 +1,167 @@
+"""Mistakes are answered with a sentence that names the thing, before training where that is possible."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import T5Config, T5ForConditionalGeneration
+
+from gflowtrl import GFlowNetConfig, GFlowNetTrainer
+from gflowtrl.rewards import CollaborativeReward, GroundTruthReward
+from tests.tiny import tiny_model
+
+from .world import ITEMS, TOKENIZER, make_catalog, make_rows, make_trainer, teacher
+
+
+def t5() -> T5ForConditionalGeneration:
+    return T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+
+
+def rows(**changes) -> Dataset:
+    """Three good rows; a change replaces a column, None takes it away."""
+    columns = {"row_id": [1, 2, 3], "history": [["i010"], ["short"], ["twin"]], "target": ["i222", "i001", "i002"]}
+    return Dataset.from_dict({name: values for name, values in (columns | changes).items() if values is not None})
+
+
+def no_items(items, **_):
+    return [1.0] * len(items)
+
+
+REWARDS = {"reward_funcs": [GroundTruthReward()]}
+CONSTRUCTION = {
+    "unknown item in a history": (
+        {"train_dataset": rows(history=[["i010"], ["i011"], ["twin"]])}, "Row 2 holds item 'i011'.*not in the cat",
+    ),
+    "unknown target": ({"train_dataset": rows(target=["i222", "i001", "x"])}, "Row 3 holds item 'x'"),
+    "unknown item in the evaluation": (
+        {"eval_dataset": {"good": rows(), "bad": rows(target=["i222", "i001", "x"])}}, "Row 3 holds item 'x'",
+    ),
+    "empty history": ({"train_dataset": rows(history=[["i010"], [], ["twin"]])}, "Row 2 has an empty history"),
+    "no rows": ({"train_dataset": make_rows().select([])}, "no rows"),
+    "missing column": ({"train_dataset": rows(target=None)}, "no column target"),
+    "repeated row id": ({"train_dataset": rows(row_id=[1, 2, 1])}, "Two rows share the row_id 1"),
+    "row id of text": ({"train_dataset": rows(row_id=["a", "b", "c"])}, "row_id 'a' is no integer"),
+    "stream": ({"train_dataset": rows().to_iterable_dataset()}, "must be a datasets.Dataset.*got IterableDataset"),
+    "encoder-decoder": ({"model": t5()}, "T5ForConditionalGeneration is an encoder-decoder"),
+    "few embeddings": ({"model": tiny_model(9)}, "embeds only 9 tokens.*add_item_tokens"),
+    "no reward": ({"reward_funcs": None}, r"\['vargrad'\] needs a reward"),
+    "no rewards": ({"reward_funcs": []}, "needs a reward"),
+    "reward weights": ({"reward_weights": [1, 2]}, "2 reward_weights were given for 1 rewards"),
+    "no callable": ({"reward_funcs": [3]}, "A reward must be a callable"),
+    "exact_flow without all rewards": (
+        {"loss_type": "exact_flow", "reward_funcs": [GroundTruthReward(), no_items]}, "every leaf, but 'no_items'",
+    ),
+    "exact_flow on too large a table": (
+        {"loss_type": "exact_flow", "max_exact_elements": 100}, "8 prompts x 23 leaves = 184.*_elements is 100",
+    ),
+    "no such sampler": ({"sampler": "greedy"}, "Unknown sampler 'greedy'"),
+    "sampler without its teacher": ({"sampler": {"collaborative": 1}}, "needs a teacher"),
+    "item counts of another catalogue": ({"item_counts": torch.ones(3)}, r"shape \(3,\), but.* has 24 items"),
+    "arguments for a model that exists": ({"model_init_kwargs": {"dtype": "float32"}}, "the model is built already"),
+    "no catalogue": ({"catalog": None}, "processing_class and catalog are needed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONSTRUCTION)
+def test_refused_before_training(tmp_path, case):
+    options, message = CONSTRUCTION[case]
+    with pytest.raises((ValueError, TypeError), match=message):
+        make_trainer(tmp_path, **(REWARDS | options))
+
+
+def answers(values):
+    """A plain reward that gives its values in turn, whatever it is asked."""
+
+    def my_reward(items, **_):
+        return (values * len(items))[: len(items)] if isinstance(values, list) else values
+
+    return my_reward
+
+
+TRAINING = {
+    "short list": ({"reward_funcs": lambda items, **_: [1.0]}, "'<lambda>' returned 1 values for 32 completions"),
+    "NaN": ({"reward_funcs": answers([1.0, math.nan])}, r"'my_reward' returned nan for row 0 of the batch \(row_id 1"),
+    "infinity": ({"reward_funcs": answers([1.0, math.inf])}, "'my_reward' returned inf for row 0"),
+    "negative": ({"reward_funcs": answers([1.0, -2.0])}, "'my_reward' returned -2.0 for row 0.*transform='exp'"),
+    "no list": ({"reward_funcs": answers(1.0)}, "'my_reward' returned float; it must return a list of 32"),
+    "text": ({"reward_funcs": answers(["good"])}, "'my_reward' returned 'good'"),
+    "no positive reward": ({"reward_funcs": answers([0.0])}, "The reward of row 0 .* is zero"),
+    "wrong shape": (
+        {"reward_funcs": SimpleNamespace(__name__="mine", score_items=lambda batch: torch.ones(8, 3))},
+        r"'mine' returned a tensor of shape \(8, 3\); it must return a tensor of shape \(8, 24\)",
+    ),
+    "not a leaf": (
+        {"sampler": lambda batch, policy, k, noise: torch.tensor([[0, 1, 2, 23]] * 8)},
+        "returned 23 as trajectory 3 of row 0, which is not a leaf",
+    ),
+    "no leaf": (
+        {"sampler": lambda batch, policy, k, noise: torch.tensor([[0, 1, -1, 2]] * 8)}, "returned -1 as trajectory 2",
+    ),
+    "too few trajectories": (
+        {"sampler": lambda batch, policy, k, noise: torch.zeros(8, 3, dtype=torch.long)}, r"leaves of shape \(8, 3\)",
+    ),
+    "sampling by unknown rewards": ({"reward_funcs": no_items, "sampler": "reward"}, "RewardSampler needs"),
+    "teacher of another catalogue": (
+        {"reward_funcs": CollaborativeReward(lambda histories: torch.ones(len(histories), 5))},
+        r"shape \(8, 5\).*\(8, 24\)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TRAINING)
+def test_refused_in_the_first_step(tmp_path, case):
+    options, message = TRAINING[case]
+    trainer = make_trainer(tmp_path, **(REWARDS | options))
+    with pytest.raises((ValueError, TypeError), match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+CONFIGURATION = [
+    ({"num_generations": 0}, "num_generations is 0.*'vargrad' needs at least 2"),
+    ({"num_generations": 1}, "num_generations is 1.*'vargrad' needs at least 2"),
+    ({"num_generations": 0, "loss_type": "sft"}, "num_generations is 0.*at least 1"),
+    ({"loss_type": "sft,vargrad", "loss_weights": [1.0]}, "loss_weights has 1 entries and loss_type 2"),
+    ({"loss_type": []}, "loss_type is empty"),
+    ({"loss_type": "grpo"}, "no loss 'grpo'; the known losses are"),
+    ({"loss_reduction": "max"}, "loss_reduction is 'max'; choose 'mean' or 'sum'"),
+    ({"reward_transform": "log"}, "reward_transform is 'log'"),
+    ({"leaf_reduction": "mean"}, "leaf_reduction is 'mean'"),
+    ({"temperature": 0.0}, "temperature is 0.0; it must be greater than 0"),
+    ({"reward_beta": -1.0}, "reward_beta is -1.0"),
+    ({"log_z_learning_rate": math.nan}, "log_z_learning_rate is nan"),
+    ({"huber_delta": 0.0}, "huber_delta is 0.0"),
+    ({"epsilon": 1.5}, "epsilon is 1.5"),
+    ({"reward_floor": 1.0}, "reward_floor is 1.0"),
+    ({"eval_ks": []}, "eval_ks"),
+    ({"eval_num_beams": 10}, "eval_num_beams is 10, but eval_ks asks for lists of 20"),
+    ({"max_history_items": 0}, "max_history_items is 0"),
+    ({"remove_unused_columns": True}, "remove_unused_columns"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), CONFIGURATION)
+def test_a_bad_configuration_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        GFlowNetConfig(str(tmp_path), use_cpu=True, **options)
+
+
+def test_a_folder_without_a_catalogue_says_so(tmp_path):
+    tiny_model(len(TOKENIZER)).save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"catalog\.json is missing"):
+        GFlowNetTrainer(str(tmp_path), GroundTruthReward(), GFlowNetConfig(str(tmp_path / "out"), use_cpu=True))
+
+
+def test_evaluate_without_rows_says_so(tmp_path):
+    with pytest.raises(ValueError, match="nothing to evaluate on"):
+        make_trainer(tmp_path, **REWARDS).evaluate()
+
+
+def test_good_input_passes(tmp_path):
+    """The changes above are the reason for the errors, not something else in these trainers."""
+    make_trainer(tmp_path, **REWARDS, train_dataset=rows(), eval_dataset={"good": rows()})
+    make_trainer(tmp_path, CollaborativeReward(teacher), sampler="reward", catalog=make_catalog()).train()
+    assert len(rows()) == 3 and "i011" not in ITEMS

@@ -1,0 +1,115 @@
+"""A checkpoint is a complete recommender that plain transformers loads without a word."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gflowtrl import GFlowNetConfig, GFlowNetTrainer, Recommender
+from gflowtrl.rewards import CollaborativeReward, GroundTruthReward
+from tests.tiny import tiny_model
+
+from .world import ITEMS, SEMANTIC_IDS, TOKENIZER, make_catalog, make_rows, make_trainer, teacher
+
+
+HISTORIES = [["i010"], ["short", "twin"], ["i222", "i001", "i100"]]
+
+
+def trained(folder, loss_type: str = "sft,trajectory_balance", model=None, **options) -> GFlowNetTrainer:
+    rewards = [GroundTruthReward(), CollaborativeReward(teacher)]
+    trainer = make_trainer(folder, rewards, model, loss_type=loss_type, max_steps=2, **options)
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> GFlowNetTrainer:
+    """Trained with a log Z head; `args.output_dir` is the checkpoint."""
+    folder = tmp_path_factory.mktemp("saved")
+    return trained(folder, eval_dataset=make_rows(6, 1, 500), eval_strategy="steps", eval_steps=1, max_history_items=2)
+
+
+def test_transformers_loads_it_without_a_word(saved, warned):
+    model, report = AutoModelForCausalLM.from_pretrained(saved.args.output_dir, output_loading_info=True)
+    assert not any(report.values()), report
+    assert not warned
+    expected = saved.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert model.config.architectures == ["LlamaForCausalLM"]
+    tokenizer = AutoTokenizer.from_pretrained(saved.args.output_dir)
+    assert tokenizer.get_vocab() == TOKENIZER.get_vocab()
+    text = " ".join(SEMANTIC_IDS["i112"])
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_tied_embeddings_stay_tied(tmp_path, warned):
+    config = tiny_model(len(TOKENIZER)).config
+    config.tie_word_embeddings = True
+    trained(tmp_path, model=AutoModelForCausalLM.from_config(config))
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    assert not warned
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_heads_lie_in_a_file_of_their_own(saved):
+    heads = load_file(f"{saved.args.output_dir}/flow_heads.safetensors")
+    assert {name: value.shape for name, value in heads.items()} == {
+        name: value.shape for name, value in saved.model.named_parameters() if "flow_heads" in name
+    }
+    assert all(torch.equal(value, saved.model.state_dict()[name]) for name, value in heads.items())
+    assert heads["flow_heads.outer.weight"].abs().sum() > 0  # it begins at 0
+    assert not [name for name in load_file(f"{saved.args.output_dir}/model.safetensors") if "flow_heads" in name]
+
+
+def test_no_heads_no_file(tmp_path):
+    trained(tmp_path, "vargrad")
+    assert not (tmp_path / "flow_heads.safetensors").exists()
+
+
+def test_the_recommender_says_the_same_after_loading_and_unpickles_nothing(saved, monkeypatch):
+    before = Recommender(saved.model, TOKENIZER, saved._catalog, 2).recommend(HISTORIES, k=5)
+    monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("something was unpickled"))
+    loaded = Recommender.from_pretrained(saved.args.output_dir)
+    assert loaded.recommend(HISTORIES, k=5) == before
+    assert loaded.catalog.items == ITEMS
+    assert loaded.encoder.max_history_items == 2
+
+
+def test_the_next_trainer_starts_from_the_folder_alone(saved, tmp_path):
+    args = GFlowNetConfig(str(tmp_path), loss_type="sft", use_cpu=True)
+    trainer = GFlowNetTrainer(str(saved.args.output_dir), args=args, train_dataset=make_rows())
+    assert torch.equal(trainer.model.lm_head.weight, saved.model.lm_head.weight)
+    assert trainer._catalog.items == ITEMS and trainer.processing_class.get_vocab() == TOKENIZER.get_vocab()
+
+
+def test_the_model_card_tells_the_truth(saved):
+    card = Path(saved.args.output_dir, "README.md").read_text(encoding="utf-8")
+    last = [log for log in saved.state.log_history if "eval_ndcg@10" in log][-1]
+    for claim in (
+        "LlamaForCausalLM that recommends one of 24 items", "`GFlowNetTrainer`", "| step | 2 |",
+        "| prompts per step | 8 |", "| losses | 1 x sft, 1 x trajectory_balance |",
+        "| rewards | 1 x ground_truth, 1 x collaborative |", "4 a prompt from ground_truth, on_policy",
+        f"ndcg@10 {last['eval_ndcg@10']:.4f}", "search of width 10",
+    ):  # fmt: skip
+        assert claim in card
+    assert "tags:" in card.split("---")[1]
+
+
+def test_a_checkpoint_of_another_loss_is_refused_where_its_heads_do_not_fit(saved, tmp_path):
+    trained(tmp_path / "first", save_strategy="steps", save_steps=2)
+    headless = make_trainer(tmp_path / "second", loss_type="sft")
+    with pytest.raises(ValueError, match="flow heads in the checkpoint"):
+        headless.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
+
+
+def test_what_is_written_is_readable_text_or_safetensors(saved):
+    folder = Path(saved.args.output_dir)
+    own = {"catalog.json", "recommender_config.json", "flow_heads.safetensors", "model.safetensors", "README.md"}
+    assert own <= {path.name for path in folder.iterdir()}
+    assert json.loads((folder / "recommender_config.json").read_text())["max_history_items"] == 2
+    assert make_catalog().items == json.loads((folder / "catalog.json").read_text())["items"]

@@ -1,0 +1,74 @@
+"""The configuration as Python, YAML and the command line give it, and its documentation."""
+
+import ast
+import dataclasses
+import re
+
+import pytest
+import torch
+from trl import TrlParser
+
+from gflowtrl import GFlowNetConfig
+from gflowtrl.trainer.base import BaseConfig
+
+
+OWN = [field for field in dataclasses.fields(GFlowNetConfig) if field.name in GFlowNetConfig.__annotations__]
+
+
+@pytest.mark.parametrize("given", ["sft,vargrad", ["sft", "vargrad"], ("sft", "vargrad")])
+def test_losses_may_be_text_or_a_list(tmp_path, given):
+    config = GFlowNetConfig(str(tmp_path), loss_type=given, loss_weights="1, 0.5")
+    assert config.loss_type == ["sft", "vargrad"]
+    assert config.loss_weights == [1.0, 0.5]
+    assert GFlowNetConfig(str(tmp_path), loss_type=given).loss_weights == [1.0, 1.0]
+
+
+def test_the_command_line_wins_over_yaml(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("loss_type: [sft, trajectory_balance]\nloss_weights: [1, 0.1]\nepsilon: 0.2\neval_ks: [5]\n")
+    arguments = [
+        "--config",
+        str(file),
+        "--output_dir",
+        str(tmp_path),
+        "--epsilon",
+        "0.3",
+        "--model_init_kwargs",
+        '{"a": 1}',
+    ]
+    (config,) = TrlParser(GFlowNetConfig).parse_args_and_config(arguments)
+    assert config.loss_type == ["sft", "trajectory_balance"] and config.loss_weights == [1.0, 0.1]
+    assert TrlParser(GFlowNetConfig).format_help()  # a stray "%" in a help text would raise
+    assert config.epsilon == 0.3 and config.eval_ks == [5] and config.model_init_kwargs == {"a": 1}
+
+
+def test_it_comes_back_from_its_own_dictionary(tmp_path):
+    config = GFlowNetConfig(str(tmp_path), loss_type="sft,vargrad", loss_weights=[1, 2], huber_delta=3.0)
+    again = GFlowNetConfig(**{field.name: config.to_dict()[field.name] for field in OWN}, output_dir=str(tmp_path))
+    assert [getattr(again, field.name) for field in OWN] == [getattr(config, field.name) for field in OWN]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the defaults of a machine without an accelerator")
+def test_defaults_suit_a_small_machine(tmp_path):
+    config = GFlowNetConfig(str(tmp_path))
+    assert config.bf16 is False and not config.gradient_checkpointing and config.report_to == []
+    assert config.dataloader_pin_memory is False and config.remove_unused_columns is False
+
+
+def test_every_field_is_documented_with_its_default():
+    text = GFlowNetConfig.__doc__
+    for field in OWN:
+        assert field.metadata.get("help"), f"{field.name} has no help text"
+        assert "%" not in field.metadata["help"].replace("%%", ""), field.name
+        if field.name in ("learning_rate", "train_sampling_strategy", "remove_unused_columns"):
+            assert field.name.replace("_", " ") in text or field.name in text
+            continue
+        line = re.search(rf"^\s+{field.name} \((.*)\):$", text, re.M)
+        assert line, f"{field.name} is not in the class docstring"
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        if default is not None:
+            stated = re.search(r"defaults to `(.*)`", line[1])[1].replace("_", "")
+            assert ast.literal_eval(stated) == default, (
+                f"{field.name}: the docstring says {stated}, the field {default}"
+            )
+    assert issubclass(GFlowNetConfig, BaseConfig)

@@ -1,0 +1,124 @@
+"""`evaluate()` against brute force over all leaves, and what the Trainer does with its metrics."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from gflowtrl import CausalTreePolicy
+from gflowtrl.rewards import CollaborativeReward, GroundTruthReward
+from gflowtrl.trainer import rank_rows
+
+from .world import ITEMS, make_catalog, make_rows, make_trainer, teacher, weights
+
+
+LEAVES = make_catalog().tree.num_leaves
+
+
+def rewards() -> list:
+    return [GroundTruthReward(), CollaborativeReward(teacher)]
+
+
+def brute_force(trainer, rows) -> tuple[torch.Tensor, dict[str, float]]:
+    """All leaves of each row in the exact order, and Recall, NDCG and coverage from their definitions."""
+    policy, catalog = CausalTreePolicy(trainer.model.eval(), trainer._catalog), trainer._catalog
+    ranked = torch.cat(
+        [policy.leaf_log_probs(trainer._encoder([history])).argsort(1, descending=True) for history in rows["history"]]
+    )
+    metrics = {}
+    for k in (5, 10):
+        ranks = [
+            row.index(int(catalog.leaf_of([t]))) + 1 for row, t in zip(ranked.tolist(), rows["target"], strict=True)
+        ]
+        hits = [rank for rank in ranks if rank <= k]
+        metrics[f"recall@{k}"] = len(hits) / len(rows)
+        metrics[f"ndcg@{k}"] = sum(1 / math.log2(rank + 1) for rank in hits) / len(rows)
+        lists = [[item for leaf in row for item in catalog.items_of(leaf)][:k] for row in ranked.tolist()]
+        metrics[f"coverage@{k}"] = len({item for items in lists for item in items}) / len(ITEMS)
+    return ranked, metrics
+
+
+def test_evaluate_is_brute_force_over_all_leaves(tmp_path):
+    rows = make_rows(10, 1, 500)
+    trainer = make_trainer(tmp_path, rewards(), eval_dataset=rows, eval_num_beams=LEAVES, per_device_eval_batch_size=3)
+    ranked, expected = brute_force(trainer, rows)
+    metrics = trainer.evaluate()
+    assert 0 < expected["ndcg@5"] < expected["recall@5"] < expected["recall@10"] < 1
+    for name, value in expected.items():
+        assert metrics[f"eval_{name}"] == pytest.approx(value), name
+    policy = CausalTreePolicy(trainer.model, trainer._catalog)
+    assert torch.equal(rank_rows(policy, trainer._encoder, rows, LEAVES, batch_size=4, progress=False), ranked)
+
+
+def test_several_sets_are_told_apart_and_others_can_be_given(tmp_path):
+    easy, hard = make_rows(6, 1, 500), make_rows(9, 2, 600)
+    trainer = make_trainer(tmp_path, rewards(), eval_dataset={"easy": easy, "hard": hard}, eval_num_beams=LEAVES)
+    metrics = trainer.evaluate()
+    for name, rows in (("easy", easy), ("hard", hard)):
+        _, expected = brute_force(trainer, rows)
+        assert metrics[f"eval_{name}_ndcg@10"] == pytest.approx(expected["ndcg@10"])
+        assert trainer.evaluate(rows)["eval_ndcg@10"] == pytest.approx(expected["ndcg@10"])
+        assert trainer.predict(rows).metrics["test_ndcg@10"] == pytest.approx(expected["ndcg@10"])
+
+
+def test_breadth_knows_the_counts_it_is_given(tmp_path):
+    counts = torch.arange(len(ITEMS))
+    rows = make_rows(6, 1, 500)
+    own = make_trainer(tmp_path, rewards(), eval_dataset=rows, item_counts=counts)
+    targets = make_trainer(tmp_path, rewards(), eval_dataset=rows)
+    assert own.evaluate()["eval_long_tail@10"] != targets.evaluate()["eval_long_tail@10"]
+
+
+class WreckAt(TrainerCallback):
+    """Spoils the model after some step, so that the best checkpoint is an earlier one."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, model, **_):
+        if state.global_step >= self.step:
+            with torch.no_grad():
+                model.lm_head.weight.zero_()
+                model.flow_heads.outer.bias.fill_(100.0)
+
+
+def test_the_best_model_comes_back_and_its_card_says_so(tmp_path, warned):
+    trainer = make_trainer(
+        tmp_path, rewards(), loss_type="sft,trajectory_balance", eval_dataset=make_rows(), eval_strategy="steps",
+        eval_steps=2, save_strategy="steps", save_steps=2, max_steps=8, load_best_model_at_end=True,
+        metric_for_best_model="eval_ndcg@10", callbacks=[WreckAt(5)],
+    )  # fmt: skip
+    trainer.train()
+    history = [log["eval_ndcg@10"] for log in trainer.state.log_history if "eval_ndcg@10" in log]
+    assert trainer.state.best_global_step == 4 and max(history) == history[1]
+    assert trainer.evaluate()["eval_ndcg@10"] == pytest.approx(history[1])
+    heads = load_file(tmp_path / "checkpoint-4" / "flow_heads.safetensors")
+    assert len(heads) == 4 and all(torch.equal(weights(trainer)[name], value) for name, value in heads.items())
+    trainer.save_model(tmp_path / "final")
+    card = (tmp_path / "final" / "README.md").read_text()
+    assert "| step | 4 |" in card and "Validation at step 4: " in card and f"ndcg@10 {history[1]:.4f}" in card
+    assert f"ndcg@10 {history[3]:.4f}" in (tmp_path / "checkpoint-8" / "README.md").read_text()
+    assert not warned
+
+
+def test_early_stopping_sees_the_metric(tmp_path, warned):
+    """Nothing is learned at learning rate 0, so the second evaluation without progress is the third one."""
+    trainer = make_trainer(
+        tmp_path, rewards(), learning_rate=0.0, eval_dataset=make_rows(6, 1, 500), eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1, max_steps=10, load_best_model_at_end=True,
+        metric_for_best_model="eval_ndcg@10", callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert not warned
+
+
+def test_evaluation_changes_neither_training_nor_the_model(tmp_path):
+    plain = make_trainer(tmp_path, rewards())
+    plain.train()
+    watched = make_trainer(tmp_path, rewards(), eval_dataset=make_rows(6, 1, 500), eval_strategy="steps", eval_steps=1)
+    watched.train()
+    expected = weights(plain)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(watched).items())

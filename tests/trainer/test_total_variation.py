@@ -1,0 +1,37 @@
+"""A transformer trained by each objective reaches R / Z: the benchmark of that name on a smaller tree.
+
+The benchmark's own ruler is `CausalTreePolicy.leaf_log_probs`, which tests/policy compares with brute force.
+"""
+
+import pytest
+import torch
+
+from benchmarks.quality.total_variation import Problem, Setting, run
+from gflowtrl.metrics import total_variation
+
+
+NUM_LEAVES, BOUND = 120, 0.03
+SETTINGS = {
+    "trajectory_balance": Setting(200, "mixture"),
+    "vargrad": Setting(200, "mixture"),
+    "exact_flow": Setting(100, "reward"),
+}
+
+
+@pytest.mark.parametrize("objective", list(SETTINGS))
+def test_a_transformer_reaches_the_target_of_every_prompt(objective):
+    result = run(objective, seed=0, num_leaves=NUM_LEAVES, setting=SETTINGS[objective])
+    assert result["untrained"] >= 0.5
+    assert result["trained"] <= BOUND
+    if objective == "trajectory_balance":
+        assert result["log_z_error"] <= 0.1
+
+
+def test_the_bound_tells_the_target_from_what_almost_is_the_target():
+    """A tenth more or less of temperature, and a policy that is blind to its prompt, lie well beyond it."""
+    log_rewards = Problem.draw(NUM_LEAVES, seed=0).reward.log_rewards.double()
+    target = log_rewards.softmax(1)
+    sharper, flatter = (1.1 * log_rewards).softmax(1), (0.9 * log_rewards).softmax(1)
+    blind = target.mean(0).expand_as(target)
+    distances = torch.stack([total_variation(wrong, target) for wrong in (sharper, flatter, blind)])
+    assert distances.max(1).values.min() > 2 * BOUND
