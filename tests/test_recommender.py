@@ -38,6 +38,14 @@ def test_recommendations_are_the_most_probable_items(recommender, exclude, batch
         assert [r.log_prob for r in found] == pytest.approx([value for _, value in expected], abs=1e-4)
 
 
+def test_short_lists_are_searched_with_a_wide_beam(recommender):
+    histories = [[item] for item in ITEMS]
+    found = [r.item for (r,) in recommender.recommend(histories, k=1)]
+    assert found == [brute_force(recommender, history)[0][0] for history in histories]
+    greedy = [r.item for (r,) in recommender.recommend(histories, k=1, num_beams=1)]
+    assert greedy != found  # so the width matters here
+
+
 def test_lists_are_full_and_items_of_one_id_stand_together(recommender):
     (found,) = recommender.recommend([["i001"]], k=10, exclude_seen=True)
     assert len(found) == 10 and "i001" not in {r.item for r in found}

@@ -44,12 +44,18 @@ MEANS = torch.tensor([[-3.0], [0.0], [3.0]])
 
 # A policy that only hears of what it draws itself overlooks leaves, and uniform draws rarely meet those that matter.
 MIXTURE = {"on_policy": 2, "flattened": (OnPolicySampler(temperature=2.0), 1), "uniform": 1}
-SAMPLERS = {"mixture": MIXTURE, "on_policy": "on_policy", "uniform": "uniform", "reward": "reward"}
+SAMPLERS = {
+    "mixture": MIXTURE,
+    "on_policy": "on_policy",
+    "epsilon": OnPolicySampler(epsilon=0.2),
+    "uniform": "uniform",
+    "reward": "reward",
+}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How an objective is trained: `steps` of three prompts with K trajectories each from `SAMPLERS[sampler]`."""
+    """How an objective is trained; every step has three prompts with K trajectories from `SAMPLERS[sampler]`."""
 
     steps: int
     sampler: str

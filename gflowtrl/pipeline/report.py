@@ -81,7 +81,7 @@ def columns(results: Mapping[str, Any]) -> dict[str, str]:
     shown = {f"Recall@{n}": f"recall@{n}" for n in sorted(ks) if n <= k}
     shown |= {f"NDCG@{k}": f"ndcg@{k}", f"coverage@{k}": f"coverage@{k}", f"entropy@{k}": f"entropy@{k}"}
     shown |= {f"Gini@{k}": f"gini@{k}", "long tail": f"long_tail@{k}"}
-    if results["data"]["synthetic"]:
+    if _truth_is_known(results):
         shown |= {"unseen liked": "unseen_liked_mass", "TV to truth": "total_variation"}
     return shown
 
@@ -93,17 +93,10 @@ def table(results: Mapping[str, Any]) -> str:
     for method, entry in results["methods"].items():
         values = [f"{entry['metrics'][name]:.4f}" for name in shown.values()]
         lines.append([TITLES[method], *values, f"{entry['seconds']:.0f}" if "seconds" in entry else ""])
-    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
-    rows = [
-        "| "
-        + " | ".join(
-            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        + " |"
-        for line in lines
-    ]
-    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
-    return "\n".join([rows[0], rule, *rows[1:]])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (padded[0], rule, *padded[1:]))
 
 
 def text(results: Mapping[str, Any]) -> str:
@@ -126,7 +119,7 @@ def text(results: Mapping[str, Any]) -> str:
             f"GFlowNet - control, {name}: {interval['mean_difference']:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}] "
             f"(paired bootstrap over users: {verdict})."
         )
-    if synthetic:
+    if _truth_is_known(results):
         lines.append(
             "Recall and NDCG count what was bought, and mostly popular items were shown: they see half of the truth."
         )
@@ -164,6 +157,10 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
     plot(results, folder / "accuracy_vs_coverage.png")
     (folder / "report.md").write_text(text(results) + "\n", encoding="utf-8")
     write_json(folder / "results.json", results)
+
+
+def _truth_is_known(results: Mapping[str, Any]) -> bool:
+    return all("total_variation" in entry["metrics"] for entry in results["methods"].values())
 
 
 def _versions() -> dict[str, str]:

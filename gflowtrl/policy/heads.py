@@ -62,7 +62,7 @@ def has_flow_heads(model: nn.Module) -> bool:
 def attach_flow_heads(model: PreTrainedModel) -> PreTrainedModel:
     """Give a causal model a log Z head, in place. A second call changes nothing.
 
-    Under PEFT attach before wrapping, and name `flow_heads` in `modules_to_save`.
+    Under PEFT attach to `get_base_model()` after wrapping: adapters would freeze or adapt a head that is there before.
     """
     if has_flow_heads(model):
         return model

@@ -1,8 +1,10 @@
 """One step: the loss against brute force over all leaves, and what is logged."""
 
 import math
+import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,6 +210,16 @@ def test_exact_flow_logs_the_true_log_z(tmp_path):
     expected = [true_rewards(batch).sqrt().sum(1).log().mean().item() for batch in seen]
     assert [log["log_z"] for log in logs] == pytest.approx(expected, rel=1e-4)
     assert max(expected) - min(expected) > 1e-2
+
+
+def test_the_seconds_of_a_part_add_up(tmp_path):
+    def slow(batch):
+        time.sleep(0.02)
+        return torch.ones(len(batch["row_id"]), len(ITEMS))
+
+    trainer = make_trainer(tmp_path, SimpleNamespace(__name__="slow", score_items=slow), max_steps=1)
+    (log,) = logged(trainer)
+    assert log["seconds/step"] > log["seconds/reward"] >= 0.02
 
 
 def test_metrics_are_means_since_the_last_log(tmp_path):

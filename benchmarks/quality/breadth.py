@@ -1,0 +1,92 @@
+"""Accuracy against breadth over reward settings, on real data, one seed: what widens the recommendations?
+
+    python benchmarks/quality/breadth.py --data_dir DIR
+
+Teacher, SFT and control are shared with benchmarks/quality/office.py through --output_dir. Runs that are kept in
+benchmarks/results/quality/ are not repeated. Prints a table, sorted by coverage, and draws breadth.png beside them.
+"""
+
+import argparse
+import json
+
+from office import COLUMNS, KEPT, ROOT, keep, settings
+
+from gflowtrl.pipeline import load_recipe, run
+
+
+def reward(target: float, teacher: float, options: str = "", ease: float = 0.0) -> list[str]:
+    """Command line of a reward setting: shares of target and teacher, the teacher's options, the share of EASE."""
+    parts = [f"{{type: ground_truth, weight: {target}}}", f"{{type: collaborative, weight: {teacher}{options}}}"]
+    if ease:
+        parts.append(f"{{type: collaborative, weight: {ease}, teacher: {{type: ease}}}}")
+    return [f"--rewards=[{', '.join(parts)}]"]
+
+
+SETTINGS = {
+    "target .3, teacher .7": reward(0.3, 0.7),
+    "target .6, teacher .4": reward(0.6, 0.4),
+    "target .8, teacher .2": reward(0.8, 0.2),
+    "teacher temperature 0.7": reward(0.3, 0.7, ", temperature: 0.7"),
+    "teacher temperature 1.5": reward(0.3, 0.7, ", temperature: 1.5"),
+    "popularity correction .5": reward(0.3, 0.7, ", popularity_correction: 0.5"),
+    "popularity correction 1": reward(0.3, 0.7, ", popularity_correction: 1.0"),
+    "EASE .35 mixed in": reward(0.3, 0.35, ease=0.35),
+    "target .6, teacher .4, popularity correction .5": reward(0.6, 0.4, ", popularity_correction: 0.5"),
+}
+
+
+def table(records: dict[str, dict]) -> str:
+    """Markdown, the widest recommendations first."""
+    first = next(iter(records.values()))["methods"]
+    rows = {"Teacher": first["teacher"], "SFT": first["sft"], "SFT continued (control)": first["control"]}
+    rows |= {name: record["methods"]["gflownet"] for name, record in records.items()}
+    lines = ["| reward | " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * len(COLUMNS) + "|"]
+    for name, entry in sorted(rows.items(), key=lambda row: -row[1]["metrics"]["coverage@10"]):
+        lines.append(f"| {name} | " + " | ".join(f"{entry['metrics'][column]:.4f}" for column in COLUMNS) + " |")
+    return "\n".join(lines)
+
+
+def plot(records: dict[str, dict]) -> None:
+    """NDCG@10 over coverage@10, one dot a reward setting."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    shared = next(iter(records.values()))["methods"]
+    dots = {name: (record["methods"]["gflownet"], "C0") for name, record in records.items()}
+    dots |= {
+        "Teacher": (shared["teacher"], "C2"),
+        "SFT continued": (shared["control"], "C3"),
+        "SFT": (shared["sft"], "C1"),
+    }
+    for name, (entry, colour) in dots.items():
+        x, y = entry["metrics"]["coverage@10"], entry["metrics"]["ndcg@10"]
+        axes.errorbar(x, y, 1.96 * entry["standard_errors"]["ndcg@10"], fmt="o", color=colour, capsize=2)
+        axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
+    axes.set(xlabel="coverage@10", ylabel="NDCG@10 (bars: 95 % over users)", title="Exact flows by reward, one seed")
+    axes.margins(0.15)
+    figure.savefig(KEPT / "breadth.png", dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", required=True, help="the folder of the data")
+    parser.add_argument("--output_dir", default="outputs/office_llama", help="where stages are kept")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    given = parser.parse_args()
+    records = {}
+    for name in given.settings:
+        places = ["--data_dir", given.data_dir, "--output_dir", given.output_dir, "--seed", str(given.seed)]
+        recipe = load_recipe(ROOT / "recipes" / "gflowgr_office_llama.yaml", [*places, *SETTINGS[name]])
+        number = list(SETTINGS).index(name)
+        file = KEPT / f"breadth-{number}-seed{given.seed}.json"
+        if not (file.is_file() and json.loads(file.read_text())["recipe"] == settings(recipe)):
+            keep(run(recipe), recipe, file)
+        records[name] = json.loads(file.read_text())
+        print(f"\n{table(records)}\n")
+    plot(records)
+
+
+if __name__ == "__main__":
+    main()
