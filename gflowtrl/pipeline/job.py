@@ -56,7 +56,7 @@ def run(
         trained["gflownet"] = train_gflownet(workshop, materials, sft, used, callbacks)
     tested |= {method: measure_policy(workshop, materials, stage) for method, stage in trained.items()}
 
-    results = report.collect(materials, trained, tested)
+    results = report.collect(materials, trained, tested, workshop.seconds)
     if workshop.is_main:
         own = workshop.root / f"report-{recipe.name}-{fingerprint(recipe.as_dict())[:8]}"
         for folder in (own, workshop.root):

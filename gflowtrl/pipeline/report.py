@@ -24,12 +24,15 @@ TITLES = {"teacher": "Teacher", "sft": "SFT", "control": "SFT continued (control
 PACKAGES = ("gflowtrl", "torch", "transformers", "trl", "accelerate", "datasets", "numpy")
 
 
-def collect(materials: Materials, trained: Mapping[str, Stage], tested: Mapping[str, Stage]) -> dict[str, Any]:
+def collect(
+    materials: Materials, trained: Mapping[str, Stage], tested: Mapping[str, Stage], seconds: Mapping[str, float]
+) -> dict[str, Any]:
     """Everything about a run as one JSON-able value.
 
     Args:
         trained: stages by method; the teacher, which may be several stages, is missing.
         tested: test stages by method.
+        seconds: of each stage, by the name of its folder.
     """
     recipe, k = materials.recipe, materials.recipe.evaluation.primary_k
     methods = {}
@@ -41,6 +44,8 @@ def collect(materials: Materials, trained: Mapping[str, Stage], tested: Mapping[
             training = trained[method].record
             methods[method] |= {name: training[name] for name in ("steps", "rows_per_step", "best_step", "seconds")}
             methods[method]["model"] = str(trained[method].folder / "model")
+        elif method == "teacher":  # a mixture has several stages
+            methods[method]["seconds"] = sum(s for name, s in seconds.items() if name.startswith("teacher-"))
     results = {
         "recipe": recipe.as_dict(),
         "data": {
@@ -51,7 +56,7 @@ def collect(materials: Materials, trained: Mapping[str, Stage], tested: Mapping[
             "fingerprint": materials.fingerprint,
         },
         "methods": methods,
-        "seconds": {stage.folder.name: stage.record["seconds"] for stage in (*trained.values(), *tested.values())},
+        "seconds": dict(seconds),
         "versions": _versions(),
         "machine": {
             "platform": platform.platform(),

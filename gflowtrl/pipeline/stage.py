@@ -34,6 +34,7 @@ class Workshop:
         # The other processes wait while the first one fits a teacher, longer than the usual half hour.
         self.state = PartialState(timeout=timedelta(days=1))
         self.quiet = quiet
+        self.seconds: dict[str, float] = {}  # of each stage that this run used, whenever it was done
 
     @property
     def is_main(self) -> bool:
@@ -97,7 +98,9 @@ class Stage:
                 write_json(self.folder / DONE_FILE, {**record, "seconds": seconds})
             shop.say(f"[{self.name}] finished in {seconds:.0f} s")
         shop.state.wait_for_everyone()
-        return self.record
+        record = self.record
+        shop.seconds[self.folder.name] = record["seconds"]
+        return record
 
     def _seconds_so_far(self) -> float:
         file = self.folder / CLOCK_FILE

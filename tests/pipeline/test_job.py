@@ -66,6 +66,9 @@ def test_results_hold_what_a_reader_needs(finished):
     assert interval["low"] <= interval["mean_difference"] <= interval["high"]
     assert results["data"]["synthetic"] and "SYNTHETIC" in results["data"]["summary"]
     assert results["recipe"]["seed"] == 7
+    assert {name.rpartition("-")[0] for name in results["seconds"]} == {
+        "teacher", "sft", "control", "gflownet", *(f"test-{method}" for method in METHODS)
+    }  # fmt: skip
     assert {"torch", "transformers", "trl", "python"} <= results["versions"].keys()
     assert "SYNTHETIC" in Path(recipe.output_dir, "report.md").read_text()
     assert [line.split("|")[1].strip() for line in table(results).splitlines()[2:]] == [
