@@ -74,6 +74,8 @@ class RewardFusion:
         beta: exponent, or inverse temperature; > 0.
         floor: share of the prompt's mean reward, in [0, 1); with 0 every reward must be positive.
         leaf_reduction: how values of items become one of their leaf, reward by reward: "sum" or "max".
+        max_elements: largest table (prompts x leaves) that is made where only drawn leaves are asked for; beyond it
+            they are scored by themselves, and the floor follows the group's mean. None: no limit.
 
     Raises:
         ValueError: bad options; when used, a reward of the wrong shape, NaN or infinite values, a negative one under
@@ -91,6 +93,7 @@ class RewardFusion:
         beta: float = 1.0,
         floor: float = 1e-3,
         leaf_reduction: str = "sum",
+        max_elements: int | None = None,
     ):
         funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         self.weights = [1.0] * len(funcs) if weights is None else [float(weight) for weight in weights]
@@ -98,6 +101,7 @@ class RewardFusion:
         self.rewards = dict(zip(_names(funcs), funcs, strict=True))
         self.catalog, self.tokenizer = catalog, tokenizer
         self.transform, self.beta, self.floor, self.leaf_reduction = transform, beta, floor, leaf_reduction
+        self.max_elements = max_elements
         for name, reward in self.rewards.items():
             if hasattr(reward, "bind"):
                 reward.bind(catalog, tokenizer, leaf_reduction)
@@ -113,6 +117,11 @@ class RewardFusion:
     def can_score_all(self) -> bool:
         """Whether every reward scores all items, so that R is known on all leaves (what exact flows need)."""
         return all(hasattr(reward, "score_items") for reward in self.rewards.values())
+
+    def scores_all(self, batch_size: int) -> bool:
+        """Whether R is known on all leaves for so many prompts: rewards can score them, and the table is allowed."""
+        fits = self.max_elements is None or batch_size * self.catalog.tree.num_leaves <= self.max_elements
+        return self.can_score_all and fits
 
     def leaf_log_rewards(self, batch: dict[str, Any]) -> Tensor:
         """log R of all leaves: `(B, N)`, computed once per batch."""
@@ -137,7 +146,7 @@ class RewardFusion:
     @torch.no_grad()
     def log_rewards(self, batch: dict[str, Any], leaves: Tensor, trainer_state: Any = None) -> RewardResult:
         """Rewards of `leaves (B, K)`. `trainer_state` is handed to plain callables."""
-        if self.can_score_all:
+        if self.scores_all(len(leaves)):
             return self.score_all(batch).gather(leaves)
         log, plain = RewardLog(), {n: r for n, r in self.rewards.items() if not _is_tensor_reward(r)}
         answers: dict[str, Any] = {}

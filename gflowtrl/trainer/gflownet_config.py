@@ -63,7 +63,8 @@ class GFlowNetConfig(BaseConfig):
         leaf_reduction (`str`, *optional*, defaults to `"sum"`):
             A leaf's reward from the rewards of its items: `"sum"` or `"max"`.
         max_exact_elements (`int`, *optional*, defaults to `50_000_000`):
-            Largest allowed prompts x leaves of one micro-batch of `exact_flow`, which holds several such tables.
+            Largest table, prompts x leaves, of one micro-batch. `exact_flow` refuses more; other losses then score
+            the drawn trajectories only, and `reward_floor` refers to the group's mean.
 
         > Parameters that control data and evaluation
 
@@ -115,7 +116,7 @@ class GFlowNetConfig(BaseConfig):
         metadata={"help": "A leaf's reward from its items' rewards.", "choices": ["sum", "max"]},
     )
     max_exact_elements: int = field(
-        default=50_000_000, metadata={"help": "Largest prompts x leaves of a micro-batch of exact_flow."}
+        default=50_000_000, metadata={"help": "Largest table of rewards, prompts x leaves, of a micro-batch."}
     )
 
     # Parameters that control data and evaluation

@@ -153,7 +153,7 @@ class GFlowNetTrainer(BaseTrainer):
         if reward_funcs is not None and reward_funcs != []:
             self.rewards = RewardFusion(
                 reward_funcs, catalog, tokenizer, args.reward_weights, args.reward_transform, args.reward_beta,
-                args.reward_floor, args.leaf_reduction,
+                args.reward_floor, args.leaf_reduction, args.max_exact_elements,
             )  # fmt: skip
         if self._needs_rewards and self.rewards is None:
             raise ValueError(f"loss_type {args.loss_type} needs a reward; give reward_funcs (see gflowtrl.rewards).")
@@ -165,8 +165,8 @@ class GFlowNetTrainer(BaseTrainer):
                 f"exact_flow needs the reward of every leaf, but {', '.join(map(repr, lacking))} scores only given "
                 f"completions. Give it a method score_items(batch) -> Tensor (B, items), or use loss_type='vargrad'."
             )
-        table = args.per_device_train_batch_size * catalog.tree.num_leaves
-        if table > args.max_exact_elements:
+        if not self.rewards.scores_all(args.per_device_train_batch_size):
+            table = args.per_device_train_batch_size * catalog.tree.num_leaves
             raise ValueError(
                 f"exact_flow would hold tables of {args.per_device_train_batch_size} prompts x "
                 f"{catalog.tree.num_leaves} leaves = {table} numbers, but max_exact_elements is "
@@ -214,7 +214,7 @@ class GFlowNetTrainer(BaseTrainer):
         batch["target_leaf"] = self._catalog.leaf_of(batch["target"])
         policy = CausalTreePolicy(model, self._catalog)
         with self._timed("reward"):
-            if self.rewards is not None and self.rewards.can_score_all:
+            if self.rewards is not None and self.rewards.scores_all(len(batch["target"])):
                 batch["leaf_log_rewards"] = self.rewards.leaf_log_rewards(batch)
         with self._timed("sample"):
             trajectories = self._draw(policy, batch)

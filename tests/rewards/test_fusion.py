@@ -54,6 +54,24 @@ def test_power_with_floor_by_hand():
     assert float(result.floored_mass) == pytest.approx(sum(low) / 4, rel=1e-5)
 
 
+def test_a_table_that_is_too_large_is_not_made():
+    catalog, batch = make_catalog(), make_batch()
+    leaves = torch.tensor([[0, 6], [1, 7], [0, 2], [3, 3]])
+
+    def fusion(max_elements):
+        reward = Fixed(items=torch.rand(4, len(catalog), generator=torch.Generator().manual_seed(0)))
+        reward.score_leaves = lambda batch, asked: catalog.fold_items(reward.score_items(batch)).gather(1, asked)
+        return RewardFusion(reward, catalog, transform="exp", max_elements=max_elements)
+
+    small, large = fusion(31), fusion(32)  # 4 prompts x 8 leaves
+    assert not small.scores_all(4) and large.scores_all(4) and small.scores_all(3)
+    batch["cache"] = {}
+    result = small.log_rewards(batch, leaves)
+    assert not batch["cache"]
+    torch.testing.assert_close(result.log_rewards, large.log_rewards(batch, leaves).log_rewards)
+    assert batch["cache"]
+
+
 def test_exp_takes_any_sign():
     fusion = over_leaves(TABLE - 4, transform="exp", beta=0.5)
     torch.testing.assert_close(fusion.leaf_log_rewards(make_batch()), 0.5 * (TABLE - 4))
