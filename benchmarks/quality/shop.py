@@ -2,8 +2,8 @@
 
     python benchmarks/quality/shop.py
 
-The quickstart recipe, once for each seed; a seed makes a shop of its own, too. The recipe's reward was chosen on the shop
-with seed 0, so none of these. Runs that are kept in benchmarks/results/quality/ are not repeated.
+The quickstart recipe, once for each seed; a seed makes a shop of its own, too. The recipe's reward was chosen on the
+shop with seed 0, so on none of these. Runs that are kept in benchmarks/results/quality/ are not repeated.
 """
 
 import argparse
