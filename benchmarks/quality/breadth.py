@@ -9,6 +9,7 @@ benchmarks/results/quality/ are not repeated. Prints a table, sorted by coverage
 import argparse
 import json
 
+from matplotlib.figure import Figure
 from office import COLUMNS, KEPT, ROOT, keep, settings
 
 from gflowtrl.pipeline import load_recipe, run
@@ -48,8 +49,6 @@ def table(records: dict[str, dict]) -> str:
 
 def plot(records: dict[str, dict]) -> None:
     """NDCG@10 over coverage@10, one dot a reward setting."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     shared = next(iter(records.values()))["methods"]

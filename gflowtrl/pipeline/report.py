@@ -7,11 +7,11 @@ import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from gflowtrl.metrics import paired_bootstrap
 
@@ -133,12 +133,8 @@ def text(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: Mapping[str, Any], file: Path) -> bool:
-    """Accuracy against breadth, one dot a method. Returns False where matplotlib is not installed."""
-    if find_spec("matplotlib") is None:
-        return False
-    from matplotlib.figure import Figure
-
+def plot(results: Mapping[str, Any], file: Path) -> None:
+    """Accuracy against breadth, one dot a method."""
     shown = columns(results)
     accuracy = next(name for name in shown if name.startswith("NDCG"))
     breadth = next(name for name in shown if name.startswith("coverage"))
@@ -153,11 +149,10 @@ def plot(results: Mapping[str, Any], file: Path) -> bool:
     axes.set(xlabel=breadth, ylabel=f"{accuracy} (bars: 95 %)", title=f"{results['recipe']['name']}: {kind}")
     axes.margins(0.25)
     figure.savefig(file, dpi=150)
-    return True
 
 
 def write(results: Mapping[str, Any], folder: Path) -> None:
-    """Writes `results.json`, `report.md` and, with matplotlib, `accuracy_vs_coverage.png`."""
+    """Writes `results.json`, `report.md` and `accuracy_vs_coverage.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     plot(results, folder / "accuracy_vs_coverage.png")
     (folder / "report.md").write_text(text(results) + "\n", encoding="utf-8")
