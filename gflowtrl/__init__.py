@@ -15,6 +15,8 @@ _HOMES = {
     "ItemCatalog": "catalog",
     "PrefixTree": "catalog",
     "Recommender": "recommender",
+    "Seq2SeqTreePolicy": "policy",
+    "make_policy": "policy",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -8,15 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.data import PromptEncoder
-from gflowtrl.policy import CausalTreePolicy
+from gflowtrl.policy import StatelessNoise, load_backbone, make_policy
 from gflowtrl.policy.heads import split_heads
 
 
 RECOMMENDER_FILE = "recommender_config.json"
+STRATEGIES = ("beam", "sample")
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Recommendation:
 
     Attributes:
         item: the item.
-        log_prob: natural logarithm of the policy's probability of its leaf; items that share a semantic id share it.
+        log_prob: natural logarithm of the policy's probability of its leaf (of the tempered policy, where it was
+            drawn with a temperature); items that share a semantic id share it.
     """
 
     item: Item
@@ -36,7 +40,7 @@ class Recommender:
     """A trained generative recommender: histories in, ranked items out.
 
     Args:
-        model: a causal language model.
+        model: a causal language model or an encoder-decoder.
         tokenizer: its tokenizer.
         catalog: the items that can be recommended.
         max_history_items: how many items of a history are used, the last ones.
@@ -46,6 +50,7 @@ class Recommender:
         recommender = Recommender.from_pretrained("outputs/gflownet")
         for recommendation in recommender.recommend([[17, 4, 2205]], k=10)[0]:
             print(recommendation.item, recommendation.log_prob)
+        recommender.recommend([[17, 4, 2205]], k=10, strategy="sample", seed=1)  # another list for another seed
         ```
     """
 
@@ -57,7 +62,7 @@ class Recommender:
         max_history_items: int = 20,
     ):
         self.model, self.tokenizer, self.catalog = model.eval(), tokenizer, catalog
-        self.policy = CausalTreePolicy(model, catalog)
+        self.policy = make_policy(model, catalog)
         self.encoder = PromptEncoder(catalog, tokenizer, max_history_items)
 
     @classmethod
@@ -66,7 +71,8 @@ class Recommender:
 
         Args:
             directory: the folder with model, tokenizer, `catalog.json` and `recommender_config.json`.
-            **model_kwargs: handed to `AutoModelForCausalLM.from_pretrained`, for example `device_map` or `dtype`.
+            **model_kwargs: handed to the `from_pretrained` of `AutoModelForSeq2SeqLM` where the checkpoint is an
+                encoder-decoder, of `AutoModelForCausalLM` otherwise, for example `device_map` or `dtype`.
 
         Raises:
             FileNotFoundError: the folder or one of its files is missing.
@@ -77,7 +83,7 @@ class Recommender:
         catalog = ItemCatalog.from_pretrained(directory)
         file = directory / RECOMMENDER_FILE
         settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        model = AutoModelForCausalLM.from_pretrained(directory, **model_kwargs)
+        model = load_backbone(directory, **model_kwargs)
         return cls(model, AutoTokenizer.from_pretrained(directory), catalog, settings.get("max_history_items", 20))
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
@@ -94,26 +100,35 @@ class Recommender:
         num_beams: int | None = None,
         exclude_seen: bool = False,
         batch_size: int = 256,
+        strategy: str = "beam",
+        temperature: float = 1.0,
+        seed: int = 0,
     ) -> list[list[Recommendation]]:
-        """Recommend `k` items for each history, the most probable first.
+        """Recommend `k` items for each history.
 
         Args:
             histories: items in chronological order, at least one each.
             k: length of the lists; shorter only where the catalogue runs out.
-            num_beams: beam width, by default `max(20, k)`. With `exclude_seen` it grows by the longest history.
+            num_beams: beam width, by default `max(20, k)`; with `strategy="sample"` the number of ids that are drawn,
+                by default `k`. With `exclude_seen` it grows by the longest history.
             exclude_seen: leave out items of the history. For applications; benchmark figures keep them.
             batch_size: histories decoded together.
+            strategy: `"beam"`, the most probable items, the most probable first; or `"sample"`, items drawn without
+                replacement in proportion to their probability, in the order of the draw (stochastic beam search). A
+                policy that is proportional to a reward then gives lists that are, so that every good item gets its
+                turn. Items that share a semantic id come together.
+            temperature: with `"sample"`: divides the logits; below 1 nearer to `"beam"`, above 1 more varied.
+            seed: with `"sample"`: the same seed gives the same lists. Each history draws by its place in
+                `histories`, whatever the batch size.
 
         Raises:
-            ValueError: an empty history or an unknown item, named with its row; k below 1, or num_beams below k.
+            ValueError: an empty history or an unknown item, named with its row; k below 1, or num_beams below k; an
+                unknown strategy; a temperature that is not positive, or one with `"beam"`.
             TypeError: a history is no list of items.
         """
-        if k < 1:
-            raise ValueError(f"k is {k}; ask for at least 1 item.")
-        if num_beams is not None and num_beams < k:
-            raise ValueError(f"num_beams is {num_beams}, but {k} items are asked for; use at least {k} beams.")
+        _check_request(k, num_beams, strategy, temperature)
         self._check_histories(histories)
-        beams = max(20, k) if num_beams is None else num_beams
+        beams = num_beams or (max(20, k) if strategy == "beam" else k)
         if exclude_seen:
             beams += max((len(set(history)) for history in histories), default=0)
         results: list[list[Recommendation]] = []
@@ -121,17 +136,32 @@ class Recommender:
         for start in range(0, len(histories), batch_size):
             part = histories[start : start + batch_size]
             prompts = {name: value.to(device) for name, value in self.encoder(part).items()}
-            leaves, log_probs = self.policy.beam_search(prompts, beams)
-            for history, row, values in zip(part, leaves.tolist(), log_probs.tolist(), strict=True):
-                seen = set(history) if exclude_seen else set()
-                found = [
-                    Recommendation(item, value)
-                    for leaf, value in zip(row, values, strict=True)
-                    if leaf >= 0
-                    for item in self.catalog.items_of(leaf)
-                    if item not in seen
-                ]
-                results.append(found[:k])
+            if strategy == "beam":
+                leaves, log_probs = self.policy.beam_search(prompts, beams)
+            else:
+                rows = torch.arange(start, start + len(part), device=device)
+                drawn = self.policy.stochastic_beam_search(
+                    prompts, beams, StatelessNoise(seed).at(0, rows), temperature
+                )
+                leaves, log_probs = drawn.leaves, drawn.log_probs
+            results += self._lists(part, leaves, log_probs, k, exclude_seen)
+        return results
+
+    def _lists(
+        self, histories: Sequence[Sequence[Item]], leaves: Tensor, log_probs: Tensor, k: int, exclude_seen: bool
+    ) -> list[list[Recommendation]]:
+        """The first `k` items of ranked leaves `(B, n)`."""
+        results = []
+        for history, row, values in zip(histories, leaves.tolist(), log_probs.tolist(), strict=True):
+            seen = set(history) if exclude_seen else set()
+            found = [
+                Recommendation(item, value)
+                for leaf, value in zip(row, values, strict=True)
+                if leaf >= 0
+                for item in self.catalog.items_of(leaf)
+                if item not in seen
+            ]
+            results.append(found[:k])
         return results
 
     def _check_histories(self, histories: Sequence[Sequence[Item]]) -> None:
@@ -143,6 +173,19 @@ class Recommender:
             for item in history:
                 if item not in self.catalog:
                     raise ValueError(f"The history in row {row} holds item {item!r}, which is not in the catalogue.")
+
+
+def _check_request(k: int, num_beams: int | None, strategy: str, temperature: float) -> None:
+    if k < 1:
+        raise ValueError(f"k is {k}; ask for at least 1 item.")
+    if num_beams is not None and num_beams < k:
+        raise ValueError(f"num_beams is {num_beams}, but {k} items are asked for; use at least {k} beams.")
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy is {strategy!r}; use one of {', '.join(map(repr, STRATEGIES))}.")
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}; it divides the logits and must be positive.")
+    if strategy == "beam" and temperature != 1.0:
+        raise ValueError(f"temperature is {temperature}, but strategy 'beam' draws nothing; use strategy='sample'.")
 
 
 def write_recommender_files(directory: str | os.PathLike, catalog: ItemCatalog, max_history_items: int) -> None:

@@ -2,20 +2,22 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from scipy import stats
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from gflowtrl import Recommender
 from gflowtrl.policy import attach_flow_heads
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_seq2seq
 from tests.trainer.world import ITEMS, TOKENIZER, make_catalog
 
 
 HISTORIES = [["i010"], ["short", "twin"], ["i222", "i001", "i100"], ["i111"] * 30]
 
 
-@pytest.fixture(scope="module")
-def recommender() -> Recommender:
-    return Recommender(tiny_model(len(TOKENIZER)), TOKENIZER, make_catalog(), max_history_items=5)
+@pytest.fixture(scope="module", params=["causal", "seq2seq"])
+def recommender(request) -> Recommender:
+    model = tiny_model(len(TOKENIZER)) if request.param == "causal" else tiny_seq2seq(len(TOKENIZER))
+    return Recommender(model, TOKENIZER, make_catalog(), max_history_items=5)
 
 
 def brute_force(recommender: Recommender, history: list, exclude: bool = False) -> list[tuple[str, float]]:
@@ -60,9 +62,47 @@ def test_nothing_asked_nothing_answered(recommender):
     assert recommender.recommend([]) == []
 
 
+def test_a_sampled_list_holds_distinct_items_in_proportion(recommender):
+    """The first item of a list is an ordinary draw of the policy."""
+    history, draws = HISTORIES[2], 1500
+    lists = recommender.recommend([history] * draws, k=3, strategy="sample", seed=1)
+    assert all(len({r.item for r in found}) == 3 for found in lists)
+    probability = dict(brute_force(recommender, history))
+    assert [r.log_prob for r in lists[0]] == pytest.approx([probability[r.item] for r in lists[0]], abs=1e-4)
+    # "twin" shares the id of "i001" and stands beside it, so leaves are counted.
+    leaves = [int(recommender.catalog.leaf_of([found[0].item])) for found in lists]
+    size = recommender.catalog.tree.num_leaves
+    expected = torch.zeros(size, dtype=torch.double)
+    for item, value in probability.items():
+        expected[recommender.catalog.leaf_of([item])] = draws * torch.tensor(value, dtype=torch.double).exp()
+    counts = torch.bincount(torch.tensor(leaves), minlength=size).double()
+    common = expected >= 5
+    observed = torch.cat([counts[common], counts[~common].sum()[None]])
+    wanted = torch.cat([expected[common], expected[~common].sum()[None]])
+    observed, wanted = observed[wanted > 0], wanted[wanted > 0] * draws / wanted.sum()
+    assert stats.chisquare(observed.numpy(), wanted.numpy()).pvalue > 1e-3
+
+
+def test_sampled_lists_follow_the_seed_and_not_the_batch(recommender):
+    def items(**options):
+        lists = recommender.recommend(HISTORIES * 3, k=5, strategy="sample", **options)
+        return [[r.item for r in found] for found in lists]
+
+    first = items(seed=4)
+    assert items(seed=4, batch_size=5) == first == items(seed=4, num_beams=9)
+    assert items(seed=5) != first
+    assert first[:4] != first[4:8]  # the same history twice draws twice
+    cold = items(temperature=1e-4)  # no chance is left: the best token at each step comes first
+    greedy = recommender.recommend(HISTORIES * 3, k=1, num_beams=1)
+    assert [found[0] for found in cold] == [found.item for (found,) in greedy]
+    everything = recommender.recommend([["i001"]], k=10, exclude_seen=True, strategy="sample")[0]
+    assert len(everything) == 10 and "i001" not in {r.item for r in everything}
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "t5", "bart"])
 @pytest.mark.parametrize("heads", [False, True])
-def test_saved_and_loaded_it_says_the_same(tmp_path, heads):
-    model = tiny_model(len(TOKENIZER), "qwen3")
+def test_saved_and_loaded_it_says_the_same(tmp_path, kind, heads):
+    model = (tiny_model if kind == "qwen3" else tiny_seq2seq)(len(TOKENIZER), kind)
     if heads:
         attach_flow_heads(model)
     first = Recommender(model, TOKENIZER, make_catalog(), max_history_items=2)
@@ -72,7 +112,8 @@ def test_saved_and_loaded_it_says_the_same(tmp_path, heads):
     assert second.encoder.max_history_items == 2
     assert second.recommend([["i111", "i010", "short"]]) == second.recommend([["i010", "short"]])
     assert Recommender.from_pretrained(tmp_path, dtype=torch.float64).model.dtype == torch.float64
-    _, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    loader = AutoModelForCausalLM if kind == "qwen3" else AutoModelForSeq2SeqLM
+    _, report = loader.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
 
 
@@ -85,6 +126,9 @@ def test_saved_and_loaded_it_says_the_same(tmp_path, heads):
         ([3], {}, TypeError, "row 0 is 3; give a list of items"),
         ([["i010"]], {"k": 0}, ValueError, "k is 0"),
         ([["i010"]], {"k": 10, "num_beams": 9}, ValueError, "num_beams is 9, but 10 items"),
+        ([["i010"]], {"strategy": "greedy"}, ValueError, "strategy is 'greedy'; use one of 'beam', 'sample'"),
+        ([["i010"]], {"strategy": "sample", "temperature": 0.0}, ValueError, "temperature is 0.0.*must be positive"),
+        ([["i010"]], {"temperature": 2.0}, ValueError, "strategy 'beam' draws nothing; use strategy='sample'"),
     ],
 )
 def test_mistakes_are_explained(recommender, histories, options, error, message):

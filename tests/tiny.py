@@ -1,7 +1,21 @@
 """Tiny catalogues and models for tests."""
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MarianConfig,
+    MBartConfig,
+    MT5Config,
+    PegasusConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    UMT5Config,
+)
 
 from gflowtrl.catalog import ItemCatalog
 
@@ -38,6 +52,37 @@ def tiny_model(vocab_size: int, kind: str = "llama", attention: str = "sdpa", se
         attn_implementation=attention, initializer_range=0.3,
     )  # fmt: skip
     return model_class(config).eval()
+
+
+SEQ2SEQ = {
+    "t5": T5Config, "mt5": MT5Config, "umt5": UMT5Config,
+    "bart": BartConfig, "mbart": MBartConfig, "pegasus": PegasusConfig, "marian": MarianConfig,
+}  # fmt: skip
+
+
+def tiny_seq2seq(vocab_size: int, kind: str = "t5", attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:
+    """An encoder-decoder in which positions matter, with two layers on each side."""
+    torch.manual_seed(seed)
+    shared = {
+        "pad_token_id": 0,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 0,
+        "vocab_size": vocab_size,
+        "d_model": 32,
+    }
+    if kind.endswith("t5"):
+        own = {"d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    else:
+        own = {
+            "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 64, "init_std": 0.3,
+            "bos_token_id": 1, "forced_eos_token_id": None,
+        }  # fmt: skip
+    model = AutoModelForSeq2SeqLM.from_config(SEQ2SEQ[kind](**shared, **own), attn_implementation=attention)
+    for name, parameter in model.named_parameters():
+        if "relative_attention_bias" in name or "embed_positions" in name:
+            torch.nn.init.normal_(parameter, std=1.0)
+    return model.eval()
 
 
 def ragged_prompts(batch: int, vocab_size: int, length: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:

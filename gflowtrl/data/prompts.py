@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gflowtrl.catalog import Item, ItemCatalog
 
+from .sharing import prompt_members
 from .splits import user_windows
 
 
@@ -101,10 +102,12 @@ class GroupCollator:
 
     Args:
         encoder: a `PromptEncoder`, or anything else that turns histories into `input_ids` and `attention_mask`.
+        max_shared_prompts: above 1, `prompts` gets `members` `(U, C)`: up to so many rows whose prompts begin alike,
+            which a `CausalTreePolicy` then scores on one prompt (`gflowtrl.data.prompt_members`).
     """
 
-    def __init__(self, encoder: PromptEncoder):
-        self.encoder = encoder
+    def __init__(self, encoder: PromptEncoder, max_shared_prompts: int = 1):
+        self.encoder, self.max_shared_prompts = encoder, max_shared_prompts
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for column in ("row_id", "history", "target"):
@@ -115,7 +118,28 @@ class GroupCollator:
                 )
         batch = {column: [row[column] for row in rows] for column in rows[0]}
         batch["row_id"] = torch.tensor(batch["row_id"])
-        return {"prompts": self.encoder(batch["history"]), **batch}
+        prompts = self.encoder(batch["history"])
+        if self.max_shared_prompts > 1:
+            longest = self.encoder.max_history_items
+            prompts["members"] = prompt_members(batch["history"], longest, self.max_shared_prompts)
+        return {"prompts": prompts, **batch}
+
+
+class TargetCollator:
+    """Collates rows `{"history", "target", ...}` for the SFT of encoder-decoders: history in, the target's id out.
+
+    The batch has `input_ids` and `attention_mask` `(B, P)` as `encoder` makes them, and `labels` `(B, L)`: the target's
+    tokens, padded with -100 at the right. As ids are read on the tree of items, no end token is needed.
+    """
+
+    def __init__(self, encoder: PromptEncoder):
+        self.encoder = encoder
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        catalog = self.encoder.catalog
+        tokens = catalog.item_token_ids[catalog.index_of([row["target"] for row in rows])]
+        labels = tokens.masked_fill(tokens < 0, IGNORED_LABEL)
+        return {**self.encoder([row["history"] for row in rows]), "labels": labels}
 
 
 def sft_dataset(

@@ -1,9 +1,42 @@
 """A language model read as a policy on the prefix tree: score, sample, beam search, exact leaf distribution."""
 
+from torch import nn
+
+from gflowtrl.catalog import ItemCatalog
+
+from .backbone import load_backbone
+from .base import Prompts, TreePolicy
 from .causal import CausalTreePolicy
 from .heads import attach_flow_heads, has_flow_heads
 from .noise import Noise, StatelessNoise
+from .packing import innermost
 from .scores import StepScores
+from .seq2seq import Seq2SeqTreePolicy
+from .stochastic_beam import StochasticBeams
 
 
-__all__ = ["CausalTreePolicy", "Noise", "StatelessNoise", "StepScores", "attach_flow_heads", "has_flow_heads"]
+__all__ = [
+    "CausalTreePolicy",
+    "Noise",
+    "Prompts",
+    "Seq2SeqTreePolicy",
+    "StatelessNoise",
+    "StepScores",
+    "StochasticBeams",
+    "TreePolicy",
+    "attach_flow_heads",
+    "has_flow_heads",
+    "load_backbone",
+    "make_policy",
+]
+
+
+def make_policy(model: nn.Module, catalog: ItemCatalog) -> TreePolicy:
+    """The policy for this kind of model: `Seq2SeqTreePolicy` for an encoder-decoder, else `CausalTreePolicy`.
+
+    Args:
+        model: bare or wrapped (PEFT, DDP, DeepSpeed, FSDP).
+        catalog: the items.
+    """
+    encoder_decoder = getattr(innermost(model).config, "is_encoder_decoder", False)
+    return (Seq2SeqTreePolicy if encoder_decoder else CausalTreePolicy)(model, catalog)

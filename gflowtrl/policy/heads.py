@@ -1,8 +1,11 @@
-"""Flow heads: log Z(x) predicted from the prompt's hidden state, inside the model's own forward.
+"""Flow heads: log F(state) predicted from the hidden state that gives the state's logits, inside the model's forward.
 
 A parameter or a head used outside the forward fails under DDP, ZeRO-3 or FSDP2; inside the forward every wrapper
 sees an ordinary module. The class of the model is replaced by a subclass of the same name, so a checkpoint's
-`architectures` stay loadable by `AutoModelForCausalLM`; the trainer keeps the head's weights in a file of their own.
+`architectures` stay loadable by `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`; the trainer keeps the head's
+weights in a file of their own.
+
+There is one head for all states: log Z(x) is log F of the root, so a model that has learned the one knows the other.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
 
 
 HEADS_ATTRIBUTE = "flow_heads"
@@ -20,15 +23,22 @@ HEADS_ATTRIBUTE = "flow_heads"
 
 @dataclass
 class FlowLMOutput(CausalLMOutputWithPast):
-    """A causal model's output with `log_z` `(B,)`, present where `flow_positions` was given to the forward."""
+    """A causal model's output with `log_flows` `(B, n)` at the n `flow_positions` that were given to the forward."""
 
-    log_z: Tensor | None = None
+    log_flows: Tensor | None = None
+
+
+@dataclass
+class FlowSeq2SeqLMOutput(Seq2SeqLMOutput):
+    """An encoder-decoder's output with `log_flows` `(B, n)` at n `flow_positions` of the decoder."""
+
+    log_flows: Tensor | None = None
 
 
 class FlowHeads(nn.Module):
-    """log Z(x) = w . gelu(A h + b) + c on the hidden state h of the prompt's last token.
+    """log F(s) = w . gelu(A h + b) + c on the hidden state h of the token that ends the prefix s.
 
-    The last layer starts at zero, so that log Z starts at 0 for every prompt.
+    The last layer starts at zero, so that log F starts at 0 in every state.
     """
 
     def __init__(self, hidden_size: int):
@@ -46,12 +56,16 @@ class _FlowForward:
     """Mixed into a model's class by `attach_flow_heads`."""
 
     def forward(self, *args, flow_positions: Tensor | None = None, **kwargs):
+        """The model's own forward; with `flow_positions` `(n,)` the output holds `log_flows` `(B, n)` too."""
         if flow_positions is None:
             return super().forward(*args, **kwargs)
         kwargs["output_hidden_states"] = True
         output = super().forward(*args, **kwargs)
-        hidden = output.hidden_states[-1].index_select(1, flow_positions).squeeze(1)
-        return FlowLMOutput(logits=output.logits, log_z=getattr(self, HEADS_ATTRIBUTE)(hidden))
+        encoder_decoder = self.config.is_encoder_decoder
+        states = output.decoder_hidden_states if encoder_decoder else output.hidden_states
+        log_flows = getattr(self, HEADS_ATTRIBUTE)(states[-1].index_select(1, flow_positions))
+        kind = FlowSeq2SeqLMOutput if encoder_decoder else FlowLMOutput
+        return kind(logits=output.logits, log_flows=log_flows)
 
 
 def has_flow_heads(model: nn.Module) -> bool:
@@ -60,7 +74,7 @@ def has_flow_heads(model: nn.Module) -> bool:
 
 
 def attach_flow_heads(model: PreTrainedModel) -> PreTrainedModel:
-    """Give a causal model a log Z head, in place. A second call changes nothing.
+    """Give a causal or encoder-decoder model a log F head, in place. A second call changes nothing.
 
     Under PEFT attach to `get_base_model()` after wrapping: adapters would freeze or adapt a head that is there before.
     """

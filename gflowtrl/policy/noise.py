@@ -72,7 +72,21 @@ class Noise:
 
     def uniform(self, purpose: str, num: int, depth: int = 0) -> Tensor:
         """Uniform numbers in the open interval (0, 1): float64 `(B, num)`, one for each row and trajectory."""
+        index = torch.arange(num, device=self._row_state.device).expand(len(self), -1)
+        return self.uniform_at(purpose, index, depth)
+
+    def uniform_at(self, purpose: str, index: Tensor, depth: int = 0) -> Tensor:
+        """Uniform numbers of anything that has a number of its own, for example nodes.
+
+        Args:
+            purpose: what for; different purposes are independent.
+            index: integers `(B, ...)`, the rows first.
+            depth: one more number that tells apart.
+
+        Returns:
+            float64, in the shape of `index`: a function of the row, the purpose, the depth and the index only.
+        """
         tag = int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "big", signed=True)
         state = _combine(_combine(self._row_state, tag), _wrap(depth))
-        state = _combine(state[:, None], torch.arange(num, device=state.device))
+        state = _combine(state.view(-1, *[1] * (index.ndim - 1)), index)
         return (_shift_right(state, 11).double() + 0.5) * 2.0**-53

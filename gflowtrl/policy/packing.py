@@ -7,8 +7,9 @@ The mask is additive in the model's dtype: a boolean one is silently wrong under
 
 from __future__ import annotations
 
-import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,78 +48,101 @@ def group_visibility(attention_mask: Tensor, num_branches: int, branch_length: i
     return visible
 
 
+class Layout(NamedTuple):
+    """How rows are laid out for one packed forward of a causal model.
+
+    Attributes:
+        input_ids, position_ids: `(U, Q)`.
+        visible: bool `(U, Q, Q)`, who sees whom.
+        keep: `(S,)` positions whose logits are needed.
+        place: `(B,)` where prompts are shared: row b's states are block `place[b]` of the kept ones; else None.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    visible: Tensor
+    keep: Tensor
+    place: Tensor | None = None
+
+
+def group_layout(prompts: Mapping[str, Tensor], branch_tokens: Tensor, branch_length: int) -> Layout:
+    """`[prompt, branch 1, ..., branch K]` for each prompt.
+
+    Args:
+        prompts: a left-padded batch of B prompts.
+        branch_tokens: `(B, K T)`.
+        branch_length: T.
+    """
+    mask = prompts["attention_mask"]
+    prompt_length, slots = mask.shape[1], branch_tokens.shape[1]
+    steps = torch.arange(slots, device=mask.device) % max(branch_length, 1)
+    return Layout(
+        input_ids=torch.cat([prompts["input_ids"], branch_tokens], 1),
+        position_ids=torch.cat([prompt_positions(mask), mask.sum(1, keepdim=True) + steps], 1),
+        visible=group_visibility(mask, slots // max(branch_length, 1), branch_length),
+        keep=torch.arange(prompt_length - 1, prompt_length + slots, device=mask.device),
+    )
+
+
 def model_dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
 
 
-def accepts_logits_to_keep(model: nn.Module) -> bool:
-    """Whether the model inside all wrappers can compute the logits of chosen positions only."""
+def innermost(model: nn.Module) -> nn.Module:
+    """The language model inside PEFT, DDP, DeepSpeed and FSDP wrappers: to look at, never to call."""
     while True:
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()
         elif isinstance(getattr(model, "module", None), nn.Module):
             model = model.module
         else:
-            break
-    forward = type(model).forward
-    names = set(inspect.signature(forward).parameters)
-    for base in type(model).__mro__[1:]:  # a flow-head subclass takes **kwargs and hands them to the model's forward
-        if "forward" in vars(base):
-            names |= set(inspect.signature(vars(base)["forward"]).parameters)
-    return "logits_to_keep" in names
+            return model
 
 
-class BranchDecoder:
+class BranchDecoder(ABC):
     """Decode many branches on one cached prompt; the prompt's cache is never copied or reordered.
 
     Every token that was ever fed keeps its place in the cache; a branch that continues another one *sees* that one's
     tokens, which is an entry in the mask. A prompt is computed once, whatever the number of branches.
+
+    Attributes:
+        root_logits: `(B, 1, V)`, behind the prompt.
+        depth: how many tokens each branch has.
+
+    Args:
+        cache: the cache that `_feed` fills, with the prompt in it already.
+        batch: number of prompts.
+        device: where they are.
     """
 
-    def __init__(self, model: nn.Module, prompts: Mapping[str, Tensor], keep: bool):
-        self.model = model
-        self.keep = keep
-        self.mask = prompts["attention_mask"].bool()
-        self.batch, self.prompt_length = self.mask.shape
-        self.dtype = model_dtype(model)
-        self.lengths = self.mask.sum(1, keepdim=True)
-        self.cache = DynamicCache()
-        extra = {"logits_to_keep": 1} if keep else {}
-        output = model(
-            input_ids=prompts["input_ids"],
-            attention_mask=additive(group_visibility(self.mask, 0, 0), self.dtype),
-            position_ids=prompt_positions(self.mask),
-            past_key_values=self.cache,
-            use_cache=True,
-            **extra,
-        )
-        self.root_logits = output.logits[:, -1:].float()
+    root_logits: Tensor
+
+    def __init__(self, cache: DynamicCache, batch: int, device: torch.device):
+        self.cache = cache
+        self.cached_prompt = cache.get_seq_length()
+        self.batch, self.device = batch, device
         self.restart()
 
     def restart(self) -> None:
         """Forget all branches; the prompt stays."""
-        surplus = self.cache.get_seq_length() - self.prompt_length
+        surplus = self.cache.get_seq_length() - self.cached_prompt
         if surplus:
             self.cache.crop(-surplus)
         self.depth = 0
-        self.visible = torch.zeros(self.batch, 1, 0, dtype=torch.bool, device=self.mask.device)
+        self.visible = torch.zeros(self.batch, 1, 0, dtype=torch.bool, device=self.device)
 
     def extend(self, tokens: Tensor, parents: Tensor) -> Tensor:
         """Append one token to branches: `tokens`, `parents` `(B, n)` -> logits `(B, n, V)`.
 
         `parents[b, i]` is the branch of the previous call (0 at the first) that branch i continues.
         """
-        batch, width = tokens.shape
         past = self.visible.gather(1, parents[..., None].expand(-1, -1, self.visible.shape[2]))
-        own = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
+        own = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device).expand(len(tokens), -1, -1)
         self.visible = torch.cat([past, own], 2)
-        prompt = self.mask[:, None].expand(-1, width, -1)
-        output = self.model(
-            input_ids=tokens,
-            attention_mask=additive(torch.cat([prompt, self.visible], 2), self.dtype),
-            position_ids=(self.lengths + self.depth).expand(-1, width),
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        logits = self._feed(tokens)
         self.depth += 1
-        return output.logits.float()
+        return logits.float()
+
+    @abstractmethod
+    def _feed(self, tokens: Tensor) -> Tensor:
+        """Run the model on `tokens` `(B, n)` behind the cache: each sees its prompt and its row of `self.visible`."""

@@ -4,7 +4,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gflowtrl.catalog import ItemCatalog
-from gflowtrl.data import GroupCollator, PromptEncoder, build_tokenizer, leave_one_out, sft_dataset, user_windows
+from gflowtrl.data import (
+    GroupCollator,
+    PromptEncoder,
+    TargetCollator,
+    build_tokenizer,
+    leave_one_out,
+    sft_dataset,
+    user_windows,
+)
 
 
 IDS = {1: ("<a_0>", "<b_0>", "<c_0>"), 2: ("<a_1>",), 3: ("<a_2>", "<b_0>"), 4: ("<a_1>",)}
@@ -83,3 +91,19 @@ def test_sft_rows_are_prompts_whose_labels_are_the_new_targets(sequences, max_it
         assert row["labels"] == [-100] * context + row["input_ids"][context:]
     learned = sum(label >= 0 for row in rows for label in row["labels"])
     assert learned == sum(len(IDS[item]) for sequence in sequences for item in sequence[1:])
+
+
+def test_collator_finds_shared_prompts():
+    """Only where it is asked to, and of the prompts as they are cut."""
+    rows = [{"row_id": i, "history": h, "target": 1} for i, h in enumerate([[1, 2], [1], [3, 1, 2, 2], [2, 2]])]
+    encoder = PromptEncoder(CATALOG, TOKENIZER, max_history_items=2)
+    assert "members" not in GroupCollator(encoder)(rows)["prompts"]
+    assert GroupCollator(encoder, max_shared_prompts=4)(rows)["prompts"]["members"].tolist() == [[0, 1], [2, 3]]
+
+
+def test_targets_of_encoder_decoders_are_padded_at_the_right():
+    encoder = PromptEncoder(CATALOG, TOKENIZER)
+    batch = TargetCollator(encoder)([{"history": [3], "target": 2}, {"history": [2, 2], "target": 1}])
+    first, whole = (TOKENIZER.convert_tokens_to_ids(list(IDS[item])) for item in (2, 1))
+    assert batch["labels"].tolist() == [[*first, -100, -100], whole]
+    assert batch["input_ids"].equal(encoder([[3], [2, 2]])["input_ids"])

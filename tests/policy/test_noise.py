@@ -13,6 +13,14 @@ def test_numbers_are_uniform_and_independent_of_the_batch():
     assert torch.equal(StatelessNoise(7).at(3, ids[shuffled]).uniform("policy", 20), drawn[shuffled, :20])
 
 
+def test_numbers_of_things_are_those_of_their_index():
+    noise = StatelessNoise(7).at(3, torch.arange(5))
+    drawn = noise.uniform("policy", 50, depth=2)
+    index = torch.randint(50, (5, 4, 3), generator=torch.Generator().manual_seed(0))
+    expected = drawn.gather(1, index.flatten(1)).view(5, 4, 3)
+    assert torch.equal(noise.uniform_at("policy", index, depth=2), expected)
+
+
 def test_every_argument_changes_the_numbers():
     ids = torch.arange(500)
     base = StatelessNoise(0).at(0, ids).uniform("a", 40).flatten()

@@ -1,0 +1,35 @@
+"""Load a language model of either kind by its name."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.utils.peft_utils import find_adapter_config_file
+
+
+# Arguments of `from_pretrained` that say where the files lie, and so hold for the configuration as for the model.
+_WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+def load_backbone(name: str | os.PathLike, **model_kwargs: Any) -> PreTrainedModel:
+    """A causal or an encoder-decoder language model, whichever the folder or name holds.
+
+    Args:
+        name: folder or name, as for `from_pretrained`; a folder of adapters stands for its base model with them.
+        **model_kwargs: handed to `from_pretrained`.
+
+    Raises:
+        OSError: there is no such model.
+    """
+    where = {key: model_kwargs[key] for key in _WHERE if key in model_kwargs}
+    base, base_where = name, where
+    if find_adapter_config_file(name, **where) is not None:
+        from peft import PeftConfig  # only here: it is slow to import
+
+        base, base_where = PeftConfig.from_pretrained(name, **where).base_model_name_or_path, {}
+    trusted = model_kwargs.get("trust_remote_code", False)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trusted, **base_where)
+    loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return loader.from_pretrained(name, **model_kwargs)

@@ -1,0 +1,327 @@
+"""What every tree policy shares: scores from logits, sampling, beam search, the exact leaf distribution.
+
+A kind of model has to bring two things only: the logits of a group in one forward (`_packed`), and a decoder that
+extends branches on a cached prompt (`_decoder`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from gflowtrl.catalog import ItemCatalog, PrefixTree
+
+from .heads import has_flow_heads
+from .noise import Noise
+from .packing import BranchDecoder, innermost
+from .scores import StepScores
+from .stochastic_beam import StochasticBeams, conditional_gumbels, gumbels, log_inclusion
+
+
+Prompts = Mapping[str, Tensor]
+
+
+class TreePolicy(ABC):
+    """The distribution over leaves that a model gives when its logits are renormalised over the children of a node.
+
+    At a node s the probability of token t is the softmax of the model's logits over the children of s only, so leaf
+    probabilities sum to one, and training and decoding see the same distribution.
+
+    Args:
+        model: a language model, bare or wrapped (PEFT, DDP, DeepSpeed, FSDP); it is only ever called with ordinary
+            keyword arguments.
+        catalog: the items. It is moved to the prompts' device when needed.
+
+    Prompts are a left-padded batch `{"input_ids": (B, P), "attention_mask": (B, P)}`.
+
+    Raises:
+        ValueError: the model uses FlashAttention, which takes no 4-D mask.
+    """
+
+    def __init__(self, model: nn.Module, catalog: ItemCatalog):
+        config = getattr(innermost(model), "config", None)
+        implementation = getattr(config, "_attn_implementation", None) or ""
+        if "flash" in implementation:
+            raise ValueError(
+                f"The model uses {implementation!r} attention, which takes no 4-D mask. Load it with "
+                f"attn_implementation='sdpa' (or 'eager')."
+            )
+        self.model = model
+        self.catalog = catalog
+        self._heads = has_flow_heads(model)
+
+    @abstractmethod
+    def _packed(self, prompts: Prompts, paths: Tensor) -> tuple[Tensor, Tensor | None]:
+        """One forward for `paths` `(B, K, L)`, -1 after a shorter id's end.
+
+        Returns:
+            logits `(B, 1 + K (L - 1), V)` in float32, at the root and then behind the first L - 1 tokens of each
+            branch, and log F at the same states `(B, 1 + K (L - 1))`, None where the model has no heads.
+        """
+
+    @abstractmethod
+    def _decoder(self, prompts: Prompts) -> BranchDecoder:
+        """A decoder whose prompts are computed already."""
+
+    # ------------------------------------------------------------------------------------------------------ scoring
+    def score(self, prompts: Prompts, leaves: Tensor) -> StepScores:
+        """Score K leaves a prompt in one packed forward, differentiably.
+
+        Args:
+            prompts: the batch.
+            leaves: `(B, K)` leaves.
+
+        Returns:
+            `StepScores`; equal to scoring every full sequence by itself.
+        """
+        tree = self._tree(prompts)
+        logits, flows = self._packed(prompts, tree.paths[leaves].long())
+        nodes = tree.walk(leaves)
+        batch, count, depth = leaves.shape[0], leaves.shape[1], tree.max_depth
+        width = max(tree.max_children)
+        log_probs, child_log_probs, child_nodes = [], [], []
+        branches = logits[:, 1:].view(batch, count, depth - 1, logits.shape[-1])
+        for d in range(depth):
+            # All trajectories of a prompt share the root: computed once, expanded as a view.
+            at_root = d == 0
+            state = nodes[:, :1, 0] if at_root else nodes[:, :, d]
+            level_logits = logits[:, :1] if at_root else branches[:, :, d - 1]
+            children, distribution = self._distribution(level_logits, state, d)
+            if at_root:
+                children, distribution = children.expand(-1, count, -1), distribution.expand(-1, count, -1)
+            taken = children == nodes[:, :, d + 1 : d + 2]
+            taken &= children >= 0
+            log_probs.append(torch.where(taken, distribution, 0.0).sum(-1))
+            padding = (0, width - children.shape[-1])
+            child_nodes.append(nn.functional.pad(children, padding, value=-1))
+            child_log_probs.append(nn.functional.pad(distribution, padding, value=-torch.inf))
+        lengths = tree.leaf_lengths[leaves]
+        return StepScores(
+            log_probs=torch.stack(log_probs, 2),
+            child_log_probs=torch.stack(child_log_probs, 2),
+            child_nodes=torch.stack(child_nodes, 2),
+            lengths=lengths,
+            log_z=None if flows is None else flows[:, 0],
+            log_flows=None if flows is None else _flows_of_states(flows, lengths, depth),
+        )
+
+    def _distribution(self, logits: Tensor, nodes: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+        """Children `(.., C)` of `nodes` `(..)` and their log-probabilities, -inf on padding."""
+        tokens, children = self.catalog.tree.children(nodes, depth)
+        present = children >= 0
+        # A finite fill keeps states without children (ended ids) free of NaN, in value and in gradient.
+        chosen = logits.gather(-1, tokens.clamp(min=0)).masked_fill(~present, torch.finfo(logits.dtype).min)
+        return children, chosen.log_softmax(-1).masked_fill(~present, -torch.inf)
+
+    # ----------------------------------------------------------------------------------------------------- decoding
+    @torch.no_grad()
+    def sample(
+        self, prompts: Prompts, num_generations: int, noise: Noise, temperature: float = 1.0, epsilon: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Draw leaves, with replacement.
+
+        Args:
+            prompts: the batch.
+            num_generations: K, trajectories a prompt.
+            noise: `StatelessNoise(seed).at(step, row_ids)`.
+            temperature: divides the logits; above 1 explores more.
+            epsilon: probability, at each step, of a uniform child instead.
+
+        Returns:
+            leaves `(B, K)` and `log_q` `(B, K)`, their log-probability under the distribution that drew them
+            (tempered, mixed), not under the policy.
+        """
+        if temperature <= 0 or not 0 <= epsilon <= 1:
+            raise ValueError(f"temperature must be > 0 and epsilon in [0, 1], got {temperature} and {epsilon}.")
+        tree = self._tree(prompts)
+        batch = len(prompts["input_ids"])
+        device = prompts["input_ids"].device
+        nodes = torch.zeros(batch, num_generations, dtype=torch.long, device=device)
+        log_q = torch.zeros(batch, num_generations, device=device)
+        same = torch.arange(num_generations, device=device).expand(batch, -1)
+        with self._decoding(prompts) as decoder:
+            logits = decoder.root_logits
+            for depth in range(tree.max_depth):
+                if depth:
+                    parents = torch.zeros_like(same) if depth == 1 else same
+                    logits = decoder.extend(tree.node_token[nodes].long(), parents)
+                # All trajectories share the root, whose distribution is computed once.
+                states = nodes if depth else nodes[:, :1]
+                children, log_probs = self._distribution(logits / temperature, states, depth)
+                children = children.expand(-1, num_generations, -1)
+                log_probs = log_probs.expand(-1, num_generations, -1)
+                present = children >= 0
+                ended = ~present.any(-1)
+                probs = log_probs.exp().double()
+                if epsilon:
+                    uniform = present / present.sum(-1, keepdim=True).clamp(min=1)
+                    probs = (1 - epsilon) * probs + epsilon * uniform
+                choice = _inverse_cdf(probs, noise.uniform("policy", num_generations, depth))
+                chosen = probs.gather(-1, choice).squeeze(-1)
+                log_q += torch.where(ended, 0.0, chosen.log()).float()
+                nodes = torch.where(ended, nodes, children.gather(-1, choice).squeeze(-1))
+        return tree.leaf_at(nodes), log_q
+
+    @torch.no_grad()
+    def beam_search(self, prompts: Prompts, num_beams: int) -> tuple[Tensor, Tensor]:
+        """The most probable leaves by beam search on the tree.
+
+        Returns:
+            leaves `(B, num_beams)`, best first, and their tree-normalised log-probabilities. Where the catalogue has
+            fewer leaves than beams, the rest is leaf -1 with -inf.
+        """
+        start = torch.zeros(len(prompts["input_ids"]), 1, device=prompts["input_ids"].device)
+        leaves, log_probs, _ = self._search(prompts, num_beams, 1.0, start, lambda _, totals, __: totals)
+        return leaves, log_probs
+
+    @torch.no_grad()
+    def stochastic_beam_search(
+        self, prompts: Prompts, num_generations: int, noise: Noise, temperature: float = 1.0
+    ) -> StochasticBeams:
+        """Draw K *distinct* leaves, without replacement (Kool, van Hoof and Welling, ICML 2019).
+
+        Every leaf gets an independent Gumbel number on top of its log-probability, and the K largest sums are the
+        sample. They are found top-down, since the largest sum below a node has a known distribution, with a beam of
+        K + 1 (one more gives the threshold) and no approximation. A node's number depends on the row, the step
+        and the node only, so a sample of K begins with the sample of K - 1.
+
+        Args:
+            prompts: the batch.
+            num_generations: K, trajectories a prompt.
+            noise: `StatelessNoise(seed).at(step, row_ids)`.
+            temperature: divides the logits; above 1 explores more.
+
+        Returns:
+            `StochasticBeams`, the largest perturbed log-probability first: the first leaf is an ordinary sample.
+        """
+        if temperature <= 0 or num_generations < 1:
+            raise ValueError(
+                f"temperature must be > 0 and num_generations at least 1, got {temperature} and {num_generations}."
+            )
+        device = prompts["input_ids"].device
+        root = torch.zeros(len(prompts["input_ids"]), 1, dtype=torch.long, device=device)
+
+        def perturb(parents: Tensor, totals: Tensor, children: Tensor) -> Tensor:
+            return conditional_gumbels(parents, totals, gumbels(noise, children))
+
+        leaves, log_probs, perturbed = self._search(
+            prompts, num_generations + 1, temperature, gumbels(noise, root), perturb
+        )
+        kept, threshold = slice(0, num_generations), perturbed[:, num_generations]
+        return StochasticBeams(
+            leaves=leaves[:, kept],
+            log_probs=log_probs[:, kept].float(),
+            log_inclusion=log_inclusion(log_probs[:, kept], threshold).float(),
+            threshold=threshold.float(),
+            perturbed=perturbed[:, kept].float(),
+        )
+
+    @torch.no_grad()
+    def leaf_log_probs(self, prompts: Prompts, chunk_size: int = 256) -> Tensor:
+        """The exact distribution over all leaves: `(B, N)`. For small catalogues and for tests.
+
+        Args:
+            prompts: the batch.
+            chunk_size: number of leaves whose branches are computed together.
+        """
+        tree = self._tree(prompts)
+        batch = len(prompts["input_ids"])
+        device = prompts["input_ids"].device
+        totals = torch.zeros(batch, tree.num_nodes, device=device)
+        with self._decoding(prompts) as decoder:
+            for start in range(0, tree.num_leaves, chunk_size):
+                decoder.restart()
+                paths = tree.path_nodes[start : start + chunk_size].long()
+                logits, previous = decoder.root_logits, torch.zeros(1, dtype=torch.long, device=device)
+                for depth in range(tree.max_depth):
+                    if depth:
+                        nodes = paths[:, depth].unique()
+                        nodes = nodes[nodes >= 0]
+                        parents = torch.searchsorted(previous, tree.parent[nodes].long())
+                        tokens = tree.node_token[nodes].long()
+                        logits = decoder.extend(tokens.expand(batch, -1), parents.expand(batch, -1))
+                        previous = nodes
+                    children, log_probs = self._distribution(logits, previous.expand(batch, -1), depth)
+                    present = children[0] >= 0
+                    totals[:, children[0][present]] = (totals[:, previous, None] + log_probs)[:, present]
+        return totals[:, tree.leaf_nodes()]
+
+    # ------------------------------------------------------------------------------------------------------- helpers
+    def _search(
+        self, prompts: Prompts, width: int, temperature: float, start: Tensor,
+        rank: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Keep the `width` best-ranked prefixes at every depth.
+
+        Args:
+            prompts: the batch.
+            width: number of beams.
+            temperature: divides the logits.
+            start: `(B, 1)` the root's rank; its dtype is that of all sums.
+            rank: ranks of the beams `(B, n)`, log-probabilities of their children `(B, n, C)` and the children
+                `(B, n, C)` -> the children's ranks `(B, n, C)`, -inf where there is none.
+
+        Returns:
+            leaves, log-probabilities and ranks `(B, width)`, the best rank first; the rest is -1, -inf and -inf.
+        """
+        tree = self._tree(prompts)
+        nodes = torch.zeros(start.shape, dtype=torch.long, device=start.device)
+        totals, ranks = torch.zeros_like(start), start
+        with self._decoding(prompts) as decoder:
+            logits, parents = decoder.root_logits, torch.zeros_like(nodes)
+            for depth in range(tree.max_depth):
+                if depth:
+                    tokens = tree.node_token[nodes.clamp(min=0)].long().clamp(min=0)
+                    logits = decoder.extend(tokens, parents)
+                children, log_probs = self._distribution(logits / temperature, nodes, depth)
+                candidates = totals[..., None] + log_probs
+                ended = tree.leaf_at(nodes) >= 0  # a finished id is its own only child
+                children[..., 0] = torch.where(ended, nodes, children[..., 0])
+                candidates[..., 0] = torch.where(ended, totals, candidates[..., 0])
+                flat = rank(ranks, candidates, children).flatten(1)
+                ranks, place = flat.topk(min(width, flat.shape[1]), dim=1)
+                parents = place // children.shape[-1]
+                totals = candidates.flatten(1).gather(1, place)
+                nodes = torch.where(ranks > -torch.inf, children.flatten(1).gather(1, place), -1)
+        missing = (0, width - nodes.shape[1])
+        leaves = nn.functional.pad(tree.leaf_at(nodes), missing, value=-1)
+        totals = nn.functional.pad(totals, missing, value=-torch.inf)
+        return leaves, totals, nn.functional.pad(ranks, missing, value=-torch.inf)
+
+    def _tree(self, prompts: Prompts) -> PrefixTree:
+        device = prompts["input_ids"].device
+        if self.catalog.device != device:
+            self.catalog.to(device)
+        return self.catalog.tree
+
+    @contextmanager
+    def _decoding(self, prompts: Prompts) -> Iterator[BranchDecoder]:
+        """A decoder with dropout off; the model's mode is restored afterwards."""
+        training = self.model.training
+        if training:
+            self.model.eval()
+        try:
+            yield self._decoder(prompts)
+        finally:
+            if training:
+                self.model.train()
+
+
+def _flows_of_states(flows: Tensor, lengths: Tensor, depth: int) -> Tensor:
+    """log F in packed order `(B, 1 + K (L - 1))` -> of the states s_0 .. s_{L-1} `(B, K, L)`, 0 after an id's end."""
+    batch, count = lengths.shape
+    root = flows[:, :1, None].expand(-1, count, -1)
+    states = torch.cat([root, flows[:, 1:].view(batch, count, depth - 1)], 2)
+    return torch.where(torch.arange(depth, device=flows.device) < lengths[..., None], states, 0.0)
+
+
+def _inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
+    """Index `(.., 1)` drawn from `probs` `(.., C)` by one uniform number each; never one of probability 0."""
+    cumulative = probs.cumsum(-1)
+    choice = (cumulative <= uniform[..., None] * cumulative[..., -1:]).sum(-1, keepdim=True)
+    last = ((probs > 0) * torch.arange(probs.shape[-1], device=probs.device)).amax(-1, keepdim=True)
+    return torch.minimum(choice, last)

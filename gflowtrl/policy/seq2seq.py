@@ -1,0 +1,124 @@
+"""An encoder-decoder read as a policy on the prefix tree.
+
+The encoder reads the prompt once. All K branches of a prompt stand in *one* decoder row `[start, branch 1, ...,
+branch K]` under a 4-D additive mask, so the cross-attention's keys and values are computed once per prompt as well:
+there is one encoder row for one decoder row. The self-attention bias (T5) or position vectors (BART) that these models
+take from a token's place in the row are looked up at its place in the branch instead: see `placement`, which does so
+inside the model's forward.
+
+Two other ways are exact too and were not taken. Rows of single branches behind one expanded cross-attention cache
+need a cache that carries gradients, which gradient checkpointing switches off, and two forwards before one backward.
+Correcting the bias through the mask uses a parameter outside the model's forward, which sharded engines do not allow.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
+
+from gflowtrl.catalog import ItemCatalog
+
+from .base import Prompts, TreePolicy
+from .packing import BranchDecoder, additive, group_visibility, innermost, model_dtype
+from .placement import branch_positions, place_branches
+
+
+class Seq2SeqTreePolicy(TreePolicy):
+    """The distribution over leaves that an encoder-decoder gives when its logits are renormalised over the children.
+
+    The prompt goes to the encoder, the id to the decoder; the root is the decoder's start token. Prompts are the same
+    left-padded batch as everywhere; models that count positions from the left get them right-padded.
+
+    Raises:
+        ValueError: a kind of model that is not known to be exact (see `placement`), or one without
+            `decoder_start_token_id`.
+    """
+
+    def __init__(self, model: nn.Module, catalog: ItemCatalog):
+        super().__init__(model, catalog)
+        place_branches(model)
+        self._start = _start_token(innermost(model))
+
+    def _packed(self, prompts: Prompts, paths: Tensor) -> tuple[Tensor, Tensor | None]:
+        batch, count, depth = paths.shape
+        device = paths.device
+        tokens, mask = _right_padded(prompts)
+        root = torch.full((batch, 1), self._start, device=device)
+        # The last token of an id predicts nothing, so it is not fed. Ended ids are filled with any token.
+        branch_tokens = paths[:, :, : depth - 1].clamp(min=0).reshape(batch, -1)
+        # Every decoder row looks the same: one mask for all of them.
+        visible = group_visibility(torch.ones(1, 1, device=device), count, depth - 1)
+        positions = branch_positions(count, depth - 1, device)
+        extra = {"flow_positions": torch.arange(len(positions), device=device)} if self._heads else {}
+        output = self.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            decoder_input_ids=torch.cat([root, branch_tokens], 1),
+            decoder_attention_mask=additive(visible, model_dtype(self.model)),
+            branch_positions=positions,
+            use_cache=False,
+            **extra,
+        )
+        return output.logits.float(), getattr(output, "log_flows", None)
+
+    def _decoder(self, prompts: Prompts) -> BranchDecoder:
+        return Seq2SeqDecoder(self.model, prompts, self._start)
+
+
+class Seq2SeqDecoder(BranchDecoder):
+    """Branches behind the cached root of an encoder-decoder, whose cross-attention is cached per prompt."""
+
+    def __init__(self, model: nn.Module, prompts: Prompts, start: int):
+        self.model = model
+        self.dtype = model_dtype(model)
+        tokens, self.mask = _right_padded(prompts)
+        self.both_caches = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        output = model(
+            input_ids=tokens,
+            attention_mask=self.mask,
+            decoder_input_ids=torch.full((len(tokens), 1), start, device=tokens.device),
+            past_key_values=self.both_caches,
+            use_cache=True,
+        )
+        self.encoded = BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
+        self.root_logits = output.logits.float()
+        super().__init__(self.both_caches.self_attention_cache, len(tokens), tokens.device)
+
+    def restart(self) -> None:
+        super().restart()
+        self.positions = torch.zeros(1, dtype=torch.long, device=self.device)
+
+    def _feed(self, tokens: Tensor) -> Tensor:
+        width = tokens.shape[1]
+        root = self.visible.new_ones(self.batch, width, 1)
+        self.positions = torch.cat([self.positions, self.positions.new_full((width,), self.depth + 1)])
+        output = self.model(
+            encoder_outputs=self.encoded,
+            attention_mask=self.mask,
+            decoder_input_ids=tokens,
+            decoder_attention_mask=additive(torch.cat([root, self.visible], 2), self.dtype),
+            branch_positions=self.positions,
+            past_key_values=self.both_caches,
+            use_cache=True,
+        )
+        return output.logits
+
+
+def _right_padded(prompts: Prompts) -> tuple[Tensor, Tensor]:
+    """Tokens and mask `(B, P)` with the padding at the right, whatever side it was on."""
+    mask = prompts["attention_mask"]
+    order = (mask == 0).to(torch.uint8).argsort(dim=1, stable=True)
+    return prompts["input_ids"].gather(1, order), mask.gather(1, order)
+
+
+def _start_token(model: nn.Module) -> int:
+    for config in (model.config, getattr(model, "generation_config", None)):
+        start = getattr(config, "decoder_start_token_id", None)
+        if start is not None:
+            return start
+    raise ValueError(
+        f"{type(model).__name__} has no decoder_start_token_id; set model.config.decoder_start_token_id (T5 uses the "
+        f"padding token)."
+    )
