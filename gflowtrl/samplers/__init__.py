@@ -1,21 +1,50 @@
 """Samplers: where the trajectories of a training step come from."""
 
 from .base import Sampler, TrajectoryBatch, draw_leaves, validate_trajectories
-from .basic import CollaborativeSampler, GroundTruthSampler, OnPolicySampler, RewardSampler, UniformSampler
-from .mixture import FunctionSampler, MixtureSampler, build_sampler
+from .basic import (
+    CollaborativeSampler,
+    FunctionSampler,
+    GroundTruthSampler,
+    OnPolicySampler,
+    RewardSampler,
+    UniformSampler,
+)
+from .beam import BeamSampler, StochasticBeamSampler
+from .curriculum import CurriculumSampler, LowConfidenceSampler
+from .mixture import (
+    SAMPLERS,
+    AdaptiveMixtureSampler,
+    MixtureSampler,
+    ScheduledMixtureSampler,
+    build_sampler,
+    uses_teacher,
+)
+from .observed import InteractionLogSampler, UnobservedSampler
+from .replay import ReplaySampler
 
 
 __all__ = [
+    "SAMPLERS",
+    "AdaptiveMixtureSampler",
+    "BeamSampler",
     "CollaborativeSampler",
+    "CurriculumSampler",
     "FunctionSampler",
     "GroundTruthSampler",
+    "InteractionLogSampler",
+    "LowConfidenceSampler",
     "MixtureSampler",
     "OnPolicySampler",
+    "ReplaySampler",
     "RewardSampler",
     "Sampler",
+    "ScheduledMixtureSampler",
+    "StochasticBeamSampler",
     "TrajectoryBatch",
     "UniformSampler",
+    "UnobservedSampler",
     "build_sampler",
     "draw_leaves",
+    "uses_teacher",
     "validate_trajectories",
 ]

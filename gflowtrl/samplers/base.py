@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,17 +36,97 @@ class Sampler(ABC):
     """
 
     source_names: tuple[str, ...] = ("unnamed",)
+    observes_group: bool = False  # whether a mixture tells it of the whole group, or of its own trajectories alone
 
     @abstractmethod
     def sample(self, batch: Mapping[str, Any], policy: Any, num_generations: int, noise: Any) -> TrajectoryBatch:
         """Draw.
 
         Args:
-            batch: prompts and dataset columns of B rows.
+            batch: prompts and dataset columns of B rows, and `"progress"`, the share of the training that is done, in
+                [0, 1).
             policy: the policy in training, with its `catalog`.
             num_generations: K, all trajectories of a prompt.
             noise: `StatelessNoise(seed).at(step, row_ids)`.
         """
+
+    def observe(  # noqa: B027 - not abstract: most samplers learn nothing
+        self, batch: Mapping[str, Any], trajectories: TrajectoryBatch, feedback: Mapping[str, Tensor]
+    ) -> None:
+        """Learn from what became of the trajectories; called once after each loss. The default does nothing.
+
+        Args:
+            batch: what `sample` got.
+            trajectories: what `sample` returned. In a mixture `source` counts from this sampler's first source, so its
+                own trajectories are those with `0 <= source < len(source_names)`.
+            feedback: tensors `(B, K)` without gradient: `"log_rewards"`; `"log_pi"`, the policy's log-probabilities;
+                `"residual"`, the absolute value of log Z + log pi - log R.
+        """
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed training needs to go on as if undisturbed: flat tensors; of most samplers none."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave. Raises a ValueError where the state is another sampler's."""
+        check_state(self, state, ())
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for the training log, such as the size of a buffer."""
+        return {}
+
+
+def check_state(sampler: Sampler, state: Mapping[str, Tensor], expected: Iterable[str]) -> None:
+    """Raise a ValueError unless a state to load has exactly the expected entries."""
+    if sorted(state) != sorted(expected):
+        raise ValueError(
+            f"The saved state of {type(sampler).__name__} has the entries {sorted(state)}, but {sorted(expected)} are "
+            f"needed: the checkpoint was written with another sampler. Resume with that one, or start afresh."
+        )
+
+
+def check_positive(name: str, value: float, owner: str) -> None:
+    """Raise a ValueError unless an option is a number > 0."""
+    if not _is_number(value) or not 0 < value < math.inf:
+        raise ValueError(f"The {name} of {owner} must be > 0, got {value!r}.")
+
+
+def check_share(name: str, value: float, owner: str) -> None:
+    """Raise a ValueError unless an option is a number in [0, 1]."""
+    if not _is_number(value) or not 0 <= value <= 1:
+        raise ValueError(f"The {name} of {owner} must be in [0, 1], got {value!r}.")
+
+
+def check_count(name: str, value: int, owner: str) -> None:
+    """Raise a ValueError unless an option is an integer >= 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"The {name} of {owner} must be an integer >= 1, got {value!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def fill_missing(leaves: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+    """Fill the places of missing leaves by repeating those that are there, in turn.
+
+    Args:
+        leaves: `(B, K)`, -1 (only at the end of a row) for missing ones, at least one a row present.
+        values: more tensors `(B, K)` that belong to the leaves.
+
+    Returns:
+        All of them, filled.
+    """
+    count = (leaves >= 0).sum(1, keepdim=True)
+    place = torch.arange(leaves.shape[1], device=leaves.device) % count
+    return tuple(tensor.gather(1, place) for tensor in (leaves, *values))
+
+
+def over_processes(values: Tensor) -> Tensor:
+    """The sum of a tensor over all processes of the training, in place; itself where there is only one process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+    return values
 
 
 def draw_leaves(probabilities: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:

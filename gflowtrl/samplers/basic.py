@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gflowtrl.rewards import CollaborativeReward
 
-from .base import Sampler, TrajectoryBatch, draw_leaves
+from .base import Sampler, TrajectoryBatch, check_positive, check_share, draw_leaves
 
 
 if TYPE_CHECKING:
@@ -19,8 +19,13 @@ if TYPE_CHECKING:
     from gflowtrl.teachers import Teacher
 
 
-def _one_source(leaves: Tensor, log_q: Tensor | None) -> TrajectoryBatch:
+def one_source(leaves: Tensor, log_q: Tensor | None = None) -> TrajectoryBatch:
+    """The trajectories of a sampler with a single source."""
     return TrajectoryBatch(leaves, torch.zeros_like(leaves), log_q)
+
+
+def device_of(batch: Mapping[str, Any]) -> torch.device:
+    return batch["prompts"]["input_ids"].device
 
 
 class GroundTruthSampler(Sampler):
@@ -34,8 +39,8 @@ class GroundTruthSampler(Sampler):
                 "GroundTruthSampler needs the dataset column 'target'; choose another sampler without it."
             )
         target = batch["target_leaf"] if "target_leaf" in batch else policy.catalog.leaf_of(batch["target"])
-        leaves = target.to(_device(batch))[:, None].repeat(1, num_generations)
-        return _one_source(leaves, torch.zeros(leaves.shape, device=leaves.device))
+        leaves = target.to(device_of(batch))[:, None].repeat(1, num_generations)
+        return one_source(leaves, torch.zeros(leaves.shape, device=leaves.device))
 
 
 class OnPolicySampler(Sampler):
@@ -49,17 +54,15 @@ class OnPolicySampler(Sampler):
     source_names = ("on_policy",)
 
     def __init__(self, temperature: float = 1.0, epsilon: float = 0.0):
-        if not temperature > 0:
-            raise ValueError(f"The temperature of OnPolicySampler must be > 0, got {temperature}.")
-        if not 0 <= epsilon <= 1:
-            raise ValueError(f"epsilon is a probability in [0, 1], got {epsilon}.")
+        check_positive("temperature", temperature, "OnPolicySampler")
+        check_share("epsilon", epsilon, "OnPolicySampler")
         self.temperature, self.epsilon = temperature, epsilon
 
     def sample(self, batch: Mapping[str, Any], policy: Any, num_generations: int, noise: Any) -> TrajectoryBatch:
         leaves, log_q = policy.sample(
             batch["prompts"], num_generations, noise, temperature=self.temperature, epsilon=self.epsilon
         )
-        return _one_source(leaves, log_q)
+        return one_source(leaves, log_q)
 
 
 class CollaborativeSampler(Sampler):
@@ -78,8 +81,8 @@ class CollaborativeSampler(Sampler):
     def sample(self, batch: Mapping[str, Any], policy: Any, num_generations: int, noise: Any) -> TrajectoryBatch:
         with torch.no_grad():
             items = self.distribution.bind(policy.catalog).score_items(batch)
-            leaves = policy.catalog.fold_items(items.to(_device(batch)))
-        return _one_source(*draw_leaves(leaves, noise.uniform("collaborative", num_generations)))
+            leaves = policy.catalog.fold_items(items.to(device_of(batch)))
+        return one_source(*draw_leaves(leaves, noise.uniform("collaborative", num_generations)))
 
 
 class UniformSampler(Sampler):
@@ -89,9 +92,9 @@ class UniformSampler(Sampler):
 
     def sample(self, batch: Mapping[str, Any], policy: Any, num_generations: int, noise: Any) -> TrajectoryBatch:
         size = policy.catalog.tree.num_leaves
-        uniforms = noise.uniform("uniform", num_generations).to(_device(batch))
+        uniforms = noise.uniform("uniform", num_generations).to(device_of(batch))
         leaves = (uniforms * size).long().clamp(max=size - 1)
-        return _one_source(leaves, torch.full(leaves.shape, -math.log(size), device=leaves.device))
+        return one_source(leaves, torch.full(leaves.shape, -math.log(size), device=leaves.device))
 
 
 class RewardSampler(Sampler):
@@ -106,8 +109,7 @@ class RewardSampler(Sampler):
     source_names = ("reward",)
 
     def __init__(self, temperature: float = 1.0):
-        if not temperature > 0:
-            raise ValueError(f"The temperature of RewardSampler must be > 0, got {temperature}.")
+        check_positive("temperature", temperature, "RewardSampler")
         self.temperature = temperature
 
     def sample(self, batch: Mapping[str, Any], policy: Any, num_generations: int, noise: Any) -> TrajectoryBatch:
@@ -117,8 +119,23 @@ class RewardSampler(Sampler):
                 "rewards a method score_items, or choose another sampler."
             )
         probabilities = torch.softmax(batch["leaf_log_rewards"] / self.temperature, 1)
-        return _one_source(*draw_leaves(probabilities, noise.uniform("reward", num_generations)))
+        return one_source(*draw_leaves(probabilities, noise.uniform("reward", num_generations)))
 
 
-def _device(batch: Mapping[str, Any]) -> torch.device:
-    return batch["prompts"]["input_ids"].device
+class FunctionSampler(Sampler):
+    """A function `(batch, policy, num_generations, noise) -> leaves (B, K)`, or `-> TrajectoryBatch`, as a sampler."""
+
+    def __init__(self, function: Callable[..., Tensor | TrajectoryBatch]):
+        self.function = function
+        self.source_names = (getattr(function, "__name__", type(function).__name__),)
+
+    def sample(self, batch: Mapping[str, Any], policy: Any, num_generations: int, noise: Any) -> TrajectoryBatch:
+        drawn = self.function(batch, policy, num_generations, noise)
+        if isinstance(drawn, TrajectoryBatch):
+            return drawn
+        if not isinstance(drawn, Tensor):
+            raise TypeError(
+                f"The sampler {self.source_names[0]!r} returned {type(drawn).__name__}; it must return a tensor "
+                f"of leaves (B, K) or a TrajectoryBatch."
+            )
+        return one_source(drawn)

@@ -1,17 +1,30 @@
-"""Several sources in one group, and samplers by name."""
+"""Several sources in one group, with fixed, scheduled or measured shares; and samplers by name."""
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import Sampler, TrajectoryBatch
-from .basic import CollaborativeSampler, GroundTruthSampler, OnPolicySampler, RewardSampler, UniformSampler
+from .base import Sampler, TrajectoryBatch, check_share, check_state, over_processes
+from .basic import (
+    CollaborativeSampler,
+    FunctionSampler,
+    GroundTruthSampler,
+    OnPolicySampler,
+    RewardSampler,
+    UniformSampler,
+)
+from .beam import BeamSampler, StochasticBeamSampler
+from .curriculum import CurriculumSampler, LowConfidenceSampler
+from .observed import InteractionLogSampler, UnobservedSampler
+from .replay import ReplaySampler
+from .schedule import Schedule
 
 
 class MixtureSampler(Sampler):
@@ -20,7 +33,7 @@ class MixtureSampler(Sampler):
     The division is fixed, not drawn: shares by largest remainder (ties to the earlier source), slots in the given
     order. `{"ground_truth": 1, "collaborative": 3, "on_policy": 4}` with K = 8 gives exactly 1, 3 and 4. Each source
     draws from a random stream of its own, so two samplers of one kind do not repeat each other. A mixture may hold
-    mixtures; their sources are called "outer/inner".
+    mixtures; their sources are called "outer/inner", and so are the entries of state and metrics.
 
     Args:
         sources: `{name: weight}` for samplers known by name that need nothing, or `{name: (sampler, weight)}`.
@@ -33,14 +46,16 @@ class MixtureSampler(Sampler):
             for name, entry in sources.items()
         }
         self.samplers = {name: sampler for name, (sampler, _) in pairs.items()}
-        self.weights = [float(weight) for _, weight in pairs.values()]
-        if not any(self.weights) or not all(math.isfinite(w) and w >= 0 for w in self.weights):
-            raise ValueError(f"The weights of a mixture must be >= 0, finite and not all zero, got {self.weights}.")
+        self.weights = _checked_weights({name: weight for name, (_, weight) in pairs.items()})
         self.source_names = tuple(
             name if len(sampler.source_names) == 1 else f"{name}/{inner}"
             for name, sampler in self.samplers.items()
             for inner in sampler.source_names
         )
+
+    @property
+    def observes_group(self) -> bool:
+        return any(sampler.observes_group for sampler in self.samplers.values())
 
     def allocate(self, num_generations: int) -> list[int]:
         """How many of K trajectories each source gets."""
@@ -66,6 +81,173 @@ class MixtureSampler(Sampler):
             torch.cat([part.log_q for part in drawn], 1) if known else None,
         )
 
+    # ------------------------------------------------------------------------------------------------ handed to parts
+    def observe(self, batch: Mapping[str, Any], trajectories: TrajectoryBatch, feedback: Mapping[str, Tensor]) -> None:
+        """Tells every source of its own trajectories, or of all where it `observes_group`."""
+        first_source = 0
+        for sampler in self.samplers.values():
+            told, heard = _renumbered(trajectories, first_source), feedback
+            first_source += len(sampler.source_names)
+            if not sampler.observes_group:
+                own = _own(told.source, sampler)[0].nonzero()[:, 0]  # the same places in every row
+                told = TrajectoryBatch(
+                    told.leaves[:, own], told.source[:, own], None if told.log_q is None else told.log_q[:, own]
+                )
+                heard = {name: values[:, own] for name, values in feedback.items()}
+            if told.leaves.shape[1]:
+                sampler.observe(batch, told, heard)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {
+            f"{name}/{entry}": tensor
+            for name, sampler in self.samplers.items()
+            for entry, tensor in sampler.state_dict().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        own = {name: {} for name in self.samplers}
+        for entry, tensor in state.items():
+            # A name may itself hold a slash: the longest that fits is meant.
+            owner = max((name for name in own if entry.startswith(f"{name}/")), key=len, default=None)
+            if owner is None:
+                check_state(self, state, self.state_dict())
+            own[owner][entry.removeprefix(f"{owner}/")] = tensor
+        for name, sampler in self.samplers.items():
+            sampler.load_state_dict(own[name])
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            f"{name}/{metric}": value
+            for name, sampler in self.samplers.items()
+            for metric, value in sampler.metrics().items()
+        }
+
+
+class ScheduledMixtureSampler(MixtureSampler):
+    """A mixture whose weights follow the progress of the training, linearly between given points.
+
+    Args:
+        schedule: `[(progress, {name: weight}), ...]`; a source that a point does not name has weight 0 there.
+            `[(0, {"ground_truth": 1, "collaborative": 7}), (1, {"ground_truth": 1, "on_policy": 7})]` begins with
+            the teacher's items and ends with the policy's.
+        sources: `{name: sampler}` for names that are no known samplers, or need something.
+    """
+
+    def __init__(
+        self, schedule: Sequence[tuple[float, Mapping[str, float]]], sources: Mapping[str, Sampler] | None = None
+    ):
+        points = _weight_points(schedule)
+        names = _scheduled_names(points)
+        sources = {} if sources is None else dict(sources)
+        for name in sources:
+            if name not in names:
+                raise ValueError(f"The schedule of ScheduledMixtureSampler never names the source {name!r}.")
+        rows = [_checked_weights({name: weights.get(name, 0) for name in names}) for _, weights in points]
+        ready = {name: sources[name] if name in sources else build_sampler(name) for name in names}
+        super().__init__({name: (ready[name], weight) for name, weight in zip(names, rows[0], strict=True)})
+        pairs = [(progress, row) for (progress, _), row in zip(points, rows, strict=True)]
+        self.schedule = Schedule(pairs, "ScheduledMixtureSampler")
+
+    def sample(self, batch: Mapping[str, Any], policy: Any, num_generations: int, noise: Any) -> TrajectoryBatch:
+        self.weights = self.schedule.at(batch).tolist()
+        return super().sample(batch, policy, num_generations, noise)
+
+    def metrics(self) -> dict[str, float]:
+        """The parts' metrics, and `weight/SOURCE`, the shares of the last step."""
+        return {**super().metrics(), **_shares(self)}
+
+
+class AdaptiveMixtureSampler(MixtureSampler):
+    """A mixture that gives more trajectories to the sources whose trajectories the policy balances worst.
+
+    A source's r is the running mean of |log Z + log pi - log R| over its trajectories. With given weights w of m
+    sources, its share is
+
+        floor + (1 - m * floor) * w r / (sum of w r over the sources),
+
+    divided as in every mixture. Before anything is measured r is taken to be equal. A source that got no trajectory in
+    a step is taken to be average (its running mean moves towards the mean of the measured ones), so that one low
+    measurement does not shut it out. A source that shall keep a fixed share, such as the ground truth, goes into a
+    mixture around this one: `{"ground_truth": (..., 1), "rest": (AdaptiveMixtureSampler(...), 7)}`.
+
+    Residuals are summed over processes, which therefore agree on the shares.
+
+    Args:
+        sources: as of `MixtureSampler`; all weights > 0.
+        floor: the smallest share of a source, in [0, 1 / m). One of K trajectories is sure where floor * K >= 1.
+        decay: weight of the past in the running mean, in [0, 1); 0.95 forgets over about 20 steps.
+    """
+
+    def __init__(self, sources: Mapping[str, float | tuple[Sampler, float]], floor: float = 0.05, decay: float = 0.95):
+        super().__init__(sources)
+        count = len(self.samplers)
+        if not all(self.weights):
+            raise ValueError(
+                f"The weights of AdaptiveMixtureSampler must be > 0, got {self.weights}; leave unused sources out."
+            )
+        check_share("floor", floor, "AdaptiveMixtureSampler")
+        check_share("decay", decay, "AdaptiveMixtureSampler")
+        if not floor * count < 1:
+            raise ValueError(
+                f"The floor of AdaptiveMixtureSampler with {count} sources must be in [0, {1 / count:g}), got {floor}."
+            )
+        if decay == 1:
+            raise ValueError("With a decay of 1 AdaptiveMixtureSampler would never learn; choose one below it.")
+        self.base_weights, self.floor, self.decay = list(self.weights), floor, decay
+        self.residuals = torch.zeros(0, dtype=torch.float64)  # running mean of each source; empty: not measured yet
+        self._set_weights()
+
+    def observe(self, batch: Mapping[str, Any], trajectories: TrajectoryBatch, feedback: Mapping[str, Tensor]) -> None:
+        if feedback.get("residual") is None:
+            raise ValueError(
+                "AdaptiveMixtureSampler needs the residual in the feedback of a step: train with a reward."
+            )
+        measured = self._measured(trajectories.source, feedback["residual"].double())
+        known = ~measured.isnan()
+        if known.any():
+            measured = torch.where(known, measured, measured[known].mean())
+            past = self.residuals if len(self.residuals) else measured
+            self.residuals = self.decay * past + (1 - self.decay) * measured
+            self._set_weights()
+        super().observe(batch, trajectories, feedback)
+
+    def _measured(self, source: Tensor, residual: Tensor) -> Tensor:
+        """Mean residual of each source over the step's trajectories on all processes: `(m,)`, NaN for none."""
+        sums, first_source = [], 0
+        for sampler in self.samplers.values():
+            own = _own(source - first_source, sampler) & residual.isfinite()
+            sums.append(torch.stack([residual[own].sum(), own.double().sum()]))
+            first_source += len(sampler.source_names)
+        total, count = over_processes(torch.stack(sums)).cpu().unbind(1)
+        return total / count
+
+    def _set_weights(self) -> None:
+        weights = torch.tensor(self.base_weights, dtype=torch.float64)
+        if len(self.residuals) and self.residuals.any():
+            weights = weights * self.residuals
+        self.weights = (self.floor + (1 - len(weights) * self.floor) * weights / weights.sum()).tolist()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {**super().state_dict(), "residuals": self.residuals.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if "residuals" not in state:
+            check_state(self, state, self.state_dict())
+        residuals = state["residuals"].to("cpu", torch.float64, copy=True)
+        if len(residuals) not in (0, len(self.samplers)):
+            raise ValueError(
+                f"The saved AdaptiveMixtureSampler has {len(residuals)} sources, this one has {len(self.samplers)}: "
+                f"the checkpoint was written with another sampler. Resume with that one, or start afresh."
+            )
+        super().load_state_dict({name: tensor for name, tensor in state.items() if name != "residuals"})
+        self.residuals = residuals
+        self._set_weights()
+
+    def metrics(self) -> dict[str, float]:
+        """The parts' metrics, `weight/SOURCE` and `residual/SOURCE`: shares and running means after the last step."""
+        residuals = zip(self.samplers, self.residuals.tolist(), strict=False)  # none before the first measurement
+        return {**super().metrics(), **_shares(self), **{f"residual/{name}": value for name, value in residuals}}
+
 
 class _OwnStream:
     """Noise whose purposes carry the source's name."""
@@ -76,27 +258,75 @@ class _OwnStream:
     def uniform(self, purpose: str, num: int, depth: int = 0) -> Tensor:
         return self._noise.uniform(f"{self._name}/{purpose}", num, depth)
 
-    def select(self, rows: slice | Tensor) -> _OwnStream:
-        return _OwnStream(self._noise.select(rows), self._name)
+    def uniform_at(self, purpose: str, index: Tensor, depth: int = 0) -> Tensor:
+        return self._noise.uniform_at(f"{self._name}/{purpose}", index, depth)
 
 
-class FunctionSampler(Sampler):
-    """A function `(batch, policy, num_generations, noise) -> leaves (B, K)`, or `-> TrajectoryBatch`, as a sampler."""
+def _renumbered(trajectories: TrajectoryBatch, first_source: int) -> TrajectoryBatch:
+    return TrajectoryBatch(trajectories.leaves, trajectories.source - first_source, trajectories.log_q)
 
-    def __init__(self, function: Callable[..., Tensor | TrajectoryBatch]):
-        self.function = function
-        self.source_names = (getattr(function, "__name__", type(function).__name__),)
 
-    def sample(self, batch: Mapping[str, Any], policy: Any, num_generations: int, noise: Any) -> TrajectoryBatch:
-        drawn = self.function(batch, policy, num_generations, noise)
-        if isinstance(drawn, TrajectoryBatch):
-            return drawn
-        if not isinstance(drawn, Tensor):
-            raise TypeError(
-                f"The sampler {self.source_names[0]!r} returned {type(drawn).__name__}; it must return a tensor "
-                f"of leaves (B, K) or a TrajectoryBatch."
+def _own(source: Tensor, sampler: Sampler) -> Tensor:
+    """Where the sources, counted from a sampler's first one, are its own: bool, of the same shape."""
+    return (source >= 0) & (source < len(sampler.source_names))
+
+
+def _shares(mixture: MixtureSampler) -> dict[str, float]:
+    total = sum(mixture.weights)
+    return {f"weight/{name}": w / total for name, w in zip(mixture.samplers, mixture.weights, strict=True)}
+
+
+def _checked_weights(weights: Mapping[str, float]) -> list[float]:
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise ValueError(
+                f"The weight of the source {name!r} must be a number, got {weight!r}. A source with options is "
+                f"written as a pair: {{{name!r}: [{{'type': ..., option: ...}}, weight]}}."
             )
-        return TrajectoryBatch(drawn, torch.zeros_like(drawn))
+    values = [float(weight) for weight in weights.values()]
+    if not any(values) or not all(math.isfinite(value) and value >= 0 for value in values):
+        raise ValueError(f"The weights of a mixture must be >= 0, finite and not all zero, got {values}.")
+    return values
+
+
+def _weight_points(schedule: Any) -> list[tuple[float, Mapping[str, float]]]:
+    """A schedule's pairs of progress and weights, checked as far as `Schedule` does not."""
+    points = list(schedule) if isinstance(schedule, Sequence) and not isinstance(schedule, str) else []
+    if not points or any(
+        not isinstance(point, list | tuple) or len(point) != 2 or not isinstance(point[1], Mapping) for point in points
+    ):
+        raise ValueError(
+            f"The schedule of ScheduledMixtureSampler must be a list of pairs [progress, {{name: weight}}], got "
+            f"{schedule!r}."
+        )
+    return points
+
+
+def _scheduled_names(points: Sequence[tuple[float, Mapping[str, float]]]) -> list[str]:
+    return list(dict.fromkeys(name for _, weights in points for name in weights))
+
+
+# ----------------------------------------------------------------------------------------------------------- by name
+SAMPLERS: dict[str, type[Sampler]] = {
+    "ground_truth": GroundTruthSampler,
+    "on_policy": OnPolicySampler,
+    "collaborative": CollaborativeSampler,
+    "uniform": UniformSampler,
+    "reward": RewardSampler,
+    "interaction_log": InteractionLogSampler,
+    "unobserved": UnobservedSampler,
+    "curriculum": CurriculumSampler,
+    "beam": BeamSampler,
+    "stochastic_beam": StochasticBeamSampler,
+    "low_confidence": LowConfidenceSampler,
+    "replay": ReplaySampler,
+    "scheduled_mixture": ScheduledMixtureSampler,
+    "adaptive_mixture": AdaptiveMixtureSampler,
+}
+
+
+class _MissingTeacher(ValueError):
+    pass
 
 
 def build_sampler(
@@ -109,30 +339,96 @@ def build_sampler(
     """A sampler from what a recipe says.
 
     Args:
-        spec: a name ("ground_truth", "on_policy", "collaborative", "uniform", "reward"); a mixture `{name: weight}` or
-            `{any name: [spec, weight]}`; a sampler, its class, or a function (see `FunctionSampler`).
-        teacher, teacher_temperature: of "collaborative".
-        temperature, epsilon: of "on_policy".
+        spec: a name of `SAMPLERS`; a name with options `{"type": name, option: value, ...}`; a mixture
+            `{name: weight}` or `{any name: [spec, weight]}`; a sampler, its class, or a function (see
+            `FunctionSampler`). The options `fallback` of "replay" and `sources` of the mixtures hold specs in turn.
+        teacher: of the samplers that need one.
+        temperature, epsilon: of "on_policy"; the first of "stochastic_beam" too. Options of the spec go before.
+        teacher_temperature: of "collaborative".
+
+    Raises:
+        ValueError, TypeError: an unknown name or option, a bad value, a missing teacher; the error names it.
     """
-    options = (teacher, temperature, epsilon, teacher_temperature)
+    given = {
+        "teacher": teacher, "temperature": temperature, "epsilon": epsilon, "teacher_temperature": teacher_temperature,
+    }  # fmt: skip
     if isinstance(spec, Sampler):
         return spec
+    if isinstance(spec, Mapping) and isinstance(spec.get("type"), str):
+        options = {name: value for name, value in spec.items() if name != "type"}
+        return _build_named(spec["type"], options, given)
     if isinstance(spec, Mapping):
-        pairs = {name: entry if isinstance(entry, list | tuple) else (name, entry) for name, entry in spec.items()}
-        return MixtureSampler({name: (build_sampler(inner, *options), w) for name, (inner, w) in pairs.items()})
+        return MixtureSampler(_build_pairs(spec, given))
     if isinstance(spec, type) and issubclass(spec, Sampler):
         return spec()
     if callable(spec):
         return FunctionSampler(spec)
-    if spec == "collaborative":
-        if teacher is None:
-            raise ValueError(
-                "The sampler 'collaborative' needs a teacher: give one, or a CollaborativeSampler(teacher)."
+    return _build_named(spec, {}, given)
+
+
+def uses_teacher(spec: Any) -> bool:
+    """Whether `build_sampler(spec)` needs a teacher."""
+    try:
+        build_sampler(spec)
+    except _MissingTeacher:
+        return True
+    return False
+
+
+def _build_named(name: str, options: dict[str, Any], given: Mapping[str, Any]) -> Sampler:
+    """A sampler of `SAMPLERS` with the options of a spec, over those that `build_sampler` was given."""
+    if not isinstance(name, str) or name not in SAMPLERS:
+        raise ValueError(f"Unknown sampler {name!r}; known are {sorted(SAMPLERS)}.")
+    parameters = inspect.signature(SAMPLERS[name]).parameters
+    known = [parameter for parameter in parameters if parameter != "teacher"]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"The sampler {name!r} has no option {option!r}; it has {', '.join(known) or 'none'}.")
+    for option in known:
+        if option not in options and parameters[option].default is inspect.Parameter.empty:
+            raise ValueError(f"The sampler {name!r} needs the option {option!r}.")
+    if "teacher" in parameters:
+        if given["teacher"] is None:
+            raise _MissingTeacher(
+                f"The sampler {name!r} needs a teacher: give one, or a {SAMPLERS[name].__name__}(teacher)."
             )
-        return CollaborativeSampler(teacher, teacher_temperature)
-    if spec == "on_policy":
-        return OnPolicySampler(temperature, epsilon)
-    simple = {"ground_truth": GroundTruthSampler, "uniform": UniformSampler, "reward": RewardSampler}
-    if spec in simple:
-        return simple[spec]()
-    raise ValueError(f"Unknown sampler {spec!r}; known are {sorted([*simple, 'collaborative', 'on_policy'])}.")
+        options = {"teacher": given["teacher"], **options}
+    defaults = {
+        "on_policy": {"temperature": given["temperature"], "epsilon": given["epsilon"]},
+        "stochastic_beam": {"temperature": given["temperature"]},
+        "collaborative": {"temperature": given["teacher_temperature"]},
+    }
+    return SAMPLERS[name](**_build_inner(name, {**defaults.get(name, {}), **options}, given))
+
+
+def _build_inner(name: str, options: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options in which specs of further samplers became samplers."""
+    if name == "replay":
+        return {**options, "fallback": build_sampler(options.get("fallback", "on_policy"), **given)}
+    if name == "adaptive_mixture":
+        return {**options, "sources": _build_pairs(options["sources"], given)}
+    if name == "scheduled_mixture":
+        own = _checked_sources(options.get("sources") or {})
+        names = [*own, *_scheduled_names(_weight_points(options["schedule"]))]
+        return {**options, "sources": {inner: build_sampler(own.get(inner, inner), **given) for inner in names}}
+    return options
+
+
+def _build_pairs(sources: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, tuple[Sampler, float]]:
+    """`{name: weight}` and `{any name: [spec, weight]}` as `{name: (sampler, weight)}`."""
+    pairs = {}
+    for name, entry in _checked_sources(sources).items():
+        if isinstance(entry, list | tuple) and len(entry) != 2:
+            raise ValueError(
+                f"The source {name!r} of a mixture must be a weight or a pair [spec, weight], got {entry!r}."
+            )
+        spec, weight = entry if isinstance(entry, list | tuple) else (name, entry)
+        pairs[name] = (spec, weight)
+    _checked_weights({name: weight for name, (_, weight) in pairs.items()})
+    return {name: (build_sampler(spec, **given), weight) for name, (spec, weight) in pairs.items()}
+
+
+def _checked_sources(sources: Any) -> Mapping[str, Any]:
+    if not isinstance(sources, Mapping):
+        raise ValueError(f"The sources of a mixture must be names with weights or samplers, got {sources!r}.")
+    return sources

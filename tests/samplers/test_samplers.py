@@ -194,12 +194,12 @@ def test_build_sampler():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: build_sampler("beam"), r"Unknown sampler 'beam'; known are \['collaborative', 'ground_truth', 'on"),
+        (lambda: build_sampler("beans"), r"Unknown sampler 'beans'; known are \['adaptive_mixture', 'beam', 'c"),
         (lambda: build_sampler("collaborative"), "'collaborative' needs a teacher"),
         (lambda: MixtureSampler({"uniform": 0}), "weights of a mixture must be >= 0, finite and not all zero"),
         (lambda: MixtureSampler({"uniform": -1, "reward": 2}), "weights of a mixture"),
         (lambda: OnPolicySampler(0.0), "temperature of OnPolicySampler must be > 0"),
-        (lambda: OnPolicySampler(epsilon=1.5), r"epsilon is a probability in \[0, 1\], got 1.5"),
+        (lambda: OnPolicySampler(epsilon=1.5), r"epsilon of OnPolicySampler must be in \[0, 1\], got 1.5"),
         (lambda: RewardSampler(-1), "temperature of RewardSampler must be > 0"),
         (lambda: RewardSampler().sample(make_batch(), None, 1, None), "needs the rewards of all leaves"),
         (lambda: GroundTruthSampler().sample({}, None, 1, None), "needs the dataset column 'target'"),

@@ -1,0 +1,165 @@
+"""Samplers that know what was observed: other items of the same log, or items that were never seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .base import Sampler, TrajectoryBatch
+from .basic import device_of, one_source
+
+
+if TYPE_CHECKING:
+    from gflowtrl.catalog import Item, ItemCatalog
+
+
+class InteractionLogSampler(Sampler):
+    """Other items of the same session: exposed, clicked, bought (GFlowGR's first strategy).
+
+    The target and repeated leaves are left out. A row's trajectories are its log in random order, cut at K; a log of
+    fewer than K leaves starts over, so that no leaf comes twice before all came once. A row whose log holds nothing
+    but the target gets the target.
+
+    `log_q` is the probability of each trajectory by itself, uniform over the log's leaves (their draws depend on each
+    other), and 0 for the target.
+
+    Args:
+        column: dataset column with a list of items for each row; the default is what `gflowtrl.data.leave_one_out`
+            makes where there is an event log.
+    """
+
+    source_names = ("interaction_log",)
+
+    def __init__(self, column: str = "session_items"):
+        if not isinstance(column, str):
+            raise TypeError(f"column of InteractionLogSampler is the name of a dataset column, got {column!r}.")
+        self.column = column
+
+    def sample(self, batch: Mapping[str, Any], policy: Any, num_generations: int, noise: Any) -> TrajectoryBatch:
+        if self.column not in batch:
+            raise ValueError(
+                f"InteractionLogSampler needs the dataset column {self.column!r}, a list of items for each row; the "
+                f"batch has {sorted(batch)}. Name another one with column=..., or choose another sampler."
+            )
+        target = _targets(batch, policy.catalog)
+        log = distinct_sorted(leaf_rows(policy.catalog, batch[self.column]).to(device_of(batch)), target)
+        counts = (log >= 0).sum(1, keepdim=True)
+        if target is None and (counts == 0).any():
+            row = int((counts[:, 0] == 0).nonzero()[0])
+            raise ValueError(
+                f"Row {row} has an empty list in the column {self.column!r}, and the batch has no target to take "
+                f"instead. Leave such rows out, or give the dataset a column 'target'."
+            )
+        if target is not None:
+            log = torch.cat([log, log.new_full((len(log), 1), -1)], 1)
+            log[:, 0] = torch.where(counts[:, 0] == 0, target, log[:, 0])
+        # Distinct leaves stand at the left, so a row's numbers do not depend on the longest log of the batch.
+        keys = noise.uniform("interaction_log", log.shape[1]).to(log.device).masked_fill(log < 0, 2.0)
+        shuffled = log.gather(1, keys.argsort(1))
+        place = torch.arange(num_generations, device=log.device) % counts.clamp(min=1)
+        log_q = -counts.clamp(min=1).float().log().expand(-1, num_generations)
+        return one_source(shuffled.gather(1, place), log_q.contiguous())
+
+
+class UnobservedSampler(Sampler):
+    """All leaves alike that are neither the target's nor any history item's, with replacement (GFlowGR's "random").
+
+    A draw is a rank among the allowed leaves, moved past the forbidden ones below it: no rejection, no table of all
+    leaves. Reads the columns `history` and, where there is one, `target`.
+    """
+
+    source_names = ("unobserved",)
+
+    def sample(self, batch: Mapping[str, Any], policy: Any, num_generations: int, noise: Any) -> TrajectoryBatch:
+        forbidden = observed_leaves(batch, policy.catalog, "UnobservedSampler")
+        allowed = count_allowed(forbidden, policy.catalog.tree.num_leaves, "UnobservedSampler")
+        uniforms = noise.uniform("unobserved", num_generations).to(forbidden.device)
+        ranks = torch.minimum((uniforms * allowed[:, None]).long(), allowed[:, None] - 1)
+        log_q = -allowed.float().log()[:, None].expand(-1, num_generations)
+        return one_source(skip_forbidden(ranks, forbidden), log_q.contiguous())
+
+
+# ---------------------------------------------------------------------------------------------------- sets of leaves
+def leaf_rows(catalog: ItemCatalog, rows: Sequence[Sequence[Item]]) -> Tensor:
+    """Lists of items as leaves: `(B, W)`, padded with -1 at the right to the longest list."""
+    lengths = torch.tensor([len(row) for row in rows], device=catalog.device)
+    present = torch.arange(max(map(len, rows), default=0), device=catalog.device) < lengths[:, None]
+    leaves = torch.full(present.shape, -1, dtype=torch.long, device=catalog.device)
+    leaves[present] = catalog.leaf_of([item for row in rows for item in row])
+    return leaves
+
+
+def distinct_sorted(leaves: Tensor, without: Tensor | None = None) -> Tensor:
+    """Each row's leaves once, ascending, then -1: `(B, W) -> (B, W)`; `without` `(B,)` leaves out one leaf a row."""
+    nothing = torch.iinfo(leaves.dtype).max  # sorts behind all leaves
+    leaves = leaves.masked_fill(leaves < 0, nothing)
+    if without is not None:
+        leaves = leaves.masked_fill(leaves == without[:, None], nothing)
+    leaves = leaves.sort(1).values
+    repeated = torch.zeros_like(leaves, dtype=torch.bool)
+    repeated[:, 1:] = leaves[:, 1:] == leaves[:, :-1]
+    leaves = leaves.masked_fill(repeated, nothing).sort(1).values
+    return leaves.masked_fill(leaves == nothing, -1)
+
+
+def observed_leaves(batch: Mapping[str, Any], catalog: ItemCatalog, sampler: str) -> Tensor:
+    """Leaves of history and target: `(B, W)` distinct, ascending, padded with -1."""
+    if "history" not in batch:
+        raise ValueError(f"{sampler} needs the dataset column 'history'; the batch has {sorted(batch)}.")
+    leaves = leaf_rows(catalog, batch["history"]).to(device_of(batch))
+    target = _targets(batch, catalog)
+    return distinct_sorted(leaves if target is None else torch.cat([leaves, target[:, None]], 1))
+
+
+def count_allowed(forbidden: Tensor, num_leaves: int, sampler: str) -> Tensor:
+    """Number of leaves that are not forbidden: `(B,)`, an error where there is none."""
+    allowed = num_leaves - (forbidden >= 0).sum(1)
+    if (allowed <= 0).any():
+        row = int((allowed <= 0).nonzero()[0])
+        raise ValueError(
+            f"History and target of row {row} hold all {num_leaves} leaves of the catalogue, so {sampler} has nothing "
+            f"to draw from. Choose the sampler 'uniform' for a catalogue this small."
+        )
+    return allowed
+
+
+def skip_forbidden(ranks: Tensor, forbidden: Tensor) -> Tensor:
+    """The leaves that have these ranks (from 0) among the allowed ones.
+
+    Args:
+        ranks: `(B, K)`.
+        forbidden: `(B, W)` distinct, ascending, padded with -1.
+    """
+    # Below the i-th forbidden leaf f lie f - i allowed ones: whoever has at least that rank comes behind it.
+    before = forbidden - torch.arange(forbidden.shape[1], device=forbidden.device)
+    before = before.masked_fill(forbidden < 0, torch.iinfo(torch.long).max)
+    return ranks + torch.searchsorted(before, ranks.contiguous(), right=True)
+
+
+def distinct_ranks(sizes: Tensor, uniforms: Tensor) -> Tensor:
+    """Uniformly drawn subsets of 0 ... sizes - 1: `(B, M)` distinct numbers in no particular order.
+
+    Floyd's algorithm (Bentley and Floyd, 1987): M steps, whatever the size. Where a size is less than M, all numbers
+    come and the rest is -1.
+
+    Args:
+        sizes: `(B,)`.
+        uniforms: `(B, M)` in (0, 1).
+    """
+    wanted = sizes.clamp(max=uniforms.shape[1])
+    chosen = torch.full(uniforms.shape, -1, dtype=torch.long, device=sizes.device)
+    for step, uniform in enumerate(uniforms.to(sizes.device).unbind(1)):
+        highest = sizes - wanted + step
+        drawn = torch.minimum((uniform * (highest + 1)).long(), highest)
+        taken = (chosen[:, :step] == drawn[:, None]).any(1)
+        chosen[:, step] = torch.where(step < wanted, torch.where(taken, highest, drawn), -1)
+    return chosen
+
+
+def _targets(batch: Mapping[str, Any], catalog: ItemCatalog) -> Tensor | None:
+    if "target_leaf" in batch:
+        return batch["target_leaf"].to(device_of(batch))
+    return catalog.leaf_of(batch["target"]).to(device_of(batch)) if "target" in batch else None

@@ -1,0 +1,336 @@
+"""Mixtures whose shares change, what a mixture hands to its parts, and samplers by name and options."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gflowtrl.policy import StatelessNoise
+from gflowtrl.samplers import (
+    SAMPLERS,
+    AdaptiveMixtureSampler,
+    MixtureSampler,
+    OnPolicySampler,
+    ReplaySampler,
+    Sampler,
+    ScheduledMixtureSampler,
+    TrajectoryBatch,
+    UniformSampler,
+    build_sampler,
+    mixture,
+    uses_teacher,
+)
+from gflowtrl.samplers.schedule import Schedule
+
+
+POLICY = SimpleNamespace(catalog=SimpleNamespace(tree=SimpleNamespace(num_leaves=50)))
+BATCH = {
+    "prompts": {"input_ids": torch.zeros(2, 1, dtype=torch.long)},
+    "row_id": torch.tensor([4, 9]),
+    "target_leaf": torch.tensor([1, 2]),
+}
+
+
+def draw(sampler, num, progress=None, step=0):
+    batch = BATCH if progress is None else BATCH | {"progress": progress}
+    return sampler.sample(batch, POLICY, num, StatelessNoise(42).at(step, BATCH["row_id"]))
+
+
+def feedback_of(values):
+    return {"log_rewards": values, "residual": values, "log_pi": -values}
+
+
+# ----------------------------------------------------------------------------------------------------------- schedules
+def test_schedule_is_piecewise_linear():
+    schedule = Schedule([(0.2, (0, 4)), (0.6, (2, 4)), (0.6, (10, 0)), (1.0, (10, 1))], "x")
+    table = {0.0: (0, 4), 0.2: (0, 4), 0.3: (0.5, 4), 0.5: (1.5, 4), 0.6: (10, 0), 0.8: (10, 0.5), 1.0: (10, 1)}
+    for progress, expected in table.items():
+        assert schedule.at({"progress": progress}).tolist() == pytest.approx(expected), progress
+
+
+def test_scheduled_shares():
+    sampler = ScheduledMixtureSampler(
+        [(0.0, {"ground_truth": 1, "uniform": 7}), (1.0, {"ground_truth": 1, "other": 7})], {"other": UniformSampler()}
+    )
+    assert sampler.source_names == ("ground_truth", "uniform", "other")
+    counts = {}
+    for progress in (0.0, 0.25, 0.5, 0.75, 0.999):
+        drawn = draw(sampler, 8, progress)
+        counts[progress] = torch.bincount(drawn.source[0], minlength=3).tolist()
+        shares = [1 / 8, (1 - progress) * 7 / 8, progress * 7 / 8]
+        weights = [sampler.metrics()[f"weight/{name}"] for name in sampler.source_names]
+        assert weights == pytest.approx(shares)
+        assert all(abs(n - 8 * share) < 1 for n, share in zip(counts[progress], shares, strict=True))
+    assert counts[0.0] == [1, 7, 0] and counts[0.999] == [1, 0, 7]
+    assert torch.equal(draw(sampler, 8, 0.25).leaves, draw(sampler, 8, 0.25).leaves)
+    assert sampler.state_dict() == {}
+
+
+# ------------------------------------------------------------------------------------------------------------ adaptive
+def adaptive(floor=0.1, decay=0.5, weights=(1, 1, 1)):
+    names = zip("abc", weights, strict=True)
+    return AdaptiveMixtureSampler({name: (UniformSampler(), weight) for name, weight in names}, floor, decay)
+
+
+def tell(sampler, source, residual):
+    source = torch.as_tensor(source)
+    residual = torch.as_tensor(residual, dtype=torch.float32).expand(source.shape)
+    sampler.observe(BATCH, TrajectoryBatch(torch.zeros_like(source), source), feedback_of(residual))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.lists(st.lists(st.floats(0, 1e6, width=32), min_size=6, max_size=6), min_size=1, max_size=6),
+    st.floats(0, 0.33),
+    st.floats(0, 0.99),
+    st.lists(st.sampled_from([0.5, 1.0, 3.0]), min_size=3, max_size=3),
+)
+def test_shares_are_the_formula_s(steps, floor, decay, weights):
+    """Against the running means and shares computed number by number; never below the floor."""
+    sampler, means = adaptive(floor, decay, weights), None
+    for residual in steps:
+        tell(sampler, [[0, 0, 1, 2, 2, 2]], [residual])
+        new = [sum(residual[:2]) / 2, residual[2], sum(residual[3:]) / 3]
+        means = new if means is None else [decay * m + (1 - decay) * n for m, n in zip(means, new, strict=True)]
+        parts = [w * m for w, m in zip(weights, means, strict=True)] if any(means) else weights
+        expected = [floor + (1 - 3 * floor) * part / sum(parts) for part in parts]
+        assert sampler.weights == pytest.approx(expected, rel=1e-5, abs=1e-7)
+        assert min(sampler.weights) >= floor - 1e-12 and sum(sampler.weights) == pytest.approx(1)
+    metrics = sampler.metrics()
+    assert [metrics[f"residual/{name}"] for name in "abc"] == pytest.approx(means, rel=1e-5)
+    assert [metrics[f"weight/{name}"] for name in "abc"] == pytest.approx(sampler.weights)
+
+
+def test_shares_move_to_the_source_with_the_larger_residual():
+    sampler = adaptive()
+    assert sampler.weights == pytest.approx([1 / 3] * 3) and sampler.allocate(6) == [2, 2, 2]
+    shares = []
+    for _ in range(12):
+        tell(sampler, [[0, 1, 2]] * 2, [[1.0, 8.0, 1.0]] * 2)
+        shares.append(list(sampler.weights))
+        tell(sampler, [[0, 1, 2]] * 2, [[1.0, 1.0, 1.0]] * 2) if len(shares) == 1 else None
+    assert shares[0][1] > 1 / 3
+    rising = [share[1] for share in shares[1:]]
+    assert all(a < b for a, b in zip(rising, rising[1:], strict=False))
+    assert rising[-1] == pytest.approx(0.1 + 0.7 * 0.8, abs=1e-2)
+    assert sampler.allocate(10)[0] >= 1  # floor * K = 1
+    drawn = draw(sampler, 10)
+    assert torch.bincount(drawn.source[0], minlength=3).tolist() == sampler.allocate(10) == [2, 6, 2]
+
+
+def test_a_source_without_trajectories_is_taken_to_be_average():
+    sampler = adaptive(floor=0.0, decay=0.5)
+    tell(sampler, [[0, 1, 2]], [[3.0, 3.0, 0.0]])
+    assert sampler.weights == pytest.approx([0.5, 0.5, 0.0])
+    tell(sampler, [[0, 1, 1]], [[3.0, 3.0, 3.0]])
+    assert sampler.residuals.tolist() == [3.0, 3.0, 1.5]
+
+
+def test_what_is_not_finite_or_not_there_changes_nothing():
+    sampler = adaptive()
+    tell(sampler, [[0, 1, 2]], [[1.0, 2.0, 4.0]])
+    before = list(sampler.weights)
+    tell(sampler, [[0, 1, 2]], [[math.inf, math.inf, math.nan]])
+    assert sampler.weights == before
+    tell(sampler, [[3, -1, 7]], [[5.0, 5.0, 5.0]])  # other samplers' trajectories in an outer mixture
+    assert sampler.weights == before
+
+
+def test_processes_measure_together(monkeypatch):
+    """Sums and counts are added up before the mean is taken: here a second process saw 3 trajectories of 10."""
+    other = torch.tensor([[30.0, 3.0], [0.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    monkeypatch.setattr(mixture, "over_processes", lambda values: values + other)
+    sampler = adaptive()
+    tell(sampler, [[0, 1, 2]], [[2.0, 5.0, 6.0]])
+    assert sampler.residuals.tolist() == [8.0, 5.0, 6.0]
+
+
+def test_nested_sources_are_measured_as_one():
+    inner = MixtureSampler({"x": (UniformSampler(), 1), "y": (UniformSampler(), 1)})
+    sampler = AdaptiveMixtureSampler({"inner": (inner, 1), "z": (UniformSampler(), 1)}, decay=0.0)
+    tell(sampler, [[0, 1, 2]], [[1.0, 3.0, 8.0]])
+    assert sampler.residuals.tolist() == [2.0, 8.0]
+
+
+def test_resume():
+    def run(sampler, steps):
+        drawn = []
+        for step in steps:
+            group = draw(sampler, 9, step=step)
+            sampler.observe(BATCH, group, feedback_of((group.leaves * (group.source + 1)).float() / 10))
+            drawn.append(group.leaves)
+        return drawn
+
+    def fresh():
+        replay = ReplaySampler(4, fallback=UniformSampler())
+        return AdaptiveMixtureSampler({"a": (UniformSampler(), 1), "replay": (replay, 1), "c": (UniformSampler(), 1)})
+
+    whole, first, second = fresh(), fresh(), fresh()
+    expected = run(whole, range(8))
+    run(first, range(4))
+    second.load_state_dict(first.state_dict())
+    assert second.weights == first.weights
+    for a, b in zip(expected[4:], run(second, range(4, 8)), strict=True):
+        assert torch.equal(a, b)
+    assert second.weights == whole.weights and second.metrics() == whole.metrics()
+    unmeasured = fresh()
+    unmeasured.load_state_dict(fresh().state_dict())
+    assert unmeasured.weights == fresh().weights
+
+
+# ------------------------------------------------------------------------------------------------- handed to the parts
+class Listener(Sampler):
+    def __init__(self, names=("listener",), whole=False):
+        self.source_names, self.observes_group, self.heard = names, whole, []
+
+    def sample(self, batch, policy, num_generations, noise):
+        source = torch.arange(num_generations).remainder(len(self.source_names)).expand(2, -1)
+        return TrajectoryBatch(torch.zeros_like(source), source, torch.zeros(source.shape))
+
+    def observe(self, batch, trajectories, feedback):
+        self.heard.append((trajectories, feedback))
+
+    def state_dict(self):
+        return {"x": torch.tensor([float(len(self.heard))])}
+
+    def load_state_dict(self, state):
+        self.loaded = state
+
+    def metrics(self):
+        return {"calls": float(len(self.heard))}
+
+
+def test_a_mixture_tells_each_source_of_its_own_trajectories():
+    one, two, group, idle = Listener(), Listener(("p", "q")), Listener(whole=True), Listener()
+    inner = MixtureSampler({"two": (two, 2), "group": (group, 1)})
+    sampler = MixtureSampler({"one": (one, 1), "idle": (idle, 0), "inner": (inner, 3)})
+    drawn = draw(sampler, 8)
+    assert drawn.source.tolist() == [[0, 0, 2, 3, 2, 3, 4, 4]] * 2
+    values = torch.arange(16.0).view(2, 8)
+    sampler.observe(BATCH, drawn, feedback_of(values))
+    assert not idle.heard
+    expected = {"one": (one, slice(0, 2), 0), "two": (two, slice(2, 6), 2), "group": (group, slice(0, 8), 4)}
+    for listener, columns, first in expected.values():
+        ((trajectories, feedback),) = listener.heard
+        assert torch.equal(trajectories.source, drawn.source[:, columns] - first)
+        assert torch.equal(trajectories.leaves, drawn.leaves[:, columns])
+        assert trajectories.log_q.shape == trajectories.leaves.shape
+        assert torch.equal(feedback["residual"], values[:, columns])
+        assert torch.equal(feedback["log_pi"], -values[:, columns])
+    assert sampler.metrics() == {
+        "one/calls": 1.0, "idle/calls": 0.0, "inner/two/calls": 1.0, "inner/group/calls": 1.0,
+    }  # fmt: skip
+    state = sampler.state_dict()
+    assert sorted(state) == ["idle/x", "inner/group/x", "inner/two/x", "one/x"]
+    sampler.load_state_dict(state)
+    assert two.loaded == {"x": state["inner/two/x"]} and idle.loaded == {"x": state["idle/x"]}
+
+
+def test_samplers_without_a_memory_have_no_state():
+    sampler = MixtureSampler({"uniform": 1, "ground_truth": 1})
+    sampler.observe(BATCH, draw(sampler, 4), feedback_of(torch.zeros(2, 4)))
+    assert sampler.state_dict() == {} and sampler.metrics() == {}
+    sampler.load_state_dict({})
+
+
+# ------------------------------------------------------------------------------------------------------------- by name
+EVERY = {
+    "ground_truth": {}, "on_policy": {"temperature": 2.0}, "collaborative": {"temperature": 0.5}, "uniform": {},
+    "reward": {"temperature": 2.0}, "interaction_log": {"column": "clicks"}, "unobserved": {},
+    "curriculum": {"pool_size": 9, "pool": "teacher", "schedule": [[0, 0.2], [0.8, 1.0]]}, "beam": {},
+    "stochastic_beam": {"temperature": 1.5}, "low_confidence": {"pool_size": 7},
+    "replay": {"capacity": 8, "recent_share": 0.25, "temperature": 2.0, "fallback": {"uniform": 1}},
+    "scheduled_mixture": {
+        "schedule": [[0, {"collaborative": 1}], [1, {"hot": 1, "collaborative": 1}]],
+        "sources": {"hot": {"type": "on_policy", "temperature": 3.0}},
+    },
+    "adaptive_mixture": {"sources": {"curriculum": 2, "hot": [{"type": "on_policy"}, 1]}, "floor": 0.2, "decay": 0.5},
+}  # fmt: skip
+
+
+def test_every_sampler_by_name_and_options():
+    assert EVERY.keys() == SAMPLERS.keys()
+    whole = build_sampler(
+        {name: [{"type": name, **options}, 1] for name, options in EVERY.items()}, teacher=lambda histories: None
+    )
+    for name, options in EVERY.items():
+        assert type(whole.samplers[name]) is SAMPLERS[name]
+        for option in options.keys() & {"temperature", "capacity", "recent_share", "column", "floor", "decay"}:
+            owner = whole.samplers[name].distribution if name == "collaborative" else whole.samplers[name]
+            assert getattr(owner, option) == options[option]
+    assert whole.samplers["curriculum"].pool.size == 9 and whole.samplers["low_confidence"].pool.size == 7
+    assert whole.samplers["scheduled_mixture"].samplers["hot"].temperature == 3.0
+    assert list(whole.samplers["adaptive_mixture"].samplers) == ["curriculum", "hot"]
+    assert isinstance(whole.samplers["replay"].fallback, MixtureSampler)
+
+
+def test_options_of_the_trainer_reach_what_they_are_for():
+    spec = {name: 1 for name in ("on_policy", "stochastic_beam", "replay", "collaborative")}
+    spec["own"] = [{"type": "on_policy", "epsilon": 0}, 1]
+    parts = build_sampler(spec, lambda histories: None, 2.0, 0.25, 3.0).samplers
+    assert (parts["on_policy"].temperature, parts["on_policy"].epsilon) == (2.0, 0.25)
+    assert (parts["own"].temperature, parts["own"].epsilon) == (2.0, 0)
+    assert parts["stochastic_beam"].temperature == 2.0
+    assert isinstance(parts["replay"].fallback, OnPolicySampler) and parts["replay"].fallback.temperature == 2.0
+    assert parts["collaborative"].distribution.temperature == 3.0
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("on_policy", False),
+        ({"ground_truth": 1, "replay": 1}, False),
+        ("curriculum", True),
+        ({"ground_truth": 1, "far": [{"type": "low_confidence"}, 1]}, True),
+        ({"type": "replay", "fallback": "collaborative"}, True),
+        ({"type": "scheduled_mixture", "schedule": [[0, {"uniform": 1}], [1, {"collaborative": 1}]]}, True),
+    ],
+)
+def test_uses_teacher(spec, expected):
+    assert uses_teacher(spec) is expected
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: build_sampler("beams"), r"Unknown sampler 'beams'; known are \['adaptive_mixture', 'beam', "),
+        (lambda: build_sampler(["beam"]), r"Unknown sampler \['beam'\]"),
+        (lambda: build_sampler({"type": "beam", "width": 3}), "'beam' has no option 'width'; it has none"),
+        (lambda: build_sampler({"type": "on_policy", "heat": 3}), "no option 'heat'; it has temperature, epsilon"),
+        (lambda: build_sampler({"type": "curriculum", "teacher": 3}), "'curriculum' has no option 'teacher'"),
+        (lambda: build_sampler({"type": "adaptive_mixture"}), "'adaptive_mixture' needs the option 'sources'"),
+        (lambda: build_sampler({"type": "adaptive_mixture", "sources": "beam"}), "sources of a mixture must be names"),
+        (lambda: build_sampler({"type": "scheduled_mixture"}), "'scheduled_mixture' needs the option 'schedule'"),
+        (lambda: build_sampler({"type": "scheduled_mixture", "schedule": [[0, "beam"]]}), "list of pairs .progress"),
+        (lambda: build_sampler("low_confidence"), r"'low_confidence' needs a teacher: give one, or a LowConfidenceS"),
+        (
+            lambda: build_sampler({"x": [{"type": "beam"}]}),
+            r"'x' of a mixture must be a weight or a pair \[spec, weight\]",
+        ),
+        (lambda: build_sampler({"x": {"type": "beam"}}), r"weight of the source 'x' must be a number, got \{'type'"),
+        (lambda: build_sampler({"beam": "1"}), "weight of the source 'beam' must be a number, got '1'"),
+        (lambda: build_sampler({}), "weights of a mixture must be >= 0, finite and not all zero"),
+        (lambda: ScheduledMixtureSampler([(0, {"beam": 0})]), "weights of a mixture must be"),
+        (lambda: ScheduledMixtureSampler([(0.5, {"beam": 1}), (0.1, {"beam": 2})]), "must ascend within 0 to 1"),
+        (lambda: ScheduledMixtureSampler([(0, {"beam": 1})], {"x": UniformSampler()}), "never names the source 'x'"),
+        (lambda: draw(ScheduledMixtureSampler([(0, {"uniform": 1})]), 2), r"follows batch\['progress'\]"),
+        (lambda: adaptive(weights=(1, 0, 1)), "weights of AdaptiveMixtureSampler must be > 0"),
+        (lambda: adaptive(floor=0.4), r"floor of AdaptiveMixtureSampler with 3 sources must be in \[0, 0.333333\)"),
+        (lambda: adaptive(floor=-1), r"floor of AdaptiveMixtureSampler must be in \[0, 1\], got -1"),
+        (lambda: adaptive(decay=1), "would never learn"),
+        (lambda: adaptive().observe(BATCH, draw(adaptive(), 3), {}), "needs the residual in the feedback"),
+        (lambda: adaptive().load_state_dict({}), r"AdaptiveMixtureSampler has the entries \[\], but \['residuals'\]"),
+        (lambda: adaptive().load_state_dict({"residuals": torch.ones(2)}), "has 2 sources, this one has 3"),
+        (lambda: MixtureSampler({"uniform": 1}).load_state_dict({"y/x": torch.ones(1)}), "entries .'y/x'., but"),
+        (
+            lambda: MixtureSampler({"uniform": 1}).load_state_dict({"uniform/x": torch.ones(1)}),
+            "of UniformSampler has",
+        ),
+    ],
+)
+def test_mistakes_are_explained(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,167 @@
+"""Samplers that know what was observed draw exactly from what is left, and depend on nothing but the row."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from gflowtrl.policy import StatelessNoise
+from gflowtrl.samplers import InteractionLogSampler, UnobservedSampler, validate_trajectories
+from gflowtrl.samplers.observed import distinct_ranks, distinct_sorted, leaf_rows, skip_forbidden
+from tests.rewards.world import make_batch, make_catalog
+from tests.tiny import catalog_of, random_paths
+
+
+SESSIONS = [["pear", "date", "pear", "lime"], ["quince", "date", "nut", "plum", "kiwi", "fig"], ["pear"], []]
+
+
+def draw(sampler, num, rows=(0, 1, 2, 3), step=0, **columns):
+    catalog = make_catalog()
+    batch = make_batch(rows) | {"session_items": [SESSIONS[i] for i in rows]} | columns
+    drawn = sampler.sample(batch, SimpleNamespace(catalog=catalog), num, StatelessNoise(42).at(step, batch["row_id"]))
+    validate_trajectories(drawn, len(rows), num, 8)
+    return drawn
+
+
+def leaves_of(items):
+    return set(make_catalog().leaf_of(items).tolist())
+
+
+# ----------------------------------------------------------------------------------------------------- sets of leaves
+@st.composite
+def catalogues(draw):
+    """A catalogue and histories with a target of its items, at least one item being left."""
+    catalog = catalog_of(random_paths(draw(st.integers(2, 60)), depth=2, codes=8, seed=draw(st.integers(0, 9))))
+    items = st.sampled_from(catalog.items)
+    row = st.lists(items, min_size=1, max_size=len(catalog) - 1).filter(lambda r: len(set(r)) < len(catalog))
+    return catalog, draw(st.lists(row, min_size=1, max_size=4))
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(catalogues())
+def test_ranks_enumerate_exactly_the_allowed_leaves(world):
+    catalog, rows = world
+    forbidden = distinct_sorted(leaf_rows(catalog, rows))
+    for number, row in enumerate(rows):
+        observed = set(catalog.leaf_of(row).tolist())
+        assert [leaf for leaf in forbidden[number].tolist() if leaf >= 0] == sorted(observed)
+        ranks = torch.arange(len(catalog) - len(observed)).expand(len(rows), -1)
+        expected = [leaf for leaf in range(len(catalog)) if leaf not in observed]
+        assert skip_forbidden(ranks, forbidden)[number].tolist() == expected
+
+
+def test_nothing_forbidden():
+    ranks = torch.tensor([[0, 5]])
+    for forbidden in (torch.full((1, 3), -1), torch.zeros(1, 0, dtype=torch.long)):
+        assert skip_forbidden(ranks, forbidden).tolist() == [[0, 5]]
+
+
+def test_subsets_are_uniform():
+    """Every pair of five numbers comes as often as any other; where fewer are wanted than there are, all come."""
+    uniforms = StatelessNoise(1).at(0, torch.arange(5000)).uniform("subset", 2)
+    chosen = distinct_ranks(torch.full((5000,), 5), uniforms).sort(1).values
+    pairs, counts = chosen.unique(dim=0, return_counts=True)
+    assert len(pairs) == 10 and (pairs[:, 0] < pairs[:, 1]).all()
+    assert stats.chisquare(counts).pvalue > 1e-3
+    few = distinct_ranks(torch.tensor([3, 1, 7]), uniforms[:3].repeat(1, 2))
+    assert sorted(few[0].tolist()) == [-1, 0, 1, 2] and few[1].tolist() == [0, -1, -1, -1]
+    assert len(set(few[2].tolist())) == 4 and few[2].min() >= 0 and few[2].max() < 7
+
+
+# --------------------------------------------------------------------------------------------------------- unobserved
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(catalogues())
+def test_unobserved_follows_its_distribution(world):
+    catalog, rows = world
+    batch = {
+        "prompts": {"input_ids": torch.zeros(len(rows), 1, dtype=torch.long)},
+        "history": [row[:-1] for row in rows],
+        "target": [row[-1] for row in rows],
+    }
+    noise = StatelessNoise(7).at(0, torch.arange(len(rows)))
+    drawn = UnobservedSampler().sample(batch, SimpleNamespace(catalog=catalog), 3000, noise)
+    for number, row in enumerate(rows):
+        allowed = sorted(set(range(len(catalog))) - set(catalog.leaf_of(row).tolist()))
+        counts = torch.bincount(drawn.leaves[number], minlength=len(catalog))
+        assert counts.sum() == counts[allowed].sum()
+        assert len(allowed) == 1 or stats.chisquare(counts[allowed]).pvalue > 1e-4
+        torch.testing.assert_close(drawn.log_q[number], torch.full((3000,), -math.log(len(allowed))))
+
+
+def test_unobserved_knows_leaves_not_items():
+    """The quince of the last history shares its leaf with the apple: neither is drawn."""
+    drawn = draw(UnobservedSampler(), 500)
+    assert set(drawn.leaves[3].tolist()) == set(range(8)) - leaves_of(["kiwi", "apple"])
+    assert set(drawn.leaves[0].tolist()) == set(range(8)) - leaves_of(["fig", "apple"])
+
+
+def test_unobserved_without_targets():
+    batch = make_batch()
+    del batch["target"]
+    noise = StatelessNoise(42).at(0, batch["row_id"])
+    drawn = UnobservedSampler().sample(batch, SimpleNamespace(catalog=make_catalog()), 500, noise)
+    assert set(drawn.leaves[0].tolist()) == set(range(8)) - leaves_of(["fig"])
+
+
+# ---------------------------------------------------------------------------------------------------- interaction log
+@pytest.mark.parametrize("num", [1, 2, 3, 7, 12])
+def test_interaction_log_takes_everything_before_it_repeats(num):
+    drawn = draw(InteractionLogSampler(), num)
+    targets = make_batch()["target"]
+    for row, session in enumerate(SESSIONS):
+        log = leaves_of(session) - leaves_of(targets[row : row + 1]) or leaves_of(targets[row : row + 1])
+        counts = torch.bincount(drawn.leaves[row], minlength=8)
+        assert set(drawn.leaves[row].tolist()) <= log
+        assert counts[list(log)].max() <= math.ceil(num / len(log)) and counts[list(log)].min() >= num // len(log)
+        torch.testing.assert_close(drawn.log_q[row], torch.full((num,), -math.log(len(log))))
+
+
+def test_interaction_log_orders_are_uniform():
+    """Over 600 rows with the second log each of its five leaves comes first, and second, equally often."""
+    batch = {"prompts": make_batch((1,))["prompts"], "target": ["date"] * 600, "session_items": [SESSIONS[1]] * 600}
+    noise = StatelessNoise(42).at(0, torch.arange(600))
+    drawn = InteractionLogSampler().sample(batch, SimpleNamespace(catalog=make_catalog()), 2, noise)
+    for leaves in drawn.leaves.unbind(1):
+        counts = leaves.unique(return_counts=True)[1]
+        assert len(counts) == 5 and stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_interaction_log_reads_another_column():
+    drawn = draw(InteractionLogSampler("clicks"), 2, (0,), clicks=[["kiwi"]])
+    assert set(drawn.leaves.flatten().tolist()) == leaves_of(["kiwi"])
+
+
+@pytest.mark.parametrize("sampler", [InteractionLogSampler(), UnobservedSampler()])
+@pytest.mark.parametrize("rows", [(2,), (3, 1), (1, 0, 3, 2)])
+def test_a_row_draws_the_same_in_any_batch(sampler, rows):
+    whole, part = draw(sampler, 6), draw(sampler, 6, rows)
+    assert torch.equal(part.leaves, whole.leaves[list(rows)]) and torch.equal(part.log_q, whole.log_q[list(rows)])
+    other = [draw(sampler, 6, step=step).leaves for step in (0, 1)]
+    assert not torch.equal(*other)
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+def test_mistakes_are_explained():
+    policy = SimpleNamespace(catalog=make_catalog())
+    batch = make_batch()
+    batch.pop("session_items")
+    noise = StatelessNoise(42).at(0, batch["row_id"])
+    with pytest.raises(ValueError, match="needs the dataset column 'session_items', a list of items for each row"):
+        InteractionLogSampler().sample(batch, policy, 1, noise)
+    with pytest.raises(TypeError, match="column of InteractionLogSampler is the name of a dataset column, got 3"):
+        InteractionLogSampler(3)
+    without = {name: values for name, values in batch.items() if name != "target"}
+    with pytest.raises(ValueError, match="Row 3 has an empty list in the column 'session_items'"):
+        InteractionLogSampler().sample(without | {"session_items": SESSIONS}, policy, 1, noise)
+    with pytest.raises(ValueError, match="UnobservedSampler needs the dataset column 'history'"):
+        UnobservedSampler().sample({"prompts": batch["prompts"]}, policy, 1, noise)
+    with pytest.raises(ValueError, match="History and target of row 1 hold all 8 leaves of the catalogue"):
+        UnobservedSampler().sample(
+            batch | {"history": [["fig"], policy.catalog.items, ["fig"], ["fig"]]}, policy, 1, noise
+        )
+    with pytest.raises(ValueError, match="Item 'melon' is not in the catalogue"):
+        UnobservedSampler().sample(batch | {"history": [["melon"]] * 4}, policy, 1, noise)
