@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .materials import prepare
 from .recipe import Recipe, describe, load_recipe
+from .signals import check_signals
 
 
 USAGE = """\
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None, default_recipe: str | Path = "r
             config, rest = _take_config(arguments, default_recipe)
             recipe = load_recipe(config, rest)
             materials = prepare(recipe)
+            check_signals(materials)
         except (ValueError, TypeError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -13,6 +13,10 @@ from typing import Any
 import yaml
 
 
+#: Fields that say what a section is about.
+KINDS = ("type", "model_type", "model_name_or_path")
+
+
 class RecipeLoader(yaml.SafeLoader):
     """Safe YAML that reads 1e-3 as a number, as everyone but YAML 1.1 does, and refuses a key that stands twice."""
 
@@ -44,11 +48,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes`: fields of sections one by one, everything else (lists too) as a whole."""
+    """`base` with `changes`: fields of sections one by one, everything else (lists too) as a whole.
+
+    A section that names another kind than the base (another teacher, another model) replaces it as a whole: the fields
+    of the one are not those of the other.
+    """
     result = dict(base)
     for name, value in changes.items():
         both = isinstance(value, Mapping) and isinstance(base.get(name), Mapping)
-        result[name] = merged(base[name], value) if both else value
+        same = both and all(value[kind] == base[name].get(kind) for kind in KINDS if kind in value)
+        result[name] = merged(base[name], value) if same else value
     return result
 
 

@@ -10,10 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
 
 from gflowtrl.metrics import RankingReport, summarise, summarise_items
-from gflowtrl.policy import CausalTreePolicy
+from gflowtrl.policy import load_backbone, make_policy
 from gflowtrl.teachers import TeacherModule, top_items
 from gflowtrl.trainer import rank_rows
 
@@ -28,8 +27,8 @@ def measure_policy(workshop: Workshop, materials: Materials, trained: Stage) -> 
     """Constrained beam search over the test split by the model of a training stage."""
 
     def work(folder: Path) -> Record:
-        model = AutoModelForCausalLM.from_pretrained(trained.folder / "model").to(workshop.state.device).eval()
-        policy, measure = CausalTreePolicy(model, materials.catalog), materials.recipe.evaluation
+        model = load_backbone(trained.folder / "model").to(workshop.state.device).eval()
+        policy, measure = make_policy(model, materials.catalog), materials.recipe.evaluation
         rows, encoder = materials.splits.test, materials.encoder
         progress = not workshop.quiet
         leaves = rank_rows(policy, encoder, rows, measure.num_beams, measure.batch_size, progress)

@@ -8,13 +8,14 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from gflowtrl.samplers import uses_teacher
 from gflowtrl.teachers import fingerprint
 
 from . import report
 from .evaluation import measure_policy, measure_teacher
 from .materials import Materials, prepare
 from .recipe import Recipe
-from .signals import fit_teacher, teacher_key
+from .signals import check_signals, fit_teacher, teacher_key
 from .stage import Stage, Workshop
 from .training import train_control, train_gflownet, train_sft
 
@@ -36,6 +37,7 @@ def run(
         The content of `results.json`, which lies in `output_dir` and, for good, in the run's own folder there.
     """
     materials = materials or prepare(recipe)
+    check_signals(materials)
     workshop = Workshop(recipe.output_dir, quiet)
     workshop.say(materials.data.summary())
     wanted = recipe.stages
@@ -71,4 +73,4 @@ def run(
 def needs_teacher(recipe: Recipe) -> bool:
     """Whether a reward or the sampler uses the recipe's own teacher."""
     rewards = any(reward.get("type") == "collaborative" and "teacher" not in reward for reward in recipe.rewards)
-    return rewards or "collaborative" in str(recipe.sampler)
+    return rewards or (recipe.sampler is not None and uses_teacher(recipe.sampler))

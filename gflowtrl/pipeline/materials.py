@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,9 +20,10 @@ from gflowtrl.data import (
     leave_one_out,
     read_interactions,
 )
+from gflowtrl.policy import load_backbone
 from gflowtrl.teachers import fingerprint
 
-from .recipe import Recipe
+from .recipe import Recipe, local_folder
 
 
 @dataclass
@@ -93,31 +93,28 @@ def build_model(materials: Materials) -> PreTrainedModel:
 
     A model from scratch follows the global random state: set the seed before.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     options = dict(materials.recipe.model)
     tokenizer = materials.tokenizer
     if name := options.pop("model_name_or_path", None):
-        model = AutoModelForCausalLM.from_pretrained(_local(materials.recipe, name), **options)
+        model = load_backbone(local_folder(materials.recipe.folder, name), **options)
         add_item_tokens(tokenizer, materials.data.semantic_ids, model)
         return model
     special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
     config = AutoConfig.for_model(options.pop("model_type", "llama"), vocab_size=len(tokenizer), **special, **options)
-    return AutoModelForCausalLM.from_config(config)
+    if not config.is_encoder_decoder:
+        return AutoModelForCausalLM.from_config(config)
+    if getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = tokenizer.pad_token_id  # as the published T5 checkpoints have it
+    return AutoModelForSeq2SeqLM.from_config(config)
 
 
 def _tokenizer(recipe: Recipe, data: InteractionData) -> PreTrainedTokenizerBase:
     name = recipe.model.get("model_name_or_path")
     if name is None:
         return build_tokenizer(data.semantic_ids)
-    tokenizer = AutoTokenizer.from_pretrained(
-        _local(recipe, name), **{key: recipe.model[key] for key in ("gguf_file", "revision") if key in recipe.model}
-    )
+    where = {key: recipe.model[key] for key in ("gguf_file", "revision") if key in recipe.model}
+    tokenizer = AutoTokenizer.from_pretrained(local_folder(recipe.folder, name), **where)
     add_item_tokens(tokenizer, data.semantic_ids)
     return tokenizer
-
-
-def _local(recipe: Recipe, name: str) -> str:
-    """A folder named in the recipe, looked up from here and from the recipe's folder; else a name on the Hub."""
-    beside = Path(recipe.folder, name)
-    return str(beside) if not Path(name).is_dir() and beside.is_dir() else name

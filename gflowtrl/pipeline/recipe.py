@@ -5,13 +5,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gflowtrl.data import SyntheticShop
-from gflowtrl.rewards import CollaborativeReward
+from gflowtrl.rewards import (
+    CollaborativeReward,
+    GroundTruthReward,
+    InteractionReward,
+    LikelihoodReward,
+    TitleLikelihoodReward,
+    TokenSimilarityReward,
+)
+from gflowtrl.rewards.title_likelihood import check_title_options
 from gflowtrl.samplers import build_sampler
 from gflowtrl.teachers import EASE, MixtureTeacher, Popularity, SASRec
 
@@ -23,7 +32,16 @@ STAGES = ("teacher", "sft", "control", "gflownet")
 #: Fields that decide how many steps a stage takes, and on what: the control copies them from `gflownet`.
 SCHEDULE = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
 TEACHERS = {"sasrec": SASRec, "ease": EASE, "popularity": Popularity, "mixture": MixtureTeacher}
-REWARDS = ("ground_truth", "collaborative", "likelihood")
+REWARDS = {
+    "ground_truth": GroundTruthReward,
+    "interaction": InteractionReward,
+    "token_similarity": TokenSimilarityReward,
+    "collaborative": CollaborativeReward,
+    "likelihood": LikelihoodReward,
+    "title_likelihood": TitleLikelihoodReward,
+}
+#: Options of a reward whose values are names: the first is the default.
+REWARD_CHOICES = {"popularity": ("interactions", "impressions"), "of": ("sft", "policy")}
 
 
 def setting(default: Any, help: str) -> Any:
@@ -65,9 +83,11 @@ class Recipe:
     seed: int = setting(42, "of initialisation, order and trajectories")
     stages: list[str] = setting(list(STAGES), f"which of {', '.join(STAGES)} to run")
     data: DataSection = setting({}, "what is read")
-    model: dict = setting({}, "model_name_or_path of a causal model, or model_type and fields of its configuration")
+    model: dict = setting(
+        {}, "model_name_or_path of a causal or encoder-decoder model, or model_type and fields of its configuration"
+    )
     teacher: dict = setting({"type": "sasrec"}, f"type ({', '.join(TEACHERS)}) and its options")
-    sft: dict = setting({}, "fields of trl.SFTConfig")
+    sft: dict = setting({}, "fields of trl.SFTConfig, or of Seq2SeqTrainingArguments for an encoder-decoder")
     control: dict = setting({}, f"fields of GFlowNetConfig; {', '.join(SCHEDULE)} are those of gflownet")
     gflownet: dict = setting({}, "fields of gflowtrl.GFlowNetConfig; an option without a section goes here")
     rewards: list[dict] = setting(
@@ -113,12 +133,23 @@ class Recipe:
         """The control's section, with the schedule of `gflownet` and the loss that makes it SFT continued."""
         return {**self.control, **{n: self.gflownet[n] for n in SCHEDULE if n in self.gflownet}, "loss_type": ["sft"]}
 
+    @cached_property
+    def encoder_decoder(self) -> bool:
+        """Whether the model is one (T5, say), and not a causal language model."""
+        from transformers import AutoConfig
+        from transformers.models.auto import CONFIG_MAPPING
+
+        if name := self.model.get("model_name_or_path"):
+            return AutoConfig.from_pretrained(local_folder(self.folder, name)).is_encoder_decoder
+        return CONFIG_MAPPING[self.model.get("model_type", "llama")]().is_encoder_decoder
+
     @property
     def reward_weights(self) -> list[float]:
         return [float(reward.get("weight", 1.0)) for reward in self.rewards]
 
     def training_arguments(self, stage: str, output_dir: str | Path) -> Any:
-        """The `SFTConfig` (for "sft") or `GFlowNetConfig` of a stage: the recipe's fields over the pipeline's own.
+        """The `SFTConfig` (`Seq2SeqTrainingArguments` for encoder-decoders) or `GFlowNetConfig` of a stage: the
+        recipe's fields over the pipeline's own.
 
         A stage is measured and saved once an epoch, and ends with its checkpoint of the highest validation NDCG.
         """
@@ -137,11 +168,15 @@ class Recipe:
             "train_sampling_strategy": "group_by_length",
         }
         if stage == "sft":
+            from transformers import Seq2SeqTrainingArguments
             from trl import SFTConfig
 
             kind, section = SFTConfig, self.sft
-            values |= {"bf16": False, "gradient_checkpointing": None, "max_length": None}
             values |= {"dataloader_pin_memory": torch.cuda.is_available()}
+            if self.encoder_decoder:
+                kind = Seq2SeqTrainingArguments
+            else:
+                values |= {"bf16": False, "gradient_checkpointing": None, "max_length": None}
         else:
             kind, section = GFlowNetConfig, self.control_fields if stage == "control" else self.gflownet
             values |= {
@@ -185,6 +220,12 @@ class Recipe:
 SECTIONS = {"data": DataSection, "evaluation": EvaluationSection}
 
 
+def local_folder(recipe_folder: str, name: str) -> str:
+    """A model's folder named in the recipe, looked up from here and from the recipe's; else a name on the Hub."""
+    beside = Path(recipe_folder, name)
+    return str(beside) if not Path(name).is_dir() and beside.is_dir() else name
+
+
 def check_teacher(spec: Any, where: str) -> None:
     kind = spec.get("type") if isinstance(spec, Mapping) else None
     if kind not in TEACHERS:
@@ -217,14 +258,39 @@ def check_reward(reward: Any, where: str) -> None:
         return
     if reward["type"] not in REWARDS:
         raise ValueError(f"{where}.type is {reward['type']!r}; choose from {', '.join(REWARDS)}, or give a function.")
-    options = {"type", "weight"}
-    if reward["type"] == "collaborative":
-        options |= {"popularity", *inspect.signature(CollaborativeReward).parameters} - {"item_counts"}
-        if reward.get("popularity", "interactions") not in ("interactions", "impressions"):
-            raise ValueError(f"{where}.popularity is {reward['popularity']!r}; choose interactions or impressions.")
-        if "teacher" in reward:
-            check_teacher(reward["teacher"], f"{where}.teacher")
-    check_names(reward, options, where)
+    check_names(reward, {"type", "weight", *reward_options(reward["type"])}, where)
+    for name, choices in REWARD_CHOICES.items():
+        if name in reward and reward[name] not in choices:
+            raise ValueError(f"{where}.{name} is {reward[name]!r}; choose {' or '.join(choices)}.")
+    if reward["type"] == "title_likelihood" and not isinstance(reward.get("model"), str):
+        raise ValueError(f"{where}.model must name the language model that reads the titles: a folder, say.")
+    if "teacher" in reward:
+        check_teacher(reward["teacher"], f"{where}.teacher")
+    try:
+        _check_reward_values(reward)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where}: {error}") from None
+
+
+def reward_options(kind: str) -> set[str]:
+    """What a recipe may say of a reward: the arguments of its class that the pipeline does not fill in."""
+    if kind == "likelihood":
+        return {"of"}
+    names = {*inspect.signature(REWARDS[kind]).parameters} - {"item_counts", "tokenizer", "titles"}
+    return names | {"popularity"} if kind == "collaborative" else names
+
+
+def _check_reward_values(reward: Mapping[str, Any]) -> None:
+    """Make the reward, without what takes time, for the errors of its class."""
+    named = {"type", "weight", "teacher", "model", *REWARD_CHOICES}
+    kind, options = reward["type"], {name: value for name, value in reward.items() if name not in named}
+    if kind == "title_likelihood":
+        parameters = {n: p.default for n, p in inspect.signature(TitleLikelihoodReward).parameters.items()} | options
+        check_title_options(*(parameters[name] for name in inspect.signature(check_title_options).parameters))
+    elif kind == "collaborative":
+        CollaborativeReward(None, item_counts=(), **options)
+    else:
+        REWARDS[kind](**options)
 
 
 def load_recipe(path: str | Path, arguments: Sequence[str] = ()) -> Recipe:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gflowtrl.rewards import CollaborativeReward, GroundTruthReward, LikelihoodReward
+from gflowtrl.policy import load_backbone
+from gflowtrl.rewards import CollaborativeReward, LikelihoodReward, TitleLikelihoodReward
 from gflowtrl.teachers import EASE, MixtureTeacher, Popularity, SASRec, TeacherModule, fingerprint, load_teacher
 
 from .materials import Materials
-from .recipe import Recipe
+from .recipe import REWARDS, Recipe, local_folder
 from .stage import Workshop
 
 
@@ -65,24 +66,62 @@ def build_rewards(workshop: Workshop, materials: Materials, teacher: TeacherModu
         teacher: of collaborative rewards that name none of their own.
         sft_model: folder of the model whose probabilities a likelihood reward gives.
     """
-    rewards = []
+    check_signals(materials)
+    return [_build_reward(workshop, materials, spec, teacher, sft_model) for spec in materials.recipe.rewards]
+
+
+def _build_reward(
+    workshop: Workshop,
+    materials: Materials,
+    spec: Mapping[str, Any],
+    teacher: TeacherModule | None,
+    sft_model: Path,
+) -> Callable:
+    options = {name: value for name, value in spec.items() if name not in ("type", "weight", "function")}
+    if "function" in spec:
+        function = load_function(spec["function"], materials.recipe.folder)
+        takes_features = "item_features" in inspect.signature(function).parameters
+        return functools.partial(function, item_features=materials.data.item_features) if takes_features else function
+    if spec["type"] == "likelihood":
+        return LikelihoodReward(None if options.get("of") == "policy" else load_backbone(sft_model))
+    if spec["type"] == "title_likelihood":
+        folder = local_folder(materials.recipe.folder, options.pop("model"))
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        return TitleLikelihoodReward(model, tokenizer, _titles(materials), **options)
+    if spec["type"] == "collaborative":
+        own = options.pop("teacher", None)
+        used = teacher if own is None else fit_teacher(workshop, materials, own)
+        counts = _exposure(materials, options.pop("popularity", "interactions"))
+        return CollaborativeReward(used, item_counts=counts, **options)
+    return REWARDS[spec["type"]](**options)
+
+
+def check_signals(materials: Materials) -> None:
+    """What the recipe's rewards need of the data.
+
+    Raises:
+        ValueError: no sessions for `interaction`, no impressions or titles where a reward asks for them.
+    """
     for spec in materials.recipe.rewards:
-        options = {name: value for name, value in spec.items() if name not in ("type", "weight", "function")}
-        if "function" in spec:
-            function = load_function(spec["function"], materials.recipe.folder)
-            if "item_features" in inspect.signature(function).parameters:
-                function = functools.partial(function, item_features=materials.data.item_features)
-            rewards.append(function)
-        elif spec["type"] == "ground_truth":
-            rewards.append(GroundTruthReward())
-        elif spec["type"] == "likelihood":
-            rewards.append(LikelihoodReward(AutoModelForCausalLM.from_pretrained(sft_model)))
-        else:
-            own = options.pop("teacher", None)
-            used = teacher if own is None else fit_teacher(workshop, materials, own)
-            counts = _exposure(materials, options.pop("popularity", "interactions"))
-            rewards.append(CollaborativeReward(used, item_counts=counts, **options))
-    return rewards
+        if spec.get("type") == "interaction" and materials.data.events is None:
+            raise ValueError(
+                f"{materials.data.name} has no sessions (events.jsonl), which the reward interaction reads: use "
+                f"ground_truth, with weight 10 as in GFlowGR."
+            )
+        if spec.get("type") == "title_likelihood":
+            _titles(materials)
+        _exposure(materials, spec.get("popularity", "interactions"))
+
+
+def _titles(materials: Materials) -> dict[Any, str]:
+    titles = {item: materials.data.item_features.get(item, {}).get("title") for item in materials.data.items}
+    lacking = [item for item, title in titles.items() if not title]
+    if lacking:
+        raise ValueError(
+            f"{materials.data.name} has no title of {len(lacking)} of {len(titles)} items (items.jsonl), for example "
+            f"{lacking[0]!r}; the reward title_likelihood needs one for each."
+        )
+    return titles
 
 
 def _exposure(materials: Materials, kind: str) -> Tensor:
@@ -103,6 +142,12 @@ def reward_key(recipe: Recipe, materials: Materials) -> list[dict[str, Any]]:
             key["code"] = fingerprint(_function_file(spec["function"], recipe.folder)[0].read_text(encoding="utf-8"))
         if "teacher" in spec:
             key["teacher"] = teacher_key(recipe, materials, spec["teacher"])
+        if spec.get("type") == "title_likelihood":
+            folder = Path(local_folder(recipe.folder, spec["model"]))
+            key["titles"] = fingerprint(sorted(_titles(materials).items()))
+            key["model_files"] = sorted(
+                [file.name, file.stat().st_size] for file in folder.glob("*") if file.is_file()
+            )
         keys.append(key)
     return keys
 

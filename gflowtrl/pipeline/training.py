@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, ProgressCallback, Trainer, TrainerCallback, set_seed
+from transformers import ProgressCallback, Seq2SeqTrainer, Trainer, TrainerCallback, set_seed
 from trl import SFTTrainer
 
-from gflowtrl.data import sft_dataset
+from gflowtrl.data import TargetCollator, sft_dataset
+from gflowtrl.policy import load_backbone
 from gflowtrl.recommender import write_recommender_files
 from gflowtrl.samplers import build_sampler
 from gflowtrl.teachers import TeacherModule
 from gflowtrl.trainer import GFlowNetTrainer, RankingEvaluationMixin
 from gflowtrl.trainer.base import LengthGroupedEpochSampler
+from gflowtrl.trainer.evaluation import history_lengths
 
 from .materials import Materials, build_model
 from .recipe import Recipe
@@ -48,6 +50,18 @@ class SFTStage(RankingEvaluationMixin, SFTTrainer):
         return LengthGroupedEpochSampler(lengths, batch, args.seed)
 
 
+class Seq2SeqSFTStage(RankingEvaluationMixin, Seq2SeqTrainer):
+    """transformers' Seq2SeqTrainer on one row a target, evaluated by constrained beam search."""
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedEpochSampler:
+        """Order of rows as a function of (seed, epoch), rows of like length together."""
+        args = self.args
+        lengths = history_lengths(self.train_dataset if train_dataset is None else train_dataset)
+        lengths = lengths.clamp(max=self.data_collator.encoder.max_history_items)
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return LengthGroupedEpochSampler(lengths, batch, args.seed)
+
+
 class ShortProgress(ProgressCallback):
     """The Trainer's bars, and below them one short line a log entry instead of all that was logged."""
 
@@ -68,7 +82,10 @@ class ShortProgress(ProgressCallback):
 
 
 def train_sft(workshop: Workshop, materials: Materials, callbacks: Sequence[TrainerCallback] = ()) -> Stage:
-    """Supervised fine-tuning, one row a user: every item is predicted once from all items before it."""
+    """Supervised fine-tuning on the whole vocabulary; every item is predicted once from the items before it.
+
+    Causal models read one row a user (TRL's SFTTrainer), encoder-decoders one row a target (Seq2SeqTrainer).
+    """
     recipe = materials.recipe
     stage = workshop.stage(
         "sft",
@@ -78,19 +95,7 @@ def train_sft(workshop: Workshop, materials: Materials, callbacks: Sequence[Trai
 
     def work(folder: Path) -> dict[str, Any]:
         set_seed(recipe.seed)
-        rows = sft_dataset(
-            materials.splits.train_sequences, materials.catalog, materials.tokenizer, recipe.data.max_history_items
-        )
-        args = recipe.training_arguments("sft", folder / "checkpoints")
-        args.dataset_kwargs = {"skip_prepare_dataset": True}  # rows are tokenised and cut already
-        trainer = SFTStage(
-            build_model(materials),
-            args=args,
-            train_dataset=rows,
-            eval_dataset=materials.splits.validation,
-            processing_class=materials.tokenizer,
-            callbacks=list(callbacks),
-        )
+        trainer = _sft_trainer(materials, folder, callbacks)
         trainer.set_up_ranking(
             materials.catalog,
             materials.encoder,
@@ -102,6 +107,24 @@ def train_sft(workshop: Workshop, materials: Materials, callbacks: Sequence[Trai
 
     stage.run(f"supervised fine-tuning on {materials.kind}", work)
     return stage
+
+
+def _sft_trainer(materials: Materials, folder: Path, callbacks: Sequence[TrainerCallback]) -> Trainer:
+    recipe, model = materials.recipe, build_model(materials)
+    options = {
+        "args": recipe.training_arguments("sft", folder / "checkpoints"),
+        "eval_dataset": materials.splits.validation,
+        "processing_class": materials.tokenizer,
+        "callbacks": list(callbacks),
+    }
+    if recipe.encoder_decoder:
+        collator = TargetCollator(materials.encoder)
+        return Seq2SeqSFTStage(model, train_dataset=materials.splits.train, data_collator=collator, **options)
+    options["args"].dataset_kwargs = {"skip_prepare_dataset": True}  # rows are tokenised and cut already
+    rows = sft_dataset(
+        materials.splits.train_sequences, materials.catalog, materials.tokenizer, recipe.data.max_history_items
+    )
+    return SFTStage(model, train_dataset=rows, **options)
 
 
 def train_control(
@@ -191,7 +214,7 @@ def _readable(file: Path) -> bool:
 def _flow_trainer(workshop, materials: Materials, name: str, sft: Stage, folder: Path, callbacks, **options):
     set_seed(materials.recipe.seed)
     return GFlowNetTrainer(
-        AutoModelForCausalLM.from_pretrained(sft.folder / "model"),
+        load_backbone(sft.folder / "model"),
         args=materials.recipe.training_arguments(name, folder / "checkpoints"),
         train_dataset=materials.splits.train,
         eval_dataset=materials.splits.validation,

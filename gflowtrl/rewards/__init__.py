@@ -4,14 +4,27 @@ from .base import Reward
 from .collaborative import CollaborativeReward
 from .fusion import RewardFusion, RewardResult
 from .ground_truth import GroundTruthReward
+from .interaction import InteractionReward
 from .likelihood import LikelihoodReward
+from .title_likelihood import TitleLikelihoodReward
+from .token_similarity import TokenSimilarityReward
+from .top import TopRewards, top_rewards
+from .weights import LearnedWeights, fit_reward_weights, one_step_back
 
 
 __all__ = [
     "CollaborativeReward",
     "GroundTruthReward",
+    "InteractionReward",
+    "LearnedWeights",
     "LikelihoodReward",
     "Reward",
     "RewardFusion",
     "RewardResult",
+    "TitleLikelihoodReward",
+    "TokenSimilarityReward",
+    "TopRewards",
+    "fit_reward_weights",
+    "one_step_back",
+    "top_rewards",
 ]

@@ -27,8 +27,13 @@ class Reward:
 
     Args:
         name: what the reward is called in logs; also `__name__`, which TRL's own trainers read.
+
+    Attributes:
+        scores_all_items: whether `RewardFusion` may ask for the reward of all items at every step. Where that would
+            cost a forward pass an item it is False: only drawn leaves are scored, and exact flows are refused.
     """
 
+    scores_all_items: bool = True
     catalog: ItemCatalog | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     leaf_reduction: str = "sum"
@@ -63,6 +68,13 @@ class Reward:
         if self.catalog is None:
             raise ValueError(f"Reward {self.__name__!r} does not know the catalogue yet; call bind(catalog) first.")
         return self.catalog
+
+    def _items_from_leaves(self, values: Tensor) -> Tensor:
+        """`(B, N) -> (B, items)` of what belongs to a leaf and not to each of its items: folding gives it back."""
+        catalog = self._bound_catalog()
+        if self.leaf_reduction == "sum":
+            values = values / catalog.leaf_sizes.to(values.device)
+        return values[:, catalog.item_leaf.to(values.device)]
 
     def _leaves_of(self, completion_ids: list[list[int]]) -> Tensor:
         """Leaf that each completion spells, whatever follows it (an end token, say): `(n,)`, -1 for none."""

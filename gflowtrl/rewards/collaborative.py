@@ -21,17 +21,24 @@ if TYPE_CHECKING:
 
 
 class CollaborativeReward(Reward):
-    """The teacher's scores as a probability: `softmax((score - c * log(count + 1)) / temperature)` over all items.
+    """What the teacher thinks, made positive user by user. Reads the column `history`.
 
-    A softmax and not the raw score, because a target over thousands of items is nearly flat otherwise. A higher
-    temperature and a popularity correction c spread the target over more items. Reads the column `history`.
+    - `normalization="softmax"`: a probability over all items, `softmax((score - c * log(count + 1)) / temperature)`.
+    - `normalization="min_max"`: `((s - min s) / (max s - min s)) ** exponent` with s = score - c * log(count + 1), in
+      [0, 1]; 1 for all items where they score alike. The squashed score of GFlowGR (arXiv 2506.16114).
+
+    A softmax by default, because a target over thousands of items is nearly flat under min-max: the mean item gets
+    about half of what the best one gets. An exponent of 10, say, repairs it. A higher temperature (a lower exponent)
+    and a popularity correction c spread the target over more items.
 
     Args:
         teacher: a `gflowtrl.teachers.Teacher`, or any callable `histories -> (B, items)` in the catalogue's order.
-        temperature: of the softmax, > 0, in units of the teacher's scores.
+        temperature: of the softmax, > 0, in units of the teacher's scores. Min-max has no unit and takes none.
         popularity_correction: c, >= 0; 0.5 is mild.
         item_counts: how often each item occurs in training: a mapping of items (missing ones count 0), or one number
             per item in the catalogue's order. Needed where c > 0.
+        normalization: "softmax" or "min_max".
+        exponent: of min-max, > 0. (Of a softmax it would be the temperature 1 / exponent.)
     """
 
     def __init__(
@@ -40,6 +47,8 @@ class CollaborativeReward(Reward):
         temperature: float = 1.0,
         popularity_correction: float = 0.0,
         item_counts: Mapping[Item, int] | Sequence[int] | Tensor | None = None,
+        normalization: str = "softmax",
+        exponent: float = 1.0,
     ):
         super().__init__("collaborative")
         if not temperature > 0:
@@ -48,8 +57,10 @@ class CollaborativeReward(Reward):
             raise ValueError(f"popularity_correction must be >= 0, got {popularity_correction}.")
         if popularity_correction and item_counts is None:
             raise ValueError("popularity_correction needs item_counts: how often each item occurs in training.")
+        _check_normalization(normalization, temperature, exponent)
         self.teacher, self.temperature = teacher, temperature
         self.popularity_correction, self.item_counts = popularity_correction, item_counts
+        self.normalization, self.exponent = normalization, exponent
         self._aligned: Teacher | None = None  # the teacher, its columns in the catalogue's order
         self._penalty: Tensor | None = None
 
@@ -72,7 +83,28 @@ class CollaborativeReward(Reward):
             )
         if self._penalty is not None:
             scores = scores - self._penalty.to(scores.device)
-        return torch.softmax(scores / self.temperature, 1)
+        if self.normalization == "softmax":
+            return torch.softmax(scores / self.temperature, 1)
+        low, high = scores.aminmax(dim=1, keepdim=True)
+        # Compared for equality, so that NaN stays NaN and is reported.
+        return torch.where(high == low, torch.ones_like(scores), (scores - low) / (high - low)) ** self.exponent
+
+
+def _check_normalization(normalization: str, temperature: float, exponent: float) -> None:
+    if normalization not in ("softmax", "min_max"):
+        raise ValueError(f"normalization is {normalization!r}; choose 'softmax' or 'min_max'.")
+    if not exponent > 0:
+        raise ValueError(f"The exponent of CollaborativeReward must be > 0, got {exponent}.")
+    if normalization == "softmax" and exponent != 1:
+        raise ValueError(
+            f"The exponent {exponent} belongs to normalization='min_max'; of a softmax it is a temperature: give "
+            f"temperature={temperature / exponent:g}."
+        )
+    if normalization == "min_max" and temperature != 1:
+        raise ValueError(
+            f"normalization='min_max' does not depend on a temperature, but temperature={temperature} was given; use "
+            f"exponent to sharpen or flatten."
+        )
 
 
 def _counts(counts: Mapping[Item, int] | Sequence[int] | Tensor | None, items: Sequence[Item]) -> Tensor:

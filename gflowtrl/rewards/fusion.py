@@ -116,7 +116,12 @@ class RewardFusion:
     @property
     def can_score_all(self) -> bool:
         """Whether every reward scores all items, so that R is known on all leaves (what exact flows need)."""
-        return all(hasattr(reward, "score_items") for reward in self.rewards.values())
+        return not self.sampled_only
+
+    @property
+    def sampled_only(self) -> list[str]:
+        """Names of the rewards that score drawn leaves only, not all items."""
+        return [name for name, reward in self.rewards.items() if not _scores_items(reward)]
 
     def scores_all(self, batch_size: int) -> bool:
         """Whether R is known on all leaves for so many prompts: rewards can score them, and the table is allowed."""
@@ -130,10 +135,10 @@ class RewardFusion:
     @torch.no_grad()
     def score_all(self, batch: dict[str, Any]) -> RewardResult:
         """Rewards of all leaves, `(B, N)`; kept in `batch["cache"]`, so that a second call costs nothing."""
-        if not self.can_score_all:
-            lacking = [name for name, reward in self.rewards.items() if not hasattr(reward, "score_items")]
+        if self.sampled_only:
+            lacking = ", ".join(map(repr, self.sampled_only))
             raise ValueError(
-                f"log R of all leaves is needed, but {', '.join(map(repr, lacking))} cannot score all items. "
+                f"log R of all leaves is needed, but {lacking} cannot score all items. "
                 f"Give it a method score_items(batch) -> Tensor (B, {len(self.catalog)}), or choose an objective that "
                 f"needs only sampled rewards (vargrad, say)."
             )
@@ -242,6 +247,10 @@ class RewardFusion:
         leaf = column if leaves is None else int(leaves[row, column])
         items = ", ".join(map(repr, self.catalog.items_of(leaf)))
         return f"row {row} of the batch{row_id}, item {items} ({self.catalog.leaf_text(leaf)!r})"
+
+
+def _scores_items(reward: Any) -> bool:
+    return hasattr(reward, "score_items") and getattr(reward, "scores_all_items", True)
 
 
 def _is_tensor_reward(reward: Any) -> bool:

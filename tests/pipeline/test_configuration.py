@@ -2,12 +2,13 @@
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import yaml
 
 from gflowtrl.pipeline import load_recipe
-from gflowtrl.pipeline.configuration import parse_options, parse_value, read_yaml, set_option
+from gflowtrl.pipeline.configuration import merged, parse_options, parse_value, read_yaml, set_option
 
 from .micro import micro_recipe, micro_settings
 
@@ -37,6 +38,27 @@ def test_set_option_reaches_into_lists_and_makes_sections():
         set_option(tree, "rewards.2.weight", 5)
     with pytest.raises(ValueError, match="seed is the value 1 and has no fields"):
         set_option(tree, "seed.x", 5)
+
+
+def test_a_recipe_tells_its_differences_to_the_base():
+    base = {
+        "model": {"model_type": "llama", "hidden_size": 8},
+        "teacher": {"type": "sasrec", "dropout": 0.1},
+        "seed": 1,
+    }
+    changes = {"model": {"model_type": "t5", "d_model": 4}, "teacher": {"dropout": 0.3}}
+    assert merged(base, changes) == {
+        "model": {"model_type": "t5", "d_model": 4}, "teacher": {"type": "sasrec", "dropout": 0.3}, "seed": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_recipes_of_this_repository_are_valid(path):
+    recipe = load_recipe(path, ["--data_dir", "somewhere"] if path.stem != "quickstart" else [])
+    assert recipe.name == path.stem
+    assert {"teacher", "sft", "control", "gflownet"} == set(recipe.stages)
 
 
 def test_broken_yaml_and_missing_files_are_named(tmp_path):
@@ -93,6 +115,21 @@ def test_command_line_sets_any_field(recipe_file):
         ("--teacher.type als", "teacher.type is 'als'; choose from sasrec"),
         ("--rewards.0.type none", "rewards.0.type is 'none'"),
         ("--rewards.0.weight much", "rewards.0.weight must be a number"),
+        ("--rewards.1.temperature 0", "rewards.1: The temperature of CollaborativeReward must be > 0"),
+        ("--rewards.1.normalization minmax", "rewards.1: normalization is 'minmax'; choose 'softmax' or 'min_max'"),
+        ("--rewards.1.popularity views", "rewards.1.popularity is 'views'; choose interactions or impressions"),
+        ("--rewards.1.item_counts 3", "no field 'rewards.1.item_counts'"),
+        ("--rewards.0.normalise true", "no field 'rewards.0.normalise'"),
+        ("--rewards.0.type interaction --rewards.0.values 1 0", "rewards.0: A higher level must not be worth less"),
+        ("--rewards.0.type interaction --rewards.0.value 1", "Did you mean 'rewards.0.values'"),
+        ("--rewards.0.type token_similarity --rewards.0.prefixes true", "Did you mean 'rewards.0.prefix'"),
+        ("--rewards.0.type likelihood --rewards.0.of teacher", "rewards.0.of is 'teacher'; choose sft or policy"),
+        ("--rewards.0.type title_likelihood", "rewards.0.model must name the language model"),
+        ("--rewards.0.type title_likelihood --rewards.0.model m --rewards.0.titles t", "no field 'rewards.0.titles'"),
+        (
+            "--rewards.0.type title_likelihood --rewards.0.model m --rewards.0.batch_size 0",
+            "rewards.0: batch_size of TitleLikelihoodReward must be at least 1",
+        ),
         ("--seed soon", "seed must be a whole number, but it is 'soon'"),
         ("--sft.learning_rate fast", "sft.learning_rate must be a number"),
         ("--num_generations 0", "num_generations is 0"),

@@ -1,11 +1,22 @@
 """Teachers and rewards of a recipe."""
 
+import re
+
 import pytest
 import torch
 
-from gflowtrl.pipeline.materials import prepare
+from gflowtrl.pipeline.materials import build_model, prepare
 from gflowtrl.pipeline.signals import build_rewards, fit_teacher, load_function, reward_key
 from gflowtrl.pipeline.stage import Workshop
+from gflowtrl.rewards import (
+    InteractionReward,
+    LikelihoodReward,
+    RewardFusion,
+    TitleLikelihoodReward,
+    TokenSimilarityReward,
+)
+from tests.rewards.world import text_tokenizer
+from tests.tiny import tiny_model
 
 from .micro import micro_recipe
 
@@ -41,6 +52,80 @@ def test_reward_functions_get_item_features_and_their_code_is_part_of_the_key(tm
     before = reward_key(recipe, materials)
     file.write_text(CODE + "# changed\n")
     assert reward_key(recipe, materials) != before
+
+
+REWARDS = [
+    {"type": "interaction", "values": [0, 2, 5], "target": 7},
+    {"type": "token_similarity", "normalise": True},
+    {"type": "collaborative", "normalization": "min_max", "exponent": 4.0},
+    {"type": "likelihood"},
+    {"type": "likelihood", "of": "policy"},
+    {"type": "title_likelihood", "model": "reader", "max_title_words": 4},
+]
+
+
+def test_rewards_named_in_a_recipe_are_those_of_the_library(tmp_path):
+    """Options arrive, and the pipeline fills in what it knows: teacher, SFT model, titles, the reader beside the
+    recipe."""
+    tokenizer = text_tokenizer()
+    reader = tiny_model(len(tokenizer))
+    reader.save_pretrained(tmp_path / "reader")
+    tokenizer.save_pretrained(tmp_path / "reader")
+    materials = prepare(micro_recipe(tmp_path, rewards=REWARDS, folder=str(tmp_path)))
+    model = build_model(materials).eval()
+    model.save_pretrained(tmp_path / "sft")
+    workshop = Workshop(tmp_path, quiet=True)
+    teacher = fit_teacher(workshop, materials, {"type": "ease", "regularization": 5.0})
+    built = build_rewards(workshop, materials, teacher, tmp_path / "sft")
+
+    titles = {item: features["title"] for item, features in materials.data.item_features.items()}
+    expected = [
+        InteractionReward((0, 2, 5), 7),
+        TokenSimilarityReward(normalise=True),
+        built[2],
+        LikelihoodReward(model),
+        LikelihoodReward(),
+        TitleLikelihoodReward(reader, tokenizer, titles, max_title_words=4),
+    ]
+    rows = materials.splits.train.select(range(4))
+    batch = rows[:] | {"prompts": materials.encoder(rows["history"]), "cache": {}}
+    leaves = torch.arange(6).expand(4, -1).contiguous()
+    batch |= {"policy_leaves": leaves, "policy_log_probs": torch.randn(4, 6)}
+    for own, other in zip(built, expected, strict=True):
+        one, two = (
+            RewardFusion(reward, materials.catalog, materials.tokenizer, transform="exp").log_rewards(batch, leaves)
+            for reward in (own, other)
+        )
+        torch.testing.assert_close(one.rewards, two.rewards)
+    scores = teacher.score(rows["history"])
+    share = (scores - scores.amin(1, keepdim=True)) / (scores.amax(1, keepdim=True) - scores.amin(1, keepdim=True))
+    torch.testing.assert_close(built[2].score_items(batch), share**4)
+
+
+def test_titles_and_their_reader_are_part_of_the_key(tmp_path):
+    tiny_model(9).save_pretrained(tmp_path / "reader")
+    recipe = micro_recipe(tmp_path, rewards=REWARDS[-1:], folder=str(tmp_path))
+    materials = prepare(recipe)
+    keys = [reward_key(recipe, materials)]
+    materials.data.item_features[materials.data.items[0]]["title"] = "another title"
+    keys.append(reward_key(recipe, materials))
+    tiny_model(10).save_pretrained(tmp_path / "reader")
+    keys.append(reward_key(recipe, materials))
+    assert keys[0] != keys[1] != keys[2]
+
+
+def test_what_rewards_need_of_the_data_is_named(tmp_path):
+    workshop = Workshop(tmp_path, quiet=True)
+    for rewards, message in (
+        (REWARDS[:1], "has no sessions (events.jsonl), which the reward interaction reads"),
+        (REWARDS[-1:], "has no title of 1 of 30 items (items.jsonl), for example 3"),
+        ([{"type": "collaborative", "popularity": "impressions"}], "has no impressions (events.jsonl)"),
+    ):
+        materials = prepare(micro_recipe(tmp_path, rewards=rewards))
+        materials.data.events = materials.splits.impression_counts = None
+        del materials.data.item_features[3]
+        with pytest.raises(ValueError, match=re.escape(message)):
+            build_rewards(workshop, materials, None, tmp_path)
 
 
 def test_a_missing_reward_function_is_named(tmp_path):

@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from gflowtrl.rewards import CollaborativeReward, GroundTruthReward, LikelihoodReward, RewardFusion
+from gflowtrl.catalog import ItemCatalog
+from gflowtrl.data import SyntheticShop, build_tokenizer, leave_one_out
+from gflowtrl.data.interactions import CLICKED, PURCHASED, SHOWN
+from gflowtrl.policy import make_policy as make_policy_of
+from gflowtrl.rewards import (
+    CollaborativeReward,
+    GroundTruthReward,
+    InteractionReward,
+    LikelihoodReward,
+    RewardFusion,
+    TokenSimilarityReward,
+)
 from tests.rewards.world import (
     SEMANTIC_IDS,
     TOKENIZER,
@@ -12,6 +23,8 @@ from tests.rewards.world import (
     make_batch,
     make_catalog,
     make_policy,
+    make_seq2seq,
+    make_title_reward,
 )  # fmt: skip
 
 
@@ -19,8 +32,16 @@ BUILT_IN = {
     "ground_truth": lambda catalog: GroundTruthReward(),
     "collaborative": lambda catalog: CollaborativeReward(TableTeacher(), 0.7),
     "corrected": lambda catalog: CollaborativeReward(TableTeacher(), 2.0, 0.5, {"apple": 9, "nut": 3}),
+    "min_max": lambda catalog: CollaborativeReward(TableTeacher(), normalization="min_max", exponent=2.0),
+    "interaction": lambda catalog: InteractionReward(),
+    "interaction_of_levels": lambda catalog: InteractionReward((0.5, 2.0, 3.0), target=None),
+    "token_similarity": lambda catalog: TokenSimilarityReward(),
+    "shared_prefix": lambda catalog: TokenSimilarityReward(normalise=True, prefix=True),
     "likelihood": lambda catalog: LikelihoodReward(make_policy(catalog)),
     "likelihood_of_model": lambda catalog: LikelihoodReward(make_policy(catalog).model),
+    "likelihood_of_encoder_decoder": lambda catalog: LikelihoodReward(make_seq2seq()),
+    "titles": lambda catalog: make_title_reward(all_items=True),
+    "whole_titles": lambda catalog: make_title_reward(normalise="sum", batch_size=3, all_items=True),
 }
 
 
@@ -32,7 +53,7 @@ def test_three_forms_agree(name, reduction):
     leaves = all_leaves(catalog, batch)
     reward = BUILT_IN[name](catalog).bind(catalog, TOKENIZER, reduction)
     over_leaves = reward.score_leaves(batch, leaves)
-    assert over_leaves.std() > 0.01
+    assert over_leaves.std() > 0.2 * over_leaves.mean() > 0
     torch.testing.assert_close(catalog.fold_items(reward.score_items(batch), reduction), over_leaves)
 
     def plain(**keywords):
@@ -80,6 +101,80 @@ def test_any_callable_is_a_teacher():
     assert reward.score_items(batch).argmax(1).tolist() == [0, 1, 2, 3]
 
 
+def test_min_max_by_hand():
+    """Each row from 0 to 1, corrected for popularity before, sharpened after; equal scores prefer nothing."""
+    catalog, batch, teacher = make_catalog(), make_batch(), TableTeacher()
+    counts = [float(i * i) for i in range(len(catalog))]
+    reward = CollaborativeReward(teacher, 1.0, 0.5, counts, normalization="min_max", exponent=3.0).bind(catalog)
+    order = [teacher.items.index(item) for item in catalog.items]
+    for row, score in zip(reward.score_items(batch), teacher.score(batch["history"])[:, order], strict=True):
+        score = score - 0.5 * (torch.tensor(counts) + 1).log()
+        torch.testing.assert_close(row, ((score - score.min()) / (score.max() - score.min())) ** 3)
+        assert row.min() == 0 and row.max() == 1
+    flat = CollaborativeReward(lambda histories: torch.full((len(histories), 9), -3.0), normalization="min_max")
+    assert (flat.bind(catalog).score_items(batch) == 1).all()
+
+
+def test_a_teachers_nan_is_reported_under_min_max():
+    broken = CollaborativeReward(lambda histories: torch.full((len(histories), 9), torch.nan), normalization="min_max")
+    with pytest.raises(ValueError, match="'collaborative' returned nan for row 0"):
+        RewardFusion(broken, make_catalog()).leaf_log_rewards(make_batch())
+
+
+def test_interaction_levels_by_hand():
+    """Bought 10, clicked 1, the higher level of an item that is there twice, the target its own; all else 0."""
+    catalog, batch = make_catalog(), make_batch()
+    expected = [{"apple": 10, "fig": 1, "quince": 1}, {"date": 10}, {"pear": 10, "nut": 10}, {"quince": 10, "kiwi": 1}]
+    scores = InteractionReward().bind(catalog).score_items(batch)
+    for row, worth in zip(scores, expected, strict=True):
+        assert row.tolist() == [worth.get(item, 0) for item in catalog.items]
+    levels = InteractionReward((0, 1, 5), target=None).bind(catalog).score_items(batch)
+    assert levels[:, catalog.items.index("quince")].tolist() == [1, 0, 0, 0]
+    assert levels[0, catalog.items.index("apple")] == 5  # bought
+    assert levels[1].sum() == 1 and levels[1, catalog.items.index("date")] == 1  # the target, clicked
+    empty = {"session_items": [[]], "session_levels": [[]]}
+    assert InteractionReward(target=None).bind(catalog).score_items(empty).tolist() == [[0] * 9]
+    leaf = catalog.leaf_of(["apple"])[None]  # of apple and quince
+    row = {name: batch[name][:1] for name in ("session_items", "session_levels", "target")}
+    for reduction, value in (("sum", 11), ("max", 10)):
+        assert InteractionReward().bind(catalog, None, reduction).score_leaves(row, leaf).item() == value
+
+
+def test_interaction_reads_the_shops_sessions():
+    """The columns of `leave_one_out` and the levels of the log: what was bought beside the target is worth 10."""
+    data, _ = SyntheticShop(seed=1, n_users=30, n_items=20, min_users_shown=5).generate()
+    rows = leave_one_out(data).train
+    catalog = ItemCatalog.from_semantic_ids(data.semantic_ids, build_tokenizer(data.semantic_ids))
+    scores = InteractionReward().bind(catalog).score_items(rows[:])
+    met = set()
+    for row, score in zip(rows, scores, strict=True):
+        levels = dict(zip(row["session_items"], row["session_levels"], strict=True))
+        for item, value in zip(catalog.items, score.tolist(), strict=True):
+            level = PURCHASED if item == row["target"] else levels.get(item, SHOWN)
+            assert value == {SHOWN: 0, CLICKED: 1, PURCHASED: 10}[level]
+            met.add(level)
+    assert met == {SHOWN, CLICKED, PURCHASED}
+
+
+def test_token_similarity_by_hand():
+    catalog, batch = make_catalog(), make_batch()
+    leaves = all_leaves(catalog, batch)
+    every, prefix, share = (
+        TokenSimilarityReward(**options).bind(catalog).score_leaves(batch, leaves)
+        for options in ({}, {"prefix": True}, {"normalise": True})
+    )
+    for row, target in enumerate(batch["target"]):
+        own = SEMANTIC_IDS[target]
+        for leaf in range(catalog.tree.num_leaves):
+            other = SEMANTIC_IDS[catalog.items_of(leaf)[0]]
+            same = [a == b for a, b in zip(own, other, strict=False)]
+            assert every[row, leaf] == sum(same)
+            assert prefix[row, leaf] == ([*same, False]).index(False)
+            assert share[row, leaf] == pytest.approx(sum(same) / len(own))
+        assert every[row, catalog.leaf_of([target])[0]] == len(own)  # also where two items share the id
+    assert (every != prefix).any()
+
+
 def test_likelihood_is_the_frozen_policys_probability():
     """Dropout is off, no graph is built, and a model in training stays in training."""
     catalog, batch = make_catalog(), make_batch()
@@ -95,6 +190,54 @@ def test_likelihood_is_the_frozen_policys_probability():
     torch.testing.assert_close(scores.sum(1), torch.ones(4))
     assert not scores.requires_grad
     assert policy.model.training and policy.model.model.layers[0].training and not policy.model.lm_head.training
+
+
+@pytest.mark.parametrize("make", [make_policy, lambda catalog: make_policy_of(make_seq2seq(), catalog)])
+def test_likelihood_of_the_policy_in_training(make):
+    """It is that of the policy in the batch as it is now, without gradient, dropout or a change of mode; for leaves
+    that the trainer has scored already it is looked up."""
+    catalog, batch = make_catalog(), make_batch()
+    policy, leaves = make(catalog), all_leaves(catalog, batch)
+    reward = LikelihoodReward()
+    fusion = RewardFusion([GroundTruthReward(), reward], catalog)
+    assert fusion.sampled_only == ["likelihood"] and not fusion.can_score_all
+    policy.model.train()
+    for _ in range(2):
+        expected = policy.leaf_log_probs(batch["prompts"]).exp()
+        scores = reward.score_leaves({**batch, "policy": policy}, leaves)
+        torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
+        assert not scores.requires_grad and policy.model.training
+        torch.testing.assert_close(catalog.fold_items(reward.score_items({**batch, "policy": policy})), expected)
+        with torch.no_grad():
+            for parameter in policy.model.parameters():
+                parameter.mul_(0.8)
+    known = torch.rand(leaves.shape).log().requires_grad_()
+    scored = {**batch, "policy_leaves": leaves, "policy_log_probs": known}
+    assert torch.equal(reward.score_leaves(scored, leaves), known.detach().exp())
+    result = fusion.log_rewards(scored, leaves)
+    assert torch.equal(result.parts["likelihood"], known.detach().exp()) and not result.log_rewards.requires_grad
+    with pytest.raises(ValueError, match="batch has no 'policy'. GFlowNetTrainer puts it there"):
+        reward.score_leaves({**scored, "policy_leaves": leaves.clone()}, leaves)
+
+
+@pytest.mark.parametrize(("beta", "transform"), [(1.0, "power"), (2.0, "power"), (1.0, "exp")])
+def test_what_the_policys_own_likelihood_does_to_the_fixed_point(beta, transform):
+    """Iterating pi <- R(pi) / Z: with exponent 1 the sum leads to r / Z as without the term, else to a sharper one."""
+    catalog, batch = make_catalog(), make_batch()
+    leaves = all_leaves(catalog, batch)
+    teacher = CollaborativeReward(TableTeacher())
+    without = RewardFusion(teacher, catalog, floor=0.0, beta=beta, transform=transform)
+    fusion = RewardFusion([teacher, LikelihoodReward()], catalog, floor=0.0, beta=beta, transform=transform)
+    target = without.log_rewards(batch, leaves).log_rewards.log_softmax(1)
+    log_pi = torch.full_like(target, 1 / 8).log()
+    for _ in range(200):
+        scored = {**batch, "policy_leaves": leaves, "policy_log_probs": log_pi}
+        log_pi = fusion.log_rewards(scored, leaves).log_rewards.log_softmax(1)
+    entropy, own = (-(p.exp() * p).sum(1) for p in (log_pi, target))
+    if beta == 1 and transform == "power":
+        torch.testing.assert_close(log_pi, target, atol=1e-5, rtol=1e-5)
+    else:
+        assert (entropy < own - 1e-4).all()
 
 
 def test_completions_of_a_plain_trl_trainer():
@@ -126,8 +269,52 @@ def test_mistakes_are_explained():
         CollaborativeReward(TableTeacher(), popularity_correction=0.5)
     with pytest.raises(ValueError, match=r"item_counts has shape \(2,\), but the catalogue has 9 items"):
         CollaborativeReward(TableTeacher(), popularity_correction=0.5, item_counts=[1, 2]).bind(catalog)
+    with pytest.raises(ValueError, match="normalization is 'minmax'; choose 'softmax' or 'min_max'"):
+        CollaborativeReward(TableTeacher(), normalization="minmax")
+    with pytest.raises(ValueError, match="exponent of CollaborativeReward must be > 0, got 0"):
+        CollaborativeReward(TableTeacher(), normalization="min_max", exponent=0)
+    with pytest.raises(ValueError, match="of a softmax it is a temperature: give temperature=0.5"):
+        CollaborativeReward(TableTeacher(), exponent=2)
+    with pytest.raises(ValueError, match="does not depend on a temperature, but temperature=2 was given"):
+        CollaborativeReward(TableTeacher(), 2, normalization="min_max")
     broken = TableTeacher()
     broken.table = broken.table[:, :4]
     broken.items = list(catalog.items)
     with pytest.raises(ValueError, match=r"teacher of reward 'collaborative' returned scores of shape \(4, 4\)"):
         CollaborativeReward(broken).bind(catalog).score_items(batch)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"values": ()}, "must be finite and >= 0"),
+        ({"values": (0, -1)}, "must be finite and >= 0"),
+        ({"target": float("nan")}, "must be finite and >= 0"),
+        ({"values": (0, 10, 1)}, "A higher level must not be worth less"),
+    ],
+)
+def test_interaction_values_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        InteractionReward(**options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"session_levels": [[1], [0, 1], [2], [1]]}, "row 0 of the batch has 4 session_items but 1 session_levels"),
+        (
+            {"session_levels": [[0, 1, 2, 3], [0, 1], [2, 0, 1], [1]]},
+            "item 'apple' in row 0 of the batch has the level 3",
+        ),
+        ({"session_levels": [[0, 1, 2, "x"], [0, 1], [2, 0, 1], [1]]}, "has the level 'x'; 3 values were given"),
+        (
+            {"session_items": [["fig"] * 3 + ["soap"], ["fig"] * 2, ["nut"] * 3, ["fig"]]},
+            "Item 'soap' is not in the catalogue",
+        ),
+        ({"session_items": None}, "'interaction' needs the dataset column 'session_items'"),
+    ],
+)
+def test_bad_sessions_are_explained(changes, message):
+    batch = {name: value for name, value in {**make_batch(), **changes}.items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        InteractionReward().bind(make_catalog()).score_items(batch)

@@ -43,8 +43,8 @@ def test_keywords():
     assert seen["history"][3] == ["pear", "date"] and seen["budget"][-1] == 3.0
     assert seen["trainer_state"] is state
     assert set(seen) == {
-        "prompts", "completions", "ids", "items", "row_id", "target", "history", "budget", "trainer_state",
-        "log_extra", "log_metric",
+        "prompts", "completions", "ids", "items", "row_id", "target", "history", "budget", "session_items",
+        "session_levels", "trainer_state", "log_extra", "log_metric",
     }  # fmt: skip
     assert result.metrics == {"half": 0.5} and result.extra == {"note": ["x"] * 8}
 

@@ -1,10 +1,16 @@
 """A small shop for tests of rewards and samplers: 9 items on 8 leaves of two or three tokens, one collision."""
 
+import re
+
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.data import build_tokenizer
 from gflowtrl.policy import CausalTreePolicy
+from gflowtrl.rewards import TitleLikelihoodReward
+from gflowtrl.rewards.title_likelihood import TEMPLATE
 from tests.tiny import tiny_model
 
 
@@ -21,6 +27,14 @@ SEMANTIC_IDS = {
 }
 PRICES = {item: float(i + 1) for i, item in enumerate(SEMANTIC_IDS)}
 TOKENIZER = build_tokenizer(SEMANTIC_IDS)
+SESSIONS = {  # of the four rows: levels 0 shown, 1 clicked, 2 bought
+    "session_items": [["fig", "quince", "fig", "apple"], ["lime", "date"], ["nut", "lime", "pear"], ["kiwi"]],
+    "session_levels": [[0, 1, 1, 2], [0, 1], [2, 0, 1], [1]],
+}
+TITLES = {
+    "pear": "green pear", "apple": "red apple", "quince": "quince", "fig": "dried fig from Izmir", "plum": "plum",
+    "lime": "green lime", "kiwi": "kiwi", "date": "dried date", "nut": "nut, shelled and salted",
+}  # fmt: skip
 
 
 class TableTeacher:
@@ -44,10 +58,34 @@ def make_policy(catalog: ItemCatalog) -> CausalTreePolicy:
     return CausalTreePolicy(tiny_model(len(TOKENIZER)), catalog)
 
 
+def make_seq2seq() -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(TOKENIZER), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0,
+        pad_token_id=0, decoder_start_token_id=0, eos_token_id=2, initializer_factor=3.0,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config).eval()
+
+
+def text_tokenizer() -> PreTrainedTokenizerFast:
+    """Words and punctuation marks of the titles and of the template; every text begins with `<s>`."""
+    words = sorted({word for text in [*TITLES.values(), TEMPLATE] for word in re.findall(r"\w+|[^\w\s]", text)})
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<s>", "?", *words])}, unk_token="?"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>")
+
+
+def make_title_reward(**options) -> TitleLikelihoodReward:
+    tokenizer = text_tokenizer()
+    return TitleLikelihoodReward(tiny_model(len(tokenizer), seed=3), tokenizer, TITLES, **options)
+
+
 def make_batch(rows=(0, 1, 2, 3)) -> dict:
     """What the trainer hands to rewards and samplers."""
     histories = [["fig"], ["pear", "date"], ["nut", "plum", "lime"], ["kiwi", "quince"]]
     targets = ["apple", "date", "pear", "quince"]
+    sessions = {name: [column[i] for i in rows] for name, column in SESSIONS.items()}
     texts = [
         " ".join(["<bos>", *(token for item in history for token in SEMANTIC_IDS[item])]) for history in histories
     ]
@@ -58,6 +96,7 @@ def make_batch(rows=(0, 1, 2, 3)) -> dict:
         "history": [histories[i] for i in rows],
         "target": [targets[i] for i in rows],
         "budget": [float(i) for i in rows],
+        **sessions,
         "cache": {},
     }
 

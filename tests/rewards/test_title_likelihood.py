@@ -1,0 +1,120 @@
+"""The likelihood of titles is that of every full text by itself, however prompts and titles are packed."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from gflowtrl.rewards import RewardFusion
+from gflowtrl.rewards.title_likelihood import TEMPLATE, TitleLikelihoodReward
+from tests.rewards.world import (
+    TITLES,
+    all_leaves,
+    make_batch,
+    make_catalog,
+    make_seq2seq,
+    make_title_reward,
+    text_tokenizer,
+)
+from tests.tiny import tiny_model
+
+
+def naive(model, history, item, words=16, items=10, normalise="mean"):
+    """One forward over one full text, no padding, no cache."""
+    tokenizer = text_tokenizer()
+    titles = {name: " ".join(title.split()[:words]) for name, title in TITLES.items()}
+    text = TEMPLATE.format(history="\n".join(f"- {titles[name]}" for name in history[-items:]))
+    prompt, title = tokenizer(text)["input_ids"], tokenizer(titles[item], add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        log_probs = model(torch.tensor([prompt + title])).logits[0].log_softmax(-1)
+    each = [log_probs[len(prompt) - 1 + i, token].item() for i, token in enumerate(title)]
+    total = torch.tensor(sum(each) / (len(each) if normalise == "mean" else 1))
+    return total.exp().item()
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 32, 1000])
+@pytest.mark.parametrize("normalise", ["mean", "sum"])
+def test_it_is_the_score_of_the_full_text(batch_size, normalise):
+    """Ragged titles and histories, chunks of rows and of titles, dropout off: the naive score of all pairs."""
+    catalog, batch = make_catalog(), make_batch()
+    reward = make_title_reward(normalise=normalise, batch_size=batch_size, max_history_items=2, max_title_words=3)
+    expected = torch.tensor([
+        [naive(reward.model, history, item, 3, 2, normalise) for item in catalog.items] for history in batch["history"]
+    ])  # fmt: skip
+    reward.model.train()
+    for layer in reward.model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    scores = reward.bind(catalog).score_items(batch)
+    torch.testing.assert_close(scores, expected, atol=1e-6, rtol=1e-4)
+    assert (scores > 0).all() and (scores <= 1).all() and not scores.requires_grad and reward.model.training
+
+
+def test_learned_positions_and_titles_of_one_word():
+    """GPT-2 knows where a token stands from `position_ids` alone; titles of one token need no second forward."""
+    torch.manual_seed(0)
+    tokenizer, catalog, batch = text_tokenizer(), make_catalog(), make_batch()
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3
+    )
+    model = GPT2LMHeadModel(config).eval()
+    for words in (16, 1):
+        reward = TitleLikelihoodReward(model, tokenizer, TITLES, max_title_words=words).bind(catalog)
+        scores = reward.score_items(batch)
+        for row, history in enumerate(batch["history"]):
+            expected = [naive(model, history, item, words) for item in catalog.items]
+            assert scores[row].tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_only_drawn_titles_are_read_and_each_once(monkeypatch):
+    catalog, batch = make_catalog(), make_batch()
+    reward, read = make_title_reward().bind(catalog), []
+    forward = reward.model.forward
+
+    def counting(*args, **kwargs):
+        read.append(kwargs["input_ids"].shape)
+        return forward(*args, **kwargs)
+
+    every = reward.score_leaves(batch, all_leaves(catalog, batch))
+    monkeypatch.setattr(reward.model, "forward", counting)
+    leaves = catalog.leaf_of(["plum", "kiwi", "plum", "plum"]).expand(4, -1)
+    torch.testing.assert_close(reward.score_leaves(batch, leaves), every.gather(1, leaves))
+    assert [shape[0] for shape in read] == [4]  # one prompt a row, and titles of one word need no more
+
+
+def test_all_items_only_on_request():
+    """At every step it would read a title per item and row, so that exact flows have to ask for it."""
+    catalog = make_catalog()
+    for all_items in (False, True):
+        fusion = RewardFusion(make_title_reward(all_items=all_items), catalog)
+        assert fusion.can_score_all == fusion.scores_all(1) == all_items
+    with pytest.raises(ValueError, match="'title_likelihood' cannot score all items"):
+        RewardFusion(make_title_reward(), catalog).leaf_log_rewards(make_batch())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"template": "Next:"}, "must hold {history}, but it is 'Next:'"),
+        ({"normalise": "none"}, "normalise is 'none'; choose 'mean'"),
+        ({"max_history_items": 0}, "max_history_items of TitleLikelihoodReward must be at least 1"),
+        ({"max_title_words": 0}, "max_title_words of TitleLikelihoodReward must be at least 1"),
+        ({"batch_size": 0}, "batch_size of TitleLikelihoodReward must be at least 1"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_title_reward(**options)
+
+
+def test_bad_models_and_titles():
+    tokenizer, catalog = text_tokenizer(), make_catalog()
+    with pytest.raises(ValueError, match="not T5ForConditionalGeneration"):
+        TitleLikelihoodReward(make_seq2seq(), tokenizer, TITLES)
+    model = tiny_model(len(tokenizer))
+    with pytest.raises(ValueError, match="needs the title of every item, but 2 of 9 have none, for example 'apple'"):
+        TitleLikelihoodReward(model, tokenizer, {**TITLES, "apple": " ", "nut": None}).bind(catalog)
+    reward = make_title_reward().bind(catalog)
+    with pytest.raises(ValueError, match="no title of item 'soap', which is in a history"):
+        reward.score_items({**make_batch(), "history": [["soap"]] * 4})
+    reward.model.config.max_position_embeddings = 20
+    with pytest.raises(ValueError, match=r"take \d+ tokens, but the model has 20 positions; lower max_history_items"):
+        reward.score_items(make_batch())

@@ -1,0 +1,185 @@
+"""Weights learned from held-out positives, against a grid over all shares."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+
+from gflowtrl.data import PromptEncoder
+from gflowtrl.rewards import (
+    CollaborativeReward,
+    GroundTruthReward,
+    InteractionReward,
+    LikelihoodReward,
+    RewardFusion,
+    TokenSimilarityReward,
+    fit_reward_weights,
+    one_step_back,
+)
+from tests.rewards.world import SEMANTIC_IDS, TOKENIZER, TableTeacher, make_catalog, make_policy
+
+
+ITEMS = list(SEMANTIC_IDS)
+
+
+class Table:
+    """Values on the items by the last item of the history."""
+
+    def __init__(self, seed, normalised=True, power=3.0):
+        table = torch.rand(9, 9, generator=torch.Generator().manual_seed(seed)) ** power
+        self.table = table / table.sum(1, keepdim=True) if normalised else table
+        self.asked = []
+
+    def score_items(self, batch):
+        self.asked.append(set(batch))
+        return self.table[[ITEMS.index(history[-1]) for history in batch["history"]]]
+
+
+def rows(targets, count=60) -> Dataset:
+    """Rows with a history of two items; `targets(last item)` draws the target."""
+    histories = [[ITEMS[i % 7], ITEMS[i % 9]] for i in range(count)]
+    return Dataset.from_dict({
+        "row_id": list(range(count)),
+        "history": histories,
+        "target": [targets(history[-1], i) for i, history in enumerate(histories)],
+        "session_items": [["fig"]] * count,
+        "session_levels": [[1]] * count,
+    })  # fmt: skip
+
+
+def drawn_from(table):
+    generator = torch.Generator().manual_seed(9)
+    return lambda last, i: ITEMS[int(torch.multinomial(table[ITEMS.index(last)], 1, generator=generator))]
+
+
+def fit(rewards, data, **options):
+    catalog = make_catalog()
+    return fit_reward_weights(rewards, catalog, data, PromptEncoder(catalog, TOKENIZER), **options)
+
+
+def objective(rewards, data, floor=1e-3, column="target"):
+    """Weights -> mean log of R(held-out) / Z, one row and one leaf after the other."""
+    catalog, known = make_catalog(), []
+    for row in data:
+        batch = {name: [row[name]] for name in ("history", "target")}
+        batch |= {"prompts": {"input_ids": torch.zeros(1, 1, dtype=torch.long)}, "cache": {}}
+        parts = RewardFusion(rewards, catalog, transform="exp").score_all(batch).parts.values()
+        leaf = int(catalog.leaf_of([row[column]]))
+        known.append([(float(part[0, leaf] + floor * part.mean()), float(part.sum())) for part in parts])
+
+    def mean(weights):
+        logs = []
+        for row in known:
+            r = sum(w * value for w, (value, _) in zip(weights, row, strict=True))
+            logs.append(math.log(r / sum(w * total for w, (_, total) in zip(weights, row, strict=True))))
+        return sum(logs) / len(logs)
+
+    return mean
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_no_point_of_a_grid_is_better(normalised):
+    """Three rewards, all shares in steps of a tenth; also where a reward's total differs from row to row."""
+    rewards = [Table(seed, normalised) for seed in (1, 2, 3)]
+    mixture = 0.6 * rewards[0].table + 0.4 * rewards[2].table
+    data = rows(drawn_from(mixture), 40)
+    found = fit(rewards, data, batch_size=7)
+    assert sum(found.shares) == pytest.approx(1) and min(found.weights) > 0
+    likelihood = objective(rewards, data)
+    assert likelihood(found.weights) == pytest.approx(found.log_likelihood, abs=1e-5)
+    scale = [weight / share for weight, share in zip(found.weights, found.shares, strict=True)]
+    grid = [(a / 10, b / 10, (10 - a - b) / 10) for a, b in itertools.product(range(11), repeat=2) if a + b <= 10]
+    values = [likelihood([share * s for share, s in zip(shares, scale, strict=True)]) for shares in grid]
+    assert max(values) <= found.log_likelihood + 1e-6
+    assert max(values) > found.log_likelihood - 0.02  # and the grid comes near it
+    best = grid[max(range(len(values)), key=values.__getitem__)]
+    assert max(abs(a - b) for a, b in zip(best, found.shares, strict=True)) < 0.15
+    equal = likelihood([s / 3 for s in scale])
+    assert equal == pytest.approx(found.equal_log_likelihood, abs=1e-5) and equal < found.log_likelihood
+
+
+def test_many_draws_give_the_shares_that_made_them():
+    rewards = [Table(1), Table(2)]
+    found = fit(rewards, rows(drawn_from(0.7 * rewards[0].table + 0.3 * rewards[1].table), 3000), batch_size=500)
+    assert found.shares == pytest.approx([0.7, 0.3], abs=0.06)
+    again = fit(rewards, rows(drawn_from(0.7 * rewards[0].table + 0.3 * rewards[1].table), 3000), batch_size=200)
+    assert again.shares == pytest.approx(found.shares, abs=1e-5)
+
+
+def test_the_scale_of_a_reward_does_not_matter():
+    """Its weight makes up for it: mean total reward of a prompt is 1."""
+    rewards, larger = [Table(1), Table(2)], [Table(1), Table(2)]
+    larger[1].table = 50 * larger[1].table
+    data = rows(drawn_from(rewards[0].table + rewards[1].table))
+    one, other = fit(rewards, data), fit(larger, data)
+    assert other.shares == pytest.approx(one.shares, abs=1e-6)
+    assert other.weights == pytest.approx([one.weights[0], one.weights[1] / 50], rel=1e-4)
+    assert sum(one.weights) == pytest.approx(1)  # all totals are 1
+
+
+def test_rewards_do_not_see_what_they_are_judged_by():
+    catalog, table = make_catalog(), Table(1)
+    data = rows(drawn_from(table.table))
+    fit([table, CollaborativeReward(TableTeacher()), LikelihoodReward(make_policy(catalog))], data.select(range(9)))
+    assert set.union(*table.asked) == {"row_id", "history", "prompts", "cache"}
+    for reward, column in ((GroundTruthReward(), "target"), (InteractionReward(), "session_items")):
+        with pytest.raises(ValueError, match=f"needs the dataset column '{column}'") as caught:
+            fit([table, reward], data)
+        assert "hides the held-out positive" in caught.value.__notes__[0]
+
+
+def test_rewards_that_read_the_target_are_judged_by_the_next_item():
+    """Targets near the item before them: similarity to that one explains them, being equal to it does not."""
+    catalog = make_catalog()
+    near = {"apple": "fig", "fig": "apple", "lime": "kiwi", "kiwi": "lime", "date": "nut", "nut": "date"}
+    data = rows(lambda last, i: near.get(last, "plum"))
+    shifted = one_step_back(data)
+    assert shifted.column_names == ["row_id", "history", "target", "next"]
+    assert shifted[0] == {
+        "row_id": 0, "history": data[0]["history"][:1], "target": data[0]["history"][1], "next": data[0]["target"]
+    }  # fmt: skip
+    rewards = [GroundTruthReward(), TokenSimilarityReward(prefix=True), Table(4)]
+    found = fit(rewards, shifted, held_out="next")
+    assert found.shares[0] < 1e-3 and found.shares[1] > found.shares[2]
+    assert objective(rewards, shifted, column="next")(found.weights) == pytest.approx(found.log_likelihood, abs=1e-5)
+    short = Dataset.from_dict({"row_id": [1], "history": [["fig"]], "target": ["nut"]})
+    assert len(one_step_back(short)) == 0
+    assert catalog.items == ITEMS
+
+
+class Constant:
+    def __init__(self, value):
+        self.value = value
+
+    def score_items(self, batch):
+        return torch.full((len(batch["history"]), 9), self.value)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "options", "message"),
+    [
+        ([Table(1), Constant(0.0)], {}, "'Constant' is 0 for every item of every row"),
+        ([Table(1), Constant(-1.0)], {}, "'Constant' is negative somewhere"),
+        ([Table(1), lambda **_: []], {"tokenizer": TOKENIZER}, "cannot score all items"),
+        ([Table(1), LikelihoodReward()], {}, "'likelihood' cannot score all items"),
+        ([Table(1)], {"held_out": "next"}, "no column 'next' of held-out positives"),
+        ([Table(1)], {"floor": 0.0}, "floor must lie between 0 and 1"),
+    ],
+)
+def test_mistakes_are_explained(rewards, options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(rewards, rows(lambda last, i: "fig"), **options)
+
+
+def test_rows_that_say_nothing():
+    with pytest.raises(ValueError, match="There are no rows"):
+        fit([Table(1)], rows(lambda last, i: "fig").select([]))
+    ones = Table(1)
+    ones.table = torch.eye(9)
+    with pytest.raises(ValueError, match="No reward gives any of the held-out positives anything"):
+        fit([ones], rows(lambda last, i: ITEMS[ITEMS.index(last) - 1] if last != "quince" else "fig"))
+    ones.table[3] = 0
+    with pytest.raises(ValueError, match="No reward gives row 3 anything"):
+        fit([ones], rows(lambda last, i: "fig"))
