@@ -33,6 +33,9 @@ SETTINGS = {
     "popularity correction 1": reward(0.3, 0.7, ", popularity_correction: 1.0"),
     "EASE .35 mixed in": reward(0.3, 0.35, ease=0.35),
     "target .6, teacher .4, popularity correction .5": reward(0.6, 0.4, ", popularity_correction: 0.5"),
+    "teacher temperature 0.7, popularity correction .5": reward(
+        0.3, 0.7, ", temperature: 0.7, popularity_correction: 0.5"
+    ),
 }
 
 

@@ -1,16 +1,18 @@
 """Does each objective reach R / Z? Total variation over all leaves, untrained and trained.
 
     python benchmarks/quality/total_variation.py --out benchmarks/results/quality/total_variation.json
+    python benchmarks/quality/total_variation.py --backbones t5 --leaves 5000 --prompts 8 --hidden_size 128
 
-`GFlowNetTrainer` trains a small Llama from random weights on a tree of random ids. Three prompts have rewards of their
-own: log R ~ N(c, 2^2), independent for every leaf and prompt, so that nothing can be guessed and all must be learned;
-c = -3, 0 and 3, so that one Z for all prompts would not do. The policy's exact distribution over all leaves is then
-compared with R / Z. A seed draws tree, rewards and weights.
+`GFlowNetTrainer` trains a small Llama or T5 from random weights on a tree of random ids. The prompts have rewards of
+their own: log R ~ N(c, 2^2), independent for every leaf and prompt, so that nothing can be guessed and all must be
+learned; c runs from -3 to 3 over the prompts, so that one Z for all of them would not do. The policy's exact
+distribution over all leaves is then compared with R / Z. A seed draws tree, rewards and weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -29,18 +31,26 @@ import transformers
 import trl
 from datasets import Dataset
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5ForConditionalGeneration,
+    set_seed,
+)
 
 import gflowtrl
-from gflowtrl import CausalTreePolicy, GFlowNetConfig, GFlowNetTrainer, ItemCatalog
+from gflowtrl import GFlowNetConfig, GFlowNetTrainer, ItemCatalog
 from gflowtrl.data import PromptEncoder, build_tokenizer
 from gflowtrl.metrics import total_variation
+from gflowtrl.policy import make_policy
 from gflowtrl.rewards import Reward
 from gflowtrl.samplers import OnPolicySampler
 
 
-NUM_PROMPTS, STD = 3, 2.0
-MEANS = torch.tensor([[-3.0], [0.0], [3.0]])
+STD = 2.0
 
 # A policy that only hears of what it draws itself overlooks leaves, and uniform draws rarely meet those that matter.
 MIXTURE = {"on_policy": 2, "flattened": (OnPolicySampler(temperature=2.0), 1), "uniform": 1}
@@ -55,7 +65,7 @@ SAMPLERS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """How an objective is trained; every step has three prompts with K trajectories from `SAMPLERS[sampler]`."""
+    """How an objective is trained; every step has each prompt once, with K trajectories from `SAMPLERS[sampler]`."""
 
     steps: int
     sampler: str
@@ -66,6 +76,9 @@ class Setting:
 SETTINGS = {
     "trajectory_balance": Setting(1500, "mixture"),
     "vargrad": Setting(1500, "mixture"),
+    "contrastive_balance": Setting(1500, "mixture"),
+    "detailed_balance": Setting(2500, "mixture"),
+    "subtrajectory_balance": Setting(1500, "mixture"),
     "exact_flow": Setting(600, "reward"),
 }
 
@@ -83,14 +96,14 @@ class TableReward(Reward):
 
 @dataclass(frozen=True)
 class Problem:
-    """A catalogue, and log R `(prompts, leaves)` of three prompts on it."""
+    """A catalogue, and log R `(prompts, leaves)` of some prompts on it."""
 
     tokenizer: PreTrainedTokenizerBase
     catalog: ItemCatalog
     reward: TableReward
 
     @classmethod
-    def draw(cls, num_leaves: int, seed: int, depth: int = 3) -> Problem:
+    def draw(cls, num_leaves: int, seed: int, num_prompts: int = 3, depth: int = 3) -> Problem:
         """Random ids, about 60 % of those that their codes could spell: nodes differ in their number of children."""
         generator = torch.Generator().manual_seed(seed)
         codes = round((num_leaves / 0.6) ** (1 / depth) + 0.5)
@@ -102,23 +115,28 @@ class Problem:
         semantic_ids = {item: spell(number) for item, number in enumerate(numbers)}
         tokenizer = build_tokenizer(semantic_ids)
         catalog = ItemCatalog.from_semantic_ids(semantic_ids, tokenizer)
-        log_rewards = MEANS + STD * torch.randn(NUM_PROMPTS, num_leaves, generator=generator)
+        means = torch.linspace(-3, 3, num_prompts)[:, None]
+        log_rewards = means + STD * torch.randn(num_prompts, num_leaves, generator=generator)
         return cls(tokenizer, catalog, TableReward(log_rewards))
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.reward.log_rewards)
 
     def distance(self, model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
         """Total variation of the policy to R / Z, and the error of log Z where the model has a head: `(prompts,)`."""
-        policy = CausalTreePolicy(model.eval(), self.catalog)
-        prompts = PromptEncoder(self.catalog, self.tokenizer)([[i] for i in range(NUM_PROMPTS)])
+        policy = make_policy(model.eval(), self.catalog)
+        prompts = PromptEncoder(self.catalog, self.tokenizer)([[i] for i in range(self.num_prompts)])
         log_rewards = self.catalog.fold_items(self.reward.log_rewards.double())  # no two items share a leaf here
         target = log_rewards.softmax(1)
         with torch.no_grad():
-            log_z = policy.score(prompts, torch.zeros(NUM_PROMPTS, 1, dtype=torch.long)).log_z
+            log_z = policy.score(prompts, torch.zeros(self.num_prompts, 1, dtype=torch.long)).log_z
         error = None if log_z is None else (log_z - log_rewards.logsumexp(1)).abs()
         return total_variation(policy.leaf_log_probs(prompts).double().exp(), target), error
 
 
 def small_llama(tokenizer: PreTrainedTokenizerBase, hidden_size: int = 64) -> LlamaForCausalLM:
-    """Two layers, some 140,000 parameters."""
+    """Two layers; at width 64 some 140,000 parameters."""
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=32, initializer_range=0.1, pad_token_id=tokenizer.pad_token_id,
@@ -127,13 +145,27 @@ def small_llama(tokenizer: PreTrainedTokenizerBase, hidden_size: int = 64) -> Ll
     return LlamaForCausalLM(config)
 
 
+def small_t5(tokenizer: PreTrainedTokenizerBase, hidden_size: int = 64) -> T5ForConditionalGeneration:
+    """One encoder and two decoder layers."""
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=hidden_size, d_kv=hidden_size // 4, d_ff=4 * hidden_size, num_layers=1,
+        num_decoder_layers=2, num_heads=4, dropout_rate=0.0, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config)
+
+
+BACKBONES = {"llama": small_llama, "t5": small_t5}
+
+
 def train(problem: Problem, model: PreTrainedModel, objective: str, setting: Setting, seed: int) -> None:
-    """Train `model` in place; every step has each of the three prompts once, under a row id of its own."""
-    rows = [{"row_id": i, "history": [i % NUM_PROMPTS], "target": 0} for i in range(NUM_PROMPTS * setting.steps)]
+    """Train `model` in place; every step has each of the prompts once, under a row id of its own."""
+    count = problem.num_prompts
+    rows = [{"row_id": i, "history": [i % count], "target": 0} for i in range(count * setting.steps)]
     with tempfile.TemporaryDirectory() as scratch:
         args = GFlowNetConfig(
             scratch, loss_type=objective, num_generations=setting.num_generations, reward_transform="exp",
-            per_device_train_batch_size=NUM_PROMPTS, train_sampling_strategy="sequential", num_train_epochs=1,
+            per_device_train_batch_size=count, train_sampling_strategy="sequential", num_train_epochs=1,
             learning_rate=setting.learning_rate, lr_scheduler_type="cosine", warmup_steps=50, seed=seed, use_cpu=True,
             save_strategy="no", logging_strategy="no", disable_tqdm=not sys.stderr.isatty(),
         )  # fmt: skip
@@ -144,33 +176,42 @@ def train(problem: Problem, model: PreTrainedModel, objective: str, setting: Set
         trainer.train()
 
 
-def run(objective: str, seed: int, num_leaves: int = 1000, setting: Setting | None = None) -> dict[str, Any]:
+def run(
+    objective: str,
+    seed: int,
+    num_leaves: int = 1000,
+    setting: Setting | None = None,
+    num_prompts: int = 3,
+    backbone: str = "llama",
+    hidden_size: int = 64,
+) -> dict[str, Any]:
     """Train one policy by one objective. Over the prompts, the smallest distance untrained and the largest trained."""
     setting = setting or SETTINGS[objective]
-    problem = Problem.draw(num_leaves, seed)
+    problem = Problem.draw(num_leaves, seed, num_prompts)
     set_seed(seed)
-    model = small_llama(problem.tokenizer)
+    model = BACKBONES[backbone](problem.tokenizer, hidden_size)
     untrained, _ = problem.distance(model)
     start = time.process_time()  # of the processor, because other programs prolong those of the clock
     train(problem, model, objective, setting, seed)
     seconds = time.process_time() - start
     trained, error = problem.distance(model)
     return {
-        "objective": objective, **asdict(setting), "seed": seed, "leaves": num_leaves,
-        "untrained": untrained.min().item(), "trained": trained.max().item(),
-        "log_z_error": None if error is None else error.max().item(), "seconds": seconds,
+        "objective": objective, "backbone": backbone, **asdict(setting), "seed": seed, "leaves": num_leaves,
+        "prompts": num_prompts, "hidden_size": hidden_size, "untrained": untrained.min().item(),
+        "trained": trained.max().item(), "log_z_error": None if error is None else error.max().item(),
+        "seconds": seconds,
     }  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------------- report
-HEADER = "| objective | sampler | steps | seed | untrained | trained | log Z error | seconds |"
+HEADER = "| objective | backbone | sampler | steps | seed | untrained | trained | log Z error | seconds |"
 
 
 def table_line(row: Mapping[str, Any]) -> str:
     error = "" if row["log_z_error"] is None else f"{row['log_z_error']:.3f}"
     return (
-        f"| `{row['objective']}` | {row['sampler']} | {row['steps']} | {row['seed']} | {row['untrained']:.3f} "
-        f"| {row['trained']:.4f} | {error} | {row['seconds']:.0f} |"
+        f"| `{row['objective']}` | {row['backbone']} | {row['sampler']} | {row['steps']} | {row['seed']} "
+        f"| {row['untrained']:.3f} | {row['trained']:.4f} | {error} | {row['seconds']:.0f} |"
     )
 
 
@@ -192,22 +233,29 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--samplers", nargs="+", choices=list(SAMPLERS), help="instead of each objective's own")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--backbones", nargs="+", default=["llama"], choices=list(BACKBONES))
     parser.add_argument("--leaves", type=int, default=1000)
+    parser.add_argument("--prompts", type=int, default=3)
+    parser.add_argument("--hidden_size", type=int, default=64, help="width of the model")
+    parser.add_argument("--steps", type=int, help="instead of each objective's own")
+    parser.add_argument("--learning_rate", type=float, help="instead of each objective's own")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     rows = []
-    for objective in options.objectives:
-        own = SETTINGS[objective]
-        for sampler in options.samplers or [own.sampler]:
-            for seed in options.seeds:
-                rows.append(run(objective, seed, options.leaves, replace(own, sampler=sampler)))
-                print(table_line(rows[-1]), flush=True)
-    print("", HEADER, "|---" * 8 + "|", *map(table_line, rows), sep="\n")
+    for backbone, objective in itertools.product(options.backbones, options.objectives):
+        given = {"steps": options.steps, "learning_rate": options.learning_rate}
+        own = replace(SETTINGS[objective], **{name: value for name, value in given.items() if value is not None})
+        for sampler, seed in itertools.product(options.samplers or [own.sampler], options.seeds):
+            setting = replace(own, sampler=sampler)
+            size = (options.prompts, backbone, options.hidden_size)
+            rows.append(run(objective, seed, options.leaves, setting, *size))
+            print(table_line(rows[-1]), flush=True)
+    print("", HEADER, "|---" * 9 + "|", *map(table_line, rows), sep="\n")
     if options.out is None:
         return
     command = shlex.join(["python", "benchmarks/quality/total_variation.py", *sys.argv[1:]])
     report = {"command": command, "date": date.today().isoformat(), **environment()}
-    report |= {"log_reward_means": MEANS.flatten().tolist(), "log_reward_std": STD, "runs": rows}
+    report |= {"log_reward_std": STD, "runs": rows}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
