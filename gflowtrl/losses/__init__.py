@@ -1,5 +1,7 @@
 """Objectives as pure functions on tensors: one loss a trajectory, `(B, K)`, unreduced."""
 
+from .contrastive_balance import contrastive_balance
+from .detailed_balance import detailed_balance, subtrajectory_balance
 from .exact_flow import exact_flow, flow_targets
 from .registry import LOSSES, LossSpec, get_loss
 from .sft import sft
@@ -7,4 +9,16 @@ from .trajectory_balance import trajectory_balance
 from .vargrad import vargrad
 
 
-__all__ = ["LOSSES", "LossSpec", "exact_flow", "flow_targets", "get_loss", "sft", "trajectory_balance", "vargrad"]
+__all__ = [
+    "LOSSES",
+    "LossSpec",
+    "contrastive_balance",
+    "detailed_balance",
+    "exact_flow",
+    "flow_targets",
+    "get_loss",
+    "sft",
+    "subtrajectory_balance",
+    "trajectory_balance",
+    "vargrad",
+]

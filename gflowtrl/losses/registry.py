@@ -8,6 +8,8 @@ from inspect import Parameter, signature
 
 from torch import Tensor
 
+from .contrastive_balance import contrastive_balance
+from .detailed_balance import detailed_balance, subtrajectory_balance
 from .exact_flow import exact_flow
 from .sft import sft
 from .trajectory_balance import trajectory_balance
@@ -52,8 +54,18 @@ class LossSpec:
 
     @property
     def log_z(self) -> bool:
-        """Whether the model must carry a log Z head."""
+        """Whether it needs a learned log Z(x)."""
         return "log_z" in self.inputs
+
+    @property
+    def log_flows(self) -> bool:
+        """Whether it needs a learned log F at every state."""
+        return "log_flows" in self.inputs
+
+    @property
+    def heads(self) -> bool:
+        """Whether the model must carry a flow head, which gives both."""
+        return self.log_z or self.log_flows
 
     @property
     def all_leaf_rewards(self) -> bool:
@@ -69,6 +81,9 @@ class LossSpec:
 LOSSES: dict[str, LossSpec] = {
     "trajectory_balance": LossSpec(trajectory_balance),
     "vargrad": LossSpec(vargrad, min_generations=2),
+    "contrastive_balance": LossSpec(contrastive_balance, min_generations=2),
+    "detailed_balance": LossSpec(detailed_balance),
+    "subtrajectory_balance": LossSpec(subtrajectory_balance),
     "exact_flow": LossSpec(exact_flow),
     "sft": LossSpec(sft, on_target=True),
 }

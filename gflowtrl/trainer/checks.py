@@ -14,9 +14,12 @@ REQUIRED_COLUMNS = ("row_id", "history", "target")
 
 
 def check_model(model: PreTrainedModel, catalog: ItemCatalog) -> None:
-    """The model must be a decoder that knows every token of the catalogue."""
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder; this trainer takes causal language models.")
+    """The model must write tokens, and know every token of the catalogue."""
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} has no output layer over tokens; this trainer takes language models: causal ones "
+            f"(AutoModelForCausalLM) or encoder-decoders (AutoModelForSeq2SeqLM)."
+        )
     known = model.get_input_embeddings().num_embeddings
     if known < catalog.tree.num_tokens:
         raise ValueError(

@@ -14,7 +14,7 @@ from transformers import EvalPrediction
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.data import GroupCollator, PromptEncoder
 from gflowtrl.metrics import summarise
-from gflowtrl.policy import CausalTreePolicy
+from gflowtrl.policy import TreePolicy, make_policy
 
 
 # Of all that `metrics.summarise` knows, what a training log can hold and stay readable.
@@ -74,7 +74,7 @@ class RankingEvaluationMixin:
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Ranked leaves `(B, beams)` as predictions, target leaves `(B,)` as labels; there is no loss."""
         inputs = self._prepare_inputs(inputs)
-        leaves, _ = CausalTreePolicy(model, self._catalog).beam_search(inputs["prompts"], self._num_beams)
+        leaves, _ = make_policy(model, self._catalog).beam_search(inputs["prompts"], self._num_beams)
         return None, leaves, self._catalog.leaf_of(inputs["target"]).to(leaves.device)
 
     def _ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -95,7 +95,7 @@ def history_lengths(rows: Dataset) -> Tensor:
 
 
 def rank_rows(
-    policy: CausalTreePolicy,
+    policy: TreePolicy,
     encoder: PromptEncoder,
     rows: Dataset,
     num_beams: int = 20,

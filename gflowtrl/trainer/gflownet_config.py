@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,17 +39,32 @@ class GFlowNetConfig(BaseConfig):
         > Parameters that control the loss
 
         loss_type (`str` or `list[str]`, *optional*, defaults to `["vargrad"]`):
-            One or more of `vargrad`, `trajectory_balance`, `exact_flow`, `sft`. GFlowGR's full loss is
-            `["sft", "trajectory_balance"]` with `loss_weights=[1.0, lambda]`.
+            One or more of `vargrad`, `contrastive_balance`, `trajectory_balance`, `detailed_balance`,
+            `subtrajectory_balance`, `exact_flow`, `sft`. GFlowGR's full loss is `["sft", "trajectory_balance"]` (or
+            `"detailed_balance"`) with `loss_weights=[1.0, lambda]`.
         loss_weights (`list[float]`, *optional*):
             A weight for each of `loss_type`; 1 each by default.
         loss_reduction (`str`, *optional*, defaults to `"mean"`):
             How the trajectories of a prompt are reduced: `"mean"`, or `"sum"` as in the paper. Prompts are averaged.
         huber_delta (`float`, *optional*):
-            Huber instead of squared residuals, linear beyond this residual. Keeps the fixed point.
+            Huber instead of squared residuals, linear beyond this residual. Keeps the fixed point. Of every balance
+            loss but `contrastive_balance`, which has its own.
+        contrastive_delta (`float`, *optional*, defaults to `1.0`):
+            The same for `contrastive_balance`, whose residuals are differences of pairs; `None` squares all of them.
+        subtb_lambda (`float`, *optional*, defaults to `0.9`):
+            lambda of `subtrajectory_balance`: a sub-path of n tokens weighs lambda^n (Madan et al., arXiv 2209.12782).
         log_z_learning_rate (`float`, *optional*, defaults to `1e-2`):
-            Learning rate of the log Z head of `trajectory_balance`; 10 to 100 times the policy's works well
-            (Malkin et al., arXiv 2201.13259).
+            Learning rate of the flow head (log F of every state, log Z of the root) of `trajectory_balance`,
+            `detailed_balance` and `subtrajectory_balance`; 10 to 100 times the policy's works well (Malkin et al.,
+            arXiv 2201.13259).
+        trajectory_weighting (`str`, *optional*):
+            Weights of a prompt's trajectories in the balance losses (the "heuristic weighting" of GFlowGR's abstract),
+            of mean 1 within the prompt: `"source"`, by `source_weights`; `"reward"`, in proportion to R. All are
+            positive, so a policy that can reach R / Z still ends there; what changes is the speed, and the compromise
+            of a policy that cannot (docs/objectives.md).
+        source_weights (`dict[str, float]`, *optional*):
+            Under `trajectory_weighting="source"` the weight of each of the sampler's sources, > 0; 1 for those that
+            are not named.
 
         > Parameters that control the reward
 
@@ -65,6 +81,12 @@ class GFlowNetConfig(BaseConfig):
         max_exact_elements (`int`, *optional*, defaults to `50_000_000`):
             Largest table, prompts x leaves, of one micro-batch. `exact_flow` refuses more; other losses then score
             the drawn trajectories only, and `reward_floor` refers to the group's mean.
+
+        > Parameters that control the reference model
+
+        ref_weight (`float`, *optional*, defaults to `0.0`):
+            Exponent a of the reference model in the target pi_ref^a * R: log R + a log pi_ref(leaf) takes the place of
+            log R in every balance loss. 0: no reference model.
 
         > Parameters that control data and evaluation
 
@@ -91,7 +113,10 @@ class GFlowNetConfig(BaseConfig):
     # Parameters that control the loss
     loss_type: list[str] = field(
         default_factory=lambda: ["vargrad"],
-        metadata={"help": "Losses: vargrad, trajectory_balance, exact_flow, sft; one or more."},
+        metadata={
+            "help": "One or more of vargrad, contrastive_balance, trajectory_balance, detailed_balance, "
+            "subtrajectory_balance, exact_flow, sft."
+        },
     )
     loss_weights: list[float] | None = field(default=None, metadata={"help": "A weight for each of `loss_type`."})
     loss_reduction: str = field(
@@ -99,7 +124,16 @@ class GFlowNetConfig(BaseConfig):
         metadata={"help": "Reduction over a prompt's trajectories.", "choices": ["mean", "sum"]},
     )
     huber_delta: float | None = field(default=None, metadata={"help": "Huber residuals with this delta."})
-    log_z_learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of the log Z head."})
+    contrastive_delta: float | None = field(default=1.0, metadata={"help": "The same for `contrastive_balance`."})
+    subtb_lambda: float = field(default=0.9, metadata={"help": "Weight of a longer sub-path to a shorter by one."})
+    log_z_learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of the flow head."})
+    trajectory_weighting: str | None = field(
+        default=None,
+        metadata={"help": "Weights of a prompt's trajectories in balance losses.", "choices": ["source", "reward"]},
+    )
+    source_weights: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Weight of each source of the sampler, 1 where none is given."}
+    )
 
     # Parameters that control the reward
     reward_weights: list[float] | None = field(default=None, metadata={"help": "A weight for each reward function."})
@@ -118,6 +152,9 @@ class GFlowNetConfig(BaseConfig):
     max_exact_elements: int = field(
         default=50_000_000, metadata={"help": "Largest table of rewards, prompts x leaves, of a micro-batch."}
     )
+
+    # Parameters that control the reference model
+    ref_weight: float = field(default=0.0, metadata={"help": "Exponent of the reference model in the target."})
 
     # Parameters that control data and evaluation
     max_history_items: int = field(default=20, metadata={"help": "Items of the history that a prompt holds."})
@@ -139,7 +176,7 @@ class GFlowNetConfig(BaseConfig):
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: rewards see all columns."})
 
-    _VALID_DICT_FIELDS = BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs"]
+    _VALID_DICT_FIELDS = BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "source_weights"]
 
     def __post_init__(self):
         super().__post_init__()
@@ -149,6 +186,7 @@ class GFlowNetConfig(BaseConfig):
             if getattr(self, name) is not None:
                 setattr(self, name, [float(weight) for weight in _listed(getattr(self, name))])
         self._check_losses()
+        self._check_weighting()
         self._check_numbers()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop histories and targets; leave it False.")
@@ -173,6 +211,31 @@ class GFlowNetConfig(BaseConfig):
         if self.num_generations < 1:
             raise ValueError(f"num_generations is {self.num_generations}; at least 1 trajectory a prompt is needed.")
 
+    def _check_weighting(self) -> None:
+        """What weighs trajectories and their rewards must have something to weigh."""
+        balance = [name for name in self.loss_type if get_loss(name).rewards]
+        for name in ("trajectory_weighting", "ref_weight"):
+            if getattr(self, name) and not balance:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, but no loss of {self.loss_type} uses rewards: it would "
+                    f"change nothing. Leave it out or add a balance loss to loss_type."
+                )
+        if self.trajectory_weighting not in (None, "source", "reward"):
+            raise ValueError(
+                f"trajectory_weighting is {self.trajectory_weighting!r}; choose 'source', 'reward' or None."
+            )
+        if (self.trajectory_weighting == "source") != bool(self.source_weights):
+            raise ValueError(
+                f"trajectory_weighting is {self.trajectory_weighting!r} and source_weights {self.source_weights}; "
+                f"source_weights belong to trajectory_weighting='source', which needs them."
+            )
+        for name, weight in (self.source_weights or {}).items():
+            if not (isinstance(weight, int | float) and 0 < weight < math.inf):
+                raise ValueError(
+                    f"The weight of source {name!r} is {weight!r}; it must be a number greater than 0. Leave a source "
+                    f"out of the sampler to do without it."
+                )
+
     def _check_numbers(self) -> None:
         for name, choices in (
             ("loss_reduction", ("mean", "sum")), ("reward_transform", ("power", "exp")),
@@ -180,11 +243,15 @@ class GFlowNetConfig(BaseConfig):
         ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(map(repr, choices))}.")
-        for name in ("temperature", "reward_beta", "log_z_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be greater than 0.")
-        if self.huber_delta is not None and not self.huber_delta > 0:
-            raise ValueError(f"huber_delta is {self.huber_delta}; it must be greater than 0, or None for squares.")
+        for name in ("temperature", "reward_beta", "log_z_learning_rate", "subtb_lambda"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be greater than 0, and finite.")
+        for name in ("huber_delta", "contrastive_delta"):
+            delta = getattr(self, name)
+            if delta is not None and not delta > 0:
+                raise ValueError(f"{name} is {delta}; it must be greater than 0, or None for squares.")
+        if not 0 <= self.ref_weight < math.inf:
+            raise ValueError(f"ref_weight is {self.ref_weight}; it must be a number of at least 0 (0: no reference).")
         if not 0 <= self.epsilon <= 1:
             raise ValueError(f"epsilon is {self.epsilon}; it is a probability and must lie in [0, 1].")
         if not 0 <= self.reward_floor < 1:

@@ -6,26 +6,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.data import GroupCollator, PromptEncoder
 from gflowtrl.losses import flow_targets, get_loss
-from gflowtrl.policy import CausalTreePolicy, StatelessNoise, StepScores, attach_flow_heads
+from gflowtrl.policy import StatelessNoise, StepScores, TreePolicy, attach_flow_heads, load_backbone, make_policy
 from gflowtrl.policy.heads import split_heads
 from gflowtrl.rewards import RewardFusion, RewardResult
 from gflowtrl.samplers import Sampler, TrajectoryBatch, build_sampler, validate_trajectories
@@ -33,17 +26,41 @@ from gflowtrl.samplers import Sampler, TrajectoryBatch, build_sampler, validate_
 from .base import BaseTrainer
 from .checks import check_model, check_rows, item_counts_of
 from .gflownet_config import GFlowNetConfig
+from .reference import build_prior
+from .sampler_state import load_sampler, save_sampler
+from .weighting import effective_number, source_table, weights_by_reward, weights_by_source
 
 
 @dataclass
 class Group:
-    """What one step knows about its prompts and their trajectories."""
+    """What one step knows about its prompts and their trajectories.
+
+    Attributes:
+        batch: prompts and dataset columns.
+        trajectories, scores: what was drawn, and what the policy says about it.
+        rewards: where there are rewards; `log_rewards` is log R of the target, the prior included.
+        log_prior: `(B, K)`, the prior's part of it, where there is a reference model.
+        log_flows: `(B, M)` log F of every node, where the reward of every leaf is known.
+        weights: `(B, K)` of mean 1 within a prompt, where trajectories are weighted.
+    """
 
     batch: dict[str, Any]
     trajectories: TrajectoryBatch
     scores: StepScores
     rewards: RewardResult | None = None
-    log_flows: Tensor | None = None  # (B, M), where the reward of every leaf is known
+    log_prior: Tensor | None = None
+    log_flows: Tensor | None = None
+    weights: Tensor | None = None
+
+    def residuals(self) -> tuple[Tensor, Tensor]:
+        """`(B,)` the best known log Z (true, learned or VarGrad's), `(B, K)` sizes of log Z + log pi - log R."""
+        balance = self.rewards.log_rewards - self.scores.trajectory_log_probs
+        log_z = balance.mean(1)
+        if self.log_flows is not None:
+            log_z = self.log_flows[:, 0]
+        elif self.scores.log_z is not None:
+            log_z = self.scores.log_z
+        return log_z, (log_z[:, None] - balance).abs()
 
 
 class GFlowNetTrainer(BaseTrainer):
@@ -54,7 +71,7 @@ class GFlowNetTrainer(BaseTrainer):
     their argument names; **one difference**: `per_device_train_batch_size` counts prompts, not completions.
 
     Args:
-        model: a causal language model, or the name or folder of one.
+        model: a causal language model or an encoder-decoder, or the name or folder of one.
         reward_funcs: one reward or a list. Any callable with TRL's signature `(prompts, completions, completion_ids,
             **dataset_columns) -> list[float | None]`, which also gets `items`; or one of `gflowtrl.rewards`. Not
             needed for `loss_type=["sft"]`.
@@ -66,6 +83,9 @@ class GFlowNetTrainer(BaseTrainer):
         sampler: where trajectories come from: a name (`"on_policy"`, `"reward"`, ...), a mixture
             `{"ground_truth": 1, "on_policy": 3}`, or a `Sampler`. By default the observed target and K - 1 on policy;
             under `exact_flow` alone, K from the reward itself.
+        ref_model: the reference model of the target pi_ref^ref_weight * R, or its name or folder; never trained. Where
+            `args.ref_weight` asks for one and none is given, it is the model as it is before training: under
+            `peft_config` the trained one with its adapters switched off, else a copy.
         peft_config: a PEFT configuration; adapters are trained instead of the model.
         item_counts: `(items,)` training interactions in the order of `catalog.items`, for the breadth metrics; counted
             in the training targets by default.
@@ -98,16 +118,18 @@ class GFlowNetTrainer(BaseTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         catalog: ItemCatalog | None = None,
         sampler: str | Mapping | Sampler | Callable | None = None,
+        ref_model: str | PreTrainedModel | None = None,
         peft_config: PeftConfig | None = None,
         item_counts: Tensor | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
         args = GFlowNetConfig("gflownet-output") if args is None else args
+        model_kwargs = args.model_init_kwargs or {}
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             catalog = catalog or ItemCatalog.from_pretrained(model)
-            model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+            model = load_backbone(model, **model_kwargs)
         elif args.model_init_kwargs:
             raise ValueError("model_init_kwargs was given, but the model is built already; pass its name or folder.")
         if processing_class is None or catalog is None:
@@ -120,10 +142,13 @@ class GFlowNetTrainer(BaseTrainer):
         self._set_up_sampler(sampler, args)
         for dataset in [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]:
             check_rows(dataset, catalog)
+        self.prior = build_prior(
+            args.ref_weight, catalog, ref_model, model, adapters=peft_config is not None, **model_kwargs
+        )
         set_seed(args.seed)  # heads and adapters begin at random
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
-        if any(loss.log_z for _, loss, _ in self.losses):
+        if any(loss.heads for _, loss, _ in self.losses):
             # After the adapters, which would freeze or adapt the head.
             attach_flow_heads(model.get_base_model() if hasattr(model, "get_base_model") else model)
         self._encoder = PromptEncoder(catalog, processing_class, args.max_history_items)
@@ -139,6 +164,8 @@ class GFlowNetTrainer(BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self.prior is not None:
+            self.prior.prepare(self.accelerator)
         counts = item_counts_of(train_dataset, catalog) if item_counts is None else item_counts
         self.set_up_ranking(catalog, self._encoder, counts, args.eval_num_beams, args.eval_ks)
         if self.is_world_process_zero():
@@ -160,10 +187,10 @@ class GFlowNetTrainer(BaseTrainer):
         if not self._exact:
             return
         if not self.rewards.can_score_all:
-            lacking = [name for name, reward in self.rewards.rewards.items() if not hasattr(reward, "score_items")]
+            lacking = ", ".join(map(repr, self.rewards.sampled_only))
             raise ValueError(
-                f"exact_flow needs the reward of every leaf, but {', '.join(map(repr, lacking))} scores only given "
-                f"completions. Give it a method score_items(batch) -> Tensor (B, items), or use loss_type='vargrad'."
+                f"exact_flow needs the reward of every leaf, but {lacking} scores only given completions. Give it "
+                f"a method score_items(batch) -> Tensor (B, items), or use loss_type='vargrad'."
             )
         if not self.rewards.scores_all(args.per_device_train_batch_size):
             table = args.per_device_train_batch_size * catalog.tree.num_leaves
@@ -183,9 +210,10 @@ class GFlowNetTrainer(BaseTrainer):
         elif sampler is None:
             sampler = {"ground_truth": 1, "on_policy": args.num_generations - 1}
         self.sampler = build_sampler(sampler, temperature=args.temperature, epsilon=args.epsilon)
+        self._source_table = source_table(args.source_weights or {}, self.sampler.source_names)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, in which the log Z head has parameter groups, and a learning rate, of its own."""
+        """The Trainer's optimizer, in which the flow head has parameter groups, and a learning rate, of its own."""
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
@@ -209,32 +237,62 @@ class GFlowNetTrainer(BaseTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Draw, reward, score, balance. Returns the loss, a mean over the micro-batch's prompts."""
-        batch = dict(inputs, cache={})
-        tree = self._catalog.to(batch["row_id"].device).tree
+        batch = dict(inputs, cache={}, progress=self._progress())
+        self._catalog.to(batch["row_id"].device)
         batch["target_leaf"] = self._catalog.leaf_of(batch["target"])
-        policy = CausalTreePolicy(model, self._catalog)
-        with self._timed("reward"):
-            if self.rewards is not None and self.rewards.scores_all(len(batch["target"])):
-                batch["leaf_log_rewards"] = self.rewards.leaf_log_rewards(batch)
+        policy = make_policy(model, self._catalog)
+        self._reward_all(model, batch)
         with self._timed("sample"):
             trajectories = self._draw(policy, batch)
-        with self._timed("reward"):
-            rewards = log_flows = None
-            if self.rewards is not None:
-                rewards = self.rewards.log_rewards(batch, trajectories.leaves, self.state)
-            if "leaf_log_rewards" in batch and self._exact:
-                log_flows = tree.log_flows(batch["leaf_log_rewards"])
+        rewards, log_prior, log_flows = self._reward(model, batch, trajectories.leaves)
         with self._timed("score"):
             target_first, leaves = self._with_targets(batch, trajectories.leaves)
             scores = policy.score(batch["prompts"], leaves)
-        group = Group(batch, trajectories, _columns(scores, slice(target_first, None)), rewards, log_flows)
+        group = Group(batch, trajectories, _columns(scores, slice(target_first, None)), rewards, log_prior, log_flows)
+        group.weights = self._weights(group)
         loss = self._balance(group, _columns(scores, slice(0, 1)))
         self.record(self._group_metrics(group))
+        self._tell_sampler(group)
         if self.args.log_completions:
             self._last_group = group
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _draw(self, policy: CausalTreePolicy, batch: dict[str, Any]) -> TrajectoryBatch:
+    def _progress(self) -> float:
+        """The share of the training that is done, in [0, 1)."""
+        return self.state.global_step / self.state.max_steps if self.state.max_steps else 0.0
+
+    def _reward_all(self, model: nn.Module, batch: dict[str, Any]) -> None:
+        """Put log R of all leaves into the batch where it can be known; under `exact_flow` with the prior."""
+        if self.rewards is None or not self.rewards.scores_all(len(batch["target"])):
+            return
+        with self._timed("reward"):
+            batch["leaf_log_rewards"] = self.rewards.leaf_log_rewards(batch)
+        if self._exact and self.prior is not None:
+            with self._timed("reference"):
+                batch["leaf_log_prior"] = self.prior.score_all(model, batch["prompts"])
+            batch["leaf_log_rewards"] = batch["leaf_log_rewards"] + batch["leaf_log_prior"]
+
+    def _reward(
+        self, model: nn.Module, batch: dict[str, Any], leaves: Tensor
+    ) -> tuple[RewardResult | None, Tensor | None, Tensor | None]:
+        """Rewards of the trajectories with the prior in log R, the prior `(B, K)`, and log F of all nodes `(B, M)`."""
+        if self.rewards is None:
+            return None, None, None
+        log_prior = log_flows = None
+        with self._timed("reward"):
+            rewards = self.rewards.log_rewards(batch, leaves, self.state)
+            if self._exact:
+                log_flows = self._catalog.tree.log_flows(batch["leaf_log_rewards"])
+        if self.prior is not None:
+            with self._timed("reference"):
+                known = batch.get("leaf_log_prior")
+                log_prior = (
+                    self.prior.score(model, batch["prompts"], leaves) if known is None else known.gather(1, leaves)
+                )
+            rewards = replace(rewards, log_rewards=rewards.log_rewards + log_prior)
+        return rewards, log_prior, log_flows
+
+    def _draw(self, policy: TreePolicy, batch: dict[str, Any]) -> TrajectoryBatch:
         noise = self.noise.at(self.state.global_step, batch["row_id"])
         trajectories = self.sampler.sample(batch, policy, self.num_generations, noise)
         validate_trajectories(trajectories, len(batch["row_id"]), self.num_generations, self._catalog.tree.num_leaves)
@@ -248,8 +306,19 @@ class GFlowNetTrainer(BaseTrainer):
             return 0, leaves
         return 1, torch.cat([batch["target_leaf"][:, None], leaves], 1)
 
+    def _weights(self, group: Group) -> Tensor | None:
+        """`(B, K)`, of mean 1 within a prompt, or None for equal ones."""
+        if self.args.trajectory_weighting == "source":
+            return weights_by_source(self._source_table, group.trajectories.source)
+        if self.args.trajectory_weighting == "reward":
+            return weights_by_reward(group.rewards.log_rewards)
+        return None
+
     def _balance(self, group: Group, target: StepScores) -> Tensor:
         """The weighted sum of the losses; `target` are the scores of the observed target alone."""
+        options = {
+            "huber_delta": self.args.huber_delta, "delta": self.args.contrastive_delta, "lam": self.args.subtb_lambda,
+        }  # fmt: skip
         total = 0.0
         for name, loss, weight in self.losses:
             scores = target if loss.on_target else group.scores
@@ -258,11 +327,14 @@ class GFlowNetTrainer(BaseTrainer):
                 "child_log_probs": scores.child_log_probs,
                 "lengths": scores.lengths,
                 "log_z": scores.log_z,
+                "log_flows": scores.log_flows,
                 "log_rewards": None if group.rewards is None else group.rewards.log_rewards,
             }
             if loss.all_leaf_rewards:
                 tensors["child_target_log_probs"] = flow_targets(group.log_flows, scores.child_nodes)
-            per_trajectory = loss(tensors, huber_delta=self.args.huber_delta)
+            per_trajectory = loss(tensors, **options)
+            if group.weights is not None and not loss.on_target:
+                per_trajectory = per_trajectory * group.weights
             reduced = per_trajectory.sum(1) if self.args.loss_reduction == "sum" else per_trajectory.mean(1)
             value = reduced.mean()
             self.record({f"loss/{name}": value})
@@ -293,13 +365,25 @@ class GFlowNetTrainer(BaseTrainer):
                 own = source == index
                 metrics[f"sampler/{name}/share"] = own.float().mean()
                 metrics[f"sampler/{name}/reward"] = group.rewards.rewards[own].mean()
-        balance = group.rewards.log_rewards - log_pi
-        log_z = balance.mean(1)  # VarGrad's estimate, unless something better is known
-        if group.log_flows is not None:
-            log_z = group.log_flows[:, 0]
-        elif scores.log_z is not None:
-            log_z = scores.log_z
-        return metrics | {"log_z": log_z.mean(), "residual": (log_z[:, None] - balance).abs().mean()}
+        if group.log_prior is not None:
+            metrics["log_pi_ref"] = group.log_prior.mean() / self.prior.weight
+        if group.weights is not None:
+            metrics["effective_generations"] = effective_number(group.weights).mean()
+        log_z, residual = group.residuals()
+        return metrics | {"log_z": log_z.mean(), "residual": residual.mean()}
+
+    @torch.no_grad()
+    def _tell_sampler(self, group: Group) -> None:
+        """What became of its trajectories, to the sampler; and what it reports, to the log."""
+        if group.rewards is not None:
+            feedback = {
+                "log_rewards": group.rewards.log_rewards,
+                "residual": group.residuals()[1],
+                "log_pi": group.scores.trajectory_log_probs,
+            }
+            feedback = {name: values.detach() for name, values in feedback.items()}
+            self.sampler.observe(group.batch, group.trajectories, feedback)
+        self.record({f"sampler/{name}": value for name, value in self.sampler.metrics().items()})
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -326,6 +410,16 @@ class GFlowNetTrainer(BaseTrainer):
             shown = f"{catalog.leaf_text(leaf)} {catalog.items_of(leaf)} from {source}"
             print(f"  {shown}: log pi {log_pi[place]:.3f}{reward}")
 
+    # --------------------------------------------------------------------------------------------------- checkpoints
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        save_sampler(self.sampler, output_dir, self.args.process_index, self.args.world_size)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_sampler(self.sampler, checkpoint, self.args.process_index, self.args.world_size)
+
     def card_settings(self) -> dict[str, Any]:
         """What the model card says about the training."""
         settings = {"losses": ", ".join(f"{weight:g} x {name}" for name, _, weight in self.losses)}
@@ -334,15 +428,20 @@ class GFlowNetTrainer(BaseTrainer):
                 f"{w:g} x {name}" for name, w in zip(self.rewards.names, self.rewards.weights, strict=True)
             )
             settings["trajectories"] = f"{self.num_generations} a prompt from {', '.join(self.sampler.source_names)}"
+        if self.prior is not None:
+            settings["reference model"] = f"prior to the power of {self.prior.weight:g}"
+        if self.args.trajectory_weighting is not None:
+            settings["weights of trajectories"] = f"by {self.args.trajectory_weighting}"
         return settings
 
 
 def _columns(scores: StepScores, columns: slice) -> StepScores:
     """The scores of some of the trajectories."""
-    return StepScores(
+    return replace(
+        scores,
         log_probs=scores.log_probs[:, columns],
         child_log_probs=scores.child_log_probs[:, columns],
         child_nodes=scores.child_nodes[:, columns],
         lengths=scores.lengths[:, columns],
-        log_z=scores.log_z,
+        log_flows=None if scores.log_flows is None else scores.log_flows[:, columns],
     )

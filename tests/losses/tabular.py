@@ -32,8 +32,11 @@ class TabularPolicy:
         levels = [self.tree.children(nodes[..., depth], depth)[1] for depth in range(self.tree.max_depth)]
         return torch.stack([torch.nn.functional.pad(c, (0, width - c.shape[-1]), value=-1) for c in levels], dim=-2)
 
-    def score(self, leaves: Tensor, log_flows: Tensor) -> dict[str, Tensor]:
-        """Everything a trainer would hand to a loss, log Z left out."""
+    def score(self, leaves: Tensor, log_flows: Tensor, learned: Tensor | None = None) -> dict[str, Tensor]:
+        """Everything a trainer would hand to a loss, log Z left out.
+
+        `log_flows (B, M)` are the true flows, `learned (B, M)` a flow head's (the true ones by default).
+        """
         children = self.children_of(leaves)
         logits = self.logits.gather(1, children.clamp(min=0).flatten(1)).view(children.shape)
         ended = (children < 0).all(-1, keepdim=True)
@@ -46,7 +49,18 @@ class TabularPolicy:
             "child_target_log_probs": flow_targets(log_flows, children),
             "lengths": self.tree.leaf_lengths[leaves],
             "log_rewards": log_flows.gather(1, self.tree.leaf_nodes()[leaves]),
+            "log_flows": self.flows_of(leaves, log_flows if learned is None else learned),
         }
+
+    def flows_of(self, leaves: Tensor, values: Tensor) -> Tensor:
+        """`values (B, M)` at the states s_0 ... s_{L-1} of each leaf: `(B, K, L)`, 0 after a shorter id's end.
+
+        Where an id ends its leaf is not read: log F of a leaf is its log R, not the head's.
+        """
+        states = self.tree.walk(leaves)[..., :-1]
+        steps = torch.arange(self.tree.max_depth)
+        inner = steps < self.tree.leaf_lengths[leaves][..., None]
+        return values.gather(1, states.clamp(min=0).flatten(1)).view(states.shape).masked_fill(~inner, 0.0)
 
     def leaf_log_probs(self) -> Tensor:
         """`(B, N)`, every leaf scored."""

@@ -8,14 +8,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from gflowtrl.losses import LOSSES, exact_flow, flow_targets, get_loss, sft, trajectory_balance, vargrad
+from gflowtrl.losses import (
+    LOSSES,
+    contrastive_balance,
+    detailed_balance,
+    exact_flow,
+    flow_targets,
+    get_loss,
+    sft,
+    subtrajectory_balance,
+    trajectory_balance,
+    vargrad,
+)
 from gflowtrl.losses.common import penalty
 from tests.losses.tabular import TabularPolicy, random_tree
 
 
 PROMPTS = 3
 SEEDS = (0, 1, 2)
-BALANCE = ("trajectory_balance", "vargrad", "exact_flow")  # sft has no target of its own: it follows its data
+# sft has no target of its own: it follows its data
+BALANCE = (
+    "trajectory_balance", "vargrad", "contrastive_balance", "detailed_balance", "subtrajectory_balance", "exact_flow",
+)  # fmt: skip
 
 
 class Problem:
@@ -40,8 +54,12 @@ class Problem:
         """Softmax over siblings of log F is F(child) / F(state): the target policy."""
         return TabularPolicy(self.tree, self.log_flows.clone().requires_grad_())
 
-    def loss(self, name: str, policy: TabularPolicy, leaves: Tensor, log_z: Tensor | None = None, **options) -> Tensor:
-        return LOSSES[name]({**policy.score(leaves, self.log_flows), "log_z": log_z}, **options)
+    def loss(
+        self, name: str, policy: TabularPolicy, leaves: Tensor, log_z: Tensor | None = None,
+        learned: Tensor | None = None, **options,
+    ) -> Tensor:  # fmt: skip
+        """`learned (B, M)`: the flow head's log F of every node."""
+        return LOSSES[name]({**policy.score(leaves, self.log_flows, learned), "log_z": log_z}, **options)
 
 
 @pytest.fixture(params=SEEDS)
@@ -58,16 +76,18 @@ def test_the_random_trees_have_ids_of_different_length(problem):
 @pytest.mark.parametrize("huber_delta", [None, 1.0])
 @pytest.mark.parametrize("name", BALANCE)
 def test_loss_and_gradient_are_zero_at_the_target_and_nowhere_else(problem, name, huber_delta):
-    log_z = problem.log_z.clone().requires_grad_()
+    log_z, flows = problem.log_z.clone().requires_grad_(), problem.log_flows.clone().requires_grad_()
     ideal, other = problem.ideal_policy(), problem.random_policy()
-    loss = problem.loss(name, ideal, problem.all_leaves, log_z, huber_delta=huber_delta)
+    options = {"huber_delta": huber_delta, "delta": huber_delta}
+    loss = problem.loss(name, ideal, problem.all_leaves, log_z, flows, **options)
     assert loss.shape == problem.all_leaves.shape
     assert loss.abs().max() < 1e-20 or (name == "exact_flow" and loss.abs().max() < 1e-13)
-    parameters = [ideal.logits, log_z] if name == "trajectory_balance" else [ideal.logits]
+    spec = LOSSES[name]
+    parameters = [ideal.logits] + [log_z] * spec.log_z + [flows] * spec.log_flows
     for gradient in torch.autograd.grad(loss.sum(), parameters):
         assert gradient.abs().max() < 1e-12
 
-    loss = problem.loss(name, other, problem.all_leaves, log_z, huber_delta=huber_delta)
+    loss = problem.loss(name, other, problem.all_leaves, log_z, flows, **options)
     (gradient,) = torch.autograd.grad(loss.sum(), other.logits)
     assert (loss.mean(1) > 0.1).all() and gradient.abs().max() > 0.1
 
@@ -85,21 +105,28 @@ def test_sft_under_the_target_is_stationary_at_the_target_and_equals_its_entropy
 
 
 # -------------------------------------------------------------------------------------------------------- identities
-def test_scaling_the_reward_changes_nothing_in_vargrad(problem):
+@pytest.mark.parametrize("loss", [vargrad, contrastive_balance])
+def test_scaling_the_reward_changes_nothing(problem, loss):
     scores = problem.random_policy().score(problem.all_leaves, problem.log_flows)
     factor = problem.randn(PROMPTS, 1)
-    one = vargrad(scores["log_probs"], scores["log_rewards"])
-    other = vargrad(scores["log_probs"], scores["log_rewards"] + factor)
+    one = loss(scores["log_probs"], scores["log_rewards"])
+    other = loss(scores["log_probs"], scores["log_rewards"] + factor)
     assert one.allclose(other)
     tb = [trajectory_balance(scores["log_probs"], scores["log_rewards"] + f, problem.log_z) for f in (0, factor)]
     assert not tb[0].allclose(tb[1])
 
 
 def test_vargrad_is_the_sum_over_pairs_of_contrastive_residuals(problem):
-    scores = problem.random_policy().score(problem.all_leaves[:, :6], problem.log_flows)
+    """In value and in gradient; the pairs by brute force and by the loss."""
+    policy = problem.random_policy()
+    scores = policy.score(problem.all_leaves[:, :6], problem.log_flows)
     surplus = (scores["log_probs"].sum(-1) - scores["log_rewards"]).T
     pairs = sum((surplus[i] - surplus[j]).square() for i, j in itertools.combinations(range(6), 2))
-    assert pairs.allclose(6 * vargrad(scores["log_probs"], scores["log_rewards"]).sum(1))
+    ours = contrastive_balance(scores["log_probs"], scores["log_rewards"], delta=None).sum(1) * 5 / 2
+    theirs = 6 * vargrad(scores["log_probs"], scores["log_rewards"]).sum(1)
+    assert pairs.allclose(ours) and pairs.allclose(theirs)
+    one, other = (torch.autograd.grad(loss.sum(), policy.logits, retain_graph=True)[0] for loss in (ours, theirs))
+    assert one.allclose(other, atol=1e-12) and one.abs().max() > 0.1
 
 
 def test_vargrad_is_trajectory_balance_with_the_mean_log_z(problem):
@@ -171,6 +198,7 @@ def test_padding_more_steps_and_children_changes_nothing(problem, name):
     padded["log_probs"] = torch.nn.functional.pad(tensors["log_probs"], (0, 2))
     for key in ("child_log_probs", "child_target_log_probs"):
         padded[key] = torch.nn.functional.pad(tensors[key], (0, 3, 0, 2), value=-torch.inf)
+    padded["log_flows"] = torch.nn.functional.pad(tensors["log_flows"], (0, 2), value=7.0)
     assert LOSSES[name](padded).allclose(LOSSES[name](tensors))
 
 
@@ -179,15 +207,16 @@ def test_gradients_are_those_of_the_value(name):
     problem = Problem(seed=0, num_paths=8)
     leaves = problem.all_leaves[:, :5]
 
-    def loss(logits: Tensor, log_z: Tensor) -> Tensor:
-        return problem.loss(name, TabularPolicy(problem.tree, logits), leaves, log_z)
+    def loss(logits: Tensor, log_z: Tensor, flows: Tensor) -> Tensor:
+        return problem.loss(name, TabularPolicy(problem.tree, logits), leaves, log_z, flows)
 
     logits = problem.randn(PROMPTS, problem.tree.num_nodes).requires_grad_()
     log_z = problem.randn(PROMPTS).requires_grad_(LOSSES[name].log_z)
+    flows = problem.randn(PROMPTS, problem.tree.num_nodes).requires_grad_(LOSSES[name].log_flows)
     if name == "vargrad":  # its mean carries no gradient, so only the mean over the group is the value's gradient
-        assert torch.autograd.gradcheck(lambda *inputs: loss(*inputs).mean(1), (logits, log_z))
+        assert torch.autograd.gradcheck(lambda *inputs: loss(*inputs).mean(1), (logits, log_z, flows))
     else:
-        assert torch.autograd.gradcheck(loss, (logits, log_z))
+        assert torch.autograd.gradcheck(loss, (logits, log_z, flows))
 
 
 def test_exact_flow_by_hand_with_padding_impossible_children_and_junk_after_the_end():
@@ -220,24 +249,36 @@ def test_huber_by_hand():
 
 # ---------------------------------------------------------------------------------------------- registry and bad input
 def test_the_registry_states_what_each_loss_needs():
-    needs = {n: (s.log_z, s.all_leaf_rewards, s.min_generations, s.rewards, s.on_target) for n, s in LOSSES.items()}
-    assert needs == {
-        "trajectory_balance": (True, False, 1, True, False),
-        "vargrad": (False, False, 2, True, False),
-        "exact_flow": (False, True, 1, True, False),
-        "sft": (False, False, 1, False, True),
+    needs = {
+        n: (s.log_z, s.log_flows, s.all_leaf_rewards, s.min_generations, s.rewards, s.on_target)
+        for n, s in LOSSES.items()
     }
+    assert needs == {
+        "trajectory_balance": (True, False, False, 1, True, False),
+        "vargrad": (False, False, False, 2, True, False),
+        "contrastive_balance": (False, False, False, 2, True, False),
+        "detailed_balance": (False, True, False, 1, True, False),
+        "subtrajectory_balance": (False, True, False, 1, True, False),
+        "exact_flow": (False, False, True, 1, True, False),
+        "sft": (False, False, False, 1, False, True),
+    }
+    assert {n for n, s in LOSSES.items() if s.heads} == {
+        "trajectory_balance", "detailed_balance", "subtrajectory_balance",
+    }  # fmt: skip
+    assert LOSSES["subtrajectory_balance"].options == ("lam", "huber_delta")
+    assert LOSSES["contrastive_balance"].options == ("delta",)
 
 
 def test_an_unknown_loss_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match="'ppo'.*exact_flow, sft, trajectory_balance, vargrad"):
+    with pytest.raises(ValueError, match="'ppo'.*exact_flow, sft, subtrajectory_balance, trajectory_balance, vargrad"):
         get_loss("ppo")
 
 
+@pytest.mark.parametrize("loss", [vargrad, contrastive_balance])
 @pytest.mark.parametrize("num_generations", [0, 1])
-def test_vargrad_refuses_a_single_trajectory(num_generations):
-    with pytest.raises(ValueError, match=f"at least 2 of them, got num_generations={num_generations}"):
-        vargrad(torch.zeros(2, num_generations, 3), torch.zeros(2, num_generations))
+def test_a_single_trajectory_is_nothing_to_compare(loss, num_generations):
+    with pytest.raises(ValueError, match=f"{loss.__name__}.*least 2 of them, got num_generations={num_generations}"):
+        loss(torch.zeros(2, num_generations, 3), torch.zeros(2, num_generations))
 
 
 def test_shapes_that_would_broadcast_are_refused():
@@ -249,6 +290,13 @@ def test_shapes_that_would_broadcast_are_refused():
         exact_flow(torch.zeros(2, 2, 3, 4), torch.zeros(2, 1, 3, 4), torch.ones(2, 2))
     with pytest.raises(ValueError, match=r"lengths has shape \(2,\)"):
         sft(torch.zeros(2, 2, 3), torch.ones(2))
+    for loss in (detailed_balance, subtrajectory_balance):
+        with pytest.raises(ValueError, match=r"log_flows has shape \(2, 1, 3\)"):
+            loss(torch.zeros(2, 2, 3), torch.zeros(2, 1, 3), torch.zeros(2, 2), torch.ones(2, 2))
+        with pytest.raises(ValueError, match=r"log_rewards has shape \(2, 1\)"):
+            loss(torch.zeros(2, 2, 3), torch.zeros(2, 2, 3), torch.zeros(2, 1), torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"log_rewards has shape \(1, 2\)"):
+        contrastive_balance(torch.zeros(2, 2, 3), torch.zeros(1, 2))
 
 
 def test_a_missing_tensor_and_a_bad_delta_are_named():
@@ -256,6 +304,9 @@ def test_a_missing_tensor_and_a_bad_delta_are_named():
         LOSSES["trajectory_balance"]({"log_probs": torch.zeros(1, 1, 1), "log_rewards": torch.zeros(1, 1)})
     with pytest.raises(ValueError, match="huber_delta is 0"):
         penalty(torch.zeros(1), 0)
+    for lam in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"lam is {lam}"):
+            subtrajectory_balance(*[torch.zeros(1, 1, 1)] * 2, torch.zeros(1, 1), torch.ones(1, 1), lam=lam)
 
 
 # ---------------------------------------------------------------------------------------------------------- learning
@@ -265,8 +316,9 @@ def test_learning_reaches_the_target_from_a_uniform_policy(name):
     problem = Problem(seed=3, num_paths=60)
     logits = torch.zeros(PROMPTS, problem.tree.num_nodes, dtype=torch.double, requires_grad=True)
     policy, log_z = TabularPolicy(problem.tree, logits), torch.zeros(PROMPTS, dtype=torch.double, requires_grad=True)
+    flows = torch.zeros_like(logits, requires_grad=True)
     steps = 500
-    optimizer = torch.optim.Adam([{"params": [logits], "lr": 0.1}, {"params": [log_z], "lr": 0.3}])
+    optimizer = torch.optim.Adam([{"params": [logits], "lr": 0.1}, {"params": [log_z, flows], "lr": 0.3}])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
     def total_variation() -> float:
@@ -281,7 +333,7 @@ def test_learning_reaches_the_target_from_a_uniform_policy(name):
             leaves = draw(problem.target.exp(), 64)
         else:
             leaves = torch.cat([draw(torch.ones_like(problem.target), 8), draw(policy.leaf_log_probs().exp(), 8)], 1)
-        problem.loss(name, policy, leaves, log_z).mean().backward()
+        problem.loss(name, policy, leaves, log_z, flows).mean().backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -290,3 +342,6 @@ def test_learning_reaches_the_target_from_a_uniform_policy(name):
     assert untrained > 0.5 and trained < 0.05
     if name == "trajectory_balance":
         assert log_z.allclose(problem.log_z, atol=0.05)
+    if LOSSES[name].log_flows:  # log F is learned as well, at every state that is not a leaf
+        inner = problem.tree.num_children > 0
+        assert (flows - problem.log_flows)[:, inner].abs().max() < 0.3

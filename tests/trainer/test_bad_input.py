@@ -16,7 +16,7 @@ from .world import ITEMS, TOKENIZER, make_catalog, make_rows, make_trainer, teac
 
 
 def t5() -> T5ForConditionalGeneration:
-    return T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    return T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
 
 
 def rows(**changes) -> Dataset:
@@ -44,7 +44,8 @@ CONSTRUCTION = {
     "repeated row id": ({"train_dataset": rows(row_id=[1, 2, 1])}, "Two rows share the row_id 1"),
     "row id of text": ({"train_dataset": rows(row_id=["a", "b", "c"])}, "row_id 'a' is no integer"),
     "stream": ({"train_dataset": rows().to_iterable_dataset()}, "must be a datasets.Dataset.*got IterableDataset"),
-    "encoder-decoder": ({"model": t5()}, "T5ForConditionalGeneration is an encoder-decoder"),
+    "no language model": ({"model": t5().encoder}, "T5Stack has no output layer over tokens"),
+    "encoder-decoder with few embeddings": ({"model": t5()}, "embeds only 9 tokens.*add_item_tokens"),
     "few embeddings": ({"model": tiny_model(9)}, "embeds only 9 tokens.*add_item_tokens"),
     "no reward": ({"reward_funcs": None}, r"\['vargrad'\] needs a reward"),
     "no rewards": ({"reward_funcs": []}, "needs a reward"),
@@ -61,6 +62,12 @@ CONSTRUCTION = {
     "item counts of another catalogue": ({"item_counts": torch.ones(3)}, r"shape \(3,\), but.* has 24 items"),
     "arguments for a model that exists": ({"model_init_kwargs": {"dtype": "float32"}}, "the model is built already"),
     "no catalogue": ({"catalog": None}, "processing_class and catalog are needed"),
+    "reference without weight": ({"ref_model": tiny_model(len(TOKENIZER))}, "ref_model was given, but ref_weight is"),
+    "reference of another vocabulary": ({"ref_model": tiny_model(9), "ref_weight": 1.0}, "embeds only 9 tokens"),
+    "weight of no source": (
+        {"trajectory_weighting": "source", "source_weights": {"ground_truth": 2, "teacher": 1}},
+        "names 'teacher', but the sampler's sources are 'ground_truth', 'on_policy'",
+    ),
 }  # fmt: skip
 
 
@@ -139,6 +146,18 @@ CONFIGURATION = [
     ({"eval_num_beams": 10}, "eval_num_beams is 10, but eval_ks asks for lists of 20"),
     ({"max_history_items": 0}, "max_history_items is 0"),
     ({"remove_unused_columns": True}, "remove_unused_columns"),
+    ({"contrastive_delta": 0.0}, "contrastive_delta is 0.0"),
+    ({"subtb_lambda": 0.0}, "subtb_lambda is 0.0; it must be greater than 0"),
+    ({"subtb_lambda": math.inf}, "subtb_lambda is inf"),
+    ({"ref_weight": -1.0}, "ref_weight is -1.0"),
+    ({"ref_weight": math.nan}, "ref_weight is nan"),
+    ({"ref_weight": 1.0, "loss_type": "sft"}, "ref_weight is 1.0, but no loss of .'sft'. uses rewards"),
+    ({"trajectory_weighting": "reward", "loss_type": "sft"}, "trajectory_weighting is 'reward', but no loss"),
+    ({"trajectory_weighting": "length"}, "trajectory_weighting is 'length'; choose"),
+    ({"trajectory_weighting": "source"}, "is 'source' and source_weights None"),
+    ({"trajectory_weighting": "reward", "source_weights": {"a": 1.0}}, "is 'reward' and source_weights"),
+    ({"trajectory_weighting": "source", "source_weights": {"a": 0}}, "The weight of source 'a' is 0"),
+    ({"trajectory_weighting": "source", "source_weights": {"a": "high"}}, "The weight of source 'a' is 'high'"),
 ]
 
 

@@ -1,5 +1,6 @@
 """One step: the loss against brute force over all leaves, and what is logged."""
 
+import itertools
 import math
 import time
 from functools import partial
@@ -10,10 +11,13 @@ import pytest
 import torch
 
 from gflowtrl import CausalTreePolicy
+from gflowtrl.losses import LOSSES
+from gflowtrl.policy import make_policy
 from gflowtrl.rewards import CollaborativeReward, GroundTruthReward
 from gflowtrl.samplers import TrajectoryBatch
+from tests.tiny import tiny_model, tiny_seq2seq
 
-from .world import ITEMS, SEMANTIC_IDS, losses, make_catalog, make_trainer, teacher, weights
+from .world import ITEMS, SEMANTIC_IDS, TOKENIZER, losses, make_catalog, make_trainer, teacher, weights
 
 
 WEIGHTS, FLOOR, LOG_Z = [0.7, 0.3], 1e-3, 0.6
@@ -59,6 +63,27 @@ def kl_at_visited_states(pi: torch.Tensor, target: torch.Tensor, leaf: int) -> f
     return total
 
 
+def step_residuals(pi: torch.Tensor, reward: torch.Tensor, leaf: int) -> list[float]:
+    """Of detailed balance on the way to `leaf`, with log F = LOG_Z at every state that is not a leaf."""
+    path, residuals = PATHS[leaf], []
+    for depth in range(len(path)):
+        below, then = ([i for i in range(LEAVES) if PATHS[i][:d] == path[:d]] for d in (depth, depth + 1))
+        end = math.log(reward[leaf]) if depth + 1 == len(path) else LOG_Z
+        residuals.append(LOG_Z + math.log(pi[then].sum() / pi[below].sum()) - end)
+    return residuals
+
+
+def sub_path_mean(steps: list[float], lam: float = 0.9) -> float:
+    """The weighted mean of squared residuals over all sub-paths, each the sum of its steps' residuals."""
+    spans = [(i, j) for i in range(len(steps)) for j in range(i + 1, len(steps) + 1)]
+    weights = [lam ** (j - i) for i, j in spans]
+    return sum(w * sum(steps[i:j]) ** 2 for w, (i, j) in zip(weights, spans, strict=True)) / sum(weights)
+
+
+def huber(size: float) -> float:
+    return size**2 if abs(size) <= 1 else 2 * abs(size) - 1
+
+
 def expected_loss(name: str, batch: dict, log_pi: torch.Tensor, leaves: torch.Tensor) -> float:
     """The paper's formula on the exact leaf distribution `log_pi (B, N)`."""
     reward = true_rewards(batch)
@@ -67,22 +92,32 @@ def expected_loss(name: str, batch: dict, log_pi: torch.Tensor, leaves: torch.Te
         return -log_pi.gather(1, CATALOG.leaf_of(batch["target"])[:, None]).mean().item()
     if name == "vargrad":
         return surplus.var(1, correction=0).mean().item()
+    if name == "contrastive_balance":
+        pairs = [huber(a - b) for row in surplus.tolist() for a, b in itertools.combinations(row, 2)]
+        return sum(pairs) / len(pairs)
     if name == "trajectory_balance":
         return (LOG_Z + surplus).square().mean().item()
     rows = zip(log_pi.exp(), reward, leaves.tolist(), strict=True)
+    if name.endswith("_balance"):
+        steps = [step_residuals(pi, target, leaf) for pi, target, row in rows for leaf in row]
+        detailed = name == "detailed_balance"
+        values = [sum(s**2 for s in path) if detailed else sub_path_mean(path) for path in steps]
+        return sum(values) / len(values)
     values = [kl_at_visited_states(pi, target, leaf) for pi, target, row in rows for leaf in row]
     return sum(values) / len(values)
 
 
-@pytest.mark.parametrize("loss_type", ["sft", "vargrad", "trajectory_balance", "exact_flow"])
-def test_the_loss_is_the_formula_on_the_exact_distribution(tmp_path, loss_type):
+@pytest.mark.parametrize("model", [tiny_model, tiny_seq2seq])
+@pytest.mark.parametrize("loss_type", list(LOSSES))
+def test_the_loss_is_the_formula_on_the_exact_distribution(tmp_path, loss_type, model):
     trainer = make_trainer(
-        tmp_path, rewards(), loss_type=loss_type, reward_weights=WEIGHTS, reward_floor=FLOOR, sampler=fixed_leaves
-    )
-    if loss_type == "trajectory_balance":
+        tmp_path, rewards(), model(len(TOKENIZER)), loss_type=loss_type, reward_weights=WEIGHTS, reward_floor=FLOOR,
+        sampler=fixed_leaves,
+    )  # fmt: skip
+    if LOSSES[loss_type].heads:
         torch.nn.init.constant_(trainer.model.flow_heads.outer.bias, LOG_Z)
     batch = first_batch(trainer)
-    log_pi = CausalTreePolicy(trainer.model, CATALOG).leaf_log_probs(batch["prompts"])
+    log_pi = make_policy(trainer.model, CATALOG).leaf_log_probs(batch["prompts"])
     torch.testing.assert_close(log_pi.exp().sum(1), torch.ones(8))
     leaves = fixed_leaves(batch, None, 4, None)
     expected = expected_loss(loss_type, batch, log_pi, leaves)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from gflowtrl.losses import LOSSES
 from gflowtrl.rewards import CollaborativeReward, GroundTruthReward
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_seq2seq
 
 from .world import TOKENIZER, losses, make_rows, make_trainer, teacher, weights
 
@@ -18,15 +19,20 @@ def rewards() -> list:
 
 
 @pytest.mark.parametrize(
-    "loss_type", ["sft", "vargrad", "trajectory_balance", "exact_flow", "sft,trajectory_balance", "vargrad,exact_flow"]
-)
-def test_every_parameter_moves(tmp_path, loss_type):
-    trainer = make_trainer(tmp_path, rewards(), loss_type=loss_type)
+    ("loss_type", "model"),
+    [
+        ("sft", tiny_model), ("vargrad", tiny_model), ("trajectory_balance", tiny_model), ("exact_flow", tiny_model),
+        ("sft,detailed_balance", tiny_model), ("vargrad,exact_flow", tiny_model), ("sft,vargrad", tiny_seq2seq),
+        ("detailed_balance", tiny_seq2seq),
+    ],
+)  # fmt: skip
+def test_every_parameter_moves(tmp_path, loss_type, model):
+    trainer = make_trainer(tmp_path, rewards(), model(len(TOKENIZER)), loss_type=loss_type)
     before = weights(trainer)
     trainer.train()
     still = [name for name, value in weights(trainer).items() if torch.equal(value, before[name])]
     assert not still, f"Parameters {still} have not changed."
-    assert any("flow_heads" in name for name in before) == ("trajectory_balance" in loss_type)
+    assert any("flow_heads" in name for name in before) == any(LOSSES[name].heads for name in loss_type.split(","))
 
 
 def test_the_head_has_a_learning_rate_of_its_own(tmp_path):

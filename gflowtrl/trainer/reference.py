@@ -1,0 +1,120 @@
+"""A reference model as a prior: the target is in proportion to `pi_ref(leaf | x)^weight * R(x, leaf)`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl.models import prepare_deepspeed, prepare_fsdp
+
+from gflowtrl.catalog import ItemCatalog
+from gflowtrl.policy import TreePolicy, load_backbone, make_policy
+
+from .checks import check_model
+
+
+class ReferencePrior:
+    """`weight * log pi_ref(leaf | x)`, which is added to log R before anything is balanced.
+
+    With weight 1 the target is the posterior `pi_ref * R / Z` that language models are tuned to; with R constant it is
+    pi_ref itself. pi_ref is normalised over the tree, and computed without gradient and without dropout.
+
+    Args:
+        weight: the exponent of pi_ref, > 0.
+        catalog: the items.
+        model: the reference, frozen here for good; None: the trained model with its adapters switched off.
+
+    Raises:
+        ValueError: the model does not fit the catalogue.
+    """
+
+    def __init__(self, weight: float, catalog: ItemCatalog, model: PreTrainedModel | None = None):
+        self.weight, self.catalog, self.model = weight, catalog, model
+        self._accelerator: Accelerator | None = None
+        if model is not None:
+            check_model(model, catalog)
+            model.requires_grad_(False).eval()
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Move a model of its own to its device, or shard it, as TRL does with a reference model."""
+        self._accelerator = accelerator
+        if self.model is None:
+            return
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self.model = prepare_deepspeed(self.model, accelerator)
+        elif accelerator.distributed_type == DistributedType.FSDP:
+            self.model = prepare_fsdp(self.model, accelerator)
+        else:
+            self.model = accelerator.prepare_model(self.model, evaluation_mode=True)
+
+    @torch.no_grad()
+    def score(self, trained: nn.Module, prompts: Mapping[str, Tensor], leaves: Tensor) -> Tensor:
+        """The prior of `leaves (B, K)`, by one packed forward: `(B, K)`. `trained` is the model in training."""
+        with self._policy(trained) as policy:
+            return self.weight * policy.score(prompts, leaves).trajectory_log_probs
+
+    @torch.no_grad()
+    def score_all(self, trained: nn.Module, prompts: Mapping[str, Tensor]) -> Tensor:
+        """The prior of all leaves: `(B, N)`."""
+        with self._policy(trained) as policy:
+            return self.weight * policy.leaf_log_probs(prompts)
+
+    @contextmanager
+    def _policy(self, trained: nn.Module) -> Iterator[TreePolicy]:
+        if self.model is not None:
+            yield make_policy(self.model, self.catalog)
+            return
+        training = trained.training
+        trained.eval()
+        try:
+            with self._accelerator.unwrap_model(trained).disable_adapter():
+                yield make_policy(trained, self.catalog)
+        finally:
+            trained.train(training)
+
+
+def build_prior(
+    weight: float,
+    catalog: ItemCatalog,
+    ref_model: str | PreTrainedModel | None,
+    model: PreTrainedModel,
+    adapters: bool,
+    **model_kwargs: Any,
+) -> ReferencePrior | None:
+    """The prior that a trainer's arguments ask for.
+
+    Args:
+        weight: `ref_weight`; 0 for no prior.
+        ref_model: the reference, or its name or folder; None: the model as it is before training, which under
+            adapters is the trained one without them and else a copy (as in TRL's DPOTrainer).
+        model: the model to be trained, before adapters are put on it.
+        adapters: whether adapters will be.
+        model_kwargs: handed to `from_pretrained` where the reference is given by its name.
+
+    Raises:
+        ValueError: a reference model without a weight, or the trained model as its own reference.
+    """
+    if not weight:
+        if ref_model is not None:
+            raise ValueError(
+                "ref_model was given, but ref_weight is 0, so that it would not be used. Set ref_weight to the "
+                "exponent of pi_ref in the target (1, say), or leave ref_model out."
+            )
+        return None
+    if ref_model is model:
+        raise ValueError(
+            "ref_model is the model to be trained, so that the reference would change with it. Leave ref_model out to "
+            "refer to the model as it is before training."
+        )
+    if isinstance(ref_model, str):
+        ref_model = load_backbone(ref_model, **model_kwargs)
+    elif ref_model is None and not adapters:
+        ref_model = copy.deepcopy(model)
+    return ReferencePrior(weight, catalog, ref_model)

@@ -1,0 +1,145 @@
+"""The reference model as a prior: what is balanced, what it is computed with, and that it never changes."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from gflowtrl import CausalTreePolicy
+from gflowtrl.losses import LOSSES
+from gflowtrl.rewards import CollaborativeReward, GroundTruthReward, Reward
+from tests.tiny import tiny_model, tiny_seq2seq
+
+from .test_step import CATALOG, LEAVES, first_batch, fixed_leaves, rewards
+from .world import TOKENIZER, make_trainer, teacher, weights
+
+
+WEIGHT = 0.7
+LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+
+
+def leaf_log_probs(model, batch: dict) -> torch.Tensor:
+    return CausalTreePolicy(model.eval(), CATALOG).leaf_log_probs(batch["prompts"])
+
+
+class PerLeaf(Reward):
+    """A reward of one's own for every leaf, from a function of the prompts; items of a leaf share it."""
+
+    def __init__(self, function):
+        super().__init__("per_leaf")
+        self.function = function
+
+    def score_items(self, batch):
+        return self.function(batch)[:, self.catalog.item_leaf]
+
+
+def noisy(model):
+    """Dropout that would show wherever the reference is not in evaluation mode."""
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    return model
+
+
+@pytest.mark.parametrize("loss_type", ["vargrad", "contrastive_balance", "trajectory_balance", "exact_flow"])
+def test_the_prior_times_the_reward_is_the_fixed_point(tmp_path, loss_type):
+    """With log R = log pi - weight * log pi_ref + c the policy is its own target: no loss and no gradient."""
+    model, ref_model = tiny_model(len(TOKENIZER)), tiny_model(len(TOKENIZER), seed=1)
+    frozen = copy.deepcopy(model)
+    reward = PerLeaf(lambda batch: leaf_log_probs(frozen, batch) - WEIGHT * leaf_log_probs(ref_model, batch) + 1.5)
+    options = {"loss_type": loss_type, "reward_transform": "exp", "leaf_reduction": "max", "sampler": fixed_leaves}
+    trainer = make_trainer(tmp_path, reward, model, ref_model=ref_model, ref_weight=WEIGHT, **options)
+    if LOSSES[loss_type].heads:
+        torch.nn.init.constant_(trainer.model.flow_heads.outer.bias, 1.5)
+    loss = trainer.compute_loss(trainer.model, first_batch(trainer))
+    assert abs(loss.item()) < 1e-6
+    loss.backward()
+    assert max(p.grad.abs().max() for p in trainer.model.parameters() if p.grad is not None) < 1e-3
+    blind = make_trainer(tmp_path, reward, tiny_model(len(TOKENIZER)), **options)
+    assert blind.compute_loss(blind.model, first_batch(blind)).item() > 0.1
+
+
+@pytest.mark.parametrize("loss_type", ["vargrad", "exact_flow"])
+def test_the_prior_changes_log_r_by_log_pi_ref_alone(tmp_path, loss_type):
+    ref_model = noisy(tiny_model(len(TOKENIZER), seed=1)).train()
+    make = {"loss_type": loss_type, "sampler": fixed_leaves, "log_completions": True}
+    plain = make_trainer(tmp_path, rewards(), **make)
+    prior = make_trainer(tmp_path, rewards(), ref_model=ref_model, ref_weight=WEIGHT, **make)
+    batch = first_batch(plain)
+    groups = []
+    for trainer in (plain, prior):
+        trainer.compute_loss(trainer.model, batch)
+        groups.append(trainer._last_group)
+    log_ref = leaf_log_probs(ref_model, batch)
+    leaves = groups[0].trajectories.leaves
+    change = groups[1].rewards.log_rewards - groups[0].rewards.log_rewards
+    torch.testing.assert_close(change, WEIGHT * log_ref.gather(1, leaves), rtol=0, atol=1e-4)
+    assert torch.equal(groups[1].rewards.rewards, groups[0].rewards.rewards)  # the reward itself is what it was
+    change = groups[1].batch["leaf_log_rewards"] - groups[0].batch["leaf_log_rewards"]
+    if loss_type == "exact_flow":  # every leaf's, or the flows of the states would not be those of the target
+        torch.testing.assert_close(change, WEIGHT * log_ref, rtol=0, atol=1e-4)
+    else:
+        assert not change.any()
+
+
+def test_without_a_reference_it_is_the_model_before_training_and_stays_so(tmp_path):
+    model = noisy(tiny_model(len(TOKENIZER)))
+    start = copy.deepcopy(model.state_dict())
+    trainer = make_trainer(
+        tmp_path, [GroundTruthReward(), CollaborativeReward(teacher)], model, ref_weight=1.0,
+        loss_type="sft,trajectory_balance",
+    )  # fmt: skip
+    reference = trainer.prior.model
+    trainer.train()
+    assert not any(torch.equal(value, start[name]) for name, value in weights(trainer).items() if name in start)
+    assert set(reference.state_dict()) == set(start)  # no head, no adapter
+    assert all(torch.equal(value, start[name]) for name, value in reference.state_dict().items())
+    assert not reference.training and trainer.model.training
+    assert all(p.grad is None and not p.requires_grad for p in reference.parameters())
+    own = {id(p) for p in reference.parameters()}
+    assert not own & {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    log = next(log for log in trainer.state.log_history if "loss" in log)
+    assert log["log_pi_ref"] < 0 and log["seconds/reference"] > 0
+
+
+def test_the_reference_may_be_given_by_its_folder_and_be_of_the_other_kind(tmp_path):
+    reference = tiny_seq2seq(len(TOKENIZER))
+    reference.save_pretrained(tmp_path / "reference")
+    by_object, by_name = (
+        make_trainer(tmp_path, rewards(), ref_model=ref_model, ref_weight=1.0, sampler=fixed_leaves)
+        for ref_model in (reference, str(tmp_path / "reference"))
+    )
+    batch = first_batch(by_name)
+    one, other = (trainer.compute_loss(trainer.model, batch).item() for trainer in (by_object, by_name))
+    assert one == pytest.approx(other, rel=1e-6)
+    assert type(by_name.prior.model).__name__ == "T5ForConditionalGeneration"
+
+
+def test_under_adapters_the_reference_is_the_base_model(tmp_path):
+    base = noisy(tiny_model(len(TOKENIZER)))
+    expected = leaf_log_probs(copy.deepcopy(base), batch := first_batch(make_trainer(tmp_path, rewards())))
+    trainer = make_trainer(
+        tmp_path, rewards(), base, peft_config=LoraConfig(**LORA), ref_weight=WEIGHT, loss_type="trajectory_balance"
+    )
+    assert trainer.prior.model is None
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)  # adapters that change something
+    model = trainer.model.train()
+    leaves = torch.arange(LEAVES).expand(8, -1)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    torch.testing.assert_close(trainer.prior.score(model, batch["prompts"], leaves), WEIGHT * expected)
+    torch.testing.assert_close(trainer.prior.score_all(model, batch["prompts"]), WEIGHT * expected)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert all(module.training for module in model.modules())
+    assert (leaf_log_probs(model, batch) - expected).abs().max() > 0.1
+    start = weights(trainer)
+    trainer.train()
+    moved = {name for name, value in weights(trainer).items() if not torch.equal(value, start[name])}
+    assert moved == {name for name in start if "lora_" in name or "flow_heads" in name}
+
+
+def test_a_model_cannot_be_its_own_reference(tmp_path):
+    model = tiny_model(len(TOKENIZER))
+    with pytest.raises(ValueError, match="ref_model is the model to be trained"):
+        make_trainer(tmp_path, rewards(), model, ref_model=model, ref_weight=1.0)
