@@ -128,8 +128,8 @@ class GroupCollator:
 class TargetCollator:
     """Collates rows `{"history", "target", ...}` for the SFT of encoder-decoders: history in, the target's id out.
 
-    The batch has `input_ids` and `attention_mask` `(B, P)` as `encoder` makes them, and `labels` `(B, L)`, tokens of the
-    target padded with -100 at the right. As ids are read on the tree of items, no end token is needed.
+    The batch has `input_ids` and `attention_mask` `(B, P)` as `encoder` makes them, and `labels` `(B, L)`, the tokens
+    of the target padded with -100 at the right. As ids are read on the tree of items, no end token is needed.
     """
 
     def __init__(self, encoder: PromptEncoder):

@@ -51,6 +51,10 @@ def flow_targets(log_flows: Tensor, child_nodes: Tensor) -> Tensor:
     """
     real = child_nodes >= 0
     index = child_nodes.clamp(min=0).flatten(1)
-    flows = log_flows.gather(1, index).view(child_nodes.shape).masked_fill(~real, -torch.inf)
-    total = flows.logsumexp(-1, keepdim=True)
-    return flows - total.masked_fill(total == -torch.inf, 0.0)
+    return normalised_flows(log_flows.gather(1, index).view(child_nodes.shape).masked_fill(~real, -torch.inf))
+
+
+def normalised_flows(child_log_flows: Tensor) -> Tensor:
+    """log pi*(child | state) from log F of the children `(..., C)`, -inf for padding; -inf where all of them are."""
+    total = child_log_flows.logsumexp(-1, keepdim=True)
+    return child_log_flows - total.masked_fill(total == -torch.inf, 0.0)

@@ -8,7 +8,7 @@ from .interaction import InteractionReward
 from .likelihood import LikelihoodReward
 from .title_likelihood import TitleLikelihoodReward
 from .token_similarity import TokenSimilarityReward
-from .top import TopRewards, top_rewards
+from .top import TopRewards, rewards_by_rows, top_rewards
 from .weights import LearnedWeights, fit_reward_weights, one_step_back
 
 
@@ -26,5 +26,6 @@ __all__ = [
     "TopRewards",
     "fit_reward_weights",
     "one_step_back",
+    "rewards_by_rows",
     "top_rewards",
 ]

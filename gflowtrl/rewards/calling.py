@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Entries of a batch that are no dataset columns.
-_NOT_COLUMNS = ("prompts", "cache", "target_leaf", "leaf_log_rewards", "policy_leaves", "policy_log_probs")
+_NOT_COLUMNS = (
+    *("prompts", "cache", "target_leaf", "leaf_log_rewards", "leaf_log_prior"),
+    *("policy_leaves", "policy_log_probs"),
+)
 
 
 def reward_keywords(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from gflowtrl.catalog import PrefixTree
 
-    from .fusion import RewardFusion
+    from .fusion import RewardFusion, RewardResult
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,36 @@ def top_rewards(fusion: RewardFusion, batch: Mapping[str, Any], k: int) -> TopRe
     """
     if k < 1:
         raise ValueError(f"The number of top leaves must be at least 1, got {k}.")
-    size, leaves = len(batch["prompts"]["input_ids"]), fusion.catalog.tree.num_leaves
-    rows = size if fusion.max_elements is None else max(fusion.max_elements // leaves, 1)
-    parts = [_top_of(fusion.leaf_log_rewards(_rows(batch, slice(i, i + rows), size)), k) for i in range(0, size, rows)]
+    size = len(batch["prompts"]["input_ids"])
+    groups = [_rows(batch, rows, size) for rows in _row_groups(fusion, size)]
+    parts = [_top_of(fusion.leaf_log_rewards(group), k) for group in groups]
     return TopRewards(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+@torch.no_grad()
+def rewards_by_rows(fusion: RewardFusion, batch: Mapping[str, Any], leaves: Tensor) -> RewardResult:
+    """Rewards of `leaves (B, K)` as `RewardFusion.log_rewards` gives them where the table of all leaves is allowed.
+
+    The floor follows the mean over all leaves, and no table is larger than `fusion.max_elements` (one row at least).
+    """
+    results, weights = [], []
+    for rows in _row_groups(fusion, len(leaves)):
+        results.append(fusion.score_all(_rows(batch, rows, len(leaves))).gather(leaves[rows]))
+        weights.append(len(leaves[rows]) / len(leaves))
+    return replace(
+        results[0],
+        log_rewards=torch.cat([result.log_rewards for result in results]),
+        rewards=torch.cat([result.rewards for result in results]),
+        parts={name: torch.cat([result.parts[name] for result in results]) for name in results[0].parts},
+        floored_mass=sum(w * result.floored_mass for w, result in zip(weights, results, strict=True)),
+    )
+
+
+def _row_groups(fusion: RewardFusion, size: int) -> list[slice]:
+    """Slices of a batch whose table of all leaves is allowed."""
+    leaves = fusion.catalog.tree.num_leaves
+    rows = size if fusion.max_elements is None else max(fusion.max_elements // leaves, 1)
+    return [slice(start, min(start + rows, size)) for start in range(0, size, rows)]
 
 
 def _top_of(log_rewards: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +128,9 @@ def _rows(batch: Mapping[str, Any], rows: slice, size: int) -> dict[str, Any]:
     part: dict[str, Any] = {}
     for name, values in batch.items():
         if isinstance(values, Mapping):
-            part[name] = {key: value[rows] for key, value in values.items()} if name == "prompts" else {}
+            # The cache is of the whole batch, and so are the members that share prompts.
+            prompts = {key: value[rows] for key, value in values.items() if key != "members"}
+            part[name] = prompts if name == "prompts" else {}
         else:
             per_row = isinstance(values, list | tuple | Tensor) and len(values) == size
             part[name] = values[rows] if per_row else values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,7 +101,8 @@ class UniformSampler(Sampler):
 class RewardSampler(Sampler):
     """The target distribution itself, R / Z: the best source there is where all leaf rewards are known.
 
-    Reads `leaf_log_rewards (B, N)`, which the trainer puts into the batch when every reward scores all items.
+    Reads `leaf_log_rewards (B, N)`, which the trainer puts into the batch when every reward scores all items, or
+    `top_rewards`, which takes its place where that table would be too large.
 
     Args:
         temperature: > 0; draws in proportion to R ** (1 / temperature).
@@ -113,13 +115,19 @@ class RewardSampler(Sampler):
         self.temperature = temperature
 
     def sample(self, batch: Mapping[str, Any], policy: Any, num_generations: int, noise: Any) -> TrajectoryBatch:
+        uniforms = noise.uniform("reward", num_generations)
+        if (top := batch.get("top_rewards")) is not None:
+            tempered = replace(
+                top, log_rewards=top.log_rewards / self.temperature, log_rest=top.log_rest / self.temperature
+            )
+            return one_source(*tempered.draw(uniforms, policy.catalog.tree.num_leaves))
         if batch.get("leaf_log_rewards") is None:
             raise ValueError(
                 "RewardSampler needs the rewards of all leaves, but not every reward can score all items. Give the "
                 "rewards a method score_items, or choose another sampler."
             )
         probabilities = torch.softmax(batch["leaf_log_rewards"] / self.temperature, 1)
-        return one_source(*draw_leaves(probabilities, noise.uniform("reward", num_generations)))
+        return one_source(*draw_leaves(probabilities, uniforms))
 
 
 class FunctionSampler(Sampler):

@@ -18,7 +18,7 @@ from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
 from gflowtrl.catalog import ItemCatalog
-from gflowtrl.data import PromptEncoder
+from gflowtrl.data import PrefixGroupedEpochSampler, PromptEncoder, prefix_groups
 from gflowtrl.policy.heads import load_heads, split_heads
 from gflowtrl.recommender import write_recommender_files
 
@@ -39,6 +39,9 @@ class BaseConfig(_BaseConfig):
     bf16: bool | None = field(
         default=None, metadata={"help": "bfloat16 mixed precision; by default where the device has it."}
     )
+    max_shared_prompts: int = field(
+        default=1, metadata={"help": "Rows of one user that a causal model computes on one prompt; 1: none."}
+    )
 
     def __post_init__(self):
         if self.bf16 is None:
@@ -46,6 +49,10 @@ class BaseConfig(_BaseConfig):
             self.bf16 = not self.fp16 and on_gpu and torch.cuda.is_bf16_supported()
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # pinning without a device only warns
+        if self.max_shared_prompts < 1:
+            raise ValueError(
+                f"max_shared_prompts is {self.max_shared_prompts}; give at least 1, which shares nothing."
+            )
         super().__post_init__()
 
 
@@ -87,10 +94,14 @@ class BaseTrainer(RankingEvaluationMixin, _BaseTrainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        lengths = history_lengths(dataset).clamp(max=self._encoder.max_history_items)
+        longest = self._encoder.max_history_items
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthGroupedEpochSampler(lengths, batch, seed)
+        lengths = history_lengths(dataset).clamp(max=longest)
+        if self.args.max_shared_prompts == 1:
+            return LengthGroupedEpochSampler(lengths, batch, seed)
+        groups = prefix_groups(dataset["history"], longest, self.args.max_shared_prompts)
+        return PrefixGroupedEpochSampler(groups, lengths[[group[0] for group in groups]].tolist(), batch, seed)
 
     # --------------------------------------------------------------------------------------------------- checkpoints
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -13,12 +13,17 @@ from gflowtrl.catalog import ItemCatalog
 REQUIRED_COLUMNS = ("row_id", "history", "target")
 
 
-def check_model(model: PreTrainedModel, catalog: ItemCatalog) -> None:
-    """The model must write tokens, and know every token of the catalogue."""
+def check_model(model: PreTrainedModel, catalog: ItemCatalog, max_shared_prompts: int = 1) -> None:
+    """The model must write tokens, know every token of the catalogue, and be causal where prompts are shared."""
     if model.get_output_embeddings() is None:
         raise ValueError(
             f"{type(model).__name__} has no output layer over tokens; this trainer takes language models: causal ones "
             f"(AutoModelForCausalLM) or encoder-decoders (AutoModelForSeq2SeqLM)."
+        )
+    if max_shared_prompts > 1 and model.config.is_encoder_decoder:
+        raise ValueError(
+            f"max_shared_prompts is {max_shared_prompts}, but {type(model).__name__} is an encoder-decoder: its "
+            f"encoder sees the whole prompt at once, so that none is the beginning of another. Leave it at 1."
         )
     known = model.get_input_embeddings().num_embeddings
     if known < catalog.tree.num_tokens:

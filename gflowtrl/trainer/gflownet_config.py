@@ -79,8 +79,12 @@ class GFlowNetConfig(BaseConfig):
         leaf_reduction (`str`, *optional*, defaults to `"sum"`):
             A leaf's reward from the rewards of its items: `"sum"` or `"max"`.
         max_exact_elements (`int`, *optional*, defaults to `50_000_000`):
-            Largest table, prompts x leaves, of one micro-batch. `exact_flow` refuses more; other losses then score
-            the drawn trajectories only, and `reward_floor` refers to the group's mean.
+            Largest table, prompts x leaves, of one micro-batch. Where a micro-batch needs a larger one, `exact_flow`
+            falls back to the `exact_top_items` best leaves of each prompt; other losses then score the drawn
+            trajectories only, and `reward_floor` refers to the group's mean.
+        exact_top_items (`int`, *optional*, defaults to `1000`):
+            How many leaves of each prompt keep their own reward in that fallback; the others share the rest of the
+            mass evenly, so that Z stays what it is.
 
         > Parameters that control the reference model
 
@@ -92,6 +96,10 @@ class GFlowNetConfig(BaseConfig):
 
         max_history_items (`int`, *optional*, defaults to `20`):
             Items of the history that a prompt holds, the last ones.
+        max_shared_prompts (`int`, *optional*, defaults to `1`):
+            Above 1, up to so many rows of one user are scored on one prompt, whose beginnings theirs are: the same
+            loss and gradient from fewer tokens. Causal models only; 6 is a fair number, because attention over a row
+            grows with the square of what hangs on it. The rows of a user then come in one batch.
         eval_num_beams (`int`, *optional*, defaults to `20`):
             Width of the constrained beam search of `evaluate()`.
         eval_ks (`list[int]`, *optional*, defaults to `[5, 10, 20]`):
@@ -151,6 +159,10 @@ class GFlowNetConfig(BaseConfig):
     )
     max_exact_elements: int = field(
         default=50_000_000, metadata={"help": "Largest table of rewards, prompts x leaves, of a micro-batch."}
+    )
+
+    exact_top_items: int = field(
+        default=1000, metadata={"help": "Leaves with a reward of their own where that table would be too large."}
     )
 
     # Parameters that control the reference model
@@ -263,5 +275,7 @@ class GFlowNetConfig(BaseConfig):
                 f"eval_num_beams is {self.eval_num_beams}, but eval_ks asks for lists of {max(self.eval_ks)}. "
                 f"Raise eval_num_beams or shorten eval_ks."
             )
+        if self.exact_top_items < 1:
+            raise ValueError(f"exact_top_items is {self.exact_top_items}; at least 1 leaf must keep its reward.")
         if self.max_history_items < 1:
             raise ValueError(f"max_history_items is {self.max_history_items}; a prompt needs at least 1 item.")

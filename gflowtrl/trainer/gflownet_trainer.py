@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,10 +18,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.data import GroupCollator, PromptEncoder
-from gflowtrl.losses import flow_targets, get_loss
+from gflowtrl.losses import flow_targets, get_loss, normalised_flows
 from gflowtrl.policy import StatelessNoise, StepScores, TreePolicy, attach_flow_heads, load_backbone, make_policy
 from gflowtrl.policy.heads import split_heads
-from gflowtrl.rewards import RewardFusion, RewardResult
+from gflowtrl.rewards import RewardFusion, RewardResult, TopRewards, rewards_by_rows, top_rewards
 from gflowtrl.samplers import Sampler, TrajectoryBatch, build_sampler, validate_trajectories
 
 from .base import BaseTrainer
@@ -41,6 +42,8 @@ class Group:
         rewards: where there are rewards; `log_rewards` is log R of the target, the prior included.
         log_prior: `(B, K)`, the prior's part of it, where there is a reference model.
         log_flows: `(B, M)` log F of every node, where the reward of every leaf is known.
+        top: what stands for it where that table would be too large.
+        log_z: `(B,)` the true log Z, where either is there.
         weights: `(B, K)` of mean 1 within a prompt, where trajectories are weighted.
     """
 
@@ -50,14 +53,16 @@ class Group:
     rewards: RewardResult | None = None
     log_prior: Tensor | None = None
     log_flows: Tensor | None = None
+    top: TopRewards | None = None
+    log_z: Tensor | None = None
     weights: Tensor | None = None
 
     def residuals(self) -> tuple[Tensor, Tensor]:
         """`(B,)` the best known log Z (true, learned or VarGrad's), `(B, K)` sizes of log Z + log pi - log R."""
         balance = self.rewards.log_rewards - self.scores.trajectory_log_probs
         log_z = balance.mean(1)
-        if self.log_flows is not None:
-            log_z = self.log_flows[:, 0]
+        if self.log_z is not None:
+            log_z = self.log_z
         elif self.scores.log_z is not None:
             log_z = self.scores.log_z
         return log_z, (log_z[:, None] - balance).abs()
@@ -134,7 +139,7 @@ class GFlowNetTrainer(BaseTrainer):
             raise ValueError("model_init_kwargs was given, but the model is built already; pass its name or folder.")
         if processing_class is None or catalog is None:
             raise ValueError("processing_class and catalog are needed where the model is not given by its folder.")
-        check_model(model, catalog)
+        check_model(model, catalog, args.max_shared_prompts)
         self.losses = [(name, get_loss(name), w) for name, w in zip(args.loss_type, args.loss_weights, strict=True)]
         self._needs_rewards = any(loss.rewards for _, loss, _ in self.losses)
         self._exact = any(loss.all_leaf_rewards for _, loss, _ in self.losses)
@@ -157,7 +162,7 @@ class GFlowNetTrainer(BaseTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=GroupCollator(self._encoder),
+            data_collator=GroupCollator(self._encoder, args.max_shared_prompts),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -192,14 +197,22 @@ class GFlowNetTrainer(BaseTrainer):
                 f"exact_flow needs the reward of every leaf, but {lacking} scores only given completions. Give it "
                 f"a method score_items(batch) -> Tensor (B, items), or use loss_type='vargrad'."
             )
-        if not self.rewards.scores_all(args.per_device_train_batch_size):
-            table = args.per_device_train_batch_size * catalog.tree.num_leaves
+        table = args.per_device_train_batch_size * catalog.tree.num_leaves
+        if table <= args.max_exact_elements:
+            return
+        where = f"{args.per_device_train_batch_size} prompts x {catalog.tree.num_leaves} leaves = {table} numbers"
+        if args.ref_weight:
             raise ValueError(
-                f"exact_flow would hold tables of {args.per_device_train_batch_size} prompts x "
-                f"{catalog.tree.num_leaves} leaves = {table} numbers, but max_exact_elements is "
-                f"{args.max_exact_elements}. Lower per_device_train_batch_size, raise max_exact_elements, or use "
-                f"loss_type='vargrad'."
+                f"exact_flow with a reference model needs its probability of every leaf, a table of {where}, but "
+                f"max_exact_elements is {args.max_exact_elements}. Lower per_device_train_batch_size, raise "
+                f"max_exact_elements, or use loss_type='vargrad'."
             )
+        warnings.warn(
+            f"exact_flow would need a table of {where}, more than max_exact_elements={args.max_exact_elements}: only "
+            f"the exact_top_items={args.exact_top_items} best leaves of each prompt keep their own reward, and all "
+            f"others share the rest of the mass evenly.",
+            stacklevel=3,
+        )
 
     def _set_up_sampler(self, sampler, args: GFlowNetConfig) -> None:
         self.num_generations = args.num_generations
@@ -240,15 +253,23 @@ class GFlowNetTrainer(BaseTrainer):
         batch = dict(inputs, cache={}, progress=self._progress())
         self._catalog.to(batch["row_id"].device)
         batch["target_leaf"] = self._catalog.leaf_of(batch["target"])
-        policy = make_policy(model, self._catalog)
+        policy = batch["policy"] = make_policy(model, self._catalog)
         self._reward_all(model, batch)
         with self._timed("sample"):
             trajectories = self._draw(policy, batch)
-        rewards, log_prior, log_flows = self._reward(model, batch, trajectories.leaves)
         with self._timed("score"):
             target_first, leaves = self._with_targets(batch, trajectories.leaves)
             scores = policy.score(batch["prompts"], leaves)
-        group = Group(batch, trajectories, _columns(scores, slice(target_first, None)), rewards, log_prior, log_flows)
+            drawn = _columns(scores, slice(target_first, None))
+        # A reward may be the policy's own likelihood, which is known now.
+        batch |= {"policy_leaves": trajectories.leaves, "policy_log_probs": drawn.trajectory_log_probs.detach()}
+        rewards, log_prior, log_flows = self._reward(model, batch, trajectories.leaves)
+        group = Group(batch, trajectories, drawn, rewards, log_prior, log_flows, batch.get("top_rewards"))
+        if group.log_flows is not None:
+            group.log_z = group.log_flows[:, 0]
+        elif group.top is not None:
+            root = batch["row_id"].new_zeros(len(batch["row_id"]), 1)
+            group.log_z = group.top.log_flows(self._catalog.tree, root)[:, 0]
         group.weights = self._weights(group)
         loss = self._balance(group, _columns(scores, slice(0, 1)))
         self.record(self._group_metrics(group))
@@ -262,8 +283,16 @@ class GFlowNetTrainer(BaseTrainer):
         return self.state.global_step / self.state.max_steps if self.state.max_steps else 0.0
 
     def _reward_all(self, model: nn.Module, batch: dict[str, Any]) -> None:
-        """Put log R of all leaves into the batch where it can be known; under `exact_flow` with the prior."""
-        if self.rewards is None or not self.rewards.scores_all(len(batch["target"])):
+        """Put log R of all leaves into the batch where it can be known; under `exact_flow` with the prior.
+
+        Where the table would be too large, `exact_flow` gets the best leaves of each prompt instead.
+        """
+        if self.rewards is None:
+            return
+        if not self.rewards.scores_all(len(batch["target"])):
+            if self._exact:
+                with self._timed("reward"):
+                    batch["top_rewards"] = top_rewards(self.rewards, batch, self.args.exact_top_items)
             return
         with self._timed("reward"):
             batch["leaf_log_rewards"] = self.rewards.leaf_log_rewards(batch)
@@ -280,8 +309,11 @@ class GFlowNetTrainer(BaseTrainer):
             return None, None, None
         log_prior = log_flows = None
         with self._timed("reward"):
-            rewards = self.rewards.log_rewards(batch, leaves, self.state)
-            if self._exact:
+            if "top_rewards" in batch:
+                rewards = rewards_by_rows(self.rewards, batch, leaves)
+            else:
+                rewards = self.rewards.log_rewards(batch, leaves, self.state)
+            if self._exact and "top_rewards" not in batch:
                 log_flows = self._catalog.tree.log_flows(batch["leaf_log_rewards"])
         if self.prior is not None:
             with self._timed("reference"):
@@ -331,7 +363,7 @@ class GFlowNetTrainer(BaseTrainer):
                 "log_rewards": None if group.rewards is None else group.rewards.log_rewards,
             }
             if loss.all_leaf_rewards:
-                tensors["child_target_log_probs"] = flow_targets(group.log_flows, scores.child_nodes)
+                tensors["child_target_log_probs"] = self._flow_targets(group, scores.child_nodes)
             per_trajectory = loss(tensors, **options)
             if group.weights is not None and not loss.on_target:
                 per_trajectory = per_trajectory * group.weights
@@ -340,6 +372,12 @@ class GFlowNetTrainer(BaseTrainer):
             self.record({f"loss/{name}": value})
             total = total + weight * value
         return total
+
+    def _flow_targets(self, group: Group, child_nodes: Tensor) -> Tensor:
+        """log pi* of the children of each visited state: `(B, K, L, C)`."""
+        if group.top is None:
+            return flow_targets(group.log_flows, child_nodes)
+        return normalised_flows(group.top.log_flows(self._catalog.tree, child_nodes))
 
     # ------------------------------------------------------------------------------------------------------- metrics
     @torch.no_grad()

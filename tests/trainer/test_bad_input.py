@@ -10,7 +10,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from gflowtrl import GFlowNetConfig, GFlowNetTrainer
 from gflowtrl.rewards import CollaborativeReward, GroundTruthReward
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_seq2seq
 
 from .world import ITEMS, TOKENIZER, make_catalog, make_rows, make_trainer, teacher
 
@@ -54,8 +54,14 @@ CONSTRUCTION = {
     "exact_flow without all rewards": (
         {"loss_type": "exact_flow", "reward_funcs": [GroundTruthReward(), no_items]}, "every leaf, but 'no_items'",
     ),
-    "exact_flow on too large a table": (
-        {"loss_type": "exact_flow", "max_exact_elements": 100}, "8 prompts x 23 leaves = 184.*_elements is 100",
+    "exact_flow with a reference on too large a table": (
+        {"loss_type": "exact_flow", "max_exact_elements": 100, "ref_weight": 1.0},
+        "8 prompts x 23 leaves = 184.*_elements is 100",
+    ),
+    "no leaf with a reward of its own": ({"exact_top_items": 0}, "exact_top_items is 0"),
+    "no shared prompt at all": ({"max_shared_prompts": 0}, "max_shared_prompts is 0"),
+    "an encoder-decoder on shared prompts": (
+        {"max_shared_prompts": 4, "model": tiny_seq2seq(len(TOKENIZER))}, "T5ForConditionalGeneration is an encoder-d",
     ),
     "no such sampler": ({"sampler": "greedy"}, "Unknown sampler 'greedy'"),
     "sampler without its teacher": ({"sampler": {"collaborative": 1}}, "needs a teacher"),
