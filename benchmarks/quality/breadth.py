@@ -7,12 +7,9 @@ benchmarks/results/quality/ are not repeated. Prints a table, sorted by coverage
 """
 
 import argparse
-import json
 
 from matplotlib.figure import Figure
-from office import COLUMNS, KEPT, ROOT, keep, settings
-
-from gflowtrl.pipeline import load_recipe, run
+from office import COLUMNS, KEPT, kept_run
 
 
 def reward(target: float, teacher: float, options: str = "", ease: float = 0.0) -> list[str]:
@@ -77,15 +74,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     given = parser.parse_args()
+    places = ["--data_dir", given.data_dir, "--output_dir", given.output_dir, "--seed", str(given.seed)]
     records = {}
     for name in given.settings:
-        places = ["--data_dir", given.data_dir, "--output_dir", given.output_dir, "--seed", str(given.seed)]
-        recipe = load_recipe(ROOT / "recipes" / "gflowgr_office_llama.yaml", [*places, *SETTINGS[name]])
-        number = list(SETTINGS).index(name)
-        file = KEPT / f"breadth-{number}-seed{given.seed}.json"
-        if not (file.is_file() and json.loads(file.read_text())["recipe"] == settings(recipe)):
-            keep(run(recipe), recipe, file)
-        records[name] = json.loads(file.read_text())
+        file = KEPT / f"breadth-{list(SETTINGS).index(name)}-seed{given.seed}.json"
+        records[name] = kept_run("gflowgr_office_llama", [*places, *SETTINGS[name]], file)
         print(f"\n{table(records)}\n")
     plot(records)
 

@@ -22,7 +22,17 @@ from gflowtrl.pipeline.report import TITLES
 ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "benchmarks" / "results" / "quality"
 RECIPES = ["gflowgr_office_llama", "gflowgr_office_llama_vargrad", "distillation_office_llama"]
-COLUMNS = ["recall@10", "ndcg@10", "coverage@10", "entropy@10", "gini@10", "long_tail@10"]
+COLUMNS = [
+    "recall@5",
+    "ndcg@5",
+    "recall@10",
+    "ndcg@10",
+    "coverage@10",
+    "entropy@10",
+    "dgu@10",
+    "mgu@10",
+    "long_tail@10",
+]
 
 
 def settings(recipe: Recipe) -> dict:
@@ -41,6 +51,22 @@ def keep(results: dict, recipe: Recipe, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(ranks, file.with_suffix(".safetensors"))
     file.write_text(json.dumps({**results, "recipe": settings(recipe)}, indent=2) + "\n", encoding="utf-8")
+
+
+def kept_run(recipe: str | Path, options: list[str], file: Path) -> dict:
+    """The record of a run, which is made where it is not kept in `file` with the same recipe.
+
+    Args:
+        recipe: a file, or the name of one in recipes/.
+        options: command line of the recipe.
+    """
+    path = Path(recipe)
+    loaded = load_recipe(path if path.suffix else ROOT / "recipes" / f"{recipe}.yaml", options)
+    if file.is_file() and json.loads(file.read_text())["recipe"] == settings(loaded):
+        print(f"{file.name} is there.")
+    else:
+        keep(run(loaded), loaded, file)
+    return json.loads(file.read_text())
 
 
 def gains(ranks: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -103,14 +129,11 @@ def main() -> None:
     for seed in given.seeds:
         for path in given.recipes:
             places = ["--data_dir", given.data_dir, "--output_dir", given.output_dir, "--seed", str(seed)]
-            recipe = load_recipe(path, [*places, *others])
-            file = KEPT / f"{given.prefix}-{recipe.name}-seed{seed}.json"
-            if file.is_file() and json.loads(file.read_text())["recipe"] == settings(recipe):
-                print(f"{file.name} is there.")
-            else:
-                keep(run(recipe), recipe, file)
-            runs.setdefault(recipe.name, []).append(file)
-    print(f"\n{len(given.seeds)} seed(s), test split, beam {recipe.evaluation.num_beams}:\n\n{table(runs)}")
+            name = load_recipe(path, [*places, *others]).name
+            file = KEPT / f"{given.prefix}-{name}-seed{seed}.json"
+            beam = kept_run(path, [*places, *others], file)["recipe"]["evaluation"]["num_beams"]
+            runs.setdefault(name, []).append(file)
+    print(f"\n{len(given.seeds)} seed(s), test split, beam {beam}:\n\n{table(runs)}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/speed/shared_prompts.py --data_dir DIR --out FILE.json
 
-The recipe's Llama, untrained; whole steps of the trainer (forward, backward, optimizer) on the rows of every n-th
-user, and an epoch is n times that. The time is that of the processor, so that other programs on the machine do not count.
+The recipe's Llama, untrained; whole steps of the trainer (forward, backward, optimizer) on the rows of every
+n-th user, and an epoch is n times that. The time is that of the processor, so that other programs do not count.
 """
 
 import argparse

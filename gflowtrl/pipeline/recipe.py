@@ -297,14 +297,13 @@ def load_recipe(path: str | Path, arguments: Sequence[str] = ()) -> Recipe:
     """Reads a recipe file and sets what a command line changes.
 
     Args:
-        path: the YAML file. Its field `base` may name another one, beside it, of which it tells the differences.
+        path: the YAML file. Its field `base` may name another one, seen from its folder, of which it tells the
+            differences.
         arguments: `--section.field value`, `--rewards.0.weight .5`, `--data_dir DIR`; an option that is no field of
             the recipe itself goes to `gflownet` (`--learning_rate 1e-3`), as with TRL's scripts. Values are YAML.
     """
     path = Path(path)
-    content = read_yaml(path)
-    if "base" in content:
-        content = merged(read_yaml(path.parent / str(content.pop("base"))), content)
+    content = _on_its_base(path)
     content = {"name": path.stem, **content, "folder": str(path.resolve().parent)}
     known = [entry.name for entry in fields(Recipe) if entry.name != "folder"]
     check_names(content.keys() - {"folder"}, known)
@@ -318,6 +317,17 @@ def load_recipe(path: str | Path, arguments: Sequence[str] = ()) -> Recipe:
             check_names([name], {*known, *_gflownet_fields()})
             set_option(content, f"gflownet.{name}", value)
     return Recipe(**content)
+
+
+def _on_its_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The content of a recipe with that of its base, and of its base's base."""
+    if path.resolve() in above:
+        raise ValueError(f"{path} is among its own bases: {' <- '.join(str(file) for file in above)}.")
+    content = read_yaml(path)
+    if "base" not in content:
+        return content
+    base = path.parent / str(content.pop("base"))
+    return merged(_on_its_base(base, (*above, path.resolve())), content)
 
 
 def _gflownet_fields() -> list[str]:

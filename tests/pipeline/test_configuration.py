@@ -52,9 +52,11 @@ def test_a_recipe_tells_its_differences_to_the_base():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")), ids=lambda path: path.stem
-)
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted([*ROOT.glob("recipes/*.yaml"), *ROOT.glob("benchmarks/*/recipes/*.yaml")])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_of_this_repository_are_valid(path):
     recipe = load_recipe(path, ["--data_dir", "somewhere"] if path.stem != "quickstart" else [])
     assert recipe.name == path.stem
