@@ -3,8 +3,8 @@
     python benchmarks/quality/ablations.py --data_dir DIR
     python benchmarks/quality/ablations.py --data_dir DIR --studies sampler reward
 
-Teacher and SFT are shared with benchmarks/quality/office.py through --output_dir; there is no control, because it is the
-row "lambda 0". Runs that are kept in benchmarks/results/quality/ are not repeated. Prints a table and draws
+Teacher and SFT are shared with benchmarks/quality/office.py through --output_dir; there is no control, because it is
+the row "lambda 0". Runs that are kept in benchmarks/results/quality/ are not repeated. Prints a table and draws
 ablation-STUDY.png for each study. (Replay is no row: within 300 steps no prompt comes twice.)
 """
 

@@ -1,0 +1,112 @@
+"""Beyond the test split as it is: rare targets, and histories with random items in them; GFlowNet against the control.
+
+    python benchmarks/quality/generalisation.py --data_dir DIR
+    python benchmarks/quality/generalisation.py --data_dir DIR --recipe recipes/gflowgr_office_llama_vargrad.yaml
+
+Evaluates the models of a run (which is made, or loaded from --output_dir where it is finished). Rows: all users, those
+whose target is no item of any training history, those whose target is one of few, and all users with 10 % and 30 % of
+the items of their histories replaced by random ones, the same for every method. The data has no dates, so that "new"
+means new to the training part, not of the last month.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from office import KEPT, ROOT
+
+from gflowtrl.metrics import leaf_ranking_metrics, paired_bootstrap
+from gflowtrl.pipeline import load_recipe, run
+from gflowtrl.pipeline.materials import Materials, prepare
+from gflowtrl.policy import StatelessNoise, load_backbone, make_policy
+from gflowtrl.trainer import rank_rows
+
+
+METHODS = ("sft", "control", "gflownet")
+METRICS = ("recall@10", "ndcg@10")
+SHARES = (0.0, 0.1, 0.3)
+
+
+def noisy(rows: Dataset, items: list, share: float, seed: int = 0) -> Dataset:
+    """Each item of a history, by its own chance, replaced by a random one; a row's noise depends on nothing else."""
+    if not share:
+        return rows
+    noise = StatelessNoise(seed).at(0, torch.tensor(rows["row_id"]))
+    longest = max(map(len, rows["history"]))
+    swap = noise.uniform("swap", longest) < share
+    other = (noise.uniform("other", longest) * len(items)).long()
+    histories = [
+        [items[other[row, place]] if swap[row, place] else item for place, item in enumerate(history)]
+        for row, history in enumerate(rows["history"])
+    ]
+    return rows.remove_columns("history").add_column("history", histories)
+
+
+def per_user(materials: Materials, folder: str, rows: Dataset) -> dict[str, torch.Tensor]:
+    model = load_backbone(folder).eval()
+    policy = make_policy(model, materials.catalog)
+    leaves = rank_rows(policy, materials.encoder, rows, materials.recipe.evaluation.num_beams, progress=False)
+    targets = materials.catalog.leaf_of(rows["target"])
+    return leaf_ranking_metrics(leaves, targets, materials.catalog.leaf_sizes, materials.recipe.evaluation.ks)
+
+
+def conditions(materials: Materials, models: dict[str, str]) -> list[dict]:
+    """One record a condition: means of each method, and the difference of GFlowNet and control with its interval."""
+    rows = materials.splits.test
+    count = materials.item_counts[materials.catalog.index_of(rows["target"])]
+    groups = {"target never in training": count == 0, "1 to 4 times": (count > 0) & (count < 5)}
+    groups["5 times and more"] = count >= 5
+    records = []
+    for share in SHARES:
+        changed = noisy(rows, list(materials.catalog.items), share)
+        figures = {method: per_user(materials, folder, changed) for method, folder in models.items()}
+        everyone = torch.ones(len(rows), dtype=torch.bool)
+        chosen = {"all users": everyone, **groups} if not share else {f"{share:.0%} of the history random": everyone}
+        for name, mask in chosen.items():
+            record = {"condition": name, "users": int(mask.sum())}
+            for metric in METRICS if mask.any() else ():
+                ours = {method: figures[method][metric][mask] for method in models}
+                record[metric] = {method: float(values.double().mean()) for method, values in ours.items()}
+                record[metric]["gflownet - control"] = paired_bootstrap(ours["gflownet"], ours["control"])
+            records.append(record)
+    return records
+
+
+def table(records: list[dict]) -> str:
+    lines = [f"| condition | users | {' | '.join(f'{m} {x}' for x in METRICS for m in (*METHODS, 'difference'))} |"]
+    lines.append("|---" + "|---:" * (1 + len(METRICS) * (len(METHODS) + 1)) + "|")
+    for record in records:
+        cells = []
+        for metric in METRICS:
+            values = record.get(metric)
+            if values is None:
+                cells += [""] * (len(METHODS) + 1)
+                continue
+            cells += [f"{values[method]:.4f}" for method in METHODS]
+            interval = values["gflownet - control"]
+            cells.append(f"{interval['mean_difference']:+.4f} [{interval['low']:+.4f}, {interval['high']:+.4f}]")
+        lines.append(f"| {record['condition']} | {record['users']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", required=True, help="the folder of the data")
+    parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "gflowgr_office_llama.yaml")
+    parser.add_argument("--output_dir", default="outputs/office_llama", help="where stages are kept")
+    parser.add_argument("--seed", type=int, default=42)
+    given = parser.parse_args()
+    places = ["--data_dir", given.data_dir, "--output_dir", given.output_dir, "--seed", str(given.seed)]
+    recipe = load_recipe(given.recipe, places)
+    materials = prepare(recipe)
+    results = run(recipe, materials, quiet=True)
+    records = conditions(materials, {method: results["methods"][method]["model"] for method in METHODS})
+    print(table(records))
+    file = KEPT / f"generalisation-{recipe.name}-seed{given.seed}.json"
+    file.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
