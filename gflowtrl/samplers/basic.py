@@ -115,19 +115,19 @@ class RewardSampler(Sampler):
         self.temperature = temperature
 
     def sample(self, batch: Mapping[str, Any], policy: Any, num_generations: int, noise: Any) -> TrajectoryBatch:
-        uniforms = noise.uniform("reward", num_generations)
-        if (top := batch.get("top_rewards")) is not None:
-            tempered = replace(
-                top, log_rewards=top.log_rewards / self.temperature, log_rest=top.log_rest / self.temperature
-            )
-            return one_source(*tempered.draw(uniforms, policy.catalog.tree.num_leaves))
-        if batch.get("leaf_log_rewards") is None:
+        top = batch.get("top_rewards")
+        if top is None and batch.get("leaf_log_rewards") is None:
             raise ValueError(
                 "RewardSampler needs the rewards of all leaves, but not every reward can score all items. Give the "
                 "rewards a method score_items, or choose another sampler."
             )
-        probabilities = torch.softmax(batch["leaf_log_rewards"] / self.temperature, 1)
-        return one_source(*draw_leaves(probabilities, uniforms))
+        uniforms = noise.uniform("reward", num_generations)
+        if top is None:
+            return one_source(*draw_leaves(torch.softmax(batch["leaf_log_rewards"] / self.temperature, 1), uniforms))
+        tempered = replace(
+            top, log_rewards=top.log_rewards / self.temperature, log_rest=top.log_rest / self.temperature
+        )
+        return one_source(*tempered.draw(uniforms, policy.catalog.tree.num_leaves))
 
 
 class FunctionSampler(Sampler):
