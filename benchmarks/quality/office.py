@@ -21,18 +21,12 @@ from gflowtrl.pipeline.report import TITLES
 
 ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "benchmarks" / "results" / "quality"
-RECIPES = ["gflowgr_office_llama", "gflowgr_office_llama_vargrad", "distillation_office_llama"]
-COLUMNS = [
-    "recall@5",
-    "ndcg@5",
-    "recall@10",
-    "ndcg@10",
-    "coverage@10",
-    "entropy@10",
-    "dgu@10",
-    "mgu@10",
-    "long_tail@10",
+RECIPES = [
+    *("gflowgr_office_llama", "gflowgr_office_llama_broad", "gflowgr_office_llama_vargrad"),
+    "distillation_office_llama",
 ]
+COLUMNS = [f"{name}@{k}" for k in (5, 10) for name in ("recall", "ndcg")]
+COLUMNS += [f"{name}@10" for name in ("coverage", "entropy", "dgu", "mgu", "long_tail")]
 
 
 def settings(recipe: Recipe) -> dict:
