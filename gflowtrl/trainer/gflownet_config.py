@@ -98,8 +98,8 @@ class GFlowNetConfig(BaseConfig):
             Items of the history that a prompt holds, the last ones.
         max_shared_prompts (`int`, *optional*, defaults to `1`):
             Above 1, up to so many rows of one user are scored on one prompt, whose beginnings theirs are: the same
-            loss and gradient from fewer tokens. Causal models only; 6 is a fair number, because attention over a row
-            grows with the square of what hangs on it. The rows of a user then come in one batch.
+            loss and gradient from fewer tokens. Causal models only. Attention over a row grows with the square of what
+            hangs on it: 6 is a fair number at K = 1, 2 at K of 4 and more. The rows of a user then come in one batch.
         eval_num_beams (`int`, *optional*, defaults to `20`):
             Width of the constrained beam search of `evaluate()`.
         eval_ks (`list[int]`, *optional*, defaults to `[5, 10, 20]`):
