@@ -93,3 +93,21 @@ def ragged_prompts(batch: int, vocab_size: int, length: int = 9, seed: int = 0) 
     mask = (torch.arange(length) >= (length - lengths)[:, None]).long()
     tokens = torch.randint(FIRST_TOKEN, vocab_size, (batch, length), generator=generator)
     return {"input_ids": tokens * mask, "attention_mask": mask}
+
+
+def naive_log_probs(tree, prompts, leaves, vocab_size, logits_of) -> torch.Tensor:
+    """`(B, K, L)` tree-normalised, one full sequence at a time, without padding, mask or cache.
+
+    `logits_of(prompt, path)` gives the logits before each token of the path, `(len(path), V)`.
+    """
+    rows = []
+    for b in range(len(leaves)):
+        prompt = prompts["input_ids"][b][prompts["attention_mask"][b].bool()]
+        for leaf in leaves[b].tolist():
+            path = tree.paths[leaf].long()
+            path = path[path >= 0]
+            nodes = tree.walk(torch.tensor(leaf))[: len(path)]
+            masked = logits_of(prompt, path).masked_fill(~tree.allowed_tokens(nodes, vocab_size), -torch.inf)
+            taken = masked.log_softmax(-1).gather(1, path[:, None]).squeeze(1)
+            rows.append(torch.nn.functional.pad(taken, (0, tree.max_depth - len(path))))
+    return torch.stack(rows).view(*leaves.shape, -1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import ProgressCallback, Seq2SeqTrainer, Trainer, TrainerCallback, set_seed
 from trl import SFTTrainer
 
@@ -35,31 +36,31 @@ COSMETIC = {
 }
 
 
-class SFTStage(RankingEvaluationMixin, SFTTrainer):
+class _EpochOrder:
+    """Order of rows as a function of (seed, epoch), so that a resumed run repeats an undisturbed one."""
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedEpochSampler:
+        args = self.args
+        lengths = self._row_lengths(self.train_dataset if train_dataset is None else train_dataset)
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return LengthGroupedEpochSampler(lengths, batch, args.seed)
+
+
+class SFTStage(_EpochOrder, RankingEvaluationMixin, SFTTrainer):
     """TRL's SFTTrainer, evaluated by constrained beam search. Nothing is sent anywhere."""
 
     def _send_telemetry(self) -> None:
         """Nothing."""
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedEpochSampler:
-        """Order of rows as a function of (seed, epoch), so that a resumed run repeats an undisturbed one."""
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        args = self.args
-        lengths = torch.tensor([len(tokens) for tokens in rows["input_ids"]])
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return LengthGroupedEpochSampler(lengths, batch, args.seed)
+    def _row_lengths(self, rows: Dataset) -> Tensor:
+        return torch.tensor([len(tokens) for tokens in rows["input_ids"]])
 
 
-class Seq2SeqSFTStage(RankingEvaluationMixin, Seq2SeqTrainer):
+class Seq2SeqSFTStage(_EpochOrder, RankingEvaluationMixin, Seq2SeqTrainer):
     """transformers' Seq2SeqTrainer on one row a target, evaluated by constrained beam search."""
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedEpochSampler:
-        """Order of rows as a function of (seed, epoch), rows of like length together."""
-        args = self.args
-        lengths = history_lengths(self.train_dataset if train_dataset is None else train_dataset)
-        lengths = lengths.clamp(max=self.data_collator.encoder.max_history_items)
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return LengthGroupedEpochSampler(lengths, batch, args.seed)
+    def _row_lengths(self, rows: Dataset) -> Tensor:
+        return history_lengths(rows).clamp(max=self.data_collator.encoder.max_history_items)
 
 
 class ShortProgress(ProgressCallback):

@@ -13,7 +13,6 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import Sampler
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
@@ -143,38 +142,16 @@ class BaseTrainer(RankingEvaluationMixin, _BaseTrainer):
             write_model_card(self, self.args.output_dir)
 
 
-class LengthGroupedEpochSampler(Sampler[int]):
-    """Rows in random order, rows of like length together, as a function of (seed, epoch).
+class LengthGroupedEpochSampler(PrefixGroupedEpochSampler):
+    """Rows in random order, rows of like length together, as a function of (seed, epoch): every row its own group.
 
     transformers' own length grouping draws from the global generator, whose state at the beginning of an epoch is lost
     when a run is interrupted; this one repeats the epoch's order.
 
     Args:
         lengths: `(rows,)`.
-        batch_size: rows of one step over all processes.
-        seed: any integer.
-        spread: batches among which rows are sorted; more means less padding and less randomness.
+        batch_size, seed, spread: as for `PrefixGroupedEpochSampler`.
     """
 
     def __init__(self, lengths: Tensor, batch_size: int, seed: int, spread: int = 50):
-        self.lengths, self.batch_size, self.seed, self.spread, self.epoch = lengths, batch_size, seed, spread, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator)
-        batches = []
-        for pool in order.split(self.batch_size * self.spread):
-            pool = pool[torch.argsort(self.lengths[pool], descending=True, stable=True)]
-            batches += pool.split(self.batch_size)
-        # Only the very last batch may be short, or batches would no longer be of like length.
-        short = [batch for batch in batches if len(batch) < self.batch_size]
-        full = [batch for batch in batches if len(batch) == self.batch_size]
-        shuffled = [full[i] for i in torch.randperm(len(full), generator=generator)]
-        for batch in shuffled + short:
-            yield from batch.tolist()
+        super().__init__([[row] for row in range(len(lengths))], lengths.tolist(), batch_size, seed, spread)

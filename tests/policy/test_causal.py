@@ -5,6 +5,7 @@ import torch
 from scipy import stats
 
 from gflowtrl.policy import CausalTreePolicy, StatelessNoise
+from tests import tiny
 from tests.tiny import catalog_of, ragged_prompts, random_paths, tiny_model
 
 
@@ -20,20 +21,10 @@ def build(kind="llama", attention="sdpa", ragged=False, num_leaves=40, depth=3):
 
 
 def naive_log_probs(policy, prompts, leaves):
-    """(B, K, L), one full sequence at a time, without padding, mask or cache."""
-    tree = policy.catalog.tree
-    rows = []
-    for b in range(len(leaves)):
-        prompt = prompts["input_ids"][b][prompts["attention_mask"][b].bool()]
-        for leaf in leaves[b].tolist():
-            path = tree.paths[leaf].long()
-            path = path[path >= 0]
-            logits = policy.model(input_ids=torch.cat([prompt, path])[None]).logits[0, len(prompt) - 1 : -1]
-            nodes = tree.walk(torch.tensor(leaf))[: len(path)]
-            masked = logits.masked_fill(~tree.allowed_tokens(nodes, VOCAB), -torch.inf)
-            taken = masked.log_softmax(-1).gather(1, path[:, None]).squeeze(1)
-            rows.append(torch.nn.functional.pad(taken, (0, tree.max_depth - len(path))))
-    return torch.stack(rows).view(*leaves.shape, -1)
+    def logits_of(prompt, path):
+        return policy.model(input_ids=torch.cat([prompt, path])[None]).logits[0, len(prompt) - 1 : -1]
+
+    return tiny.naive_log_probs(policy.catalog.tree, prompts, leaves, VOCAB, logits_of)
 
 
 def every_leaf(policy, batch=BATCH):

@@ -22,6 +22,7 @@ from gflowtrl.policy import (
     make_policy,
 )
 from gflowtrl.policy.packing import innermost
+from tests import tiny
 from tests.tiny import SEQ2SEQ, catalog_of, ragged_prompts, random_paths, tiny_model, tiny_seq2seq
 
 
@@ -38,20 +39,11 @@ def build(kind="t5", attention="sdpa", ragged=0, num_leaves=40, depth=3) -> tupl
 
 
 def naive_log_probs(model, tree, prompts, leaves):
-    """(B, K, L), one full sequence at a time, without padding, mask or cache."""
-    rows = []
-    for b in range(len(leaves)):
-        prompt = prompts["input_ids"][b][prompts["attention_mask"][b].bool()]
-        for leaf in leaves[b].tolist():
-            path = tree.paths[leaf].long()
-            path = path[path >= 0]
-            fed = torch.cat([torch.tensor([model.config.decoder_start_token_id]), path[:-1]])
-            logits = model(input_ids=prompt[None], decoder_input_ids=fed[None]).logits[0]
-            nodes = tree.walk(torch.tensor(leaf))[: len(path)]
-            masked = logits.masked_fill(~tree.allowed_tokens(nodes, VOCAB), -torch.inf)
-            taken = masked.log_softmax(-1).gather(1, path[:, None]).squeeze(1)
-            rows.append(torch.nn.functional.pad(taken, (0, tree.max_depth - len(path))))
-    return torch.stack(rows).view(*leaves.shape, -1)
+    def logits_of(prompt, path):
+        fed = torch.cat([torch.tensor([model.config.decoder_start_token_id]), path[:-1]])
+        return model(input_ids=prompt[None], decoder_input_ids=fed[None]).logits[0]
+
+    return tiny.naive_log_probs(tree, prompts, leaves, VOCAB, logits_of)
 
 
 def some_leaves(policy, count=5):
