@@ -2,7 +2,7 @@
 
 from .contrastive_balance import contrastive_balance
 from .detailed_balance import detailed_balance, subtrajectory_balance
-from .exact_flow import exact_flow, flow_targets, normalised_flows
+from .exact_flow import exact_flow, flow_targets, node_flows, normalised_flows
 from .registry import LOSSES, LossSpec, get_loss
 from .sft import sft
 from .trajectory_balance import trajectory_balance
@@ -17,6 +17,7 @@ __all__ = [
     "exact_flow",
     "flow_targets",
     "get_loss",
+    "node_flows",
     "normalised_flows",
     "sft",
     "subtrajectory_balance",

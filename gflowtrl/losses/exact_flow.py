@@ -49,9 +49,13 @@ def flow_targets(log_flows: Tensor, child_nodes: Tensor) -> Tensor:
     Returns:
         `(B, K, L, C)`, normalised over the children; -inf for padding and at states without reward below.
     """
-    real = child_nodes >= 0
-    index = child_nodes.clamp(min=0).flatten(1)
-    return normalised_flows(log_flows.gather(1, index).view(child_nodes.shape).masked_fill(~real, -torch.inf))
+    return normalised_flows(node_flows(log_flows, child_nodes))
+
+
+def node_flows(log_flows: Tensor, nodes: Tensor) -> Tensor:
+    """log F of any nodes from that of all, `(B, M), (B, ...) -> (B, ...)`; -inf for node -1."""
+    flows = log_flows.gather(1, nodes.clamp(min=0).flatten(1)).view(nodes.shape)
+    return flows.masked_fill(nodes < 0, -torch.inf)
 
 
 def normalised_flows(child_log_flows: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.data import GroupCollator, PromptEncoder
-from gflowtrl.losses import flow_targets, get_loss, normalised_flows
+from gflowtrl.losses import get_loss, node_flows, normalised_flows
 from gflowtrl.policy import StatelessNoise, StepScores, TreePolicy, attach_flow_heads, load_backbone, make_policy
 from gflowtrl.policy.heads import split_heads
-from gflowtrl.rewards import RewardFusion, RewardResult, TopRewards, rewards_by_rows, top_rewards
+from gflowtrl.rewards import RewardFusion, RewardResult, rewards_by_rows, top_rewards
 from gflowtrl.samplers import Sampler, TrajectoryBatch, build_sampler, validate_trajectories
 
 from .base import BaseTrainer
@@ -41,9 +42,7 @@ class Group:
         trajectories, scores: what was drawn, and what the policy says about it.
         rewards: where there are rewards; `log_rewards` is log R of the target, the prior included.
         log_prior: `(B, K)`, the prior's part of it, where there is a reference model.
-        log_flows: `(B, M)` log F of every node, where the reward of every leaf is known.
-        top: what stands for it where that table would be too large.
-        log_z: `(B,)` the true log Z, where either is there.
+        flows: log F of any nodes `(B, ...) -> (B, ...)`, under `exact_flow`.
         weights: `(B, K)` of mean 1 within a prompt, where trajectories are weighted.
     """
 
@@ -52,17 +51,15 @@ class Group:
     scores: StepScores
     rewards: RewardResult | None = None
     log_prior: Tensor | None = None
-    log_flows: Tensor | None = None
-    top: TopRewards | None = None
-    log_z: Tensor | None = None
+    flows: Callable[[Tensor], Tensor] | None = None
     weights: Tensor | None = None
 
     def residuals(self) -> tuple[Tensor, Tensor]:
         """`(B,)` the best known log Z (true, learned or VarGrad's), `(B, K)` sizes of log Z + log pi - log R."""
         balance = self.rewards.log_rewards - self.scores.trajectory_log_probs
         log_z = balance.mean(1)
-        if self.log_z is not None:
-            log_z = self.log_z
+        if self.flows is not None:
+            log_z = self.flows(torch.zeros_like(self.trajectories.leaves[:, :1]))[:, 0]  # of the root
         elif self.scores.log_z is not None:
             log_z = self.scores.log_z
         return log_z, (log_z[:, None] - balance).abs()
@@ -263,13 +260,8 @@ class GFlowNetTrainer(BaseTrainer):
             drawn = _columns(scores, slice(target_first, None))
         # A reward may be the policy's own likelihood, which is known now.
         batch |= {"policy_leaves": trajectories.leaves, "policy_log_probs": drawn.trajectory_log_probs.detach()}
-        rewards, log_prior, log_flows = self._reward(model, batch, trajectories.leaves)
-        group = Group(batch, trajectories, drawn, rewards, log_prior, log_flows, batch.get("top_rewards"))
-        if group.log_flows is not None:
-            group.log_z = group.log_flows[:, 0]
-        elif group.top is not None:
-            root = batch["row_id"].new_zeros(len(batch["row_id"]), 1)
-            group.log_z = group.top.log_flows(self._catalog.tree, root)[:, 0]
+        rewards, log_prior = self._reward(model, batch, trajectories.leaves)
+        group = Group(batch, trajectories, drawn, rewards, log_prior, self._flows(batch))
         group.weights = self._weights(group)
         loss = self._balance(group, _columns(scores, slice(0, 1)))
         self.record(self._group_metrics(group))
@@ -303,18 +295,16 @@ class GFlowNetTrainer(BaseTrainer):
 
     def _reward(
         self, model: nn.Module, batch: dict[str, Any], leaves: Tensor
-    ) -> tuple[RewardResult | None, Tensor | None, Tensor | None]:
-        """Rewards of the trajectories with the prior in log R, the prior `(B, K)`, and log F of all nodes `(B, M)`."""
+    ) -> tuple[RewardResult | None, Tensor | None]:
+        """Rewards of the trajectories with the prior in log R, and the prior `(B, K)`."""
         if self.rewards is None:
-            return None, None, None
-        log_prior = log_flows = None
+            return None, None
+        log_prior = None
         with self._timed("reward"):
             if "top_rewards" in batch:
                 rewards = rewards_by_rows(self.rewards, batch, leaves)
             else:
                 rewards = self.rewards.log_rewards(batch, leaves, self.state)
-            if self._exact and "top_rewards" not in batch:
-                log_flows = self._catalog.tree.log_flows(batch["leaf_log_rewards"])
         if self.prior is not None:
             with self._timed("reference"):
                 known = batch.get("leaf_log_prior")
@@ -322,7 +312,17 @@ class GFlowNetTrainer(BaseTrainer):
                     self.prior.score(model, batch["prompts"], leaves) if known is None else known.gather(1, leaves)
                 )
             rewards = replace(rewards, log_rewards=rewards.log_rewards + log_prior)
-        return rewards, log_prior, log_flows
+        return rewards, log_prior
+
+    def _flows(self, batch: dict[str, Any]) -> Callable[[Tensor], Tensor] | None:
+        """log F of any nodes, from the best leaves or from the table of all: what `exact_flow` balances towards."""
+        if not self._exact:
+            return None
+        tree = self._catalog.tree
+        if "top_rewards" in batch:
+            return partial(batch["top_rewards"].log_flows, tree)
+        with self._timed("reward"):
+            return partial(node_flows, tree.log_flows(batch["leaf_log_rewards"]))
 
     def _draw(self, policy: TreePolicy, batch: dict[str, Any]) -> TrajectoryBatch:
         noise = self.noise.at(self.state.global_step, batch["row_id"])
@@ -363,7 +363,7 @@ class GFlowNetTrainer(BaseTrainer):
                 "log_rewards": None if group.rewards is None else group.rewards.log_rewards,
             }
             if loss.all_leaf_rewards:
-                tensors["child_target_log_probs"] = self._flow_targets(group, scores.child_nodes)
+                tensors["child_target_log_probs"] = normalised_flows(group.flows(scores.child_nodes))
             per_trajectory = loss(tensors, **options)
             if group.weights is not None and not loss.on_target:
                 per_trajectory = per_trajectory * group.weights
@@ -372,12 +372,6 @@ class GFlowNetTrainer(BaseTrainer):
             self.record({f"loss/{name}": value})
             total = total + weight * value
         return total
-
-    def _flow_targets(self, group: Group, child_nodes: Tensor) -> Tensor:
-        """log pi* of the children of each visited state: `(B, K, L, C)`."""
-        if group.top is None:
-            return flow_targets(group.log_flows, child_nodes)
-        return normalised_flows(group.top.log_flows(self._catalog.tree, child_nodes))
 
     # ------------------------------------------------------------------------------------------------------- metrics
     @torch.no_grad()
