@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gflowtrl.catalog import ItemCatalog, PrefixTree
 
+from .branches import Branches, merge_branches, places, put
 from .heads import has_flow_heads
 from .noise import Noise
 from .packing import BranchDecoder, innermost
@@ -55,12 +56,12 @@ class TreePolicy(ABC):
         self._heads = has_flow_heads(model)
 
     @abstractmethod
-    def _packed(self, prompts: Prompts, paths: Tensor) -> tuple[Tensor, Tensor | None]:
-        """One forward for `paths` `(B, K, L)`, -1 after a shorter id's end.
+    def _packed(self, prompts: Prompts, branches: Branches) -> tuple[Tensor, Tensor | None]:
+        """One forward for the states of a group.
 
         Returns:
-            logits `(B, 1 + K (L - 1), V)` in float32, at the root and then behind the first L - 1 tokens of each
-            branch, and log F at the same states `(B, 1 + K (L - 1))`, None where the model has no heads.
+            logits `(B, 1 + S, V)` in float32, at the root and then at each of the S states, and log F at the same
+            states `(B, 1 + S)`, None where the model has no heads.
         """
 
     @abstractmethod
@@ -79,20 +80,20 @@ class TreePolicy(ABC):
             `StepScores`; equal to scoring every full sequence by itself.
         """
         tree = self._tree(prompts)
-        logits, flows = self._packed(prompts, tree.paths[leaves].long())
         nodes = tree.walk(leaves)
-        batch, count, depth = leaves.shape[0], leaves.shape[1], tree.max_depth
-        width = max(tree.max_children)
+        branches = merge_branches(tree, nodes)
+        logits, flows = self._packed(prompts, branches)
+        count, depth, width = leaves.shape[1], tree.max_depth, max(tree.max_children)
         log_probs, child_log_probs, child_nodes = [], [], []
-        branches = logits[:, 1:].view(batch, count, depth - 1, logits.shape[-1])
         for d in range(depth):
-            # All trajectories of a prompt share the root: computed once, expanded as a view.
-            at_root = d == 0
-            state = nodes[:, :1, 0] if at_root else nodes[:, :, d]
-            level_logits = logits[:, :1] if at_root else branches[:, :, d - 1]
-            children, distribution = self._distribution(level_logits, state, d)
-            if at_root:
-                children, distribution = children.expand(-1, count, -1), distribution.expand(-1, count, -1)
+            # States that trajectories of a prompt share are computed once, the root among them.
+            level = slice(branches.begin[d - 1], branches.begin[d]) if d else slice(0, 0)
+            states = branches.nodes[:, level] if d else nodes[:, :1, 0]
+            place = branches.slots[:, :, d - 1] - level.start if d else nodes[:, :, 0]
+            level_logits = logits[:, 1 + level.start : 1 + level.stop] if d else logits[:, :1]
+            children, distribution = self._distribution(level_logits, states, d)
+            place = place[..., None].expand(-1, count, children.shape[-1])
+            children, distribution = children.gather(1, place), distribution.gather(1, place)
             taken = children == nodes[:, :, d + 1 : d + 2]
             taken &= children >= 0
             log_probs.append(torch.where(taken, distribution, 0.0).sum(-1))
@@ -106,7 +107,7 @@ class TreePolicy(ABC):
             child_nodes=torch.stack(child_nodes, 2),
             lengths=lengths,
             log_z=None if flows is None else flows[:, 0],
-            log_flows=None if flows is None else _flows_of_states(flows, lengths, depth),
+            log_flows=None if flows is None else _flows_of_states(flows, branches, lengths),
         )
 
     def _distribution(self, logits: Tensor, nodes: Tensor, depth: int) -> tuple[Tensor, Tensor]:
@@ -142,28 +143,32 @@ class TreePolicy(ABC):
         device = prompts["input_ids"].device
         nodes = torch.zeros(batch, num_generations, dtype=torch.long, device=device)
         log_q = torch.zeros(batch, num_generations, device=device)
-        same = torch.arange(num_generations, device=device).expand(batch, -1)
+        parents = torch.zeros_like(nodes)
         with self._decoding(prompts) as decoder:
-            logits = decoder.root_logits
             for depth in range(tree.max_depth):
+                # Trajectories at one state share its computation; no level has more states than nodes so far.
+                width = min(num_generations, tree.level_start[depth + 1])
+                place = places(nodes)
+                states = put(nodes, place, width, empty=-1)
                 if depth:
-                    parents = torch.zeros_like(same) if depth == 1 else same
-                    logits = decoder.extend(tree.node_token[nodes].long(), parents)
-                # All trajectories share the root, whose distribution is computed once.
-                states = nodes if depth else nodes[:, :1]
+                    tokens = tree.node_token[states.clamp(min=0)].long().clamp(min=0)
+                    logits = decoder.extend(tokens, put(parents, place, width))
+                else:
+                    logits = decoder.root_logits
                 children, log_probs = self._distribution(logits / temperature, states, depth)
-                children = children.expand(-1, num_generations, -1)
-                log_probs = log_probs.expand(-1, num_generations, -1)
                 present = children >= 0
-                ended = ~present.any(-1)
                 probs = log_probs.exp().double()
                 if epsilon:
                     uniform = present / present.sum(-1, keepdim=True).clamp(min=1)
                     probs = (1 - epsilon) * probs + epsilon * uniform
+                each = place[..., None].expand(-1, -1, children.shape[-1])
+                children, probs = children.gather(1, each), probs.gather(1, each)
+                ended = (children < 0).all(-1)
                 choice = _inverse_cdf(probs, noise.uniform("policy", num_generations, depth))
                 chosen = probs.gather(-1, choice).squeeze(-1)
                 log_q += torch.where(ended, 0.0, chosen.log()).float()
                 nodes = torch.where(ended, nodes, children.gather(-1, choice).squeeze(-1))
+                parents = place
         return tree.leaf_at(nodes), log_q
 
     @torch.no_grad()
@@ -311,12 +316,11 @@ class TreePolicy(ABC):
                 self.model.train()
 
 
-def _flows_of_states(flows: Tensor, lengths: Tensor, depth: int) -> Tensor:
-    """log F in packed order `(B, 1 + K (L - 1))` -> of the states s_0 .. s_{L-1} `(B, K, L)`, 0 after an id's end."""
-    batch, count = lengths.shape
-    root = flows[:, :1, None].expand(-1, count, -1)
-    states = torch.cat([root, flows[:, 1:].view(batch, count, depth - 1)], 2)
-    return torch.where(torch.arange(depth, device=flows.device) < lengths[..., None], states, 0.0)
+def _flows_of_states(flows: Tensor, branches: Branches, lengths: Tensor) -> Tensor:
+    """log F at root and states `(B, 1 + S)` -> at each trajectory's s_0 .. s_{L-1} `(B, K, L)`, 0 after its end."""
+    slots = nn.functional.pad(branches.slots + 1, (1, 0))  # the root is before them all
+    states = flows.gather(1, slots.flatten(1)).view(slots.shape)
+    return torch.where(torch.arange(slots.shape[2], device=flows.device) < lengths[..., None], states, 0.0)
 
 
 def _inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:

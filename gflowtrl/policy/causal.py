@@ -15,14 +15,15 @@ from transformers import DynamicCache
 from gflowtrl.catalog import ItemCatalog
 
 from .base import Prompts, TreePolicy
+from .branches import Branches
 from .packing import (
     BranchDecoder,
     additive,
     group_layout,
-    group_visibility,
     innermost,
     model_dtype,
     prompt_positions,
+    prompt_visibility,
 )
 from .sharing import shared_layout
 
@@ -38,12 +39,9 @@ class CausalTreePolicy(TreePolicy):
         super().__init__(model, catalog)
         self._keep = _accepts_logits_to_keep(model)
 
-    def _packed(self, prompts: Prompts, paths: Tensor) -> tuple[Tensor, Tensor | None]:
-        batch, count, depth = paths.shape
-        # The last token of an id predicts nothing, so it is not fed. Ended ids are filled with any token.
-        branch_tokens = paths[:, :, : depth - 1].clamp(min=0).reshape(batch, -1)
+    def _packed(self, prompts: Prompts, branches: Branches) -> tuple[Tensor, Tensor | None]:
         make_layout = shared_layout if "members" in prompts else group_layout
-        layout = make_layout(prompts, branch_tokens, depth - 1)
+        layout = make_layout(prompts, branches)
         extra = {"logits_to_keep": layout.keep} if self._keep else {}
         if self._heads:
             extra["flow_positions"] = layout.keep
@@ -57,7 +55,7 @@ class CausalTreePolicy(TreePolicy):
         logits = output.logits if self._keep else output.logits[:, layout.keep]
         flows = getattr(output, "log_flows", None)
         if layout.place is not None:
-            states = 1 + count * (depth - 1)
+            states = 1 + len(branches.steps)
             logits = logits.reshape(-1, states, logits.shape[-1])[layout.place]
             flows = None if flows is None else flows.reshape(-1, states)[layout.place]
         return logits.float(), flows
@@ -78,7 +76,7 @@ class CausalDecoder(BranchDecoder):
         extra = {"logits_to_keep": 1} if keep else {}
         output = model(
             input_ids=prompts["input_ids"],
-            attention_mask=additive(group_visibility(self.mask, 0, 0), self.dtype),
+            attention_mask=additive(prompt_visibility(self.mask), self.dtype),
             position_ids=prompt_positions(self.mask),
             past_key_values=cache,
             use_cache=True,

@@ -1,7 +1,7 @@
 """Many trajectories behind one prompt in one row: masks, positions, and decoding on one cached prompt.
 
-A row is `[prompt, branch 1, ..., branch K]`. A 4-D additive mask lets every branch see the prompt and itself, and
-positions restart after the prompt, so that each branch is computed exactly as if it stood alone behind its prompt.
+A row is `[prompt, branches]`. A 4-D additive mask lets every branch see the prompt and itself, and positions restart
+after the prompt, so that each branch is computed exactly as if it stood alone behind its prompt.
 The mask is additive in the model's dtype: a boolean one is silently wrong under eager attention.
 """
 
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from .branches import Branches
+
 
 def prompt_positions(attention_mask: Tensor) -> Tensor:
     """Positions of a left-padded prompt: `(B, P)`, 0 on padding."""
@@ -27,25 +29,32 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
 
-def group_visibility(attention_mask: Tensor, num_branches: int, branch_length: int) -> Tensor:
-    """Who sees whom in `[prompt, K branches of T tokens]`: `(B, P)` -> `bool (B, P + K T, P + K T)`.
+def group_visibility(attention_mask: Tensor, behind: Tensor) -> Tensor:
+    """Who sees whom in `[prompt, S tokens behind it]`: `(B, P)`, `bool (B or 1, S, S)` -> `bool (B, P + S, P + S)`.
 
-    Padding sees itself only (a row that sees nothing would be NaN).
+    Everything behind the prompt sees all of it, and of the rest what `behind` says. Padding sees itself only (a row
+    that sees nothing would be NaN).
     """
     batch, prompt_length = attention_mask.shape
-    device = attention_mask.device
-    slots = num_branches * branch_length
-    total = prompt_length + slots
-    branch = torch.arange(slots, device=device) // max(branch_length, 1)
-    within = (branch[:, None] == branch[None, :]).tril()
-    visible = torch.zeros(batch, total, total, dtype=torch.bool, device=device)
-    causal = torch.ones(prompt_length, prompt_length, dtype=torch.bool, device=device).tril()
+    total = prompt_length + behind.shape[-1]
+    visible = torch.zeros(batch, total, total, dtype=torch.bool, device=attention_mask.device)
     keys = attention_mask.bool()[:, None, :]
-    visible[:, :prompt_length, :prompt_length] = causal & keys
+    visible[:, :prompt_length, :prompt_length] = keys & keys.new_ones(prompt_length, prompt_length).tril()
     visible[:, prompt_length:, :prompt_length] = keys
-    visible[:, prompt_length:, prompt_length:] = within
+    visible[:, prompt_length:, prompt_length:] = behind
     visible.diagonal(dim1=1, dim2=2).fill_(True)
     return visible
+
+
+def prompt_visibility(attention_mask: Tensor) -> Tensor:
+    """Who sees whom in prompts alone: `(B, P)` -> `bool (B, P, P)`."""
+    return group_visibility(attention_mask, attention_mask.new_zeros(1, 0, 0, dtype=torch.bool))
+
+
+def separate_branches(count: int, length: int, device: torch.device) -> Tensor:
+    """Who sees whom in `count` branches of `length` tokens with nothing in common: `bool (1, S, S)`."""
+    branch = torch.arange(count, device=device).repeat_interleave(length)
+    return (branch[:, None] == branch[None, :]).tril()[None]
 
 
 class Layout(NamedTuple):
@@ -65,21 +74,14 @@ class Layout(NamedTuple):
     place: Tensor | None = None
 
 
-def group_layout(prompts: Mapping[str, Tensor], branch_tokens: Tensor, branch_length: int) -> Layout:
-    """`[prompt, branch 1, ..., branch K]` for each prompt.
-
-    Args:
-        prompts: a left-padded batch of B prompts.
-        branch_tokens: `(B, K T)`.
-        branch_length: T.
-    """
+def group_layout(prompts: Mapping[str, Tensor], branches: Branches) -> Layout:
+    """`[prompt, branches]` for each of a left-padded batch of prompts."""
     mask = prompts["attention_mask"]
-    prompt_length, slots = mask.shape[1], branch_tokens.shape[1]
-    steps = torch.arange(slots, device=mask.device) % max(branch_length, 1)
+    prompt_length, slots = mask.shape[1], len(branches.steps)
     return Layout(
-        input_ids=torch.cat([prompts["input_ids"], branch_tokens], 1),
-        position_ids=torch.cat([prompt_positions(mask), mask.sum(1, keepdim=True) + steps], 1),
-        visible=group_visibility(mask, slots // max(branch_length, 1), branch_length),
+        input_ids=torch.cat([prompts["input_ids"], branches.tokens], 1),
+        position_ids=torch.cat([prompt_positions(mask), mask.sum(1, keepdim=True) + branches.steps], 1),
+        visible=group_visibility(mask, branches.visible),
         keep=torch.arange(prompt_length - 1, prompt_length + slots, device=mask.device),
     )
 

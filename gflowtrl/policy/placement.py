@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .packing import innermost
@@ -102,9 +101,3 @@ def place_branches(model: nn.Module) -> None:
             f"A tree policy on an encoder-decoder of kind {kind!r} is not known to be exact. Use one of "
             f"{', '.join(RELATIVE + ABSOLUTE)}, or a causal language model."
         )
-
-
-def branch_positions(num_branches: int, branch_length: int, device: torch.device) -> Tensor:
-    """Positions of `[root, K branches of T tokens]`: `(1 + K T,)`, 0 for the root, 1 .. T in each branch."""
-    steps = torch.arange(1, branch_length + 1, device=device).repeat(num_branches)
-    return torch.cat([torch.zeros(1, dtype=torch.long, device=device), steps])

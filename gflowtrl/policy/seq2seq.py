@@ -1,10 +1,9 @@
 """An encoder-decoder read as a policy on the prefix tree.
 
-The encoder reads the prompt once. All K branches of a prompt stand in *one* decoder row `[start, branch 1, ...,
-branch K]` under a 4-D additive mask, so the cross-attention's keys and values are computed once per prompt as well:
-there is one encoder row for one decoder row. The self-attention bias (T5) or position vectors (BART) that these models
-take from a token's place in the row are looked up at its place in the branch instead: see `placement`, which does so
-inside the model's forward.
+The encoder reads the prompt once. All branches of a prompt stand in *one* decoder row `[start, branches]` under a 4-D
+additive mask, so the cross-attention's keys and values are computed once per prompt as well: there is one encoder row
+for one decoder row. The self-attention bias (T5) or position vectors (BART) that these models take from a token's place
+in the row are looked up at its place in the branch instead: see `placement`, which does so inside the model's forward.
 
 Two other ways are exact too and were not taken. Rows of single branches behind one expanded cross-attention cache
 need a cache that carries gradients, which gradient checkpointing switches off, and two forwards before one backward.
@@ -21,8 +20,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from gflowtrl.catalog import ItemCatalog
 
 from .base import Prompts, TreePolicy
+from .branches import Branches
 from .packing import BranchDecoder, additive, group_visibility, innermost, model_dtype
-from .placement import branch_positions, place_branches
+from .placement import place_branches
 
 
 class Seq2SeqTreePolicy(TreePolicy):
@@ -41,21 +41,17 @@ class Seq2SeqTreePolicy(TreePolicy):
         place_branches(model)
         self._start = _start_token(innermost(model))
 
-    def _packed(self, prompts: Prompts, paths: Tensor) -> tuple[Tensor, Tensor | None]:
-        batch, count, depth = paths.shape
-        device = paths.device
+    def _packed(self, prompts: Prompts, branches: Branches) -> tuple[Tensor, Tensor | None]:
+        batch, device = len(branches.tokens), branches.tokens.device
         tokens, mask = _right_padded(prompts)
         root = torch.full((batch, 1), self._start, device=device)
-        # The last token of an id predicts nothing, so it is not fed. Ended ids are filled with any token.
-        branch_tokens = paths[:, :, : depth - 1].clamp(min=0).reshape(batch, -1)
-        # Every decoder row looks the same: one mask for all of them.
-        visible = group_visibility(torch.ones(1, 1, device=device), count, depth - 1)
-        positions = branch_positions(count, depth - 1, device)
+        visible = group_visibility(torch.ones(batch, 1, device=device), branches.visible)
+        positions = torch.nn.functional.pad(branches.steps + 1, (1, 0))
         extra = {"flow_positions": torch.arange(len(positions), device=device)} if self._heads else {}
         output = self.model(
             input_ids=tokens,
             attention_mask=mask,
-            decoder_input_ids=torch.cat([root, branch_tokens], 1),
+            decoder_input_ids=torch.cat([root, branches.tokens], 1),
             decoder_attention_mask=additive(visible, model_dtype(self.model)),
             branch_positions=positions,
             use_cache=False,

@@ -12,7 +12,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from gflowtrl.catalog import Item, ItemCatalog
-from gflowtrl.policy.packing import additive, group_visibility, model_dtype, prompt_positions
+from gflowtrl.policy.packing import (
+    additive,
+    group_visibility,
+    model_dtype,
+    prompt_positions,
+    prompt_visibility,
+    separate_branches,
+)
 
 from .base import Reward, column
 from .likelihood import frozen
@@ -166,7 +173,7 @@ def title_log_probs(model: nn.Module, prompts: Mapping[str, Tensor], titles: Ten
     mask, cache, dtype = prompts["attention_mask"], DynamicCache(), model_dtype(model)
     output = model(
         input_ids=prompts["input_ids"],
-        attention_mask=additive(group_visibility(mask, 0, 0), dtype),
+        attention_mask=additive(prompt_visibility(mask), dtype),
         position_ids=prompt_positions(mask),
         past_key_values=cache,
         use_cache=True,
@@ -180,7 +187,7 @@ def title_log_probs(model: nn.Module, prompts: Mapping[str, Tensor], titles: Ten
         log_probs = first.expand(-1, count, -1, -1).gather(-1, tokens[:, :, :1, None]).squeeze(-1)
         if width:
             # A title's last token predicts nothing, so it is not fed.
-            visible = group_visibility(mask, count, width)[:, prompt_length:]
+            visible = group_visibility(mask, separate_branches(count, width, mask.device))[:, prompt_length:]
             steps = torch.arange(width, device=mask.device).repeat(count)
             logits = model(
                 input_ids=tokens[:, :, :-1].reshape(batch, -1),

@@ -1,0 +1,82 @@
+"""What stands behind a prompt: the states of its trajectories, each of them once.
+
+Trajectories of one prompt begin alike, often: two of them that share their first token share the state behind it.
+Such states are computed once, so a group costs as many tokens as it has distinct states, at most K (L - 1).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gflowtrl.catalog import PrefixTree
+
+
+class Branches(NamedTuple):
+    """The states s_1 .. s_{L-1} of K trajectories for each of B prompts, level by level, S slots in all.
+
+    Attributes:
+        tokens: `(B, S)` the token that leads to each state; any token in empty slots.
+        nodes: `(B, S)` its node, -1 in empty slots and behind the end of shorter ids.
+        steps: `(S,)` how many tokens of the branch stand before it, 0 for s_1.
+        visible: bool `(B, S, S)` each state sees the states on its way and itself.
+        slots: `(B, K, L - 1)` where the states of each trajectory are.
+        begin: L numbers, where each level begins, and S.
+    """
+
+    tokens: Tensor
+    nodes: Tensor
+    steps: Tensor
+    visible: Tensor
+    slots: Tensor
+    begin: list[int]
+
+
+def places(nodes: Tensor) -> Tensor:
+    """The place of each node among the distinct nodes of its row, in ascending order: `(B, K, ...)` -> the same."""
+    ordered, order = nodes.sort(dim=1)
+    begins = torch.zeros_like(order)
+    begins[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return torch.empty_like(order).scatter_(1, order, begins.cumsum(1))
+
+
+def put(values: Tensor, place: Tensor, width: int, empty: int = 0) -> Tensor:
+    """`values` `(B, K)` at their places `(B, K)` in `(B, width)`."""
+    return values.new_full((len(values), width), empty).scatter_(1, place, values)
+
+
+def merge_branches(tree: PrefixTree, nodes: Tensor) -> Branches:
+    """Trajectories as states of which no prompt has one twice.
+
+    Args:
+        tree: on the device of `nodes`.
+        nodes: `(B, K, L + 1)` as `PrefixTree.walk` gives them.
+    """
+    batch, count = nodes.shape[:2]
+    device = nodes.device
+    inner = nodes[:, :, 1:-1]
+    place = places(inner)
+    alone = count == 1 or inner.shape[2] == 0
+    # The only thing that a device has to be waited for.
+    widths = [1] * inner.shape[2] if alone else (place.amax((0, 1)) + 1).tolist()
+    begin = [sum(widths[:step]) for step in range(len(widths) + 1)]
+    merged = nodes.new_zeros(batch, begin[-1])
+    visible = torch.zeros(batch, begin[-1], begin[-1], dtype=torch.bool, device=device)
+    for step, width in enumerate(widths):
+        level = slice(begin[step], begin[step + 1])
+        merged[:, level] = put(inner[:, :, step], place[:, :, step], width, empty=-1)
+        visible[:, level, level] = torch.eye(width, dtype=torch.bool, device=device)
+        if step:
+            before = visible[:, begin[step - 1] : begin[step]]
+            parents = put(place[:, :, step - 1], place[:, :, step], width)
+            visible[:, level] |= before.gather(1, parents[..., None].expand(-1, -1, begin[-1]))
+    return Branches(
+        tokens=torch.where(merged >= 0, tree.node_token[merged.clamp(min=0)].long(), 0),
+        nodes=merged,
+        steps=merged.new_tensor([step for step, width in enumerate(widths) for _ in range(width)]),
+        visible=visible,
+        slots=place + place.new_tensor(begin[:-1]),
+        begin=begin,
+    )
