@@ -2,8 +2,9 @@
 
 The encoder reads the prompt once. All branches of a prompt stand in *one* decoder row `[start, branches]` under a 4-D
 additive mask, so the cross-attention's keys and values are computed once per prompt as well: there is one encoder row
-for one decoder row. The self-attention bias (T5) or position vectors (BART) that these models take from a token's place
-in the row are looked up at its place in the branch instead: see `placement`, which does so inside the model's forward.
+for one decoder row. The self-attention bias (T5) or position vectors (BART) that these models take from a token's
+place in the row are looked up at its place in the branch instead: see `placement`, which does so inside the model's
+forward.
 
 Two other ways are exact too and were not taken. Rows of single branches behind one expanded cross-attention cache
 need a cache that carries gradients, which gradient checkpointing switches off, and two forwards before one backward.
