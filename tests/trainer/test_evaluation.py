@@ -8,10 +8,11 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from gflowtrl import CausalTreePolicy
-from gflowtrl.rewards import CollaborativeReward, GroundTruthReward
-from gflowtrl.trainer import rank_rows
+from gflowtrl.rewards import CollaborativeReward, GroundTruthReward, LikelihoodReward
+from gflowtrl.trainer import compare_with_rewards, rank_rows
+from tests.tiny import tiny_model
 
-from .world import ITEMS, make_catalog, make_rows, make_trainer, teacher, weights
+from .world import ITEMS, TOKENIZER, make_catalog, make_rows, make_trainer, teacher, weights
 
 
 LEAVES = make_catalog().tree.num_leaves
@@ -122,3 +123,29 @@ def test_evaluation_changes_neither_training_nor_the_model(tmp_path):
     watched.train()
     expected = weights(plain)
     assert all(torch.equal(value, expected[name]) for name, value in weights(watched).items())
+
+
+def test_distance_to_the_reward_is_that_of_the_enumerated_distributions(tmp_path):
+    """Collisions included (two items share a leaf, whose reward is their sum), rows in any number of batches."""
+    rows = make_rows(7, 1, 500)
+    trainer = make_trainer(tmp_path, rewards(), eval_dataset=rows, reward_weights=[0.3, 0.7], reward_floor=0.0)
+    catalog, policy = trainer._catalog, CausalTreePolicy(trainer.model.eval(), trainer._catalog)
+    distances = compare_with_rewards(policy, trainer.rewards, trainer._encoder, rows, batch_size=3, progress=False)
+    for i, row in enumerate(rows):
+        reward = torch.zeros(LEAVES, dtype=torch.double)
+        for item, probability in zip(ITEMS, teacher([row["history"]])[0].double().softmax(0), strict=True):
+            reward[catalog.leaf_of([item])] += 0.7 * probability + 0.3 * (item == row["target"])
+        target = reward / reward.sum()
+        probs = policy.leaf_log_probs(trainer._encoder([row["history"]]))[0].exp()
+        assert distances["total_variation"][i].item() == pytest.approx((probs - target).abs().sum().item() / 2, 1e-4)
+        middle = (probs + target) / 2
+        divergence = sum((p * (p / middle).log()).sum().item() / 2 for p in (probs.double(), target))
+        assert distances["jensen_shannon"][i].item() == pytest.approx(divergence, rel=1e-4)
+
+
+def test_a_policy_that_is_its_own_reward_is_at_no_distance(tmp_path):
+    trainer = make_trainer(tmp_path, LikelihoodReward(tiny_model(len(TOKENIZER))), reward_floor=0.0)
+    policy = CausalTreePolicy(trainer.model.eval(), trainer._catalog)
+    distances = compare_with_rewards(policy, trainer.rewards, trainer._encoder, make_rows(4), progress=False)
+    for values in distances.values():
+        assert values.shape == (4,) and values.abs().max() < 1e-5
