@@ -146,11 +146,12 @@ def small_llama(tokenizer: PreTrainedTokenizerBase, hidden_size: int = 64) -> Ll
 
 
 def small_t5(tokenizer: PreTrainedTokenizerBase, hidden_size: int = 64) -> T5ForConditionalGeneration:
-    """One encoder and two decoder layers, gated as in T5 v1.1: with plain ReLU objectives need many times the steps."""
+    """One encoder and two decoder layers, gated as in T5 v1.1: with plain ReLU, learning is much slower."""
     config = T5Config(
         vocab_size=len(tokenizer), d_model=hidden_size, d_kv=hidden_size // 4, d_ff=4 * hidden_size, num_layers=1,
         num_decoder_layers=2, num_heads=4, dropout_rate=0.0, feed_forward_proj="gated-silu",
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=tokenizer.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return T5ForConditionalGeneration(config)
 
