@@ -18,7 +18,8 @@ KINDS = ("type", "model_type", "model_name_or_path")
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-3 as a number, as everyone but YAML 1.1 does, and refuses a key that stands twice."""
+    """Safe YAML that reads 1e-3 as a number and `no` as a word (`eval_strategy: no`), as everyone but YAML 1.1 does, and
+    refuses a key that stands twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -28,6 +29,13 @@ class RecipeLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+RecipeLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in entries if tag != "tag:yaml.org,2002:bool"]
+    for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )

@@ -15,7 +15,18 @@ from .micro import micro_recipe, micro_settings
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-3", 1e-3), ("2E5", 2e5), ("-1.5e-2", -0.015), ("7", 7), ("null", None), ("true", True), ("a: [1", "a: [1")],
+    [
+        ("1e-3", 1e-3),
+        ("2E5", 2e5),
+        ("-1.5e-2", -0.015),
+        ("7", 7),
+        ("null", None),
+        ("true", True),
+        ("False", False),
+        ("no", "no"),
+        ("on", "on"),
+        ("a: [1", "a: [1"),
+    ],
 )
 def test_values_are_yaml_and_exponents_are_numbers(text, value):
     assert parse_value(text) == value
