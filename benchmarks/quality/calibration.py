@@ -19,7 +19,7 @@ from office import KEPT, ROOT, settings
 from gflowtrl.pipeline import Recipe, load_recipe, run
 from gflowtrl.pipeline.job import needs_teacher
 from gflowtrl.pipeline.materials import Materials, prepare
-from gflowtrl.pipeline.signals import build_rewards, fit_teacher
+from gflowtrl.pipeline.signals import build_rewards, final_weights, fit_teacher
 from gflowtrl.pipeline.stage import Workshop
 from gflowtrl.policy import load_backbone, make_policy
 from gflowtrl.rewards import RewardFusion
@@ -35,9 +35,10 @@ def fusion_of(materials: Materials, sft_model: str) -> RewardFusion:
     workshop = Workshop(recipe.output_dir, quiet=True)
     teacher = fit_teacher(workshop, materials, recipe.teacher) if needs_teacher(recipe) else None
     args = recipe.training_arguments("gflownet", Path(recipe.output_dir) / "unused")
+    rewards = build_rewards(workshop, materials, teacher, Path(sft_model))
     return RewardFusion(
-        build_rewards(workshop, materials, teacher, Path(sft_model)), materials.catalog, materials.tokenizer,
-        args.reward_weights, args.reward_transform, args.reward_beta, args.reward_floor, args.leaf_reduction,
+        rewards, materials.catalog, materials.tokenizer, final_weights(workshop, materials, rewards),
+        args.reward_transform, args.reward_beta, args.reward_floor, args.leaf_reduction,
     )  # fmt: skip
 
 

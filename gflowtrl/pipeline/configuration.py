@@ -18,8 +18,8 @@ KINDS = ("type", "model_type", "model_name_or_path")
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-3 as a number and `no` as a word (`eval_strategy: no`), as everyone but YAML 1.1 does, and
-    refuses a key that stands twice."""
+    """Safe YAML that reads 1e-3 as a number and `no` as a word (`eval_strategy: no`), as everyone but YAML 1.1 does;
+    it refuses a key that stands twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]

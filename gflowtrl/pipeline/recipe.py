@@ -40,6 +40,10 @@ REWARDS = {
     "likelihood": LikelihoodReward,
     "title_likelihood": TitleLikelihoodReward,
 }
+#: The weight that validation rows decide, and the rewards they can judge: those that do not read the target.
+LEARNED = "learned"
+WEIGHABLE = ("collaborative", "likelihood", "title_likelihood")
+FITTED_FOR = {"reward_transform": "power", "reward_beta": 1}
 #: Options of a reward whose values are names: the first is the default.
 REWARD_CHOICES = {"popularity": ("interactions", "impressions"), "of": ("sft", "policy")}
 
@@ -118,6 +122,7 @@ class Recipe:
         check_teacher(self.teacher, "teacher")
         for number, reward in enumerate(self.rewards):
             check_reward(reward, f"rewards.{number}")
+        self._check_learned_weights()
         if self.sampler is not None:
             build_sampler(self.sampler, teacher=lambda histories: None)
         self._check_schedule()
@@ -145,7 +150,9 @@ class Recipe:
 
     @property
     def reward_weights(self) -> list[float]:
-        return [float(reward.get("weight", 1.0)) for reward in self.rewards]
+        """One weight a reward, 1 for those that are still to be learned (`signals.final_weights`)."""
+        given = [reward.get("weight", 1.0) for reward in self.rewards]
+        return [1.0 if weight == LEARNED else float(weight) for weight in given]
 
     def training_arguments(self, stage: str, output_dir: str | Path) -> Any:
         """The `SFTConfig` (`Seq2SeqTrainingArguments` for encoder-decoders) or `GFlowNetConfig` of a stage: the
@@ -205,6 +212,14 @@ class Recipe:
         ours = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}  # the tokenizer decides them
         check_names(self.model, {"model_type", *inspect.signature(CONFIG_MAPPING[kind]).parameters} - ours, "model")
 
+    def _check_learned_weights(self) -> None:
+        changed = {name: self.gflownet.get(name, value) for name, value in FITTED_FOR.items()}
+        if any(reward.get("weight") == LEARNED for reward in self.rewards) and changed != FITTED_FOR:
+            wrong = ", ".join(
+                f"gflownet.{name}: {value}" for name, value in changed.items() if value != FITTED_FOR[name]
+            )
+            raise ValueError(f"weight: {LEARNED} is fitted for reward_transform power and reward_beta 1, not {wrong}.")
+
     def _check_schedule(self) -> None:
         for name in SCHEDULE:
             own, copied = self.control.get(name), self.gflownet.get(name)
@@ -251,8 +266,7 @@ def teacher_options(kind: str) -> set[str]:
 def check_reward(reward: Any, where: str) -> None:
     if not isinstance(reward, Mapping) or ("type" in reward) == ("function" in reward):
         raise ValueError(f"{where} needs either a type ({', '.join(REWARDS)}) or a function (file.py:name).")
-    if not isinstance(reward.get("weight", 1.0), int | float):
-        raise TypeError(f"{where}.weight must be a number, but it is {reward['weight']!r}.")
+    _check_weight(reward, where)
     if "function" in reward:
         check_names(reward, ["function", "weight"], where)
         return
@@ -270,6 +284,17 @@ def check_reward(reward: Any, where: str) -> None:
         _check_reward_values(reward)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{where}: {error}") from None
+
+
+def _check_weight(reward: Mapping[str, Any], where: str) -> None:
+    weight = reward.get("weight", 1.0)
+    if weight != LEARNED and not isinstance(weight, int | float):
+        raise TypeError(f"{where}.weight must be a number or {LEARNED!r}, but it is {weight!r}.")
+    if weight == LEARNED and (reward.get("type") not in WEIGHABLE or reward.get("of") == "policy"):
+        raise ValueError(
+            f"{where}.weight is {LEARNED!r}, which validation rows decide before the training. That is possible for "
+            f"{', '.join(WEIGHABLE)}, of models that are fixed and do not read the target; give a number here."
+        )
 
 
 def reward_options(kind: str) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gflowtrl.policy import load_backbone
-from gflowtrl.rewards import CollaborativeReward, LikelihoodReward, TitleLikelihoodReward
+from gflowtrl.rewards import CollaborativeReward, LikelihoodReward, TitleLikelihoodReward, fit_reward_weights
 from gflowtrl.teachers import EASE, MixtureTeacher, Popularity, SASRec, TeacherModule, fingerprint, load_teacher
 
 from .materials import Materials
-from .recipe import REWARDS, Recipe, local_folder
+from .recipe import LEARNED, REWARDS, Recipe, local_folder
 from .stage import Workshop
+
+
+FLOOR = 1e-3  # where weights are learned and the recipe's own floor is 0: rows that no reward knows stay finite
 
 
 def teacher_key(recipe: Recipe, materials: Materials, spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,6 +71,34 @@ def build_rewards(workshop: Workshop, materials: Materials, teacher: TeacherModu
     """
     check_signals(materials)
     return [_build_reward(workshop, materials, spec, teacher, sft_model) for spec in materials.recipe.rewards]
+
+
+def final_weights(workshop: Workshop, materials: Materials, rewards: Sequence[Callable]) -> list[float]:
+    """The recipe's weights, with those that are to be learned fitted to the validation targets.
+
+    Args:
+        rewards: of `build_rewards`.
+    """
+    recipe, weights = materials.recipe, materials.recipe.reward_weights
+    learned = [i for i, spec in enumerate(recipe.rewards) if spec.get("weight") == LEARNED]
+    if not learned:
+        return weights
+    args = recipe.training_arguments("gflownet", workshop.root)
+    found = fit_reward_weights(
+        [rewards[i] for i in learned], materials.catalog, materials.splits.validation, materials.encoder,
+        materials.tokenizer, floor=args.reward_floor or FLOOR, leaf_reduction=args.leaf_reduction,
+        device=workshop.state.device,
+    )  # fmt: skip
+    for i, weight in zip(learned, found.weights, strict=True):
+        weights[i] = weight
+    shares = ", ".join(
+        f"rewards.{i} ({recipe.rewards[i]['type']}) {s:.3f}" for i, s in zip(learned, found.shares, strict=True)
+    )
+    workshop.say(
+        f"Learned shares of the rewards: {shares}; log-likelihood of validation targets {found.log_likelihood:.4f} "
+        f"(equal shares {found.equal_log_likelihood:.4f})."
+    )
+    return weights
 
 
 def _build_reward(

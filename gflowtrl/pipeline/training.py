@@ -25,7 +25,7 @@ from gflowtrl.trainer.evaluation import history_lengths
 
 from .materials import Materials, build_model
 from .recipe import Recipe
-from .signals import build_rewards, reward_key, teacher_key
+from .signals import build_rewards, final_weights, reward_key, teacher_key
 from .stage import Stage, Workshop
 
 
@@ -164,13 +164,14 @@ def train_gflownet(
     stage = workshop.stage("gflownet", inputs)
 
     def work(folder: Path) -> dict[str, Any]:
-        options = {"reward_funcs": build_rewards(workshop, materials, teacher, sft.folder / "model")}
+        rewards = build_rewards(workshop, materials, teacher, sft.folder / "model")
+        weights = final_weights(workshop, materials, rewards)
+        options = {"reward_funcs": rewards, "reward_weights": weights}
         if recipe.sampler is not None:
             args = recipe.training_arguments("gflownet", folder)
             options["sampler"] = build_sampler(recipe.sampler, teacher, args.temperature, args.epsilon)
-        return train(
-            _flow_trainer(workshop, materials, "gflownet", sft, folder, callbacks, **options), materials, folder
-        )
+        trainer = _flow_trainer(workshop, materials, "gflownet", sft, folder, callbacks, **options)
+        return {**train(trainer, materials, folder), "reward_weights": weights}
 
     stage.run(f"GFlowNet fine-tuning on {materials.kind}", work)
     return stage
@@ -212,11 +213,15 @@ def _readable(file: Path) -> bool:
         return False
 
 
-def _flow_trainer(workshop, materials: Materials, name: str, sft: Stage, folder: Path, callbacks, **options):
+def _flow_trainer(
+    workshop, materials: Materials, name: str, sft: Stage, folder: Path, callbacks, reward_weights=None, **options
+):
     set_seed(materials.recipe.seed)
+    args = materials.recipe.training_arguments(name, folder / "checkpoints")
+    args.reward_weights = reward_weights or None
     return GFlowNetTrainer(
         load_backbone(sft.folder / "model"),
-        args=materials.recipe.training_arguments(name, folder / "checkpoints"),
+        args=args,
         train_dataset=materials.splits.train,
         eval_dataset=materials.splits.validation,
         processing_class=materials.tokenizer,

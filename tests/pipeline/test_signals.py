@@ -5,8 +5,9 @@ import re
 import pytest
 import torch
 
+from gflowtrl.pipeline import run
 from gflowtrl.pipeline.materials import build_model, prepare
-from gflowtrl.pipeline.signals import build_rewards, fit_teacher, load_function, reward_key
+from gflowtrl.pipeline.signals import build_rewards, final_weights, fit_teacher, load_function, reward_key
 from gflowtrl.pipeline.stage import Workshop
 from gflowtrl.rewards import (
     InteractionReward,
@@ -136,3 +137,28 @@ def test_a_missing_reward_function_is_named(tmp_path):
         load_function("absent.py:cheap", str(tmp_path))
     with pytest.raises(ValueError, match="must be given as"):
         load_function("cheap")
+
+
+def test_learned_weights_are_fitted_to_validation_targets_and_trained_with(tmp_path, capsys):
+    """The share of a reward is what maximises the likelihood, found here by trying a thousand of them."""
+    popularity = {"type": "collaborative", "teacher": {"type": "popularity"}, "weight": "learned"}
+    rewards = [{"type": "ground_truth", "weight": 0.25}, {"type": "collaborative", "weight": "learned"}, popularity]
+    recipe = micro_recipe(tmp_path, rewards=rewards, stages=["teacher", "sft", "gflownet"])
+    materials, workshop = prepare(recipe), Workshop(tmp_path, quiet=True)
+    teacher = fit_teacher(workshop, materials, recipe.teacher)
+    functions = build_rewards(workshop, materials, teacher, tmp_path)
+    weights = final_weights(workshop, materials, functions)
+    rows = materials.splits.validation
+    batch = {"history": rows["history"], "target": rows["target"], "prompts": materials.encoder(rows["history"])}
+    leaves = materials.catalog.leaf_of(rows["target"])[:, None]
+    both = RewardFusion(functions[1:], materials.catalog, floor=0.0)
+    parts = torch.stack(list(both.log_rewards(batch, leaves).parts.values()), -1).double().squeeze(1)
+    parts += 1e-3 / materials.catalog.tree.num_leaves
+    shares = torch.linspace(0, 1, 1001, dtype=torch.double)
+    likelihood = (parts @ torch.stack([shares, 1 - shares])).log().mean(0)
+    assert weights[0] == 0.25 and 0 < weights[1] < 1
+    assert weights[1] == pytest.approx(shares[likelihood.argmax()].item(), abs=2e-3)
+    assert weights[1] + weights[2] == pytest.approx(1, abs=1e-6)
+    results = run(recipe, materials)
+    assert results["methods"]["gflownet"]["reward_weights"] == weights
+    assert "Learned shares of the rewards: rewards.1 (collaborative)" in capsys.readouterr().out
