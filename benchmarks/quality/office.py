@@ -69,34 +69,41 @@ def gains(ranks: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"recall@10": inside.double(), "ndcg@10": torch.where(inside, 1 / torch.log2(ranks + 1.0), 0.0).double()}
 
 
-def rows_of(runs: dict[str, list[Path]]) -> dict[str, list[tuple[dict, dict[str, torch.Tensor]]]]:
-    """Title to (record, gains of each user) of every seed. What recipes share is taken from the first of them."""
-    rows = {}
+def rows_of(runs: dict[str, list[Path]]) -> dict[str, list[tuple[dict, dict, dict | None]]]:
+    """Title to (record, gains of each user, gains under the same run's control) of every seed.
+
+    What recipes share is taken from the first of them; a control of another number of steps is a row of its own.
+    """
+    rows, steps = {}, None
     for number, (name, files) in enumerate(runs.items()):
         for file in files:
             methods, ranks = json.loads(file.read_text())["methods"], load_file(file.with_suffix(".safetensors"))
+            control = gains(ranks["control"]) if "control" in ranks else None
             for method, entry in methods.items():
-                title = f"{TITLES[method]}: {name}" if method == "gflownet" else TITLES[method]
-                if method == "gflownet" or number == 0:
-                    rows.setdefault(title, []).append((entry, gains(ranks[method])))
+                if method == "control" and steps is None:
+                    steps = entry["steps"]
+                own = method == "gflownet" or method == "control" and entry["steps"] != steps
+                title = f"{TITLES[method]}: {name}" if own else TITLES[method]
+                if own or number == 0:
+                    compared = None if method == "control" else control
+                    rows.setdefault(title, []).append((entry, gains(ranks[method]), compared))
     return rows
 
 
 def table(runs: dict[str, list[Path]]) -> str:
-    """Markdown: mean ± standard deviation over seeds, and the difference to the control with its 95 % interval over
-    users, each user's figures averaged over the seeds first."""
-    rows = rows_of(runs)
+    """Markdown: mean ± standard deviation over seeds, and the difference to the control of as many steps with its 95 %
+    interval over users, each user's figures averaged over the seeds first."""
     lines = ["| method | " + " | ".join(COLUMNS) + " | minutes | recall@10 - control | ndcg@10 - control |"]
     lines.append("|---" + "|---:" * (len(COLUMNS) + 3) + "|")
-    control = rows.get(TITLES["control"])
-    for title, seeds in rows.items():
-        cells = [spread([entry["metrics"][name] for entry, _ in seeds]) for name in COLUMNS]
-        cells.append(spread([entry.get("seconds", float("nan")) / 60 for entry, _ in seeds], digits=1))
+    for title, seeds in rows_of(runs).items():
+        cells = [spread([entry["metrics"][name] for entry, _, _ in seeds]) for name in COLUMNS]
+        cells.append(spread([entry.get("seconds", float("nan")) / 60 for entry, _, _ in seeds], digits=1))
         for name in ("recall@10", "ndcg@10"):
-            if control is None or title == TITLES["control"] or len(control) != len(seeds):
+            if any(control is None for _, _, control in seeds):
                 cells.append("")
                 continue
-            ours, theirs = (torch.stack([gain[name] for _, gain in group]).mean(0) for group in (seeds, control))
+            ours = torch.stack([gain[name] for _, gain, _ in seeds]).mean(0)
+            theirs = torch.stack([control[name] for _, _, control in seeds]).mean(0)
             interval = paired_bootstrap(ours, theirs)
             cells.append(f"{interval['mean_difference']:+.4f} [{interval['low']:+.4f}, {interval['high']:+.4f}]")
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
