@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=[str(ROOT / "recipes" / "gflowgr_office_llama.yaml")])
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
     parser.add_argument("--output_dir", default="outputs/office_llama", help="where stages are kept")
-    parser.add_argument("--rows", type=int, default=128, help="rows of either part")
+    parser.add_argument("--rows", type=int, default=64, help="rows of either part")
     given = parser.parse_args()
     records: dict[str, list[dict]] = {}
     for path in given.recipes:
