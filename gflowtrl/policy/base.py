@@ -87,11 +87,9 @@ class TreePolicy(ABC):
         log_probs, child_log_probs, child_nodes = [], [], []
         for d in range(depth):
             # States that trajectories of a prompt share are computed once, the root among them.
-            level = slice(branches.begin[d - 1], branches.begin[d]) if d else slice(0, 0)
-            states = branches.nodes[:, level] if d else nodes[:, :1, 0]
-            place = branches.slots[:, :, d - 1] - level.start if d else nodes[:, :, 0]
-            level_logits = logits[:, 1 + level.start : 1 + level.stop] if d else logits[:, :1]
-            children, distribution = self._distribution(level_logits, states, d)
+            level = slice(branches.begin[d], branches.begin[d + 1])
+            children, distribution = self._distribution(logits[:, level], branches.nodes[:, level], d)
+            place = branches.slots[:, :, d] - level.start
             place = place[..., None].expand(-1, count, children.shape[-1])
             children, distribution = children.gather(1, place), distribution.gather(1, place)
             taken = children == nodes[:, :, d + 1 : d + 2]
@@ -318,9 +316,8 @@ class TreePolicy(ABC):
 
 def _flows_of_states(flows: Tensor, branches: Branches, lengths: Tensor) -> Tensor:
     """log F at root and states `(B, 1 + S)` -> at each trajectory's s_0 .. s_{L-1} `(B, K, L)`, 0 after its end."""
-    slots = nn.functional.pad(branches.slots + 1, (1, 0))  # the root is before them all
-    states = flows.gather(1, slots.flatten(1)).view(slots.shape)
-    return torch.where(torch.arange(slots.shape[2], device=flows.device) < lengths[..., None], states, 0.0)
+    states = flows.gather(1, branches.slots.flatten(1)).view(branches.slots.shape)
+    return torch.where(torch.arange(states.shape[2], device=flows.device) < lengths[..., None], states, 0.0)
 
 
 def _inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:

@@ -15,23 +15,23 @@ from gflowtrl.catalog import PrefixTree
 
 
 class Branches(NamedTuple):
-    """The states s_1 .. s_{L-1} of K trajectories for each of B prompts, level by level, S slots in all.
+    """The states s_0 .. s_{L-1} of K trajectories for each of B prompts: the root, then S more, level by level.
 
     Attributes:
-        tokens: `(B, S)` the token that leads to each state; any token in empty slots.
-        nodes: `(B, S)` its node, -1 in empty slots and behind the end of shorter ids.
+        nodes: `(B, 1 + S)` the node of each state, -1 in empty slots and behind the end of shorter ids.
+        slots: `(B, K, L)` where the states of each trajectory are.
+        begin: L + 1 numbers, the slots of level d are begin[d] ... begin[d + 1] - 1.
+        tokens: `(B, S)` the token that leads to each state but the root; any token in empty slots.
         steps: `(S,)` how many tokens of the branch stand before it, 0 for s_1.
         visible: bool `(B, S, S)` each state sees the states on its way and itself.
-        slots: `(B, K, L - 1)` where the states of each trajectory are.
-        begin: L numbers, where each level begins, and S.
     """
 
-    tokens: Tensor
     nodes: Tensor
-    steps: Tensor
-    visible: Tensor
     slots: Tensor
     begin: list[int]
+    tokens: Tensor
+    steps: Tensor
+    visible: Tensor
 
 
 def places(nodes: Tensor) -> Tensor:
@@ -55,28 +55,26 @@ def merge_branches(tree: PrefixTree, nodes: Tensor) -> Branches:
         nodes: `(B, K, L + 1)` as `PrefixTree.walk` gives them.
     """
     batch, count = nodes.shape[:2]
-    device = nodes.device
-    inner = nodes[:, :, 1:-1]
-    place = places(inner)
-    alone = count == 1 or inner.shape[2] == 0
+    states = nodes[:, :, :-1]
+    place = places(states)
     # The only thing that a device has to be waited for.
-    widths = [1] * inner.shape[2] if alone else (place.amax((0, 1)) + 1).tolist()
-    begin = [sum(widths[:step]) for step in range(len(widths) + 1)]
+    widths = [1] * states.shape[2] if count == 1 else (place.amax((0, 1)) + 1).tolist()
+    begin = [sum(widths[:level]) for level in range(len(widths) + 1)]
     merged = nodes.new_zeros(batch, begin[-1])
-    visible = torch.zeros(batch, begin[-1], begin[-1], dtype=torch.bool, device=device)
+    visible = torch.zeros(batch, begin[-1], begin[-1], dtype=torch.bool, device=nodes.device)
     for step, width in enumerate(widths):
         level = slice(begin[step], begin[step + 1])
-        merged[:, level] = put(inner[:, :, step], place[:, :, step], width, empty=-1)
-        visible[:, level, level] = torch.eye(width, dtype=torch.bool, device=device)
+        merged[:, level] = put(states[:, :, step], place[:, :, step], width, empty=-1)
+        visible[:, level, level] = torch.eye(width, dtype=torch.bool, device=nodes.device)
         if step:
             before = visible[:, begin[step - 1] : begin[step]]
             parents = put(place[:, :, step - 1], place[:, :, step], width)
             visible[:, level] |= before.gather(1, parents[..., None].expand(-1, -1, begin[-1]))
     return Branches(
-        tokens=torch.where(merged >= 0, tree.node_token[merged.clamp(min=0)].long(), 0),
         nodes=merged,
-        steps=merged.new_tensor([step for step, width in enumerate(widths) for _ in range(width)]),
-        visible=visible,
         slots=place + place.new_tensor(begin[:-1]),
         begin=begin,
+        tokens=torch.where(merged >= 0, tree.node_token[merged.clamp(min=0)].long(), 0)[:, 1:],
+        steps=merged.new_tensor([step for step, width in enumerate(widths[1:]) for _ in range(width)]),
+        visible=visible[:, 1:, 1:],
     )

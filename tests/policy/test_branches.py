@@ -31,21 +31,21 @@ def test_every_trajectory_finds_its_states_and_no_prompt_has_one_twice(paths, co
     leaves = torch.randint(0, tree.num_leaves, (3, count), generator=torch.Generator().manual_seed(seed))
     nodes = tree.walk(leaves)
     branches = merge_branches(tree, nodes)
-    assert branches.begin[-1] == branches.nodes.shape[1] == len(branches.steps)
+    assert branches.begin[-1] == branches.nodes.shape[1] == 1 + len(branches.steps)
     for row in range(3):
         own = branches.nodes[row]
         filled = own[own >= 0].tolist()
-        assert len(filled) == len(set(filled)) == len(set(nodes[row, :, 1:-1].flatten().tolist()) - {-1})
+        assert len(filled) == len(set(filled)) == len(set(nodes[row, :, :-1].flatten().tolist()) - {-1})
         for k in range(count):
-            slots = branches.slots[row, k]
-            path = nodes[row, k, 1:-1]
+            slots, path = branches.slots[row, k], nodes[row, k, :-1]
             assert torch.equal(own[slots], path)
-            for step in range(len(slots)):
-                if path[step] >= 0:
-                    seen = branches.visible[row, slots[step]].nonzero().flatten()
-                    assert seen.tolist() == slots[: step + 1].tolist()
-                    assert branches.steps[slots[step]] == step
-                    assert branches.tokens[row, slots[step]] == tree.node_token[path[step]]
+            fed = slots[1:] - 1  # the root is not fed
+            for step in range(len(fed)):
+                if path[1 + step] >= 0:
+                    seen = branches.visible[row, fed[step]].nonzero().flatten()
+                    assert seen.tolist() == fed[: step + 1].tolist()
+                    assert branches.steps[fed[step]] == step
+                    assert branches.tokens[row, fed[step]] == tree.node_token[path[1 + step]]
 
 
 def test_many_trajectories_cost_no_more_than_the_tree_has_inner_nodes():
