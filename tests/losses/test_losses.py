@@ -345,3 +345,26 @@ def test_learning_reaches_the_target_from_a_uniform_policy(name):
     if LOSSES[name].log_flows:  # log F is learned as well, at every state that is not a leaf
         inner = problem.tree.num_children > 0
         assert (flows - problem.log_flows)[:, inner].abs().max() < 0.3
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_rewards_that_differ_for_one_prompt_are_averaged_by_flows_and_their_logarithms_by_residuals(seed):
+    """One history, two targets: exact flows learn the mean of R / Z, VarGrad the geometric mean of R."""
+    leaves = 7
+    log_rewards = 2 * torch.randn(2, leaves, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+
+    def gradients(policy: Tensor) -> dict[str, Tensor]:
+        logits = policy.log().expand(2, -1).clone().requires_grad_()
+        log_probs = logits.log_softmax(1)
+        lengths = torch.ones(2, leaves, dtype=torch.long)
+        every = [values[:, None, None].expand(-1, leaves, 1, -1) for values in (log_probs, log_rewards.log_softmax(1))]
+        losses = {
+            "vargrad": vargrad(log_probs[..., None], log_rewards).mean(),
+            "exact_flow": exact_flow(*every, lengths).mean(),
+        }
+        return {n: torch.autograd.grad(loss, logits, retain_graph=True)[0].sum(0) for n, loss in losses.items()}
+
+    arithmetic = gradients(log_rewards.softmax(1).mean(0))
+    geometric = gradients(log_rewards.mean(0).softmax(0))
+    assert arithmetic["exact_flow"].abs().max() < 1e-12 < 1e-3 < arithmetic["vargrad"].abs().max()
+    assert geometric["vargrad"].abs().max() < 1e-12 < 1e-3 < geometric["exact_flow"].abs().max()
