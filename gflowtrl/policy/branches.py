@@ -1,8 +1,8 @@
 """What stands behind a prompt: the states of its trajectories, each of them once.
 
 Trajectories of one prompt begin alike, often: two of them that share their first token share the state behind it.
-Such states are computed once. A level is as wide as the prompt with the most distinct states there makes it, so a
-batch of many prompts with few trajectories gains next to nothing; many trajectories cost no more than the tree is wide.
+Such states are computed once. A level is as wide as the prompt with the most distinct states there makes it: a batch
+of many prompts with few trajectories gains next to nothing, and many trajectories cost no more than the tree's width.
 """
 
 from __future__ import annotations
