@@ -12,9 +12,8 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
 from datasets import Dataset
-from office import KEPT, ROOT, settings
+from office import KEPT, ROOT, settings, spread
 
 from gflowtrl.pipeline import Recipe, load_recipe, run
 from gflowtrl.pipeline.job import needs_teacher
@@ -24,6 +23,7 @@ from gflowtrl.pipeline.stage import Workshop
 from gflowtrl.policy import load_backbone, make_policy
 from gflowtrl.rewards import RewardFusion
 from gflowtrl.trainer import compare_with_rewards
+from gflowtrl.trainer.gflownet_trainer import fuse_rewards
 
 
 METHODS = {"sft": "SFT", "control": "SFT continued", "gflownet": "GFlowNet"}
@@ -36,10 +36,8 @@ def fusion_of(materials: Materials, sft_model: str) -> RewardFusion:
     teacher = fit_teacher(workshop, materials, recipe.teacher) if needs_teacher(recipe) else None
     args = recipe.training_arguments("gflownet", Path(recipe.output_dir) / "unused")
     rewards = build_rewards(workshop, materials, teacher, Path(sft_model))
-    return RewardFusion(
-        rewards, materials.catalog, materials.tokenizer, final_weights(workshop, materials, rewards),
-        args.reward_transform, args.reward_beta, args.reward_floor, args.leaf_reduction,
-    )  # fmt: skip
+    args.reward_weights = final_weights(workshop, materials, rewards)
+    return fuse_rewards(rewards, args, materials.catalog, materials.tokenizer)
 
 
 def some(rows: Dataset, count: int) -> Dataset:
@@ -69,10 +67,7 @@ def table(records: dict[str, list[dict]]) -> str:
     lines.append("|---|---" + "|---:" * len(columns) + "|")
     for name, seeds in records.items():
         for method, title in METHODS.items():
-            values = torch.tensor([[r["methods"][method][part][n] for part, n in columns] for r in seeds])
-            cells = [f"{mean:.3f}" for mean in values.mean(0)]
-            if len(seeds) > 1:
-                cells = [f"{cell} ± {std:.3f}" for cell, std in zip(cells, values.std(0), strict=True)]
+            cells = [spread([r["methods"][method][part][n] for r in seeds], digits=3) for part, n in columns]
             lines.append(f"| {name} | {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

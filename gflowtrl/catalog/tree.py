@@ -136,6 +136,10 @@ class PrefixTree:
         place = torch.searchsorted(self._child_keys, keys).clamp_(max=self.num_nodes - 2)
         return torch.where(known & (self._child_keys[place] == keys), place + 1, -1)
 
+    def tokens_of(self, nodes: Tensor) -> Tensor:
+        """The token that leads to each node, 0 for the root and for -1: `(...,) -> (...,)`."""
+        return self.node_token[nodes.clamp(min=0)].long().clamp(min=0)
+
     def children(self, nodes: Tensor, depth: int) -> tuple[Tensor, Tensor]:
         """Children of nodes of one depth, padded with -1 to the largest number of children at that depth.
 

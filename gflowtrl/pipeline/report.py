@@ -43,7 +43,8 @@ def collect(
         if method in trained:
             training = trained[method].record
             methods[method] |= {name: training[name] for name in ("steps", "rows_per_step", "best_step", "seconds")}
-            methods[method] |= {name: training[name] for name in ("reward_weights",) if name in training}
+            if "reward_weights" in training:
+                methods[method]["reward_weights"] = training["reward_weights"]
             methods[method]["model"] = str(trained[method].folder / "model")
         elif method == "teacher":  # a mixture has several stages
             methods[method]["seconds"] = sum(s for name, s in seconds.items() if name.startswith("teacher-"))

@@ -149,8 +149,7 @@ class TreePolicy(ABC):
                 place = places(nodes)
                 states = put(nodes, place, width, empty=-1)
                 if depth:
-                    tokens = tree.node_token[states.clamp(min=0)].long().clamp(min=0)
-                    logits = decoder.extend(tokens, put(parents, place, width))
+                    logits = decoder.extend(tree.tokens_of(states), put(parents, place, width))
                 else:
                     logits = decoder.root_logits
                 children, log_probs = self._distribution(logits / temperature, states, depth)
@@ -245,7 +244,7 @@ class TreePolicy(ABC):
                         nodes = paths[:, depth].unique()
                         nodes = nodes[nodes >= 0]
                         parents = torch.searchsorted(previous, tree.parent[nodes].long())
-                        tokens = tree.node_token[nodes].long()
+                        tokens = tree.tokens_of(nodes)
                         logits = decoder.extend(tokens.expand(batch, -1), parents.expand(batch, -1))
                         previous = nodes
                     children, log_probs = self._distribution(logits, previous.expand(batch, -1), depth)
@@ -278,8 +277,7 @@ class TreePolicy(ABC):
             logits, parents = decoder.root_logits, torch.zeros_like(nodes)
             for depth in range(tree.max_depth):
                 if depth:
-                    tokens = tree.node_token[nodes.clamp(min=0)].long().clamp(min=0)
-                    logits = decoder.extend(tokens, parents)
+                    logits = decoder.extend(tree.tokens_of(nodes), parents)
                 children, log_probs = self._distribution(logits / temperature, nodes, depth)
                 candidates = totals[..., None] + log_probs
                 ended = tree.leaf_at(nodes) >= 0  # a finished id is its own only child

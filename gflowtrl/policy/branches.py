@@ -75,7 +75,7 @@ def merge_branches(tree: PrefixTree, nodes: Tensor) -> Branches:
         nodes=merged,
         slots=place + place.new_tensor(begin[:-1]),
         begin=begin,
-        tokens=torch.where(merged >= 0, tree.node_token[merged.clamp(min=0)].long(), 0)[:, 1:],
+        tokens=tree.tokens_of(merged[:, 1:]),
         steps=merged.new_tensor([step for step, width in enumerate(widths[1:]) for _ in range(width)]),
         visible=visible[:, 1:, 1:],
     )

@@ -180,10 +180,7 @@ class GFlowNetTrainer(BaseTrainer):
     def _set_up_rewards(self, reward_funcs, args: GFlowNetConfig, catalog, tokenizer) -> None:
         self.rewards: RewardFusion | None = None
         if reward_funcs is not None and reward_funcs != []:
-            self.rewards = RewardFusion(
-                reward_funcs, catalog, tokenizer, args.reward_weights, args.reward_transform, args.reward_beta,
-                args.reward_floor, args.leaf_reduction, args.max_exact_elements,
-            )  # fmt: skip
+            self.rewards = fuse_rewards(reward_funcs, args, catalog, tokenizer)
         if self._needs_rewards and self.rewards is None:
             raise ValueError(f"loss_type {args.loss_type} needs a reward; give reward_funcs (see gflowtrl.rewards).")
         if not self._exact:
@@ -465,6 +462,19 @@ class GFlowNetTrainer(BaseTrainer):
         if self.args.trajectory_weighting is not None:
             settings["weights of trajectories"] = f"by {self.args.trajectory_weighting}"
         return settings
+
+
+def fuse_rewards(
+    reward_funcs: Callable | Sequence[Callable],
+    args: GFlowNetConfig,
+    catalog: ItemCatalog,
+    tokenizer: PreTrainedTokenizerBase,
+) -> RewardFusion:
+    """R as a trainer with these arguments computes it."""
+    return RewardFusion(
+        reward_funcs, catalog, tokenizer, args.reward_weights, args.reward_transform, args.reward_beta,
+        args.reward_floor, args.leaf_reduction, args.max_exact_elements,
+    )  # fmt: skip
 
 
 def _columns(scores: StepScores, columns: slice) -> StepScores:
