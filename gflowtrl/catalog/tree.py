@@ -31,7 +31,7 @@ class PrefixTree:
     # The tensors that `to` moves. Node and leaf numbers are stored in 32 bits: half the memory, 2 billion nodes.
     _TENSORS = (
         "paths", "leaf_lengths", "leaf_of_row", "node_token", "parent", "first_child", "num_children",
-        "first_leaf", "leaf_count", "path_nodes", "_child_keys", "_root_step",
+        "first_leaf", "leaf_count", "path_nodes", "tokens", "_token_place", "_child_keys",
     )  # fmt: skip
 
     def __init__(self, token_paths: Tensor):
@@ -86,10 +86,10 @@ class PrefixTree:
         first[1:] = parent[1:] != parent[:-1]
         self.first_child[parent[first]] = (torch.nonzero(first).squeeze(1) + 1).to(torch.int32)
         self._child_keys = parent * self.num_tokens + self.node_token[1:].long()
-        self._root_step = torch.full((self.num_tokens,), -1, dtype=torch.int32)
-        self._root_step[self.node_token[1 : level_start[2]].long()] = torch.arange(
-            1, level_start[2], dtype=torch.int32
-        )
+        used = torch.zeros(self.num_tokens, dtype=torch.bool)
+        used[self.node_token[1:].long()] = True
+        self.tokens = torch.nonzero(used).squeeze(1)
+        self._token_place = torch.cumsum(used, 0) - 1
         self.max_children = [
             int(self.num_children[level_start[d] : level_start[d + 1]].max()) for d in range(self.max_depth)
         ]
@@ -139,6 +139,10 @@ class PrefixTree:
     def tokens_of(self, nodes: Tensor) -> Tensor:
         """The token that leads to each node, 0 for the root and for -1: `(...,) -> (...,)`."""
         return self.node_token[nodes.clamp(min=0)].long().clamp(min=0)
+
+    def places_of(self, tokens: Tensor) -> Tensor:
+        """Where each token of the catalogue stands in `tokens`, all that occur in ids: `(...,) -> (...,)`."""
+        return self._token_place[tokens]
 
     def children(self, nodes: Tensor, depth: int) -> tuple[Tensor, Tensor]:
         """Children of nodes of one depth, padded with -1 to the largest number of children at that depth.

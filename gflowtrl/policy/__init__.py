@@ -8,8 +8,8 @@ from .backbone import load_backbone
 from .base import Prompts, TreePolicy
 from .causal import CausalTreePolicy
 from .heads import attach_flow_heads, has_flow_heads
+from .modules import innermost
 from .noise import Noise, StatelessNoise
-from .packing import innermost
 from .scores import StepScores
 from .seq2seq import Seq2SeqTreePolicy
 from .stochastic_beam import StochasticBeams

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,10 @@ from gflowtrl.catalog import ItemCatalog, PrefixTree
 
 from .branches import Branches, merge_branches, places, put
 from .heads import has_flow_heads
+from .modules import innermost
 from .noise import Noise
-from .packing import BranchDecoder, innermost
+from .output_rows import only_rows, selectable_head
+from .packing import BranchDecoder
 from .scores import StepScores
 from .stochastic_beam import StochasticBeams, conditional_gumbels, gumbels, log_inclusion
 
@@ -54,14 +56,18 @@ class TreePolicy(ABC):
         self.model = model
         self.catalog = catalog
         self._heads = has_flow_heads(model)
+        self._output = selectable_head(model)
+        if self._output is not None and 2 * len(catalog.tree.tokens) > self._output.out_features:
+            self._output = None  # most rows are needed anyway
 
     @abstractmethod
     def _packed(self, prompts: Prompts, branches: Branches) -> tuple[Tensor, Tensor | None]:
         """One forward for the states of a group.
 
         Returns:
-            logits `(B, 1 + S, V)` in float32, at the root and then at each of the S states, and log F at the same
-            states `(B, 1 + S)`, None where the model has no heads.
+            logits `(B, 1 + S, V)` in float32 (or of the catalogue's tokens only, see `_chosen_logits`), at the root
+            and then at each of the S states, and log F at the same states `(B, 1 + S)`, None where the model has no
+            heads.
         """
 
     @abstractmethod
@@ -82,7 +88,8 @@ class TreePolicy(ABC):
         tree = self._tree(prompts)
         nodes = tree.walk(leaves)
         branches = merge_branches(tree, nodes)
-        logits, flows = self._packed(prompts, branches)
+        with self._chosen_logits(tree):
+            logits, flows = self._packed(prompts, branches)
         count, depth, width = leaves.shape[1], tree.max_depth, max(tree.max_children)
         log_probs, child_log_probs, child_nodes = [], [], []
         for d in range(depth):
@@ -113,7 +120,8 @@ class TreePolicy(ABC):
         tokens, children = self.catalog.tree.children(nodes, depth)
         present = children >= 0
         # A finite fill keeps states without children (ended ids) free of NaN, in value and in gradient.
-        chosen = logits.gather(-1, tokens.clamp(min=0)).masked_fill(~present, torch.finfo(logits.dtype).min)
+        columns = tokens.clamp(min=0) if self._output is None else self.catalog.tree.places_of(tokens).clamp(min=0)
+        chosen = logits.gather(-1, columns).masked_fill(~present, torch.finfo(logits.dtype).min)
         return children, chosen.log_softmax(-1).masked_fill(~present, -torch.inf)
 
     # ----------------------------------------------------------------------------------------------------- decoding
@@ -299,6 +307,10 @@ class TreePolicy(ABC):
             self.catalog.to(device)
         return self.catalog.tree
 
+    def _chosen_logits(self, tree: PrefixTree) -> AbstractContextManager:
+        """Within, the model gives logits of the catalogue's tokens only, where that is worth while and possible."""
+        return nullcontext() if self._output is None else only_rows(self._output, tree.tokens)
+
     @contextmanager
     def _decoding(self, prompts: Prompts) -> Iterator[BranchDecoder]:
         """A decoder with dropout off; the model's mode is restored afterwards."""
@@ -306,7 +318,8 @@ class TreePolicy(ABC):
         if training:
             self.model.eval()
         try:
-            yield self._decoder(prompts)
+            with self._chosen_logits(self.catalog.tree):
+                yield self._decoder(prompts)
         finally:
             if training:
                 self.model.train()

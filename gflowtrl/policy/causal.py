@@ -16,15 +16,8 @@ from gflowtrl.catalog import ItemCatalog
 
 from .base import Prompts, TreePolicy
 from .branches import Branches
-from .packing import (
-    BranchDecoder,
-    additive,
-    group_layout,
-    innermost,
-    model_dtype,
-    prompt_positions,
-    prompt_visibility,
-)
+from .modules import innermost, model_dtype
+from .packing import BranchDecoder, additive, group_layout, prompt_positions, prompt_visibility
 from .sharing import shared_layout
 
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
 
+from .modules import mix_in
+
 
 HEADS_ATTRIBUTE = "flow_heads"
 
@@ -84,8 +86,7 @@ def attach_flow_heads(model: PreTrainedModel) -> PreTrainedModel:
     embeddings = model.get_input_embeddings().weight
     heads = FlowHeads(hidden_size).to(device=embeddings.device, dtype=embeddings.dtype)
     setattr(model, HEADS_ATTRIBUTE, heads)
-    original = type(model)
-    model.__class__ = type(original.__name__, (_FlowForward, original), {"__module__": original.__module__})
+    mix_in(_FlowForward, model)
     return model
 
 

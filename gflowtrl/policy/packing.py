@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from .branches import Branches
@@ -84,21 +84,6 @@ def group_layout(prompts: Mapping[str, Tensor], branches: Branches) -> Layout:
         visible=group_visibility(mask, branches.visible),
         keep=torch.arange(prompt_length - 1, prompt_length + slots, device=mask.device),
     )
-
-
-def model_dtype(model: nn.Module) -> torch.dtype:
-    return next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
-
-
-def innermost(model: nn.Module) -> nn.Module:
-    """The language model inside PEFT, DDP, DeepSpeed and FSDP wrappers: to look at, never to call."""
-    while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module
-        else:
-            return model
 
 
 class BranchDecoder(ABC):

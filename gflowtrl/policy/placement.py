@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .packing import innermost
+from .modules import innermost, mix_in
 
 
 RELATIVE = ("t5", "mt5", "umt5")
@@ -74,11 +74,6 @@ def _hand_over_positions(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]
     decoder.embed_positions._branch_positions = positions
 
 
-def _mix_in(mixin: type, module: nn.Module) -> None:
-    original = type(module)
-    module.__class__ = type(original.__name__, (mixin, original), {"__module__": original.__module__})
-
-
 def place_branches(model: nn.Module) -> None:
     """Teach an encoder-decoder the keyword `branch_positions`, in place. A second call changes nothing.
 
@@ -91,10 +86,10 @@ def place_branches(model: nn.Module) -> None:
     if kind in RELATIVE:
         for module in list(decoder.modules()):
             if getattr(module, "has_relative_attention_bias", False) and not isinstance(module, _PlacedAttention):
-                _mix_in(_PlacedAttention, module)
+                mix_in(_PlacedAttention, module)
     elif kind in ABSOLUTE:
         if not isinstance(decoder.embed_positions, _PlacedEmbedding):
-            _mix_in(_PlacedEmbedding, decoder.embed_positions)
+            mix_in(_PlacedEmbedding, decoder.embed_positions)
             decoder.register_forward_pre_hook(_hand_over_positions, with_kwargs=True)
     else:
         raise ValueError(

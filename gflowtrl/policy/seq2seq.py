@@ -22,7 +22,8 @@ from gflowtrl.catalog import ItemCatalog
 
 from .base import Prompts, TreePolicy
 from .branches import Branches
-from .packing import BranchDecoder, additive, group_visibility, innermost, model_dtype
+from .modules import innermost, model_dtype
+from .packing import BranchDecoder, additive, group_visibility
 from .placement import place_branches
 
 

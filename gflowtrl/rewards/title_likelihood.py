@@ -12,10 +12,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from gflowtrl.catalog import Item, ItemCatalog
+from gflowtrl.policy.modules import model_dtype
 from gflowtrl.policy.packing import (
     additive,
     group_visibility,
-    model_dtype,
     prompt_positions,
     prompt_visibility,
     separate_branches,

@@ -127,6 +127,14 @@ def test_empty_and_float_tensors_are_refused():
         PrefixTree(torch.tensor([[5]])).allowed_tokens(torch.tensor([0]), 5)
 
 
+@given(prefix_free_paths())
+@settings(deadline=None)
+def test_the_catalogues_tokens_know_their_places(paths):
+    tree = PrefixTree(padded(paths))
+    assert tree.tokens.tolist() == sorted({token for path in paths for token in path})
+    assert torch.equal(tree.places_of(tree.tokens), torch.arange(len(tree.tokens)))
+
+
 def test_a_million_items():
     paths = torch.unique(torch.randint(0, 256, (1_000_300, 4), generator=torch.Generator().manual_seed(0)), dim=0)
     paths = paths[torch.randperm(len(paths))] + 256 * torch.arange(4)

@@ -21,7 +21,7 @@ from gflowtrl.policy import (
     has_flow_heads,
     make_policy,
 )
-from gflowtrl.policy.packing import innermost
+from gflowtrl.policy.modules import innermost
 from tests import tiny
 from tests.tiny import SEQ2SEQ, catalog_of, ragged_prompts, random_paths, tiny_model, tiny_seq2seq
 

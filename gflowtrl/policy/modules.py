@@ -1,0 +1,28 @@
+"""Looking into wrapped models, and teaching a module something without changing its parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The language model inside PEFT, DDP, DeepSpeed and FSDP wrappers: to look at, never to call."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module
+        else:
+            return model
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
+
+
+def mix_in(mixin: type, module: nn.Module) -> None:
+    """Make the module's class a subclass of `mixin` and of what it was, under the same name, so that what a checkpoint
+    says of the model (`architectures`) stays as it was."""
+    original = type(module)
+    module.__class__ = type(original.__name__, (mixin, original), {"__module__": original.__module__})

@@ -1,0 +1,88 @@
+"""Logits of the catalogue's tokens only: the same policy, the same gradients, fewer rows computed."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from gflowtrl.policy import StatelessNoise, make_policy
+from gflowtrl.policy.output_rows import only_rows, selectable_head
+from tests.tiny import catalog_of, ragged_prompts, random_paths, tiny_model, tiny_seq2seq
+
+
+VOCAB = 100  # of which the catalogue uses 18
+KINDS = [("llama", False), ("llama", True), ("qwen3", False), ("t5", True), ("mt5", False)]
+
+
+def build(kind, tied):
+    model = (tiny_seq2seq if kind.endswith("t5") else tiny_model)(VOCAB, kind)
+    if tied:
+        model.set_output_embeddings(model.get_output_embeddings())
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    return model
+
+
+def both_ways(model, catalog):
+    """The policy as it is, and one that computes the logits of all tokens."""
+    chosen, whole = make_policy(model, catalog), make_policy(model, catalog)
+    assert chosen._output is model.get_output_embeddings()
+    whole._output = None
+    return chosen, whole
+
+
+@pytest.mark.parametrize(("kind", "tied"), KINDS)
+def test_scores_and_gradients_are_those_of_all_logits(kind, tied):
+    catalog = catalog_of(random_paths(40, ragged=True))
+    model, prompts = build(kind, tied), ragged_prompts(3, VOCAB)
+    leaves = torch.randint(catalog.tree.num_leaves, (3, 5), generator=torch.Generator().manual_seed(1))
+    seen = []
+    for policy in both_ways(model, catalog):
+        scores = policy.score(prompts, leaves)
+        scores.trajectory_log_probs.sum().backward()
+        seen.append((scores, {name: p.grad.clone() for name, p in model.named_parameters()}))
+        model.zero_grad()
+    (chosen, gradients), (whole, expected) = seen
+    torch.testing.assert_close(chosen.log_probs, whole.log_probs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(chosen.child_log_probs, whole.child_log_probs, rtol=0, atol=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(("kind", "tied"), KINDS)
+def test_decoding_is_that_with_all_logits(kind, tied):
+    catalog = catalog_of(random_paths(40))
+    prompts, noise = ragged_prompts(3, VOCAB), StatelessNoise(0).at(0, torch.arange(3))
+    chosen, whole = both_ways(build(kind, tied), catalog)
+    for run in (lambda p: p.sample(prompts, 6, noise), lambda p: p.beam_search(prompts, 7)):
+        (leaves, log_probs), (expected, expected_log_probs) = run(chosen), run(whole)
+        assert torch.equal(leaves, expected)
+        torch.testing.assert_close(log_probs, expected_log_probs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(chosen.leaf_log_probs(prompts), whole.leaf_log_probs(prompts), rtol=0, atol=1e-5)
+
+
+def test_the_model_computes_the_catalogues_rows_and_is_its_old_self_afterwards():
+    catalog, model = catalog_of(random_paths(40)), build("llama", False)
+    policy, prompts = make_policy(model, catalog), ragged_prompts(2, VOCAB)
+    widths = []
+    model.get_output_embeddings().register_forward_hook(lambda _, __, output: widths.append(output.shape[-1]))
+    policy.score(prompts, torch.zeros(2, 1, dtype=torch.long))
+    policy.beam_search(prompts, 3)
+    assert set(widths) == {len(catalog.tree.tokens)} == {18}
+    assert model(**prompts).logits.shape[-1] == VOCAB
+    assert type(model.get_output_embeddings()).__name__ == "Linear"
+
+
+def test_where_rows_cannot_be_chosen_all_are_computed():
+    catalog = catalog_of(random_paths(40))
+    few, bart = tiny_model(25), tiny_seq2seq(VOCAB, "bart")
+    adapted = get_peft_model(tiny_model(VOCAB), LoraConfig(target_modules=["lm_head"], r=2))
+    for model in (few, bart, adapted):
+        policy = make_policy(model, catalog)
+        assert policy._output is None
+        assert policy.leaf_log_probs(ragged_prompts(2, 21)).logsumexp(1).abs().max() < 1e-5
+
+
+def test_an_error_inside_leaves_the_head_whole():
+    head = selectable_head(tiny_model(VOCAB))
+    with pytest.raises(KeyError), only_rows(head, torch.arange(3)):
+        raise KeyError
+    assert head(torch.zeros(1, 32)).shape == (1, VOCAB)
