@@ -11,6 +11,8 @@ No query walks a dictionary or loops over items in Python (the idea of STATIC, a
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -90,6 +92,9 @@ class PrefixTree:
         used[self.node_token[1:].long()] = True
         self.tokens = torch.nonzero(used).squeeze(1)
         self._token_place = torch.cumsum(used, 0) - 1
+        # How many nodes of each depth lead to more than one leaf: where something is left to decide.
+        open_nodes = (self.leaf_count > 1).split([b - a for a, b in itertools.pairwise(level_start)])
+        self.num_open = [int(level.sum()) for level in open_nodes[:-1]]
         self.max_children = [
             int(self.num_children[level_start[d] : level_start[d + 1]].max()) for d in range(self.max_depth)
         ]
@@ -183,6 +188,18 @@ class PrefixTree:
     def leaf_nodes(self) -> Tensor:
         """The node at which each leaf ends: `(N,)`."""
         return self.path_nodes.gather(1, self.leaf_lengths[:, None]).squeeze(1).long()
+
+    def settled(self, nodes: Tensor) -> Tensor:
+        """Whether at most one leaf can be reached from each node: `(...,) -> bool (...,)`; True for -1.
+
+        Whatever tokens follow there, they are certain: a policy gives them probability 1 without being asked.
+        """
+        return (nodes < 0) | (self.leaf_count[nodes.clamp(min=0)] == 1)
+
+    def only_leaf(self, nodes: Tensor) -> Tensor:
+        """The leaf of settled nodes, -1 for all others and for -1: `(...,) -> (...,)`."""
+        safe = nodes.clamp(min=0)
+        return torch.where((nodes >= 0) & (self.leaf_count[safe] == 1), self.first_leaf[safe].long(), -1)
 
     def leaf_at(self, nodes: Tensor) -> Tensor:
         """The leaf that a node is, -1 for inner nodes: `(...,) -> (...,)`."""

@@ -87,18 +87,15 @@ class TreePolicy(ABC):
         """
         tree = self._tree(prompts)
         nodes = tree.walk(leaves)
-        branches = merge_branches(tree, nodes)
+        # A head's log F is wanted in every state, a distribution only where there is something to choose.
+        wanted = nodes[:, :, :-1] if self._heads else nodes[:, :, :-1].masked_fill(tree.settled(nodes[:, :, :-1]), -1)
+        branches = merge_branches(tree, wanted)
         with self._chosen_logits(tree):
             logits, flows = self._packed(prompts, branches)
-        count, depth, width = leaves.shape[1], tree.max_depth, max(tree.max_children)
+        width = max(tree.max_children)
         log_probs, child_log_probs, child_nodes = [], [], []
-        for d in range(depth):
-            # States that trajectories of a prompt share are computed once, the root among them.
-            level = slice(branches.begin[d], branches.begin[d + 1])
-            children, distribution = self._distribution(logits[:, level], branches.nodes[:, level], d)
-            place = branches.slots[:, :, d] - level.start
-            place = place[..., None].expand(-1, count, children.shape[-1])
-            children, distribution = children.gather(1, place), distribution.gather(1, place)
+        for d in range(tree.max_depth):
+            children, distribution = self._at_trajectories(logits, branches, nodes[:, :, d + 1], d)
             taken = children == nodes[:, :, d + 1 : d + 2]
             taken &= children >= 0
             log_probs.append(torch.where(taken, distribution, 0.0).sum(-1))
@@ -114,6 +111,27 @@ class TreePolicy(ABC):
             log_z=None if flows is None else flows[:, 0],
             log_flows=None if flows is None else _flows_of_states(flows, branches, lengths),
         )
+
+    def _at_trajectories(
+        self, logits: Tensor, branches: Branches, following: Tensor, depth: int
+    ) -> tuple[Tensor, Tensor]:
+        """Children and their log-probabilities `(B, K, C)` at one depth, from the logits of the states there.
+
+        `following` `(B, K)` are the trajectories' next nodes: the only children of states that were not computed.
+        """
+        level = slice(branches.begin[depth], branches.begin[depth + 1])
+        slots = branches.slots[:, :, depth, None]
+        certain = torch.where(following >= 0, 0.0, -torch.inf)[..., None]
+        if level.start == level.stop:
+            return following[..., None], certain
+        # States that trajectories of a prompt share are computed once, the root among them.
+        children, distribution = self._distribution(logits[:, level], branches.nodes[:, level], depth)
+        place = (slots - level.start).clamp(min=0).expand(-1, -1, children.shape[-1])
+        children, distribution = children.gather(1, place), distribution.gather(1, place)
+        rest = (0, children.shape[-1] - 1)
+        children = torch.where(slots >= 0, children, nn.functional.pad(following[..., None], rest, value=-1))
+        certain = nn.functional.pad(certain, rest, value=-torch.inf)
+        return children, torch.where(slots >= 0, distribution, certain)
 
     def _distribution(self, logits: Tensor, nodes: Tensor, depth: int) -> tuple[Tensor, Tensor]:
         """Children `(.., C)` of `nodes` `(..)` and their log-probabilities, -inf on padding."""
@@ -152,9 +170,11 @@ class TreePolicy(ABC):
         parents = torch.zeros_like(nodes)
         with self._decoding(prompts) as decoder:
             for depth in range(tree.max_depth):
-                # Trajectories at one state share its computation; no level has more states than nodes so far.
-                width = min(num_generations, tree.level_start[depth + 1])
-                place = places(nodes)
+                if not tree.num_open[depth]:
+                    break  # nowhere is anything left to choose, in no process
+                settled = tree.settled(nodes)
+                place = places(nodes.masked_fill(settled, -1))  # trajectories at one state share its computation
+                width = _width(place.amax(1) + 1, min(num_generations, tree.num_open[depth]))
                 states = put(nodes, place, width, empty=-1)
                 if depth:
                     logits = decoder.extend(tree.tokens_of(states), put(parents, place, width))
@@ -166,15 +186,14 @@ class TreePolicy(ABC):
                 if epsilon:
                     uniform = present / present.sum(-1, keepdim=True).clamp(min=1)
                     probs = (1 - epsilon) * probs + epsilon * uniform
-                each = place[..., None].expand(-1, -1, children.shape[-1])
+                each = place.clamp(min=0)[..., None].expand(-1, -1, children.shape[-1])
                 children, probs = children.gather(1, each), probs.gather(1, each)
-                ended = (children < 0).all(-1)
                 choice = _inverse_cdf(probs, noise.uniform("policy", num_generations, depth))
                 chosen = probs.gather(-1, choice).squeeze(-1)
-                log_q += torch.where(ended, 0.0, chosen.log()).float()
-                nodes = torch.where(ended, nodes, children.gather(-1, choice).squeeze(-1))
-                parents = place
-        return tree.leaf_at(nodes), log_q
+                log_q += torch.where(settled, 0.0, chosen.log()).float()
+                nodes = torch.where(settled, nodes, children.gather(-1, choice).squeeze(-1))
+                parents = place.clamp(min=0)
+        return tree.only_leaf(nodes), log_q
 
     @torch.no_grad()
     def beam_search(self, prompts: Prompts, num_beams: int) -> tuple[Tensor, Tensor]:
@@ -250,7 +269,9 @@ class TreePolicy(ABC):
                 for depth in range(tree.max_depth):
                     if depth:
                         nodes = paths[:, depth].unique()
-                        nodes = nodes[nodes >= 0]
+                        nodes = nodes[~tree.settled(nodes)]
+                        if not len(nodes):
+                            break
                         parents = torch.searchsorted(previous, tree.parent[nodes].long())
                         tokens = tree.tokens_of(nodes)
                         logits = decoder.extend(tokens.expand(batch, -1), parents.expand(batch, -1))
@@ -258,7 +279,9 @@ class TreePolicy(ABC):
                     children, log_probs = self._distribution(logits, previous.expand(batch, -1), depth)
                     present = children[0] >= 0
                     totals[:, children[0][present]] = (totals[:, previous, None] + log_probs)[:, present]
-        return totals[:, tree.leaf_nodes()]
+        # A leaf's probability is that of the first node on its way that leads nowhere else.
+        first = (~tree.settled(tree.path_nodes)).sum(1, keepdim=True)
+        return totals[:, tree.path_nodes.gather(1, first).squeeze(1).long()]
 
     # ------------------------------------------------------------------------------------------------------- helpers
     def _search(
@@ -284,22 +307,30 @@ class TreePolicy(ABC):
         with self._decoding(prompts) as decoder:
             logits, parents = decoder.root_logits, torch.zeros_like(nodes)
             for depth in range(tree.max_depth):
+                if not tree.num_open[depth]:
+                    break  # nowhere is anything left to choose, in no process
+                settled = tree.settled(nodes)
+                count = _width((~settled).sum(1), min(nodes.shape[1], tree.num_open[depth]))
+                going_on = settled.to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+                states = nodes.masked_fill(settled, -1).gather(1, going_on)
                 if depth:
-                    logits = decoder.extend(tree.tokens_of(nodes), parents)
-                children, log_probs = self._distribution(logits / temperature, nodes, depth)
-                candidates = totals[..., None] + log_probs
-                ended = tree.leaf_at(nodes) >= 0  # a finished id is its own only child
-                children[..., 0] = torch.where(ended, nodes, children[..., 0])
-                candidates[..., 0] = torch.where(ended, totals, candidates[..., 0])
-                flat = rank(ranks, candidates, children).flatten(1)
+                    logits = decoder.extend(tree.tokens_of(states), parents.gather(1, going_on))
+                children, log_probs = self._distribution(logits / temperature, states, depth)
+                candidates = totals.gather(1, going_on)[..., None] + log_probs
+                ranked = rank(ranks.gather(1, going_on), candidates, children)
+                # Settled beams stay as they are, among the children of the others.
+                flat = torch.cat([ranked.flatten(1), ranks.masked_fill(~settled, -torch.inf)], 1)
                 ranks, place = flat.topk(min(width, flat.shape[1]), dim=1)
-                parents = place // children.shape[-1]
-                totals = candidates.flatten(1).gather(1, place)
-                nodes = torch.where(ranks > -torch.inf, children.flatten(1).gather(1, place), -1)
-        missing = (0, width - nodes.shape[1])
-        leaves = nn.functional.pad(tree.leaf_at(nodes), missing, value=-1)
-        totals = nn.functional.pad(totals, missing, value=-torch.inf)
-        return leaves, totals, nn.functional.pad(ranks, missing, value=-torch.inf)
+                parents = (place // children.shape[-1]).clamp(max=count - 1)
+                missing = ranks == -torch.inf
+                totals = (
+                    torch.cat([candidates.flatten(1), totals], 1).gather(1, place).masked_fill(missing, -torch.inf)
+                )
+                nodes = torch.cat([children.flatten(1), nodes], 1).gather(1, place).masked_fill(missing, -1)
+        rest = (0, width - nodes.shape[1])
+        leaves = nn.functional.pad(tree.only_leaf(nodes), rest, value=-1)
+        totals = nn.functional.pad(totals, rest, value=-torch.inf)
+        return leaves, totals, nn.functional.pad(ranks, rest, value=-torch.inf)
 
     def _tree(self, prompts: Prompts) -> PrefixTree:
         device = prompts["input_ids"].device
@@ -327,8 +358,16 @@ class TreePolicy(ABC):
 
 def _flows_of_states(flows: Tensor, branches: Branches, lengths: Tensor) -> Tensor:
     """log F at root and states `(B, 1 + S)` -> at each trajectory's s_0 .. s_{L-1} `(B, K, L)`, 0 after its end."""
-    states = flows.gather(1, branches.slots.flatten(1)).view(branches.slots.shape)
+    states = flows.gather(1, branches.slots.clamp(min=0).flatten(1)).view(branches.slots.shape)
     return torch.where(torch.arange(states.shape[2], device=flows.device) < lengths[..., None], states, 0.0)
+
+
+def _width(needed: Tensor, bound: int) -> int:
+    """How many states a row needs at most, `needed` `(B,)`; at least 1, so that all processes run the same forwards.
+
+    An accelerator would have to be waited for to know, so there it is what the tree says it can be.
+    """
+    return bound if needed.device.type != "cpu" else min(bound, max(int(needed.max()), 1))
 
 
 def _inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:

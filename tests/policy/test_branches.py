@@ -1,10 +1,11 @@
 """States that trajectories share stand in a row once; values and gradients do not notice."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gflowtrl.policy import CausalTreePolicy, StatelessNoise
+from gflowtrl.policy import CausalTreePolicy, StatelessNoise, attach_flow_heads
 from gflowtrl.policy.branches import merge_branches, places, put
 from tests.tiny import catalog_of, random_paths, tiny_model
 
@@ -20,25 +21,28 @@ def test_places_are_ranks_among_the_distinct(rows):
     values = torch.tensor(rows)
     place = places(values)
     for row, found, back in zip(rows, place.tolist(), put(values, place, 8, empty=-9).tolist(), strict=True):
-        ordered = sorted(set(row))
-        assert found == [ordered.index(value) for value in row]
+        ordered = sorted(set(row) - {-1})
+        assert found == [-1 if value < 0 else ordered.index(value) for value in row]
         assert back == ordered + [-9] * (8 - len(ordered))
 
 
-@given(trees, st.integers(1, 6), st.integers(0, 99))
-def test_every_trajectory_finds_its_states_and_no_prompt_has_one_twice(paths, count, seed):
+@given(trees, st.integers(1, 6), st.integers(0, 99), st.booleans())
+def test_every_trajectory_finds_its_states_and_no_prompt_has_one_twice(paths, count, seed, open_only):
     tree = catalog_of(paths).tree
     leaves = torch.randint(0, tree.num_leaves, (3, count), generator=torch.Generator().manual_seed(seed))
-    nodes = tree.walk(leaves)
-    branches = merge_branches(tree, nodes)
+    states = tree.walk(leaves)[:, :, :-1]
+    if open_only:
+        states = states.masked_fill(tree.settled(states), -1)
+    branches = merge_branches(tree, states)
     assert branches.begin[-1] == branches.nodes.shape[1] == 1 + len(branches.steps)
     for row in range(3):
         own = branches.nodes[row]
         filled = own[own >= 0].tolist()
-        assert len(filled) == len(set(filled)) == len(set(nodes[row, :, :-1].flatten().tolist()) - {-1})
+        assert len(filled) == len(set(filled)) == len(set(states[row].flatten().tolist()) - {-1})
         for k in range(count):
-            slots, path = branches.slots[row, k], nodes[row, k, :-1]
-            assert torch.equal(own[slots], path)
+            slots, path = branches.slots[row, k], states[row, k]
+            assert torch.equal(slots < 0, path < 0)
+            assert torch.equal(own[slots[slots >= 0]], path[path >= 0])
             fed = slots[1:] - 1  # the root is not fed
             for step in range(len(fed)):
                 if path[1 + step] >= 0:
@@ -60,10 +64,42 @@ def test_many_trajectories_cost_no_more_than_the_tree_has_inner_nodes():
     every = torch.arange(40).expand(2, -1)
     once = policy.score(prompts, every)
     thrice = policy.score(prompts, every.repeat(1, 3))
-    inner = tree.level_start[3] - 1
-    assert read[0].shape == read[1].shape == (2, 2 + inner)
+    below_root = tree.num_open[1:]
+    assert 0 < sum(below_root) < tree.level_start[3] - 1  # some inner nodes lead to one leaf only
+    assert read[0].shape == read[1].shape == (2, 2 + sum(below_root))
     torch.testing.assert_close(thrice.log_probs, once.log_probs.repeat(1, 3, 1))
     assert torch.allclose(once.trajectory_log_probs.logsumexp(1), torch.zeros(2), atol=1e-5)
     read.clear()
     policy.sample(prompts, 100, StatelessNoise(0).at(0, torch.arange(2)))
-    assert [tokens.shape[1] for tokens in read] == [2, tree.level_start[2], tree.level_start[3]]
+    assert all(tokens.shape[1] <= most for tokens, most in zip(read, [2, *below_root], strict=True))
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_certain_states_are_not_computed_and_nobody_notices(heads):
+    """One long chain beside a bush: scores say what a model that computes every state says."""
+    bush = torch.cartesian_prod(torch.arange(3, 6), torch.arange(6, 9), torch.arange(9, 12))
+    chain = torch.tensor([[12, 13, 14]])
+    catalog = catalog_of(torch.cat([bush, chain]))
+    tree, model = catalog.tree, tiny_model(20)
+    if heads:
+        attach_flow_heads(model)
+    policy = CausalTreePolicy(model, catalog)
+    prompts = {"input_ids": torch.tensor([[1, 5]]), "attention_mask": torch.ones(1, 2, dtype=torch.long)}
+    read = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True)
+    last = torch.tensor([[tree.num_leaves - 1]])
+    scores = policy.score(prompts, last)
+    assert read[-1].shape[1] == (4 if heads else 2)
+    assert scores.log_probs[0, 0, 1:].tolist() == [0, 0] and scores.log_probs[0, 0, 0] < 0
+    nodes = tree.walk(last)
+    assert torch.equal(scores.child_nodes[..., 0, 1:, 0], nodes[:, 0, 2:])
+    assert (scores.child_nodes[..., 1:, 1:] == -1).all()
+    assert scores.child_log_probs[0, 0, 1:].exp().sum(-1).tolist() == [1, 1]
+    (scores.trajectory_log_probs.sum() + (scores.log_flows.sum() if heads else 0)).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    read.clear()
+    leaves, log_probs = policy.beam_search(prompts, 28)
+    assert [tokens.shape[1] for tokens in read] == [2, 3, 9]
+    torch.testing.assert_close(log_probs[0].exp().sum(), torch.tensor(1.0))
+    assert sorted(leaves[0].tolist()) == list(range(28))
+    torch.testing.assert_close(log_probs, policy.score(prompts, leaves).trajectory_log_probs)

@@ -68,6 +68,8 @@ def test_shared_rows_are_fewer_tokens():
     read = []
     model.register_forward_pre_hook(lambda module, args, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True)
     policy = CausalTreePolicy(model, catalog)
-    prompts, leaves = left_padded(HISTORIES), torch.zeros(8, 1, dtype=torch.long)
+    last_state = catalog.tree.walk(torch.arange(40))[:, 2]
+    several = int((~catalog.tree.settled(last_state)).nonzero()[0])  # an id whose last token is a choice
+    prompts, leaves = left_padded(HISTORIES), torch.full((8, 1), several)
     policy.score({**prompts, "members": prompt_members(HISTORIES)}, leaves)
     assert len(read[0]) == 3 and read[0].shape[1] == 5 + 4 * (1 + 2)

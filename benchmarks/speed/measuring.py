@@ -1,0 +1,203 @@
+"""What the speed benchmarks share: interleaved rounds, peak memory, models, catalogues, reports.
+
+Times on a shared machine mean little, ratios more: both sides run in one process on the same model and batch, in turn,
+and the median of the rounds counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
+
+from gflowtrl import ItemCatalog
+from gflowtrl.data import build_tokenizer
+
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT))
+
+from benchmarks.quality.total_variation import environment  # noqa: E402
+
+
+LEVELS = "abcdefgh"
+
+
+def random_catalog(num_items: int = 5000, depth: int = 3, codes: int = 256, seed: int = 0):
+    """Random distinct ids with `codes` tokens a level: `(catalog, tokenizer)`."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(0, codes, (num_items + num_items // 5, depth), generator=generator)
+    paths = torch.unique(drawn, dim=0)
+    paths = paths[torch.randperm(len(paths), generator=generator)[:num_items]].tolist()
+    ids = {item: tuple(f"<{LEVELS[d]}_{c}>" for d, c in enumerate(path)) for item, path in enumerate(paths)}
+    every = {-1 - code: tuple(f"<{LEVELS[d]}_{code}>" for d in range(depth)) for code in range(codes)}
+    tokenizer = build_tokenizer(ids | every)  # all codes, so that the vocabulary does not depend on the draw
+    return ItemCatalog.from_semantic_ids(ids, tokenizer), tokenizer
+
+
+def random_prompts(batch: int, length: int, vocab_size: int, device: torch.device, ragged: bool = False):
+    """A left-padded batch of random tokens; `ragged`: lengths are uniform between a quarter of `length` and it."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, vocab_size, (batch, length), generator=generator)
+    mask = torch.ones_like(tokens)
+    if ragged:
+        lengths = torch.randint(length // 4, length + 1, (batch, 1), generator=generator)
+        mask = (torch.arange(length) >= length - lengths).long()
+    return {"input_ids": (tokens * mask).to(device), "attention_mask": mask.to(device)}
+
+
+#: Width, layers and heads; with a vocabulary of some 1,000 tokens about 0.2, 1.2 and 6.5 million parameters.
+SIZES = {"0.2M": (64, 2, 4), "1.2M": (128, 4, 4), "6.5M": (256, 6, 8)}
+
+
+def llama(vocab_size: int, size: str = "1.2M") -> LlamaForCausalLM:
+    """A Llama of random weights, its embeddings tied."""
+    width, layers, heads = SIZES[size]
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            max_position_embeddings=1024,
+            initializer_range=0.1,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )  # fmt: skip
+    )
+
+
+def t5(vocab_size: int, size: str = "1.2M") -> T5ForConditionalGeneration:
+    """A gated T5 of random weights; at "1.2M" that of recipes/gflowgr_office_t5.yaml (1.9 million parameters)."""
+    width, layers, heads = SIZES[size]
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=vocab_size,
+            d_model=width,
+            d_kv=width // heads,
+            d_ff=4 * width,
+            num_layers=layers * 3 // 4,
+            num_decoder_layers=layers * 3 // 4,
+            num_heads=heads,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            pad_token_id=0,
+            eos_token_id=2,
+            decoder_start_token_id=0,
+        )  # fmt: skip
+    )
+    for name, parameter in model.named_parameters():
+        if "relative_attention_bias" in name:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+BACKBONES: dict[str, Callable[..., PreTrainedModel]] = {"llama": llama, "t5": t5}
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+def interleaved(
+    sides: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, progress: str = ""
+) -> dict[str, dict[str, float]]:
+    """Seconds (the median of the rounds) and peak memory of each side; the sides take turns, after one warm-up each.
+
+    The memory is what a side needs beyond what is there when it starts: on CUDA what torch allocates, else what the
+    process has resident (Linux only, else NaN).
+    """
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    peaks = dict.fromkeys(sides, 0.0)
+    for number in tqdm(range(rounds + 1), desc=progress, disable=not sys.stderr.isatty(), leave=False):
+        for name, side in sides.items():
+            before = _reset_peak(device)
+            start = time.perf_counter()
+            side()
+            _synchronize(device)
+            if number:  # the first is a warm-up
+                times[name].append(time.perf_counter() - start)
+                peaks[name] = max(peaks[name], _peak(device) - before)
+    return {
+        name: {"seconds": statistics.median(times[name]), "peak_memory": peaks[name], "rounds": rounds}
+        for name in sides
+    }
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _reset_peak(device: torch.device) -> float:
+    """Begin a new peak; returns the bytes that are in use now."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to what is resident
+    except OSError:
+        return float("nan")
+    return _status("VmRSS")
+
+
+def _peak(device: torch.device) -> float:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(field: str) -> float:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return float("nan")
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), float("nan"))
+
+
+# ---------------------------------------------------------------------------------------------------------- reporting
+def arguments(description: str | None, rounds: int = 7) -> argparse.ArgumentParser:
+    """The options that every script has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", type=torch.device, help="cpu or cuda")
+    parser.add_argument("--rounds", type=int, default=rounds, help="rounds after a warm-up; their median counts")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    return parser
+
+
+def markdown(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> str:
+    """Rows as a table; `columns` maps headings to format strings over the row's fields."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(text.format(**row) for text in columns.values()) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def report(rows: list[dict[str, Any]], columns: Mapping[str, str], given: argparse.Namespace, **more: Any) -> None:
+    """Print the table and write the JSON where `--out` says."""
+    print(f"\n{markdown(rows, columns)}")
+    if given.out is None:
+        return
+    command = shlex.join(["python", *sys.argv])
+    machine = environment()
+    if given.device.type == "cuda":
+        machine["machine"]["gpu"] = torch.cuda.get_device_name(given.device)
+    content = {"command": command, "date": date.today().isoformat(), **machine, **more, "rows": rows}
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def tokens_of(prompts: Mapping[str, Tensor]) -> int:
+    return int(prompts["attention_mask"].sum())
