@@ -125,25 +125,25 @@ def interleaved(
     peaks = dict.fromkeys(sides, 0.0)
     for number in tqdm(range(rounds + 1), desc=progress, disable=not sys.stderr.isatty(), leave=False):
         for name, side in sides.items():
-            before = _reset_peak(device)
+            before = reset_peak(device)
             start = time.perf_counter()
             side()
-            _synchronize(device)
+            synchronize(device)
             if number:  # the first is a warm-up
                 times[name].append(time.perf_counter() - start)
-                peaks[name] = max(peaks[name], _peak(device) - before)
+                peaks[name] = max(peaks[name], peak(device) - before)
     return {
         name: {"seconds": statistics.median(times[name]), "peak_memory": peaks[name], "rounds": rounds}
         for name in sides
     }
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _reset_peak(device: torch.device) -> float:
+def reset_peak(device: torch.device) -> float:
     """Begin a new peak; returns the bytes that are in use now."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -156,7 +156,7 @@ def _reset_peak(device: torch.device) -> float:
     return _status("VmRSS")
 
 
-def _peak(device: torch.device) -> float:
+def peak(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
 
 
