@@ -7,6 +7,7 @@ and the median of the rounds counts.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import shlex
 import statistics
@@ -118,20 +119,21 @@ def interleaved(
 ) -> dict[str, dict[str, float]]:
     """Seconds (the median of the rounds) and peak memory of each side; the sides take turns, after one warm-up each.
 
-    The memory is what a side needs beyond what is there when it starts: on CUDA what torch allocates, else what the
-    process has resident (Linux only, else NaN).
+    The memory is what a side needs beyond what is there when it starts, in the warm-up: on CUDA what torch allocates,
+    else what the process has resident (Linux only, else NaN).
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
-    peaks = dict.fromkeys(sides, 0.0)
+    peaks: dict[str, float] = {}
     for number in tqdm(range(rounds + 1), desc=progress, disable=not sys.stderr.isatty(), leave=False):
         for name, side in sides.items():
-            before = reset_peak(device)
+            before = reset_peak(device) if number == 0 else 0.0
             start = time.perf_counter()
             side()
             synchronize(device)
-            if number:  # the first is a warm-up
+            if number == 0:
+                peaks[name] = peak(device) - before
+            else:
                 times[name].append(time.perf_counter() - start)
-                peaks[name] = max(peaks[name], peak(device) - before)
     return {
         name: {"seconds": statistics.median(times[name]), "peak_memory": peaks[name], "rounds": rounds}
         for name in sides
@@ -144,12 +146,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def reset_peak(device: torch.device) -> float:
-    """Begin a new peak; returns the bytes that are in use now."""
+    """Begin a new peak; returns the bytes that are in use now. On a CPU what comes next has to ask for memory anew."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # gives back what freed tensors have left to the allocator
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to what is resident
     except OSError:
         return float("nan")

@@ -41,7 +41,7 @@ def reward(completions: list[str], **kwargs: Any) -> list[float]:
 
 
 class StepClock(TrainerCallback):
-    """Seconds and peak memory of every step."""
+    """Seconds of every step but the first of a training, and the peak memory of that."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -49,14 +49,16 @@ class StepClock(TrainerCallback):
         self.memory: list[float] = []
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.before = reset_peak(self.device)
+        if state.global_step == 0:
+            self.before = reset_peak(self.device)
         self.start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         synchronize(self.device)
-        if state.global_step > 1:
-            self.seconds.append(time.perf_counter() - self.start)
+        if state.global_step == 1:
             self.memory.append(peak(self.device) - self.before)
+        else:
+            self.seconds.append(time.perf_counter() - self.start)
 
 
 class Bench:
