@@ -14,7 +14,17 @@ import time
 from collections.abc import Callable
 
 import torch
-from measuring import BACKBONES, ROOT, arguments, interleaved, random_catalog, random_prompts, report
+from measuring import (
+    BACKBONES,
+    ROOT,
+    arguments,
+    interleaved,
+    peak,
+    random_catalog,
+    random_prompts,
+    report,
+    reset_peak,
+)
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
@@ -162,13 +172,13 @@ def main() -> None:
                     for side, entry in times.items()
                 ]
         if given.data_dir is not None:
-            start = time.perf_counter()
+            before, start = reset_peak(given.device), time.perf_counter()
             rank_rows(policy, materials.encoder, materials.splits.test, num_beams=20)
             seconds = time.perf_counter() - start
             print(f"All {len(materials.splits.test)} users ranked by the {backbone} in {seconds:.1f} s.")
             rows.append({
                 "backbone": backbone, "job": f"all {len(materials.splits.test)} users, beam 20", "side": "gflowtrl",
-                "ratio": 1.0, "seconds": seconds, "peak_memory": float("nan"), "rounds": 1,
+                "ratio": 1.0, "seconds": seconds, "peak_memory": peak(given.device) - before, "rounds": 1,
             })  # fmt: skip
     columns = {
         "model": "{backbone}", "job": "{job}", "side": "{side}", "s": "{seconds:.3f}", "x ours": "{ratio:.1f}",
