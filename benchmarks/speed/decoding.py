@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from measuring import (
     BACKBONES,
-    ROOT,
     arguments,
     interleaved,
+    office,
     peak,
     random_catalog,
     random_prompts,
@@ -26,7 +27,7 @@ from measuring import (
     reset_peak,
 )
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from gflowtrl.catalog import PrefixTree
 from gflowtrl.policy import StatelessNoise, TreePolicy, make_policy
@@ -44,6 +45,14 @@ def nested_trie(tree: PrefixTree) -> dict[int, dict]:
     return root
 
 
+def node_of(tree: PrefixTree, tokens: Tensor) -> Tensor:
+    """The node at which tokens `(rows, n)` end: `(rows,)`, -1 for what the catalogue does not know."""
+    nodes = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+    for column in tokens.unbind(1):
+        nodes = tree.step(nodes, column)
+    return nodes
+
+
 class TreeProcessor(LogitsProcessor):
     """The constraint as one vectorised mask a step."""
 
@@ -51,72 +60,52 @@ class TreeProcessor(LogitsProcessor):
         self.tree, self.prompt_length = tree, prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        nodes = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
-        for column in range(self.prompt_length, input_ids.shape[1]):
-            nodes = self.tree.step(nodes, input_ids[:, column])
+        nodes = node_of(self.tree, input_ids[:, self.prompt_length :])
         return scores.masked_fill(~self.tree.allowed_tokens(nodes, scores.shape[1]), -torch.inf)
 
 
-def generate(model: PreTrainedModel, tree: PrefixTree, prompts: dict[str, Tensor], vectorised: bool, **how) -> Tensor:
-    """Hugging Face's own loop: `(rows, L)` tokens."""
+def sides(
+    policy: TreePolicy, prompts: dict[str, Tensor], count: int, ours: Callable[[], tuple[Tensor, Tensor]], **how
+) -> dict[str, Callable[[], Tensor]]:
+    """The library's own way and Hugging Face's `generate(**how)` under both constraints: each gives leaves
+    `(B, count)`."""
+    model, tree = policy.model, policy.catalog.tree
     begin = 1 if model.config.is_encoder_decoder else prompts["input_ids"].shape[1]
-    if vectorised:
-        how["logits_processor"] = LogitsProcessorList([TreeProcessor(tree, begin)])
-    else:
-        trie = nested_trie(tree)
+    trie = nested_trie(tree)
 
-        def allowed(_, sequence: Tensor) -> list[int]:
-            node = trie
-            for token in sequence[begin:].tolist():
-                node = node.get(token, {})
-            return list(node)
+    def allowed(_, sequence: Tensor) -> list[int]:
+        node = trie
+        for token in sequence[begin:].tolist():
+            node = node.get(token, {})
+        return list(node)
 
-        how["prefix_allowed_tokens_fn"] = allowed
-    sequences = model.generate(
-        **prompts, max_new_tokens=tree.max_depth, min_new_tokens=tree.max_depth, renormalize_logits=True,
-        eos_token_id=None, **how,
-    )  # fmt: skip
-    return sequences[:, begin:]
+    def theirs(**constraint) -> Tensor:
+        sequences = model.generate(
+            **prompts, **how, **constraint, num_return_sequences=count, max_new_tokens=tree.max_depth,
+            min_new_tokens=tree.max_depth, renormalize_logits=True, eos_token_id=None,
+        )  # fmt: skip
+        return tree.leaf_at(node_of(tree, sequences[:, begin:])).view(-1, count)
 
-
-def leaves_of(tree: PrefixTree, tokens: Tensor) -> Tensor:
-    """Tokens `(rows, L)` -> leaves `(rows,)`, -1 for what is no item."""
-    nodes = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-    for column in range(tokens.shape[1]):
-        nodes = tree.step(nodes, tokens[:, column])
-    return tree.leaf_at(nodes)
-
-
-def beam_sides(policy: TreePolicy, prompts: dict[str, Tensor], width: int) -> dict[str, Callable[[], Tensor]]:
-    """Each gives ranked leaves `(B, width)`."""
-    tree, batch = policy.catalog.tree, len(prompts["input_ids"])
-    how = {"num_beams": width, "num_return_sequences": width, "do_sample": False, "length_penalty": 0.0}
-
-    def theirs(vectorised: bool) -> Tensor:
-        tokens = generate(policy.model, tree, prompts, vectorised, **how)
-        return leaves_of(tree, tokens).view(batch, width)
-
+    processor = LogitsProcessorList([TreeProcessor(tree, begin)])
     return {
-        "gflowtrl": lambda: policy.beam_search(prompts, width)[0],
-        "prefix_allowed_tokens_fn": lambda: theirs(False),
-        "logits processor": lambda: theirs(True),
+        "gflowtrl": lambda: ours()[0],
+        "prefix_allowed_tokens_fn": lambda: theirs(prefix_allowed_tokens_fn=allowed),
+        "logits processor": lambda: theirs(logits_processor=processor),
     }
 
 
-def sample_sides(policy: TreePolicy, prompts: dict[str, Tensor], count: int) -> dict[str, Callable[[], Tensor]]:
-    """Each gives drawn leaves `(B, count)`."""
-    tree, batch = policy.catalog.tree, len(prompts["input_ids"])
-    noise = StatelessNoise(0).at(0, torch.arange(batch, device=prompts["input_ids"].device))
-    how = {"num_return_sequences": count, "do_sample": True, "top_k": 0}
-
-    def theirs(vectorised: bool) -> Tensor:
-        return leaves_of(tree, generate(policy.model, tree, prompts, vectorised, **how)).view(batch, count)
-
-    return {
-        "gflowtrl": lambda: policy.sample(prompts, count, noise)[0],
-        "prefix_allowed_tokens_fn": lambda: theirs(False),
-        "logits processor": lambda: theirs(True),
-    }
+def jobs(policy: TreePolicy, prompts: dict[str, Tensor]) -> dict[str, dict[str, Callable[[], Tensor]]]:
+    """What is measured, and the sides of each."""
+    noise = StatelessNoise(0).at(0, torch.arange(len(prompts["input_ids"]), device=prompts["input_ids"].device))
+    searches = {
+        f"beam {width}": sides(
+            policy, prompts, width, partial(policy.beam_search, prompts, width),
+            num_beams=width, do_sample=False, length_penalty=0.0,
+        )
+        for width in (20, 50)
+    }  # fmt: skip
+    drawing = partial(policy.sample, prompts, 16, noise)
+    return {**searches, "sample 16": sides(policy, prompts, 16, drawing, do_sample=True, top_k=0)}
 
 
 def check(policy: TreePolicy, prompts: dict[str, Tensor], job: str, found: dict[str, Tensor]) -> None:
@@ -144,11 +133,7 @@ def main() -> None:
         catalog, tokenizer = random_catalog(depth=4)
         prompts = random_prompts(given.users, given.prompt_length, len(tokenizer), given.device, ragged=True)
     else:
-        from gflowtrl.pipeline import load_recipe
-        from gflowtrl.pipeline.materials import prepare
-
-        recipe = load_recipe(ROOT / "recipes" / "gflowgr_office_llama.yaml", ["--data_dir", given.data_dir])
-        materials = prepare(recipe)
+        materials = office(given.data_dir)
         catalog, tokenizer = materials.catalog, materials.tokenizer
         chosen = materials.splits.test.shuffle(seed=0).select(range(given.users))
         prompts = {name: value.to(given.device) for name, value in materials.encoder(chosen["history"]).items()}
@@ -157,12 +142,11 @@ def main() -> None:
         model = BACKBONES[backbone](len(tokenizer)).to(given.device).eval()
         policy = make_policy(model, catalog)
         with torch.no_grad():
-            jobs = {f"beam {width}": beam_sides(policy, prompts, width) for width in (20, 50)}
-            for name, sides in {**jobs, "sample 16": sample_sides(policy, prompts, 16)}.items():
+            for name, ways in jobs(policy, prompts).items():
                 found: dict[str, Tensor] = {}
                 keeping = {
                     side: lambda side=side, run=run, found=found: found.update({side: run()})
-                    for side, run in sides.items()
+                    for side, run in ways.items()
                 }
                 times = interleaved(keeping, given.rounds, given.device, f"{backbone} {name}")
                 check(policy, prompts, name, found)

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from gflowtrl import ItemCatalog
 from gflowtrl.data import build_tokenizer
+from gflowtrl.pipeline import load_recipe
+from gflowtrl.pipeline.materials import Materials, prepare
 
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +58,11 @@ def random_prompts(batch: int, length: int, vocab_size: int, device: torch.devic
         lengths = torch.randint(length // 4, length + 1, (batch, 1), generator=generator)
         mask = (torch.arange(length) >= length - lengths).long()
     return {"input_ids": (tokens * mask).to(device), "attention_mask": mask.to(device)}
+
+
+def office(data_dir: str) -> Materials:
+    """Rows, catalogue and tokenizer of the Office recipe."""
+    return prepare(load_recipe(ROOT / "recipes" / "gflowgr_office_llama.yaml", ["--data_dir", data_dir]))
 
 
 #: Width, layers and heads; with a vocabulary of some 1,000 tokens about 0.2, 1.2 and 6.5 million parameters.
@@ -200,7 +206,3 @@ def report(rows: list[dict[str, Any]], columns: Mapping[str, str], given: argpar
     content = {"command": command, "date": date.today().isoformat(), **machine, **more, "rows": rows}
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def tokens_of(prompts: Mapping[str, Tensor]) -> int:
-    return int(prompts["attention_mask"].sum())

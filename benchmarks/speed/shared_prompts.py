@@ -18,19 +18,13 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from measuring import environment, office
 from transformers import TrainerCallback, set_seed
 
 from gflowtrl import GFlowNetConfig, GFlowNetTrainer
-from gflowtrl.pipeline import load_recipe
-from gflowtrl.pipeline.materials import Materials, build_model, prepare
+from gflowtrl.pipeline.materials import Materials, build_model
 from gflowtrl.rewards import CollaborativeReward, GroundTruthReward
 from gflowtrl.teachers import EASE
-
-
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT))
-
-from benchmarks.quality.total_variation import environment  # noqa: E402
 
 
 BATCH = 64
@@ -99,7 +93,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=12, help="take every n-th user")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     given = parser.parse_args()
-    materials = prepare(load_recipe(ROOT / "recipes" / "gflowgr_office_llama.yaml", ["--data_dir", given.data_dir]))
+    materials = office(given.data_dir)
     teacher = EASE.fit(materials.splits.train_sequences, materials.data.items, regularization=100.0)
     users = set(materials.data.users[:: given.every])
     sample = materials.splits.train.filter(lambda row: row["user"] in users)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from decoding import TreeProcessor
-from measuring import ROOT, arguments, llama, peak, random_catalog, report, reset_peak, synchronize
+from measuring import arguments, llama, office, peak, random_catalog, report, reset_peak, synchronize
 from tqdm.auto import tqdm
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -68,14 +68,13 @@ class Bench:
         self.model: PreTrainedModel = model
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
         self.catalog, self.rows, self.given = catalog, rows, given
-        longest = max(map(len, rows["history"]))
-        self.encoder = PromptEncoder(catalog, tokenizer, longest)
+        self.max_history_items = max(map(len, rows["history"]))
+        self.encoder = PromptEncoder(catalog, tokenizer, self.max_history_items)
         self.common = {
             "output_dir": scratch, "max_steps": STEPS, "learning_rate": 1e-4, "use_cpu": given.device.type == "cpu",
             "bf16": False, "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no",
             "logging_strategy": "no", "disable_tqdm": True, "optim": "adamw_torch", "dataloader_pin_memory": False,
         }  # fmt: skip
-        self.max_history_items = longest
 
     def ours(self, **how: Any) -> Trainer:
         sampler, rewards = how.pop("sampler", None), how.pop("reward_funcs", reward)
@@ -174,11 +173,7 @@ def main() -> None:
             catalog, tokenizer = random_catalog()
             dataset = random_rows(catalog, given.prompts * STEPS * 2, given.items)
         else:
-            from gflowtrl.pipeline import load_recipe
-            from gflowtrl.pipeline.materials import prepare
-
-            recipe = load_recipe(ROOT / "recipes" / "gflowgr_office_llama.yaml", ["--data_dir", given.data_dir])
-            materials = prepare(recipe)
+            materials = office(given.data_dir)
             catalog, tokenizer = materials.catalog, materials.tokenizer
             dataset = materials.splits.train.shuffle(seed=0).select(range(given.prompts * STEPS * 2))
         model = llama(len(tokenizer), size).to(given.device)

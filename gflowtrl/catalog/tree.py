@@ -198,8 +198,7 @@ class PrefixTree:
 
     def only_leaf(self, nodes: Tensor) -> Tensor:
         """The leaf of settled nodes, -1 for all others and for -1: `(...,) -> (...,)`."""
-        safe = nodes.clamp(min=0)
-        return torch.where((nodes >= 0) & (self.leaf_count[safe] == 1), self.first_leaf[safe].long(), -1)
+        return torch.where((nodes >= 0) & self.settled(nodes), self.first_leaf[nodes.clamp(min=0)].long(), -1)
 
     def leaf_at(self, nodes: Tensor) -> Tensor:
         """The leaf that a node is, -1 for inner nodes: `(...,) -> (...,)`."""
