@@ -4,7 +4,7 @@ from torch import nn
 
 from gflowtrl.catalog import ItemCatalog
 
-from .backbone import load_backbone
+from .backbone import load_backbone, merge_tied_embeddings
 from .base import Prompts, TreePolicy
 from .causal import CausalTreePolicy
 from .heads import attach_flow_heads, has_flow_heads
@@ -28,6 +28,7 @@ __all__ = [
     "has_flow_heads",
     "load_backbone",
     "make_policy",
+    "merge_tied_embeddings",
 ]
 
 

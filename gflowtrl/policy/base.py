@@ -19,7 +19,7 @@ from .branches import Branches, merge_branches, places, put
 from .heads import has_flow_heads
 from .modules import innermost
 from .noise import Noise
-from .output_rows import only_rows, selectable_head
+from .output_rows import num_rows, only_rows, selectable_head
 from .packing import BranchDecoder
 from .scores import StepScores
 from .stochastic_beam import StochasticBeams, conditional_gumbels, gumbels, log_inclusion
@@ -57,7 +57,7 @@ class TreePolicy(ABC):
         self.catalog = catalog
         self._heads = has_flow_heads(model)
         self._output = selectable_head(model)
-        if self._output is not None and 2 * len(catalog.tree.tokens) > self._output.out_features:
+        if self._output is not None and 2 * len(catalog.tree.tokens) > num_rows(self._output):
             self._output = None  # most rows are needed anyway
 
     @abstractmethod

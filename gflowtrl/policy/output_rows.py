@@ -11,6 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
 from .modules import innermost, mix_in
@@ -28,22 +31,57 @@ class _ChosenRows:
         return nn.functional.linear(hidden, self.weight.index_select(0, self._rows), bias)
 
 
+class _ChosenTrainedRows:
+    """Mixed into PEFT's wrapper of an output head of which some rows are trained (`trainable_token_indices`)."""
+
+    _rows: Tensor | None = None
+
+    def forward(self, hidden: Tensor, *args, **kwargs) -> Tensor:
+        if self._rows is None:
+            return super().forward(hidden, *args, **kwargs)
+        return nn.functional.linear(hidden, _trained_rows(self.token_adapter, self._rows))
+
+
+def _trained_rows(layer: TrainableTokensLayer, rows: Tensor) -> Tensor:
+    """Rows of the head's weight as its adapters have them now: `(T, hidden)`."""
+    weight = layer.base_layer.weight.index_select(0, rows)
+    for name in [] if layer.disable_adapters or layer.merged else layer.active_adapters:
+        own, order = torch.tensor(layer.token_indices[name], device=rows.device).sort()
+        place = torch.searchsorted(own, rows).clamp(max=len(own) - 1)
+        trained = layer.trainable_tokens_delta[name].to(weight).index_select(0, order[place])
+        weight = torch.where((own[place] == rows)[:, None], trained, weight)
+    return weight
+
+
 def selectable_head(model: nn.Module) -> nn.Module | None:
     """The output head of `model` where some of its rows can be computed alone, else None.
 
-    That is a plain linear layer: not one that is quantised or adapted, nor one whose logits the model adds a number
-    per token to (BART). The head's class gets a subclass of the same name; calls outside `only_rows` are untouched.
+    That is a plain linear layer, or one of which PEFT trains single rows: not one that is quantised or adapted, nor
+    one whose logits the model adds a number per token to (BART). The head's class gets a subclass of the same name;
+    calls outside `only_rows` are untouched.
     """
     model = innermost(model)
     head = model.get_output_embeddings()
-    if isinstance(head, _ChosenRows):
+    if isinstance(head, _ChosenRows | _ChosenTrainedRows):
         return head
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        return None
     if hasattr(model, "final_logits_bias"):
         return None
-    mix_in(_ChosenRows, head)
+    if isinstance(head, TrainableTokensWrapper) and _is_plain(head.token_adapter.base_layer):
+        mix_in(_ChosenTrainedRows, head)
+    elif _is_plain(head):
+        mix_in(_ChosenRows, head)
+    else:
+        return None
     return head
+
+
+def num_rows(head: nn.Module) -> int:
+    """How many rows a head that `selectable_head` gave has."""
+    return head.token_adapter.base_layer.out_features if isinstance(head, _ChosenTrainedRows) else head.out_features
+
+
+def _is_plain(head: nn.Module) -> bool:
+    return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
 
 
 @contextmanager

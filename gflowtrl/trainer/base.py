@@ -107,6 +107,10 @@ class BaseTrainer(RankingEvaluationMixin, _BaseTrainer):
         """Write a complete recommender; flow heads go into their own file, so that `AutoModel` loads in silence."""
         output_dir = output_dir or self.args.output_dir
         state_dict, heads = split_heads(self.model.state_dict() if state_dict is None else state_dict)
+        # DeepSpeed hands over a copy of a tied weight under each of its names; it is saved under the first.
+        for name, first in getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", {}).items():
+            if first in state_dict:
+                state_dict.pop(name, None)
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return

@@ -86,6 +86,12 @@ class GFlowNetConfig(BaseConfig):
             How many leaves of each prompt keep their own reward in that fallback; the others share the rest of the
             mass evenly, so that Z stays what it is.
 
+        > Parameters that control adapters
+
+        train_item_tokens (`bool`, *optional*, defaults to `True`):
+            Under `peft_config`, train the embeddings of the catalogue's tokens too, at input and output (PEFT's
+            `trainable_token_indices`). A `peft_config` that names the embeddings itself is followed instead.
+
         > Parameters that control the reference model
 
         ref_weight (`float`, *optional*, defaults to `0.0`):
@@ -167,6 +173,11 @@ class GFlowNetConfig(BaseConfig):
 
     # Parameters that control the reference model
     ref_weight: float = field(default=0.0, metadata={"help": "Exponent of the reference model in the target."})
+
+    # Parameters that control adapters
+    train_item_tokens: bool = field(
+        default=True, metadata={"help": "Under adapters, train the embeddings of the items' tokens too."}
+    )
 
     # Parameters that control data and evaluation
     max_history_items: int = field(default=20, metadata={"help": "Items of the history that a prompt holds."})

@@ -13,18 +13,27 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.data import GroupCollator, PromptEncoder
 from gflowtrl.losses import get_loss, node_flows, normalised_flows
-from gflowtrl.policy import StatelessNoise, StepScores, TreePolicy, attach_flow_heads, load_backbone, make_policy
+from gflowtrl.policy import (
+    StatelessNoise,
+    StepScores,
+    TreePolicy,
+    attach_flow_heads,
+    load_backbone,
+    make_policy,
+    merge_tied_embeddings,
+)
 from gflowtrl.policy.heads import split_heads
 from gflowtrl.rewards import RewardFusion, RewardResult, rewards_by_rows, top_rewards
 from gflowtrl.samplers import Sampler, TrajectoryBatch, build_sampler, validate_trajectories
 
+from .adapters import add_adapters
 from .base import BaseTrainer
 from .checks import check_model, check_rows, item_counts_of
 from .gflownet_config import GFlowNetConfig
@@ -88,7 +97,8 @@ class GFlowNetTrainer(BaseTrainer):
         ref_model: the reference model of the target pi_ref^ref_weight * R, or its name or folder; never trained. Where
             `args.ref_weight` asks for one and none is given, it is the model as it is before training: under
             `peft_config` the trained one with its adapters switched off, else a copy.
-        peft_config: a PEFT configuration; adapters are trained instead of the model.
+        peft_config: a PEFT configuration; adapters are trained instead of the model, and with them the embeddings of
+            the items' tokens (`args.train_item_tokens`).
         item_counts: `(items,)` training interactions in the order of `catalog.items`, for the breadth metrics; counted
             in the training targets by default.
         callbacks, optimizers: as in `transformers.Trainer`.
@@ -148,8 +158,10 @@ class GFlowNetTrainer(BaseTrainer):
             args.ref_weight, catalog, ref_model, model, adapters=peft_config is not None, **model_kwargs
         )
         set_seed(args.seed)  # heads and adapters begin at random
-        if peft_config is not None:
-            model = get_peft_model(model, peft_config)
+        if peft_config is None:
+            merge_tied_embeddings(model)
+        else:
+            model = add_adapters(model, peft_config, catalog, args.train_item_tokens, args.deepspeed_plugin)
         if any(loss.heads for _, loss, _ in self.losses):
             # After the adapters, which would freeze or adapt the head.
             attach_flow_heads(model.get_base_model() if hasattr(model, "get_base_model") else model)

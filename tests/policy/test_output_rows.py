@@ -10,15 +10,30 @@ from tests.tiny import catalog_of, ragged_prompts, random_paths, tiny_model, tin
 
 
 VOCAB = 100  # of which the catalogue uses 18
-KINDS = [("llama", False), ("llama", True), ("qwen3", False), ("t5", True), ("mt5", False)]
+KINDS = [
+    ("llama", False, None), ("llama", True, None), ("qwen3", False, None), ("t5", True, None), ("mt5", False, None),
+    ("llama", False, "all"), ("qwen3", True, "all"), ("llama", False, "some"), ("t5", True, "all"),
+]  # fmt: skip
 
 
-def build(kind, tied):
+def build(kind, tied, trained=None):
+    """A model; with `trained`, PEFT trains the rows of all or of some of the catalogue's tokens, and of others."""
     model = (tiny_seq2seq if kind.endswith("t5") else tiny_model)(VOCAB, kind)
+    model.config.tie_word_embeddings = tied
     if tied:
-        model.set_output_embeddings(model.get_output_embeddings())
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
-    return model
+    if trained is None:
+        return model
+    tokens = [*range(98, 2, -1)] if trained == "all" else [50, 4, 3, 7]  # any order
+    config = LoraConfig(
+        r=2, target_modules=["q"] if kind == "t5" else ["q_proj"],
+        trainable_token_indices=tokens if tied else {"embed_tokens": tokens, "lm_head": tokens},
+    )  # fmt: skip
+    model = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if "trainable_tokens_delta" in name:
+            torch.nn.init.normal_(parameter)
+    return model.eval()
 
 
 def both_ways(model, catalog):
@@ -29,16 +44,16 @@ def both_ways(model, catalog):
     return chosen, whole
 
 
-@pytest.mark.parametrize(("kind", "tied"), KINDS)
-def test_scores_and_gradients_are_those_of_all_logits(kind, tied):
+@pytest.mark.parametrize(("kind", "tied", "trained"), KINDS)
+def test_scores_and_gradients_are_those_of_all_logits(kind, tied, trained):
     catalog = catalog_of(random_paths(40, ragged=True))
-    model, prompts = build(kind, tied), ragged_prompts(3, VOCAB)
+    model, prompts = build(kind, tied, trained), ragged_prompts(3, VOCAB)
     leaves = torch.randint(catalog.tree.num_leaves, (3, 5), generator=torch.Generator().manual_seed(1))
     seen = []
     for policy in both_ways(model, catalog):
         scores = policy.score(prompts, leaves)
         scores.trajectory_log_probs.sum().backward()
-        seen.append((scores, {name: p.grad.clone() for name, p in model.named_parameters()}))
+        seen.append((scores, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
         model.zero_grad()
     (chosen, gradients), (whole, expected) = seen
     torch.testing.assert_close(chosen.log_probs, whole.log_probs, rtol=0, atol=1e-6)
@@ -47,16 +62,26 @@ def test_scores_and_gradients_are_those_of_all_logits(kind, tied):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize(("kind", "tied"), KINDS)
-def test_decoding_is_that_with_all_logits(kind, tied):
+@pytest.mark.parametrize(("kind", "tied", "trained"), KINDS)
+def test_decoding_is_that_with_all_logits(kind, tied, trained):
     catalog = catalog_of(random_paths(40))
     prompts, noise = ragged_prompts(3, VOCAB), StatelessNoise(0).at(0, torch.arange(3))
-    chosen, whole = both_ways(build(kind, tied), catalog)
+    chosen, whole = both_ways(build(kind, tied, trained), catalog)
     for run in (lambda p: p.sample(prompts, 6, noise), lambda p: p.beam_search(prompts, 7)):
         (leaves, log_probs), (expected, expected_log_probs) = run(chosen), run(whole)
         assert torch.equal(leaves, expected)
         torch.testing.assert_close(log_probs, expected_log_probs, rtol=0, atol=1e-6)
     torch.testing.assert_close(chosen.leaf_log_probs(prompts), whole.leaf_log_probs(prompts), rtol=0, atol=1e-5)
+
+
+def test_with_adapters_switched_off_the_rows_are_the_base_models():
+    catalog, prompts = catalog_of(random_paths(40)), ragged_prompts(3, VOCAB)
+    adapted, base = build("llama", False, "all"), build("llama", False)
+    expected = make_policy(base, catalog).leaf_log_probs(prompts)
+    policy = make_policy(adapted, catalog)
+    assert not torch.allclose(policy.leaf_log_probs(prompts), expected)
+    with adapted.disable_adapter():
+        torch.testing.assert_close(policy.leaf_log_probs(prompts), expected)
 
 
 def test_the_model_computes_the_catalogues_rows_and_is_its_old_self_afterwards():

@@ -1,0 +1,115 @@
+"""PEFT adapters on a recommender. Beside them the item tokens are trained: else nothing is learned about new ones."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from accelerate import DeepSpeedPlugin
+from accelerate.utils import str_to_bool
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils.other import TrainableTokensWrapper
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from gflowtrl.catalog import ItemCatalog
+from gflowtrl.policy import merge_tied_embeddings
+from gflowtrl.policy.modules import mix_in
+
+
+def add_adapters(
+    model: PreTrainedModel,
+    peft_config: PeftConfig,
+    catalog: ItemCatalog,
+    train_item_tokens: bool = True,
+    deepspeed_plugin: DeepSpeedPlugin | None = None,
+) -> PeftModel:
+    """Put adapters on a model, and make the embeddings of the catalogue's tokens trainable, at input and output.
+
+    That is PEFT's `trainable_token_indices`, so a saved adapter holds these few rows and PEFT alone can load it.
+    A configuration that speaks of the embeddings itself (in `trainable_token_indices`, `modules_to_save` or
+    `target_modules`) is left as it is, and so is a kind of adapter that has no such field.
+
+    Args:
+        model: the language model.
+        peft_config: what the user wants; it is not changed.
+        catalog: whose tokens.
+        train_item_tokens: False leaves the embeddings frozen.
+        deepspeed_plugin: of the training arguments.
+    """
+    config = copy.deepcopy(peft_config)
+    if train_item_tokens and hasattr(config, "trainable_token_indices") and not _has_its_own_way(config, model):
+        tokens = catalog.tree.tokens.tolist()
+        names = embedding_names(model)
+        config.trainable_token_indices = tokens if len(names) == 1 else dict.fromkeys(names, tokens)
+    elif not train_item_tokens:
+        merge_tied_embeddings(model)
+    with _whole_embeddings(model, deepspeed_plugin):
+        adapted = get_peft_model(model, config)
+    if str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
+        _tie_wrappers(model)
+    return adapted
+
+
+class _TiedTokens:
+    """Mixed into PEFT's wrapper of tied embeddings: says that its weight is that of the others (it would give a new
+    tensor at each look), so that FSDP2 shards all that share it together."""
+
+    @property
+    def weight(self) -> Tensor:
+        return self.token_adapter.base_layer.weight
+
+
+def _tie_wrappers(model: PreTrainedModel) -> None:
+    wrappers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if not all(isinstance(wrapper, TrainableTokensWrapper) for wrapper in wrappers):
+        return
+    if wrappers[0].token_adapter.base_layer.weight is wrappers[1].token_adapter.base_layer.weight:
+        if model.config.is_encoder_decoder:
+            for part in (model.get_encoder(), model.get_decoder()):
+                part.embed_tokens = wrappers[0]
+        for wrapper in wrappers:
+            mix_in(_TiedTokens, wrapper)
+
+
+@contextmanager
+def _whole_embeddings(model: PreTrainedModel, plugin: DeepSpeedPlugin | None) -> Iterator[None]:
+    """Under ZeRO-3 PEFT would read the tokens' rows in a way that needs all of the model on a CUDA device: gather them
+    instead, and let it read them as ever."""
+    if plugin is None or plugin.zero_stage != 3:
+        yield
+        return
+    import deepspeed  # only where it is in use
+
+    tables = [model.get_submodule(name).weight for name in embedding_names(model)]
+    sharded = [table for table in tables if hasattr(table, "ds_id")]
+    gathered = deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded))
+    unset_hf_deepspeed_config()  # what PEFT asks
+    try:
+        with gathered:
+            yield
+    finally:
+        plugin.set_deepspeed_weakref()
+
+
+def embedding_names(model: PreTrainedModel) -> list[str]:
+    """The modules that hold a row for every token, one name for all those that share a weight."""
+    if model.config.tie_word_embeddings:
+        modules = [model.get_input_embeddings()]  # PEFT follows the tie
+    elif model.config.is_encoder_decoder:
+        modules = [model.get_encoder().embed_tokens, model.get_decoder().embed_tokens, model.get_output_embeddings()]
+    else:
+        modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names[id(module)] for module in modules]
+
+
+def _has_its_own_way(config: PeftConfig, model: PreTrainedModel) -> bool:
+    if config.trainable_token_indices is not None:
+        return True
+    last = {name.rpartition(".")[2] for name in embedding_names(model)}
+    named = [getattr(config, field, None) or [] for field in ("modules_to_save", "target_modules")]
+    return any(not isinstance(names, str) and last & {n.rpartition(".")[2] for n in names} for names in named)

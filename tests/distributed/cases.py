@@ -1,0 +1,129 @@
+"""One short training of a case, and all that must not depend on how it is spread over processes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from gflowtrl.rewards import CollaborativeReward, GroundTruthReward
+from tests.tiny import tiny_model, tiny_seq2seq
+from tests.trainer.world import TOKENIZER, make_rows, make_trainer, teacher
+
+
+STEPS, PROMPTS = 20, 8
+VOCABULARY = 4 * len(TOKENIZER)  # most of it no item's, so that the head computes chosen rows only
+LOSSES = (
+    "sft,trajectory_balance", "vargrad", "contrastive_balance", "detailed_balance", "subtrajectory_balance",
+    "exact_flow",
+)  # fmt: skip
+BACKBONES = ("llama", "qwen3", "t5")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained: losses, backbone, whether through adapters; and in which way a step's prompts are computed."""
+
+    loss: str
+    backbone: str = "llama"
+    adapters: bool = False
+    accumulation: int = 1
+    checkpointing: bool = False
+
+    @property
+    def plain(self) -> Case:
+        """The same training in the simplest way."""
+        return Case(self.loss, self.backbone, self.adapters)
+
+    def __str__(self) -> str:
+        words = [self.loss.replace(",", "+"), self.backbone, "lora" if self.adapters else "full"]
+        words += [f"accumulate {self.accumulation}"] * (self.accumulation > 1) + ["checkpoint"] * self.checkpointing
+        return "-".join(words).replace(" ", "")
+
+
+def train(case: Case, folder: Path, processes: int = 1, steps: int = STEPS, **options: Any) -> dict[str, Any]:
+    """Train `steps` global batches of `PROMPTS` prompts and say what came of it, as this process sees it."""
+    drawn: list[tuple[int, int, Any]] = []  # step, row, item
+
+    def seen(items, row_id, trainer_state, **_):
+        drawn.extend((trainer_state.global_step, row, ",".join(here)) for row, here in zip(row_id, items, strict=True))
+        return [0.1] * len(items)
+
+    rewards = [GroundTruthReward(), CollaborativeReward(teacher), seen]
+    if case.loss == "exact_flow":
+        rewards = rewards[:2]  # needs the reward of every item
+    trainer = make_trainer(
+        folder, rewards, model_of(case), loss_type=case.loss, max_steps=steps, optim="sgd", learning_rate=0.05,
+        lr_scheduler_type="constant", log_z_learning_rate=0.05, max_grad_norm=1.0,
+        per_device_train_batch_size=PROMPTS // processes // case.accumulation,
+        gradient_accumulation_steps=case.accumulation, gradient_checkpointing=case.checkpointing,
+        train_dataset=make_rows(48), sampler={"ground_truth": 1, "on_policy": 3},
+        eval_dataset=make_rows(7, 1, 500), per_device_eval_batch_size=2, peft_config=adapters_of(case), **options,
+    )  # fmt: skip
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model(str(folder / "model"))
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    names = case.loss.split(",")
+    return {
+        "losses": [sum(log[f"loss/{name}"] for name in names) for log in logs],
+        "grad_norms": [log["grad_norm"] for log in logs],
+        "drawn": drawn,
+        "evaluation": {name: metrics[f"eval_{name}"] for name in ("ndcg@10", "recall@5", "coverage@10")},
+        "engine": {
+            "processes": trainer.accelerator.num_processes,
+            "distributed_type": str(trainer.accelerator.distributed_type).split(".")[-1],
+            "wrapper": type(trainer.model_wrapped).__name__,
+            "zero_stage": getattr(trainer.accelerator.deepspeed_plugin, "zero_stage", None),
+        },
+    }
+
+
+def model_of(case: Case) -> PreTrainedModel:
+    unset_hf_deepspeed_config()  # of the case before, which would shard this model before its numbers are set
+    model = (tiny_seq2seq if case.backbone == "t5" else tiny_model)(VOCABULARY, case.backbone)
+    if case.backbone == "qwen3":  # one table of embeddings, as Qwen's small models have it
+        model.config.tie_word_embeddings = True
+        torch.manual_seed(0)
+        model = type(model)(model.config)
+    for module in model.modules():  # no dropout: its random numbers follow from the shape of the micro-batch
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    return model
+
+
+def adapters_of(case: Case) -> LoraConfig | None:
+    if not case.adapters:
+        return None
+    if case.backbone == "t5":
+        return LoraConfig(r=4, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM", init_lora_weights=False)
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+
+
+def chosen(engine: int, every: bool = False) -> list[Case]:
+    """The cases of an engine: each loss, each backbone with and without adapters, and over six engines each loss with
+    each of these; the first accumulates gradients and the second checkpoints activations. `every`: all of them."""
+    combinations = [
+        (loss, combo) for place, loss in enumerate(LOSSES) for combo in (range(6) if every else [(place + engine) % 6])
+    ]
+    return [
+        Case(loss, BACKBONES[combo % 3], combo % 2 == 1, accumulation=1 + (number == 0), checkpointing=number == 1)
+        for number, (loss, combo) in enumerate(combinations)
+    ]
+
+
+def dump(cases: list[Case]) -> str:
+    return json.dumps([asdict(case) for case in cases])
+
+
+def load(text: str) -> list[Case]:
+    return [Case(**case) for case in json.loads(text)]

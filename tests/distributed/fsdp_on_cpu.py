@@ -1,0 +1,24 @@
+"""Lets two CPU processes be a job that accelerate shards. Import before transformers and accelerate; for tests only.
+
+accelerate takes processes without an accelerator for MULTI_CPU, where it never applies FSDP.
+"""
+
+import os
+
+
+os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
+
+from accelerate.state import PartialState  # noqa: E402
+from accelerate.utils import DistributedType  # noqa: E402
+
+
+_prepare_backend = PartialState._prepare_backend
+
+
+def _as_if_on_gpus(self, cpu=False, sagemaker_dp=False, backend=None):
+    if "LOCAL_RANK" in os.environ and not cpu:
+        return "gloo", DistributedType.MULTI_GPU
+    return _prepare_backend(self, cpu, sagemaker_dp, backend)
+
+
+PartialState._prepare_backend = _as_if_on_gpus

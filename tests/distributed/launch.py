@@ -1,0 +1,47 @@
+"""Starts a module in two processes of an engine, by `accelerate launch` and the configurations that users get."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "recipes" / "accelerate_configs"
+PROCESSES = 2
+#: name -> (configuration, arguments that a training needs to run on the CPU under it)
+ENGINES = {
+    "ddp": ("multi_gpu", {"use_cpu": True}),
+    "zero1": ("zero1", {"ddp_backend": "gloo"}),
+    "zero2": ("zero2", {"ddp_backend": "gloo"}),
+    "zero3": ("zero3", {"ddp_backend": "gloo"}),
+    "fsdp2": ("fsdp2", {}),
+}
+
+
+def launch(engine: str, folder: Path, command: list[str], timeout: float = 600) -> str:
+    """Runs `python COMMAND` in two processes and returns what they printed; an AssertionError where they fail."""
+    config = yaml.safe_load((CONFIGS / f"{ENGINES[engine][0]}.yaml").read_text())
+    config["num_processes"] = PROCESSES
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{engine}.yaml"
+    file.write_text(yaml.safe_dump(config))
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "--dynamo_backend", "no",
+         *command],
+        cwd=ROOT, env=environment(engine), timeout=timeout, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
+
+
+def environment(engine: str) -> dict[str, str]:
+    own = {"OMP_NUM_THREADS": "1"}
+    if engine.startswith("zero"):
+        own["DS_ACCELERATOR"] = "cpu"
+    if engine == "fsdp2":
+        own["GFLOWTRL_FSDP_ON_CPU"] = "1"
+    return {**os.environ, **own}

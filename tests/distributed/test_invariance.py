@@ -1,0 +1,97 @@
+"""The same global batch gives the same training, however it is spread: one process, DDP, ZeRO-1, -2, -3, FSDP2.
+
+A launch runs all cases of an engine in one group of two processes. Which cases an engine gets is `cases.chosen`;
+`pytest -m slow` runs every combination on every engine.
+"""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .cases import BACKBONES, LOSSES, STEPS, Case, chosen, dump, train
+from .launch import ENGINES, PROCESSES, launch
+
+
+WHAT_RUNS = {
+    "ddp": {"distributed_type": "MULTI_CPU", "wrapper": "DistributedDataParallel", "zero_stage": None},
+    "zero1": {"distributed_type": "DEEPSPEED", "wrapper": "DeepSpeedEngine", "zero_stage": 1},
+    "zero2": {"distributed_type": "DEEPSPEED", "wrapper": "DeepSpeedEngine", "zero_stage": 2},
+    "zero3": {"distributed_type": "DEEPSPEED", "wrapper": "DeepSpeedEngine", "zero_stage": 3},
+    "fsdp2": {"distributed_type": "FSDP", "zero_stage": None},
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What a case gives in one process and in the simplest way: record and folder of the saved model."""
+    known: dict[Case, tuple[dict, Path]] = {}
+
+    def run(case: Case) -> tuple[dict, Path]:
+        if case.plain not in known:
+            folder = tmp_path_factory.mktemp("alone")
+            known[case.plain] = train(case.plain, folder), folder / "model"
+        return known[case.plain]
+
+    return run
+
+
+def assert_same(case: Case, records: list[dict], model: Path, expected: dict, expected_model: Path) -> None:
+    for record in records:
+        assert len(record["losses"]) == STEPS
+        assert record["losses"][0] == pytest.approx(expected["losses"][0], rel=1e-5), case
+        assert record["grad_norms"][0] == pytest.approx(expected["grad_norms"][0], rel=1e-5), case
+        assert record["losses"] == pytest.approx(expected["losses"], rel=1e-4), case
+        assert record["evaluation"] == pytest.approx(expected["evaluation"]), case
+    drawn = [tuple(entry) for record in records for entry in record["drawn"]]
+    assert sorted(drawn) == sorted(expected["drawn"]), case
+    files = sorted(file.name for file in expected_model.glob("*.safetensors"))
+    assert files == sorted(file.name for file in model.glob("*.safetensors")), case
+    for name in files:
+        own, other = load_file(model / name), load_file(expected_model / name)
+        assert own.keys() == other.keys(), case
+        for key, value in other.items():
+            torch.testing.assert_close(own[key], value, rtol=1e-3, atol=1e-4, msg=lambda text, k=key: f"{k}: {text}")
+
+
+@pytest.mark.parametrize("way", [{"accumulation": 2}, {"accumulation": 4}, {"checkpointing": True}], ids=str)
+@pytest.mark.parametrize("case", chosen(5), ids=str)
+def test_in_one_process(case, way, alone, tmp_path):
+    record = train(replace(case.plain, **way), tmp_path)
+    assert record["engine"]["processes"] == 1
+    assert_same(case, [record], tmp_path / "model", *alone(case))
+
+
+def run_engine(engine: str, cases: list[Case], alone, folder: Path) -> None:
+    launch(engine, folder, ["-m", "tests.distributed.worker", engine, str(folder), dump(cases)])
+    for case in cases:
+        records = [json.loads((folder / f"{case}-{rank}.json").read_text()) for rank in range(PROCESSES)]
+        for record in records:
+            assert record["engine"].items() >= {"processes": PROCESSES, **WHAT_RUNS[engine]}.items()
+            assert engine != "fsdp2" or record["engine"]["wrapper"].startswith("FSDP")
+        assert_same(case, records, folder / str(case) / "model", *alone(case))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_in_two_processes(engine, alone, tmp_path):
+    run_engine(engine, chosen(list(ENGINES).index(engine)), alone, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_combination_in_two_processes(engine, alone, tmp_path):
+    run_engine(engine, chosen(0, every=True), alone, tmp_path)
+
+
+def test_the_cases_cover_all_pairs():
+    """Of {engine, loss, backbone, full or adapters}, where the sixth engine is one process."""
+    met = {(engine, c.loss, c.backbone, c.adapters) for engine in range(6) for c in chosen(engine)}
+    options = [range(6), LOSSES, BACKBONES, (False, True)]
+    for one, other in itertools.combinations(range(4), 2):
+        pairs = {(entry[one], entry[other]) for entry in met}
+        assert pairs == set(itertools.product(options[one], options[other]))
+    assert len(set(chosen(0, every=True))) == len(LOSSES) * len(BACKBONES) * 2
