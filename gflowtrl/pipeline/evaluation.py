@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from gflowtrl.metrics import RankingReport, summarise, summarise_items
-from gflowtrl.policy import load_backbone, make_policy
+from gflowtrl.policy import TreePolicy, load_backbone, make_policy, whole_models
 from gflowtrl.teachers import TeacherModule, top_items
 from gflowtrl.trainer import rank_rows
 
@@ -24,14 +25,19 @@ PER_USER_FILE = "per_user.safetensors"
 
 
 def measure_policy(workshop: Workshop, materials: Materials, trained: Stage) -> Stage:
-    """Constrained beam search over the test split by the model of a training stage."""
+    """Constrained beam search over the test split by the model of a training stage; each process takes its share of
+    the users, and the first one puts them together."""
 
     def work(folder: Path) -> Record:
-        model = load_backbone(trained.folder / "model").to(workshop.state.device).eval()
+        with whole_models():
+            model = load_backbone(trained.folder / "model").to(workshop.state.device).eval()
         policy, measure = make_policy(model, materials.catalog), materials.recipe.evaluation
         rows, encoder = materials.splits.test, materials.encoder
-        progress = not workshop.quiet
-        leaves = rank_rows(policy, encoder, rows, measure.num_beams, measure.batch_size, progress)
+        progress = workshop.is_main and not workshop.quiet
+        leaves = _ranked_together(workshop, policy, materials, progress)
+        if not workshop.is_main:
+            materials.catalog.to("cpu")
+            return {}
         targets = materials.catalog.leaf_of(rows["target"]).cpu()
         materials.catalog.to("cpu")
         report = summarise(leaves, targets, materials.catalog, materials.item_counts, measure.ks)
@@ -43,7 +49,18 @@ def measure_policy(workshop: Workshop, materials: Materials, trained: Stage) -> 
 
         return _record(materials, folder, report, leaves, distribution, progress)
 
-    return _run(workshop, materials, trained.name, trained.fingerprint, work)
+    return _run(workshop, materials, trained.name, trained.fingerprint, work, main_only=False)
+
+
+def _ranked_together(workshop: Workshop, policy: TreePolicy, materials: Materials, progress: bool) -> Tensor:
+    """`rank_rows` of the test split, in every process: `(rows, num_beams)`."""
+    rows, measure, count = materials.splits.test, materials.recipe.evaluation, workshop.state.num_processes
+    mine = rows.select(range(workshop.state.process_index, len(rows), count))
+    part = rank_rows(policy, materials.encoder, mine, measure.num_beams, measure.batch_size, progress)
+    ranked = torch.empty(len(rows), measure.num_beams, dtype=part.dtype)
+    for place, leaves in enumerate(gather_object([part])):
+        ranked[place::count] = leaves
+    return ranked
 
 
 def measure_teacher(workshop: Workshop, materials: Materials, teacher: TeacherModule, key: Any) -> Stage:
@@ -65,7 +82,7 @@ def measure_teacher(workshop: Workshop, materials: Materials, teacher: TeacherMo
 
         return _record(materials, folder, report, leaves, distribution, not workshop.quiet)
 
-    return _run(workshop, materials, "teacher", key, work)
+    return _run(workshop, materials, "teacher", key, work, main_only=True)
 
 
 def per_user(stage: Stage) -> dict[str, Tensor]:
@@ -73,11 +90,13 @@ def per_user(stage: Stage) -> dict[str, Tensor]:
     return load_file(stage.folder / PER_USER_FILE)
 
 
-def _run(workshop: Workshop, materials: Materials, method: str, key: Any, work: Callable[[Path], Record]) -> Stage:
+def _run(
+    workshop: Workshop, materials: Materials, method: str, key: Any, work: Callable[[Path], Record], main_only: bool
+) -> Stage:
     recipe = materials.recipe
     measure = {"num_beams": recipe.evaluation.num_beams, "ks": recipe.evaluation.ks}
     stage = workshop.stage(f"test-{method}", {"data": materials.fingerprint, "of": key, "evaluation": measure})
-    stage.run(f"recommending to {len(materials.splits.test):,} test users", work, main_only=True)
+    stage.run(f"recommending to {len(materials.splits.test):,} test users", work, main_only)
     return stage
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gflowtrl.policy import load_backbone
+from gflowtrl.policy import load_backbone, whole_models
 from gflowtrl.rewards import CollaborativeReward, LikelihoodReward, TitleLikelihoodReward, fit_reward_weights
 from gflowtrl.teachers import EASE, MixtureTeacher, Popularity, SASRec, TeacherModule, fingerprint, load_teacher
 
@@ -114,10 +114,15 @@ def _build_reward(
         takes_features = "item_features" in inspect.signature(function).parameters
         return functools.partial(function, item_features=materials.data.item_features) if takes_features else function
     if spec["type"] == "likelihood":
-        return LikelihoodReward(None if options.get("of") == "policy" else load_backbone(sft_model))
+        if options.get("of") == "policy":
+            return LikelihoodReward(None)
+        with whole_models():
+            return LikelihoodReward(load_backbone(sft_model))
     if spec["type"] == "title_likelihood":
         folder = local_folder(materials.recipe.folder, options.pop("model"))
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        with whole_models():
+            model = AutoModelForCausalLM.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         return TitleLikelihoodReward(model, tokenizer, _titles(materials), **options)
     if spec["type"] == "collaborative":
         own = options.pop("teacher", None)

@@ -4,7 +4,7 @@ from torch import nn
 
 from gflowtrl.catalog import ItemCatalog
 
-from .backbone import load_backbone, merge_tied_embeddings
+from .backbone import load_backbone, merge_tied_embeddings, whole_models
 from .base import Prompts, TreePolicy
 from .causal import CausalTreePolicy
 from .heads import attach_flow_heads, has_flow_heads
@@ -29,6 +29,7 @@ __all__ = [
     "load_backbone",
     "make_policy",
     "merge_tied_embeddings",
+    "whole_models",
 ]
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.integrations import deepspeed as zero
 from transformers.utils.peft_utils import find_adapter_config_file
 
 
@@ -32,6 +35,25 @@ def load_backbone(name: str | os.PathLike, **model_kwargs: Any) -> PreTrainedMod
     config = AutoConfig.from_pretrained(base, trust_remote_code=trusted, **base_where)
     loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     return loader.from_pretrained(name, **model_kwargs)
+
+
+@contextmanager
+def whole_models() -> Iterator[None]:
+    """Within, models are loaded and adapted whole in every process, where ZeRO-3 or FSDP would have them in parts.
+
+    Meant for models that no engine will take over: frozen ones, and those that are evaluated.
+    """
+    kept, efficient = zero._hf_deepspeed_config_weak_ref, os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")
+    zero.unset_hf_deepspeed_config()
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    try:
+        yield
+    finally:
+        if kept is not None and kept() is not None:
+            zero.set_hf_deepspeed_config(kept())
+        os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING")
+        if efficient is not None:
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = efficient
 
 
 def merge_tied_embeddings(model: PreTrainedModel) -> None:

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
 
-from .modules import mix_in
+from .modules import copy_whole, mix_in
 
 
 HEADS_ATTRIBUTE = "flow_heads"
@@ -98,9 +97,13 @@ def split_heads(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[
 
 
 def load_heads(model: nn.Module, heads: dict[str, Tensor]) -> None:
-    """Load what `split_heads` took out. Raises a ValueError where names do not match."""
-    own = {name for name, _ in model.named_parameters() if f"{HEADS_ATTRIBUTE}." in name}
-    if own != set(heads):
+    """Load what `split_heads` took out, in all processes where FSDP2 shards the model.
+
+    Raises:
+        ValueError: names do not match.
+    """
+    own = {name: parameter for name, parameter in model.named_parameters() if f"{HEADS_ATTRIBUTE}." in name}
+    if own.keys() != heads.keys():
         raise ValueError(f"The flow heads in the checkpoint are {sorted(heads)}, the model's are {sorted(own)}.")
-    with torch.no_grad():
-        model.load_state_dict(heads, strict=False)
+    for name, parameter in own.items():
+        copy_whole(heads[name], parameter)

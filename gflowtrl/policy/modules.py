@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def innermost(model: nn.Module) -> nn.Module:
@@ -19,6 +20,15 @@ def innermost(model: nn.Module) -> nn.Module:
 
 def model_dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
+
+
+@torch.no_grad()
+def copy_whole(value: Tensor, target: Tensor) -> None:
+    """Copy a whole tensor into one that FSDP2 may have split over processes, all of which must call this."""
+    value = value.to(target.device, target.dtype)
+    if isinstance(target, DTensor):
+        value = distribute_tensor(value, target.device_mesh, target.placements)
+    target.copy_(value)
 
 
 def mix_in(mixin: type, module: nn.Module) -> None:

@@ -6,26 +6,23 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from accelerate import DeepSpeedPlugin
 from accelerate.utils import str_to_bool
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import TrainableTokensWrapper
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from gflowtrl.catalog import ItemCatalog
-from gflowtrl.policy import merge_tied_embeddings
-from gflowtrl.policy.modules import mix_in
+from gflowtrl.policy import merge_tied_embeddings, whole_models
+from gflowtrl.policy.modules import copy_whole, mix_in
 
 
 def add_adapters(
-    model: PreTrainedModel,
-    peft_config: PeftConfig,
-    catalog: ItemCatalog,
-    train_item_tokens: bool = True,
-    deepspeed_plugin: DeepSpeedPlugin | None = None,
+    model: PreTrainedModel, peft_config: PeftConfig, catalog: ItemCatalog, train_item_tokens: bool = True
 ) -> PeftModel:
     """Put adapters on a model, and make the embeddings of the catalogue's tokens trainable, at input and output.
 
@@ -38,7 +35,6 @@ def add_adapters(
         peft_config: what the user wants; it is not changed.
         catalog: whose tokens.
         train_item_tokens: False leaves the embeddings frozen.
-        deepspeed_plugin: of the training arguments.
     """
     config = copy.deepcopy(peft_config)
     if train_item_tokens and hasattr(config, "trainable_token_indices") and not _has_its_own_way(config, model):
@@ -47,7 +43,9 @@ def add_adapters(
         config.trainable_token_indices = tokens if len(names) == 1 else dict.fromkeys(names, tokens)
     elif not train_item_tokens:
         merge_tied_embeddings(model)
-    with _whole_embeddings(model, deepspeed_plugin):
+    tables = [model.get_submodule(name).weight for name in embedding_names(model)]
+    # Under ZeRO-3 PEFT would read the tokens' rows in a way that needs all of the model on a CUDA device.
+    with whole_models(), _gathered(tables):
         adapted = get_peft_model(model, config)
     if str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
         _tie_wrappers(model)
@@ -76,23 +74,16 @@ def _tie_wrappers(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _whole_embeddings(model: PreTrainedModel, plugin: DeepSpeedPlugin | None) -> Iterator[None]:
-    """Under ZeRO-3 PEFT would read the tokens' rows in a way that needs all of the model on a CUDA device: gather them
-    instead, and let it read them as ever."""
-    if plugin is None or plugin.zero_stage != 3:
+def _gathered(tables: list[nn.Parameter]) -> Iterator[None]:
+    """Makes what ZeRO-3 has split whole for a while."""
+    split = [table for table in tables if hasattr(table, "ds_id")]
+    if not split:
         yield
         return
     import deepspeed  # only where it is in use
 
-    tables = [model.get_submodule(name).weight for name in embedding_names(model)]
-    sharded = [table for table in tables if hasattr(table, "ds_id")]
-    gathered = deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded))
-    unset_hf_deepspeed_config()  # what PEFT asks
-    try:
-        with gathered:
-            yield
-    finally:
-        plugin.set_deepspeed_weakref()
+    with deepspeed.zero.GatheredParameters(split):
+        yield
 
 
 def embedding_names(model: PreTrainedModel) -> list[str]:
@@ -113,3 +104,14 @@ def _has_its_own_way(config: PeftConfig, model: PreTrainedModel) -> bool:
     last = {name.rpartition(".")[2] for name in embedding_names(model)}
     named = [getattr(config, field, None) or [] for field in ("modules_to_save", "target_modules")]
     return any(not isinstance(names, str) and last & {n.rpartition(".")[2] for n in names} for names in named)
+
+
+def load_adapters(model: PeftModel, directory: str | os.PathLike) -> None:
+    """Load saved adapters into a model that FSDP2 has sharded, in all processes."""
+    own = get_peft_model_state_dict(model)  # views of the parameters
+    saved = load_file(Path(directory, SAFETENSORS_WEIGHTS_NAME))
+    if own.keys() != saved.keys():
+        differing = sorted(own.keys() ^ saved.keys())
+        raise ValueError(f"The adapters in {directory} are not those of the model; they differ in {differing}.")
+    for name, value in saved.items():
+        copy_whole(value, own[name])

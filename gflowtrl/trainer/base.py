@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trl.trainer.base_config import _BaseConfig
@@ -21,6 +22,7 @@ from gflowtrl.data import PrefixGroupedEpochSampler, PromptEncoder, prefix_group
 from gflowtrl.policy.heads import load_heads, split_heads
 from gflowtrl.recommender import write_recommender_files
 
+from .adapters import load_adapters
 from .evaluation import RankingEvaluationMixin, history_lengths
 from .model_card import write_model_card
 
@@ -120,17 +122,27 @@ class BaseTrainer(RankingEvaluationMixin, _BaseTrainer):
         write_model_card(self, output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_heads(resume_from_checkpoint, self.model if model is None else model)
+        model = self.model if model is None else model
+        if self._adapters_in_shards():
+            load_adapters(model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_heads(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        if self._adapters_in_shards():
+            load_adapters(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
         self._load_heads(self.state.best_model_checkpoint, self.model)
 
-    @staticmethod
-    def _load_heads(directory: str, model) -> None:
+    def _adapters_in_shards(self) -> bool:
+        """Whether the Trainer's own way to load would stumble over tied embeddings that are wrapped."""
+        return self.is_fsdp_enabled and isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+
+    def _load_heads(self, directory: str, model) -> None:
         file = Path(directory, HEADS_FILE)
-        if file.is_file():
+        if file.is_file() and not self.is_deepspeed_enabled:  # whose own checkpoint holds them
             load_heads(model, load_file(file))
 
     def _issue_warnings_after_load(self, load_result) -> None:

@@ -161,7 +161,7 @@ class GFlowNetTrainer(BaseTrainer):
         if peft_config is None:
             merge_tied_embeddings(model)
         else:
-            model = add_adapters(model, peft_config, catalog, args.train_item_tokens, args.deepspeed_plugin)
+            model = add_adapters(model, peft_config, catalog, args.train_item_tokens)
         if any(loss.heads for _, loss, _ in self.losses):
             # After the adapters, which would freeze or adapt the head.
             attach_flow_heads(model.get_base_model() if hasattr(model, "get_base_model") else model)

@@ -13,7 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from gflowtrl import GFlowNetTrainer
 from gflowtrl.rewards import CollaborativeReward, GroundTruthReward
+from gflowtrl.samplers import Sampler, build_sampler
 from tests.tiny import tiny_model, tiny_seq2seq
 from tests.trainer.world import TOKENIZER, make_rows, make_trainer, teacher
 
@@ -48,33 +50,57 @@ class Case:
         return "-".join(words).replace(" ", "")
 
 
-def train(case: Case, folder: Path, processes: int = 1, steps: int = STEPS, **options: Any) -> dict[str, Any]:
-    """Train `steps` global batches of `PROMPTS` prompts and say what came of it, as this process sees it."""
-    drawn: list[tuple[int, int, Any]] = []  # step, row, item
+#: A sampler with a memory: a replay buffer, shares that follow the residuals, and a curriculum.
+STATEFUL = {
+    "ground_truth": 1,
+    "rest": [{"type": "adaptive_mixture", "sources": {"replay": 1, "on_policy": 1, "curriculum": 1}}, 3],
+}
 
-    def seen(items, row_id, trainer_state, **_):
-        drawn.extend((trainer_state.global_step, row, ",".join(here)) for row, here in zip(row_id, items, strict=True))
+
+class Draws(list):
+    """A reward that notes what was drawn: step, row, items."""
+
+    __name__ = "seen"
+
+    def __call__(self, items, row_id, trainer_state, **_):
+        self.extend((trainer_state.global_step, row, ",".join(here)) for row, here in zip(row_id, items, strict=True))
         return [0.1] * len(items)
 
-    rewards = [GroundTruthReward(), CollaborativeReward(teacher), seen]
-    if case.loss == "exact_flow":
-        rewards = rewards[:2]  # needs the reward of every item
-    trainer = make_trainer(
-        folder, rewards, model_of(case), loss_type=case.loss, max_steps=steps, optim="sgd", learning_rate=0.05,
-        lr_scheduler_type="constant", log_z_learning_rate=0.05, max_grad_norm=1.0,
-        per_device_train_batch_size=PROMPTS // processes // case.accumulation,
-        gradient_accumulation_steps=case.accumulation, gradient_checkpointing=case.checkpointing,
-        train_dataset=make_rows(48), sampler={"ground_truth": 1, "on_policy": 3},
-        eval_dataset=make_rows(7, 1, 500), per_device_eval_batch_size=2, peft_config=adapters_of(case), **options,
-    )  # fmt: skip
+
+def build(
+    case: Case, folder: Path, processes: int = 1, seed: int = 0, **options: Any
+) -> tuple[GFlowNetTrainer, Draws]:
+    """A trainer of global batches of `PROMPTS` prompts, and what it will draw."""
+    drawn = Draws()
+    rewards = [GroundTruthReward(), CollaborativeReward(teacher), drawn]
+    settings = {
+        "loss_type": case.loss, "optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant",
+        "log_z_learning_rate": 0.05, "max_grad_norm": 1.0, "max_steps": STEPS,
+        "per_device_train_batch_size": PROMPTS // processes // case.accumulation,
+        "gradient_accumulation_steps": case.accumulation, "gradient_checkpointing": case.checkpointing,
+        "train_dataset": make_rows(48), "sampler": {"ground_truth": 1, "on_policy": 3},
+        "eval_dataset": make_rows(7, 1, 500), "per_device_eval_batch_size": 2, "peft_config": adapters_of(case),
+    }  # fmt: skip
+    # exact_flow needs the reward of every item
+    given = rewards[:2] if case.loss == "exact_flow" else rewards
+    return make_trainer(folder, given, model_of(case, seed), **{**settings, **options}), drawn
+
+
+def step_losses(trainer: GFlowNetTrainer) -> list[float]:
+    """The loss of every step, in all digits."""
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    return [sum(log[f"loss/{name}"] for name in trainer.args.loss_type) for log in logs]
+
+
+def train(case: Case, folder: Path, processes: int = 1, **options: Any) -> dict[str, Any]:
+    """Train, evaluate and save, and say what came of it, as this process sees it."""
+    trainer, drawn = build(case, folder, processes, **options)
     trainer.train()
     metrics = trainer.evaluate()
     trainer.save_model(str(folder / "model"))
-    logs = [log for log in trainer.state.log_history if "loss" in log]
-    names = case.loss.split(",")
     return {
-        "losses": [sum(log[f"loss/{name}"] for name in names) for log in logs],
-        "grad_norms": [log["grad_norm"] for log in logs],
+        "losses": step_losses(trainer),
+        "grad_norms": [log["grad_norm"] for log in trainer.state.log_history if "loss" in log],
         "drawn": drawn,
         "evaluation": {name: metrics[f"eval_{name}"] for name in ("ndcg@10", "recall@5", "coverage@10")},
         "engine": {
@@ -86,12 +112,34 @@ def train(case: Case, folder: Path, processes: int = 1, steps: int = STEPS, **op
     }
 
 
-def model_of(case: Case) -> PreTrainedModel:
+def resume(case: Case, folder: Path, processes: int = 1, **options: Any) -> dict[str, Any]:
+    """Train 8 steps; then go on from the checkpoint of the fourth with a model of other numbers, where it is not the
+    one that adapters need."""
+    options |= {"optim": "adamw_torch", "max_steps": 8, "save_strategy": "steps", "save_steps": 4}
+
+    def sampler() -> Sampler:
+        return build_sampler(STATEFUL, teacher)
+
+    whole, drawn = build(case, folder / "whole", processes, sampler=sampler(), **options)
+    whole.train()
+    whole.save_model(str(folder / "whole" / "model"))
+    other = 0 if case.adapters else 1
+    resumed, drawn_again = build(case, folder / "resumed", processes, other, sampler=sampler(), **options)
+    resumed.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-4"))
+    resumed.save_model(str(folder / "resumed" / "model"))
+    return {
+        "whole": step_losses(whole), "resumed": step_losses(resumed),
+        "drawn": drawn, "drawn_again": drawn_again,
+        "shares": [log.get("sampler/rest/weight/replay") for log in whole.state.log_history if "loss" in log],
+    }  # fmt: skip
+
+
+def model_of(case: Case, seed: int = 0) -> PreTrainedModel:
     unset_hf_deepspeed_config()  # of the case before, which would shard this model before its numbers are set
-    model = (tiny_seq2seq if case.backbone == "t5" else tiny_model)(VOCABULARY, case.backbone)
+    model = (tiny_seq2seq if case.backbone == "t5" else tiny_model)(VOCABULARY, case.backbone, seed=seed)
     if case.backbone == "qwen3":  # one table of embeddings, as Qwen's small models have it
         model.config.tie_word_embeddings = True
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model = type(model)(model.config)
     for module in model.modules():  # no dropout: its random numbers follow from the shape of the micro-batch
         if isinstance(module, nn.Dropout):

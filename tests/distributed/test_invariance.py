@@ -67,9 +67,9 @@ def test_in_one_process(case, way, alone, tmp_path):
 
 
 def run_engine(engine: str, cases: list[Case], alone, folder: Path) -> None:
-    launch(engine, folder, ["-m", "tests.distributed.worker", engine, str(folder), dump(cases)])
+    launch(engine, folder, ["-m", "tests.distributed.worker", "train", engine, str(folder), dump(cases)])
     for case in cases:
-        records = [json.loads((folder / f"{case}-{rank}.json").read_text()) for rank in range(PROCESSES)]
+        records = [json.loads((folder / f"train-{case}-{rank}.json").read_text()) for rank in range(PROCESSES)]
         for record in records:
             assert record["engine"].items() >= {"processes": PROCESSES, **WHAT_RUNS[engine]}.items()
             assert engine != "fsdp2" or record["engine"]["wrapper"].startswith("FSDP")

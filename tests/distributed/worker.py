@@ -1,4 +1,4 @@
-"""Trains the cases it is given, one after another in the same group of processes: `worker.py ENGINE FOLDER CASES`."""
+"""Trains or resumes cases, one after another in one group of processes: `worker.py WHAT ENGINE FOLDER CASES`."""
 
 import json
 import os
@@ -11,13 +11,15 @@ if os.environ.get("GFLOWTRL_FSDP_ON_CPU"):
 
 from accelerate import PartialState
 
-from .cases import load, train
+from .cases import load, resume, train
 from .launch import ENGINES, PROCESSES
 
 
 if __name__ == "__main__":
-    engine, folder, cases = sys.argv[1], Path(sys.argv[2]), load(sys.argv[3])
+    what, engine, folder, cases = sys.argv[1], sys.argv[2], Path(sys.argv[3]), load(sys.argv[4])
     for case in cases:
-        record = train(case, folder / str(case), PROCESSES, **{"use_cpu": False, **ENGINES[engine][1]})
-        (folder / f"{case}-{PartialState().process_index}.json").write_text(json.dumps(record))
+        record = {"train": train, "resume": resume}[what](
+            case, folder / str(case), PROCESSES, **{"use_cpu": False, **ENGINES[engine][1]}
+        )
+        (folder / f"{what}-{case}-{PartialState().process_index}.json").write_text(json.dumps(record))
     PartialState().destroy_process_group()

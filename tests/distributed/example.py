@@ -1,0 +1,13 @@
+"""examples/gflowgr_amazon.py as it is, on CPU processes that accelerate shards if the engine wants them to."""
+
+import os
+import runpy
+
+from .launch import ROOT
+
+
+if os.environ.get("GFLOWTRL_FSDP_ON_CPU"):
+    import tests.distributed.fsdp_on_cpu  # noqa: F401
+
+if __name__ == "__main__":
+    runpy.run_path(str(ROOT / "examples" / "gflowgr_amazon.py"), run_name="__main__")
