@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +14,13 @@ from transformers import ProgressCallback, Seq2SeqTrainer, Trainer, TrainerCallb
 from trl import SFTTrainer
 
 from gflowtrl.data import TargetCollator, sft_dataset
-from gflowtrl.policy import load_backbone
+from gflowtrl.policy import load_backbone, merge_tied_embeddings
 from gflowtrl.recommender import write_recommender_files
 from gflowtrl.samplers import build_sampler
 from gflowtrl.teachers import TeacherModule
 from gflowtrl.trainer import GFlowNetTrainer, RankingEvaluationMixin
 from gflowtrl.trainer.base import LengthGroupedEpochSampler
+from gflowtrl.trainer.checkpoints import CompleteCheckpointsMixin, last_checkpoint
 from gflowtrl.trainer.evaluation import history_lengths
 
 from .materials import Materials, build_model
@@ -46,7 +46,7 @@ class _EpochOrder:
         return LengthGroupedEpochSampler(lengths, batch, args.seed)
 
 
-class SFTStage(_EpochOrder, RankingEvaluationMixin, SFTTrainer):
+class SFTStage(_EpochOrder, CompleteCheckpointsMixin, RankingEvaluationMixin, SFTTrainer):
     """TRL's SFTTrainer, evaluated by constrained beam search. Nothing is sent anywhere."""
 
     def _send_telemetry(self) -> None:
@@ -56,7 +56,7 @@ class SFTStage(_EpochOrder, RankingEvaluationMixin, SFTTrainer):
         return torch.tensor([len(tokens) for tokens in rows["input_ids"]])
 
 
-class Seq2SeqSFTStage(_EpochOrder, RankingEvaluationMixin, Seq2SeqTrainer):
+class Seq2SeqSFTStage(_EpochOrder, CompleteCheckpointsMixin, RankingEvaluationMixin, Seq2SeqTrainer):
     """transformers' Seq2SeqTrainer on one row a target, evaluated by constrained beam search."""
 
     def _row_lengths(self, rows: Dataset) -> Tensor:
@@ -112,6 +112,7 @@ def train_sft(workshop: Workshop, materials: Materials, callbacks: Sequence[Trai
 
 def _sft_trainer(materials: Materials, folder: Path, callbacks: Sequence[TrainerCallback]) -> Trainer:
     recipe, model = materials.recipe, build_model(materials)
+    merge_tied_embeddings(model)
     options = {
         "args": recipe.training_arguments("sft", folder / "checkpoints"),
         "eval_dataset": materials.splits.validation,
@@ -188,6 +189,7 @@ def train(trainer: Trainer, materials: Materials, folder: Path) -> dict[str, Any
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder / "model"))
     state, args = trainer.state, trainer.args
+    trainer.accelerator.wait_for_everyone()  # the others may still be reading the best checkpoint
     if trainer.is_world_process_zero():
         write_recommender_files(folder / "model", materials.catalog, materials.recipe.data.max_history_items)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -198,19 +200,6 @@ def train(trainer: Trainer, materials: Materials, folder: Path) -> dict[str, Any
         "best_metric": {args.metric_for_best_model: state.best_metric},
         "log": state.log_history,
     }
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end (the Trainer's state comes last)."""
-    complete = [path for path in folder.glob("checkpoint-*") if _readable(path / "trainer_state.json")]
-    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
-
-
-def _readable(file: Path) -> bool:
-    try:
-        return bool(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return False
 
 
 def _flow_trainer(

@@ -23,6 +23,7 @@ from gflowtrl.policy.heads import load_heads, split_heads
 from gflowtrl.recommender import write_recommender_files
 
 from .adapters import load_adapters
+from .checkpoints import CompleteCheckpointsMixin
 from .evaluation import RankingEvaluationMixin, history_lengths
 from .model_card import write_model_card
 
@@ -57,7 +58,7 @@ class BaseConfig(_BaseConfig):
         super().__post_init__()
 
 
-class BaseTrainer(RankingEvaluationMixin, _BaseTrainer):
+class BaseTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseTrainer):
     """TRL's base trainer (the one of SFTTrainer and DPOTrainer) without telemetry, for recommenders."""
 
     loss_is_scaled_for_ga = False  # our losses are means over a micro-batch; the Trainer divides by the accumulation

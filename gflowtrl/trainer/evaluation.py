@@ -64,10 +64,11 @@ class RankingEvaluationMixin:
         if eval_dataset is None:
             raise ValueError("There is nothing to evaluate on; give the trainer an eval_dataset, or evaluate() rows.")
         own, self.data_collator = self.data_collator, self._ranking_collator
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False  # nobody is left out
         try:
             return super().get_eval_dataloader(by_length(eval_dataset)[0])
         finally:
-            self.data_collator = own
+            self.data_collator, self.args.dataloader_drop_last = own, drop_last
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> SequentialSampler:
         return SequentialSampler(eval_dataset)  # sorted already

@@ -13,7 +13,7 @@ from gflowtrl import Recommender
 from gflowtrl.pipeline import main, run
 from gflowtrl.pipeline.materials import prepare
 from gflowtrl.pipeline.report import table
-from gflowtrl.pipeline.training import last_checkpoint
+from gflowtrl.trainer.checkpoints import last_checkpoint
 
 from .micro import micro_recipe, micro_settings
 

@@ -64,6 +64,16 @@ def test_several_sets_are_told_apart_and_others_can_be_given(tmp_path):
         assert trainer.predict(rows).metrics["test_ndcg@10"] == pytest.approx(expected["ndcg@10"])
 
 
+def test_nobody_is_left_out_where_training_drops_its_last_batch(tmp_path):
+    options = {"eval_dataset": make_rows(7, 1, 500), "per_device_eval_batch_size": 4, "dataloader_drop_last": True}
+    trainer = make_trainer(tmp_path, rewards(), **options)
+    trainer.train()
+    metrics = trainer.evaluate()
+    expected = brute_force(trainer, options["eval_dataset"])[1]
+    assert {name: metrics[f"eval_{name}"] for name in expected} == pytest.approx(expected)
+    assert trainer.args.dataloader_drop_last and len(trainer.get_train_dataloader()) == 3
+
+
 def test_breadth_knows_the_counts_it_is_given(tmp_path):
     counts = torch.arange(len(ITEMS))
     rows = make_rows(6, 1, 500)

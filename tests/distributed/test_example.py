@@ -1,0 +1,55 @@
+"""The main job on two processes of every engine, as a user starts it, gives what one process gives."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests.pipeline.micro import micro_settings
+
+from .launch import ENGINES, PROCESSES, ROOT, launch
+
+
+COMPARED = ("recall@5", "ndcg@5", "coverage@5", "total_variation")
+
+
+def recipe(folder, processes: int, options: dict) -> list[str]:
+    """Writes a recipe whose steps do not depend on the processes; the command line that runs it."""
+    settings = micro_settings(folder / "out")
+    settings["rewards"] = [
+        {"type": "ground_truth", "weight": 0.3}, {"type": "collaborative", "weight": 0.5},
+        {"type": "likelihood", "weight": 0.2},
+    ]  # fmt: skip
+    settings["sampler"] = {"ground_truth": 1, "on_policy": 2}
+    settings["gflownet"]["loss_type"] = ["sft", "trajectory_balance"]
+    settings["gflownet"]["per_device_train_batch_size"] = 32 // processes
+    settings["sft"]["per_device_train_batch_size"] = 8 // processes
+    for stage in ("sft", "control", "gflownet"):
+        # A last step that is not full would be filled up with rows that one process does not repeat.
+        settings[stage] |= {"optim": "sgd", "learning_rate": 0.5, "dataloader_drop_last": True, **options}
+    folder.mkdir()
+    (folder / "micro.yaml").write_text(yaml.safe_dump(settings))
+    return ["-m", "tests.distributed.example", "--config", str(folder / "micro.yaml")]
+
+
+def metrics(folder) -> dict[tuple[str, str], float]:
+    methods = json.loads((folder / "out" / "results.json").read_text())["methods"]
+    return {(name, key): entry["metrics"][key] for name, entry in methods.items() for key in COMPARED}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("example") / "one"
+    command = recipe(folder, 1, {"use_cpu": True})
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, timeout=300, capture_output=True)
+    return metrics(folder)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_gives_the_results_of_one_process(engine, alone, tmp_path):
+    printed = launch(engine, tmp_path, recipe(tmp_path / engine, PROCESSES, ENGINES[engine][1]))
+    assert metrics(tmp_path / engine) == pytest.approx(alone, rel=1e-4)
+    assert printed.count("[gflownet] finished") == 1  # only the first process speaks
+    assert alone["gflownet", "total_variation"] != pytest.approx(alone["sft", "total_variation"], rel=1e-3)

@@ -1,0 +1,94 @@
+"""`kill -9` at any moment, and the same command again, end as an undisturbed run does."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests.pipeline.micro import micro_settings
+
+from .killed import MOMENTS
+from .launch import ENGINES, ROOT, launch
+
+
+def settings(folder, **options) -> dict:
+    recipe = micro_settings(folder / "out")
+    recipe["gflownet"] |= {
+        "loss_type": ["sft", "trajectory_balance"], "num_train_epochs": 3, "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 16, **options,
+    }  # fmt: skip
+    recipe["sampler"] = {"ground_truth": 1, "replay": 2}
+    recipe["sft"] |= {"use_cpu": True, "num_train_epochs": 1}
+    return recipe | {"stages": ["teacher", "sft", "gflownet"]}
+
+
+def command(folder, recipe: dict, module: str = "example") -> list[str]:
+    folder.mkdir(exist_ok=True)
+    (folder / "micro.yaml").write_text(yaml.safe_dump(recipe))
+    return ["-m", f"tests.distributed.{module}", "--config", str(folder / "micro.yaml")]
+
+
+def python(arguments: list[str], **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, timeout=300, env={**os.environ, **environment}, text=True,
+        capture_output=True,
+    )  # fmt: skip
+
+
+def results(folder) -> dict:
+    methods = json.loads((folder / "out" / "results.json").read_text())["methods"]
+    return {name: entry["metrics"] for name, entry in methods.items()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Folder of a finished run."""
+    folder = tmp_path_factory.mktemp("killed") / "whole"
+    done = python(command(folder, settings(folder, use_cpu=True)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def begun(whole, folder):
+    """A folder with what comes before the GFlowNet stage."""
+    (folder / "out").mkdir(parents=True)
+    for stage in (whole / "out").iterdir():
+        if stage.name.startswith(("teacher-", "sft-", "test-teacher-", "test-sft-")):
+            shutil.copytree(stage, folder / "out" / stage.name)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_one_process(moment, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    begun(undisturbed, folder)
+    recipe = settings(folder, use_cpu=True)
+    killed = python(command(folder, recipe, "killed"), GFLOWTRL_KILL=moment)
+    assert killed.returncode == -9, killed.stderr[-3000:]
+    assert not (folder / "out" / "results.json").exists()
+    again = python(command(folder, recipe))
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "[sft]" in again.stdout and "done before" in again.stdout
+    assert ("Continuing from" in again.stdout) == (moment not in ("test",))
+    assert results(folder) == results(undisturbed)
+
+
+def test_two_processes(tmp_path):
+    """Killed while a process writes its part of a checkpoint."""
+    recipes = {name: settings(tmp_path / name, **ENGINES["zero2"][1]) for name in ("whole", "run")}
+    for recipe in recipes.values():
+        recipe["sft"] |= {"use_cpu": False, **ENGINES["zero2"][1]}
+    launch("zero2", tmp_path, command(tmp_path / "whole", recipes["whole"]))
+    begun(tmp_path / "whole", tmp_path / "run")
+    os.environ["GFLOWTRL_KILL"] = "state"
+    try:
+        with pytest.raises(AssertionError, match="SIGKILL"):
+            launch("zero2", tmp_path, command(tmp_path / "run", recipes["run"], "killed"))
+    finally:
+        del os.environ["GFLOWTRL_KILL"]
+    printed = launch("zero2", tmp_path, command(tmp_path / "run", recipes["run"]))
+    assert printed.count("Continuing from") == 1
+    assert results(tmp_path / "run") == results(tmp_path / "whole")
