@@ -59,6 +59,12 @@ class SFTStage(_EpochOrder, CompleteCheckpointsMixin, RankingEvaluationMixin, SF
 class Seq2SeqSFTStage(_EpochOrder, CompleteCheckpointsMixin, RankingEvaluationMixin, Seq2SeqTrainer):
     """transformers' Seq2SeqTrainer on one row a target, evaluated by constrained beam search."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # The models take the number of tokens of the whole step and make nothing of it: their loss is a mean of the
+        # micro-batch, which the Trainer would multiply by the number of processes and not divide by the accumulation.
+        self.model_accepts_loss_kwargs = False
+
     def _row_lengths(self, rows: Dataset) -> Tensor:
         return history_lengths(rows).clamp(max=self.data_collator.encoder.max_history_items)
 

@@ -6,19 +6,16 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from accelerate.utils import str_to_bool
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils.other import TrainableTokensWrapper
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.policy import merge_tied_embeddings, whole_models
-from gflowtrl.policy.modules import copy_whole, mix_in
+from gflowtrl.policy.modules import mix_in
 
 
 def add_adapters(
@@ -104,14 +101,3 @@ def _has_its_own_way(config: PeftConfig, model: PreTrainedModel) -> bool:
     last = {name.rpartition(".")[2] for name in embedding_names(model)}
     named = [getattr(config, field, None) or [] for field in ("modules_to_save", "target_modules")]
     return any(not isinstance(names, str) and last & {n.rpartition(".")[2] for n in names} for names in named)
-
-
-def load_adapters(model: PeftModel, directory: str | os.PathLike) -> None:
-    """Load saved adapters into a model that FSDP2 has sharded, in all processes."""
-    own = get_peft_model_state_dict(model)  # views of the parameters
-    saved = load_file(Path(directory, SAFETENSORS_WEIGHTS_NAME))
-    if own.keys() != saved.keys():
-        differing = sorted(own.keys() ^ saved.keys())
-        raise ValueError(f"The adapters in {directory} are not those of the model; they differ in {differing}.")
-    for name, value in saved.items():
-        copy_whole(value, own[name])

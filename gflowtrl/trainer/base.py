@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trl.trainer.base_config import _BaseConfig
@@ -22,7 +21,6 @@ from gflowtrl.data import PrefixGroupedEpochSampler, PromptEncoder, prefix_group
 from gflowtrl.policy.heads import load_heads, split_heads
 from gflowtrl.recommender import write_recommender_files
 
-from .adapters import load_adapters
 from .checkpoints import CompleteCheckpointsMixin
 from .evaluation import RankingEvaluationMixin, history_lengths
 from .model_card import write_model_card
@@ -124,22 +122,12 @@ class BaseTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseTrainer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         model = self.model if model is None else model
-        if self._adapters_in_shards():
-            load_adapters(model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_heads(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if self._adapters_in_shards():
-            load_adapters(self.model, self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
+        super()._load_best_model()
         self._load_heads(self.state.best_model_checkpoint, self.model)
-
-    def _adapters_in_shards(self) -> bool:
-        """Whether the Trainer's own way to load would stumble over tied embeddings that are wrapped."""
-        return self.is_fsdp_enabled and isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
 
     def _load_heads(self, directory: str, model) -> None:
         file = Path(directory, HEADS_FILE)

@@ -7,8 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from gflowtrl.policy.modules import copy_whole
 
 
 class CompleteCheckpointsMixin:
@@ -26,9 +32,45 @@ class CompleteCheckpointsMixin:
                 )
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        model = self.model if model is None else model
+        if not load_into_shards(model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not load_into_shards(self.model, self.state.best_model_checkpoint):
+            super()._load_best_model()
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # after it the first process writes the state
+
+
+def load_into_shards(model: nn.Module, directory: str | os.PathLike) -> bool:
+    """Load a checkpoint's weights into a model that FSDP2 has sharded, in all processes, one tensor after another.
+
+    accelerate's own way stumbles over embeddings that several modules share, wrapped by PEFT or not.
+
+    Returns:
+        Whether anything was loaded: not where FSDP2 is not in use, nor where the checkpoint holds no whole weights
+        (`SHARDED_STATE_DICT`).
+
+    Raises:
+        ValueError: the checkpoint holds a weight that the model has not.
+    """
+    if not isinstance(model, FSDPModule):
+        return False
+    adapted = isinstance(model, PeftModel)
+    own = get_peft_model_state_dict(model) if adapted else model.state_dict()  # views of the parameters
+    files = sorted(Path(directory).glob("adapter_model*.safetensors" if adapted else "model*.safetensors"))
+    for file in files:
+        with safe_open(file, "pt") as saved:
+            names = list(saved.keys())
+            if strangers := [name for name in names if name not in own]:
+                raise ValueError(f"{file} holds {strangers[0]!r}, which the model has not.")
+            for name in names:
+                copy_whole(saved.get_tensor(name), own[name])
+    return bool(files)
 
 
 def last_checkpoint(folder: str | os.PathLike) -> str | None:

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from tests.pipeline.micro import micro_settings
+from tests.pipeline.test_encoder_decoder import T5
 
 from .launch import ENGINES, PROCESSES, ROOT, launch
 
@@ -15,9 +16,9 @@ from .launch import ENGINES, PROCESSES, ROOT, launch
 COMPARED = ("recall@5", "ndcg@5", "coverage@5", "total_variation")
 
 
-def recipe(folder, processes: int, options: dict) -> list[str]:
+def recipe(folder, processes: int, options: dict, model: dict | None = None) -> list[str]:
     """Writes a recipe whose steps do not depend on the processes; the command line that runs it."""
-    settings = micro_settings(folder / "out")
+    settings = micro_settings(folder / "out", **({} if model is None else {"model": model}))
     settings["rewards"] = [
         {"type": "ground_truth", "weight": 0.3}, {"type": "collaborative", "weight": 0.5},
         {"type": "likelihood", "weight": 0.2},
@@ -39,12 +40,15 @@ def metrics(folder) -> dict[tuple[str, str], float]:
     return {(name, key): entry["metrics"][key] for name, entry in methods.items() for key in COMPARED}
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("example") / "one"
-    command = recipe(folder, 1, {"use_cpu": True})
+def in_one_process(folder, model: dict | None = None) -> dict[tuple[str, str], float]:
+    command = recipe(folder, 1, {"use_cpu": True}, model)
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True, timeout=300, capture_output=True)
     return metrics(folder)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return in_one_process(tmp_path_factory.mktemp("example") / "one")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -53,3 +57,10 @@ def test_every_engine_gives_the_results_of_one_process(engine, alone, tmp_path):
     assert metrics(tmp_path / engine) == pytest.approx(alone, rel=1e-4)
     assert printed.count("[gflownet] finished") == 1  # only the first process speaks
     assert alone["gflownet", "total_variation"] != pytest.approx(alone["sft", "total_variation"], rel=1e-3)
+
+
+def test_an_encoder_decoder_in_shards(tmp_path):
+    """FSDP2 would refuse embeddings that several modules own."""
+    model = {**T5, "dropout_rate": 0.0}
+    launch("fsdp2", tmp_path, recipe(tmp_path / "two", PROCESSES, ENGINES["fsdp2"][1], model))
+    assert metrics(tmp_path / "two") == pytest.approx(in_one_process(tmp_path / "one", model), rel=1e-3)

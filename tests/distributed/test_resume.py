@@ -12,7 +12,7 @@ from .launch import ENGINES, PROCESSES, launch
 
 CASES = [
     Case("sft,trajectory_balance", "llama"), Case("detailed_balance", "t5", adapters=True),
-    Case("vargrad", "qwen3", adapters=True),
+    Case("vargrad", "qwen3", adapters=True), Case("vargrad", "t5"),
 ]  # fmt: skip
 
 
