@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gflowtrl.catalog import Item, ItemCatalog
-from gflowtrl.data import PromptEncoder
+from gflowtrl.data import PromptEncoder, load_encoder, save_encoder
 from gflowtrl.policy import StatelessNoise, load_backbone, make_policy
 from gflowtrl.policy.heads import split_heads
 
@@ -44,6 +44,7 @@ class Recommender:
         tokenizer: its tokenizer.
         catalog: the items that can be recommended.
         max_history_items: how many items of a history are used, the last ones.
+        encoder: what makes prompts of histories, where these are not the plain ones.
 
     Example:
         ```python
@@ -60,10 +61,11 @@ class Recommender:
         tokenizer: PreTrainedTokenizerBase,
         catalog: ItemCatalog,
         max_history_items: int = 20,
+        encoder: PromptEncoder | None = None,
     ):
         self.model, self.tokenizer, self.catalog = model.eval(), tokenizer, catalog
         self.policy = make_policy(model, catalog)
-        self.encoder = PromptEncoder(catalog, tokenizer, max_history_items)
+        self.encoder = PromptEncoder(catalog, tokenizer, max_history_items) if encoder is None else encoder
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, **model_kwargs) -> Recommender:
@@ -81,17 +83,16 @@ class Recommender:
         if not directory.is_dir():
             raise FileNotFoundError(f"{directory} is not a folder; give the folder of a saved recommender.")
         catalog = ItemCatalog.from_pretrained(directory)
-        file = directory / RECOMMENDER_FILE
-        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        model = load_backbone(directory, **model_kwargs)
-        return cls(model, AutoTokenizer.from_pretrained(directory), catalog, settings.get("max_history_items", 20))
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        encoder = read_encoder(directory, catalog, tokenizer)
+        return cls(load_backbone(directory, **model_kwargs), tokenizer, catalog, encoder=encoder)
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write a folder that `from_pretrained` loads."""
         state_dict, _ = split_heads(self.model.state_dict())  # flow heads serve training only
         self.model.save_pretrained(directory, state_dict=state_dict)
         self.tokenizer.save_pretrained(directory)
-        write_recommender_files(directory, self.catalog, self.encoder.max_history_items)
+        write_recommender_files(directory, self.encoder)
 
     def recommend(
         self,
@@ -188,10 +189,19 @@ def _check_request(k: int, num_beams: int | None, strategy: str, temperature: fl
         raise ValueError(f"temperature is {temperature}, but strategy 'beam' draws nothing; use strategy='sample'.")
 
 
-def write_recommender_files(directory: str | os.PathLike, catalog: ItemCatalog, max_history_items: int) -> None:
-    """What makes a language model's folder a recommender: `catalog.json` and `recommender_config.json`."""
-    catalog.save_pretrained(directory)
-    settings = {"max_history_items": max_history_items, "prompt_format": "plain"}
+def write_recommender_files(directory: str | os.PathLike, encoder: PromptEncoder) -> None:
+    """What makes a language model's folder a recommender: the catalogue, and how prompts are made."""
+    encoder.catalog.save_pretrained(directory)
+    settings = save_encoder(encoder, directory)
     scratch = Path(directory, f"{RECOMMENDER_FILE}.tmp")
-    scratch.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    scratch.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
     os.replace(scratch, Path(directory, RECOMMENDER_FILE))
+
+
+def read_encoder(
+    directory: str | os.PathLike, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase
+) -> PromptEncoder:
+    """The encoder of a saved recommender; the plain one where the folder says nothing."""
+    file = Path(directory, RECOMMENDER_FILE)
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return load_encoder(settings, directory, catalog, tokenizer)

@@ -6,6 +6,7 @@ from .readers import read_folder, read_interactions, read_letter, write_folder
 from .sharing import PrefixGroupedEpochSampler, prefix_groups, prompt_members
 from .splits import Splits, Window, leave_one_out, user_windows
 from .synthetic_shop import ShopTruth, SyntheticShop
+from .text_prompts import PromptFormat, TextPromptEncoder, load_encoder, save_encoder, text_sft_dataset
 from .tokenization import add_item_tokens, build_tokenizer, check_round_trip
 
 
@@ -18,22 +19,27 @@ __all__ = [
     "InteractionData",
     "PrefixGroupedEpochSampler",
     "PromptEncoder",
+    "PromptFormat",
     "ShopTruth",
     "Splits",
     "SyntheticShop",
     "TargetCollator",
+    "TextPromptEncoder",
     "Window",
     "add_item_tokens",
     "build_tokenizer",
     "check_round_trip",
     "k_core",
     "leave_one_out",
+    "load_encoder",
     "prefix_groups",
     "prompt_members",
     "read_folder",
     "read_interactions",
     "read_letter",
+    "save_encoder",
     "sft_dataset",
+    "text_sft_dataset",
     "user_windows",
     "write_folder",
 ]

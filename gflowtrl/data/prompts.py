@@ -24,8 +24,14 @@ from .splits import user_windows
 IGNORED_LABEL = -100
 
 
-def item_tokens(catalog: ItemCatalog, histories: Sequence[Sequence[Item]]) -> tuple[Tensor, Tensor, Tensor]:
+def item_tokens(
+    catalog: ItemCatalog, histories: Sequence[Sequence[Item]], table: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens of all items of all histories, end to end; one gather, no walk over tokens.
+
+    Args:
+        catalog, histories: the items, and lists of them.
+        table: `(items, W)` tokens of each item, padded with -1 at the right; by default the semantic ids.
 
     Returns:
         tokens (T,), the row that each belongs to (T,), and its item's place in that row (T,); all long, on the CPU.
@@ -38,7 +44,7 @@ def item_tokens(catalog: ItemCatalog, histories: Sequence[Sequence[Item]]) -> tu
     except ValueError as error:
         row = next(row for row, history in enumerate(histories) if any(item not in catalog for item in history))
         raise ValueError(f"The history in row {row} cannot be read. {error}") from None
-    tokens = catalog.item_token_ids[items]
+    tokens = (catalog.item_token_ids if table is None else table)[items]
     present = tokens >= 0
     lengths = torch.tensor([len(history) for history in histories], dtype=torch.long)
     row = torch.repeat_interleave(lengths)
@@ -64,7 +70,9 @@ class PromptEncoder:
             raise ValueError(f"max_history_items must be at least 1, but {max_history_items} was given.")
         self.catalog = catalog
         self.max_history_items = max_history_items
-        self.bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self.head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]  # before the items' tokens
+        self.tail: list[int] = []  # and behind them
+        self.table = catalog.item_token_ids  # (items, W), padded with -1
         self.padding = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
 
     def __call__(self, histories: Sequence[Sequence[Item]]) -> dict[str, Tensor]:
@@ -81,16 +89,19 @@ class PromptEncoder:
         for row, history in enumerate(histories):
             if not len(history):
                 raise ValueError(f"The history in row {row} is empty. A prompt needs at least one item: drop it.")
-        tokens, row, _ = item_tokens(self.catalog, [history[-self.max_history_items :] for history in histories])
+        cut = [history[-self.max_history_items :] for history in histories]
+        tokens, row, _ = item_tokens(self.catalog, cut, self.table)
         count = torch.bincount(row, minlength=len(histories))
-        width = int(count.max()) + len(self.bos)
-        # The tokens of a row end at the right edge: counted from there, column = width - (tokens still to come).
-        column = width - (count.cumsum(0)[row] - torch.arange(len(row)))
-        start = width - count - len(self.bos)
+        width = len(self.head) + int(count.max()) + len(self.tail)
+        # The tokens of a row end at the tail: counted from there, column = end - (tokens still to come).
+        end = width - len(self.tail)
+        column = end - (count.cumsum(0)[row] - torch.arange(len(row)))
+        start = end - count - len(self.head)
         input_ids = torch.full((len(histories), width), self.padding)
         input_ids[row, column] = tokens
-        if self.bos:
-            input_ids[torch.arange(len(histories)), start] = self.bos[0]
+        rows = torch.arange(len(histories))[:, None]
+        input_ids[rows, start[:, None] + torch.arange(len(self.head))] = torch.tensor(self.head, dtype=torch.long)
+        input_ids[:, end:] = torch.tensor(self.tail, dtype=torch.long)
         return {"input_ids": input_ids, "attention_mask": (torch.arange(width) >= start[:, None]).long()}
 
 

@@ -3,7 +3,9 @@
 import re
 from collections.abc import Mapping, Sequence
 
+import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gflowtrl.catalog import Item
@@ -40,11 +42,20 @@ def add_item_tokens(
     tokenizer: PreTrainedTokenizerBase,
     semantic_ids: Mapping[Item, Sequence[str]],
     model: PreTrainedModel | None = None,
+    titles: Mapping[Item, str] | None = None,
 ) -> int:
     """Add the tokens of these ids to any tokenizer, as ordinary tokens, and make room for them in `model`.
 
     Special tokens would vanish when a completion is decoded. Tokens that are there already are left alone. The
     embedding matrix is only ever enlarged: many models have spare rows.
+
+    Args:
+        tokenizer: gets the tokens.
+        semantic_ids: the tokens of each item.
+        model: gets embeddings for them, at input and output. transformers draws them from the distribution of those
+            that are there, unless titles are given.
+        titles: new tokens begin near the words of the titles of the items that have them: the mean over these words,
+            centred over the tokens of a level and as large as the embeddings of the vocabulary.
 
     Returns:
         The number of tokens added.
@@ -59,7 +70,45 @@ def add_item_tokens(
     if model is not None and len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     check_round_trip(tokenizer, semantic_ids)
+    if model is not None and titles is not None and new:
+        _begin_near_titles(model, tokenizer, semantic_ids, titles, set(new))
     return added
+
+
+@torch.no_grad()
+def _begin_near_titles(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    semantic_ids: Mapping[Item, Sequence[str]],
+    titles: Mapping[Item, str],
+    new: set[str],
+) -> None:
+    """See `add_item_tokens`; items without a title do not count."""
+    items = [item for item in semantic_ids if str(titles.get(item) or "").split()]
+    words = tokenizer([f" {titles[item]}" for item in items], add_special_tokens=False)["input_ids"]
+    for table in _tables(model):
+        vocabulary = torch.ones(len(table), dtype=torch.bool)
+        vocabulary[[tokenizer.convert_tokens_to_ids(token) for token in new]] = False
+        vocabulary[len(tokenizer) :] = False
+        known = table[vocabulary.to(table.device)].float()
+        means = torch.stack([table[row].float().mean(0) for row in words])
+        for level in range(max(map(len, semantic_ids.values()))):
+            holders: dict[str, list[int]] = {}
+            for row, item in enumerate(items):
+                if level < len(semantic_ids[item]) and semantic_ids[item][level] in new:
+                    holders.setdefault(semantic_ids[item][level], []).append(row)
+            if not holders:
+                continue
+            near = torch.stack([means[rows].mean(0) for rows in holders.values()])
+            near = near - near.mean(0)
+            near = near * (known.std(0).norm() / near.norm(dim=1).mean().clamp(min=1e-6)) + known.mean(0)
+            table[[tokenizer.convert_tokens_to_ids(token) for token in holders]] = near.to(table)
+
+
+def _tables(model: PreTrainedModel) -> list[Tensor]:
+    """The embeddings of tokens at input and output, one where they are tied."""
+    found = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    return found[:1] if found[0] is found[1] else found
 
 
 def check_round_trip(tokenizer: PreTrainedTokenizerBase, semantic_ids: Mapping[Item, Sequence[str]]) -> None:

@@ -197,7 +197,7 @@ def train(trainer: Trainer, materials: Materials, folder: Path) -> dict[str, Any
     state, args = trainer.state, trainer.args
     trainer.accelerator.wait_for_everyone()  # the others may still be reading the best checkpoint
     if trainer.is_world_process_zero():
-        write_recommender_files(folder / "model", materials.catalog, materials.recipe.data.max_history_items)
+        write_recommender_files(folder / "model", materials.encoder)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return {
         "steps": state.global_step,

@@ -117,7 +117,7 @@ class BaseTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseTrainer
             return
         if heads:
             save_file({name: value.contiguous().cpu() for name, value in heads.items()}, Path(output_dir, HEADS_FILE))
-        write_recommender_files(output_dir, self._catalog, self._encoder.max_history_items)
+        write_recommender_files(output_dir, self._encoder)
         write_model_card(self, output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:

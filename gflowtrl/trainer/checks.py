@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gflowtrl.catalog import ItemCatalog
+from gflowtrl.data import PromptEncoder
 
 
 REQUIRED_COLUMNS = ("row_id", "history", "target")
@@ -30,6 +31,17 @@ def check_model(model: PreTrainedModel, catalog: ItemCatalog, max_shared_prompts
         raise ValueError(
             f"The catalogue uses token {catalog.tree.num_tokens - 1}, but the model embeds only {known} tokens. Call "
             f"gflowtrl.data.add_item_tokens(tokenizer, semantic_ids, model), which resizes them."
+        )
+
+
+def check_encoder(encoder: PromptEncoder, catalog: ItemCatalog, max_shared_prompts: int = 1) -> None:
+    """The encoder must be of these items, and its prompts the beginnings of one another where they are shared."""
+    if encoder.catalog.items != catalog.items:
+        raise ValueError("The prompt_encoder was made of another catalogue than the trainer's.")
+    if max_shared_prompts > 1 and encoder.tail:
+        raise ValueError(
+            f"max_shared_prompts is {max_shared_prompts}, but prompts end with text behind the history, so that none "
+            f"is the beginning of another. Leave it at 1, or use a template that ends with {{history}}."
         )
 
 

@@ -30,12 +30,13 @@ from gflowtrl.policy import (
     merge_tied_embeddings,
 )
 from gflowtrl.policy.heads import split_heads
+from gflowtrl.recommender import read_encoder
 from gflowtrl.rewards import RewardFusion, RewardResult, rewards_by_rows, top_rewards
 from gflowtrl.samplers import Sampler, TrajectoryBatch, build_sampler, validate_trajectories
 
 from .adapters import add_adapters
 from .base import BaseTrainer
-from .checks import check_model, check_rows, item_counts_of
+from .checks import check_encoder, check_model, check_rows, item_counts_of
 from .gflownet_config import GFlowNetConfig
 from .reference import build_prior
 from .sampler_state import load_sampler, save_sampler
@@ -101,6 +102,8 @@ class GFlowNetTrainer(BaseTrainer):
             the items' tokens (`args.train_item_tokens`).
         item_counts: `(items,)` training interactions in the order of `catalog.items`, for the breadth metrics; counted
             in the training targets by default.
+        prompt_encoder: what makes prompts of histories; by default that of `model`'s folder, else the plain one
+            (`gflowtrl.data.TextPromptEncoder` writes prompts in words).
         callbacks, optimizers: as in `transformers.Trainer`.
 
     Example:
@@ -133,6 +136,7 @@ class GFlowNetTrainer(BaseTrainer):
         ref_model: str | PreTrainedModel | None = None,
         peft_config: PeftConfig | None = None,
         item_counts: Tensor | None = None,
+        prompt_encoder: PromptEncoder | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
@@ -141,6 +145,9 @@ class GFlowNetTrainer(BaseTrainer):
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             catalog = catalog or ItemCatalog.from_pretrained(model)
+            if prompt_encoder is None:
+                prompt_encoder = read_encoder(model, catalog, processing_class)
+                prompt_encoder.max_history_items = args.max_history_items
             model = load_backbone(model, **model_kwargs)
         elif args.model_init_kwargs:
             raise ValueError("model_init_kwargs was given, but the model is built already; pass its name or folder.")
@@ -165,7 +172,10 @@ class GFlowNetTrainer(BaseTrainer):
         if any(loss.heads for _, loss, _ in self.losses):
             # After the adapters, which would freeze or adapt the head.
             attach_flow_heads(model.get_base_model() if hasattr(model, "get_base_model") else model)
-        self._encoder = PromptEncoder(catalog, processing_class, args.max_history_items)
+        if prompt_encoder is None:
+            prompt_encoder = PromptEncoder(catalog, processing_class, args.max_history_items)
+        check_encoder(prompt_encoder, catalog, args.max_shared_prompts)
+        self._encoder = prompt_encoder
         self.noise = StatelessNoise(args.seed)
         self._seconds: Counter[str] = Counter()
         super().__init__(

@@ -1,8 +1,10 @@
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from gflowtrl.data import add_item_tokens, build_tokenizer, check_round_trip
+
+from .words import byte_tokenizer
 
 
 IDS = {7: ("<a_10>", "<b_0>"), 8: ("<a_2>", "<b_1>"), 9: ("<a_2>", "<b_0>", "<c_0>")}
@@ -10,12 +12,7 @@ IDS = {7: ("<a_10>", "<b_0>"), 8: ("<a_2>", "<b_1>"), 9: ("<a_2>", "<b_0>", "<c_
 
 @pytest.fixture
 def text_tokenizer():
-    """A byte-level tokenizer as text models have it: every byte is a token, no merges."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core)
+    return byte_tokenizer()
 
 
 def test_word_level_tokenizer(tmp_path):
@@ -47,6 +44,33 @@ def test_item_tokens_are_added_to_a_text_model(text_tokenizer):
     assert text_tokenizer.decode(ids[-2:], skip_special_tokens=True).replace(" ", "") == "<a_2><b_1>"
     assert add_item_tokens(text_tokenizer, IDS, model) == 0  # a second time changes nothing
     assert model.get_input_embeddings().num_embeddings == vocabulary + 5
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_tokens_begin_near_the_titles_of_their_items(text_tokenizer, tied):
+    ids = {n: (f"<a_{n % 3}>", f"<b_{n % 2}>", "<c_0>") for n in range(6)}
+    titles = {n: "xyz"[n % 3] * 5 for n in range(6)} | {5: None}
+    config = LlamaConfig(vocab_size=len(text_tokenizer), hidden_size=16, intermediate_size=8, num_hidden_layers=1,
+                         num_attention_heads=1, tie_word_embeddings=tied)  # fmt: skip
+    model = LlamaForCausalLM(config)
+    before = model.get_input_embeddings().weight.detach().clone()
+    add_item_tokens(text_tokenizer, ids, model, titles)
+    tables = [model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()]
+    assert torch.equal(tables[0][: len(before)], before)
+    for table in tables:
+        words = torch.stack([table[text_tokenizer(f" {x * 5}")["input_ids"]].mean(0) for x in "xyz"])
+        begun = table[[text_tokenizer.convert_tokens_to_ids(f"<a_{n}>") for n in range(3)]]
+        near = torch.nn.functional.cosine_similarity(
+            (begun - begun.mean(0))[:, None], (words - words.mean(0))[None], dim=-1
+        )
+        assert torch.allclose(near.diagonal(), torch.ones(3), atol=1e-4) and near.argmax(1).tolist() == [0, 1, 2]
+        assert table.isfinite().all()
+        known = table[: len(before)]
+        size = (begun - known.mean(0)).norm(dim=1).mean() / known.std(0).norm()
+        assert size == pytest.approx(1.0, rel=1e-3)
+        # A level with one token says nothing: it begins at the mean.
+        only = table[text_tokenizer.convert_tokens_to_ids("<c_0>")]
+        torch.testing.assert_close(only, known.mean(0), rtol=1e-3, atol=1e-4)
 
 
 def test_special_item_tokens_are_refused(text_tokenizer):

@@ -1,0 +1,185 @@
+"""Prompts in words, for language models that have read some: titles and semantic ids in a text template."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from gflowtrl.catalog import Item, ItemCatalog
+
+from .prompts import IGNORED_LABEL, PromptEncoder
+
+
+TABLE_FILE = "item_prompts.safetensors"
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a history becomes text.
+
+    Attributes:
+        template: the prompt, with `{history}` where the items stand.
+        item: one item, with `{title}`, `{semantic_id}` or both; items follow each other as they are, so it ends with
+            what shall separate them. The semantic id is its tokens, joined by spaces.
+        chat: hand the template to the tokenizer's chat template as the user's message; the id is the answer.
+        system: the system message of a chat.
+        max_title_words: titles are cut to so many words.
+
+    Raises:
+        ValueError: a template or item without its place, or a system message without a chat.
+    """
+
+    template: str = "Bought, oldest first:\n{history}Next:"
+    item: str = "{title} {semantic_id}\n"
+    chat: bool = False
+    system: str | None = None
+    max_title_words: int = 12
+
+    def __post_init__(self) -> None:
+        if self.template.count("{history}") != 1:
+            raise ValueError(f"The template must hold {{history}} once, but it is {self.template!r}.")
+        if "{title}" not in self.item and "{semantic_id}" not in self.item:
+            raise ValueError(f"item must hold {{title}} or {{semantic_id}}, but it is {self.item!r}.")
+        if self.system is not None and not self.chat:
+            raise ValueError("system was given, but only a chat has a system message; set chat=True.")
+        if self.max_title_words < 1:
+            raise ValueError(f"max_title_words is {self.max_title_words}; a title has at least 1 word.")
+
+
+class TextPromptEncoder(PromptEncoder):
+    """Turns histories into prompts of words.
+
+    What stands before the items, each item, and what stands behind them are tokenised apart, once: a prompt is these
+    pieces end to end, in training as in decoding.
+
+    Args:
+        catalog: the items.
+        tokenizer: knows words and the tokens of the ids.
+        titles: of every item; not needed where the format's `item` has none.
+        format: the text around them.
+        max_history_items: how many items of a history, the last ones, are used.
+
+    Raises:
+        ValueError: an item without a title, or a tokenizer without a chat template for a chat.
+    """
+
+    def __init__(
+        self,
+        catalog: ItemCatalog,
+        tokenizer: PreTrainedTokenizerBase,
+        titles: Mapping[Item, str] | None = None,
+        format: PromptFormat | None = None,
+        max_history_items: int = 20,
+    ):
+        super().__init__(catalog, tokenizer, max_history_items)
+        self.format = PromptFormat() if format is None else format
+        before, behind = self._surroundings(tokenizer)
+        self.head = tokenizer(before, add_special_tokens=not self.format.chat)["input_ids"]
+        # A tokenizer that ends a text with a special token would end the prompt's beginning.
+        if not self.format.chat and self.head and self.head[-1] == tokenizer.eos_token_id:
+            self.head = self.head[:-1]
+        self.tail = tokenizer(behind, add_special_tokens=False)["input_ids"] if behind else []
+        texts = tokenizer(self._item_texts(titles or {}), add_special_tokens=False)["input_ids"]
+        self.table = pad_sequence([torch.tensor(text, dtype=torch.long) for text in texts], True, -1)
+
+    def _surroundings(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+        text = self.format.template
+        if self.format.chat:
+            if not tokenizer.chat_template:
+                raise ValueError(
+                    f"chat is True, but the tokenizer {type(tokenizer).__name__} has no chat template; set "
+                    f"tokenizer.chat_template, or chat=False."
+                )
+            messages = [{"role": "user", "content": text}]
+            if self.format.system is not None:
+                messages.insert(0, {"role": "system", "content": self.format.system})
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        before, _, behind = text.partition("{history}")
+        return before, behind
+
+    def _item_texts(self, titles: Mapping[Item, str]) -> list[str]:
+        form = self.format.item
+        if "{title}" in form:
+            bare = [item for item in self.catalog.items if not str(titles.get(item) or "").split()]
+            if bare:
+                raise ValueError(
+                    f"The prompt holds titles, but {len(bare)} of {len(self.catalog)} items have none, for example "
+                    f"{bare[0]!r}. Give titles, or an item format without {{title}}."
+                )
+        texts = []
+        for item, tokens in zip(self.catalog.items, self.catalog.semantic_ids, strict=True):
+            title = " ".join(str(titles.get(item, "")).split()[: self.format.max_title_words])
+            texts.append(form.replace("{semantic_id}", " ".join(tokens)).replace("{title}", title))
+        return texts
+
+    @classmethod
+    def from_saved(
+        cls,
+        settings: Mapping[str, Any],
+        table: Tensor,
+        catalog: ItemCatalog,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> Self:
+        """From what `save_encoder` wrote, without titles and without tokenising anything."""
+        if len(table) != len(catalog):
+            raise ValueError(f"The saved prompts are of {len(table)} items, but the catalogue has {len(catalog)}.")
+        encoder = cls.__new__(cls)
+        PromptEncoder.__init__(encoder, catalog, tokenizer, settings["max_history_items"])
+        encoder.format = PromptFormat(**{name: settings[name] for name in PromptFormat.__dataclass_fields__})
+        encoder.head, encoder.tail, encoder.table = list(settings["head"]), list(settings["tail"]), table.long()
+        return encoder
+
+
+def text_sft_dataset(histories: Sequence[Sequence[Item]], targets: Sequence[Item], encoder: PromptEncoder) -> Dataset:
+    """Rows for TRL's `SFTTrainer`, already tokenised, one a target: the prompt, and the target's id to be learned.
+
+    As ids are read on the tree of items, no end token is needed.
+
+    Returns:
+        A dataset with the columns `input_ids` and `labels`.
+    """
+    catalog = encoder.catalog
+    ids = catalog.item_token_ids[catalog.index_of(list(targets))]
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    for start in range(0, len(ids), 1024):
+        prompts = encoder(histories[start : start + 1024])
+        for tokens, mask, answer in zip(prompts["input_ids"], prompts["attention_mask"], ids[start:], strict=False):
+            prompt, written = tokens[mask.bool()].tolist(), answer[answer >= 0].tolist()
+            columns["input_ids"].append(prompt + written)
+            columns["labels"].append([IGNORED_LABEL] * len(prompt) + written)
+    return Dataset.from_dict(columns)
+
+
+def save_encoder(encoder: PromptEncoder, directory: str | os.PathLike) -> dict[str, Any]:
+    """What `load_encoder` needs: settings to be written as JSON, and for text prompts a file of the items' tokens."""
+    settings: dict[str, Any] = {"max_history_items": encoder.max_history_items, "prompt_format": "plain"}
+    if isinstance(encoder, TextPromptEncoder):
+        settings |= {"prompt_format": "text", **asdict(encoder.format), "head": encoder.head, "tail": encoder.tail}
+        save_file({"tokens": encoder.table.int()}, Path(directory, TABLE_FILE))
+    return settings
+
+
+def load_encoder(
+    settings: Mapping[str, Any], directory: str | os.PathLike, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase
+) -> PromptEncoder:
+    """The encoder that `save_encoder` saved: the same tokens, whatever the tokenizer has become since.
+
+    Raises:
+        ValueError: a format of a later version.
+    """
+    kind = settings.get("prompt_format", "plain")
+    if kind == "plain":
+        return PromptEncoder(catalog, tokenizer, settings.get("max_history_items", 20))
+    if kind != "text":
+        raise ValueError(f"{directory} has prompts of the format {kind!r}, which this version does not know.")
+    return TextPromptEncoder.from_saved(settings, load_file(Path(directory, TABLE_FILE))["tokens"], catalog, tokenizer)
