@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -14,6 +16,7 @@ from gflowtrl.data import (
     ShopTruth,
     Splits,
     SyntheticShop,
+    TextPromptEncoder,
     add_item_tokens,
     build_tokenizer,
     k_core,
@@ -43,9 +46,18 @@ class Materials:
     catalog: ItemCatalog
     fingerprint: str
 
-    @property
+    @cached_property
     def encoder(self) -> PromptEncoder:
-        return PromptEncoder(self.catalog, self.tokenizer, self.recipe.data.max_history_items)
+        longest, form = self.recipe.data.max_history_items, self.recipe.prompt_format
+        if form is None:
+            return PromptEncoder(self.catalog, self.tokenizer, longest)
+        return TextPromptEncoder(self.catalog, self.tokenizer, self.titles, form, longest)
+
+    @property
+    def titles(self) -> dict[Any, str]:
+        """The title of each item that has one (items.jsonl)."""
+        features = self.data.item_features
+        return {i: features[i]["title"] for i in self.data.items if features.get(i, {}).get("title")}
 
     @property
     def item_counts(self) -> Tensor:
@@ -85,11 +97,14 @@ def prepare(recipe: Recipe) -> Materials:
         "events": data.events,
         "semantic_ids": list(data.semantic_ids.items()),
     }
-    return Materials(recipe, data, truth, splits, tokenizer, catalog, fingerprint(content))
+    materials = Materials(recipe, data, truth, splits, tokenizer, catalog, fingerprint(content))
+    materials.encoder  # noqa: B018  (it names what its prompts lack)
+    return materials
 
 
 def build_model(materials: Materials) -> PreTrainedModel:
-    """The model before any training: a small one from scratch, or a checkpoint with item tokens added.
+    """The model before any training: a small one from scratch, or a checkpoint with item tokens added, which begin
+    near the titles where `model.new_tokens` is `titles`.
 
     A model from scratch follows the global random state: set the seed before.
     """
@@ -98,8 +113,10 @@ def build_model(materials: Materials) -> PreTrainedModel:
     options = dict(materials.recipe.model)
     tokenizer = materials.tokenizer
     if name := options.pop("model_name_or_path", None):
+        near = options.pop("new_tokens", "random") == "titles"
         model = load_backbone(local_folder(materials.recipe.folder, name), **options)
-        add_item_tokens(tokenizer, materials.data.semantic_ids, model)
+        whole = AutoTokenizer.from_pretrained(local_folder(materials.recipe.folder, name), **_where(materials.recipe))
+        add_item_tokens(whole, materials.data.semantic_ids, model, materials.titles if near else None)
         return model
     special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
     config = AutoConfig.for_model(options.pop("model_type", "llama"), vocab_size=len(tokenizer), **special, **options)
@@ -114,7 +131,10 @@ def _tokenizer(recipe: Recipe, data: InteractionData) -> PreTrainedTokenizerBase
     name = recipe.model.get("model_name_or_path")
     if name is None:
         return build_tokenizer(data.semantic_ids)
-    where = {key: recipe.model[key] for key in ("gguf_file", "revision") if key in recipe.model}
-    tokenizer = AutoTokenizer.from_pretrained(local_folder(recipe.folder, name), **where)
+    tokenizer = AutoTokenizer.from_pretrained(local_folder(recipe.folder, name), **_where(recipe))
     add_item_tokens(tokenizer, data.semantic_ids)
     return tokenizer
+
+
+def _where(recipe: Recipe) -> dict[str, Any]:
+    return {key: recipe.model[key] for key in ("gguf_file", "revision") if key in recipe.model}

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 
-from gflowtrl.data import SyntheticShop
+from gflowtrl.data import PromptFormat, SyntheticShop
 from gflowtrl.rewards import (
     CollaborativeReward,
     GroundTruthReward,
@@ -90,6 +91,10 @@ class Recipe:
     model: dict = setting(
         {}, "model_name_or_path of a causal or encoder-decoder model, or model_type and fields of its configuration"
     )
+    prompt: dict = setting({}, "fields of gflowtrl.data.PromptFormat: prompts in words; none: the ids alone")
+    peft: dict = setting(
+        {}, "fields of peft.LoraConfig: adapters are trained, and merged when a stage ends; none: all"
+    )
     teacher: dict = setting({"type": "sasrec"}, f"type ({', '.join(TEACHERS)}) and its options")
     sft: dict = setting({}, "fields of trl.SFTConfig, or of Seq2SeqTrainingArguments for an encoder-decoder")
     control: dict = setting({}, f"fields of GFlowNetConfig; {', '.join(SCHEDULE)} are those of gflownet")
@@ -119,6 +124,7 @@ class Recipe:
             if self.data.k_core:
                 raise ValueError("data.k_core is set, but data_dir is null: the synthetic shop is taken as it is.")
         self._check_model()
+        self._check_adapters()
         check_teacher(self.teacher, "teacher")
         for number, reward in enumerate(self.rewards):
             check_reward(reward, f"rewards.{number}")
@@ -203,6 +209,8 @@ class Recipe:
         from transformers.models.auto import CONFIG_MAPPING
 
         if "model_name_or_path" in self.model:
+            if self.model.get("new_tokens", "random") not in ("random", "titles"):
+                raise ValueError(f"model.new_tokens is {self.model['new_tokens']!r}; choose 'random' or 'titles'.")
             return
         kind = self.model.get("model_type", "llama")
         if kind not in CONFIG_MAPPING:
@@ -211,6 +219,27 @@ class Recipe:
             )
         ours = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}  # the tokenizer decides them
         check_names(self.model, {"model_type", *inspect.signature(CONFIG_MAPPING[kind]).parameters} - ours, "model")
+
+    def _check_adapters(self) -> None:
+        if self.prompt and "model_name_or_path" not in self.model:
+            raise ValueError(
+                "prompt is set, but a model from scratch knows no words: name a language model as "
+                "model.model_name_or_path, or leave prompt out."
+            )
+        for name, kind in (("prompt", PromptFormat), ("peft", LoraConfig)):
+            section = getattr(self, name)
+            check_names(section, [entry.name for entry in fields(kind) if entry.init], name)
+        self.prompt_format, self.peft_config  # noqa: B018  (they check their values)
+
+    @property
+    def prompt_format(self) -> PromptFormat | None:
+        return PromptFormat(**self.prompt) if self.prompt else None
+
+    @property
+    def peft_config(self) -> LoraConfig | None:
+        if not self.peft:
+            return None
+        return LoraConfig(**{"task_type": "SEQ_2_SEQ_LM" if self.encoder_decoder else "CAUSAL_LM", **self.peft})
 
     def _check_learned_weights(self) -> None:
         changed = {name: self.gflownet.get(name, value) for name, value in FITTED_FOR.items()}

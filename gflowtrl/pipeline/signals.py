@@ -150,12 +150,12 @@ def check_signals(materials: Materials) -> None:
 
 
 def _titles(materials: Materials) -> dict[Any, str]:
-    titles = {item: materials.data.item_features.get(item, {}).get("title") for item in materials.data.items}
-    lacking = [item for item, title in titles.items() if not title]
+    titles = materials.titles
+    lacking = [item for item in materials.data.items if item not in titles]
     if lacking:
         raise ValueError(
-            f"{materials.data.name} has no title of {len(lacking)} of {len(titles)} items (items.jsonl), for example "
-            f"{lacking[0]!r}; the reward title_likelihood needs one for each."
+            f"{materials.data.name} has no title of {len(lacking)} of {len(materials.data.items)} items, "
+            f"for example {lacking[0]!r}; the reward title_likelihood needs one for each (items.jsonl)."
         )
     return titles
 

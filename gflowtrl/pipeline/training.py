@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
-from transformers import ProgressCallback, Seq2SeqTrainer, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, ProgressCallback, Seq2SeqTrainer, Trainer, TrainerCallback, set_seed
 from trl import SFTTrainer
 
-from gflowtrl.data import TargetCollator, sft_dataset
-from gflowtrl.policy import load_backbone, merge_tied_embeddings
+from gflowtrl.data import TargetCollator, sft_dataset, text_sft_dataset
+from gflowtrl.policy import load_backbone, merge_tied_embeddings, whole_models
 from gflowtrl.recommender import write_recommender_files
 from gflowtrl.samplers import build_sampler
 from gflowtrl.teachers import TeacherModule
 from gflowtrl.trainer import GFlowNetTrainer, RankingEvaluationMixin
+from gflowtrl.trainer.adapters import add_adapters
 from gflowtrl.trainer.base import LengthGroupedEpochSampler
 from gflowtrl.trainer.checkpoints import CompleteCheckpointsMixin, last_checkpoint
 from gflowtrl.trainer.evaluation import history_lengths
@@ -97,11 +100,10 @@ def train_sft(workshop: Workshop, materials: Materials, callbacks: Sequence[Trai
     stage = workshop.stage(
         "sft",
         {"data": materials.fingerprint, "seed": recipe.seed, "model": recipe.model, "sft": _essential(recipe.sft),
-         "evaluation": _selection(recipe)},
+         "evaluation": _selection(recipe), **_adapted(recipe), **({"prompt": recipe.prompt} if recipe.prompt else {})},
     )  # fmt: skip
 
     def work(folder: Path) -> dict[str, Any]:
-        set_seed(recipe.seed)
         trainer = _sft_trainer(materials, folder, callbacks)
         trainer.set_up_ranking(
             materials.catalog,
@@ -110,15 +112,18 @@ def train_sft(workshop: Workshop, materials: Materials, callbacks: Sequence[Trai
             recipe.evaluation.num_beams,
             recipe.evaluation.ks,
         )
-        return train(trainer, materials, folder)
+        return train(trainer, materials, folder, partial(_model_before_sft, materials))
 
     stage.run(f"supervised fine-tuning on {materials.kind}", work)
     return stage
 
 
 def _sft_trainer(materials: Materials, folder: Path, callbacks: Sequence[TrainerCallback]) -> Trainer:
-    recipe, model = materials.recipe, build_model(materials)
-    merge_tied_embeddings(model)
+    recipe, model = materials.recipe, _model_before_sft(materials)
+    if recipe.peft_config is None:
+        merge_tied_embeddings(model)
+    else:
+        model = add_adapters(model, recipe.peft_config, materials.catalog)
     options = {
         "args": recipe.training_arguments("sft", folder / "checkpoints"),
         "eval_dataset": materials.splits.validation,
@@ -129,6 +134,10 @@ def _sft_trainer(materials: Materials, folder: Path, callbacks: Sequence[Trainer
         collator = TargetCollator(materials.encoder)
         return Seq2SeqSFTStage(model, train_dataset=materials.splits.train, data_collator=collator, **options)
     options["args"].dataset_kwargs = {"skip_prepare_dataset": True}  # rows are tokenised and cut already
+    if recipe.prompt:
+        train = materials.splits.train
+        rows = text_sft_dataset(train["history"], train["target"], materials.encoder)
+        return SFTStage(model, train_dataset=rows, **options)
     rows = sft_dataset(
         materials.splits.train_sequences, materials.catalog, materials.tokenizer, recipe.data.max_history_items
     )
@@ -141,10 +150,12 @@ def train_control(
     """SFT continued on single targets, for the GFlowNet's number of steps: what any gain has to be compared with."""
     recipe = materials.recipe
     inputs = {"sft": sft.fingerprint, "seed": recipe.seed, "control": _essential(recipe.control_fields)}
+    inputs |= _adapted(recipe)
     stage = workshop.stage("control", inputs | {"evaluation": _selection(recipe)})
 
     def work(folder: Path) -> dict[str, Any]:
-        return train(_flow_trainer(workshop, materials, "control", sft, folder, callbacks), materials, folder)
+        trainer = _flow_trainer(workshop, materials, "control", sft, folder, callbacks)
+        return train(trainer, materials, folder, partial(load_backbone, sft.folder / "model"))
 
     stage.run(f"SFT continued (the control) on {materials.kind}", work)
     return stage
@@ -167,6 +178,7 @@ def train_gflownet(
         "sampler": recipe.sampler,
         "teacher": teacher_key(recipe, materials, recipe.teacher) if teacher is not None else None,
         "evaluation": _selection(recipe),
+        **_adapted(recipe),
     }
     stage = workshop.stage("gflownet", inputs)
 
@@ -178,14 +190,18 @@ def train_gflownet(
             args = recipe.training_arguments("gflownet", folder)
             options["sampler"] = build_sampler(recipe.sampler, teacher, args.temperature, args.epsilon)
         trainer = _flow_trainer(workshop, materials, "gflownet", sft, folder, callbacks, **options)
-        return {**train(trainer, materials, folder), "reward_weights": weights}
+        record = train(trainer, materials, folder, partial(load_backbone, sft.folder / "model"))
+        return {**record, "reward_weights": weights}
 
     stage.run(f"GFlowNet fine-tuning on {materials.kind}", work)
     return stage
 
 
-def train(trainer: Trainer, materials: Materials, folder: Path) -> dict[str, Any]:
-    """Trains, from the last checkpoint where there is one, and keeps the best model as `folder/model`."""
+def train(trainer: Trainer, materials: Materials, folder: Path, base: Callable[[], PreTrainedModel]) -> dict[str, Any]:
+    """Trains, from the last checkpoint where there is one, and keeps the best model as `folder/model`.
+
+    Adapters are kept as `folder/adapters` and merged into what `base` gives, the model as it was before.
+    """
     if any(isinstance(callback, ProgressCallback) for callback in trainer.callback_handler.callbacks):
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ShortProgress())
@@ -193,10 +209,14 @@ def train(trainer: Trainer, materials: Materials, folder: Path) -> dict[str, Any
     if checkpoint and trainer.is_world_process_zero():
         print(f"Continuing from {checkpoint}.", flush=True)
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(str(folder / "model"))
+    adapted = materials.recipe.peft_config is not None
+    trainer.save_model(str(folder / ("adapters" if adapted else "model")))
     state, args = trainer.state, trainer.args
     trainer.accelerator.wait_for_everyone()  # the others may still be reading the best checkpoint
     if trainer.is_world_process_zero():
+        if adapted:
+            _save_merged(base, folder)
+            materials.tokenizer.save_pretrained(folder / "model")
         write_recommender_files(folder / "model", materials.encoder)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return {
@@ -206,6 +226,18 @@ def train(trainer: Trainer, materials: Materials, folder: Path) -> dict[str, Any
         "best_metric": {args.metric_for_best_model: state.best_metric},
         "log": state.log_history,
     }
+
+
+def _save_merged(base: Callable[[], PreTrainedModel], folder: Path) -> None:
+    with whole_models():
+        model = base()
+    merged = PeftModel.from_pretrained(model, folder / "adapters").merge_and_unload()
+    merged.save_pretrained(folder / "model")
+
+
+def _model_before_sft(materials: Materials) -> PreTrainedModel:
+    set_seed(materials.recipe.seed)
+    return build_model(materials)
 
 
 def _flow_trainer(
@@ -222,9 +254,16 @@ def _flow_trainer(
         processing_class=materials.tokenizer,
         catalog=materials.catalog,
         item_counts=materials.item_counts,
+        prompt_encoder=materials.encoder,
+        peft_config=materials.recipe.peft_config,
         callbacks=list(callbacks),
         **options,
     )
+
+
+def _adapted(recipe: Recipe) -> dict[str, Any]:
+    """What a stage with adapters depends on beside what one without does."""
+    return {"peft": recipe.peft} if recipe.peft else {}
 
 
 def _essential(section: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from accelerate.utils import str_to_bool
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from gflowtrl.catalog import ItemCatalog
@@ -44,18 +45,24 @@ def add_adapters(
     # Under ZeRO-3 PEFT would read the tokens' rows in a way that needs all of the model on a CUDA device.
     with whole_models(), _gathered(tables):
         adapted = get_peft_model(model, config)
+    head = model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper) and head.token_adapter.base_layer.bias is None:
+        head.bias = None  # TRL's SFTTrainer looks for it; the wrapper knows nothing but the weight
     if str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
         _tie_wrappers(model)
     return adapted
 
 
 class _TiedTokens:
-    """Mixed into PEFT's wrapper of tied embeddings: says that its weight is that of the others (it would give a new
-    tensor at each look), so that FSDP2 shards all that share it together."""
+    """Mixed into PEFT's wrapper of tied embeddings: until it is sharded, it says that its weight is that of the others
+    (it would give a new tensor at each look), so that accelerate shards all that share it together."""
 
     @property
     def weight(self) -> Tensor:
-        return self.token_adapter.base_layer.weight
+        layer = self.token_adapter
+        return (
+            layer.get_merged_weights(self.active_adapters) if isinstance(self, FSDPModule) else layer.base_layer.weight
+        )
 
 
 def _tie_wrappers(model: PreTrainedModel) -> None:

@@ -1,0 +1,120 @@
+"""A language model as the backbone: prompts in words, adapters, new tokens that begin near their titles."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from gflowtrl import Recommender
+from gflowtrl.pipeline import run
+from gflowtrl.pipeline.materials import build_model, prepare
+from gflowtrl.policy import load_backbone, make_policy
+from tests.data.words import CHAT, byte_tokenizer
+from tests.tiny import tiny_model
+
+from .micro import micro_recipe
+from .test_job import METHODS, Interrupt
+
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+WORDS = {"template": "Bought: {history}", "item": "{title} {semantic_id}; ", "chat": True, "max_title_words": 2}
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory) -> Path:
+    """The folder of a small causal model that knows bytes."""
+    folder = tmp_path_factory.mktemp("text_model")
+    tokenizer = byte_tokenizer(CHAT)
+    tokenizer.save_pretrained(folder)
+    model = tiny_model(len(tokenizer))
+    model.config.max_position_embeddings = 1024
+    model.save_pretrained(folder)
+    return folder
+
+
+def recipe_of(folder, text_model, **changes):
+    model = {"model_name_or_path": str(text_model), "new_tokens": "titles"}
+    settings = {"model": model, "prompt": WORDS, "peft": LORA, "stages": ["teacher", "sft", "gflownet"]}
+    return micro_recipe(folder, **(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, text_model):
+    recipe = recipe_of(tmp_path_factory.mktemp("language_model"), text_model, stages=METHODS)
+    return recipe, run(recipe, quiet=True)
+
+
+def test_every_stage_leaves_adapters_and_the_merged_model(finished):
+    recipe, results = finished
+    for method in METHODS[1:]:
+        folder = Path(results["methods"][method]["model"])
+        merged = load_backbone(folder).eval()
+        sft = results["methods"]["sft"]["model"]
+        before = build_model(prepare(recipe)) if method == "sft" else load_backbone(sft)
+        adapted = PeftModel.from_pretrained(before, folder.parent / "adapters").eval()
+        tokens = torch.tensor([[5, 9, 70, merged.config.vocab_size - 1, merged.config.vocab_size - 4]])
+        torch.testing.assert_close(merged(tokens).logits, adapted(tokens).logits, rtol=1e-4, atol=1e-4)
+        small = load_file(folder.parent / "adapters" / "adapter_model.safetensors")
+        assert sum(value.numel() for value in small.values()) < 0.5 * sum(p.numel() for p in merged.parameters())
+
+
+def test_recommendations_read_the_words(finished):
+    recipe, results = finished
+    materials = prepare(recipe)
+    recommender = Recommender.from_pretrained(results["methods"]["gflownet"]["model"])
+    history = materials.splits.test["history"][0]
+    prompt = recommender.encoder([history])
+    text = recommender.tokenizer.decode(prompt["input_ids"][0])
+    titles = [" ".join(materials.titles[item].split()[:2]) for item in history[-6:]]
+    assert text.startswith("<user>Bought: ") and text.endswith("<end><assistant>")
+    assert all(title in text for title in titles)
+    assert len(recommender.recommend([history], k=5)[0]) == 5
+    settings = json.loads(Path(results["methods"]["sft"]["model"], "recommender_config.json").read_text())
+    assert settings["chat"] and settings["max_title_words"] == 2
+
+
+def test_sft_learns_the_ids(finished):
+    recipe, results = finished
+    materials = prepare(recipe)
+    rows = materials.splits.train
+    prompts = materials.encoder(rows["history"])
+    leaves = materials.catalog.leaf_of(rows["target"])[:, None]
+    likelihoods = [
+        make_policy(model.eval(), materials.catalog).score(prompts, leaves).trajectory_log_probs.mean().item()
+        for model in (build_model(materials), load_backbone(results["methods"]["sft"]["model"]))
+    ]
+    assert likelihoods[1] > likelihoods[0] + 0.1
+
+
+@pytest.mark.parametrize("stage", ["sft", "gflownet"])
+def test_an_interrupted_run_ends_like_an_undisturbed_one(finished, text_model, tmp_path, stage):
+    _, results = finished
+    again = recipe_of(tmp_path, text_model)
+    with pytest.raises(KeyboardInterrupt):
+        run(again, quiet=True, callbacks=[Interrupt(stage, results["methods"][stage]["steps"] - 2)])
+    resumed = run(again, quiet=True)
+    for name, value in load_file(Path(results["methods"]["gflownet"]["model"], "model.safetensors")).items():
+        other = load_file(Path(resumed["methods"]["gflownet"]["model"], "model.safetensors"))[name]
+        assert torch.equal(value, other), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"hidden_size": 16}}, "a model from scratch knows no words"),
+        ({"prompt": {"tempate": "{history}"}}, "prompt.tempate"),
+        ({"prompt": {"template": "no place"}}, "must hold {history} once"),
+        ({"peft": {"rank": 4}}, "peft.rank"),
+    ],
+)
+def test_bad_recipes_are_named(text_model, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        recipe_of(tmp_path, text_model, **changes)
+
+
+def test_unknown_ways_to_begin_are_named(text_model, tmp_path):
+    with pytest.raises(ValueError, match="choose 'random' or 'titles'"):
+        recipe_of(tmp_path, text_model, model={"model_name_or_path": str(text_model), "new_tokens": "zero"})
