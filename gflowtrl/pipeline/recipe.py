@@ -137,7 +137,9 @@ class Recipe:
                 self.training_arguments(stage, Path(self.output_dir) / stage)
 
     def as_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name != "folder"}
+        """All settings, without the sections `prompt` and `peft` where they are empty."""
+        unused = {"folder", *(name for name in ("prompt", "peft") if not getattr(self, name))}
+        return {name: value for name, value in asdict(self).items() if name not in unused}
 
     @property
     def control_fields(self) -> dict[str, Any]:
