@@ -19,7 +19,7 @@ from gflowtrl.data import TargetCollator, sft_dataset, text_sft_dataset
 from gflowtrl.policy import load_backbone, merge_tied_embeddings, whole_models
 from gflowtrl.recommender import write_recommender_files
 from gflowtrl.samplers import build_sampler
-from gflowtrl.teachers import TeacherModule
+from gflowtrl.teachers import TeacherModule, fingerprint
 from gflowtrl.trainer import GFlowNetTrainer, RankingEvaluationMixin
 from gflowtrl.trainer.adapters import add_adapters
 from gflowtrl.trainer.base import LengthGroupedEpochSampler
@@ -100,7 +100,7 @@ def train_sft(workshop: Workshop, materials: Materials, callbacks: Sequence[Trai
     stage = workshop.stage(
         "sft",
         {"data": materials.fingerprint, "seed": recipe.seed, "model": recipe.model, "sft": _essential(recipe.sft),
-         "evaluation": _selection(recipe), **_adapted(recipe), **({"prompt": recipe.prompt} if recipe.prompt else {})},
+         "evaluation": _selection(recipe), **_adapted(recipe), **_worded(materials)},
     )  # fmt: skip
 
     def work(folder: Path) -> dict[str, Any]:
@@ -264,6 +264,14 @@ def _flow_trainer(
 def _adapted(recipe: Recipe) -> dict[str, Any]:
     """What a stage with adapters depends on beside what one without does."""
     return {"peft": recipe.peft} if recipe.peft else {}
+
+
+def _worded(materials: Materials) -> dict[str, Any]:
+    """What the SFT of a language model depends on beside its data: the words."""
+    recipe = materials.recipe
+    if not recipe.prompt and recipe.model.get("new_tokens") != "titles":
+        return {}
+    return {"prompt": recipe.prompt, "titles": fingerprint(sorted(materials.titles.items()))}
 
 
 def _essential(section: dict[str, Any]) -> dict[str, Any]:

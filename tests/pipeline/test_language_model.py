@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from gflowtrl import Recommender
 from gflowtrl.pipeline import run
 from gflowtrl.pipeline.materials import build_model, prepare
+from gflowtrl.pipeline.training import _worded
 from gflowtrl.policy import load_backbone, make_policy
 from tests.data.words import CHAT, byte_tokenizer
 from tests.tiny import tiny_model
@@ -120,3 +121,13 @@ def test_bad_recipes_are_named(text_model, tmp_path, changes, message):
 def test_unknown_ways_to_begin_are_named(text_model, tmp_path):
     with pytest.raises(ValueError, match="choose 'random' or 'titles'"):
         recipe_of(tmp_path, text_model, model={"model_name_or_path": str(text_model), "new_tokens": "zero"})
+
+
+def test_the_stage_follows_the_words(finished, tmp_path):
+    recipe, _ = finished
+    materials = prepare(recipe)
+    before = _worded(materials)
+    item = materials.data.items[0]
+    materials.data.item_features[item]["title"] = "something else"
+    assert _worded(materials) != before
+    assert _worded(prepare(micro_recipe(tmp_path))) == {}
