@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor
 from transformers import PreTrainedModel, ProgressCallback, Seq2SeqTrainer, Trainer, TrainerCallback, set_seed
 from trl import SFTTrainer
 
 from gflowtrl.data import TargetCollator, sft_dataset, text_sft_dataset
 from gflowtrl.policy import load_backbone, merge_tied_embeddings, whole_models
+from gflowtrl.policy.modules import innermost
 from gflowtrl.recommender import write_recommender_files
 from gflowtrl.samplers import build_sampler
 from gflowtrl.teachers import TeacherModule, fingerprint
@@ -54,6 +56,12 @@ class SFTStage(_EpochOrder, CompleteCheckpointsMixin, RankingEvaluationMixin, SF
 
     def _send_telemetry(self) -> None:
         """Nothing."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if isinstance(innermost(model).get_output_embeddings(), TrainableTokensWrapper):
+            # TRL multiplies by the head's weight outside the head, where rows that are trained apart are not known.
+            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _row_lengths(self, rows: Dataset) -> Tensor:
         return torch.tensor([len(tokens) for tokens in rows["input_ids"]])
@@ -230,8 +238,7 @@ def train(trainer: Trainer, materials: Materials, folder: Path, base: Callable[[
 
 def _save_merged(base: Callable[[], PreTrainedModel], folder: Path) -> None:
     with whole_models():
-        model = base()
-    merged = PeftModel.from_pretrained(model, folder / "adapters").merge_and_unload()
+        merged = PeftModel.from_pretrained(base(), folder / "adapters").merge_and_unload()
     merged.save_pretrained(folder / "model")
 
 

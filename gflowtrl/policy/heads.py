@@ -82,8 +82,8 @@ def attach_flow_heads(model: PreTrainedModel) -> PreTrainedModel:
     if has_flow_heads(model):
         return model
     hidden_size = model.config.get_text_config().hidden_size
-    embeddings = model.get_input_embeddings().weight
-    heads = FlowHeads(hidden_size).to(device=embeddings.device, dtype=embeddings.dtype)
+    example = next(model.get_input_embeddings().parameters())  # `.weight` of wrapped embeddings is computed anew
+    heads = FlowHeads(hidden_size).to(device=example.device, dtype=example.dtype)
     setattr(model, HEADS_ATTRIBUTE, heads)
     mix_in(_FlowForward, model)
     return model

@@ -45,9 +45,6 @@ def add_adapters(
     # Under ZeRO-3 PEFT would read the tokens' rows in a way that needs all of the model on a CUDA device.
     with whole_models(), _gathered(tables):
         adapted = get_peft_model(model, config)
-    head = model.get_output_embeddings()
-    if isinstance(head, TrainableTokensWrapper) and head.token_adapter.base_layer.bias is None:
-        head.bias = None  # TRL's SFTTrainer looks for it; the wrapper knows nothing but the weight
     if str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
         _tie_wrappers(model)
     return adapted

@@ -13,12 +13,13 @@ from tests.pipeline.test_encoder_decoder import T5
 from .launch import ENGINES, PROCESSES, ROOT, launch
 
 
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 COMPARED = ("recall@5", "ndcg@5", "coverage@5", "total_variation")
 
 
-def recipe(folder, processes: int, options: dict, model: dict | None = None) -> list[str]:
+def recipe(folder, processes: int, options: dict, **changes) -> list[str]:
     """Writes a recipe whose steps do not depend on the processes; the command line that runs it."""
-    settings = micro_settings(folder / "out", **({} if model is None else {"model": model}))
+    settings = micro_settings(folder / "out", **changes)
     settings["rewards"] = [
         {"type": "ground_truth", "weight": 0.3}, {"type": "collaborative", "weight": 0.5},
         {"type": "likelihood", "weight": 0.2},
@@ -40,8 +41,8 @@ def metrics(folder) -> dict[tuple[str, str], float]:
     return {(name, key): entry["metrics"][key] for name, entry in methods.items() for key in COMPARED}
 
 
-def in_one_process(folder, model: dict | None = None) -> dict[tuple[str, str], float]:
-    command = recipe(folder, 1, {"use_cpu": True}, model)
+def in_one_process(folder, **changes) -> dict[tuple[str, str], float]:
+    command = recipe(folder, 1, {"use_cpu": True}, **changes)
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True, timeout=300, capture_output=True)
     return metrics(folder)
 
@@ -62,5 +63,18 @@ def test_every_engine_gives_the_results_of_one_process(engine, alone, tmp_path):
 def test_an_encoder_decoder_in_shards(tmp_path):
     """FSDP2 would refuse embeddings that several modules own."""
     model = {**T5, "dropout_rate": 0.0}
-    launch("fsdp2", tmp_path, recipe(tmp_path / "two", PROCESSES, ENGINES["fsdp2"][1], model))
-    assert metrics(tmp_path / "two") == pytest.approx(in_one_process(tmp_path / "one", model), rel=1e-3)
+    launch("fsdp2", tmp_path, recipe(tmp_path / "two", PROCESSES, ENGINES["fsdp2"][1], model=model))
+    assert metrics(tmp_path / "two") == pytest.approx(in_one_process(tmp_path / "one", model=model), rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def adapted_alone(tmp_path_factory):
+    return in_one_process(tmp_path_factory.mktemp("adapted") / "one", peft=LORA)
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_adapters_in_shards(engine, adapted_alone, tmp_path):
+    """SFT, control and GFlowNet by adapters, which the next stage finds merged."""
+    launch(engine, tmp_path, recipe(tmp_path / "two", PROCESSES, ENGINES[engine][1], peft=LORA))
+    assert metrics(tmp_path / "two") == pytest.approx(adapted_alone, rel=1e-3)
+    assert len(list((tmp_path / "two" / "out").glob("*/adapters/adapter_model.safetensors"))) == 3
