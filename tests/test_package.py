@@ -112,7 +112,12 @@ def test_what_is_imported_is_required():
     required = {re.split(r"[<>=!]", line)[0].lower() for line in setup["options"]["install_requires"].split()}
     required = {"yaml" if name == "pyyaml" else name for name in required}
     used = {name.split(".")[0] for path in MODULES for name in imports_of(path)}
-    assert used - set(sys.stdlib_module_names) - {"gflowtrl"} <= required
+    extra = re.split(r"[<>=!]", setup["options.extras_require"]["deepspeed"].strip())[0]
+    assert used - set(sys.stdlib_module_names) - {"gflowtrl"} <= required | {extra}
+    for tree in TREES.values():  # an extra is imported where it is in use, never with the module
+        names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.module}
+        assert extra not in {name.split(".")[0] for name in names}
 
 
 def test_nothing_is_unpickled():

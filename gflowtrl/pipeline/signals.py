@@ -153,9 +153,10 @@ def _titles(materials: Materials) -> dict[Any, str]:
     titles = materials.titles
     lacking = [item for item in materials.data.items if item not in titles]
     if lacking:
+        count = f"{len(lacking)} of {len(materials.data.items)}"
         raise ValueError(
-            f"{materials.data.name} has no title of {len(lacking)} of {len(materials.data.items)} items, "
-            f"for example {lacking[0]!r}; the reward title_likelihood needs one for each (items.jsonl)."
+            f"{materials.data.name} has no title of {count} items (items.jsonl), for example {lacking[0]!r}; the "
+            f"reward title_likelihood needs one for each."
         )
     return titles
 
