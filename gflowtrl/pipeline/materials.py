@@ -115,8 +115,13 @@ def build_model(materials: Materials) -> PreTrainedModel:
     if name := options.pop("model_name_or_path", None):
         near = options.pop("new_tokens", "random") == "titles"
         model = load_backbone(local_folder(materials.recipe.folder, name), **options)
-        whole = AutoTokenizer.from_pretrained(local_folder(materials.recipe.folder, name), **_where(materials.recipe))
-        add_item_tokens(whole, materials.data.semantic_ids, model, materials.titles if near else None)
+        # As it was before item tokens, so that they are new, and begin as new ones.
+        add_item_tokens(
+            _pretrained_tokenizer(materials.recipe),
+            materials.data.semantic_ids,
+            model,
+            materials.titles if near else None,
+        )
         return model
     special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
     config = AutoConfig.for_model(options.pop("model_type", "llama"), vocab_size=len(tokenizer), **special, **options)
@@ -128,13 +133,13 @@ def build_model(materials: Materials) -> PreTrainedModel:
 
 
 def _tokenizer(recipe: Recipe, data: InteractionData) -> PreTrainedTokenizerBase:
-    name = recipe.model.get("model_name_or_path")
-    if name is None:
+    if recipe.model.get("model_name_or_path") is None:
         return build_tokenizer(data.semantic_ids)
-    tokenizer = AutoTokenizer.from_pretrained(local_folder(recipe.folder, name), **_where(recipe))
+    tokenizer = _pretrained_tokenizer(recipe)
     add_item_tokens(tokenizer, data.semantic_ids)
     return tokenizer
 
 
-def _where(recipe: Recipe) -> dict[str, Any]:
-    return {key: recipe.model[key] for key in ("gguf_file", "revision") if key in recipe.model}
+def _pretrained_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    where = {key: recipe.model[key] for key in ("gguf_file", "revision") if key in recipe.model}
+    return AutoTokenizer.from_pretrained(local_folder(recipe.folder, recipe.model["model_name_or_path"]), **where)

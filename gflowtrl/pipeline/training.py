@@ -217,7 +217,7 @@ def train(trainer: Trainer, materials: Materials, folder: Path, base: Callable[[
     if checkpoint and trainer.is_world_process_zero():
         print(f"Continuing from {checkpoint}.", flush=True)
     trainer.train(resume_from_checkpoint=checkpoint)
-    adapted = materials.recipe.peft_config is not None
+    adapted = bool(materials.recipe.peft)
     trainer.save_model(str(folder / ("adapters" if adapted else "model")))
     state, args = trainer.state, trainer.args
     trainer.accelerator.wait_for_everyone()  # the others may still be reading the best checkpoint

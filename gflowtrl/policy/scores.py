@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -31,3 +31,14 @@ class StepScores:
     def trajectory_log_probs(self) -> Tensor:
         """`(B, K)` log pi(leaf | x)."""
         return self.log_probs.sum(-1)
+
+    def of_trajectories(self, columns: slice) -> StepScores:
+        """The scores of some of the K trajectories."""
+        return replace(
+            self,
+            log_probs=self.log_probs[:, columns],
+            child_log_probs=self.child_log_probs[:, columns],
+            child_nodes=self.child_nodes[:, columns],
+            lengths=self.lengths[:, columns],
+            log_flows=None if self.log_flows is None else self.log_flows[:, columns],
+        )

@@ -276,13 +276,13 @@ class GFlowNetTrainer(BaseTrainer):
         with self._timed("score"):
             target_first, leaves = self._with_targets(batch, trajectories.leaves)
             scores = policy.score(batch["prompts"], leaves)
-            drawn = _columns(scores, slice(target_first, None))
+            drawn = scores.of_trajectories(slice(target_first, None))
         # A reward may be the policy's own likelihood, which is known now.
         batch |= {"policy_leaves": trajectories.leaves, "policy_log_probs": drawn.trajectory_log_probs.detach()}
         rewards, log_prior = self._reward(model, batch, trajectories.leaves)
         group = Group(batch, trajectories, drawn, rewards, log_prior, self._flows(batch))
         group.weights = self._weights(group)
-        loss = self._balance(group, _columns(scores, slice(0, 1)))
+        loss = self._balance(group, scores.of_trajectories(slice(0, 1)))
         self.record(self._group_metrics(group))
         self._tell_sampler(group)
         if self.args.log_completions:
@@ -497,15 +497,3 @@ def fuse_rewards(
         reward_funcs, catalog, tokenizer, args.reward_weights, args.reward_transform, args.reward_beta,
         args.reward_floor, args.leaf_reduction, args.max_exact_elements,
     )  # fmt: skip
-
-
-def _columns(scores: StepScores, columns: slice) -> StepScores:
-    """The scores of some of the trajectories."""
-    return replace(
-        scores,
-        log_probs=scores.log_probs[:, columns],
-        child_log_probs=scores.child_log_probs[:, columns],
-        child_nodes=scores.child_nodes[:, columns],
-        lengths=scores.lengths[:, columns],
-        log_flows=None if scores.log_flows is None else scores.log_flows[:, columns],
-    )
