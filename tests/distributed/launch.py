@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import yaml
 
 
@@ -21,21 +22,31 @@ ENGINES = {
 }
 
 
-def launch(engine: str, folder: Path, command: list[str], timeout: float = 600) -> str:
-    """Runs `python COMMAND` in two processes and returns what they printed; an AssertionError where they fail."""
+def launch(engine: str, folder: Path, command: list[str], timeout: float = 300) -> str:
+    """Runs `python COMMAND` in two processes and returns what they printed; an AssertionError where they fail or take
+    longer than `timeout` seconds."""
     config = yaml.safe_load((CONFIGS / f"{ENGINES[engine][0]}.yaml").read_text())
     config["num_processes"] = PROCESSES
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{engine}.yaml"
     file.write_text(yaml.safe_dump(config))
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "--dynamo_backend", "no",
-         *command],
-        cwd=ROOT, env=environment(engine), timeout=timeout, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-6000:]
-    return done.stdout
+    log = folder / f"{engine}.log"
+    with log.open("w") as printed:
+        job = subprocess.Popen(
+            [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "--dynamo_backend", "no",
+             *command],
+            cwd=ROOT, env=environment(engine), stdout=printed, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            status = job.wait(timeout)
+        except subprocess.TimeoutExpired:
+            # The workers too: one that hangs would take a core from all later tests.
+            for process in [*psutil.Process(job.pid).children(recursive=True), job]:
+                process.kill()
+            status = f"still running after {timeout} s"
+    text = log.read_text()
+    assert status == 0, f"{status}\n{text[-6000:]}"
+    return text
 
 
 def environment(engine: str) -> dict[str, str]:

@@ -66,8 +66,8 @@ def test_in_one_process(case, way, alone, tmp_path):
     assert_same(case, [record], tmp_path / "model", *alone(case))
 
 
-def run_engine(engine: str, cases: list[Case], alone, folder: Path) -> None:
-    launch(engine, folder, ["-m", "tests.distributed.worker", "train", engine, str(folder), dump(cases)])
+def run_engine(engine: str, cases: list[Case], alone, folder: Path, timeout: float = 300) -> None:
+    launch(engine, folder, ["-m", "tests.distributed.worker", "train", engine, str(folder), dump(cases)], timeout)
     for case in cases:
         records = [json.loads((folder / f"train-{case}-{rank}.json").read_text()) for rank in range(PROCESSES)]
         for record in records:
@@ -84,7 +84,7 @@ def test_in_two_processes(engine, alone, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_combination_in_two_processes(engine, alone, tmp_path):
-    run_engine(engine, chosen(0, every=True), alone, tmp_path)
+    run_engine(engine, chosen(0, every=True), alone, tmp_path, timeout=3600)
 
 
 def test_the_cases_cover_all_pairs():
