@@ -41,14 +41,16 @@ def catalog_of(paths: torch.Tensor) -> ItemCatalog:
     return ItemCatalog(list(range(len(paths))), texts, paths)
 
 
-def tiny_model(vocab_size: int, kind: str = "llama", attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:
+def tiny_model(
+    vocab_size: int, kind: str = "llama", attention: str = "sdpa", seed: int = 0, hidden_size: int = 32
+) -> PreTrainedModel:
     torch.manual_seed(seed)
     config_class, model_class = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[
         kind
     ]
     config = config_class(
-        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=hidden_size // 4, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         attn_implementation=attention, initializer_range=0.3,
     )  # fmt: skip
     return model_class(config).eval()

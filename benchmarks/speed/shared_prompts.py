@@ -22,7 +22,8 @@ from measuring import environment, office
 from transformers import TrainerCallback, set_seed
 
 from gflowtrl import GFlowNetConfig, GFlowNetTrainer
-from gflowtrl.pipeline.materials import Materials, build_model
+from gflowtrl.pipeline.materials import Materials
+from gflowtrl.pipeline.models import build_model
 from gflowtrl.rewards import CollaborativeReward, GroundTruthReward
 from gflowtrl.teachers import EASE
 

@@ -17,7 +17,7 @@ from gflowtrl.policy import TreePolicy, load_backbone, make_policy, whole_models
 from gflowtrl.teachers import TeacherModule, top_items
 from gflowtrl.trainer import rank_rows
 
-from .materials import Materials
+from .materials import Materials, measured_users
 from .stage import Record, Stage, Workshop
 
 
@@ -32,7 +32,7 @@ def measure_policy(workshop: Workshop, materials: Materials, trained: Stage) -> 
         with whole_models():
             model = load_backbone(trained.folder / "model").to(workshop.state.device).eval()
         policy, measure = make_policy(model, materials.catalog), materials.recipe.evaluation
-        rows, encoder = materials.splits.test, materials.encoder
+        rows, encoder = materials.test, materials.encoder
         progress = workshop.is_main and not workshop.quiet
         leaves = _ranked_together(workshop, policy, materials, progress)
         if not workshop.is_main:
@@ -54,7 +54,7 @@ def measure_policy(workshop: Workshop, materials: Materials, trained: Stage) -> 
 
 def _ranked_together(workshop: Workshop, policy: TreePolicy, materials: Materials, progress: bool) -> Tensor:
     """`rank_rows` of the test split, in every process: `(rows, num_beams)`."""
-    rows, measure, count = materials.splits.test, materials.recipe.evaluation, workshop.state.num_processes
+    rows, measure, count = materials.test, materials.recipe.evaluation, workshop.state.num_processes
     mine = rows.select(range(workshop.state.process_index, len(rows), count))
     part = rank_rows(policy, materials.encoder, mine, measure.num_beams, measure.batch_size, progress)
     ranked = torch.empty(len(rows), measure.num_beams, dtype=part.dtype)
@@ -68,7 +68,7 @@ def measure_teacher(workshop: Workshop, materials: Materials, teacher: TeacherMo
 
     def work(folder: Path) -> Record:
         rows, measure, cut = (
-            materials.splits.test,
+            materials.test,
             materials.recipe.evaluation,
             materials.recipe.data.max_history_items,
         )
@@ -94,9 +94,9 @@ def _run(
     workshop: Workshop, materials: Materials, method: str, key: Any, work: Callable[[Path], Record], main_only: bool
 ) -> Stage:
     recipe = materials.recipe
-    measure = {"num_beams": recipe.evaluation.num_beams, "ks": recipe.evaluation.ks}
+    measure = {"num_beams": recipe.evaluation.num_beams, "ks": recipe.evaluation.ks, **measured_users(recipe)}
     stage = workshop.stage(f"test-{method}", {"data": materials.fingerprint, "of": key, "evaluation": measure})
-    stage.run(f"recommending to {len(materials.splits.test):,} test users", work, main_only)
+    stage.run(f"recommending to {len(materials.test):,} test users", work, main_only)
     return stage
 
 
@@ -109,7 +109,7 @@ def _record(
     distribution: Callable[[list], Tensor],
     progress: bool,
 ) -> Record:
-    rows, metrics = materials.splits.test, dict(report.metrics)
+    rows, metrics = materials.test, dict(report.metrics)
     tensors = {**report.per_user, "row_id": torch.tensor(rows["row_id"]), "leaves": leaves.int()}
     if materials.truth is not None:
         histories, size = rows["history"], materials.recipe.evaluation.batch_size

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from datasets import Dataset
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.data import (
@@ -23,7 +25,6 @@ from gflowtrl.data import (
     leave_one_out,
     read_interactions,
 )
-from gflowtrl.policy import load_backbone
 from gflowtrl.teachers import fingerprint
 
 from .recipe import Recipe, local_folder
@@ -64,6 +65,22 @@ class Materials:
         """Training interactions of each item, in the order of `catalog.items` (which is that of the data)."""
         return self.splits.item_counts
 
+    @cached_property
+    def validation(self) -> Dataset:
+        """The validation rows of the users who are measured."""
+        return self._measured(self.splits.validation)
+
+    @cached_property
+    def test(self) -> Dataset:
+        """The test rows of the same users."""
+        return self._measured(self.splits.test)
+
+    def _measured(self, rows: Dataset) -> Dataset:
+        count = self.recipe.evaluation.users
+        if count is None or count >= len(rows):
+            return rows
+        return rows.select(sorted(random.Random(0).sample(range(len(rows)), count)))
+
     @property
     def kind(self) -> str:
         return "SYNTHETIC data" if self.data.synthetic else "real data"
@@ -102,44 +119,20 @@ def prepare(recipe: Recipe) -> Materials:
     return materials
 
 
-def build_model(materials: Materials) -> PreTrainedModel:
-    """The model before any training: a small one from scratch, or a checkpoint with item tokens added, which begin
-    near the titles where `model.new_tokens` is `titles`.
-
-    A model from scratch follows the global random state: set the seed before.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    options = dict(materials.recipe.model)
-    tokenizer = materials.tokenizer
-    if name := options.pop("model_name_or_path", None):
-        near = options.pop("new_tokens", "random") == "titles"
-        model = load_backbone(local_folder(materials.recipe.folder, name), **options)
-        # As it was before item tokens, so that they are new, and begin as new ones.
-        add_item_tokens(
-            _pretrained_tokenizer(materials.recipe),
-            materials.data.semantic_ids,
-            model,
-            materials.titles if near else None,
-        )
-        return model
-    special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
-    config = AutoConfig.for_model(options.pop("model_type", "llama"), vocab_size=len(tokenizer), **special, **options)
-    if not config.is_encoder_decoder:
-        return AutoModelForCausalLM.from_config(config)
-    if getattr(config, "decoder_start_token_id", None) is None:
-        config.decoder_start_token_id = tokenizer.pad_token_id  # as the published T5 checkpoints have it
-    return AutoModelForSeq2SeqLM.from_config(config)
+def measured_users(recipe: Recipe) -> dict[str, int]:
+    """What a stage that measures depends on where not all users are measured."""
+    return {} if recipe.evaluation.users is None else {"users": recipe.evaluation.users}
 
 
 def _tokenizer(recipe: Recipe, data: InteractionData) -> PreTrainedTokenizerBase:
     if recipe.model.get("model_name_or_path") is None:
         return build_tokenizer(data.semantic_ids)
-    tokenizer = _pretrained_tokenizer(recipe)
+    tokenizer = pretrained_tokenizer(recipe)
     add_item_tokens(tokenizer, data.semantic_ids)
     return tokenizer
 
 
-def _pretrained_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+def pretrained_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """That of the recipe's language model, without item tokens."""
     where = {key: recipe.model[key] for key in ("gguf_file", "revision") if key in recipe.model}
     return AutoTokenizer.from_pretrained(local_folder(recipe.folder, recipe.model["model_name_or_path"]), **where)

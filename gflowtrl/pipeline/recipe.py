@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from transformers.utils import is_bitsandbytes_available
+from trl import ModelConfig
 
 from gflowtrl.data import PromptFormat, SyntheticShop
 from gflowtrl.rewards import (
@@ -45,6 +47,11 @@ REWARDS = {
 LEARNED = "learned"
 WEIGHABLE = ("collaborative", "likelihood", "title_likelihood")
 FITTED_FOR = {"reward_transform": "power", "reward_beta": 1}
+#: Fields of `model` that are those of `trl.ModelConfig`: the weights that adapters stand on are held in few bits.
+QUANTISATION = (
+    *("load_in_4bit", "load_in_8bit"),
+    *("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
+)
 #: Options of a reward whose values are names: the first is the default.
 REWARD_CHOICES = {"popularity": ("interactions", "impressions"), "of": ("sft", "policy")}
 
@@ -65,6 +72,7 @@ class EvaluationSection:
     num_beams: int = setting(20, "width of the constrained beam search")
     ks: list[int] = setting([5, 10, 20], "cut-offs of the metrics")
     batch_size: int = setting(256, "prompts decoded together")
+    users: int | None = setting(None, "how many users are measured, chosen at random, the same in all runs; null: all")
     bootstrap_samples: int = setting(10_000, "resamples of users for the interval of GFlowNet minus control")
 
     @property
@@ -119,6 +127,8 @@ class Recipe:
             if not isinstance(getattr(self, name), section):
                 raise TypeError(f"{name} must be fields with values, but it is {getattr(self, name)!r}.")
         check_names(self.stages, STAGES, "stages")
+        if self.evaluation.users is not None and self.evaluation.users < 1:
+            raise ValueError(f"evaluation.users is {self.evaluation.users}; give at least 1, or null for all users.")
         if self.data_dir is None:
             check_names(self.data.shop, inspect.signature(SyntheticShop).parameters, "data.shop")
             if self.data.k_core:
@@ -137,9 +147,12 @@ class Recipe:
                 self.training_arguments(stage, Path(self.output_dir) / stage)
 
     def as_dict(self) -> dict[str, Any]:
-        """All settings, without the sections `prompt` and `peft` where they are empty."""
+        """All settings, without later ones that are not in use: results that were kept before still match."""
         unused = {"folder", *(name for name in ("prompt", "peft") if not getattr(self, name))}
-        return {name: value for name, value in asdict(self).items() if name not in unused}
+        settings = {name: value for name, value in asdict(self).items() if name not in unused}
+        if self.evaluation.users is None:
+            del settings["evaluation"]["users"]
+        return settings
 
     @property
     def control_fields(self) -> dict[str, Any]:
@@ -153,7 +166,8 @@ class Recipe:
         from transformers.models.auto import CONFIG_MAPPING
 
         if name := self.model.get("model_name_or_path"):
-            return AutoConfig.from_pretrained(local_folder(self.folder, name)).is_encoder_decoder
+            file = {key: self.model[key] for key in ("gguf_file", "revision") if key in self.model}
+            return AutoConfig.from_pretrained(local_folder(self.folder, name), **file).is_encoder_decoder
         return CONFIG_MAPPING[self.model.get("model_type", "llama")]().is_encoder_decoder
 
     @property
@@ -213,6 +227,7 @@ class Recipe:
         if "model_name_or_path" in self.model:
             if self.model.get("new_tokens", "random") not in ("random", "titles"):
                 raise ValueError(f"model.new_tokens is {self.model['new_tokens']!r}; choose 'random' or 'titles'.")
+            self._check_quantisation()
             return
         kind = self.model.get("model_type", "llama")
         if kind not in CONFIG_MAPPING:
@@ -221,6 +236,20 @@ class Recipe:
             )
         ours = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}  # the tokenizer decides them
         check_names(self.model, {"model_type", *inspect.signature(CONFIG_MAPPING[kind]).parameters} - ours, "model")
+
+    def _check_quantisation(self) -> None:
+        given = {name: value for name, value in self.model.items() if name in QUANTISATION}
+        check_types(ModelConfig, given, "model")
+        if not given.get("load_in_4bit") and not given.get("load_in_8bit"):
+            if given:
+                raise ValueError(f"model.{next(iter(given))} is set, but neither load_in_4bit nor load_in_8bit is.")
+            return
+        ModelConfig(**given)  # it refuses both at once
+        which = "load_in_4bit" if given.get("load_in_4bit") else "load_in_8bit"
+        if not self.peft:
+            raise ValueError(f"model.{which} is set, but quantised weights cannot be trained: add a section peft.")
+        if not is_bitsandbytes_available():
+            raise ValueError(f"model.{which} needs bitsandbytes: pip install 'gflowtrl[quantization]'.")
 
     def _check_adapters(self) -> None:
         if self.prompt and "model_name_or_path" not in self.model:

@@ -53,7 +53,7 @@ def collect(
         "data": {
             "summary": materials.data.summary(),
             "synthetic": materials.data.synthetic,
-            "test_users": len(materials.splits.test),
+            "test_users": len(materials.test),
             "leaves": materials.catalog.tree.num_leaves,
             "fingerprint": materials.fingerprint,
         },

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor
 from transformers import PreTrainedModel, ProgressCallback, Seq2SeqTrainer, Trainer, TrainerCallback, set_seed
 from trl import SFTTrainer
 
 from gflowtrl.data import TargetCollator, sft_dataset, text_sft_dataset
-from gflowtrl.policy import load_backbone, merge_tied_embeddings, whole_models
+from gflowtrl.policy import load_backbone, merge_tied_embeddings
 from gflowtrl.policy.modules import innermost
 from gflowtrl.recommender import write_recommender_files
 from gflowtrl.samplers import build_sampler
@@ -28,7 +27,8 @@ from gflowtrl.trainer.base import LengthGroupedEpochSampler
 from gflowtrl.trainer.checkpoints import CompleteCheckpointsMixin, last_checkpoint
 from gflowtrl.trainer.evaluation import history_lengths
 
-from .materials import Materials, build_model
+from .materials import Materials, measured_users
+from .models import build_model, continued_model, save_merged
 from .recipe import Recipe
 from .signals import build_rewards, final_weights, reward_key, teacher_key
 from .stage import Stage, Workshop
@@ -120,21 +120,21 @@ def train_sft(workshop: Workshop, materials: Materials, callbacks: Sequence[Trai
             recipe.evaluation.num_beams,
             recipe.evaluation.ks,
         )
-        return train(trainer, materials, folder, partial(_model_before_sft, materials))
+        return train(trainer, materials, folder, partial(build_model, materials, quantised=False))
 
     stage.run(f"supervised fine-tuning on {materials.kind}", work)
     return stage
 
 
 def _sft_trainer(materials: Materials, folder: Path, callbacks: Sequence[TrainerCallback]) -> Trainer:
-    recipe, model = materials.recipe, _model_before_sft(materials)
+    recipe, model = materials.recipe, build_model(materials)
     if recipe.peft_config is None:
         merge_tied_embeddings(model)
     else:
         model = add_adapters(model, recipe.peft_config, materials.catalog)
     options = {
         "args": recipe.training_arguments("sft", folder / "checkpoints"),
-        "eval_dataset": materials.splits.validation,
+        "eval_dataset": materials.validation,
         "processing_class": materials.tokenizer,
         "callbacks": list(callbacks),
     }
@@ -223,7 +223,7 @@ def train(trainer: Trainer, materials: Materials, folder: Path, base: Callable[[
     trainer.accelerator.wait_for_everyone()  # the others may still be reading the best checkpoint
     if trainer.is_world_process_zero():
         if adapted:
-            _save_merged(base, folder)
+            save_merged(base, folder / "adapters", folder / "model")
             materials.tokenizer.save_pretrained(folder / "model")
         write_recommender_files(folder / "model", materials.encoder)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -236,17 +236,6 @@ def train(trainer: Trainer, materials: Materials, folder: Path, base: Callable[[
     }
 
 
-def _save_merged(base: Callable[[], PreTrainedModel], folder: Path) -> None:
-    with whole_models():
-        merged = PeftModel.from_pretrained(base(), folder / "adapters").merge_and_unload()
-    merged.save_pretrained(folder / "model")
-
-
-def _model_before_sft(materials: Materials) -> PreTrainedModel:
-    set_seed(materials.recipe.seed)
-    return build_model(materials)
-
-
 def _flow_trainer(
     workshop, materials: Materials, name: str, sft: Stage, folder: Path, callbacks, reward_weights=None, **options
 ):
@@ -254,10 +243,10 @@ def _flow_trainer(
     args = materials.recipe.training_arguments(name, folder / "checkpoints")
     args.reward_weights = reward_weights or None
     return GFlowNetTrainer(
-        load_backbone(sft.folder / "model"),
+        continued_model(materials.recipe, sft.folder / "model"),
         args=args,
         train_dataset=materials.splits.train,
-        eval_dataset=materials.splits.validation,
+        eval_dataset=materials.validation,
         processing_class=materials.tokenizer,
         catalog=materials.catalog,
         item_counts=materials.item_counts,
@@ -287,4 +276,4 @@ def _essential(section: dict[str, Any]) -> dict[str, Any]:
 
 def _selection(recipe: Recipe) -> dict[str, Any]:
     """What of the evaluation decides which checkpoint is kept."""
-    return {"num_beams": recipe.evaluation.num_beams, "k": recipe.evaluation.primary_k}
+    return {"num_beams": recipe.evaluation.num_beams, "k": recipe.evaluation.primary_k, **measured_users(recipe)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 
 # Arguments of `from_pretrained` that say where the files lie, and so hold for the configuration as for the model.
-_WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+_WHERE = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token")
 
 
 def load_backbone(name: str | os.PathLike, **model_kwargs: Any) -> PreTrainedModel:
@@ -22,7 +23,7 @@ def load_backbone(name: str | os.PathLike, **model_kwargs: Any) -> PreTrainedMod
 
     Args:
         name: folder or name, as for `from_pretrained`; a folder of adapters stands for its base model with them.
-        **model_kwargs: handed to `from_pretrained`.
+        **model_kwargs: handed to `from_pretrained`. What `gguf_file` names is no longer quantised afterwards.
 
     Raises:
         OSError: there is no such model.
@@ -34,7 +35,18 @@ def load_backbone(name: str | os.PathLike, **model_kwargs: Any) -> PreTrainedMod
     trusted = model_kwargs.get("trust_remote_code", False)
     config = AutoConfig.from_pretrained(base, trust_remote_code=trusted, **base_where)
     loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return loader.from_pretrained(name, **model_kwargs)
+    model = loader.from_pretrained(name, **model_kwargs)
+    return _as_if_never_quantised(model) if "gguf_file" in model_kwargs else model
+
+
+def _as_if_never_quantised(model: PreTrainedModel) -> PreTrainedModel:
+    """transformers reads the weights of a GGUF file into ordinary tensors, and then refuses to train or save them."""
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    plain = type(model)(config).to(model.dtype)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return plain.eval()
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from transformers import T5ForConditionalGeneration
 from gflowtrl import Recommender
 from gflowtrl.data import TargetCollator
 from gflowtrl.pipeline import run
-from gflowtrl.pipeline.materials import build_model, prepare
+from gflowtrl.pipeline.materials import prepare
+from gflowtrl.pipeline.models import build_model
 
 from .micro import micro_recipe
 from .test_job import METHODS, Interrupt

@@ -7,10 +7,12 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from gflowtrl import Recommender
 from gflowtrl.pipeline import run
-from gflowtrl.pipeline.materials import build_model, prepare
+from gflowtrl.pipeline.materials import prepare
+from gflowtrl.pipeline.models import build_model
 from gflowtrl.pipeline.training import _worded
 from gflowtrl.policy import load_backbone, make_policy
 from tests.data.words import CHAT, byte_tokenizer
@@ -30,7 +32,7 @@ def text_model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("text_model")
     tokenizer = byte_tokenizer(CHAT)
     tokenizer.save_pretrained(folder)
-    model = tiny_model(len(tokenizer))
+    model = tiny_model(len(tokenizer), hidden_size=64)  # a block of 4-bit weights
     model.config.max_position_embeddings = 1024
     model.save_pretrained(folder)
     return folder
@@ -131,3 +133,52 @@ def test_the_stage_follows_the_words(finished, tmp_path):
     materials.data.item_features[item]["title"] = "something else"
     assert _worded(materials) != before
     assert _worded(prepare(micro_recipe(tmp_path))) == {}
+
+
+@pytest.mark.parametrize(
+    "bits", [{"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, {"load_in_8bit": True}], ids=str
+)
+def test_adapters_on_quantised_weights(bits, text_model, tmp_path):
+    """The model is held in few bits while it is trained, and kept whole."""
+    model = {"model_name_or_path": str(text_model), "new_tokens": "titles"}
+    recipe = recipe_of(tmp_path, text_model, model=model | bits)
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            kind = type(model.get_base_model().model.layers[0].mlp.up_proj).__name__
+            seen.append((kind, type(model.get_output_embeddings().original_module).__name__))
+
+    results = run(recipe, quiet=True, callbacks=[Look()])
+    assert seen == [("Linear4bit" if "load_in_4bit" in bits else "Linear8bitLt", "Linear")] * 2
+    for method in ("sft", "gflownet"):
+        folder = Path(results["methods"][method]["model"])
+        assert not hasattr(load_backbone(folder).config, "quantization_config")
+        assert all(value.dtype == torch.float32 for value in load_file(folder / "model.safetensors").values())
+    before, after = (build_model(prepare(recipe), quantised=False), load_backbone(results["methods"]["sft"]["model"]))
+    changed = {n for (n, a), b in zip(before.named_parameters(), after.parameters(), strict=True) if not a.equal(b)}
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in changed} <= {
+        "q_proj",
+        "v_proj",
+        "embed_tokens",
+        "lm_head",
+    }
+    assert changed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"load_in_4bit": True, "load_in_8bit": True}, "8 bit and 4 bit"),
+        ({"load_in_4bit": 4}, "model.load_in_4bit must be true or false"),
+        ({"bnb_4bit_quant_type": "nf4"}, "bnb_4bit_quant_type is set, but neither"),
+    ],
+)
+def test_quantisation_that_makes_no_sense(options, message, text_model, tmp_path):
+    with pytest.raises((TypeError, ValueError), match=message):
+        recipe_of(tmp_path, text_model, model={"model_name_or_path": str(text_model), **options})
+
+
+def test_quantised_weights_cannot_be_trained_themselves(text_model, tmp_path):
+    with pytest.raises(ValueError, match="add a section peft"):
+        recipe_of(tmp_path, text_model, model={"model_name_or_path": str(text_model), "load_in_4bit": True}, peft={})

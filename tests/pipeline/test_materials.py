@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from gflowtrl.data import SyntheticShop, build_tokenizer, write_folder
-from gflowtrl.pipeline.materials import build_model, prepare
+from gflowtrl.pipeline.materials import prepare
+from gflowtrl.pipeline.models import build_model
 from gflowtrl.policy import CausalTreePolicy
 from tests.tiny import tiny_model
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gflowtrl.pipeline import run
-from gflowtrl.pipeline.materials import build_model, prepare
+from gflowtrl.pipeline.materials import prepare
+from gflowtrl.pipeline.models import build_model
 from gflowtrl.pipeline.signals import build_rewards, final_weights, fit_teacher, load_function, reward_key
 from gflowtrl.pipeline.stage import Workshop
 from gflowtrl.rewards import (

@@ -1,0 +1,67 @@
+"""Models of the stages: made from scratch or loaded, quantised where the recipe says so, merged with adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel, set_seed
+from trl import ModelConfig, get_quantization_config
+
+from gflowtrl.data import add_item_tokens
+from gflowtrl.policy import load_backbone, whole_models
+
+from .materials import Materials, pretrained_tokenizer
+from .recipe import QUANTISATION, Recipe, local_folder
+
+
+def build_model(materials: Materials, quantised: bool = True) -> PreTrainedModel:
+    """The model before any training: a small one from scratch, or a checkpoint with item tokens added, which begin
+    near the titles where `model.new_tokens` is `titles`.
+
+    Args:
+        materials: of the run; its recipe's seed decides what begins at random.
+        quantised: False leaves the model in its own precision, whatever the recipe says.
+    """
+    set_seed(materials.recipe.seed)
+    recipe, options = materials.recipe, dict(materials.recipe.model)
+    if name := options.pop("model_name_or_path", None):
+        near = options.pop("new_tokens", "random") == "titles"
+        options = {key: value for key, value in options.items() if key not in QUANTISATION}
+        options |= _quantised(recipe) if quantised else {}
+        model = load_backbone(local_folder(recipe.folder, name), **options)
+        # The tokenizer as it was before item tokens, so that they are new, and begin as new ones.
+        titles = materials.titles if near else None
+        add_item_tokens(pretrained_tokenizer(recipe), materials.data.semantic_ids, model, titles)
+        return model
+    tokenizer = materials.tokenizer
+    special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
+    config = AutoConfig.for_model(options.pop("model_type", "llama"), vocab_size=len(tokenizer), **special, **options)
+    if not config.is_encoder_decoder:
+        return AutoModelForCausalLM.from_config(config)
+    if getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = tokenizer.pad_token_id  # as the published T5 checkpoints have it
+    return AutoModelForSeq2SeqLM.from_config(config)
+
+
+def continued_model(recipe: Recipe, folder: Path) -> PreTrainedModel:
+    """The model that an earlier stage has left in `folder`, to be trained on."""
+    return load_backbone(folder, **_quantised(recipe))
+
+
+def save_merged(base: Callable[[], PreTrainedModel], adapters: Path, folder: Path) -> None:
+    """Merges adapters into what `base` gives, the model that they were trained on (not quantised), and saves it."""
+    with whole_models():
+        merged = PeftModel.from_pretrained(base(), adapters).merge_and_unload()
+    merged.save_pretrained(folder)
+
+
+def _quantised(recipe: Recipe) -> dict[str, Any]:
+    """TRL's fields of quantised loading, as `from_pretrained` takes them."""
+    given = {name: recipe.model[name] for name in QUANTISATION if name in recipe.model}
+    if not given:
+        return {}
+    dtype = recipe.model.get("dtype", "float32")
+    return {"quantization_config": get_quantization_config(ModelConfig(dtype=dtype, **given)), "dtype": dtype}
