@@ -34,6 +34,7 @@ class PromptFormat:
         chat: hand the template to the tokenizer's chat template as the user's message; the id is the answer.
         system: the system message of a chat.
         max_title_words: titles are cut to so many words.
+        untitled: what stands for a title that is missing; None: that is an error.
 
     Raises:
         ValueError: a template or item without its place, or a system message without a chat.
@@ -44,6 +45,7 @@ class PromptFormat:
     chat: bool = False
     system: str | None = None
     max_title_words: int = 12
+    untitled: str | None = None
 
     def __post_init__(self) -> None:
         if self.template.count("{history}") != 1:
@@ -109,16 +111,17 @@ class TextPromptEncoder(PromptEncoder):
 
     def _item_texts(self, titles: Mapping[Item, str]) -> list[str]:
         form = self.format.item
-        if "{title}" in form:
+        if "{title}" in form and self.format.untitled is None:
             bare = [item for item in self.catalog.items if not str(titles.get(item) or "").split()]
             if bare:
                 raise ValueError(
                     f"The prompt holds titles, but {len(bare)} of {len(self.catalog)} items have none, for example "
-                    f"{bare[0]!r}. Give titles, or an item format without {{title}}."
+                    f"{bare[0]!r}. Give titles, a text for them as untitled, or an item format without {{title}}."
                 )
         texts = []
         for item, tokens in zip(self.catalog.items, self.catalog.semantic_ids, strict=True):
-            title = " ".join(str(titles.get(item, "")).split()[: self.format.max_title_words])
+            words = str(titles.get(item) or "").split() or [self.format.untitled or ""]
+            title = " ".join(words[: self.format.max_title_words])
             texts.append(form.replace("{semantic_id}", " ".join(tokens)).replace("{title}", title))
         return texts
 
@@ -135,7 +138,7 @@ class TextPromptEncoder(PromptEncoder):
             raise ValueError(f"The saved prompts are of {len(table)} items, but the catalogue has {len(catalog)}.")
         encoder = cls.__new__(cls)
         PromptEncoder.__init__(encoder, catalog, tokenizer, settings["max_history_items"])
-        encoder.format = PromptFormat(**{name: settings[name] for name in PromptFormat.__dataclass_fields__})
+        encoder.format = PromptFormat(**{n: settings[n] for n in PromptFormat.__dataclass_fields__ if n in settings})
         encoder.head, encoder.tail, encoder.table = list(settings["head"]), list(settings["tail"]), table.long()
         return encoder
 

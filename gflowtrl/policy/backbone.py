@@ -15,7 +15,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 
 # Arguments of `from_pretrained` that say where the files lie, and so hold for the configuration as for the model.
-_WHERE = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token")
+_WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 def load_backbone(name: str | os.PathLike, **model_kwargs: Any) -> PreTrainedModel:
@@ -33,6 +33,8 @@ def load_backbone(name: str | os.PathLike, **model_kwargs: Any) -> PreTrainedMod
     if find_adapter_config_file(name, **where) is not None:
         base, base_where = PeftConfig.from_pretrained(name, **where).base_model_name_or_path, {}
     trusted = model_kwargs.get("trust_remote_code", False)
+    if "gguf_file" in model_kwargs:
+        base_where = base_where | {"gguf_file": model_kwargs["gguf_file"]}
     config = AutoConfig.from_pretrained(base, trust_remote_code=trusted, **base_where)
     loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = loader.from_pretrained(name, **model_kwargs)

@@ -50,6 +50,14 @@ def test_titles_are_cut_and_taken_as_they_are():
     assert text(TOKENIZER, short([[2, 3]])) == "Blue {semantic_id};Pad of;"
 
 
+def test_a_text_stands_for_missing_titles():
+    titles = {**TITLES, 2: " "}
+    del titles[3]
+    form = PromptFormat("{history}", "{title};", untitled="something")
+    encoder = TextPromptEncoder(CATALOG, TOKENIZER, titles, form)
+    assert text(TOKENIZER, encoder([[2, 3]])) == "something;something;"
+
+
 def test_a_chat_is_the_tokenizers_own():
     form = PromptFormat("I had {history}. And now?", "{title} ", chat=True, system="Recommend.")
     encoder = TextPromptEncoder(CHAT_CATALOG, CHATTER, TITLES, form)
