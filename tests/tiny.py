@@ -49,9 +49,9 @@ def tiny_model(
         kind
     ]
     config = config_class(
-        vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=hidden_size // 4, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        attn_implementation=attention, initializer_range=0.3,
+        vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=hidden_size // 4, max_position_embeddings=128,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, attn_implementation=attention, initializer_range=0.3,
     )  # fmt: skip
     return model_class(config).eval()
 

@@ -183,6 +183,7 @@ class Recipe:
         A stage is measured and saved once an epoch, and ends with its checkpoint of the highest validation NDCG.
         """
         from gflowtrl.trainer import GFlowNetConfig
+        from gflowtrl.trainer.base import computes_in_bf16
 
         values = {
             "eval_strategy": "epoch",
@@ -201,11 +202,12 @@ class Recipe:
             from trl import SFTConfig
 
             kind, section = SFTConfig, self.sft
-            values |= {"dataloader_pin_memory": torch.cuda.is_available()}
+            bf16 = not section.get("fp16") and computes_in_bf16(section.get("use_cpu", False))
+            values |= {"dataloader_pin_memory": torch.cuda.is_available(), "bf16": bf16}
             if self.encoder_decoder:
                 kind = Seq2SeqTrainingArguments
             else:
-                values |= {"bf16": False, "gradient_checkpointing": None, "max_length": None}
+                values |= {"gradient_checkpointing": None, "max_length": None}
         else:
             kind, section = GFlowNetConfig, self.control_fields if stage == "control" else self.gflownet
             values |= {

@@ -29,6 +29,11 @@ from .model_card import write_model_card
 HEADS_FILE = "flow_heads.safetensors"
 
 
+def computes_in_bf16(use_cpu: bool) -> bool:
+    """Whether training is in bf16 mixed precision where nobody says otherwise."""
+    return not use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
 @dataclass
 class BaseConfig(_BaseConfig):
     """Defaults of all gflowtrl trainers: TRL's, but right for small models and for machines without bf16."""
@@ -45,8 +50,7 @@ class BaseConfig(_BaseConfig):
 
     def __post_init__(self):
         if self.bf16 is None:
-            on_gpu = torch.cuda.is_available() and not self.use_cpu
-            self.bf16 = not self.fp16 and on_gpu and torch.cuda.is_bf16_supported()
+            self.bf16 = not self.fp16 and computes_in_bf16(self.use_cpu)
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # pinning without a device only warns
         if self.max_shared_prompts < 1:

@@ -116,5 +116,16 @@ def build_prior(
     if isinstance(ref_model, str):
         ref_model = load_backbone(ref_model, **model_kwargs)
     elif ref_model is None and not adapters:
-        ref_model = copy.deepcopy(model)
+        ref_model = _copy(model)
     return ReferencePrior(weight, catalog, ref_model)
+
+
+@torch.no_grad()
+def _copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy; of a model that ZeRO-3 has loaded in shards, one in the same shards."""
+    if not any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):
+        return copy.deepcopy(model)
+    other = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    for own, copied in zip(model.parameters(), other.parameters(), strict=True):
+        copied.ds_tensor.copy_(own.ds_tensor)
+    return other

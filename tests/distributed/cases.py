@@ -31,21 +31,24 @@ BACKBONES = ("llama", "qwen3", "t5")
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained: losses, backbone, whether through adapters; and in which way a step's prompts are computed."""
+    """What is trained: losses, backbone, whether through adapters, whether with a reference model; and in which way a
+    step's prompts are computed."""
 
     loss: str
     backbone: str = "llama"
     adapters: bool = False
+    reference: bool = False
     accumulation: int = 1
     checkpointing: bool = False
 
     @property
     def plain(self) -> Case:
         """The same training in the simplest way."""
-        return Case(self.loss, self.backbone, self.adapters)
+        return Case(self.loss, self.backbone, self.adapters, self.reference)
 
     def __str__(self) -> str:
         words = [self.loss.replace(",", "+"), self.backbone, "lora" if self.adapters else "full"]
+        words += ["reference"] * self.reference
         words += [f"accumulate {self.accumulation}"] * (self.accumulation > 1) + ["checkpoint"] * self.checkpointing
         return "-".join(words).replace(" ", "")
 
@@ -80,6 +83,7 @@ def build(
         "gradient_accumulation_steps": case.accumulation, "gradient_checkpointing": case.checkpointing,
         "train_dataset": make_rows(48), "sampler": {"ground_truth": 1, "on_policy": 3},
         "eval_dataset": make_rows(7, 1, 500), "per_device_eval_batch_size": 2, "peft_config": adapters_of(case),
+        "ref_weight": 0.5 * case.reference,
     }  # fmt: skip
     # exact_flow needs the reward of every item
     given = rewards[:2] if case.loss == "exact_flow" else rewards
@@ -159,12 +163,13 @@ def adapters_of(case: Case) -> LoraConfig | None:
 
 def chosen(engine: int, every: bool = False) -> list[Case]:
     """The cases of an engine: each loss, each backbone with and without adapters, and over six engines each loss with
-    each of these; the first accumulates gradients and the second checkpoints activations. `every`: all of them."""
+    each of these; the first accumulates gradients, the second checkpoints activations, and the third and fourth, one
+    of them with adapters, have a reference model. `every`: all of them."""
     combinations = [
         (loss, combo) for place, loss in enumerate(LOSSES) for combo in (range(6) if every else [(place + engine) % 6])
     ]
     return [
-        Case(loss, BACKBONES[combo % 3], combo % 2 == 1, accumulation=1 + (number == 0), checkpointing=number == 1)
+        Case(loss, BACKBONES[combo % 3], combo % 2 == 1, number in (2, 3), 1 + (number == 0), number == 1)
         for number, (loss, combo) in enumerate(combinations)
     ]
 

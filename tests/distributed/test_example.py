@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.data.words import CHAT, byte_tokenizer
 from tests.pipeline.micro import micro_settings
 from tests.pipeline.test_encoder_decoder import T5
+from tests.tiny import tiny_model
 
 from .launch import ENGINES, PROCESSES, ROOT, launch
 
@@ -26,6 +29,7 @@ def recipe(folder, processes: int, options: dict, **changes) -> list[str]:
     ]  # fmt: skip
     settings["sampler"] = {"ground_truth": 1, "on_policy": 2}
     settings["gflownet"]["loss_type"] = ["sft", "trajectory_balance"]
+    settings["gflownet"]["ref_weight"] = 0.5  # of the model before training, or of the one without its adapters
     settings["gflownet"]["per_device_train_batch_size"] = 32 // processes
     settings["sft"]["per_device_train_batch_size"] = 8 // processes
     for stage in ("sft", "control", "gflownet"):
@@ -78,3 +82,24 @@ def test_adapters_in_shards(engine, adapted_alone, tmp_path):
     launch(engine, tmp_path, recipe(tmp_path / "two", PROCESSES, ENGINES[engine][1], peft=LORA))
     assert metrics(tmp_path / "two") == pytest.approx(adapted_alone, rel=1e-3)
     assert len(list((tmp_path / "two" / "out").glob("*/adapters/adapter_model.safetensors"))) == 3
+
+
+def test_the_recipe_of_a_large_language_model(tmp_path):
+    """gflowgr_office_qwen.yaml as it is, under ZeRO-3, on a small Qwen and the shop."""
+    tokenizer = byte_tokenizer(CHAT)
+    tokenizer.save_pretrained(tmp_path / "qwen")
+    tiny_model(len(tokenizer), "qwen3").save_pretrained(tmp_path / "qwen")
+    small = {
+        "output_dir": tmp_path / "out", "model.model_name_or_path": tmp_path / "qwen", "teacher": {"type": "ease"},
+        "data.shop": micro_settings(tmp_path)["data"]["shop"], "data.max_history_items": 3,
+        "evaluation.num_beams": 10, "evaluation.ks": [5, 10], "prompt.max_title_words": 2,
+    }  # fmt: skip
+    small["control.ddp_backend"] = "gloo"
+    for stage in ("sft", "gflownet"):
+        small |= {f"{stage}.max_steps": 2, f"{stage}.ddp_backend": "gloo", f"{stage}.per_device_train_batch_size": 2}
+    options = [word for name, value in small.items() for word in (f"--{name}", str(value))]
+    recipe = str(ROOT / "recipes" / "gflowgr_office_qwen.yaml")
+    launch("zero3", tmp_path, ["-m", "tests.distributed.example", "--config", recipe, *options])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["methods"]
+    assert {"sft", "control", "gflownet"} <= results.keys()
+    assert all(Path(results[name]["model"], "chat_template.jinja").is_file() for name in ("sft", "gflownet"))
