@@ -132,6 +132,13 @@ class Bench:
                 loss_type="vargrad", num_generations=count, sampler="on_policy"
             ),
         }
+        if self.given.compile:
+            ours |= {
+                f"vargrad, K {count}, {sampler.replace('_', ' ')}, torch.compile": lambda sampler=sampler: self.ours(
+                    loss_type="vargrad", num_generations=count, sampler=sampler, torch_compile=True
+                )
+                for sampler in ("uniform", "on_policy")
+            }
         return {"GRPOTrainer": self.grpo, **ours} if with_grpo else ours
 
     def run(self, with_grpo: bool, title: str) -> dict[str, dict[str, float]]:
@@ -165,6 +172,7 @@ def main() -> None:
     parser.add_argument("--num_generations", type=int, default=16, help="items a prompt, K")
     parser.add_argument("--items", type=int, default=26, help="items of a prompt, of three tokens each")
     parser.add_argument("--data_dir", help="prompts and catalogue of the Office recipe instead of random ones")
+    parser.add_argument("--compile", action="store_true", help="our own sides also with torch_compile=True")
     parser.add_argument("--no_grpo", action="store_true", help="only our own sides")
     given = parser.parse_args()
     rows = []

@@ -41,7 +41,7 @@ def qwen(vocab_size: int, width: int, layers: int) -> Qwen3ForCausalLM:
 def sides(model, catalog, prompts, leaves, optimize: bool) -> dict[str, Callable[[], None]]:
     chosen, whole = CausalTreePolicy(model, catalog), CausalTreePolicy(model, catalog)
     whole._output = None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)  # the Trainer's default
 
     def step(policy: CausalTreePolicy) -> None:
         policy.score(prompts, leaves).trajectory_log_probs.mean().neg().backward()

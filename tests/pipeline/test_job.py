@@ -156,3 +156,23 @@ def test_ctrl_c_says_how_to_continue(tmp_path, monkeypatch, capsys):
     file.write_text(yaml.safe_dump(micro_settings(tmp_path / "out")))
     assert main(["--config", str(file)]) == 130
     assert "start the same command again to continue" in capsys.readouterr().err
+
+
+def test_a_sample_of_the_users_is_measured(finished, tmp_path):
+    """The same users in validation, test and every run; the teacher is fitted as ever."""
+    recipe, whole = finished
+    settings = micro_settings(tmp_path)
+    part = run(micro_recipe(tmp_path, evaluation=settings["evaluation"] | {"users": 11}, seed=8), quiet=True)
+    materials = prepare(micro_recipe(tmp_path, evaluation=settings["evaluation"] | {"users": 11}))
+    assert len(set(materials.test["user"])) == 11 and materials.test["user"] == materials.validation["user"]
+    assert part["data"]["test_users"] == 11
+    every = load_file(Path(whole["methods"]["teacher"]["folder"], "per_user.safetensors"))
+    for method in METHODS:
+        own = load_file(Path(part["methods"][method]["folder"], "per_user.safetensors"))
+        assert own["row_id"].tolist() == materials.test["row_id"]
+        if method == "teacher":
+            places = [every["row_id"].tolist().index(row) for row in own["row_id"].tolist()]
+            assert torch.equal(own["leaves"], every["leaves"][places])
+    assert "users" not in recipe.as_dict()["evaluation"]  # results from before the option still match
+    with pytest.raises(ValueError, match="give at least 1"):
+        micro_recipe(tmp_path, evaluation={"users": 0})
