@@ -125,6 +125,11 @@ class PrefixTree:
     def device(self) -> torch.device:
         return self.paths.device
 
+    @property
+    def nodes_per_depth(self) -> list[int]:
+        """The number of prefixes of 1, 2, ... `max_depth` tokens."""
+        return [end - begin for begin, end in itertools.pairwise(self.level_start)][1:]
+
     def to(self, device: torch.device | str) -> PrefixTree:
         """Move all tensors to `device`, in place."""
         for name in self._TENSORS:

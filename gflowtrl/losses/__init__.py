@@ -3,6 +3,7 @@
 from .contrastive_balance import contrastive_balance
 from .detailed_balance import detailed_balance, subtrajectory_balance
 from .exact_flow import exact_flow, flow_targets, node_flows, normalised_flows
+from .prefix import prefix_pairwise, prefix_pointwise
 from .registry import LOSSES, LossSpec, get_loss
 from .sft import sft
 from .trajectory_balance import trajectory_balance
@@ -19,6 +20,8 @@ __all__ = [
     "get_loss",
     "node_flows",
     "normalised_flows",
+    "prefix_pairwise",
+    "prefix_pointwise",
     "sft",
     "subtrajectory_balance",
     "trajectory_balance",
