@@ -9,6 +9,8 @@ from importlib import import_module
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
+    "APAOConfig": "trainer",
+    "APAOTrainer": "trainer",
     "CausalTreePolicy": "policy",
     "GFlowNetConfig": "trainer",
     "GFlowNetTrainer": "trainer",

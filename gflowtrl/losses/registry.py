@@ -11,6 +11,7 @@ from torch import Tensor
 from .contrastive_balance import contrastive_balance
 from .detailed_balance import detailed_balance, subtrajectory_balance
 from .exact_flow import exact_flow
+from .prefix import prefix_pairwise, prefix_pointwise
 from .sft import sft
 from .trajectory_balance import trajectory_balance
 from .vargrad import vargrad
@@ -24,11 +25,15 @@ class LossSpec:
         function: per-trajectory loss `(B, K)`. Parameters without a default are tensors, those with one are options.
         min_generations: least number of trajectories a prompt.
         on_target: computed on the observed target's id instead of on the sampled trajectories.
+        against_group: of those on the target, computed on the target and, behind it, the sampled trajectories.
+        per_prefix: `(B, L)` losses of the target's prefixes instead, which the trainer weighs by depth.
     """
 
     function: Callable[..., Tensor]
     min_generations: int = 1
     on_target: bool = False
+    against_group: bool = False
+    per_prefix: bool = False
 
     def __call__(self, tensors: Mapping[str, Tensor], **options: object) -> Tensor:
         """Pick this loss's tensors by name and call it; options that it does not have are left out.
@@ -86,6 +91,10 @@ LOSSES: dict[str, LossSpec] = {
     "subtrajectory_balance": LossSpec(subtrajectory_balance),
     "exact_flow": LossSpec(exact_flow),
     "sft": LossSpec(sft, on_target=True),
+    "prefix_pointwise": LossSpec(prefix_pointwise, on_target=True, per_prefix=True),
+    "prefix_pairwise": LossSpec(
+        prefix_pairwise, min_generations=2, on_target=True, against_group=True, per_prefix=True
+    ),
 }
 
 

@@ -75,12 +75,14 @@ class TreePolicy(ABC):
         """A decoder whose prompts are computed already."""
 
     # ------------------------------------------------------------------------------------------------------ scoring
-    def score(self, prompts: Prompts, leaves: Tensor) -> StepScores:
+    def score(self, prompts: Prompts, leaves: Tensor, vocabulary: bool = False) -> StepScores:
         """Score K leaves a prompt in one packed forward, differentiably.
 
         Args:
             prompts: the batch.
             leaves: `(B, K)` leaves.
+            vocabulary: give the tokens' log-probabilities over the whole vocabulary too, in states without a choice
+                as well.
 
         Returns:
             `StepScores`; equal to scoring every full sequence by itself.
@@ -88,8 +90,16 @@ class TreePolicy(ABC):
         tree = self._tree(prompts)
         nodes = tree.walk(leaves)
         # A head's log F is wanted in every state, a distribution only where there is something to choose.
-        wanted = nodes[:, :, :-1] if self._heads else nodes[:, :, :-1].masked_fill(tree.settled(nodes[:, :, :-1]), -1)
+        states = nodes[:, :, :-1]
+        wanted = states if self._heads or vocabulary else states.masked_fill(tree.settled(states), -1)
         branches = merge_branches(tree, wanted)
+        with self._all_logits() if vocabulary else nullcontext():
+            return self._scored(prompts, leaves, nodes, branches, vocabulary)
+
+    def _scored(
+        self, prompts: Prompts, leaves: Tensor, nodes: Tensor, branches: Branches, vocabulary: bool
+    ) -> StepScores:
+        tree = self.catalog.tree
         with self._chosen_logits(tree):
             logits, flows = self._packed(prompts, branches)
         width = max(tree.max_children)
@@ -110,6 +120,7 @@ class TreePolicy(ABC):
             lengths=lengths,
             log_z=None if flows is None else flows[:, 0],
             log_flows=None if flows is None else _flows_of_states(flows, branches, lengths),
+            vocabulary_log_probs=_over_vocabulary(logits, branches, nodes[:, :, 1:], tree) if vocabulary else None,
         )
 
     def _at_trajectories(
@@ -343,6 +354,14 @@ class TreePolicy(ABC):
         return nullcontext() if self._output is None else only_rows(self._output, tree.tokens)
 
     @contextmanager
+    def _all_logits(self) -> Iterator[None]:
+        chosen, self._output = self._output, None
+        try:
+            yield
+        finally:
+            self._output = chosen
+
+    @contextmanager
     def _decoding(self, prompts: Prompts) -> Iterator[BranchDecoder]:
         """A decoder with dropout off; the model's mode is restored afterwards."""
         training = self.model.training
@@ -360,6 +379,14 @@ def _flows_of_states(flows: Tensor, branches: Branches, lengths: Tensor) -> Tens
     """log F at root and states `(B, 1 + S)` -> at each trajectory's s_0 .. s_{L-1} `(B, K, L)`, 0 after its end."""
     states = flows.gather(1, branches.slots.clamp(min=0).flatten(1)).view(branches.slots.shape)
     return torch.where(torch.arange(states.shape[2], device=flows.device) < lengths[..., None], states, 0.0)
+
+
+def _over_vocabulary(logits: Tensor, branches: Branches, reached: Tensor, tree: PrefixTree) -> Tensor:
+    """log P of the tokens that lead to the nodes `reached` `(B, K, L)`, from all logits of their states."""
+    slots, tokens = branches.slots.clamp(min=0), tree.tokens_of(reached)
+    rows = torch.arange(len(logits), device=logits.device)[:, None, None]
+    taken = logits[rows, slots, tokens] - logits.logsumexp(-1)[rows, slots]
+    return torch.where(reached >= 0, taken, 0.0)
 
 
 def _width(needed: Tensor, bound: int) -> int:

@@ -18,6 +18,8 @@ class StepScores:
         lengths: `(B, K)` number of tokens of each trajectory.
         log_z: `(B,)` log Z(x), where the model carries that head.
         log_flows: `(B, K, L)` log F of the states s_0 .. s_{L-1}, where the model carries that head.
+        vocabulary_log_probs: `(B, K, L)` log-probability of each token taken over the whole vocabulary, 0 where a
+            shorter id has ended; where it was asked for.
     """
 
     log_probs: Tensor
@@ -26,6 +28,7 @@ class StepScores:
     lengths: Tensor
     log_z: Tensor | None = None
     log_flows: Tensor | None = None
+    vocabulary_log_probs: Tensor | None = None
 
     @property
     def trajectory_log_probs(self) -> Tensor:
@@ -34,11 +37,6 @@ class StepScores:
 
     def of_trajectories(self, columns: slice) -> StepScores:
         """The scores of some of the K trajectories."""
-        return replace(
-            self,
-            log_probs=self.log_probs[:, columns],
-            child_log_probs=self.child_log_probs[:, columns],
-            child_nodes=self.child_nodes[:, columns],
-            lengths=self.lengths[:, columns],
-            log_flows=None if self.log_flows is None else self.log_flows[:, columns],
-        )
+        each = ("log_probs", "child_log_probs", "child_nodes", "lengths", "log_flows", "vocabulary_log_probs")
+        given = {name: getattr(self, name) for name in each}
+        return replace(self, **{name: None if value is None else value[:, columns] for name, value in given.items()})

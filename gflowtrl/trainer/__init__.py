@@ -1,8 +1,17 @@
-"""Trainers: `GFlowNetTrainer`, its configuration, and what trainers share."""
+"""Trainers: `GFlowNetTrainer`, `APAOTrainer`, their configurations, and what trainers share."""
 
+from .apao import APAOConfig, APAOTrainer
 from .evaluation import RankingEvaluationMixin, compare_with_rewards, rank_rows
 from .gflownet_config import GFlowNetConfig
 from .gflownet_trainer import GFlowNetTrainer
 
 
-__all__ = ["GFlowNetConfig", "GFlowNetTrainer", "RankingEvaluationMixin", "compare_with_rewards", "rank_rows"]
+__all__ = [
+    "APAOConfig",
+    "APAOTrainer",
+    "GFlowNetConfig",
+    "GFlowNetTrainer",
+    "RankingEvaluationMixin",
+    "compare_with_rewards",
+    "rank_rows",
+]

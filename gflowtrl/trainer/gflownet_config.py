@@ -9,6 +9,7 @@ from typing import Any
 from gflowtrl.losses import get_loss
 
 from .base import BaseConfig
+from .prefixes import VARIANTS
 
 
 def _listed(value: Any) -> list:
@@ -40,7 +41,8 @@ class GFlowNetConfig(BaseConfig):
 
         loss_type (`str` or `list[str]`, *optional*, defaults to `["vargrad"]`):
             One or more of `vargrad`, `contrastive_balance`, `trajectory_balance`, `detailed_balance`,
-            `subtrajectory_balance`, `exact_flow`, `sft`. GFlowGR's full loss is `["sft", "trajectory_balance"]` (or
+            `subtrajectory_balance`, `exact_flow`, `sft`, `prefix_pointwise`, `prefix_pairwise` (APAO's, arXiv
+            2603.02730). GFlowGR's full loss is `["sft", "trajectory_balance"]` (or
             `"detailed_balance"`) with `loss_weights=[1.0, lambda]`.
         loss_weights (`list[float]`, *optional*):
             A weight for each of `loss_type`; 1 each by default.
@@ -57,6 +59,15 @@ class GFlowNetConfig(BaseConfig):
             Learning rate of the flow head (log F of every state, log Z of the root) of `trajectory_balance`,
             `detailed_balance` and `subtrajectory_balance`; 10 to 100 times the policy's works well (Malkin et al.,
             arXiv 2201.13259).
+        label_space (`str`, *optional*, defaults to `"tree"`):
+            Of the losses on the target (`sft`, `prefix_*`): probabilities over the children in the tree, as in
+            decoding, or over the whole `"vocabulary"`, as TRL and APAO have them. Balance is always over the tree.
+        sft_reduction (`str`, *optional*, defaults to `"sum"`):
+            `sft` as the sum over an id's tokens, or their `"mean"`.
+        prefix_eta (`float`, *optional*, defaults to `1e-4`):
+            eta of APAO: how fast the weights of prefixes follow their losses.
+        prefix_variant (`str`, *optional*, defaults to `"paper"`):
+            `"paper"`, or as the authors' releases of `"2025"` and `"kdd"` do it ([`trainer.prefixes.PrefixWeights`]).
         trajectory_weighting (`str`, *optional*):
             Weights of a prompt's trajectories in the balance losses (the "heuristic weighting" of GFlowGR's abstract),
             of mean 1 within the prompt: `"source"`, by `source_weights`; `"reward"`, in proportion to R. All are
@@ -129,7 +140,7 @@ class GFlowNetConfig(BaseConfig):
         default_factory=lambda: ["vargrad"],
         metadata={
             "help": "One or more of vargrad, contrastive_balance, trajectory_balance, detailed_balance, "
-            "subtrajectory_balance, exact_flow, sft."
+            "subtrajectory_balance, exact_flow, sft, prefix_pointwise, prefix_pairwise."
         },
     )
     loss_weights: list[float] | None = field(default=None, metadata={"help": "A weight for each of `loss_type`."})
@@ -141,6 +152,17 @@ class GFlowNetConfig(BaseConfig):
     contrastive_delta: float | None = field(default=1.0, metadata={"help": "The same for `contrastive_balance`."})
     subtb_lambda: float = field(default=0.9, metadata={"help": "Weight of a longer sub-path to a shorter by one."})
     log_z_learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of the flow head."})
+    label_space: str = field(
+        default="tree",
+        metadata={"help": "Probabilities of the losses on the target.", "choices": ["tree", "vocabulary"]},
+    )
+    sft_reduction: str = field(
+        default="sum", metadata={"help": "Over the tokens of an id, in `sft`.", "choices": ["sum", "mean"]}
+    )
+    prefix_eta: float = field(default=1e-4, metadata={"help": "How fast prefix weights follow their losses."})
+    prefix_variant: str = field(
+        default="paper", metadata={"help": "Form of the prefix losses.", "choices": ["paper", "2025", "kdd"]}
+    )
     trajectory_weighting: str | None = field(
         default=None,
         metadata={"help": "Weights of a prompt's trajectories in balance losses.", "choices": ["source", "reward"]},
@@ -262,7 +284,8 @@ class GFlowNetConfig(BaseConfig):
     def _check_numbers(self) -> None:
         for name, choices in (
             ("loss_reduction", ("mean", "sum")), ("reward_transform", ("power", "exp")),
-            ("leaf_reduction", ("sum", "max")),
+            ("leaf_reduction", ("sum", "max")), ("label_space", ("tree", "vocabulary")),
+            ("sft_reduction", ("sum", "mean")), ("prefix_variant", VARIANTS),
         ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(map(repr, choices))}.")
@@ -275,6 +298,10 @@ class GFlowNetConfig(BaseConfig):
                 raise ValueError(f"{name} is {delta}; it must be greater than 0, or None for squares.")
         if not 0 <= self.ref_weight < math.inf:
             raise ValueError(f"ref_weight is {self.ref_weight}; it must be a number of at least 0 (0: no reference).")
+        if not 0 <= self.prefix_eta < math.inf:
+            raise ValueError(
+                f"prefix_eta is {self.prefix_eta}; it must be at least 0 (0: weights stay as they begin)."
+            )
         if not 0 <= self.epsilon <= 1:
             raise ValueError(f"epsilon is {self.epsilon}; it is a probability and must lie in [0, 1].")
         if not 0 <= self.reward_floor < 1:

@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -38,41 +38,11 @@ from .adapters import add_adapters
 from .base import BaseTrainer
 from .checks import check_encoder, check_model, check_rows, item_counts_of
 from .gflownet_config import GFlowNetConfig
+from .group import Group, describe_group, group_metrics
+from .prefixes import PrefixWeights, load_prefix_weights, save_prefix_weights
 from .reference import build_prior
 from .sampler_state import load_sampler, save_sampler
-from .weighting import effective_number, source_table, weights_by_reward, weights_by_source
-
-
-@dataclass
-class Group:
-    """What one step knows about its prompts and their trajectories.
-
-    Attributes:
-        batch: prompts and dataset columns.
-        trajectories, scores: what was drawn, and what the policy says about it.
-        rewards: where there are rewards; `log_rewards` is log R of the target, the prior included.
-        log_prior: `(B, K)`, the prior's part of it, where there is a reference model.
-        flows: log F of any nodes `(B, ...) -> (B, ...)`, under `exact_flow`.
-        weights: `(B, K)` of mean 1 within a prompt, where trajectories are weighted.
-    """
-
-    batch: dict[str, Any]
-    trajectories: TrajectoryBatch
-    scores: StepScores
-    rewards: RewardResult | None = None
-    log_prior: Tensor | None = None
-    flows: Callable[[Tensor], Tensor] | None = None
-    weights: Tensor | None = None
-
-    def residuals(self) -> tuple[Tensor, Tensor]:
-        """`(B,)` the best known log Z (true, learned or VarGrad's), `(B, K)` sizes of log Z + log pi - log R."""
-        balance = self.rewards.log_rewards - self.scores.trajectory_log_probs
-        log_z = balance.mean(1)
-        if self.flows is not None:
-            log_z = self.flows(torch.zeros_like(self.trajectories.leaves[:, :1]))[:, 0]  # of the root
-        elif self.scores.log_z is not None:
-            log_z = self.scores.log_z
-        return log_z, (log_z[:, None] - balance).abs()
+from .weighting import source_table, weights_by_reward, weights_by_source
 
 
 class GFlowNetTrainer(BaseTrainer):
@@ -157,6 +127,8 @@ class GFlowNetTrainer(BaseTrainer):
         self.losses = [(name, get_loss(name), w) for name, w in zip(args.loss_type, args.loss_weights, strict=True)]
         self._needs_rewards = any(loss.rewards for _, loss, _ in self.losses)
         self._exact = any(loss.all_leaf_rewards for _, loss, _ in self.losses)
+        # L_m over the vocabulary, and cross entropy, are of the target; balance is always over the tree.
+        self._vocabulary = args.label_space == "vocabulary" and any(loss.on_target for _, loss, _ in self.losses)
         self._set_up_rewards(reward_funcs, args, catalog, processing_class)
         self._set_up_sampler(sampler, args)
         for dataset in [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]:
@@ -190,12 +162,17 @@ class GFlowNetTrainer(BaseTrainer):
         )
         if self.prior is not None:
             self.prior.prepare(self.accelerator)
+        self.prefix_weights = {
+            name: PrefixWeights(catalog.tree.max_depth, args.prefix_eta, args.prefix_variant, self._total)
+            for name, loss, _ in self.losses
+            if loss.per_prefix
+        }
         counts = item_counts_of(train_dataset, catalog) if item_counts is None else item_counts
         self.set_up_ranking(catalog, self._encoder, counts, args.eval_num_beams, args.eval_ks)
         if self.is_world_process_zero():
             prompts = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             print(
-                f"GFlowNetTrainer: {prompts} prompts a step (per_device_train_batch_size counts prompts), "
+                f"{type(self).__name__}: {prompts} prompts a step (per_device_train_batch_size counts prompts), "
                 f"{self.num_generations} trajectories each, loss {' + '.join(args.loss_type)}."
             )
 
@@ -233,7 +210,10 @@ class GFlowNetTrainer(BaseTrainer):
     def _set_up_sampler(self, sampler, args: GFlowNetConfig) -> None:
         self.num_generations = args.num_generations
         if not self._needs_rewards and sampler is None:
-            sampler, self.num_generations = "ground_truth", 1
+            if any(loss.against_group for _, loss, _ in self.losses):
+                sampler = {"ground_truth": 1, "uniform": args.num_generations - 1}
+            else:
+                sampler, self.num_generations = "ground_truth", 1
         elif sampler is None and all(loss.all_leaf_rewards or loss.on_target for _, loss, _ in self.losses):
             sampler = "reward"
         elif sampler is None:
@@ -262,7 +242,13 @@ class GFlowNetTrainer(BaseTrainer):
             loss = super().training_step(*args, **kwargs)
         self.record({f"seconds/{part}": seconds for part, seconds in self._seconds.items()})
         self._seconds.clear()
+        if self.accelerator.sync_gradients:
+            for weights in self.prefix_weights.values():
+                weights.step()
         return loss
+
+    def _total(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, "sum")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Draw, reward, score, balance. Returns the loss, a mean over the micro-batch's prompts."""
@@ -275,15 +261,16 @@ class GFlowNetTrainer(BaseTrainer):
             trajectories = self._draw(policy, batch)
         with self._timed("score"):
             target_first, leaves = self._with_targets(batch, trajectories.leaves)
-            scores = policy.score(batch["prompts"], leaves)
+            scores = policy.score(batch["prompts"], leaves, self._vocabulary)
             drawn = scores.of_trajectories(slice(target_first, None))
         # A reward may be the policy's own likelihood, which is known now.
         batch |= {"policy_leaves": trajectories.leaves, "policy_log_probs": drawn.trajectory_log_probs.detach()}
         rewards, log_prior = self._reward(model, batch, trajectories.leaves)
-        group = Group(batch, trajectories, drawn, rewards, log_prior, self._flows(batch))
+        weight = 0.0 if self.prior is None else self.prior.weight
+        group = Group(batch, trajectories, drawn, rewards, log_prior, weight, self._flows(batch))
         group.weights = self._weights(group)
-        loss = self._balance(group, scores.of_trajectories(slice(0, 1)))
-        self.record(self._group_metrics(group))
+        loss = self._balance(group, scores, leaves)
+        self.record(group_metrics(group, self.sampler.source_names))
         self._tell_sampler(group)
         if self.args.log_completions:
             self._last_group = group
@@ -365,16 +352,21 @@ class GFlowNetTrainer(BaseTrainer):
             return weights_by_reward(group.rewards.log_rewards)
         return None
 
-    def _balance(self, group: Group, target: StepScores) -> Tensor:
-        """The weighted sum of the losses; `target` are the scores of the observed target alone."""
+    def _balance(self, group: Group, all_scores: StepScores, leaves: Tensor) -> Tensor:
+        """The weighted sum of the losses; `all_scores` and `leaves` are those of the group, behind the observed target
+        where a loss needs it."""
         options = {
             "huber_delta": self.args.huber_delta, "delta": self.args.contrastive_delta, "lam": self.args.subtb_lambda,
+            "token_mean": self.args.sft_reduction == "mean", "scale_negatives": self.args.prefix_variant == "2025",
         }  # fmt: skip
+        target, tree = all_scores.of_trajectories(slice(0, 1)), self._catalog.tree
         total = 0.0
         for name, loss, weight in self.losses:
-            scores = target if loss.on_target else group.scores
+            scores = group.scores
+            if loss.on_target:
+                scores = all_scores if loss.against_group else target
             tensors = {
-                "log_probs": scores.log_probs,
+                "log_probs": scores.vocabulary_log_probs if loss.on_target and self._vocabulary else scores.log_probs,
                 "child_log_probs": scores.child_log_probs,
                 "lengths": scores.lengths,
                 "log_z": scores.log_z,
@@ -383,7 +375,12 @@ class GFlowNetTrainer(BaseTrainer):
             }
             if loss.all_leaf_rewards:
                 tensors["child_target_log_probs"] = normalised_flows(group.flows(scores.child_nodes))
+            if loss.against_group:
+                tensors["prefix_nodes"] = tree.walk(leaves)[:, :, 1:]
+                tensors["nodes_per_depth"] = torch.tensor(tree.nodes_per_depth, device=leaves.device)
             per_trajectory = loss(tensors, **options)
+            if loss.per_prefix:
+                per_trajectory = self._over_prefixes(name, per_trajectory, target.lengths[:, 0])
             if group.weights is not None and not loss.on_target:
                 per_trajectory = per_trajectory * group.weights
             reduced = per_trajectory.sum(1) if self.args.loss_reduction == "sum" else per_trajectory.mean(1)
@@ -392,37 +389,14 @@ class GFlowNetTrainer(BaseTrainer):
             total = total + weight * value
         return total
 
-    # ------------------------------------------------------------------------------------------------------- metrics
-    @torch.no_grad()
-    def _group_metrics(self, group: Group) -> dict[str, Tensor]:
-        scores, leaves, source = group.scores, group.trajectories.leaves, group.trajectories.source
-        log_pi = scores.trajectory_log_probs
-        child = scores.child_log_probs
-        entropy = -(child.exp() * child.masked_fill(child == -torch.inf, 0.0)).sum((-2, -1))
-        ordered = leaves.sort(1).values
-        metrics = {
-            "policy_entropy": entropy.mean(),
-            "unique_items": 1.0 + (ordered[:, 1:] != ordered[:, :-1]).sum(1).float().mean(),
-            "log_pi": log_pi.mean(),
-        }
-        if group.rewards is None:
-            return metrics
-        metrics |= {f"rewards/{name}": values.nanmean() for name, values in group.rewards.parts.items()}
-        metrics |= {f"rewards/{name}": value for name, value in group.rewards.metrics.items()}
-        metrics |= {"reward": group.rewards.rewards.mean(), "reward_floored_mass": group.rewards.floored_mass}
-        metrics["reward_std"] = group.rewards.rewards.std(1, correction=0).mean()
-        if len(self.sampler.source_names) > 1:
-            for index, name in enumerate(self.sampler.source_names):
-                own = source == index
-                metrics[f"sampler/{name}/share"] = own.float().mean()
-                metrics[f"sampler/{name}/reward"] = group.rewards.rewards[own].mean()
-        if group.log_prior is not None:
-            metrics["log_pi_ref"] = group.log_prior.mean() / self.prior.weight
-        if group.weights is not None:
-            metrics["effective_generations"] = effective_number(group.weights).mean()
-        log_z, residual = group.residuals()
-        return metrics | {"log_z": log_z.mean(), "residual": residual.mean()}
+    def _over_prefixes(self, name: str, losses: Tensor, lengths: Tensor) -> Tensor:
+        """The weighted sum over the target's prefixes, `(B, L) -> (B, 1)`."""
+        weights = self.prefix_weights[name].weigh(losses, lengths)
+        for m, (loss, prefix_weight) in enumerate(zip(losses.mean(0), weights, strict=True), 1):
+            self.record({f"{name}/loss_{m}": loss, f"{name}/weight_{m}": prefix_weight})
+        return (losses * weights).sum(1, keepdim=True)
 
+    # ------------------------------------------------------------------------------------------------------- metrics
     @torch.no_grad()
     def _tell_sampler(self, group: Group) -> None:
         """What became of its trajectories, to the sampler; and what it reports, to the log."""
@@ -446,30 +420,20 @@ class GFlowNetTrainer(BaseTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
         if self.args.log_completions and "loss" in logs and self.is_world_process_zero():
-            self._print_group()
-
-    def _print_group(self) -> None:
-        """Print the first prompt's trajectories of the last step, the best rewarded first."""
-        group, catalog = self._last_group, self._catalog
-        history, target = group.batch["history"][0], group.batch["target"][0]
-        print(f"Step {self.state.global_step}, history {history}, target {target!r}:")
-        leaves, log_pi = group.trajectories.leaves[0], group.scores.trajectory_log_probs[0]
-        log_rewards = log_pi if group.rewards is None else group.rewards.log_rewards[0]
-        for place in log_rewards.argsort(descending=True, stable=True).tolist():
-            leaf, source = int(leaves[place]), self.sampler.source_names[int(group.trajectories.source[0, place])]
-            reward = "" if group.rewards is None else f", log R {log_rewards[place]:.3f}"
-            shown = f"{catalog.leaf_text(leaf)} {catalog.items_of(leaf)} from {source}"
-            print(f"  {shown}: log pi {log_pi[place]:.3f}{reward}")
+            print(describe_group(self._last_group, self._catalog, self.sampler.source_names, self.state.global_step))
 
     # --------------------------------------------------------------------------------------------------- checkpoints
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         save_sampler(self.sampler, output_dir, self.args.process_index, self.args.world_size)
+        if self.args.should_save:
+            save_prefix_weights(self.prefix_weights, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_sampler(self.sampler, checkpoint, self.args.process_index, self.args.world_size)
+            load_prefix_weights(self.prefix_weights, checkpoint)
 
     def card_settings(self) -> dict[str, Any]:
         """What the model card says about the training."""

@@ -83,7 +83,7 @@ def build(
         "gradient_accumulation_steps": case.accumulation, "gradient_checkpointing": case.checkpointing,
         "train_dataset": make_rows(48), "sampler": {"ground_truth": 1, "on_policy": 3},
         "eval_dataset": make_rows(7, 1, 500), "per_device_eval_batch_size": 2, "peft_config": adapters_of(case),
-        "ref_weight": 0.5 * case.reference,
+        "ref_weight": 0.5 * case.reference, "prefix_eta": 0.3,
     }  # fmt: skip
     # exact_flow needs the reward of every item
     given = rewards[:2] if case.loss == "exact_flow" else rewards
@@ -106,6 +106,11 @@ def train(case: Case, folder: Path, processes: int = 1, **options: Any) -> dict[
         "losses": step_losses(trainer),
         "grad_norms": [log["grad_norm"] for log in trainer.state.log_history if "loss" in log],
         "drawn": drawn,
+        "prefix_weights": [
+            weight
+            for weights in trainer.prefix_weights.values()
+            for weight in weights.state_dict()["log_weights"].exp().tolist()
+        ],
         "evaluation": {name: metrics[f"eval_{name}"] for name in ("ndcg@10", "recall@5", "coverage@10")},
         "engine": {
             "processes": trainer.accelerator.num_processes,

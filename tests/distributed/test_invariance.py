@@ -47,6 +47,7 @@ def assert_same(case: Case, records: list[dict], model: Path, expected: dict, ex
         assert record["grad_norms"][0] == pytest.approx(expected["grad_norms"][0], rel=1e-5), case
         assert record["losses"] == pytest.approx(expected["losses"], rel=1e-4), case
         assert record["evaluation"] == pytest.approx(expected["evaluation"]), case
+        assert record["prefix_weights"] == pytest.approx(expected["prefix_weights"], rel=1e-4), case
     drawn = [tuple(entry) for record in records for entry in record["drawn"]]
     assert sorted(drawn) == sorted(expected["drawn"]), case
     files = sorted(file.name for file in expected_model.glob("*.safetensors"))
@@ -79,6 +80,13 @@ def run_engine(engine: str, cases: list[Case], alone, folder: Path, timeout: flo
 @pytest.mark.parametrize("engine", ENGINES)
 def test_in_two_processes(engine, alone, tmp_path):
     run_engine(engine, chosen(list(ENGINES).index(engine)), alone, tmp_path)
+
+
+def test_prefix_weights_are_those_of_all_processes(alone, tmp_path):
+    """They adapt to the prompts of the whole step, each micro-batch of each process included."""
+    case = Case("sft,prefix_pairwise", accumulation=2)
+    run_engine("ddp", [case], alone, tmp_path)
+    assert alone(case)[0]["prefix_weights"] != pytest.approx([1 / 3] * 3, rel=1e-2)
 
 
 @pytest.mark.slow

@@ -80,6 +80,23 @@ def sub_path_mean(steps: list[float], lam: float = 0.9) -> float:
     return sum(w * sum(steps[i:j]) ** 2 for w, (i, j) in zip(weights, spans, strict=True)) / sum(weights)
 
 
+def prefix_loss(pi: torch.Tensor, target: int, others: list[int] | None) -> float:
+    """APAO's with uniform weights: pointwise, or pairwise against the prefixes of `others`."""
+    path, total = PATHS[target], 0.0
+
+    def mass(prefix) -> float:
+        return float(sum(pi[i] for i in range(LEAVES) if PATHS[i][: len(prefix)] == prefix))
+
+    for m in range(1, len(path) + 1):
+        own = mass(path[:m])
+        if others is None:
+            total -= math.log(own) / m
+        else:
+            competing = {tuple(PATHS[i][:m]) for i in others if len(PATHS[i]) >= m} - {tuple(path[:m])}
+            total += math.log((own + sum(mass(type(path)(prefix)) for prefix in competing)) / own)
+    return total / CATALOG.tree.max_depth
+
+
 def huber(size: float) -> float:
     return size**2 if abs(size) <= 1 else 2 * abs(size) - 1
 
@@ -90,6 +107,10 @@ def expected_loss(name: str, batch: dict, log_pi: torch.Tensor, leaves: torch.Te
     surplus = (log_pi - reward.log()).gather(1, leaves)
     if name == "sft":
         return -log_pi.gather(1, CATALOG.leaf_of(batch["target"])[:, None]).mean().item()
+    if name.startswith("prefix_"):
+        rows = zip(log_pi.exp(), CATALOG.leaf_of(batch["target"]).tolist(), leaves.tolist(), strict=True)
+        values = [prefix_loss(pi, target, row if name == "prefix_pairwise" else None) for pi, target, row in rows]
+        return sum(values) / len(values)
     if name == "vargrad":
         return surplus.var(1, correction=0).mean().item()
     if name == "contrastive_balance":
@@ -148,7 +169,7 @@ def test_the_target_is_scored_once(tmp_path, monkeypatch, sampler, scored):
     """It leads the default group; where it is missing, the SFT term puts it in front."""
     widths, score = [], CausalTreePolicy.score
     monkeypatch.setattr(
-        CausalTreePolicy, "score", lambda s, p, leaves: widths.append(leaves.shape[1]) or score(s, p, leaves)
+        CausalTreePolicy, "score", lambda s, p, leaves, *r: widths.append(leaves.shape[1]) or score(s, p, leaves, *r)
     )
     trainer = make_trainer(tmp_path, rewards(), loss_type="sft,vargrad", sampler=sampler)
     trainer.compute_loss(trainer.model, first_batch(trainer))
