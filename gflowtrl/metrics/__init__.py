@@ -1,6 +1,7 @@
 """Ranking, breadth, fairness and calibration."""
 
 from .breadth import breadth_metrics, popularity_groups
+from .prefixes import prefix_metrics
 from .ranking import group_means, item_ranking_metrics, leaf_ranking_metrics
 from .report import RankingReport, summarise, summarise_items
 from .statistics import jensen_shannon, paired_bootstrap, rank_summary, total_variation
@@ -15,6 +16,7 @@ __all__ = [
     "leaf_ranking_metrics",
     "paired_bootstrap",
     "popularity_groups",
+    "prefix_metrics",
     "rank_summary",
     "summarise",
     "summarise_items",
