@@ -1,5 +1,6 @@
 """Objectives as pure functions on tensors: one loss a trajectory, `(B, K)`, unreduced."""
 
+from .baselines import grpo, msl, sdpo
 from .contrastive_balance import contrastive_balance
 from .detailed_balance import detailed_balance, subtrajectory_balance
 from .exact_flow import exact_flow, flow_targets, node_flows, normalised_flows
@@ -18,10 +19,13 @@ __all__ = [
     "exact_flow",
     "flow_targets",
     "get_loss",
+    "grpo",
+    "msl",
     "node_flows",
     "normalised_flows",
     "prefix_pairwise",
     "prefix_pointwise",
+    "sdpo",
     "sft",
     "subtrajectory_balance",
     "trajectory_balance",

@@ -8,6 +8,7 @@ from inspect import Parameter, signature
 
 from torch import Tensor
 
+from .baselines import grpo, msl, sdpo
 from .contrastive_balance import contrastive_balance
 from .detailed_balance import detailed_balance, subtrajectory_balance
 from .exact_flow import exact_flow
@@ -26,6 +27,7 @@ class LossSpec:
         min_generations: least number of trajectories a prompt.
         on_target: computed on the observed target's id instead of on the sampled trajectories.
         against_group: of those on the target, computed on the target and, behind it, the sampled trajectories.
+        any_label_space: its log-probabilities may be over the whole vocabulary instead of the tree.
         per_prefix: `(B, L)` losses of the target's prefixes instead, which the trainer weighs by depth.
     """
 
@@ -34,6 +36,7 @@ class LossSpec:
     on_target: bool = False
     against_group: bool = False
     per_prefix: bool = False
+    any_label_space: bool = False
 
     def __call__(self, tensors: Mapping[str, Tensor], **options: object) -> Tensor:
         """Pick this loss's tensors by name and call it; options that it does not have are left out.
@@ -80,7 +83,12 @@ class LossSpec:
     @property
     def rewards(self) -> bool:
         """Whether it uses rewards at all."""
-        return self.all_leaf_rewards or "log_rewards" in self.inputs
+        return self.all_leaf_rewards or "log_rewards" in self.inputs or "advantages" in self.inputs
+
+    @property
+    def reference(self) -> bool:
+        """Whether it compares the policy with a reference model."""
+        return "ref_log_probs" in self.inputs
 
 
 LOSSES: dict[str, LossSpec] = {
@@ -90,11 +98,14 @@ LOSSES: dict[str, LossSpec] = {
     "detailed_balance": LossSpec(detailed_balance),
     "subtrajectory_balance": LossSpec(subtrajectory_balance),
     "exact_flow": LossSpec(exact_flow),
-    "sft": LossSpec(sft, on_target=True),
-    "prefix_pointwise": LossSpec(prefix_pointwise, on_target=True, per_prefix=True),
+    "sft": LossSpec(sft, on_target=True, any_label_space=True),
+    "prefix_pointwise": LossSpec(prefix_pointwise, on_target=True, per_prefix=True, any_label_space=True),
     "prefix_pairwise": LossSpec(
-        prefix_pairwise, min_generations=2, on_target=True, against_group=True, per_prefix=True
+        prefix_pairwise, min_generations=2, on_target=True, against_group=True, per_prefix=True, any_label_space=True
     ),
+    "msl": LossSpec(msl, on_target=True),
+    "sdpo": LossSpec(sdpo, min_generations=2, on_target=True, against_group=True),
+    "grpo": LossSpec(grpo, min_generations=2),
 }
 
 

@@ -20,6 +20,7 @@ from gflowtrl.rewards import (
     GroundTruthReward,
     InteractionReward,
     LikelihoodReward,
+    RankPenaltyReward,
     TitleLikelihoodReward,
     TokenSimilarityReward,
 )
@@ -41,6 +42,7 @@ REWARDS = {
     "token_similarity": TokenSimilarityReward,
     "collaborative": CollaborativeReward,
     "likelihood": LikelihoodReward,
+    "rank_penalty": RankPenaltyReward,
     "title_likelihood": TitleLikelihoodReward,
 }
 #: The weight that validation rows decide, and the rewards they can judge: those that do not read the target.

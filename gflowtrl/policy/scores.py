@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ class StepScores:
         log_flows: `(B, K, L)` log F of the states s_0 .. s_{L-1}, where the model carries that head.
         vocabulary_log_probs: `(B, K, L)` log-probability of each token taken over the whole vocabulary, 0 where a
             shorter id has ended; where it was asked for.
+        ref_log_probs: `(B, K, L)` what a reference model says of the same tokens, over the tree; where there is one.
     """
 
     log_probs: Tensor
@@ -29,6 +30,7 @@ class StepScores:
     log_z: Tensor | None = None
     log_flows: Tensor | None = None
     vocabulary_log_probs: Tensor | None = None
+    ref_log_probs: Tensor | None = None
 
     @property
     def trajectory_log_probs(self) -> Tensor:
@@ -37,6 +39,5 @@ class StepScores:
 
     def of_trajectories(self, columns: slice) -> StepScores:
         """The scores of some of the K trajectories."""
-        each = ("log_probs", "child_log_probs", "child_nodes", "lengths", "log_flows", "vocabulary_log_probs")
-        given = {name: getattr(self, name) for name in each}
+        given = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "log_z"}
         return replace(self, **{name: None if value is None else value[:, columns] for name, value in given.items()})

@@ -6,6 +6,7 @@ from .fusion import RewardFusion, RewardResult
 from .ground_truth import GroundTruthReward
 from .interaction import InteractionReward
 from .likelihood import LikelihoodReward
+from .rank_penalty import RankPenaltyReward
 from .title_likelihood import TitleLikelihoodReward
 from .token_similarity import TokenSimilarityReward
 from .top import TopRewards, rewards_by_rows, top_rewards
@@ -18,6 +19,7 @@ __all__ = [
     "InteractionReward",
     "LearnedWeights",
     "LikelihoodReward",
+    "RankPenaltyReward",
     "Reward",
     "RewardFusion",
     "RewardResult",

@@ -42,8 +42,8 @@ class GFlowNetConfig(BaseConfig):
         loss_type (`str` or `list[str]`, *optional*, defaults to `["vargrad"]`):
             One or more of `vargrad`, `contrastive_balance`, `trajectory_balance`, `detailed_balance`,
             `subtrajectory_balance`, `exact_flow`, `sft`, `prefix_pointwise`, `prefix_pairwise` (APAO's, arXiv
-            2603.02730). GFlowGR's full loss is `["sft", "trajectory_balance"]` (or
-            `"detailed_balance"`) with `loss_weights=[1.0, lambda]`.
+            2603.02730), and for comparison `msl`, `sdpo`, `grpo`. GFlowGR's full loss is
+            `["sft", "trajectory_balance"]` (or `"detailed_balance"`) with `loss_weights=[1.0, lambda]`.
         loss_weights (`list[float]`, *optional*):
             A weight for each of `loss_type`; 1 each by default.
         loss_reduction (`str`, *optional*, defaults to `"mean"`):
@@ -68,6 +68,12 @@ class GFlowNetConfig(BaseConfig):
             eta of APAO: how fast the weights of prefixes follow their losses.
         prefix_variant (`str`, *optional*, defaults to `"paper"`):
             `"paper"`, or as the authors' releases of `"2025"` and `"kdd"` do it ([`trainer.prefixes.PrefixWeights`]).
+        msl_temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of `msl`, cross entropy over the legal tokens.
+        sdpo_beta (`float`, *optional*, defaults to `1.0`):
+            beta of `sdpo`, the target against the group's other items relative to the reference model.
+        kl_coef (`float`, *optional*, defaults to `1e-3`):
+            Weight of the KL divergence to the reference model in `grpo`.
         trajectory_weighting (`str`, *optional*):
             Weights of a prompt's trajectories in the balance losses (the "heuristic weighting" of GFlowGR's abstract),
             of mean 1 within the prompt: `"source"`, by `source_weights`; `"reward"`, in proportion to R. All are
@@ -140,7 +146,7 @@ class GFlowNetConfig(BaseConfig):
         default_factory=lambda: ["vargrad"],
         metadata={
             "help": "One or more of vargrad, contrastive_balance, trajectory_balance, detailed_balance, "
-            "subtrajectory_balance, exact_flow, sft, prefix_pointwise, prefix_pairwise."
+            "subtrajectory_balance, exact_flow, sft, prefix_pointwise, prefix_pairwise, msl, sdpo, grpo."
         },
     )
     loss_weights: list[float] | None = field(default=None, metadata={"help": "A weight for each of `loss_type`."})
@@ -163,6 +169,9 @@ class GFlowNetConfig(BaseConfig):
     prefix_variant: str = field(
         default="paper", metadata={"help": "Form of the prefix losses.", "choices": ["paper", "2025", "kdd"]}
     )
+    msl_temperature: float = field(default=1.0, metadata={"help": "Temperature of `msl`."})
+    sdpo_beta: float = field(default=1.0, metadata={"help": "beta of `sdpo`."})
+    kl_coef: float = field(default=1e-3, metadata={"help": "Weight of the KL divergence in `grpo`."})
     trajectory_weighting: str | None = field(
         default=None,
         metadata={"help": "Weights of a prompt's trajectories in balance losses.", "choices": ["source", "reward"]},
@@ -289,7 +298,14 @@ class GFlowNetConfig(BaseConfig):
         ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(map(repr, choices))}.")
-        for name in ("temperature", "reward_beta", "log_z_learning_rate", "subtb_lambda"):
+        for name in (
+            "temperature",
+            "reward_beta",
+            "log_z_learning_rate",
+            "subtb_lambda",
+            "msl_temperature",
+            "sdpo_beta",
+        ):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be greater than 0, and finite.")
         for name in ("huber_delta", "contrastive_delta"):
@@ -298,6 +314,8 @@ class GFlowNetConfig(BaseConfig):
                 raise ValueError(f"{name} is {delta}; it must be greater than 0, or None for squares.")
         if not 0 <= self.ref_weight < math.inf:
             raise ValueError(f"ref_weight is {self.ref_weight}; it must be a number of at least 0 (0: no reference).")
+        if not 0 <= self.kl_coef < math.inf:
+            raise ValueError(f"kl_coef is {self.kl_coef}; it must be a number of at least 0.")
         if not 0 <= self.prefix_eta < math.inf:
             raise ValueError(
                 f"prefix_eta is {self.prefix_eta}; it must be at least 0 (0: weights stay as they begin)."

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.data import GroupCollator, PromptEncoder
-from gflowtrl.losses import get_loss, node_flows, normalised_flows
+from gflowtrl.losses import LossSpec, get_loss, node_flows, normalised_flows
 from gflowtrl.policy import (
     StatelessNoise,
     StepScores,
@@ -128,14 +128,16 @@ class GFlowNetTrainer(BaseTrainer):
         self._needs_rewards = any(loss.rewards for _, loss, _ in self.losses)
         self._exact = any(loss.all_leaf_rewards for _, loss, _ in self.losses)
         # L_m over the vocabulary, and cross entropy, are of the target; balance is always over the tree.
-        self._vocabulary = args.label_space == "vocabulary" and any(loss.on_target for _, loss, _ in self.losses)
+        self._vocabulary = args.label_space == "vocabulary" and any(loss.any_label_space for _, loss, _ in self.losses)
         self._set_up_rewards(reward_funcs, args, catalog, processing_class)
         self._set_up_sampler(sampler, args)
         for dataset in [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]:
             check_rows(dataset, catalog)
-        self.prior = build_prior(
-            args.ref_weight, catalog, ref_model, model, adapters=peft_config is not None, **model_kwargs
+        self._compares = any(loss.reference for _, loss, _ in self.losses)
+        self.reference = build_prior(
+            args.ref_weight, catalog, ref_model, model, peft_config is not None, self._compares, **model_kwargs
         )
+        self.prior = self.reference if args.ref_weight else None
         set_seed(args.seed)  # heads and adapters begin at random
         if peft_config is None:
             merge_tied_embeddings(model)
@@ -160,8 +162,8 @@ class GFlowNetTrainer(BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.prior is not None:
-            self.prior.prepare(self.accelerator)
+        if self.reference is not None:
+            self.reference.prepare(self.accelerator)
         self.prefix_weights = {
             name: PrefixWeights(catalog.tree.max_depth, args.prefix_eta, args.prefix_variant, self._total)
             for name, loss, _ in self.losses
@@ -262,7 +264,11 @@ class GFlowNetTrainer(BaseTrainer):
         with self._timed("score"):
             target_first, leaves = self._with_targets(batch, trajectories.leaves)
             scores = policy.score(batch["prompts"], leaves, self._vocabulary)
-            drawn = scores.of_trajectories(slice(target_first, None))
+        if self._compares:
+            with self._timed("reference"):
+                ref_log_probs = self.reference.token_log_probs(model, batch["prompts"], leaves)
+            scores = replace(scores, ref_log_probs=ref_log_probs)
+        drawn = scores.of_trajectories(slice(target_first, None))
         # A reward may be the policy's own likelihood, which is known now.
         batch |= {"policy_leaves": trajectories.leaves, "policy_log_probs": drawn.trajectory_log_probs.detach()}
         rewards, log_prior = self._reward(model, batch, trajectories.leaves)
@@ -355,8 +361,8 @@ class GFlowNetTrainer(BaseTrainer):
     def _balance(self, group: Group, all_scores: StepScores, leaves: Tensor) -> Tensor:
         """The weighted sum of the losses; `all_scores` and `leaves` are those of the group, behind the observed target
         where a loss needs it."""
-        options = {
-            "huber_delta": self.args.huber_delta, "delta": self.args.contrastive_delta, "lam": self.args.subtb_lambda,
+        options = vars(self.args) | {  # a loss picks those it has
+            "delta": self.args.contrastive_delta, "lam": self.args.subtb_lambda,
             "token_mean": self.args.sft_reduction == "mean", "scale_negatives": self.args.prefix_variant == "2025",
         }  # fmt: skip
         target, tree = all_scores.of_trajectories(slice(0, 1)), self._catalog.tree
@@ -366,16 +372,19 @@ class GFlowNetTrainer(BaseTrainer):
             if loss.on_target:
                 scores = all_scores if loss.against_group else target
             tensors = {
-                "log_probs": scores.vocabulary_log_probs if loss.on_target and self._vocabulary else scores.log_probs,
+                "log_probs": self._target_log_probs(loss, scores),
                 "child_log_probs": scores.child_log_probs,
                 "lengths": scores.lengths,
                 "log_z": scores.log_z,
                 "log_flows": scores.log_flows,
                 "log_rewards": None if group.rewards is None else group.rewards.log_rewards,
+                "advantages": None if group.rewards is None else normalised(group.rewards.rewards),
+                "ref_log_probs": scores.ref_log_probs,
+                "leaves": leaves,
             }
             if loss.all_leaf_rewards:
                 tensors["child_target_log_probs"] = normalised_flows(group.flows(scores.child_nodes))
-            if loss.against_group:
+            if loss.per_prefix and loss.against_group:
                 tensors["prefix_nodes"] = tree.walk(leaves)[:, :, 1:]
                 tensors["nodes_per_depth"] = torch.tensor(tree.nodes_per_depth, device=leaves.device)
             per_trajectory = loss(tensors, **options)
@@ -388,6 +397,9 @@ class GFlowNetTrainer(BaseTrainer):
             self.record({f"loss/{name}": value})
             total = total + weight * value
         return total
+
+    def _target_log_probs(self, loss: LossSpec, scores: StepScores) -> Tensor:
+        return scores.vocabulary_log_probs if self._vocabulary and loss.any_label_space else scores.log_probs
 
     def _over_prefixes(self, name: str, losses: Tensor, lengths: Tensor) -> Tensor:
         """The weighted sum over the target's prefixes, `(B, L) -> (B, 1)`."""
@@ -448,6 +460,11 @@ class GFlowNetTrainer(BaseTrainer):
         if self.args.trajectory_weighting is not None:
             settings["weights of trajectories"] = f"by {self.args.trajectory_weighting}"
         return settings
+
+
+def normalised(rewards: Tensor) -> Tensor:
+    """Rewards `(B, K)` as GRPO's advantages: of mean 0 and deviation 1 within a group, 0 where all are equal."""
+    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
 
 
 def fuse_rewards(

@@ -61,6 +61,12 @@ class ReferencePrior:
             return self.weight * policy.score(prompts, leaves).trajectory_log_probs
 
     @torch.no_grad()
+    def token_log_probs(self, trained: nn.Module, prompts: Mapping[str, Tensor], leaves: Tensor) -> Tensor:
+        """log pi_ref of the tokens of `leaves (B, K)`, over the tree and without the weight: `(B, K, L)`."""
+        with self._policy(trained) as policy:
+            return policy.score(prompts, leaves).log_probs
+
+    @torch.no_grad()
     def score_all(self, trained: nn.Module, prompts: Mapping[str, Tensor]) -> Tensor:
         """The prior of all leaves: `(B, N)`."""
         with self._policy(trained) as policy:
@@ -86,6 +92,7 @@ def build_prior(
     ref_model: str | PreTrainedModel | None,
     model: PreTrainedModel,
     adapters: bool,
+    needed: bool = False,
     **model_kwargs: Any,
 ) -> ReferencePrior | None:
     """The prior that a trainer's arguments ask for.
@@ -96,12 +103,13 @@ def build_prior(
             adapters is the trained one without them and else a copy (as in TRL's DPOTrainer).
         model: the model to be trained, before adapters are put on it.
         adapters: whether adapters will be.
+        needed: whether a loss compares with the reference, so that there is one without a weight too.
         model_kwargs: handed to `from_pretrained` where the reference is given by its name.
 
     Raises:
         ValueError: a reference model without a weight, or the trained model as its own reference.
     """
-    if not weight:
+    if not weight and not needed:
         if ref_model is not None:
             raise ValueError(
                 "ref_model was given, but ref_weight is 0, so that it would not be used. Set ref_weight to the "

@@ -1,0 +1,88 @@
+"""What balance losses are measured against, each on the same group in the same forward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .common import expect_shape, real_steps
+
+
+def msl(log_probs: Tensor, child_log_probs: Tensor, lengths: Tensor, msl_temperature: float = 1.0) -> Tensor:
+    """Masked softmax loss: cross entropy over the legal tokens only, at a temperature.
+
+    Tokens without an alternative add nothing. At temperature 1 it is `sft` over the tree.
+
+    Args:
+        log_probs: `(B, K, L)` tree-normalised log-probabilities of the tokens taken.
+        child_log_probs: `(B, K, L, C)` those of all legal tokens, -inf on padding.
+        lengths: `(B, K)`.
+        msl_temperature: tau > 0 that the logits are divided by.
+
+    Returns:
+        `(B, K)`, in nats, summed over tokens.
+
+    References:
+        Wang et al., MSL: Not All Tokens Are What You Need for Tuning LLM as a Recommender, SIGIR 2025.
+    """
+    expect_shape("child_log_probs", child_log_probs, (*log_probs.shape, child_log_probs.shape[-1]), "(B, K, L, C)")
+    real = real_steps(lengths, log_probs.shape[-1])
+    # Steps beyond an id's end have no children: filled before logsumexp, which has no gradient there.
+    logits = child_log_probs.masked_fill(~real[..., None], 0.0) / msl_temperature
+    taken = log_probs / msl_temperature - logits.logsumexp(-1)
+    return -taken.masked_fill(~real, 0.0).sum(-1)
+
+
+def sdpo(log_probs: Tensor, ref_log_probs: Tensor, lengths: Tensor, leaves: Tensor, sdpo_beta: float = 1.0) -> Tensor:
+    """Softmax DPO: the target against several negatives, `-log sigmoid(-log sum_j exp(beta (D_j - D_+)))`, with
+    `D = log pi - log pi_ref`.
+
+    Negatives that are the target itself are left out; where none is left the loss is 0.
+
+    Args:
+        log_probs: `(B, K, L)` of the tokens taken; trajectory 0 is the observed target.
+        ref_log_probs: `(B, K, L)` the reference model's.
+        lengths: `(B, K)`.
+        leaves: `(B, K)`.
+        sdpo_beta: beta > 0.
+
+    Returns:
+        `(B, 1)`, in nats. With one negative it is DPO.
+
+    References:
+        Chen et al., On Softmax Direct Preference Optimization for Recommendation, NeurIPS 2024.
+    """
+    expect_shape("ref_log_probs", ref_log_probs, log_probs.shape, "log_probs.shape")
+    expect_shape("leaves", leaves, log_probs.shape[:2], "(prompts, trajectories)")
+    real = real_steps(lengths, log_probs.shape[-1])
+    gain = (log_probs - ref_log_probs).masked_fill(~real, 0.0).sum(-1)
+    others = leaves != leaves[:, :1]
+    margins = (sdpo_beta * (gain - gain[:, :1])).masked_fill(~others, torch.finfo(gain.dtype).min)
+    return torch.nn.functional.softplus(margins.logsumexp(1, keepdim=True))
+
+
+def grpo(
+    log_probs: Tensor, ref_log_probs: Tensor, lengths: Tensor, advantages: Tensor, kl_coef: float = 1e-3
+) -> Tensor:
+    """GRPO's policy gradient with one update a group, and the KL estimate `exp(d) - d - 1`, `d = log pi_ref - log pi`.
+
+    Args:
+        log_probs: `(B, K, L)` of the tokens taken.
+        ref_log_probs: `(B, K, L)` the reference model's.
+        lengths: `(B, K)`.
+        advantages: `(B, K)` rewards, normalised within the group.
+        kl_coef: weight of the KL estimate.
+
+    Returns:
+        `(B, K)`, a mean over the tokens of each trajectory.
+
+    References:
+        Shao et al., DeepSeekMath, arXiv 2402.03300. With constrained beams as the group and `RankPenaltyReward` it is
+        ReRe's form.
+    """
+    expect_shape("ref_log_probs", ref_log_probs, log_probs.shape, "log_probs.shape")
+    expect_shape("advantages", advantages, lengths.shape, "(prompts, trajectories)")
+    ratio = (log_probs - log_probs.detach()).exp()  # 1, with the gradient of log pi
+    difference = ref_log_probs - log_probs
+    tokens = kl_coef * (difference.exp() - difference - 1) - advantages[..., None] * ratio
+    return tokens.masked_fill(~real_steps(lengths, log_probs.shape[-1]), 0.0).sum(-1) / lengths
