@@ -81,9 +81,14 @@ class LossSpec:
         return "child_target_log_probs" in self.inputs
 
     @property
+    def balances(self) -> bool:
+        """Whether it balances towards log R."""
+        return self.all_leaf_rewards or "log_rewards" in self.inputs
+
+    @property
     def rewards(self) -> bool:
         """Whether it uses rewards at all."""
-        return self.all_leaf_rewards or "log_rewards" in self.inputs or "advantages" in self.inputs
+        return self.balances or "advantages" in self.inputs
 
     @property
     def reference(self) -> bool:

@@ -267,13 +267,19 @@ class GFlowNetConfig(BaseConfig):
 
     def _check_weighting(self) -> None:
         """What weighs trajectories and their rewards must have something to weigh."""
-        balance = [name for name in self.loss_type if get_loss(name).rewards]
-        for name in ("trajectory_weighting", "ref_weight"):
-            if getattr(self, name) and not balance:
+        losses = [get_loss(name) for name in self.loss_type]
+        weighed = any(loss.rewards for loss in losses)
+        for name, used in (("trajectory_weighting", weighed), ("ref_weight", any(loss.balances for loss in losses))):
+            if getattr(self, name) and not used:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, but no loss of {self.loss_type} uses rewards: it would "
+                    f"{name} is {getattr(self, name)!r}, but no loss of {self.loss_type} balances rewards: it would "
                     f"change nothing. Leave it out or add a balance loss to loss_type."
                 )
+        if self.label_space == "vocabulary" and not any(loss.any_label_space for loss in losses):
+            raise ValueError(
+                f"label_space is 'vocabulary', but the losses {self.loss_type} are always over the tree; only sft and "
+                f"the prefix losses can be over the vocabulary. Leave it out."
+            )
         if self.trajectory_weighting not in (None, "source", "reward"):
             raise ValueError(
                 f"trajectory_weighting is {self.trajectory_weighting!r}; choose 'source', 'reward' or None."

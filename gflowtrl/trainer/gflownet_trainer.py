@@ -65,9 +65,10 @@ class GFlowNetTrainer(BaseTrainer):
         sampler: where trajectories come from: a name (`"on_policy"`, `"reward"`, ...), a mixture
             `{"ground_truth": 1, "on_policy": 3}`, or a `Sampler`. By default the observed target and K - 1 on policy;
             under `exact_flow` alone, K from the reward itself.
-        ref_model: the reference model of the target pi_ref^ref_weight * R, or its name or folder; never trained. Where
-            `args.ref_weight` asks for one and none is given, it is the model as it is before training: under
-            `peft_config` the trained one with its adapters switched off, else a copy.
+        ref_model: the reference model of the target pi_ref^ref_weight * R, and of the losses that compare with one
+            (`sdpo`, `grpo`), or its name or folder; never trained. Where one is asked for and none is given, it is the
+            model as it is before training: under `peft_config` the trained one with its adapters switched off, else a
+            copy.
         peft_config: a PEFT configuration; adapters are trained instead of the model, and with them the embeddings of
             the items' tokens (`args.train_item_tokens`).
         item_counts: `(items,)` training interactions in the order of `catalog.items`, for the breadth metrics; counted

@@ -190,7 +190,11 @@ def test_flow_targets_are_ratios_of_flows(problem):
 
 
 # ---------------------------------------------------------------------------------------------- padding and gradients
-@pytest.mark.parametrize("name", sorted(LOSSES))
+#: What needs scores and rewards only; test_prefix.py and test_baselines.py have the rest.
+ON_SCORES = sorted(name for name, loss in LOSSES.items() if loss.balances or name in ("sft", "msl"))
+
+
+@pytest.mark.parametrize("name", ON_SCORES)
 def test_padding_more_steps_and_children_changes_nothing(problem, name):
     policy = problem.random_policy()
     tensors = {**policy.score(problem.all_leaves, problem.log_flows), "log_z": problem.log_z}
@@ -202,7 +206,7 @@ def test_padding_more_steps_and_children_changes_nothing(problem, name):
     assert LOSSES[name](padded).allclose(LOSSES[name](tensors))
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("name", ON_SCORES)
 def test_gradients_are_those_of_the_value(name):
     problem = Problem(seed=0, num_paths=8)
     leaves = problem.all_leaves[:, :5]
@@ -261,7 +265,14 @@ def test_the_registry_states_what_each_loss_needs():
         "subtrajectory_balance": (False, True, False, 1, True, False),
         "exact_flow": (False, False, True, 1, True, False),
         "sft": (False, False, False, 1, False, True),
+        "prefix_pointwise": (False, False, False, 1, False, True),
+        "prefix_pairwise": (False, False, False, 2, False, True),
+        "msl": (False, False, False, 1, False, True),
+        "sdpo": (False, False, False, 2, False, True),
+        "grpo": (False, False, False, 2, True, False),
     }
+    assert {n for n, s in LOSSES.items() if s.reference} == {"sdpo", "grpo"}
+    assert {n for n, s in LOSSES.items() if s.balances} == {n for n, s in LOSSES.items() if s.rewards} - {"grpo"}
     assert {n for n, s in LOSSES.items() if s.heads} == {
         "trajectory_balance", "detailed_balance", "subtrajectory_balance",
     }  # fmt: skip
@@ -270,7 +281,9 @@ def test_the_registry_states_what_each_loss_needs():
 
 
 def test_an_unknown_loss_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match="'ppo'.*exact_flow, sft, subtrajectory_balance, trajectory_balance, vargrad"):
+    with pytest.raises(
+        ValueError, match="'ppo'.*exact_flow, grpo, msl, .*sft, subtrajectory_balance, trajectory_balance, vargrad"
+    ):
         get_loss("ppo")
 
 
@@ -310,7 +323,7 @@ def test_a_missing_tensor_and_a_bad_delta_are_named():
 
 
 # ---------------------------------------------------------------------------------------------------------- learning
-@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("name", ON_SCORES)
 def test_learning_reaches_the_target_from_a_uniform_policy(name):
     """Total variation to R / Z over all leaves, from sampled trajectories: half uniform, half on policy."""
     problem = Problem(seed=3, num_paths=60)

@@ -56,7 +56,7 @@ def test_weights_are_positive_of_mean_one_and_blind_to_the_scale(seed, count, sh
     assert weights_by_source(7 * table, source).allclose(weights_by_source(table, source))
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].rewards])
+@pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].balances])
 def test_weights_keep_the_fixed_point(name):
     tree = random_tree(0)
     generator = torch.Generator().manual_seed(0)
