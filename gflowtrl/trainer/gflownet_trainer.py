@@ -379,12 +379,13 @@ class GFlowNetTrainer(BaseTrainer):
                 "log_z": scores.log_z,
                 "log_flows": scores.log_flows,
                 "log_rewards": None if group.rewards is None else group.rewards.log_rewards,
-                "advantages": None if group.rewards is None else normalised(group.rewards.rewards),
                 "ref_log_probs": scores.ref_log_probs,
                 "leaves": leaves,
             }
             if loss.all_leaf_rewards:
                 tensors["child_target_log_probs"] = normalised_flows(group.flows(scores.child_nodes))
+            if "advantages" in loss.inputs:
+                tensors["advantages"] = normalised(group.rewards.rewards)
             if loss.per_prefix and loss.against_group:
                 tensors["prefix_nodes"] = tree.walk(leaves)[:, :, 1:]
                 tensors["nodes_per_depth"] = torch.tensor(tree.nodes_per_depth, device=leaves.device)
