@@ -74,11 +74,7 @@ def gflownet(model: LlamaForCausalLM) -> LlamaForCausalLM:
         "outputs/side_by_side/gflownet-run", loss_type="exact_flow", num_generations=4, reward_weights=[0.3, 0.7],
         learning_rate=1e-3, **SHARED,
     )  # fmt: skip
-    return trained(
-        GFlowNetTrainer(
-            model, rewards, args, train_dataset=splits.train, processing_class=tokenizer, catalog=catalog,
-        )
-    )  # fmt: skip
+    return trained(GFlowNetTrainer(model, rewards, args, splits.train, processing_class=tokenizer, catalog=catalog))
 
 
 def measure(name: str, model: LlamaForCausalLM) -> None:

@@ -27,7 +27,7 @@ from gflowtrl.data import (
 )
 from gflowtrl.teachers import fingerprint
 
-from .recipe import Recipe, local_folder
+from .recipe import Recipe
 
 
 @dataclass
@@ -127,12 +127,6 @@ def measured_users(recipe: Recipe) -> dict[str, int]:
 def _tokenizer(recipe: Recipe, data: InteractionData) -> PreTrainedTokenizerBase:
     if recipe.model.get("model_name_or_path") is None:
         return build_tokenizer(data.semantic_ids)
-    tokenizer = pretrained_tokenizer(recipe)
+    tokenizer = AutoTokenizer.from_pretrained(**recipe.pretrained)
     add_item_tokens(tokenizer, data.semantic_ids)
     return tokenizer
-
-
-def pretrained_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """That of the recipe's language model, without item tokens."""
-    where = {key: recipe.model[key] for key in ("gguf_file", "revision") if key in recipe.model}
-    return AutoTokenizer.from_pretrained(local_folder(recipe.folder, recipe.model["model_name_or_path"]), **where)

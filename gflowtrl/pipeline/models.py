@@ -7,13 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    set_seed,
+)
 from trl import ModelConfig, get_quantization_config
 
 from gflowtrl.data import add_item_tokens
 from gflowtrl.policy import load_backbone, whole_models
 
-from .materials import Materials, pretrained_tokenizer
+from .materials import Materials
 from .recipe import QUANTISATION, Recipe, local_folder
 
 
@@ -33,8 +40,9 @@ def build_model(materials: Materials, quantised: bool = True) -> PreTrainedModel
         options |= _quantised(recipe) if quantised else {}
         model = load_backbone(local_folder(recipe.folder, name), **options)
         # The tokenizer as it was before item tokens, so that they are new, and begin as new ones.
+        tokenizer = AutoTokenizer.from_pretrained(**recipe.pretrained)
         titles = materials.titles if near else None
-        add_item_tokens(pretrained_tokenizer(recipe), materials.data.semantic_ids, model, titles)
+        add_item_tokens(tokenizer, materials.data.semantic_ids, model, titles)
         return model
     tokenizer = materials.tokenizer
     special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}

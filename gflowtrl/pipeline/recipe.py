@@ -161,15 +161,21 @@ class Recipe:
         """The control's section, with the schedule of `gflownet` and the loss that makes it SFT continued."""
         return {**self.control, **{n: self.gflownet[n] for n in SCHEDULE if n in self.gflownet}, "loss_type": ["sft"]}
 
+    @property
+    def pretrained(self) -> dict[str, Any]:
+        """What `from_pretrained` needs in order to find the language model, its configuration or its tokenizer."""
+        where = {key: self.model[key] for key in ("gguf_file", "revision") if key in self.model}
+        name = local_folder(self.folder, self.model["model_name_or_path"])
+        return {"pretrained_model_name_or_path": name, **where}
+
     @cached_property
     def encoder_decoder(self) -> bool:
         """Whether the model is one (T5, say), and not a causal language model."""
         from transformers import AutoConfig
         from transformers.models.auto import CONFIG_MAPPING
 
-        if name := self.model.get("model_name_or_path"):
-            file = {key: self.model[key] for key in ("gguf_file", "revision") if key in self.model}
-            return AutoConfig.from_pretrained(local_folder(self.folder, name), **file).is_encoder_decoder
+        if self.model.get("model_name_or_path"):
+            return AutoConfig.from_pretrained(**self.pretrained).is_encoder_decoder
         return CONFIG_MAPPING[self.model.get("model_type", "llama")]().is_encoder_decoder
 
     @property

@@ -93,14 +93,7 @@ class TreePolicy(ABC):
         states = nodes[:, :, :-1]
         wanted = states if self._heads or vocabulary else states.masked_fill(tree.settled(states), -1)
         branches = merge_branches(tree, wanted)
-        with self._all_logits() if vocabulary else nullcontext():
-            return self._scored(prompts, leaves, nodes, branches, vocabulary)
-
-    def _scored(
-        self, prompts: Prompts, leaves: Tensor, nodes: Tensor, branches: Branches, vocabulary: bool
-    ) -> StepScores:
-        tree = self.catalog.tree
-        with self._chosen_logits(tree):
+        with nullcontext() if vocabulary else self._chosen_logits(tree):
             logits, flows = self._packed(prompts, branches)
         width = max(tree.max_children)
         log_probs, child_log_probs, child_nodes = [], [], []
@@ -149,8 +142,9 @@ class TreePolicy(ABC):
         tokens, children = self.catalog.tree.children(nodes, depth)
         present = children >= 0
         # A finite fill keeps states without children (ended ids) free of NaN, in value and in gradient.
-        columns = tokens.clamp(min=0) if self._output is None else self.catalog.tree.places_of(tokens).clamp(min=0)
-        chosen = logits.gather(-1, columns).masked_fill(~present, torch.finfo(logits.dtype).min)
+        if logits.shape[-1] == len(self.catalog.tree.tokens):  # those of the catalogue's tokens only
+            tokens = self.catalog.tree.places_of(tokens)
+        chosen = logits.gather(-1, tokens.clamp(min=0)).masked_fill(~present, torch.finfo(logits.dtype).min)
         return children, chosen.log_softmax(-1).masked_fill(~present, -torch.inf)
 
     # ----------------------------------------------------------------------------------------------------- decoding
@@ -354,14 +348,6 @@ class TreePolicy(ABC):
         return nullcontext() if self._output is None else only_rows(self._output, tree.tokens)
 
     @contextmanager
-    def _all_logits(self) -> Iterator[None]:
-        chosen, self._output = self._output, None
-        try:
-            yield
-        finally:
-            self._output = chosen
-
-    @contextmanager
     def _decoding(self, prompts: Prompts) -> Iterator[BranchDecoder]:
         """A decoder with dropout off; the model's mode is restored afterwards."""
         training = self.model.training
@@ -383,9 +369,9 @@ def _flows_of_states(flows: Tensor, branches: Branches, lengths: Tensor) -> Tens
 
 def _over_vocabulary(logits: Tensor, branches: Branches, reached: Tensor, tree: PrefixTree) -> Tensor:
     """log P of the tokens that lead to the nodes `reached` `(B, K, L)`, from all logits of their states."""
-    slots, tokens = branches.slots.clamp(min=0), tree.tokens_of(reached)
-    rows = torch.arange(len(logits), device=logits.device)[:, None, None]
-    taken = logits[rows, slots, tokens] - logits.logsumexp(-1)[rows, slots]
+    log_probs = logits.log_softmax(-1)  # one pass, forward and backward; logits - logsumexp would be several
+    places = branches.slots.clamp(min=0) * logits.shape[-1] + tree.tokens_of(reached)
+    taken = log_probs.flatten(1).gather(1, places.flatten(1)).view(reached.shape)
     return torch.where(reached >= 0, taken, 0.0)
 
 
