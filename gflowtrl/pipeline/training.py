@@ -191,18 +191,30 @@ def train_gflownet(
     stage = workshop.stage("gflownet", inputs)
 
     def work(folder: Path) -> dict[str, Any]:
-        rewards = build_rewards(workshop, materials, teacher, sft.folder / "model")
-        weights = final_weights(workshop, materials, rewards)
-        options = {"reward_funcs": rewards, "reward_weights": weights}
-        if recipe.sampler is not None:
-            args = recipe.training_arguments("gflownet", folder)
-            options["sampler"] = build_sampler(recipe.sampler, teacher, args.temperature, args.epsilon)
-        trainer = _flow_trainer(workshop, materials, "gflownet", sft, folder, callbacks, **options)
+        trainer = gflownet_trainer(workshop, materials, sft, teacher, folder, callbacks)
         record = train(trainer, materials, folder, partial(load_backbone, sft.folder / "model"))
-        return {**record, "reward_weights": weights}
+        return {**record, "reward_weights": trainer.rewards.weights if trainer.rewards else []}
 
     stage.run(f"GFlowNet fine-tuning on {materials.kind}", work)
     return stage
+
+
+def gflownet_trainer(
+    workshop: Workshop,
+    materials: Materials,
+    sft: Stage,
+    teacher: TeacherModule | None,
+    folder: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> GFlowNetTrainer:
+    """The trainer of the recipe's GFlowNet stage, which continues what the stage `sft` has left, in `folder`."""
+    recipe = materials.recipe
+    rewards = build_rewards(workshop, materials, teacher, sft.folder / "model")
+    options = {"reward_funcs": rewards, "reward_weights": final_weights(workshop, materials, rewards)}
+    if recipe.sampler is not None:
+        args = recipe.training_arguments("gflownet", folder)
+        options["sampler"] = build_sampler(recipe.sampler, teacher, args.temperature, args.epsilon)
+    return _flow_trainer(workshop, materials, "gflownet", sft, folder, callbacks, **options)
 
 
 def train(trainer: Trainer, materials: Materials, folder: Path, base: Callable[[], PreTrainedModel]) -> dict[str, Any]:

@@ -1,0 +1,151 @@
+"""The baselines and the library's methods from one SFT checkpoint a seed, at equal steps, in one table.
+
+    OMP_NUM_THREADS=1 python benchmarks/speed/methods.py --data_dir DIR --recipes FILES --out FILE  # costs
+    OMP_NUM_THREADS=1 python benchmarks/quality/comparison.py --data_dir DIR
+
+Runs are made and kept as by office.py. Of each model, what becomes of prefixes in beam search is measured on the exact
+distribution of some test users (`gflowtrl.metrics.prefix_metrics`) and kept too. Differences are to cross entropy over
+the vocabulary, continued for as many steps.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from office import KEPT, ROOT, gains, kept_run, spread
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
+
+from gflowtrl.metrics import paired_bootstrap, prefix_metrics
+from gflowtrl.pipeline import load_recipe, run
+from gflowtrl.pipeline.materials import Materials, prepare
+from gflowtrl.policy import load_backbone, make_policy
+
+
+OWN = ROOT / "benchmarks" / "quality" / "recipes"
+BASELINE = "cross_entropy"
+#: Recipe to title; of the first recipe the table also has the stages that all share.
+RECIPES = {
+    OWN / "cross_entropy.yaml": "cross entropy",
+    OWN / "msl.yaml": "MSL",
+    OWN / "sdpo.yaml": "S-DPO",
+    OWN / "grpo.yaml": "GRPO (ReRe)",
+    OWN / "apao_pointwise.yaml": "APAO, pointwise",
+    OWN / "apao_pairwise.yaml": "APAO, pairwise",
+    ROOT / "recipes" / "gflowgr_paper.yaml": "GFlowGR (paper)",
+    ROOT / "recipes" / "gflowgr_office_llama.yaml": "GFlowNet, exact flows",
+    OWN / "exact_prefix.yaml": "exact flows + prefix loss",
+}
+SHARED = {"teacher": "teacher (SASRec)", "sft": "SFT, the checkpoint", "control": "cross entropy over the tree"}
+COLUMNS = [f"{name}@{k}" for k in (5, 10, 20) for name in ("recall", "ndcg")]
+COLUMNS += ["coverage@10", "dgu@10", "mgu@10"]
+SURVIVAL = {
+    "survival@1": "target's prefix in the beam: 1 token",
+    "survival@2": "2 tokens",
+    "top_survival": "top 20 found",
+}
+
+
+@torch.no_grad()
+def prefixes(folder: str, materials: Materials, users: int, num_beams: int, progress: str) -> dict[str, float]:
+    """Means of `prefix_metrics` over some test users, drawn by a fixed seed."""
+    model = load_backbone(folder).eval()
+    policy, rows = make_policy(model, materials.catalog), materials.test.shuffle(seed=0)
+    rows = rows.select(range(min(users, len(rows))))
+    found = []
+    for start in tqdm(range(0, len(rows), 64), desc=progress, leave=False):
+        part = rows[start : start + 64]
+        leaf_log_probs = policy.leaf_log_probs(materials.encoder(part["history"]))
+        targets = materials.catalog.leaf_of(part["target"])
+        found.append(prefix_metrics(leaf_log_probs, targets, materials.catalog.tree, num_beams))
+    return {name: float(torch.cat([part[name] for part in found]).mean()) for name in found[0]}
+
+
+def kept_prefixes(path: Path, options: list[str], file: Path, users: int, shared: bool) -> dict[str, dict]:
+    """What becomes of prefixes in the run whose record is `file`, measured where it is not kept beside it."""
+    kept = file.with_name(f"{file.stem}-prefixes.json")
+    content = json.loads(kept.read_text()) if kept.is_file() else {"users": users, "methods": {}}
+    if content["users"] != users:
+        content = {"users": users, "methods": {}}
+    wanted = ["gflownet", *(["sft", "control"] if shared else [])]
+    missing = [method for method in wanted if method not in content["methods"]]
+    if missing:
+        recipe = load_recipe(path, options)
+        materials = prepare(recipe)
+        methods = run(recipe, materials, quiet=True)["methods"]
+        for method in missing:
+            title = f"{file.stem}, {method}"
+            content["methods"][method] = prefixes(
+                methods[method]["model"], materials, users, recipe.evaluation.num_beams, title
+            )
+        kept.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return content["methods"]
+
+
+def lines(runs: dict[str, list[tuple[Path, dict]]], costs: dict[str, dict]) -> Iterator[str]:
+    """The table's rows; `runs` has the record's file and the prefix metrics of each seed, by title."""
+    titles = {path.stem: title for path, title in RECIPES.items()}
+    baseline = [gains(load_file(file.with_suffix(".safetensors"))["gflownet"]) for file, _ in runs[BASELINE]]
+    for number, (name, seeds) in enumerate(runs.items()):
+        for method in [*(SHARED if number == 0 else []), "gflownet"]:
+            records = [json.loads(file.read_text())["methods"][method] for file, _ in seeds]
+            cells = [spread([record["metrics"][column] for record in records]) for column in COLUMNS]
+            survived = [found.get(method) for _, found in seeds]
+            for column in SURVIVAL:
+                cells.append("" if None in survived else spread([one[column] for one in survived], digits=3))
+            cost = costs.get(name if method == "gflownet" else "")
+            cells += (
+                ["", ""] if cost is None else [f"{cost['seconds_an_epoch']:.0f}", f"{cost['peak_memory'] / 1e6:.0f}"]
+            )
+            ours = [gains(load_file(file.with_suffix(".safetensors"))[method]) for file, _ in seeds]
+            cells += [difference(ours, baseline, metric) for metric in ("recall@10", "ndcg@10")]
+            title = SHARED.get(method) or titles.get(name, name)
+            yield f"| {title} | " + " | ".join(cells) + " |"
+
+
+def difference(ours: list[dict], theirs: list[dict], metric: str) -> str:
+    """Mean with its 95 % interval over users, each user's figures averaged over the seeds first."""
+    if ours[0][metric].shape != theirs[0][metric].shape or len(ours) != len(theirs):
+        return ""
+    ours, theirs = (torch.stack([one[metric] for one in runs]).mean(0) for runs in (ours, theirs))
+    if torch.equal(ours, theirs):
+        return ""
+    interval = paired_bootstrap(ours, theirs)
+    return f"{interval['mean_difference']:+.4f} [{interval['low']:+.4f}, {interval['high']:+.4f}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", required=True, help="the folder of the data")
+    parser.add_argument("--recipes", nargs="+", type=Path, default=list(RECIPES), help="cross_entropy among them")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
+    parser.add_argument("--output_dir", default="outputs/office_llama", help="where stages are kept")
+    parser.add_argument("--prefix", default="office", help="beginning of the names of the kept files")
+    parser.add_argument("--users", type=int, default=1000, help="test users of the prefix metrics")
+    parser.add_argument(
+        "--costs", type=Path, default=ROOT / "benchmarks/results/speed/methods.json", help="what methods.py wrote"
+    )
+    given, others = parser.parse_known_args()
+    costs = (
+        {row["method"]: row for row in json.loads(given.costs.read_text())["rows"]} if given.costs.is_file() else {}
+    )
+    runs: dict[str, list[tuple[Path, dict]]] = {}
+    for seed in given.seeds:
+        for number, path in enumerate(given.recipes):
+            places = ["--data_dir", given.data_dir, "--output_dir", given.output_dir, "--seed", str(seed)]
+            name = load_recipe(path, [*places, *others]).name
+            file = KEPT / f"{given.prefix}-{name}-seed{seed}.json"
+            kept_run(path, [*places, *others], file)
+            found = kept_prefixes(path, [*places, *others], file, given.users, shared=number == 0)
+            runs.setdefault(name, []).append((file, found))
+    headings = ["method", *COLUMNS, *SURVIVAL.values(), "s an epoch", "peak MB"]
+    headings += [f"{metric} - cross entropy" for metric in ("recall@10", "ndcg@10")]
+    print(f"\n{len(given.seeds)} seed(s), test split; prefixes of {given.users} users:\n")
+    print("| " + " | ".join(headings) + " |\n|---" + "|---:" * (len(headings) - 1) + "|")
+    print("\n".join(lines(runs, costs)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What each method's training costs: seconds an epoch and peak memory, from whole steps on the same batches.
+
+    OMP_NUM_THREADS=1 python benchmarks/speed/methods.py --data_dir DIR --output_dir outputs/office_llama \
+        --recipes recipes/gflowgr_office_llama.yaml benchmarks/quality/recipes/*.yaml
+
+The trainers are those of the recipes' GFlowNet stages, from one SFT model (teacher and SFT are made in --output_dir
+where they are not there). They take turns; the step that counts is the mean over a round's batches but the first, and
+of the rounds the median. Evaluation is left out.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from measuring import arguments, peak, report, reset_peak, synchronize
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from gflowtrl.pipeline import load_recipe
+from gflowtrl.pipeline.job import needs_teacher
+from gflowtrl.pipeline.materials import prepare
+from gflowtrl.pipeline.signals import fit_teacher
+from gflowtrl.pipeline.stage import Workshop
+from gflowtrl.pipeline.training import gflownet_trainer, train_sft
+
+
+class RoundClock(TrainerCallback):
+    """Mean seconds of a training's steps but the first, and the peak memory of them all."""
+
+    def __init__(self, device):
+        self.device, self.rounds, self.memory = device, [], []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.before, self.seconds = reset_peak(self.device), []
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        synchronize(self.device)
+        if state.global_step > 1:
+            self.seconds.append(time.perf_counter() - self.start)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.rounds.append(statistics.mean(self.seconds))
+        self.memory.append(peak(self.device) - self.before)
+
+
+def build(recipe_file: Path, given, scratch: str) -> tuple[str, Trainer, RoundClock]:
+    """The trainer of a recipe's GFlowNet stage, which trains for `given.steps` and does nothing else."""
+    recipe = load_recipe(recipe_file, ["--data_dir", given.data_dir, "--output_dir", given.output_dir])
+    materials, workshop = prepare(recipe), Workshop(given.output_dir, quiet=True)
+    teacher = fit_teacher(workshop, materials, recipe.teacher) if needs_teacher(recipe) else None
+    trainer = gflownet_trainer(
+        workshop, materials, train_sft(workshop, materials), teacher, Path(scratch, recipe.name)
+    )
+    trainer.args.max_steps, trainer.args.load_best_model_at_end = given.steps, False
+    trainer.args.eval_strategy = trainer.args.save_strategy = trainer.args.logging_strategy = "no"
+    clock = RoundClock(given.device)
+    trainer.add_callback(clock)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    return recipe.name, trainer, clock
+
+
+def main() -> None:
+    parser = arguments(__doc__, rounds=3)
+    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--output_dir", default="outputs/office_llama")
+    parser.add_argument("--recipes", nargs="+", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=17, help="of a round, the first of which is left out")
+    given = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        built = [build(file, given, scratch) for file in given.recipes]
+        for _ in tqdm(range(given.rounds), disable=not sys.stderr.isatty()):
+            for _, trainer, _ in built:
+                trainer.train()
+        for name, trainer, clock in built:
+            seconds = statistics.median(clock.rounds)
+            steps = len(trainer.train_dataset) / (trainer.args.train_batch_size * trainer.args.world_size)
+            rows.append({
+                "method": name, "loss": " + ".join(trainer.args.loss_type), "K": trainer.num_generations,
+                "seconds_a_step": seconds, "seconds_an_epoch": seconds * steps, "peak_memory": max(clock.memory),
+            })  # fmt: skip
+    columns = {
+        "method": "{method}", "loss": "`{loss}`", "K": "{K}", "s a step": "{seconds_a_step:.3f}",
+        "s an epoch": "{seconds_an_epoch:.0f}", "peak memory, MB": "{megabytes:.0f}",
+    }  # fmt: skip
+    report([{**row, "megabytes": row["peak_memory"] / 1e6} for row in rows], columns, given, steps=given.steps)
+
+
+if __name__ == "__main__":
+    main()
