@@ -1,0 +1,66 @@
+"""The examples that train with TRL's own trainers, on a micro shop written to a folder."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gflowtrl import ItemCatalog, Recommender
+from gflowtrl.data import PromptEncoder, SyntheticShop, build_tokenizer, leave_one_out, read_interactions, write_folder
+from gflowtrl.recommender import write_recommender_files
+from tests.tiny import tiny_model
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[Path, Path]:
+    """The data, and a recommender of random weights."""
+    root = tmp_path_factory.mktemp("examples")
+    shop = SyntheticShop(n_users=60, n_items=40, departments=3, shelves=3, interests=3, min_users_shown=15)
+    data = shop.generate()[0]
+    write_folder(data, root / "data")
+    tokenizer = build_tokenizer(data.semantic_ids)
+    catalog = ItemCatalog.from_semantic_ids(data.semantic_ids, tokenizer)
+    tiny_model(len(tokenizer)).save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    catalog.save_pretrained(root / "model")
+    write_recommender_files(root / "model", PromptEncoder(catalog, tokenizer))
+    return root / "data", root / "model"
+
+
+@pytest.mark.parametrize("name", ["trl_sft", "trl_dpo", "trl_grpo"])
+def test_they_train_measure_and_leave_a_recommender(name, folders, tmp_path):
+    data_dir, model = folders
+    command = [sys.executable, EXAMPLES / f"{name}.py", "--data_dir", data_dir, "--model", model]
+    options = ["--output_dir", tmp_path, "--max_steps", "2", "--use_cpu", "true", "--learning_rate", "0.01"]
+    ran = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["steps"] == 2
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path))
+    if name != "trl_grpo":  # where no free answer is right, GRPO has nothing to learn from
+        assert any(not torch.equal(before[key], after[key]) for key in before)
+    recommender = Recommender.from_pretrained(tmp_path)
+    test = leave_one_out(read_interactions(data_dir)).test
+    lists = recommender.recommend(test["history"], k=5, num_beams=20)
+    hits = [target in [one.item for one in found] for found, target in zip(lists, test["target"], strict=True)]
+    assert sum(hits) / len(hits) == pytest.approx(metrics["item_recall@5"])
+
+
+def test_prompts_as_text_are_the_tokens_that_recommending_reads(folders, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import same_rows
+
+    rows = same_rows.SameRows(same_rows.RowsArguments(*map(str, folders)))
+    for history in rows.splits.test["history"][:10]:
+        again = rows.tokenizer(rows.prompt(history))["input_ids"]
+        assert again == rows.encoder([history])["input_ids"][0].tolist()
+        completion = rows.tokenizer(" " + rows.semantic_id(history[-1]))["input_ids"]
+        nodes = rows.catalog.tree.walk(rows.catalog.leaf_of([history[-1]]))[0, 1:]
+        assert completion == rows.catalog.tree.tokens_of(nodes).tolist()
