@@ -1,7 +1,8 @@
-"""benchmarks/quality/office.py on a micro shop written to a folder."""
+"""benchmarks/quality/office.py and comparison.py on a micro shop written to a folder."""
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,27 +14,40 @@ from gflowtrl.data import SyntheticShop, write_folder
 from .micro import micro_settings
 
 
-@pytest.fixture
-def office(monkeypatch, tmp_path):
-    file = Path(__file__).parents[2] / "benchmarks" / "quality" / "office.py"
-    spec = importlib.util.spec_from_file_location("office", file)
+QUALITY = Path(__file__).parents[2] / "benchmarks" / "quality"
+
+
+def script(name: str, monkeypatch, kept: Path):
+    spec = importlib.util.spec_from_file_location(name, QUALITY / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "KEPT", tmp_path / "kept")
+    monkeypatch.setattr(module, "KEPT", kept)
     return module
 
 
-def test_runs_are_kept_tabulated_and_not_repeated(office, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def office(monkeypatch, tmp_path):
+    return script("office", monkeypatch, tmp_path / "kept")
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch) -> Path:
+    """A recipe on data in a folder, in the working directory."""
     shop = SyntheticShop(n_users=40, n_items=30, departments=3, shelves=3, interests=3, min_users_shown=15)
     write_folder(shop.generate()[0], tmp_path / "data")
     recipe = micro_settings(tmp_path, data={}, evaluation={}) | {
         "gflownet": {"loss_type": "exact_flow", "max_steps": 3}
     }
     (tmp_path / "base.yaml").write_text(yaml.safe_dump({**recipe, "sft": {"max_steps": 3}}))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "base.yaml"
+
+
+def test_runs_are_kept_tabulated_and_not_repeated(office, base, tmp_path, monkeypatch, capsys):
     (tmp_path / "one.yaml").write_text("base: base.yaml\nname: one")
     (tmp_path / "two.yaml").write_text("base: base.yaml\nname: two\nrewards: [{type: collaborative}]")
     recipes = [str(tmp_path / f"{name}.yaml") for name in ("one", "two")]
-    monkeypatch.chdir(tmp_path)
     arguments = ["office.py", "--data_dir", "data", "--seeds", "1", "2", "--recipes", *recipes]
     monkeypatch.setattr("sys.argv", arguments)
     office.main()
@@ -57,3 +71,26 @@ def test_gains_follow_from_ranks(office):
     gains = office.gains(torch.tensor([0, 1, 3, 10, 11], dtype=torch.uint8))
     assert gains["recall@10"].tolist() == [0, 1, 1, 1, 0]
     torch.testing.assert_close(gains["ndcg@10"][:3], torch.tensor([0, 1, 0.5], dtype=torch.double))
+
+
+def test_the_comparison_measures_prefixes_and_differences(office, base, tmp_path, monkeypatch, capsys):
+    comparison = script("comparison", monkeypatch, tmp_path / "kept")
+    (tmp_path / "ce.yaml").write_text(
+        "base: base.yaml\nname: cross_entropy\nrewards: []\nsampler: null\ngflownet: {loss_type: sft}"
+    )
+    (tmp_path / "two.yaml").write_text("base: base.yaml\nname: two")
+    costs = {"method": "two", "seconds_an_epoch": 12.3, "peak_memory": 4.5e6}
+    (tmp_path / "costs.json").write_text(json.dumps({"rows": [costs]}))
+    recipes = ["--recipes", "ce.yaml", "two.yaml", "--costs", "costs.json"]
+    monkeypatch.setattr("sys.argv", ["comparison.py", "--data_dir", "data", "--seeds", "1", *recipes])
+    comparison.main()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[-7:]]
+    by_title = {row[0]: dict(zip(table[0], row, strict=True)) for row in table}
+    assert list(by_title)[2:] == [*comparison.SHARED.values(), "cross entropy", "two"]
+    assert by_title["two"]["s an epoch"] == "12" and by_title["two"]["peak MB"] == "4"
+    assert by_title["cross entropy"]["recall@10 - cross entropy"] == ""
+    kept = json.loads((tmp_path / "kept" / "office-two-seed1.json").read_text())["methods"]["gflownet"]["metrics"]
+    found = json.loads((tmp_path / "kept" / "office-two-seed1-prefixes.json").read_text())["methods"]["gflownet"]
+    # The last prefix is the whole id: where it survives the beam of 20, it is a hit among 20.
+    assert found["survival@3"] == pytest.approx(kept["recall@20"])
+    assert by_title["two"]["top 20 found"] == f"{found['top_survival']:.3f}"
