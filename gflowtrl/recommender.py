@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,9 +21,13 @@ from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.data import PromptEncoder, load_encoder, save_encoder
 from gflowtrl.policy import StatelessNoise, load_backbone, make_policy
 from gflowtrl.policy.heads import split_heads
+from gflowtrl.teachers import TeacherModule, load_teacher
 
 
 RECOMMENDER_FILE = "recommender_config.json"
+DETAILS_FILE = "item_details.json"
+TEACHER_FOLDER = "teacher"
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 STRATEGIES = ("beam", "sample")
 
 
@@ -29,11 +38,53 @@ class Recommendation:
     Attributes:
         item: the item.
         log_prob: natural logarithm of the policy's probability of its leaf (of the tempered policy, where it was
-            drawn with a temperature); items that share a semantic id share it.
+            drawn with a temperature); items that share a semantic id share it. For a user of whom nothing is known,
+            that of the item's share in the training interactions.
+        title: what the item is called, where the recommender knows.
     """
 
     item: Item
     log_prob: float
+    title: str | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token of an item's path.
+
+    Attributes:
+        token: the token.
+        probability: the policy's, among the tokens that are possible here.
+        rank: its place among them, 1 for the most probable.
+        choices: how many are possible.
+    """
+
+    token: str
+    probability: float
+    rank: int
+    choices: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why an item is where it is in a user's list.
+
+    Attributes:
+        item, title: the item.
+        log_prob: of its semantic id.
+        steps: its path, token by token.
+        shares_id_with: other items of the same id, which the policy cannot tell apart.
+        teacher_probability, teacher_rank: what the teacher behind the reward says (softmax over all items; 1 is its
+            favourite), where it lies beside the model.
+    """
+
+    item: Item
+    title: str | None
+    log_prob: float
+    steps: list[Step]
+    shares_id_with: list[Item]
+    teacher_probability: float | None = None
+    teacher_rank: int | None = None
 
 
 class Recommender:
@@ -45,13 +96,18 @@ class Recommender:
         catalog: the items that can be recommended.
         max_history_items: how many items of a history are used, the last ones.
         encoder: what makes prompts of histories, where these are not the plain ones.
+        titles: of items, for the answers.
+        item_counts: `(items,)` training interactions in the order of `catalog.items`: what users of whom nothing is
+            known are recommended by.
+        teacher: the collaborative model behind the reward, for explanations.
 
     Example:
         ```python
         recommender = Recommender.from_pretrained("outputs/gflownet")
         for recommendation in recommender.recommend([[17, 4, 2205]], k=10)[0]:
-            print(recommendation.item, recommendation.log_prob)
+            print(recommendation.item, recommendation.title, recommendation.log_prob)
         recommender.recommend([[17, 4, 2205]], k=10, strategy="sample", seed=1)  # another list for another seed
+        recommender.explain([17, 4, 2205], 31).steps  # token by token
         ```
     """
 
@@ -62,38 +118,51 @@ class Recommender:
         catalog: ItemCatalog,
         max_history_items: int = 20,
         encoder: PromptEncoder | None = None,
+        titles: Mapping[Item, str] | None = None,
+        item_counts: Tensor | None = None,
+        teacher: TeacherModule | None = None,
     ):
         self.model, self.tokenizer, self.catalog = model.eval(), tokenizer, catalog
         self.policy = make_policy(model, catalog)
         self.encoder = PromptEncoder(catalog, tokenizer, max_history_items) if encoder is None else encoder
+        self.titles, self.item_counts, self.teacher = dict(titles or {}), item_counts, teacher
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, **model_kwargs) -> Recommender:
         """Load what a gflowtrl trainer saved (or a checkpoint of its run).
 
         Args:
-            directory: the folder with model, tokenizer, `catalog.json` and `recommender_config.json`.
+            directory: the folder with model, tokenizer, `catalog.json` and `recommender_config.json` (titles, counts
+                and a teacher are read where they are there), or its name on the Hugging Face Hub, as for
+                `AutoModel.from_pretrained`.
             **model_kwargs: handed to the `from_pretrained` of `AutoModelForSeq2SeqLM` where the checkpoint is an
                 encoder-decoder, of `AutoModelForCausalLM` otherwise, for example `device_map` or `dtype`.
 
         Raises:
             FileNotFoundError: the folder or one of its files is missing.
         """
-        directory = Path(directory)
-        if not directory.is_dir():
-            raise FileNotFoundError(f"{directory} is not a folder; give the folder of a saved recommender.")
+        directory = local_copy(directory)
         catalog = ItemCatalog.from_pretrained(directory)
         tokenizer = AutoTokenizer.from_pretrained(directory)
-        encoder = read_encoder(directory, catalog, tokenizer)
-        return cls(load_backbone(directory, **model_kwargs), tokenizer, catalog, encoder=encoder)
+        return cls(
+            load_backbone(directory, **model_kwargs),
+            tokenizer,
+            catalog,
+            encoder=read_encoder(directory, catalog, tokenizer),
+            teacher=load_teacher(directory / TEACHER_FOLDER) if (directory / TEACHER_FOLDER).is_dir() else None,
+            **_read_details(directory, catalog),
+        )
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write a folder that `from_pretrained` loads."""
         state_dict, _ = split_heads(self.model.state_dict())  # flow heads serve training only
         self.model.save_pretrained(directory, state_dict=state_dict)
         self.tokenizer.save_pretrained(directory)
-        write_recommender_files(directory, self.encoder)
+        write_recommender_files(directory, self.encoder, self.item_counts, self.titles)
+        if self.teacher is not None:
+            self.teacher.save_pretrained(Path(directory, TEACHER_FOLDER))
 
+    # -------------------------------------------------------------------------------------------------- recommending
     def recommend(
         self,
         histories: Sequence[Sequence[Item]],
@@ -104,12 +173,14 @@ class Recommender:
         strategy: str = "beam",
         temperature: float = 1.0,
         seed: int = 0,
+        allowed_items: Iterable[Item] | None = None,
     ) -> list[list[Recommendation]]:
         """Recommend `k` items for each history.
 
         Args:
-            histories: items in chronological order, at least one each.
-            k: length of the lists; shorter only where the catalogue runs out.
+            histories: items in chronological order. Items that are not in the catalogue are left out with a warning;
+                a user with no known item is recommended what was taken most often in training.
+            k: length of the lists; shorter only where there are fewer items.
             num_beams: beam width, by default `max(20, k)`; with `strategy="sample"` the number of ids that are drawn,
                 by default `k`. With `exclude_seen` it grows by the longest history.
             exclude_seen: leave out items of the history. For applications; benchmark figures keep them.
@@ -121,59 +192,157 @@ class Recommender:
             temperature: with `"sample"`: divides the logits; below 1 nearer to `"beam"`, above 1 more varied.
             seed: with `"sample"`: the same seed gives the same lists. Each history draws by its place in
                 `histories`, whatever the batch size.
+            allowed_items: recommend these only (in stock, say). Probabilities stay those among all items.
 
         Raises:
-            ValueError: an empty history or an unknown item, named with its row; k below 1, or num_beams below k; an
-                unknown strategy; a temperature that is not positive, or one with `"beam"`.
+            ValueError: k below 1, or num_beams below k; an unknown strategy; a temperature that is not positive, or
+                one with `"beam"`; an unknown or no allowed item; a user of whom nothing is known where the recommender
+                holds no counts.
             TypeError: a history is no list of items.
         """
         _check_request(k, num_beams, strategy, temperature)
-        self._check_histories(histories)
-        beams = num_beams or (max(20, k) if strategy == "beam" else k)
-        if exclude_seen:
-            beams += max((len(set(history)) for history in histories), default=0)
-        results: list[list[Recommendation]] = []
+        request = _Request(k, num_beams, exclude_seen, strategy, temperature, seed, self._allowed(allowed_items))
+        known = self._known(histories)
+        warm = [row for row, history in enumerate(known) if history]
+        results = {row: found for row in set(range(len(known))) - set(warm) for found in [self._popular(row, request)]}
+        for start in range(0, len(warm), batch_size):
+            rows = warm[start : start + batch_size]
+            results.update(zip(rows, self._decoded(rows, [known[row] for row in rows], request), strict=True))
+        return [results[row] for row in range(len(known))]
+
+    def _decoded(self, rows: list[int], histories: list[list[Item]], request: _Request) -> list[list[Recommendation]]:
+        """The lists of histories, none of them empty, whose places in the request are `rows`."""
         device = next(self.model.parameters()).device
-        for start in range(0, len(histories), batch_size):
-            part = histories[start : start + batch_size]
-            prompts = {name: value.to(device) for name, value in self.encoder(part).items()}
-            if strategy == "beam":
-                leaves, log_probs = self.policy.beam_search(prompts, beams)
-            else:
-                rows = torch.arange(start, start + len(part), device=device)
-                drawn = self.policy.stochastic_beam_search(
-                    prompts, beams, StatelessNoise(seed).at(0, rows), temperature
-                )
-                leaves, log_probs = drawn.leaves, drawn.log_probs
-            results += self._lists(part, leaves, log_probs, k, exclude_seen)
-        return results
+        prompts = {name: value.to(device) for name, value in self.encoder(histories).items()}
+        beams = request.num_beams or (max(20, request.k) if request.strategy == "beam" else request.k)
+        if request.exclude_seen:
+            beams += max(len(set(history)) for history in histories)
+        if request.strategy == "beam":
+            nodes = None
+            if request.allowed is not None:
+                self.catalog.to(device)
+                nodes = self.catalog.tree.ways_to(self.catalog.leaf_of(sorted(request.allowed)))
+            leaves, log_probs = self.policy.beam_search(prompts, beams, nodes)
+            return self._lists(histories, leaves, log_probs, request)
+        noise = StatelessNoise(request.seed).at(0, torch.tensor(rows, device=device))
+        while True:
+            # A longer draw begins with the shorter one, and what is left of it is a draw among the items allowed.
+            drawn = self.policy.stochastic_beam_search(prompts, beams, noise, request.temperature)
+            lists = self._lists(histories, drawn.leaves, drawn.log_probs, request)
+            short = request.allowed is not None and min(map(len, lists)) < request.k
+            if not short or beams >= self.catalog.tree.num_leaves:
+                return lists
+            beams = min(4 * beams, self.catalog.tree.num_leaves)
 
     def _lists(
-        self, histories: Sequence[Sequence[Item]], leaves: Tensor, log_probs: Tensor, k: int, exclude_seen: bool
+        self, histories: Sequence[Sequence[Item]], leaves: Tensor, log_probs: Tensor, request: _Request
     ) -> list[list[Recommendation]]:
         """The first `k` items of ranked leaves `(B, n)`."""
         results = []
         for history, row, values in zip(histories, leaves.tolist(), log_probs.tolist(), strict=True):
-            seen = set(history) if exclude_seen else set()
-            found = [
-                Recommendation(item, value)
+            seen = set(history) if request.exclude_seen else set()
+            found = (
+                Recommendation(item, value, self.titles.get(item))
                 for leaf, value in zip(row, values, strict=True)
                 if leaf >= 0
                 for item in self.catalog.items_of(leaf)
-                if item not in seen
-            ]
-            results.append(found[:k])
+                if item not in seen and (request.allowed is None or item in request.allowed)
+            )
+            results.append(list(islice(found, request.k)))
         return results
 
-    def _check_histories(self, histories: Sequence[Sequence[Item]]) -> None:
+    def _popular(self, row: int, request: _Request) -> list[Recommendation]:
+        """For a user of whom nothing is known: what was taken most often, or a draw in proportion to it."""
+        if self.item_counts is None:
+            raise ValueError(
+                f"The history in row {row} is empty or holds no known item, and the recommender holds no counts of "
+                f"training interactions to recommend by. Leave the row out, or give Recommender(item_counts=...)."
+            )
+        log_probs = (self.item_counts.double() + 1).log().log_softmax(0)
+        order = log_probs / request.temperature
+        if request.strategy == "sample":
+            noise = StatelessNoise(request.seed).at(0, torch.tensor([row]))
+            order = order - (-noise.uniform("cold", len(order))[0].log()).log()
+        ranked = (self.catalog.items[place] for place in order.argsort(descending=True, stable=True).tolist())
+        places = {item: place for place, item in enumerate(self.catalog.items)}
+        allowed = (item for item in ranked if request.allowed is None or item in request.allowed)
+        return [
+            Recommendation(item, float(log_probs[places[item]]), self.titles.get(item))
+            for item in islice(allowed, request.k)
+        ]
+
+    def _known(self, histories: Sequence[Sequence[Item]]) -> list[list[Item]]:
+        """Histories without items that are not in the catalogue, of which a warning tells."""
+        unknown = []
         for row, history in enumerate(histories):
             if isinstance(history, str) or not isinstance(history, Sequence):
                 raise TypeError(f"The history in row {row} is {history!r}; give a list of items for each user.")
-            if not len(history):
-                raise ValueError(f"The history in row {row} is empty; recommendations need at least one item.")
-            for item in history:
-                if item not in self.catalog:
-                    raise ValueError(f"The history in row {row} holds item {item!r}, which is not in the catalogue.")
+            unknown += [(row, item) for item in history if item not in self.catalog]
+        if unknown:
+            row, item = unknown[0]
+            warnings.warn(
+                f"{len(unknown)} items of the histories are not in the catalogue and were left out; the first is "
+                f"{item!r} in row {row}.",
+                stacklevel=3,
+            )
+        return [[item for item in history if item in self.catalog] for history in histories]
+
+    def _allowed(self, items: Iterable[Item] | None) -> frozenset[Item] | None:
+        if items is None:
+            return None
+        allowed = frozenset(items)
+        if not allowed:
+            raise ValueError("allowed_items is empty, so that nothing can be recommended; leave it out to allow all.")
+        for item in allowed:
+            if item not in self.catalog:
+                raise ValueError(f"allowed_items holds {item!r}, which is not in the catalogue.")
+        return allowed
+
+    # ---------------------------------------------------------------------------------------------------- explaining
+    @torch.no_grad()
+    def explain(self, history: Sequence[Item], item: Item) -> Explanation:
+        """Why `item` is where it is in the list of this history: its path, and what the teacher says.
+
+        Raises:
+            ValueError: the item is not in the catalogue, or the history has no known item.
+        """
+        (known,) = self._known([history])
+        if not known:
+            raise ValueError(
+                "The history holds no known item, so the policy was not asked: the list is by popularity."
+            )
+        device = next(self.model.parameters()).device
+        prompts = {name: value.to(device) for name, value in self.encoder([known]).items()}
+        self.catalog.to(device)
+        leaf = self.catalog.leaf_of([item]).to(device)
+        scores, path = self.policy.score(prompts, leaf[None]), self.catalog.tree.walk(leaf)[0]
+        place = self.catalog.index_of([item])[0]
+        steps = []
+        for depth, token in enumerate(self.catalog.semantic_ids[place]):
+            probs = scores.child_log_probs[0, 0, depth].exp()
+            mine = probs[scores.child_nodes[0, 0, depth] == path[depth + 1]]
+            choices = int(self.catalog.tree.num_children[path[depth]])
+            steps.append(Step(token, float(mine), 1 + int((probs > mine).sum()), choices))
+        others = [other for other in self.catalog.items_of(int(leaf)) if other != item]
+        log_prob = float(scores.trajectory_log_probs)
+        return Explanation(item, self.titles.get(item), log_prob, steps, others, *self._of_teacher(known, item))
+
+    def _of_teacher(self, history: list[Item], item: Item) -> tuple[float | None, int | None]:
+        if self.teacher is None:
+            return None, None
+        probs = self.teacher.score([history[-self.encoder.max_history_items :]])[0].softmax(-1)
+        mine = probs[self.teacher.items.index(item)]
+        return float(mine), 1 + int((probs > mine).sum())
+
+
+class _Request(NamedTuple):
+    k: int
+    num_beams: int | None
+    exclude_seen: bool
+    strategy: str
+    temperature: float
+    seed: int
+    allowed: frozenset[Item] | None
 
 
 def _check_request(k: int, num_beams: int | None, strategy: str, temperature: float) -> None:
@@ -189,13 +358,61 @@ def _check_request(k: int, num_beams: int | None, strategy: str, temperature: fl
         raise ValueError(f"temperature is {temperature}, but strategy 'beam' draws nothing; use strategy='sample'.")
 
 
-def write_recommender_files(directory: str | os.PathLike, encoder: PromptEncoder) -> None:
-    """What makes a language model's folder a recommender: the catalogue, and how prompts are made."""
+def local_copy(directory: str | os.PathLike) -> Path:
+    """The folder of a recommender; a name like `user/model` that is no folder here is downloaded from the Hub.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and the name cannot be one of the Hub.
+    """
+    path = Path(directory)
+    if path.is_dir():
+        return path
+    if isinstance(directory, str) and HUB_NAME.fullmatch(directory):
+        try:
+            return Path(snapshot_download(directory))
+        except (OSError, ValueError) as error:  # the Hub's own errors are of these kinds
+            raise FileNotFoundError(f"{directory} is not a folder, and the Hub does not give it: {error}") from error
+    raise FileNotFoundError(f"{directory} is not a folder; give the folder of a saved recommender, or its Hub name.")
+
+
+def write_recommender_files(
+    directory: str | os.PathLike,
+    encoder: PromptEncoder,
+    item_counts: Tensor | None = None,
+    titles: Mapping[Item, str] | None = None,
+) -> None:
+    """What makes a language model's folder a recommender: the catalogue, how prompts are made, and where they are
+    known the items' titles and how often each was taken in training."""
     encoder.catalog.save_pretrained(directory)
-    settings = save_encoder(encoder, directory)
-    scratch = Path(directory, f"{RECOMMENDER_FILE}.tmp")
-    scratch.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
-    os.replace(scratch, Path(directory, RECOMMENDER_FILE))
+    _write_json(Path(directory, RECOMMENDER_FILE), save_encoder(encoder, directory))
+    details: dict[str, list] = {}
+    if item_counts is not None:
+        details["counts"] = item_counts.tolist()
+    if titles:
+        details["titles"] = [titles.get(item) for item in encoder.catalog.items]
+    if details:
+        _write_json(Path(directory, DETAILS_FILE), details)
+
+
+def _read_details(directory: Path, catalog: ItemCatalog) -> dict[str, Any]:
+    file = directory / DETAILS_FILE
+    details = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for name, values in details.items():
+        if len(values) != len(catalog):
+            raise ValueError(f"{file} has {name} of {len(values)} items, but the catalogue has {len(catalog)}.")
+    found: dict[str, Any] = {}
+    if "counts" in details:
+        found["item_counts"] = torch.tensor(details["counts"])
+    if "titles" in details:
+        pairs = zip(catalog.items, details["titles"], strict=True)
+        found["titles"] = {item: title for item, title in pairs if title is not None}
+    return found
+
+
+def _write_json(file: Path, content: Any) -> None:
+    scratch = file.with_name(f"{file.name}.tmp")
+    scratch.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+    os.replace(scratch, file)
 
 
 def read_encoder(

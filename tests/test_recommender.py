@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from gflowtrl import Recommender
 from gflowtrl.policy import attach_flow_heads
+from gflowtrl.teachers import Popularity
 from tests.tiny import tiny_model, tiny_seq2seq
 from tests.trainer.world import ITEMS, TOKENIZER, make_catalog
 
@@ -99,6 +100,87 @@ def test_sampled_lists_follow_the_seed_and_not_the_batch(recommender):
     assert len(everything) == 10 and "i001" not in {r.item for r in everything}
 
 
+ALLOWED = {"short", "twin", "i001", "i222", ITEMS[7]}
+
+
+def test_only_allowed_items_come_with_their_own_probabilities(recommender):
+    expected = [pair for pair in brute_force(recommender, HISTORIES[0]) if pair[0] in ALLOWED]
+    (found,) = recommender.recommend(HISTORIES[:1], k=10, allowed_items=ALLOWED)
+    assert [r.item for r in found] == [item for item, _ in expected]
+    assert [r.log_prob for r in found] == pytest.approx([value for _, value in expected], abs=1e-4)
+    # A greedy search among all items ends elsewhere; among these it still ends at one of them.
+    ((one,),) = recommender.recommend(HISTORIES[:1], k=1, num_beams=1, allowed_items={expected[-1][0]})
+    assert one.item == expected[-1][0]
+
+
+def test_draws_among_allowed_items_are_those_among_all_without_the_others(recommender):
+    everything = recommender.recommend(HISTORIES, k=len(ITEMS), strategy="sample", seed=3)
+    some = recommender.recommend(HISTORIES, k=3, strategy="sample", seed=3, allowed_items=ALLOWED)
+    for all_items, drawn in zip(everything, some, strict=True):
+        assert [r.item for r in drawn] == [r.item for r in all_items if r.item in ALLOWED][:3]
+
+
+def test_unknown_items_are_left_out_with_a_warning(recommender):
+    with pytest.warns(UserWarning, match="2 items of the histories are not in the catalogue.*'nonsense' in row 1"):
+        found = recommender.recommend([["i010"], ["nonsense", "i010", 7]])
+    items = [[r.item for r in one] for one in found]
+    assert items[0] == items[1] == [r.item for r in recommender.recommend([["i010"]])[0]]
+
+
+def test_users_of_whom_nothing_is_known_get_what_was_taken_most(recommender):
+    counts = torch.arange(len(ITEMS))
+    known = Recommender(recommender.model, TOKENIZER, recommender.catalog, 5, item_counts=counts)
+    with pytest.warns(UserWarning, match="not in the catalogue"):
+        cold, warm, strange = known.recommend([[], ["i010"], ["nonsense"]], k=4)
+    by_count = [recommender.catalog.items[place] for place in counts.argsort(descending=True)]
+    assert [r.item for r in cold] == [r.item for r in strange] == by_count[:4]
+    assert warm == recommender.recommend([["i010"]], k=4)[0]
+    shares = (counts.double() + 1) / (counts + 1).sum()
+    assert [r.log_prob for r in cold] == pytest.approx(shares.flip(0)[:4].log().tolist())
+    (few,) = known.recommend([[]], k=4, allowed_items=by_count[-2:])
+    assert [r.item for r in few] == by_count[-2:]
+    lists = known.recommend([[]] * 400, k=1, strategy="sample", seed=2)
+    drawn = [recommender.catalog.items.index(found[0].item) for found in lists]
+    top = sum(place >= len(ITEMS) // 2 for place in drawn) / 400
+    assert top == pytest.approx(float(shares[len(ITEMS) // 2 :].sum()), abs=0.08)
+    assert lists == known.recommend([[]] * 400, k=1, strategy="sample", seed=2)
+
+
+def test_an_explanation_is_the_path_with_its_probabilities(recommender):
+    history = HISTORIES[2]
+    ranked = recommender.recommend([history], k=len(ITEMS))[0]
+    for place in (0, 5, len(ITEMS) - 1):
+        found = recommender.explain(history, ranked[place].item)
+        assert found.log_prob == pytest.approx(ranked[place].log_prob, abs=1e-4)
+        product = torch.tensor([step.probability for step in found.steps]).log().sum().item()
+        assert product == pytest.approx(found.log_prob, abs=1e-4)
+        tokens = recommender.catalog.semantic_ids[recommender.catalog.items.index(found.item)]
+        assert [step.token for step in found.steps] == list(tokens)
+    first = {ids[0] for ids in recommender.catalog.semantic_ids}
+    assert all(recommender.explain(history, item).steps[0].choices == len(first) for item in ITEMS)
+    best = {recommender.explain(history, item).steps[0].rank for item in ITEMS}
+    assert best == set(range(1, len(first) + 1))
+    assert recommender.explain(history, "twin").shares_id_with == ["i001"]
+    with pytest.raises(ValueError, match="no known item"):
+        recommender.explain([], "twin")
+
+
+def test_titles_counts_and_teacher_are_saved_and_explain(recommender, tmp_path):
+    teacher = Popularity.fit([["i010", "twin", "i010"], ["i010"]], recommender.catalog.items)
+    titles, counts = {"i010": "A lamp", "twin": "Ein Stuhl für zwei"}, torch.arange(len(ITEMS))
+    Recommender(
+        recommender.model, TOKENIZER, recommender.catalog, 5, titles=titles, item_counts=counts, teacher=teacher
+    ).save_pretrained(tmp_path)
+    loaded = Recommender.from_pretrained(tmp_path)
+    assert loaded.titles == titles and loaded.item_counts.tolist() == counts.tolist()
+    found = {r.item: r.title for r in loaded.recommend([["short"]], k=len(ITEMS))[0]}
+    assert found == {item: titles.get(item) for item in ITEMS}
+    explanation = loaded.explain(["short"], "twin")
+    assert explanation.title == "Ein Stuhl für zwei" and explanation.teacher_rank == 2
+    assert explanation.teacher_probability == pytest.approx(2 / (4 + 2 + len(ITEMS) - 2))
+    assert recommender.explain(["short"], "twin").teacher_rank is None
+
+
 @pytest.mark.parametrize("kind", ["qwen3", "t5", "bart"])
 @pytest.mark.parametrize("heads", [False, True])
 def test_saved_and_loaded_it_says_the_same(tmp_path, kind, heads):
@@ -120,8 +202,9 @@ def test_saved_and_loaded_it_says_the_same(tmp_path, kind, heads):
 @pytest.mark.parametrize(
     ("histories", "options", "error", "message"),
     [
-        ([["i010"], ["i010", "nonsense"]], {}, ValueError, "row 1 holds item 'nonsense'.*not in the catalogue"),
-        ([["i010"], ["i010"], []], {"batch_size": 1}, ValueError, "row 2 is empty"),
+        ([["i010"], ["i010"], []], {"batch_size": 1}, ValueError, "row 2 is empty.*holds no counts"),
+        ([["i010"]], {"allowed_items": []}, ValueError, "allowed_items is empty"),
+        ([["i010"]], {"allowed_items": ["nonsense"]}, ValueError, "allowed_items holds 'nonsense'"),
         (["i010"], {}, TypeError, "row 0 is 'i010'; give a list of items"),
         ([3], {}, TypeError, "row 0 is 3; give a list of items"),
         ([["i010"]], {"k": 0}, ValueError, "k is 0"),

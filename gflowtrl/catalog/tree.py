@@ -194,6 +194,13 @@ class PrefixTree:
         """The node at which each leaf ends: `(N,)`."""
         return self.path_nodes.gather(1, self.leaf_lengths[:, None]).squeeze(1).long()
 
+    def ways_to(self, leaves: Tensor) -> Tensor:
+        """Which nodes lie on the way to one of `leaves` `(n,)`, root and end among them: bool `(M,)`."""
+        path = self.walk(leaves)
+        found = torch.zeros(self.num_nodes, dtype=torch.bool, device=path.device)
+        found[path[path >= 0]] = True
+        return found
+
     def settled(self, nodes: Tensor) -> Tensor:
         """Whether at most one leaf can be reached from each node: `(...,) -> bool (...,)`; True for -1.
 

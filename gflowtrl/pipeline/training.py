@@ -18,7 +18,7 @@ from trl import SFTTrainer
 from gflowtrl.data import TargetCollator, sft_dataset, text_sft_dataset
 from gflowtrl.policy import load_backbone, merge_tied_embeddings
 from gflowtrl.policy.modules import innermost
-from gflowtrl.recommender import write_recommender_files
+from gflowtrl.recommender import TEACHER_FOLDER, write_recommender_files
 from gflowtrl.samplers import build_sampler
 from gflowtrl.teachers import TeacherModule, fingerprint
 from gflowtrl.trainer import GFlowNetTrainer, RankingEvaluationMixin
@@ -193,6 +193,8 @@ def train_gflownet(
     def work(folder: Path) -> dict[str, Any]:
         trainer = gflownet_trainer(workshop, materials, sft, teacher, folder, callbacks)
         record = train(trainer, materials, folder, partial(load_backbone, sft.folder / "model"))
+        if teacher is not None and workshop.is_main:
+            teacher.save_pretrained(folder / "model" / TEACHER_FOLDER)  # the recommender explains itself by it
         return {**record, "reward_weights": trainer.rewards.weights if trainer.rewards else []}
 
     stage.run(f"GFlowNet fine-tuning on {materials.kind}", work)
@@ -237,7 +239,7 @@ def train(trainer: Trainer, materials: Materials, folder: Path, base: Callable[[
         if adapted:
             save_merged(base, folder / "adapters", folder / "model")
             materials.tokenizer.save_pretrained(folder / "model")
-        write_recommender_files(folder / "model", materials.encoder)
+        write_recommender_files(folder / "model", materials.encoder, materials.item_counts, materials.titles)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return {
         "steps": state.global_step,
@@ -262,6 +264,7 @@ def _flow_trainer(
         processing_class=materials.tokenizer,
         catalog=materials.catalog,
         item_counts=materials.item_counts,
+        item_titles=materials.titles,
         prompt_encoder=materials.encoder,
         peft_config=materials.recipe.peft_config,
         callbacks=list(callbacks),

@@ -201,15 +201,25 @@ class TreePolicy(ABC):
         return tree.only_leaf(nodes), log_q
 
     @torch.no_grad()
-    def beam_search(self, prompts: Prompts, num_beams: int) -> tuple[Tensor, Tensor]:
+    def beam_search(self, prompts: Prompts, num_beams: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The most probable leaves by beam search on the tree.
 
+        Args:
+            prompts: the batch.
+            num_beams: width of the beam.
+            allowed: bool `(M,)` nodes that may be entered (`PrefixTree.ways_to`), by default all. Probabilities stay
+                those over the whole tree.
+
         Returns:
-            leaves `(B, num_beams)`, best first, and their tree-normalised log-probabilities. Where the catalogue has
-            fewer leaves than beams, the rest is leaf -1 with -inf.
+            leaves `(B, num_beams)`, best first, and their tree-normalised log-probabilities. Where there are fewer
+            leaves than beams, the rest is leaf -1 with -inf.
         """
+
+        def rank(_: Tensor, totals: Tensor, children: Tensor) -> Tensor:
+            return totals if allowed is None else totals.masked_fill(~allowed[children.clamp(min=0)], -torch.inf)
+
         start = torch.zeros(len(prompts["input_ids"]), 1, device=prompts["input_ids"].device)
-        leaves, log_probs, _ = self._search(prompts, num_beams, 1.0, start, lambda _, totals, __: totals)
+        leaves, log_probs, _ = self._search(prompts, num_beams, 1.0, start, rank)
         return leaves, log_probs
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
-from gflowtrl.catalog import ItemCatalog
+from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.data import PrefixGroupedEpochSampler, PromptEncoder, prefix_groups
 from gflowtrl.policy.heads import load_heads, split_heads
 from gflowtrl.recommender import write_recommender_files
@@ -66,6 +67,7 @@ class BaseTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseTrainer
     loss_is_scaled_for_ga = False  # our losses are means over a micro-batch; the Trainer divides by the accumulation
     _catalog: ItemCatalog
     _encoder: PromptEncoder
+    _item_titles: Mapping[Item, str] | None = None
 
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere."""
@@ -121,7 +123,7 @@ class BaseTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseTrainer
             return
         if heads:
             save_file({name: value.contiguous().cpu() for name, value in heads.items()}, Path(output_dir, HEADS_FILE))
-        write_recommender_files(output_dir, self._encoder)
+        write_recommender_files(output_dir, self._encoder, self._item_counts, self._item_titles)
         write_model_card(self, output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:

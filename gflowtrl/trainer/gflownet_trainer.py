@@ -17,7 +17,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from gflowtrl.catalog import ItemCatalog
+from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.data import GroupCollator, PromptEncoder
 from gflowtrl.losses import LossSpec, get_loss, node_flows, normalised_flows
 from gflowtrl.policy import (
@@ -73,6 +73,7 @@ class GFlowNetTrainer(BaseTrainer):
             the items' tokens (`args.train_item_tokens`).
         item_counts: `(items,)` training interactions in the order of `catalog.items`, for the breadth metrics; counted
             in the training targets by default.
+        item_titles: what items are called, for the answers of the saved recommender and for `log_completions`.
         prompt_encoder: what makes prompts of histories; by default that of `model`'s folder, else the plain one
             (`gflowtrl.data.TextPromptEncoder` writes prompts in words).
         callbacks, optimizers: as in `transformers.Trainer`.
@@ -107,6 +108,7 @@ class GFlowNetTrainer(BaseTrainer):
         ref_model: str | PreTrainedModel | None = None,
         peft_config: PeftConfig | None = None,
         item_counts: Tensor | None = None,
+        item_titles: Mapping[Item, str] | None = None,
         prompt_encoder: PromptEncoder | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
@@ -150,7 +152,7 @@ class GFlowNetTrainer(BaseTrainer):
         if prompt_encoder is None:
             prompt_encoder = PromptEncoder(catalog, processing_class, args.max_history_items)
         check_encoder(prompt_encoder, catalog, args.max_shared_prompts)
-        self._encoder = prompt_encoder
+        self._encoder, self._item_titles = prompt_encoder, item_titles
         self.noise = StatelessNoise(args.seed)
         self._seconds: Counter[str] = Counter()
         super().__init__(
