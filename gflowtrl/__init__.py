@@ -3,8 +3,12 @@
 Public names are imported on first use, so that `import gflowtrl` costs nothing and loads neither torch nor trl.
 """
 
+import logging
 from importlib import import_module
 
+
+# Where bitsandbytes is installed, importing PEFT makes it warn of a kernel that nothing here needs.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = "0.1.0.dev0"
 

@@ -26,7 +26,7 @@ LAYERS = (
     {"rewards", "samplers", "losses", "metrics"},
     {"trainer", "recommender"},
     {"pipeline"},
-    {"cli"},
+    {"cli", "__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 TRAINING_ROOMS = {"trainer", "pipeline", "cli"}  # where trl may be imported
@@ -110,7 +110,7 @@ def test_what_is_imported_is_required():
     if "options" not in setup:
         pytest.skip("setup.cfg is not beside the package: an installed copy is tested")
     required = {re.split(r"[<>=!]", line)[0].lower() for line in setup["options"]["install_requires"].split()}
-    required = {"yaml" if name == "pyyaml" else name for name in required}
+    required = {{"pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}.get(name, name) for name in required}
     used = {name.split(".")[0] for path in MODULES for name in imports_of(path)}
     extra = re.split(r"[<>=!]", setup["options.extras_require"]["deepspeed"].strip())[0]
     assert used - set(sys.stdlib_module_names) - {"gflowtrl"} <= required | {extra}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,6 +54,40 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold fields with values (field: value), not {type(content).__name__}.")
     return content
+
+
+def recipe_folder() -> Path:
+    """Where the recipes are that come with the library: in the source tree, or where an installation has put them."""
+    tree = Path(__file__).parents[2] / "recipes"
+    return tree if tree.is_dir() else Path(sys.prefix, "share", "gflowtrl", "recipes")
+
+
+def accelerate_folder() -> Path:
+    """Where the configurations of accelerate are that come with the library."""
+    return recipe_folder() / "accelerate_configs"
+
+
+def find_recipe(name: str | Path) -> Path:
+    """A recipe's file: the file itself, or the one of that name that comes with the library.
+
+    Raises:
+        FileNotFoundError: there is neither; the message lists the names.
+    """
+    return _find(name, recipe_folder(), "recipe")
+
+
+def find_accelerate_config(name: str | Path) -> Path:
+    """A configuration of accelerate by file, or by name as `zero2`; errors as for `find_recipe`."""
+    return _find(name, accelerate_folder(), "accelerate configuration")
+
+
+def _find(name: str | Path, folder: Path, what: str) -> Path:
+    known = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    if Path(name).is_file():
+        return Path(name)
+    if str(name) in known:
+        return known[str(name)]
+    raise FileNotFoundError(f"There is no {what} {name}; give a YAML file, or one of {', '.join(known)}.")
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

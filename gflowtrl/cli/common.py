@@ -1,0 +1,77 @@
+"""What the commands share: options from a YAML file, errors as one line, JSON for shells."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+def make_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """A parser with `--config` and `--json`."""
+    parser = argparse.ArgumentParser(
+        prog=f"gflowtrl {name}", description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with options; the command line overrides it")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Options of the command line over those of `--config`.
+
+    Raises:
+        ValueError: the file has an option that the command has not, or a value of the wrong kind.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    config = first.parse_known_args(arguments)[0].config
+    if config is not None:
+        from gflowtrl.pipeline.configuration import check_names, read_yaml
+
+        content, known = read_yaml(config), {action.dest: action for action in parser._actions}
+        check_names(content, known.keys() - {"help", "config"}, config)
+        # As words of a command line, so that they are checked as such; those that follow win.
+        arguments = [*_as_words(content, known), *arguments]
+    return parser.parse_args(arguments)
+
+
+def _as_words(content: Mapping[str, Any], actions: Mapping[str, argparse.Action]) -> list[str]:
+    words = []
+    for name, value in content.items():
+        flag = actions[name].option_strings[-1]
+        if isinstance(value, bool):
+            words += [flag] if value else []
+        elif value is not None:
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def guarded(work: Callable[[], int | None]) -> int:
+    """Does the work; bad input is one line on stderr and exit code 2, Ctrl-C is 130."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of loading weights; that of the work itself stays
+    try:
+        return work() or 0
+    except (ValueError, TypeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+
+
+def print_json(content: Any) -> None:
+    print(json.dumps(content, ensure_ascii=False))
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its columns aligned."""
+    lines = [list(columns), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (padded[0], rule, *padded[1:]))

@@ -1,0 +1,49 @@
+"""`gflowtrl compare`: one table and a picture of several runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from .common import guarded, make_parser, parse, print_json, table
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command; returns the exit code."""
+    parser = make_parser("compare", "Puts runs into one table: means over seeds, differences over users.")
+    parser.add_argument("runs", nargs="+", help="output folders of recipes, or results.json files")
+    parser.add_argument("--k", type=int, default=10, help="cut-off of the metrics")
+    parser.add_argument("--against", default="SFT continued", help="the row to compare with: how its title begins")
+    parser.add_argument("--plot", type=Path, help="PNG file for accuracy against breadth")
+    return guarded(lambda: _compare(parse(parser, arguments)))
+
+
+def _compare(given: argparse.Namespace) -> None:
+    from gflowtrl.pipeline.comparison import compared_rows, difference, find_results, plot_comparison
+
+    rows = compared_rows(find_results(given.runs))
+    metrics = [f"{name}@{given.k}" for name in ("recall", "ndcg", "coverage", "gini", "dgu", "mgu")]
+    measured = rows[0].entries[0]["metrics"]
+    if metrics[0] not in measured:
+        raise ValueError(f"The runs have no {metrics[0]}; choose --k among their evaluation.ks.")
+    other = next((row for row in rows if row.title.startswith(given.against)), None)
+    differences = [{m: difference(row, other, m) for m in metrics[:2]} if other else {} for row in rows]
+    if given.plot is not None:
+        plot_comparison(rows, metrics[1], metrics[2], given.plot)
+    if given.json:
+        shown = [
+            {"title": row.title, "seeds": row.seeds, "metrics": {m: row.mean(m) for m in measured}} for row in rows
+        ]
+        print_json([one | {"differences": found} for one, found in zip(shown, differences, strict=True)])
+        return
+    columns = ["method", "seeds", *metrics, *(f"{m} - {other.title}" for m in metrics[:2] if other)]
+    lines = [
+        [row.title, str(len(row.seeds)), *map(row.spread, metrics), *map(_interval, found.values())]
+        for row, found in zip(rows, differences, strict=True)
+    ]
+    print(table(columns, lines))
+
+
+def _interval(found: dict[str, float] | None) -> str:
+    return "" if found is None else f"{found['mean_difference']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"

@@ -1,0 +1,128 @@
+"""`gflowtrl recommend`: JSON lines of histories in, JSON lines of recommendations out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from .common import guarded, make_parser, parse
+
+
+CHUNK = 1024  # histories in memory at a time
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command; returns the exit code."""
+    parser = make_parser(
+        "recommend",
+        'Recommends for each line of a file: {"history": [5, 9]} with any further fields, which are kept, or [5, 9].',
+    )
+    parser.add_argument("--model", help="folder of the recommender, or its Hub name")
+    parser.add_argument("--input", default="-", help="file of histories, a line each; - is standard input")
+    parser.add_argument("--output", default="-", help="file of answers, a line each; - is standard output")
+    parser.add_argument("-k", "--k", type=int, default=10, help="length of the lists")
+    parser.add_argument("--strategy", default="beam", help="beam, or sample: in proportion to probability")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of sample")
+    parser.add_argument("--seed", type=int, default=0, help="of sample")
+    parser.add_argument("--num_beams", type=int, help="width of the beam search; by default what k needs")
+    parser.add_argument("--batch_size", type=int, default=256, help="histories decoded together")
+    parser.add_argument("--exclude_seen", action="store_true", help="leave out items of the history")
+    parser.add_argument("--allowed_items", metavar="FILE", help="JSON list of the only items to recommend")
+    return guarded(lambda: _recommend(parse(parser, arguments)))
+
+
+def _recommend(given: argparse.Namespace) -> None:
+    if given.model is None:
+        raise ValueError("--model is missing.")
+    from tqdm.auto import tqdm
+
+    from gflowtrl.recommender import Recommender
+
+    options = {name: getattr(given, name) for name in ("k", "strategy", "temperature", "num_beams", "batch_size")}
+    options |= {"exclude_seen": given.exclude_seen, "allowed_items": _allowed(given.allowed_items)}
+    with _reading(given.input) as lines, _Writing(given.output) as out:
+        recommender = Recommender.from_pretrained(given.model)
+        progress = tqdm(disable=not sys.stderr.isatty(), unit=" histories", file=sys.stderr)
+        # A row draws by its place in the file: the seed of a chunk is a function of its number.
+        for number, rows in enumerate(_chunks(lines, given.input)):
+            answers = recommender.recommend([row["history"] for row in rows], seed=given.seed + number, **options)
+            for row, found in zip(rows, answers, strict=True):
+                out.write(json.dumps({**row, "recommendations": [_shown(one) for one in found]}, ensure_ascii=False))
+                out.write("\n")
+            progress.update(len(rows))
+        progress.close()
+
+
+def _shown(one: Any) -> dict[str, Any]:
+    shown = {"item": one.item, "probability": math.exp(one.log_prob)}
+    return shown if one.title is None else {**shown, "title": one.title}
+
+
+def _chunks(lines: IO[str], name: str) -> Iterator[list[dict[str, Any]]]:
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        rows.append(_row(line, f"{name}, line {number}"))
+        if len(rows) == CHUNK:
+            yield rows
+            rows = []
+    if rows:
+        yield rows
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: no JSON ({error.msg}, column {error.colno}).") from None
+    row = {"history": row} if isinstance(row, list) else row
+    history = row.get("history") if isinstance(row, dict) else None
+    if not isinstance(history, list) or any(type(item) not in (int, str) for item in history):
+        raise ValueError(
+            f'{where}: a list of items or {{"history": [...]}} is needed, items being numbers or strings.'
+        )
+    return row
+
+
+def _allowed(file: str | None) -> list | None:
+    if file is None:
+        return None
+    content = json.loads(Path(file).read_text(encoding="utf-8"))
+    if not isinstance(content, list):
+        raise ValueError(f"{file} must hold a JSON list of items.")
+    return content
+
+
+def _reading(name: str) -> IO[str]:
+    return open(os.dup(0), encoding="utf-8") if name == "-" else open(name, encoding="utf-8")
+
+
+class _Writing:
+    """Standard output, or a file that takes its name only when all is written."""
+
+    def __init__(self, name: str):
+        self.path = None if name == "-" else Path(name)
+
+    def __enter__(self) -> IO[str]:
+        if self.path is None:
+            return sys.stdout
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.scratch = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        self.file = self.scratch.open("w", encoding="utf-8")
+        return self.file
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        if self.path is None:
+            return
+        self.file.close()
+        if kind is None:
+            os.replace(self.scratch, self.path)
+        else:
+            self.scratch.unlink()

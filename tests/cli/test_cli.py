@@ -1,0 +1,151 @@
+"""The `gflowtrl` command on a micro run: each command, its oracle, and its answers to mistakes."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gflowtrl import Recommender, __version__
+from gflowtrl.cli import COMMANDS, main
+from gflowtrl.data import SyntheticShop, write_folder
+from tests.pipeline.micro import micro_settings
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with data, a recipe, and two seeds of its run by `gflowtrl train`."""
+    root = tmp_path_factory.mktemp("cli")
+    shop = SyntheticShop(n_users=40, n_items=30, departments=3, shelves=3, interests=3, min_users_shown=15)
+    data = shop.generate()[0]
+    write_folder(data, root / "data")
+    settings = micro_settings(root / "out", data={"max_history_items": 6})
+    settings["sft"]["max_steps"] = settings["gflownet"]["max_steps"] = 3
+    (root / "micro.yaml").write_text(yaml.safe_dump(settings | {"data_dir": str(root / "data")}))
+    for seed in ("1", "2"):
+        assert main(["train", "--config", str(root / "micro.yaml"), "--seed", seed, "--use_cpu", "true"]) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def results(home) -> dict:
+    return json.loads((home / "out" / "results.json").read_text())
+
+
+def test_evaluate_finds_what_the_run_found(home, results, capsys):
+    entry = results["methods"]["gflownet"]
+    options = ["--model", entry["model"], "--data_dir", str(home / "data"), "--ks", "3", "5", "--num_beams", "5"]
+    assert main(["evaluate", *options, "--json", "--output", str(home / "found.json")]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["metrics"] == pytest.approx({name: entry["metrics"][name] for name in printed["metrics"]})
+    assert json.loads((home / "found.json").read_text()) == printed
+    assert main(["evaluate", *options, "--split", "validation"]) == 0
+    assert "| recall@5 " in capsys.readouterr().out
+
+
+def test_options_come_from_a_file_and_the_command_line_wins(home, results, capsys):
+    options = {"model": results["methods"]["sft"]["model"], "data_dir": str(home / "data"), "json": True}
+    (home / "evaluate.yaml").write_text(yaml.safe_dump(options | {"ks": [3], "num_beams": 7}))
+    assert main(["evaluate", "--config", str(home / "evaluate.yaml"), "--num_beams", "5"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["num_beams"] == 5 and "recall@3" in found["metrics"] and "recall@5" not in found["metrics"]
+    (home / "wrong.yaml").write_text("modle: x")
+    assert main(["evaluate", "--config", str(home / "wrong.yaml")]) == 2
+    assert "Did you mean" in capsys.readouterr().err
+
+
+def test_recommend_answers_line_by_line_as_the_recommender_does(home, results, capsys):
+    model = results["methods"]["gflownet"]["model"]
+    recommender = Recommender.from_pretrained(model)
+    items = recommender.catalog.items
+    histories = [[items[0], items[3]], [items[5]], []]
+    lines = [{"user": "u1", "history": histories[0]}, histories[1], {"history": histories[2], "note": 1}]
+    (home / "in.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    files = ["--input", str(home / "in.jsonl"), "--output", str(home / "answers" / "out.jsonl")]
+    assert main(["recommend", "--model", model, "-k", "4", *files]) == 0
+    answers = [json.loads(line) for line in (home / "answers" / "out.jsonl").read_text().splitlines()]
+    expected = recommender.recommend(histories, k=4)
+    assert [[one["item"] for one in answer["recommendations"]] for answer in answers] == [
+        [one.item for one in found] for found in expected
+    ]
+    assert all(one["title"] for answer in answers for one in answer["recommendations"])
+    assert answers[0]["user"] == "u1" and answers[2]["note"] == 1 and answers[1]["history"] == histories[1]
+    (home / "allowed.json").write_text(json.dumps(items[:2]))
+    assert main(["recommend", "--model", model, *files[:2], "--allowed_items", str(home / "allowed.json")]) == 0
+    shown = [json.loads(line)["recommendations"] for line in capsys.readouterr().out.splitlines()]
+    assert all({one["item"] for one in found} == set(items[:2]) for found in shown)
+
+
+def test_a_broken_line_is_named_and_leaves_no_half_file(home, results, capsys):
+    (home / "broken.jsonl").write_text("[1]\n{history: 1}\n")
+    out = home / "never.jsonl"
+    model = results["methods"]["sft"]["model"]
+    assert main(["recommend", "--model", model, "--input", str(home / "broken.jsonl"), "--output", str(out)]) == 2
+    assert "broken.jsonl, line 2: no JSON" in capsys.readouterr().err
+    assert not list(home.glob("*never*"))
+
+
+def test_compare_has_every_method_once_with_means_over_seeds(home, results, capsys):
+    assert main(["compare", str(home / "out"), "--k", "5", "--json", "--plot", str(home / "plot.png")]) == 0
+    rows = {row["title"]: row for row in json.loads(capsys.readouterr().out)}
+    assert list(rows) == ["Teacher", "SFT", "SFT continued (control), 3 steps", "GFlowNet: micro"]
+    files = sorted((home / "out").glob("report-*/results.json"))
+    runs = [json.loads(file.read_text()) for file in files]
+    values = [run["methods"]["gflownet"]["metrics"]["ndcg@5"] for run in runs]
+    assert len(values) == 2 and sorted(rows["GFlowNet: micro"]["seeds"]) == [1, 2]
+    assert rows["GFlowNet: micro"]["metrics"]["ndcg@5"] == pytest.approx(sum(values) / 2)
+    gaps = [v - run["methods"]["control"]["metrics"]["ndcg@5"] for v, run in zip(values, runs, strict=True)]
+    assert rows["GFlowNet: micro"]["differences"]["ndcg@5"]["mean_difference"] == pytest.approx(sum(gaps) / 2)
+    assert (home / "plot.png").stat().st_size > 5000
+    assert main(["compare", str(home / "out"), "--k", "5"]) == 0
+    assert "±" in capsys.readouterr().out
+
+
+def test_single_stages_run_alone(home, capsys):
+    options = ["--config", str(home / "micro.yaml"), "--output_dir", str(home / "alone"), "--use_cpu", "true"]
+    assert main(["teacher", *options]) == 0
+    assert {folder.name.split("-")[0] for folder in (home / "alone").glob("*-*")} == {"teacher", "test", "report"}
+    assert main(["sft", *options, "--stages", "teacher"]) == 2
+    assert "decides the stages itself" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "'trian' is no command of gflowtrl"),
+        (["train", "--config", "nowhere"], "There is no recipe nowhere; give a YAML file, or one of .*quickstart"),
+        (["train", "--num_processes", "two"], "--num_processes is 'two'"),
+        (["train", "--num_processes"], "--num_processes needs a value"),
+        (["train", "--accelerate_config", "zero9"], "no accelerate configuration zero9.*zero2"),
+        (["evaluate"], "--model is missing"),
+        (["recommend", "--model", "/no/where"], "/no/where is not a folder"),
+        (["compare", "/no/where"], "/no/where holds no results.json"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, capsys, tmp_path):
+    (tmp_path / "empty").touch()
+    extra = ["--input", str(tmp_path / "empty")] if words[0] == "recommend" else []
+    assert main([*words, *extra]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(message, error), error
+
+
+def test_help_and_version(capsys):
+    assert main([]) == 0
+    told = capsys.readouterr().out
+    assert all(f"  {name} " in told for name in COMMANDS)
+    assert main(["--version"]) == 0 and capsys.readouterr().out.strip() == __version__
+    for name in COMMANDS:
+        try:
+            assert main([name, "--help"]) == 0
+        except SystemExit as stop:
+            assert stop.code == 0
+        assert f"usage: gflowtrl {name}" in capsys.readouterr().out
+
+
+def test_the_installed_command_is_the_module():
+    told = subprocess.run([sys.executable, "-m", "gflowtrl", "--version"], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == __version__
