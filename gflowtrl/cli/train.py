@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from .common import guarded
@@ -27,7 +28,7 @@ WHAT = {
 }
 
 #: All that accelerate asks for where there is no configuration of its own.
-PLAIN = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+PLAIN = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
 def main(arguments: Sequence[str], command: str = "train") -> int:
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str], command: str = "train") -> int:
 
 
 def _train(words: list[str], command: str) -> int:
+    from gflowtrl.pipeline import load_recipe
     from gflowtrl.pipeline import main as run_recipe
     from gflowtrl.pipeline.configuration import find_accelerate_config, find_recipe
 
@@ -52,9 +54,11 @@ def _train(words: list[str], command: str) -> int:
     processes, words = _take(words, "--num_processes")
     engine, words = _take(words, "--accelerate_config")
     config, words = _take(words, "--config")
-    words = ["--config", str(find_recipe(config or "quickstart")), *words]
+    recipe = find_recipe(config or "quickstart")
+    load_recipe(recipe, words)  # a mistake is told here, once, and not by every process
+    words = ["--config", str(recipe), *words]
     if processes in (None, "1") and engine is None:
-        return run_recipe(words)
+        return run_recipe(words, program=f"gflowtrl {command}")
     launcher = PLAIN if engine is None else ["--config_file", str(find_accelerate_config(engine))]
     if processes is not None:
         if not processes.isdecimal() or int(processes) < 1:
@@ -69,7 +73,7 @@ def _launch(launcher: list[str], words: list[str]) -> int:
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     if not torch.accelerator.is_available():
-        launcher = [*launcher, "--cpu"]
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # --cpu would start one process, whatever --num_processes says
     given = launch_command_parser().parse_args([*launcher, "--module", "gflowtrl", "train", *words])
     try:
         launch_command(given)

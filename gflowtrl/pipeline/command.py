@@ -30,14 +30,23 @@ OTHER_DATA = (
 )
 
 
-def main(arguments: Sequence[str] | None = None, default_recipe: str | Path = "recipes/quickstart.yaml") -> int:
+def main(
+    arguments: Sequence[str] | None = None,
+    default_recipe: str | Path = "recipes/quickstart.yaml",
+    program: str | None = None,
+) -> int:
     """Runs a recipe from the command line.
+
+    Args:
+        arguments: `--config RECIPE` and the recipe's fields; those of this process if not given.
+        default_recipe: the recipe where there is no `--config`.
+        program: what the user calls this by; the script's name if not given.
 
     Returns:
         The exit code: 0, 2 for bad input (one line says what), 130 after Ctrl-C (one line says how to go on).
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    program = Path(sys.argv[0]).name
+    program = program or Path(sys.argv[0]).name
     if {"-h", "--help"} & set(arguments):
         print(USAGE.format(program=program, default=default_recipe, fields=describe()))
         return 0

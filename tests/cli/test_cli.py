@@ -117,6 +117,7 @@ def test_single_stages_run_alone(home, capsys):
     [
         (["trian"], "'trian' is no command of gflowtrl"),
         (["train", "--config", "nowhere"], "There is no recipe nowhere; give a YAML file, or one of .*quickstart"),
+        (["train", "--num_processes", "2", "--gflownet.learning_rat", "1"], "Did you mean 'gflownet.learning_rate'"),
         (["train", "--num_processes", "two"], "--num_processes is 'two'"),
         (["train", "--num_processes"], "--num_processes needs a value"),
         (["train", "--accelerate_config", "zero9"], "no accelerate configuration zero9.*zero2"),
