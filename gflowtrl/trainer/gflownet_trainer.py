@@ -38,7 +38,7 @@ from .adapters import add_adapters
 from .base import BaseTrainer
 from .checks import check_encoder, check_model, check_rows, item_counts_of
 from .gflownet_config import GFlowNetConfig
-from .group import Group, describe_group, group_metrics
+from .group import Group, group_metrics, print_group
 from .prefixes import PrefixWeights, load_prefix_weights, save_prefix_weights
 from .reference import build_prior
 from .sampler_state import load_sampler, save_sampler
@@ -436,7 +436,8 @@ class GFlowNetTrainer(BaseTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
         if self.args.log_completions and "loss" in logs and self.is_world_process_zero():
-            print(describe_group(self._last_group, self._catalog, self.sampler.source_names, self.state.global_step))
+            sources, step = self.sampler.source_names, self.state.global_step
+            print_group(self._last_group, self._catalog, sources, step, self._item_titles)
 
     # --------------------------------------------------------------------------------------------------- checkpoints
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 from torch import Tensor
 
-from gflowtrl.catalog import ItemCatalog
+from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.policy import StepScores
 from gflowtrl.rewards import RewardResult
 from gflowtrl.samplers import TrajectoryBatch
@@ -83,15 +87,38 @@ def group_metrics(group: Group, sources: Sequence[str]) -> dict[str, Tensor]:
     return metrics | {"log_z": log_z.mean(), "residual": residual.mean()}
 
 
-def describe_group(group: Group, catalog: ItemCatalog, sources: Sequence[str], step: int) -> str:
-    """The first prompt's trajectories, the best rewarded first, a line each."""
+def print_group(
+    group: Group, catalog: ItemCatalog, sources: Sequence[str], step: int, titles: Mapping[Item, str] | None = None
+) -> None:
+    """The first prompt's trajectories as a table, the best rewarded first.
+
+    Args:
+        group: of the step.
+        catalog, sources: the items, and the names of the sampler's sources.
+        step: the number of steps that are done.
+        titles: of items, where they are known.
+    """
+    titles = titles or {}
+
+    def named(item: Item) -> str:
+        return escape(f"{item} ({titles[item]})" if item in titles else str(item))
+
     history, target = group.batch["history"][0], group.batch["target"][0]
-    lines = [f"Step {step}, history {history}, target {target!r}:"]
+    table = Table(title=f"Step {step}", caption=f"history: {', '.join(map(named, history))}\ntarget: {named(target)}")
+    table.add_column("items", overflow="fold", min_width=16)
+    table.add_column("semantic id", no_wrap=True)
+    for heading in ("probability", "log pi", "log R", "reward"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("source", no_wrap=True)
     leaves, log_pi = group.trajectories.leaves[0], group.scores.trajectory_log_probs[0]
-    log_rewards = log_pi if group.rewards is None else group.rewards.log_rewards[0]
-    for place in log_rewards.argsort(descending=True, stable=True).tolist():
-        leaf, source = int(leaves[place]), sources[int(group.trajectories.source[0, place])]
-        reward = "" if group.rewards is None else f", log R {log_rewards[place]:.3f}"
-        shown = f"{catalog.leaf_text(leaf)} {catalog.items_of(leaf)} from {source}"
-        lines.append(f"  {shown}: log pi {log_pi[place]:.3f}{reward}")
-    return "\n".join(lines)
+    order = (log_pi if group.rewards is None else group.rewards.log_rewards[0]).argsort(descending=True, stable=True)
+    for place in order.tolist():
+        leaf, rewarded = int(leaves[place]), ["", ""]
+        if group.rewards is not None:
+            rewarded = [f"{group.rewards.log_rewards[0, place]:.3f}", f"{group.rewards.rewards[0, place]:.4g}"]
+        table.add_row(
+            ", ".join(map(named, catalog.items_of(leaf))), catalog.leaf_text(leaf),
+            f"{log_pi[place].exp():.3g}", f"{log_pi[place]:.3f}", *rewarded,
+            sources[int(group.trajectories.source[0, place])],
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 160).print(table)

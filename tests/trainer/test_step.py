@@ -300,12 +300,24 @@ def test_metrics_are_means_since_the_last_log(tmp_path):
 
 
 def test_log_completions_prints_a_group_best_first(tmp_path, capsys):
-    trainer = make_trainer(tmp_path, rewards(), log_completions=True, max_steps=1, num_generations=6)
+    titles = {item: f"Title [{item}]" for item in ITEMS}
+    trainer = make_trainer(
+        tmp_path, rewards(), log_completions=True, max_steps=1, num_generations=6, item_titles=titles
+    )
     capsys.readouterr()
     trainer.train()
-    lines = [line for line in capsys.readouterr().out.splitlines() if "log R" in line]
-    values = [float(line.split("log R ")[1]) for line in lines]
-    assert len(lines) == 6 and values == sorted(values, reverse=True)
+    printed = capsys.readouterr().out
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if "│" in line]
+    rows = [row for row in cells if row[1].startswith("<")]
+    values = [float(row[4]) for row in rows]
+    assert len(rows) == 6 and values == sorted(values, reverse=True)
+    for items, leaf_text, probability, log_pi, log_reward, reward, source in rows:
+        first = items.split(" (")[0]
+        assert f"{first} (Title [{first}])" in items and leaf_text == " ".join(SEMANTIC_IDS[first])
+        assert float(probability) == pytest.approx(math.exp(float(log_pi)), rel=0.02)
+        assert float(log_reward) == pytest.approx(math.log(float(reward)), abs=0.01)
+        assert source in trainer.sampler.source_names
+    assert "target: " in printed and "Step 1" in printed
 
 
 def test_a_sampler_is_asked_with_the_batch_the_step_and_the_rows(tmp_path):
