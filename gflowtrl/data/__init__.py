@@ -1,5 +1,6 @@
 """Interactions in, training examples out: readers, splits, tokenizers, prompts, and a synthetic shop."""
 
+from .formats import RAW_FORMATS, Columns, Preparation, prepare
 from .interactions import CLICKED, PURCHASED, SHOWN, Event, InteractionData, k_core
 from .prompts import GroupCollator, PromptEncoder, TargetCollator, sft_dataset
 from .readers import read_folder, read_interactions, read_letter, write_folder
@@ -13,11 +14,14 @@ from .tokenization import add_item_tokens, build_tokenizer, check_round_trip
 __all__ = [
     "CLICKED",
     "PURCHASED",
+    "RAW_FORMATS",
     "SHOWN",
+    "Columns",
     "Event",
     "GroupCollator",
     "InteractionData",
     "PrefixGroupedEpochSampler",
+    "Preparation",
     "PromptEncoder",
     "PromptFormat",
     "ShopTruth",
@@ -33,6 +37,7 @@ __all__ = [
     "leave_one_out",
     "load_encoder",
     "prefix_groups",
+    "prepare",
     "prompt_members",
     "read_folder",
     "read_interactions",
