@@ -124,8 +124,9 @@ def sequences_of(log: InteractionLog) -> tuple[list[Item], list[list[Item]]]:
     """Users, sorted by id, and their items in the order of the log, in which users stand together."""
     starts = np.flatnonzero(np.diff(log.users, prepend=-1))
     stops = np.append(starts[1:], len(log))
+    name_of_item = log.item_names.__getitem__
     by_user = {
-        log.user_names[log.users[start]]: [log.item_names[item] for item in log.items[start:stop].tolist()]
+        log.user_names[log.users[start]]: list(map(name_of_item, log.items[start:stop].tolist()))
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)
     }
     users = sorted(by_user)
