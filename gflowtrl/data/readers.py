@@ -61,7 +61,7 @@ def read_folder(path: str | Path) -> InteractionData:
         users=users,
         sequences=sequences,
         items=_all_items(sequences, features, semantic_ids),
-        item_features=features,
+        item_features={item: row for item, row in features.items() if row},  # some lines only name their item
         semantic_ids=semantic_ids,
         synthetic=bool(about.get("synthetic", False)),
         events=events,

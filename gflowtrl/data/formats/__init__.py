@@ -1,7 +1,7 @@
 """Raw dumps in, the folder format out: one file a family of formats. docs/data.md has the table of formats."""
 
 from .base import Columns
-from .download import PUBLIC_DATA, RawFiles, download, download_file, extract_zip
+from .downloads import PUBLIC_DATA, RawFiles, download, download_file, extract_zip
 from .preparation import prepare
 from .registry import RAW_FORMATS
 from .report import Preparation

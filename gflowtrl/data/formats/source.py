@@ -1,10 +1,12 @@
 """A raw file that is read once from its beginning to its end: unpacking, progress, and its malformed lines."""
 
+import codecs
 import csv
 import gzip
 import io
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -47,21 +49,26 @@ class Source:
 
     def peek(self) -> str:
         """The first line that is not blank, stripped; bytes are read as latin-1, which never fails."""
-        with self.path.open("rb") as raw:
-            head = _unpacked(io.BufferedReader(raw)).read(_BLOCK_BYTES)
-        return head.lstrip().split(b"\n", 1)[0].decode("latin-1").removeprefix("\xef\xbb\xbf").strip()
+        with self.path.open("rb") as raw, self._whole_gzip():
+            lines = _unpacked(io.BufferedReader(raw))
+            head = next((line for line in iter(lambda: lines.readline(_BLOCK_BYTES), b"") if line.strip()), b"")
+        return head.removeprefix(codecs.BOM_UTF8).decode("latin-1").strip()
+
+    @contextmanager
+    def _whole_gzip(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(
+                f"{self.path}: the gzip data is broken after line {self.lines} ({error}). Download the file again."
+            ) from None
 
     def text_lines(self, encoding: str = "utf-8-sig") -> Iterator[str]:
         """All lines with their line ends. Bytes that are not text become U+FFFD, which no id may hold."""
         with byte_bar(self.path.name, self.path.stat().st_size) as bar, _Counted(self.path, bar) as counted:
             raw = io.BufferedReader(counted, _BLOCK_BYTES)
-            try:
-                with io.TextIOWrapper(_unpacked(raw), encoding, errors="replace", newline="\n") as text:
-                    yield from text
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise ValueError(
-                    f"{self.path}: the gzip data is broken after line {self.lines} ({error}). Download the file again."
-                ) from None
+            with self._whole_gzip(), io.TextIOWrapper(_unpacked(raw), encoding, "replace", newline="\n") as text:
+                yield from text
 
     def numbered_lines(self, encoding: str = "utf-8-sig") -> Iterator[tuple[int, str]]:
         """(number, line without its line end) of all lines that are not blank."""

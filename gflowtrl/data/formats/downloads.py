@@ -198,7 +198,7 @@ def _fetch(url: str, part: Path) -> None:
         failures = 1 if done > before else failures + 1  # as long as bytes come, it is worth going on
         if failures >= _ATTEMPTS:
             raise ConnectionError(
-                f"{url}: {problem}, {_ATTEMPTS} times in a row, at byte {done:,}. Call again later to go on from there."
+                f"{url}: {problem}, {_ATTEMPTS} times in a row, at byte {done:,}. Call again to go on from there."
             )
         time.sleep(_PAUSE_SECONDS)
 
