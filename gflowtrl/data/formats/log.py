@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -22,35 +22,66 @@ _MOST_SECONDS = 1e300
 _MOST_DIGITS = 18  # more would not fit into 64 bits
 
 
-@dataclass(frozen=True)
+@dataclass
 class InteractionLog:
-    """Who took what and when.
+    """Who took what and when. Methods change it in place, so that no array is there twice.
 
     Attributes:
         users: number of the user, int32 (T,).
         items: number of the item, int32 (T,).
-        times: float64 (T,), in the unit of the file.
+        times: float64 (T,), in the unit of the file; `None` once the log is sorted.
         user_names: the id behind each number of a user; ids of no interaction may be among them.
         item_names: the same of the items.
     """
 
     users: np.ndarray
     items: np.ndarray
-    times: np.ndarray
+    times: np.ndarray | None
     user_names: list[Item]
     item_names: list[Item]
 
     def __len__(self) -> int:
         return len(self.users)
 
-    def take(self, rows: np.ndarray) -> "InteractionLog":
-        """The interactions at `rows`: numbers, or a boolean for each."""
-        return replace(self, users=self.users[rows], items=self.items[rows], times=self.times[rows])
-
     def counts(self) -> dict[str, int]:
         """Numbers of interactions, and of the users and items that occur in them."""
         users, items = (int(np.count_nonzero(np.bincount(numbers))) for numbers in (self.users, self.items))
         return {"interactions": len(self), "users": users, "items": items}
+
+    def keep(self, chosen: np.ndarray) -> None:
+        """Keep the chosen interactions of a sorted log, bool (T,)."""
+        self.users = self.users[chosen]
+        self.items = self.items[chosen]
+
+    def sort_by_time(self) -> float:
+        """Put users together, each oldest first; those at one time keep the file's order, for want of a better one.
+
+        Returns:
+            The share of adjacent interactions of a user that are at one and the same time.
+        """
+        order = np.lexsort((self.times, self.users))
+        self.users = self.users[order]
+        self.items = self.items[order]
+        times, self.times = self.times[order], None
+        adjacent = self.users[1:] == self.users[:-1]
+        tied = adjacent & (times[1:] == times[:-1])
+        return float(tied.sum() / max(1, adjacent.sum()))
+
+    def drop_duplicates(self, which: Duplicates) -> int:
+        """Keep the first or the last interaction of a user with an item in a sorted log, or all (`"keep"`).
+
+        Returns:
+            How many there are beyond the one of each user with each item.
+        """
+        pairs = self.users.astype(np.int64) * len(self.item_names) + self.items
+        order = np.argsort(pairs, kind="stable")
+        pairs = pairs[order]
+        repeated = pairs[1:] == pairs[:-1]
+        if which != "keep":
+            stays = np.ones(len(self), dtype=bool)
+            stays[(order[1:] if which == "first" else order[:-1])[repeated]] = False
+            self.keep(stays)
+        return int(repeated.sum())
 
 
 def read_log(source: Source, parsed: Parsed, min_rating: float | None) -> tuple[InteractionLog, int]:
@@ -89,35 +120,6 @@ def log_of(data: InteractionData) -> InteractionLog:
     items, offsets = flatten(data.sequences, {item: index for index, item in enumerate(data.items)})
     users = np.repeat(np.arange(len(data.users)), np.diff(offsets))
     return InteractionLog(users, items, np.zeros(len(items)), data.users, data.items)
-
-
-def sort_by_time(log: InteractionLog) -> tuple[InteractionLog, float]:
-    """Users together, each oldest first, and the share of adjacent interactions of a user at one and the same time.
-
-    Such ties keep the order of the file, for want of a better one.
-    """
-    log = log.take(np.lexsort((log.times, log.users)))
-    adjacent = log.users[1:] == log.users[:-1]
-    tied = adjacent & (log.times[1:] == log.times[:-1])
-    return log, float(tied.sum() / max(1, adjacent.sum()))
-
-
-def drop_duplicates(log: InteractionLog, which: Duplicates) -> tuple[InteractionLog, int]:
-    """Keep the first or the last interaction of a user with an item, or all; and how many are more than the one.
-
-    Args:
-        log: sorted by time.
-        which: `"first"`, `"last"` or `"keep"`.
-    """
-    pairs = log.users.astype(np.int64) * len(log.item_names) + log.items
-    order = np.argsort(pairs, kind="stable")
-    repeated = pairs[order[1:]] == pairs[order[:-1]]
-    count = int(repeated.sum())
-    if which == "keep" or not count:
-        return log, count
-    keep = np.ones(len(log), dtype=bool)
-    keep[(order[1:] if which == "first" else order[:-1])[repeated]] = False
-    return log.take(keep), count
 
 
 def sequences_of(log: InteractionLog) -> tuple[list[Item], list[list[Item]]]:

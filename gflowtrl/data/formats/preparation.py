@@ -10,7 +10,7 @@ import numpy as np
 from ..interactions import InteractionData, core_members
 from ..readers import write_folder
 from .base import Columns, Request
-from .log import Duplicates, InteractionLog, drop_duplicates, log_of, read_log, sequences_of, sort_by_time
+from .log import Duplicates, InteractionLog, log_of, read_log, sequences_of
 from .output import check_target, new_folder
 from .registry import COMPLETE, RAW_FORMATS, STREAMED, find_files, read_complete, read_features
 from .report import Preparation
@@ -77,15 +77,10 @@ def prepare(
         data = _from_complete(read_complete(format, interactions), report)
     else:
         request = Request(columns or Columns(), rated=min_rating is not None)
-        source = Source(interactions, format, STREAMED[format].expected, max_malformed)
-        log, report.below_min_rating = read_log(source, STREAMED[format].interactions(source, request), min_rating)
-        report.take_interactions(source)
-        data = _from_log(_filtered(log, report), report.name)
+        data = _from_stream(Source(interactions, format, STREAMED[format].expected, max_malformed), request, report)
         if items is not None:
             source = Source(items, format, STREAMED[format].expected_items, max_malformed)
-            data.item_features = read_features(
-                source, STREAMED[format], request, data.items, report, max_description_characters
-            )
+            data.item_features = read_features(source, request, data.items, report, max_description_characters)
     report.items_without_metadata = sum(item not in data.item_features for item in data.items)
     report.items_without_title = sum("title" not in data.item_features.get(item, ()) for item in data.items)
     if out is not None:
@@ -95,31 +90,38 @@ def prepare(
     return data, report
 
 
-def _filtered(log: InteractionLog, report: Preparation) -> InteractionLog:
+def _filter(log: InteractionLog, report: Preparation) -> None:
     report.count("read", log)
-    log, report.tied_share = sort_by_time(log)
+    report.tied_share = log.sort_by_time()
     duplicates, k = report.settings["duplicates"], report.settings["k_core"]
-    log, report.duplicates = drop_duplicates(log, duplicates)
+    report.duplicates = log.drop_duplicates(duplicates)
     report.count("duplicates kept" if duplicates == "keep" else "duplicates dropped", log)
     if k is not None:
-        log = log.take(core_members(log.users, log.items, k))
+        log.keep(core_members(log.users, log.items, k))
         report.count(f"{k}-core", log)
         if not len(log):
             raise ValueError(
                 f"{report.files[0]} has no {k}-core: no user or item is left. Choose a smaller k_core, or None."
             )
-    return log
 
 
-def _from_log(log: InteractionLog, name: str) -> InteractionData:
+def _filtered_data(log: InteractionLog, report: Preparation) -> InteractionData:
+    _filter(log, report)
     users, sequences = sequences_of(log)
     items = sorted(log.item_names[number] for number in np.unique(log.items).tolist())
-    return InteractionData(name, users, sequences, items)
+    return InteractionData(report.name, users, sequences, items)
+
+
+def _from_stream(source: Source, request: Request, report: Preparation) -> InteractionData:
+    parsed = STREAMED[source.format].interactions(source, request)
+    log, report.below_min_rating = read_log(source, parsed, report.settings["min_rating"])
+    report.take_interactions(source)
+    return _filtered_data(log, report)
 
 
 def _from_complete(origin: InteractionData, report: Preparation) -> InteractionData:
     report.lines = len(origin.users)
-    data = _from_log(_filtered(log_of(origin), report), report.name)
+    data = _filtered_data(log_of(origin), report)
     known = origin.item_features
     data.item_features = {item: known[item] for item in data.items if item in known}
     data.synthetic = origin.synthetic

@@ -9,7 +9,7 @@ from gflowtrl.catalog import Item
 from ..interactions import InteractionData
 from ..readers import read_folder, read_letter
 from .amazon import AMAZON, AMAZON_2023
-from .base import Format, Request
+from .base import Request
 from .cleaning import clean_features
 from .log import identifier
 from .movielens import MOVIELENS
@@ -77,7 +77,6 @@ def read_complete(format: str, path: Path) -> InteractionData:
 
 def read_features(
     source: Source,
-    format: Format,
     request: Request,
     wanted: Iterable[Item],
     report: Preparation,
@@ -86,7 +85,7 @@ def read_features(
     """The cleaned features of the wanted items, in the order of `wanted`. The first line about an item counts."""
     by_name = {str(item): item for item in wanted}
     features: dict[Item, dict[str, Any]] = {}
-    parsed = format.items(source, request)
+    parsed = STREAMED[source.format].items(source, request)
     for line, record in parsed.records:
         try:
             key, row = parsed.parse(record)
