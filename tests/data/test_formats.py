@@ -169,7 +169,7 @@ def test_broken_files(tmp_path):
     path.write_bytes(gzip.compress(b"user_id,item_id,timestamp\n" + b"a,b,1\n" * 9)[:-9])
     with pytest.raises(ValueError, match=r"log\.csv: the gzip data is broken after line .*Download"):
         prepare("csv", path, k_core=None)
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.csv is no file\. Give the path of a header"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.csv is no file\. Format 'csv' reads a header"):
         prepare("csv", tmp_path / "nowhere.csv")
     with pytest.raises(FileNotFoundError, match=r"is a folder, and 'movielens' needs one of ratings\.csv"):
         prepare("movielens", tmp_path)
@@ -256,7 +256,7 @@ def test_features_are_cleaned():
     row = {
         "title": "Salt &amp;amp; \n Pepper",
         "categories": [["Home", "Bath &amp; Body"], ["Home", "Soap"]],
-        "description": ["<p>One &lt;b&gt;two&lt;/b&gt;", "three</p>"],
+        "description": ["<p>One &amp;lt;b&amp;gt;two&lt;/b&gt;", "three</p>"],
         "price": ".a-box{width:10px}",
         "weight": float("nan"),
         "brand": None,
@@ -268,6 +268,22 @@ def test_features_are_cleaned():
     assert clean_features({"description": "abcdef"}, max_description_characters=3) == {"description": "abc"}
 
 
+def test_half_characters_are_kept_out_of_the_files(tmp_path):
+    log = write(tmp_path / "log.jsonl", '{"u": "a", "i": "x"}\n{"u": "a", "i": "\\ud83d"}\n')
+    items = write(tmp_path / "items.jsonl", '{"i": "x", "title": "Cut \\ud83d"}\n')
+    columns = Columns("u", "i", time=None)
+    data, report = prepare("jsonl", log, items, tmp_path / "o", columns=columns, k_core=None, max_malformed=0.5)
+    assert data.sequences == [["x"]] and report.malformed == 1
+    assert read_folder(tmp_path / "o") == data and data.item_features == {"x": {"title": "Cut ?"}}
+
+
+def test_names_of_csv_columns_are_taken_as_they_are(tmp_path):
+    log = write_lines(tmp_path / "log.csv", ["user:id, item,t", "a,x,1"])
+    items = write_lines(tmp_path / "items.csv", [",item,title,size:cm", "0,x,1984,5"])
+    data, _ = prepare("csv", log, items, columns=Columns("user:id", "item", "t"), k_core=None)
+    assert data.item_features == {"x": {"title": "1984", "size:cm": "5"}}
+
+
 @pytest.mark.parametrize(
     ("raw", "price"),
     [
@@ -277,7 +293,10 @@ def test_features_are_cleaned():
         ("$5.50 - $9.00", 5.5),
         ("from 3.20", 3.2),
         (4, 4.0),
+        ("EUR 12.50", 12.5),
+        ("US$3", 3.0),
         ("12,99", None),
+        ("1.299,00", None),
         ("—", None),
         ("None", None),
         ("", None),

@@ -49,17 +49,21 @@ class Header:
         source: the file.
         rows: its rows, the header first; the header is taken from it.
         needed: columns that must be there.
+        typed: whether the names are RecBole's `name:type`.
 
     Raises:
         ValueError: if the file is empty or a column is missing.
     """
 
-    def __init__(self, source: Source, rows: Iterator[tuple[int, list[str]]], needed: Iterable[str]):
+    def __init__(
+        self, source: Source, rows: Iterator[tuple[int, list[str]]], needed: Iterable[str], typed: bool = False
+    ):
         number, names = next(rows, (0, []))
         source.first_line = number + 1
         if not names:
             source.finish()
-        self.types = dict(name.strip().partition(":")[::2] for name in names)  # RecBole's name:type, else no type
+        parts = (name.partition(":") if typed else (name, "", "") for name in map(str.strip, names))
+        self.types = {name: kind for name, _, kind in parts}
         self.names = list(self.types)
         missing = [name for name in needed if name not in self.types]
         if missing:
@@ -89,6 +93,7 @@ class Header:
             if len(fields) != len(self.names):
                 raise ValueError(f"{len(fields)} fields, where the header has {len(self.names)}")
             row = dict(zip(self.names, fields, strict=True))
+            row.pop("", None)  # the nameless column in which tables are numbered
             return row.pop(item), row
 
         return parse

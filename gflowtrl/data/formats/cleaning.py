@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 
-_TAG = re.compile(r"<[^<>]*>")
-# No digit or comma may follow: "12,99" is no 12.
-_PRICE = re.compile(r"\W*(?:from\s+)?\D?\s*((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)(?![\d,])", re.IGNORECASE)
+_TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
+# A currency or "from" may stand before. What follows must not go on the number: "12,99" is no 12.
+_PRICE = re.compile(r"\W*(?:from\s+)?[a-z]{0,3}\W*((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)(?![\d,]|\.\d)", re.IGNORECASE)
 
 
 def clean_features(row: Mapping[str, Any], max_description_characters: int | None) -> dict[str, Any]:
@@ -26,18 +26,20 @@ def clean_features(row: Mapping[str, Any], max_description_characters: int | Non
         elif name == "categories":
             value = ", ".join(dict.fromkeys(filter(None, map(clean_text, _leaves(value)))))
         elif name == "description":
-            text = clean_text(_TAG.sub(" ", html.unescape(" ".join(map(str, _leaves(value))))))
-            value = _cut(text, max_description_characters)
+            text = _TAG.sub(" ", clean_text(" ".join(map(str, _leaves(value)))))
+            value = _cut(clean_text(text), max_description_characters)
         else:
             value = _plain(value)
+            if name == "title" and value is not None:
+                value = str(value)
         if value is not None and value != "" and value != []:
             features[name] = value
     return features
 
 
 def clean_text(text: Any) -> str:
-    """Text without HTML entities (dumps escape some twice) and with single spaces."""
-    text = str(text)
+    """Text without HTML entities (dumps escape some twice), with single spaces, and of whole characters."""
+    text = str(text).encode("utf-8", "replace").decode()  # JSON can hold half characters, files cannot
     while (plain := html.unescape(text)) != text:
         text = plain
     return " ".join(text.split())

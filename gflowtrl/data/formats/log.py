@@ -17,7 +17,7 @@ from .source import MALFORMED, Source
 
 Duplicates = Literal["first", "last", "keep"]
 
-_UNREADABLE = "\ufffd"  # what bytes that are no text were decoded to
+_UNREADABLE = "\ufffd".encode()  # what bytes that are no text were decoded to
 _MOST_SECONDS = 1e300
 _MOST_DIGITS = 18  # more would not fit into 64 bits
 
@@ -141,7 +141,7 @@ def identifier(value: Any) -> str:
         return str(value)
     if not isinstance(value, str) or not value:
         raise ValueError(f"an id must be text or a whole number, but one is {value!r}")
-    if _UNREADABLE in value:
+    if _UNREADABLE in value.encode():  # encoding refuses half characters, which JSON can hold and no file
         raise ValueError(f"the id {value!r} holds bytes that are no text")
     return value
 

@@ -13,14 +13,14 @@ _NAMES = {"movie_title": "title", "class": "categories", "genre": "categories"}
 def _interactions(source: Source, request: Request) -> Parsed:
     rows = source.csv_rows("\t", quoted=False)
     rating = "rating" if request.rated else None
-    header = Header(source, rows, filter(None, ("user_id", "item_id", rating)))
+    header = Header(source, rows, filter(None, ("user_id", "item_id", rating)), typed=True)
     time = "timestamp" if "timestamp" in header.types else None  # optional in RecBole: then the file's order counts
     return Parsed(rows, header.interactions("user_id", "item_id", time, rating))
 
 
 def _items(source: Source, request: Request) -> Parsed:
     rows = source.csv_rows("\t", quoted=False)
-    header = Header(source, rows, ("item_id",))
+    header = Header(source, rows, ("item_id",), typed=True)
     parse = header.items("item_id")
 
     def item(fields: list[str]) -> tuple[str, dict[str, Any]]:

@@ -38,7 +38,7 @@ class Source:
     def __init__(self, path: str | Path, format: str, expected: str, max_malformed: float):
         self.path = Path(path)
         if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path} is no file. Give the path of {expected}.")
+            raise FileNotFoundError(f"{self.path} is no file. Format {format!r} reads {expected}.")
         self.format = format
         self.expected = expected
         self.max_malformed = max_malformed
