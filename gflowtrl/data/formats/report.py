@@ -20,7 +20,8 @@ class Preparation:
         malformed: how many of them were left out, and `malformed_lines` the first few with the reason.
         below_min_rating: interactions with too low a rating.
         duplicates: interactions of a user with an item that the user had taken before.
-        tied_share: share of adjacent interactions of a user with the same time, which keep the file's order.
+        tied_share: share of adjacent interactions of a user with the same time, which keep the file's order; 1 where
+            the file has no times.
         steps: interactions, users and items after each step.
         item_lines: lines of the items.
         malformed_items: how many of them were left out, and `malformed_item_lines` the first few.
