@@ -1,5 +1,16 @@
 """Interactions in, training examples out: readers, splits, tokenizers, prompts, and a synthetic shop."""
 
+from .formats import (
+    PUBLIC_DATA,
+    RAW_FORMATS,
+    Columns,
+    Preparation,
+    RawFiles,
+    download,
+    download_file,
+    extract_zip,
+    prepare,
+)
 from .interactions import CLICKED, PURCHASED, SHOWN, Event, InteractionData, k_core
 from .prompts import GroupCollator, PromptEncoder, TargetCollator, sft_dataset
 from .readers import read_folder, read_interactions, read_letter, write_folder
@@ -12,14 +23,19 @@ from .tokenization import add_item_tokens, build_tokenizer, check_round_trip
 
 __all__ = [
     "CLICKED",
+    "PUBLIC_DATA",
     "PURCHASED",
+    "RAW_FORMATS",
     "SHOWN",
+    "Columns",
     "Event",
     "GroupCollator",
     "InteractionData",
     "PrefixGroupedEpochSampler",
+    "Preparation",
     "PromptEncoder",
     "PromptFormat",
+    "RawFiles",
     "ShopTruth",
     "Splits",
     "SyntheticShop",
@@ -29,10 +45,14 @@ __all__ = [
     "add_item_tokens",
     "build_tokenizer",
     "check_round_trip",
+    "download",
+    "download_file",
+    "extract_zip",
     "k_core",
     "leave_one_out",
     "load_encoder",
     "prefix_groups",
+    "prepare",
     "prompt_members",
     "read_folder",
     "read_interactions",

@@ -107,20 +107,13 @@ def k_core(data: InteractionData, k: int = 5) -> InteractionData:
     item_index = {item: index for index, item in enumerate(data.items)}
     flat, offsets = flatten(data.sequences, item_index)
     user_of = np.repeat(np.arange(len(data.users)), np.diff(offsets))
-    keep = np.ones(len(flat), dtype=bool)
-    while True:
-        per_user = np.bincount(user_of[keep], minlength=len(data.users))
-        per_item = np.bincount(flat[keep], minlength=len(data.items))
-        still = keep & (per_user[user_of] >= k) & (per_item[flat] >= k)
-        if still.sum() == keep.sum():
-            break
-        keep = still
+    keep = core_members(user_of, flat, k)
     if not keep.any():
         raise ValueError(f"{data.name} has no {k}-core: no user or item is left. Choose a smaller k.")
 
-    items = [data.items[index] for index in np.flatnonzero(per_item)]
+    items = [data.items[index] for index in np.unique(flat[keep])]
     kept = set(items)
-    rows = np.flatnonzero(per_user).tolist()
+    rows = np.unique(user_of[keep]).tolist()
     return replace(
         data,
         users=[data.users[row] for row in rows],
@@ -130,6 +123,17 @@ def k_core(data: InteractionData, k: int = 5) -> InteractionData:
         semantic_ids=None if data.semantic_ids is None else {item: data.semantic_ids[item] for item in items},
         events=data.events and [[event for event in data.events[row] if event.item in kept] for row in rows],
     )
+
+
+def core_members(user_of: np.ndarray, item_of: np.ndarray, k: int) -> np.ndarray:
+    """Which interactions are in the k-core, bool (T,), for the numbers of their users and items, both (T,)."""
+    keep = np.ones(len(user_of), dtype=bool)
+    while True:
+        users, items = user_of[keep], item_of[keep]
+        enough = (np.bincount(users)[users] >= k) & (np.bincount(items)[items] >= k)
+        if enough.all():
+            return keep
+        keep[np.flatnonzero(keep)] = enough
 
 
 def flatten(sequences: Sequence[Sequence[Item]], item_index: dict[Item, int]) -> tuple[np.ndarray, np.ndarray]:

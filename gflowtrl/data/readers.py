@@ -61,7 +61,7 @@ def read_folder(path: str | Path) -> InteractionData:
         users=users,
         sequences=sequences,
         items=_all_items(sequences, features, semantic_ids),
-        item_features=features,
+        item_features={item: row for item, row in features.items() if row},  # some lines only name their item
         semantic_ids=semantic_ids,
         synthetic=bool(about.get("synthetic", False)),
         events=events,
@@ -186,12 +186,21 @@ def _json_lines(file: Path) -> Iterator[tuple[str, dict]]:
                 continue
             where = f"{file}, line {number}"
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: no JSON ({error.msg}, column {error.colno}).") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: a JSON object is needed, not {type(row).__name__}.")
+                row = json_object(line)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}.") from None
             yield where, row
+
+
+def json_object(line: str) -> dict[str, Any]:
+    """One line of a `.jsonl` file. A ValueError says what it is instead of a JSON object, without a full stop."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no JSON ({error.msg}, column {error.colno})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"a JSON object is needed, not {type(row).__name__}")
+    return row
 
 
 def _read_object(file: Path) -> dict[str, Any]:

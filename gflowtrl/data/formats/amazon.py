@@ -1,0 +1,81 @@
+"""Amazon reviews of 2014, 2018 and 2023: `https://amazon-reviews-2023.github.io` and the two releases before it."""
+
+import ast
+from collections.abc import Callable
+
+from ..readers import json_object
+from .base import Format, Header, Parsed, Request
+from .source import Source
+
+
+_ITEM_FIELDS = {
+    "title": "title",
+    "brand": "brand",
+    "categories": "categories",
+    "category": "categories",
+    "description": "description",
+    "price": "price",
+}
+_ITEM_FIELDS_2023 = {
+    "title": "title",
+    "store": "brand",
+    "main_category": "main_category",
+    "categories": "categories",
+    "description": "description",
+    "price": "price",
+}
+
+
+def _reviews(source: Source, request: Request) -> Parsed:
+    return Parsed(
+        source.numbered_lines(), json_interactions("reviewerID", "asin", "unixReviewTime", "overall", request)
+    )
+
+
+def _reviews_2023(source: Source, request: Request) -> Parsed:
+    names = "user_id", "parent_asin", "timestamp", "rating"
+    if source.peek().startswith("{"):
+        return Parsed(source.numbered_lines(), json_interactions(*names, request))
+    rows = source.csv_rows(",")
+    return Parsed(rows, Header(source, rows, names).interactions(*names))
+
+
+def json_interactions(user: str, item: str, time: str | None, rating: str, request: Request) -> Callable[[str], tuple]:
+    """Parser of JSON lines as (user, item, time, rating); the rating is looked at only where it is needed."""
+
+    def parse(line: str) -> tuple:
+        row = json_object(line)
+        when = 0.0 if time is None else row[time]
+        return row[user], row[item], when, row[rating] if request.rated else 0.0
+
+    return parse
+
+
+def _items(key: str, fields: dict[str, str]) -> Callable[[Source, Request], Parsed]:
+    def parse(line: str) -> tuple:
+        row = _literal(line) if line.startswith("{'") else json_object(line)
+        return row[key], {name: row[field] for field, name in fields.items() if field in row}
+
+    return lambda source, request: Parsed(source.numbered_lines(), parse)
+
+
+def _literal(line: str) -> dict:
+    """A line of the metadata of 2014, a Python literal. `literal_eval` builds constants and runs nothing."""
+    row = ast.literal_eval(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"a dictionary is needed, not {type(row).__name__}")
+    return row
+
+
+AMAZON = Format(
+    interactions=_reviews,
+    expected="one JSON object a line with reviewerID, asin, unixReviewTime and overall",
+    items=_items("asin", _ITEM_FIELDS),
+    expected_items="one JSON object (or Python literal) a line with asin, title and so on",
+)
+AMAZON_2023 = Format(
+    interactions=_reviews_2023,
+    expected="CSV with the header user_id,parent_asin,rating,timestamp, or one JSON object a line with these",
+    items=_items("parent_asin", _ITEM_FIELDS_2023),
+    expected_items="one JSON object a line with parent_asin, title and so on",
+)

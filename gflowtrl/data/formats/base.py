@@ -1,0 +1,124 @@
+"""What the readers of all raw formats have in common: what they return, the columns, and tables with a header."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .source import Source
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns in a table of your own: formats `csv`, `jsonl` and `parquet`.
+
+    Args:
+        user: column of the user ids.
+        item: column of the item ids, in the interactions and in the items alike.
+        time: column of the times, numbers of any unit or ISO 8601 text; `None` where the order of the file is the
+            order in time.
+        rating: column of the ratings. It is read where `min_rating` is given, and else need not be there.
+    """
+
+    user: str = "user_id"
+    item: str = "item_id"
+    time: str | None = "timestamp"
+    rating: str = "rating"
+
+
+class Parsed(NamedTuple):
+    """The records of a file and how to parse one; `parse` raises one of `source.MALFORMED` on a bad record.
+
+    Of interactions it returns (user, item, time, rating); of items (item, features as the file has them).
+    """
+
+    records: Iterable[tuple[int, Any]]
+    parse: Callable[[Any], tuple]
+
+
+class Request(NamedTuple):
+    """What is asked of a reader: the columns (for tables of your own), and whether ratings are needed."""
+
+    columns: Columns
+    rated: bool
+
+
+class Header:
+    """The header of a table: checks the columns that are needed, and finds them in the rows.
+
+    Args:
+        source: the file.
+        rows: its rows, the header first; the header is taken from it.
+        needed: columns that must be there.
+        typed: whether the names are RecBole's `name:type`.
+
+    Raises:
+        ValueError: if the file is empty or a column is missing.
+    """
+
+    def __init__(
+        self, source: Source, rows: Iterator[tuple[int, list[str]]], needed: Iterable[str], typed: bool = False
+    ):
+        number, names = next(rows, (0, []))
+        source.first_line = number + 1
+        if not names:
+            source.finish()
+        parts = (name.partition(":") if typed else (name, "", "") for name in map(str.strip, names))
+        self.types = {name: kind for name, _, kind in parts}
+        self.names = list(self.types)
+        missing = [name for name in needed if name not in self.types]
+        if missing:
+            raise source.misfit(number, f"the header lacks {', '.join(missing)}; it has {', '.join(self.names)}")
+        if len(self.names) < len(names):
+            raise source.misfit(number, "the header names a column twice")
+
+    def interactions(self, user: str, item: str, time: str | None, rating: str | None) -> Callable[[list[str]], tuple]:
+        """Parser of rows as (user, item, time, rating), 0 for a time or a rating of column `None`."""
+        width = len(self.names)
+        user_at, item_at, time_at, rating_at = (
+            None if name is None else self.names.index(name) for name in (user, item, time, rating)
+        )
+
+        def parse(fields: list[str]) -> tuple:
+            if len(fields) != width:
+                raise ValueError(f"{len(fields)} fields, where the header has {width}")
+            when = 0.0 if time_at is None else fields[time_at]
+            return fields[user_at], fields[item_at], when, 0.0 if rating_at is None else fields[rating_at]
+
+        return parse
+
+    def items(self, item: str) -> Callable[[Sequence[str]], tuple[str, dict[str, str]]]:
+        """Parser of rows as (item, all other columns)."""
+
+        def parse(fields: Sequence[str]) -> tuple[str, dict[str, str]]:
+            if len(fields) != len(self.names):
+                raise ValueError(f"{len(fields)} fields, where the header has {len(self.names)}")
+            row = dict(zip(self.names, fields, strict=True))
+            row.pop("", None)  # the nameless column in which tables are numbered
+            return row.pop(item), row
+
+        return parse
+
+
+@dataclass(frozen=True)
+class Format:
+    """How files of one raw format are read.
+
+    Args:
+        interactions: reader of the interactions.
+        expected: what a line of interactions is, for messages.
+        items: reader of the items, or `None` where the format has none.
+        expected_items: what a line of items is, for messages.
+        has_ratings: whether `min_rating` can be asked for.
+        own_columns: whether `Columns` apply.
+        files: patterns of the interactions in a folder, the first that is there is taken.
+        item_files: patterns of the items in that folder.
+    """
+
+    interactions: Callable[[Source, Request], Parsed]
+    expected: str
+    items: Callable[[Source, Request], Parsed] | None = None
+    expected_items: str = ""
+    has_ratings: bool = True
+    own_columns: bool = False
+    files: tuple[str, ...] = ()
+    item_files: tuple[str, ...] = ()

@@ -1,0 +1,179 @@
+"""Interactions as three compact arrays: 16 bytes each, and every user and item id once, whatever the dump's size."""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import numpy as np
+
+from gflowtrl.catalog import Item
+
+from ..interactions import InteractionData, flatten
+from .base import Parsed
+from .source import MALFORMED, Source
+
+
+Duplicates = Literal["first", "last", "keep"]
+
+_UNREADABLE = "\ufffd".encode()  # what bytes that are no text were decoded to
+_MOST_SECONDS = 1e300
+_MOST_DIGITS = 18  # more would not fit into 64 bits
+
+
+@dataclass
+class InteractionLog:
+    """Who took what and when. Methods change it in place, so that no array is there twice.
+
+    Attributes:
+        users: number of the user, int32 (T,).
+        items: number of the item, int32 (T,).
+        times: float64 (T,), in the unit of the file; `None` once the log is sorted.
+        user_names: the id behind each number of a user; ids of no interaction may be among them.
+        item_names: the same of the items.
+    """
+
+    users: np.ndarray
+    items: np.ndarray
+    times: np.ndarray | None
+    user_names: list[Item]
+    item_names: list[Item]
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def counts(self) -> dict[str, int]:
+        """Numbers of interactions, and of the users and items that occur in them."""
+        users, items = (int(np.count_nonzero(np.bincount(numbers))) for numbers in (self.users, self.items))
+        return {"interactions": len(self), "users": users, "items": items}
+
+    def keep(self, chosen: np.ndarray) -> None:
+        """Keep the chosen interactions of a sorted log, bool (T,)."""
+        self.users = self.users[chosen]
+        self.items = self.items[chosen]
+
+    def sort_by_time(self) -> float:
+        """Put users together, each oldest first; those at one time keep the file's order, for want of a better one.
+
+        Returns:
+            The share of adjacent interactions of a user that are at one and the same time.
+        """
+        order = np.lexsort((self.times, self.users))
+        self.users = self.users[order]
+        self.items = self.items[order]
+        times, self.times = self.times[order], None
+        adjacent = self.users[1:] == self.users[:-1]
+        tied = adjacent & (times[1:] == times[:-1])
+        return float(tied.sum() / max(1, adjacent.sum()))
+
+    def drop_duplicates(self, which: Duplicates) -> int:
+        """Keep the first or the last interaction of a user with an item in a sorted log, or all (`"keep"`).
+
+        Returns:
+            How many there are beyond the one of each user with each item.
+        """
+        pairs = self.users.astype(np.int64) * len(self.item_names) + self.items
+        order = np.argsort(pairs, kind="stable")
+        pairs = pairs[order]
+        repeated = pairs[1:] == pairs[:-1]
+        if which != "keep":
+            stays = np.ones(len(self), dtype=bool)
+            stays[(order[1:] if which == "first" else order[:-1])[repeated]] = False
+            self.keep(stays)
+        return int(repeated.sum())
+
+
+def read_log(source: Source, parsed: Parsed, min_rating: float | None) -> tuple[InteractionLog, int]:
+    """All interactions of a file but those rated below `min_rating`, whose number is returned beside them."""
+    users, items, times = array("i"), array("i"), array("d")
+    user_numbers, item_numbers = _Numbers(), _Numbers()
+    below = 0
+    for line, record in parsed.records:
+        try:
+            user, item, time, rating = parsed.parse(record)
+            if min_rating is not None and not float(rating) >= min_rating:
+                below += 1
+                continue
+            moment, user_number, item_number = _moment(time), user_numbers[user], item_numbers[item]
+        except MALFORMED as error:
+            source.reject(line, error)
+            continue
+        users.append(user_number)
+        items.append(item_number)
+        times.append(moment)
+    source.finish()
+    if not users:
+        raise ValueError(f"{source.path} holds no interaction with a rating of {min_rating} or more.")
+    log = InteractionLog(
+        users=np.frombuffer(users, np.int32),
+        items=np.frombuffer(items, np.int32),
+        times=np.frombuffer(times, np.float64),
+        user_names=_typed(list(user_numbers)),
+        item_names=_typed(list(item_numbers)),
+    )
+    return log, below
+
+
+def log_of(data: InteractionData) -> InteractionLog:
+    """The sequences of `data` as a log; their order is the order of time."""
+    items, offsets = flatten(data.sequences, {item: index for index, item in enumerate(data.items)})
+    users = np.repeat(np.arange(len(data.users)), np.diff(offsets))
+    return InteractionLog(users, items, np.zeros(len(items)), data.users, data.items)
+
+
+def sequences_of(log: InteractionLog) -> tuple[list[Item], list[list[Item]]]:
+    """Users, sorted by id, and their items in the order of the log, in which users stand together."""
+    starts = np.flatnonzero(np.diff(log.users, prepend=-1))
+    stops = np.append(starts[1:], len(log))
+    name_of_item = log.item_names.__getitem__
+    by_user = {
+        log.user_names[log.users[start]]: list(map(name_of_item, log.items[start:stop].tolist()))
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)
+    }
+    users = sorted(by_user)
+    return users, [by_user[user] for user in users]
+
+
+def identifier(value: Any) -> str:
+    """A user's or an item's id as text. Raises a ValueError if it is none."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"an id must be text or a whole number, but one is {value!r}")
+    if _UNREADABLE in value.encode():  # encoding refuses half characters, which JSON can hold and no file
+        raise ValueError(f"the id {value!r} holds bytes that are no text")
+    return value
+
+
+class _Numbers(dict):
+    """id -> its number, a new one where the id is new. Whole numbers count as their text."""
+
+    def __missing__(self, value: Any) -> int:
+        name = identifier(value)
+        if name is not value:
+            return self[name]
+        self[name] = number = len(self)
+        return number
+
+
+def _moment(time: Any) -> float:
+    try:
+        seconds = float(time)
+    except ValueError:
+        moment = datetime.fromisoformat(time)
+        seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    if not -_MOST_SECONDS < seconds < _MOST_SECONDS:
+        raise ValueError(f"the time is {time!r}")
+    return seconds
+
+
+def _typed(names: Sequence[str]) -> list[Item]:
+    """Whole numbers where all ids are such, in their only notation: "007" and "7" stay two ids."""
+    if all(_is_plain_number(name) for name in names):
+        return [int(name) for name in names]
+    return list(names)
+
+
+def _is_plain_number(name: str) -> bool:
+    return name.isascii() and name.isdecimal() and len(name) <= _MOST_DIGITS and (name[0] != "0" or name == "0")

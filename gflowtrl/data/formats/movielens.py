@@ -1,0 +1,77 @@
+"""MovieLens: `ratings.csv` and `movies.csv`, `ratings.dat` and `movies.dat`, and `u.data` and `u.item` of ml-100k."""
+
+from .base import Format, Header, Parsed, Request
+from .source import Source
+
+
+# u.genre: the order of the flags in u.item.
+# fmt: off
+_GENRES = (
+    "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime",
+    "Documentary", "Drama", "Fantasy", "Film-Noir", "Horror", "Musical",
+    "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
+)
+# fmt: on
+_NO_GENRE = ("unknown", "(no genres listed)")
+
+
+def _ratings(source: Source, request: Request) -> Parsed:
+    head = source.peek()
+    if "::" in head:
+        return Parsed(_double_colon_rows(source), _rating)
+    if "\t" in head:
+        return Parsed(source.csv_rows("\t", "latin-1", quoted=False), _rating)
+    rows = source.csv_rows(",")
+    names = "userId", "movieId", "timestamp", "rating"
+    return Parsed(rows, Header(source, rows, names).interactions(*names))
+
+
+def _rating(fields: list[str]) -> tuple:
+    if len(fields) != 4:
+        raise ValueError(f"{len(fields)} fields, where user, movie, rating and time are needed")
+    user, movie, rating, time = fields
+    return user, movie, time, rating
+
+
+def _movies(source: Source, request: Request) -> Parsed:
+    head = source.peek()
+    if "::" in head:
+        return Parsed(_double_colon_rows(source), _movie)
+    if head.count("|") >= 23:
+        return Parsed(source.csv_rows("|", "latin-1", quoted=False), _flagged_movie)
+    rows = source.csv_rows(",")
+    parse = Header(source, rows, ("movieId", "title", "genres")).items("movieId")
+
+    def movie(fields: list[str]) -> tuple:
+        item, row = parse(fields)
+        return _movie([item, row["title"], row["genres"]])
+
+    return Parsed(rows, movie)
+
+
+def _movie(fields: list[str]) -> tuple:
+    if len(fields) != 3:
+        raise ValueError(f"{len(fields)} fields, where movie, title and genres are needed")
+    item, title, genres = fields
+    return item, {"title": title, "categories": [genre for genre in genres.split("|") if genre not in _NO_GENRE]}
+
+
+def _flagged_movie(fields: list[str]) -> tuple:
+    if len(fields) != 5 + len(_GENRES):
+        raise ValueError(f"{len(fields)} fields, where u.item has {5 + len(_GENRES)}")
+    genres = [genre for genre, flag in zip(_GENRES, fields[5:], strict=True) if flag == "1" and genre not in _NO_GENRE]
+    return fields[0], {"title": fields[1], "categories": genres}
+
+
+def _double_colon_rows(source: Source):
+    return ((number, line.split("::")) for number, line in source.numbered_lines("latin-1"))
+
+
+MOVIELENS = Format(
+    interactions=_ratings,
+    expected="user, movie, rating and time: ratings.csv with its header, ratings.dat with '::', or u.data with tabs",
+    items=_movies,
+    expected_items="movies.csv with its header, movies.dat with '::', or u.item with '|'",
+    files=("ratings.csv", "ratings.csv.gz", "ratings.dat", "u.data"),
+    item_files=("movies.csv", "movies.csv.gz", "movies.dat", "u.item"),
+)

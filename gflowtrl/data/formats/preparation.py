@@ -1,0 +1,148 @@
+"""From a raw dump to the folder format: read, sort, drop duplicates, filter, describe, write."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+
+from ..interactions import InteractionData, core_members
+from ..readers import write_folder
+from .base import Columns, Request
+from .log import Duplicates, InteractionLog, log_of, read_log, sequences_of
+from .output import check_target, new_folder
+from .registry import COMPLETE, RAW_FORMATS, STREAMED, find_files, read_complete, read_features
+from .report import Preparation
+from .source import Source
+
+
+def prepare(
+    format: str,
+    interactions: str | Path,
+    items: str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    columns: Columns | None = None,
+    k_core: int | None = 5,
+    min_rating: float | None = None,
+    duplicates: Duplicates = "first",
+    max_description_characters: int | None = 1000,
+    max_malformed: float = 0.01,
+    name: str | None = None,
+    overwrite: bool = False,
+) -> tuple[InteractionData, Preparation]:
+    """Read a raw dump, clean it, and write it as a folder that `read_folder` reads.
+
+    The interactions are streamed into arrays (16 bytes each, and every id once), the items after them, of which only
+    those of the result are kept: memory does not grow with the review texts. In order: ratings below `min_rating` are
+    left out, each user's interactions are sorted by time (those at one time keep the file's order), duplicates are
+    dropped, the k-core is taken. Users and items of the result are sorted by id; ids become whole numbers where all
+    ids of the file are.
+
+    Args:
+        format: one of `RAW_FORMATS`.
+        interactions: the file, plain or gzipped; of `movielens` and `recbole` also the folder that holds both files;
+            of `letter` and `folder` what their readers take.
+        items: the file of item features, or `None`.
+        out: the folder to write, or `None` to write nothing. It appears complete or not at all.
+        columns: the columns of `csv`, `jsonl` and `parquet`; `None` stands for `Columns()`.
+        k_core: least number of interactions of each user and each item, or `None` for no such filter.
+        min_rating: lowest rating that counts as an interaction, or `None` for all.
+        duplicates: which interaction of a user with the same item stays: `"first"`, `"last"`, or `"keep"` for all.
+        max_description_characters: longer descriptions are cut at a word; `None` for no cut.
+        max_malformed: share of malformed lines, 0 to 1, above which the file is refused.
+        name: name of the data; by default that of `out`, else of the interactions.
+        overwrite: whether a data folder at `out` may be replaced.
+
+    Returns:
+        The data, and the counts of what happened.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        FileExistsError: if `out` is there and not empty, and `overwrite` is not set or it is no data folder.
+        ValueError: for bad arguments; a file that is not of the format; too many malformed lines; nothing left.
+    """
+    _check_arguments(format, items, columns, k_core, min_rating, duplicates, max_malformed)
+    if out is not None:
+        check_target(Path(out), overwrite)
+    interactions, items = find_files(format, Path(interactions), items)
+    report = Preparation(
+        name=name or (Path(out).resolve().name if out else interactions.resolve().name.split(".")[0]),
+        format=format,
+        files=[str(path) for path in (interactions, items) if path is not None],
+        settings={"k_core": k_core, "min_rating": min_rating, "duplicates": duplicates},
+    )
+    if format in COMPLETE:
+        data = _from_complete(read_complete(format, interactions), report)
+    else:
+        request = Request(columns or Columns(), rated=min_rating is not None)
+        data = _from_stream(Source(interactions, format, STREAMED[format].expected, max_malformed), request, report)
+        if items is not None:
+            source = Source(items, format, STREAMED[format].expected_items, max_malformed)
+            data.item_features = read_features(source, request, data.items, report, max_description_characters)
+    report.items_without_metadata = sum(item not in data.item_features for item in data.items)
+    report.items_without_title = sum("title" not in data.item_features.get(item, ()) for item in data.items)
+    if out is not None:
+        with new_folder(Path(out), overwrite) as folder:
+            write_folder(data, folder)
+            (folder / "preparation.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+    return data, report
+
+
+def _filter(log: InteractionLog, report: Preparation) -> None:
+    report.count("read", log)
+    report.tied_share = log.sort_by_time()
+    duplicates, k = report.settings["duplicates"], report.settings["k_core"]
+    report.duplicates = log.drop_duplicates(duplicates)
+    report.count("duplicates kept" if duplicates == "keep" else "duplicates dropped", log)
+    if k is not None:
+        log.keep(core_members(log.users, log.items, k))
+        report.count(f"{k}-core", log)
+        if not len(log):
+            raise ValueError(
+                f"{report.files[0]} has no {k}-core: no user or item is left. Choose a smaller k_core, or None."
+            )
+
+
+def _filtered_data(log: InteractionLog, report: Preparation) -> InteractionData:
+    _filter(log, report)
+    users, sequences = sequences_of(log)
+    items = sorted(log.item_names[number] for number in np.unique(log.items).tolist())
+    return InteractionData(report.name, users, sequences, items)
+
+
+def _from_stream(source: Source, request: Request, report: Preparation) -> InteractionData:
+    parsed = STREAMED[source.format].interactions(source, request)
+    log, report.below_min_rating = read_log(source, parsed, report.settings["min_rating"])
+    report.take_interactions(source)
+    return _filtered_data(log, report)
+
+
+def _from_complete(origin: InteractionData, report: Preparation) -> InteractionData:
+    report.lines = len(origin.users)
+    data = _filtered_data(log_of(origin), report)
+    known = origin.item_features
+    data.item_features = {item: known[item] for item in data.items if item in known}
+    data.synthetic = origin.synthetic
+    if origin.semantic_ids is not None:
+        data.semantic_ids = {item: origin.semantic_ids[item] for item in data.items}
+    return data
+
+
+def _check_arguments(format, items, columns, k_core, min_rating, duplicates, max_malformed) -> None:
+    if format not in RAW_FORMATS:
+        raise ValueError(f"There is no format {format!r}. Choose one of {', '.join(RAW_FORMATS)}.")
+    streamed = STREAMED.get(format)
+    if items is not None and (streamed is None or streamed.items is None):
+        raise ValueError(f"Format {format!r} has no file of items, but items={str(items)!r} was given. Leave it out.")
+    if columns is not None and not (streamed and streamed.own_columns):
+        raise ValueError(f"The columns of format {format!r} are fixed. Leave `columns` out, or use csv or jsonl.")
+    if min_rating is not None and not (streamed and streamed.has_ratings):
+        raise ValueError(f"Format {format!r} has no ratings, so min_rating={min_rating} cannot be asked for.")
+    if k_core is not None and k_core < 1:
+        raise ValueError(f"k_core must be at least 1 or None, but {k_core} was given.")
+    if duplicates not in get_args(Duplicates):
+        raise ValueError(f"duplicates must be one of {', '.join(get_args(Duplicates))}, but {duplicates!r} was given.")
+    if not 0 <= max_malformed <= 1:
+        raise ValueError(f"max_malformed is a share from 0 to 1, but {max_malformed} was given.")

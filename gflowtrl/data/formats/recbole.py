@@ -1,0 +1,49 @@
+"""RecBole's atomic files: `X.inter` and `X.item`, tab separated, with `name:type` in the header."""
+
+from typing import Any
+
+from .base import Format, Header, Parsed, Request
+from .source import Source
+
+
+# What RecBole's own conversions of other data sets call these features.
+_NAMES = {"movie_title": "title", "class": "categories", "genre": "categories"}
+
+
+def _interactions(source: Source, request: Request) -> Parsed:
+    rows = source.csv_rows("\t", quoted=False)
+    rating = "rating" if request.rated else None
+    header = Header(source, rows, filter(None, ("user_id", "item_id", rating)), typed=True)
+    time = "timestamp" if "timestamp" in header.types else None  # optional in RecBole: then the file's order counts
+    return Parsed(rows, header.interactions("user_id", "item_id", time, rating))
+
+
+def _items(source: Source, request: Request) -> Parsed:
+    rows = source.csv_rows("\t", quoted=False)
+    header = Header(source, rows, ("item_id",), typed=True)
+    parse = header.items("item_id")
+
+    def item(fields: list[str]) -> tuple[str, dict[str, Any]]:
+        key, row = parse(fields)
+        return key, {_NAMES.get(name, name): _value(text, name, header.types[name]) for name, text in row.items()}
+
+    return Parsed(rows, item)
+
+
+def _value(text: str, name: str, kind: str) -> Any:
+    if kind == "float":
+        return float(text) if text else None
+    if kind == "float_seq":
+        return [float(part) for part in text.split()]
+    # Other sequences are text that was cut into words; of these two, each word is a category.
+    return text.split() if kind == "token_seq" and name in ("class", "genre") else text
+
+
+RECBOLE = Format(
+    interactions=_interactions,
+    expected="a tab separated .inter file with the header user_id:token item_id:token [rating:float timestamp:float]",
+    items=_items,
+    expected_items="a tab separated .item file with a typed header such as item_id:token title:token_seq",
+    files=("*.inter", "*.inter.gz"),
+    item_files=("*.item", "*.item.gz"),
+)

@@ -1,0 +1,78 @@
+"""What a preparation did, in numbers."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .log import InteractionLog
+from .source import Source
+
+
+@dataclass
+class Preparation:
+    """What `prepare` did, in numbers; `preparation.json` holds the same.
+
+    Attributes:
+        name: name of the data.
+        format: the raw format.
+        files: the files that were read, interactions first.
+        settings: what of the filters was asked for.
+        lines: lines of the interactions.
+        malformed: how many of them were left out, and `malformed_lines` the first few with the reason.
+        below_min_rating: interactions with too low a rating.
+        duplicates: interactions of a user with an item that the user had taken before.
+        tied_share: share of adjacent interactions of a user with the same time, which keep the file's order; 1 where
+            the file has no times.
+        steps: interactions, users and items after each step.
+        item_lines: lines of the items.
+        malformed_items: how many of them were left out, and `malformed_item_lines` the first few.
+        repeated_items: lines about an item that an earlier line described.
+        items_without_metadata: items of the result that no line describes.
+        items_without_title: items of the result without a title, those without metadata included.
+    """
+
+    name: str
+    format: str
+    files: list[str]
+    settings: dict[str, Any]
+    lines: int = 0
+    malformed: int = 0
+    malformed_lines: list[str] = field(default_factory=list)
+    below_min_rating: int = 0
+    duplicates: int = 0
+    tied_share: float = 0.0
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    item_lines: int = 0
+    malformed_items: int = 0
+    malformed_item_lines: list[str] = field(default_factory=list)
+    repeated_items: int = 0
+    items_without_metadata: int = 0
+    items_without_title: int = 0
+
+    def summary(self) -> str:
+        """A few lines for a terminal: the counts after each step, and what was left out."""
+        steps = [
+            f"{step['step']:>18}: {step['interactions']:>13,} interactions {step['users']:>11,} users "
+            f"{step['items']:>10,} items"
+            for step in self.steps
+        ]
+        notes = [
+            f"{self.malformed:,} of {self.lines:,} lines malformed",
+            f"{self.below_min_rating:,} rated too low",
+            f"{self.duplicates:,} duplicates",
+            f"{self.tied_share:.0%} of adjacent interactions at the same time",
+            f"{self.items_without_metadata:,} items without metadata, {self.items_without_title:,} without a title",
+        ]
+        return "\n".join([f"{self.name} ({self.format})", *steps, "; ".join(notes), *self.malformed_lines])
+
+    def take_interactions(self, source: Source) -> None:
+        """Note what was malformed in the file of the interactions."""
+        self.lines, self.malformed, self.malformed_lines = source.lines, source.malformed, source.malformed_lines
+
+    def take_items(self, source: Source) -> None:
+        """Note what was malformed in the file of the items."""
+        self.item_lines, self.malformed_items = source.lines, source.malformed
+        self.malformed_item_lines = source.malformed_lines
+
+    def count(self, step: str, log: InteractionLog) -> None:
+        """Note what is left after `step`."""
+        self.steps.append({"step": step, **log.counts()})

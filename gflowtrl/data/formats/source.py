@@ -1,0 +1,160 @@
+"""A raw file that is read once from its beginning to its end: unpacking, progress, and its malformed lines."""
+
+import codecs
+import csv
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+
+#: What a parser raises on a line that does not fit its format.
+MALFORMED = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, SyntaxError, RecursionError)
+
+_NAMED_LINES = 5
+_BLOCK_BYTES = 1 << 20
+
+
+class Source:
+    """A raw file, and what was wrong in it.
+
+    Args:
+        path: the file; gzip is recognised by its content.
+        format: name of the format, for messages.
+        expected: what a line of this file should be, for messages.
+        max_malformed: share of the lines, 0 to 1, that may be malformed.
+
+    Attributes:
+        lines: number of the last line that was read.
+        first_line: number of the first line that is data; a malformed one there means the wrong format.
+        malformed: how many lines were rejected.
+        malformed_lines: the first few of them, each with its number and the reason.
+    """
+
+    def __init__(self, path: str | Path, format: str, expected: str, max_malformed: float):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{self.path} is no file. Format {format!r} reads {expected}.")
+        self.format = format
+        self.expected = expected
+        self.max_malformed = max_malformed
+        self.lines = 0
+        self.first_line = 1
+        self.malformed = 0
+        self.malformed_lines: list[str] = []
+
+    def peek(self) -> str:
+        """The first line that is not blank, stripped; bytes are read as latin-1, which never fails."""
+        with self.path.open("rb") as raw, self._whole_gzip():
+            lines = _unpacked(io.BufferedReader(raw))
+            head = next((line for line in iter(lambda: lines.readline(_BLOCK_BYTES), b"") if line.strip()), b"")
+        return head.removeprefix(codecs.BOM_UTF8).decode("latin-1").strip()
+
+    @contextmanager
+    def _whole_gzip(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(
+                f"{self.path}: the gzip data is broken after line {self.lines} ({error}). Download the file again."
+            ) from None
+
+    def text_lines(self, encoding: str = "utf-8-sig") -> Iterator[str]:
+        """All lines with their line ends. Bytes that are not text become U+FFFD, which no id may hold."""
+        with byte_bar(self.path.name, self.path.stat().st_size) as bar, _Counted(self.path, bar) as counted:
+            raw = io.BufferedReader(counted, _BLOCK_BYTES)
+            with self._whole_gzip(), io.TextIOWrapper(_unpacked(raw), encoding, "replace", newline="\n") as text:
+                yield from text
+
+    def numbered_lines(self, encoding: str = "utf-8-sig") -> Iterator[tuple[int, str]]:
+        """(number, line without its line end) of all lines that are not blank."""
+        for number, line in enumerate(self.text_lines(encoding), 1):
+            self.lines = number
+            line = line.rstrip("\r\n")
+            if line:
+                yield number, line
+
+    def csv_rows(self, delimiter: str, encoding: str = "utf-8-sig", quoted: bool = True) -> Iterator:
+        """(number of its last line, fields) of all rows that are not blank, the header's too."""
+        quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+        rows = csv.reader(self.text_lines(encoding), delimiter=delimiter, quoting=quoting)
+        while True:
+            try:
+                fields = next(rows, None)
+            except csv.Error as error:  # the next call goes on with the next line
+                self.lines = rows.line_num
+                self.reject(rows.line_num, error)
+                continue
+            self.lines = rows.line_num
+            if fields is None:
+                return
+            if fields:
+                yield rows.line_num, fields
+
+    def reject(self, number: int, error: Exception) -> None:
+        """Count line `number` as malformed.
+
+        Raises:
+            ValueError: if it is the first line of data.
+        """
+        reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+        self.malformed += 1
+        if len(self.malformed_lines) < _NAMED_LINES:
+            self.malformed_lines.append(f"line {number}: {reason}")
+        if number <= self.first_line:
+            raise self.misfit(number, reason)
+
+    def misfit(self, number: int, reason: str) -> ValueError:
+        """The error for a file that is not of its format."""
+        return ValueError(
+            f"{self.path}, line {number} is not {self.format!r}: {reason}. Expected is {self.expected}. "
+            "Check the file, or give another format; docs/data.md lists them."
+        )
+
+    def finish(self) -> None:
+        """Raise a ValueError if the file held nothing, or too many of its lines were malformed."""
+        if self.lines < self.first_line:
+            raise ValueError(f"{self.path} holds no data. Expected is {self.expected}.")
+        share = self.malformed / self.lines
+        if share > self.max_malformed:
+            raise ValueError(
+                f"{self.path}: {self.malformed:,} of {self.lines:,} lines ({share:.1%}) are malformed, and "
+                f"max_malformed={self.max_malformed:g} allows {self.max_malformed:.1%}. "
+                f"{'; '.join(self.malformed_lines)}. Expected is {self.expected}. "
+                "Repair the file, check the format, or raise max_malformed."
+            )
+
+
+def byte_bar(name: str, total: int | None, done: int = 0) -> tqdm:
+    """A progress bar in bytes, that shows itself in a terminal and where the work takes more than three seconds."""
+    return tqdm(
+        desc=name, total=total, initial=done, unit="B", unit_scale=True, unit_divisor=1024, delay=3, disable=None
+    )
+
+
+class _Counted(io.RawIOBase):
+    """A file that moves a progress bar as it is read: packed bytes, so that the bar's total is the file's size."""
+
+    def __init__(self, path: Path, bar: tqdm):
+        self._file = path.open("rb", buffering=0)
+        self._bar = bar
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        count = self._file.readinto(buffer)
+        self._bar.update(count)
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _unpacked(raw: io.BufferedReader) -> io.BufferedIOBase:
+    return gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw

@@ -1,0 +1,131 @@
+"""Tables of your own with named columns (`csv`, `jsonl`, `parquet`), and the sequences of S3-Rec."""
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..readers import json_object
+from .amazon import json_interactions
+from .base import Format, Header, Parsed, Request
+from .source import Source
+
+
+_DELIMITERS = ",\t;|"
+_BATCH_ROWS = 1 << 14
+
+
+def _csv_interactions(source: Source, request: Request) -> Parsed:
+    columns = request.columns
+    names = columns.user, columns.item, columns.time, columns.rating if request.rated else None
+    rows = _csv_rows(source, columns.item)
+    return Parsed(rows, Header(source, rows, filter(None, names)).interactions(*names))
+
+
+def _csv_items(source: Source, request: Request) -> Parsed:
+    rows = _csv_rows(source, request.columns.item)
+    return Parsed(rows, Header(source, rows, (request.columns.item,)).items(request.columns.item))
+
+
+def _csv_rows(source: Source, item: str) -> Iterator[tuple[int, list[str]]]:
+    """Rows split at the character at which the header falls into columns, the item's among them."""
+    head = source.peek()
+    fits = (sign for sign in _DELIMITERS if item in [name.strip(' "') for name in head.split(sign)] and sign in head)
+    return source.csv_rows(next(fits, ","))
+
+
+def _json_interactions(source: Source, request: Request) -> Parsed:
+    columns = request.columns
+    parse = json_interactions(columns.user, columns.item, columns.time, columns.rating, request)
+    return Parsed(source.numbered_lines(), parse)
+
+
+def _json_items(source: Source, request: Request) -> Parsed:
+    def parse(line: str) -> tuple:
+        row = json_object(line)
+        return row.pop(request.columns.item), row
+
+    return Parsed(source.numbered_lines(), parse)
+
+
+def _parquet_interactions(source: Source, request: Request) -> Parsed:
+    columns = request.columns
+    names = [columns.user, columns.item, columns.time, columns.rating if request.rated else None]
+    file = _open_parquet(source, [name for name in names if name is not None])
+    return Parsed(_parquet_rows(source, file, names, columns.time), tuple)
+
+
+def _parquet_items(source: Source, request: Request) -> Parsed:
+    item = request.columns.item
+    file = _open_parquet(source, [item])
+    names = [item, *(name for name in file.schema_arrow.names if name != item)]
+    return Parsed(_parquet_rows(source, file, names), lambda row: (row[0], dict(zip(names[1:], row[1:], strict=True))))
+
+
+def _open_parquet(source: Source, needed: list[str]) -> pq.ParquetFile:
+    try:
+        file = pq.ParquetFile(source.path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{source.path} is no parquet file ({error}). Check the file, or the format.") from None
+    missing = [name for name in needed if name not in file.schema_arrow.names]
+    if missing:
+        found = ", ".join(file.schema_arrow.names)
+        raise ValueError(
+            f"{source.path} lacks the columns {', '.join(missing)}; it has {found}. Name them in Columns."
+        )
+    return file
+
+
+def _parquet_rows(
+    source: Source, file: pq.ParquetFile, names: list[str | None], time: str | None = None
+) -> Iterator[tuple[int, tuple]]:
+    """(number of the row, values), in the order of `names`; 0 for the name `None`."""
+    for batch in file.iter_batches(_BATCH_ROWS, columns=[name for name in names if name is not None]):
+        values = [
+            [0.0] * len(batch) if name is None else _python_values(batch.column(name), name == time) for name in names
+        ]
+        for row in zip(*values, strict=True):
+            source.lines += 1
+            yield source.lines, row
+
+
+def _python_values(column: pa.Array, is_time: bool) -> list:
+    if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
+        # Only the order of times counts, so their unit need not be known. Arrow casts a date32 to int32 only.
+        number = pa.int32() if pa.types.is_date32(column.type) else pa.int64()
+        column = column.cast(number if is_time else pa.string())
+    return column.to_pylist()
+
+
+def _s3rec(source: Source, request: Request) -> Parsed:
+    return Parsed(_s3rec_interactions(source), lambda pair: (*pair, 0.0, 0.0))
+
+
+def _s3rec_interactions(source: Source) -> Iterator[tuple[int, tuple[str, str]]]:
+    for number, line in source.numbered_lines():
+        user, *items = line.split()
+        if not items:
+            source.reject(number, ValueError(f"user {user!r} has no items"))
+        for item in items:
+            yield number, (user, item)
+
+
+_FEATURES = "an item column (Columns) and features in the others"
+_COLUMNS = "a user, an item and a time column (Columns says which; time=None where there is none)"
+
+CSV = Format(
+    _csv_interactions,
+    f"a header and {_COLUMNS}, split at commas, tabs, ';' or '|'",
+    _csv_items,
+    f"a header, {_FEATURES}",
+    own_columns=True,
+)
+JSONL = Format(
+    _json_interactions,
+    f"one JSON object a line with {_COLUMNS}",
+    _json_items,
+    f"one JSON object a line with {_FEATURES}",
+    own_columns=True,
+)
+PARQUET = Format(_parquet_interactions, _COLUMNS, _parquet_items, _FEATURES, own_columns=True)
+S3REC = Format(_s3rec, "a user followed by its items, oldest first, with spaces between them", has_ratings=False)

@@ -1,0 +1,308 @@
+"""Raw dumps become the data that dictionaries and loops make of them, whatever the format."""
+
+import gzip
+import json
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gflowtrl.data import RAW_FORMATS, Columns, prepare, read_folder
+from gflowtrl.data.formats.cleaning import clean_features, parse_price
+from tests.data.raw_files import (
+    CATEGORIES,
+    LOG,
+    TITLES,
+    WRITERS,
+    Row,
+    csv,
+    prepared,
+    s3rec,
+    write,
+    write_json_lines,
+    write_lines,
+)
+
+
+def test_every_format_is_tested():
+    assert {format for format, _ in WRITERS.values()} == set(RAW_FORMATS)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
+@pytest.mark.parametrize("case", WRITERS)
+def test_every_format_gives_the_same_data(tmp_path, case, packed):
+    format, writer = WRITERS[case]
+    interactions, items = writer(tmp_path, packed)
+    out = tmp_path / "out"
+    data, report = prepare(format, interactions, items, out, k_core=2, duplicates="last")
+
+    sequences, repeated = prepared(LOG, k=2, duplicates="last")
+    assert sequences == {7: [30, 10, 20], 11: [20, 30, 10]}
+    assert dict(zip(data.users, data.sequences, strict=True)) == sequences and data.users == sorted(sequences)
+    assert data.items == [10, 20, 30] and report.duplicates == repeated == 2
+    if items is None:
+        assert report.items_without_metadata == 3 and not data.item_features
+    else:
+        assert report.items_without_metadata == report.items_without_title == 0
+        assert {item: row["title"] for item, row in data.item_features.items()} == {i: TITLES[i] for i in data.items}
+        expected = {item: ", ".join(CATEGORIES[item]) for item in data.items if CATEGORIES[item]}
+        assert {i: row["categories"] for i, row in data.item_features.items() if "categories" in row} == expected
+    assert read_folder(out) == data
+    steps = json.loads((out / "preparation.json").read_text())["steps"]
+    assert [step["interactions"] for step in steps] == [9, 7, 6] and steps[-1]["users"] == 2
+    assert "2-core" in report.summary()
+
+
+rows = st.builds(Row, st.integers(0, 5), st.integers(0, 5), st.integers(0, 6), st.integers(1, 5))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(rows, min_size=1, max_size=60),
+    st.sampled_from([None, 1, 2, 3]),
+    st.sampled_from([None, 3]),
+    st.sampled_from(["first", "last", "keep"]),
+)
+def test_prepare_is_what_loops_give(log, k, min_rating, duplicates):
+    expected, repeated = prepared(log, k, min_rating, duplicates)
+    with tempfile.TemporaryDirectory() as folder:
+        lines = [f"{row.user},{row.item},{row.time},{row.rating}" for row in log]
+        path = write_lines(Path(folder) / "log.csv", ["user_id,item_id,timestamp,rating", *lines])
+        options = {"k_core": k, "min_rating": min_rating, "duplicates": duplicates}
+        if not expected:
+            with pytest.raises(ValueError, match="no user or item is left|no interaction with a rating"):
+                prepare("csv", path, **options)
+            return
+        data, report = prepare("csv", path, **options)
+    assert dict(zip(data.users, data.sequences, strict=True)) == expected and data.users == sorted(expected)
+    assert data.items == sorted({item for items in expected.values() for item in items})
+    assert report.duplicates == repeated
+    assert report.below_min_rating == (sum(row.rating < 3 for row in log) if min_rating else 0)
+
+
+def test_columns_of_your_own(tmp_path):
+    log = write_lines(tmp_path / "log.tsv", ["who\twhat\twhen", "a\tx\t2014-03-02", "a\ty\t2014-03-01T23:59:00+00:00"])
+    items = write_json_lines(tmp_path / "items.jsonl", [{"what": "x", "price": "$1,200.50", "tags": ["a", "b"]}])
+    columns = Columns("who", "what", "when")
+    data, _ = prepare("csv", log, columns=columns, k_core=None)
+    assert (data.users, data.sequences, data.name) == (["a"], [["y", "x"]], "log")
+    data, _ = prepare("csv", log, columns=Columns("who", "what", time=None), k_core=None)
+    assert data.sequences == [["x", "y"]]
+
+    log = write_json_lines(tmp_path / "log.jsonl", [{"who": "a", "what": "x"}, {"who": "a", "what": 5}])
+    data, report = prepare("jsonl", log, items, columns=Columns("who", "what", time=None), k_core=None)
+    assert data.sequences == [["x", "5"]] and data.item_features == {"x": {"price": 1200.5, "tags": ["a", "b"]}}
+    assert (report.items_without_metadata, report.items_without_title) == (1, 2)
+
+
+def test_ids_are_whole_numbers_only_where_all_are(tmp_path):
+    path = write_lines(tmp_path / "log.csv", ["user_id,item_id", "1,0007", "2,7"])
+    data, _ = prepare("csv", path, columns=Columns(time=None), k_core=None)
+    assert (data.users, data.items) == ([1, 2], ["0007", "7"])
+
+
+def test_malformed_lines_are_counted_and_named(tmp_path):
+    good = ["a,x,1,5"] * 500
+    bad = ["a,x,1", ",x,1,5", "a,x,noon,5", "a,x,nan,5", "\ufffd,x,1,5"]
+    path = write_lines(tmp_path / "log.csv", ["user_id,item_id,timestamp,rating", *good, *bad, "b,x,1,good", ""])
+    data, report = prepare("csv", path, k_core=None, max_malformed=0.05)
+    assert data.users == ["a", "b"] and (report.lines, report.malformed) == (508, 5)
+    assert report.malformed_lines[0] == "line 502: 3 fields, where the header has 4"
+    assert "an id must be" in report.malformed_lines[1] and "noon" in report.malformed_lines[2]
+    assert "line 506" in report.malformed_lines[4] and "no text" in report.malformed_lines[4]
+    _, report = prepare("csv", path, k_core=None, min_rating=2, max_malformed=0.05)
+    assert report.malformed == 6  # now that the ratings matter
+    with pytest.raises(ValueError, match=r"log\.csv: 5 of 508 lines \(1\.0%\) .*max_malformed.*line 502.*Repair"):
+        prepare("csv", path, k_core=None, max_malformed=0.005)
+
+
+def test_malformed_metadata_is_counted(tmp_path):
+    log = write_lines(tmp_path / "log.csv", ["user_id,parent_asin,rating,timestamp", "a,B1,5,1", "a,B2,5,2"])
+    good = {"parent_asin": "B1", "title": " A &amp;quot;lamp&amp;quot; ", "store": "Lux", "price": "from 9.99", "x": 1}
+    lines = [json.dumps(good), json.dumps(good | {"title": "again"}), "{", "[1]", '{"title": "no item"}']
+    meta = write_lines(tmp_path / "meta.jsonl", lines)
+    with pytest.raises(ValueError, match=r"meta\.jsonl: 3 of 5 lines .*line 3: no JSON.*'parent_asin' is missing"):
+        prepare("amazon-2023", log, meta, k_core=None)
+    data, report = prepare("amazon-2023", log, meta, k_core=None, max_malformed=1)
+    assert data.item_features == {"B1": {"title": 'A "lamp"', "brand": "Lux", "price": 9.99}}
+    assert (report.item_lines, report.malformed_items, report.repeated_items) == (5, 3, 1)
+    assert (report.items_without_metadata, report.items_without_title) == (1, 1)
+
+
+def test_a_literal_is_never_run(tmp_path):
+    log = write_json_lines(tmp_path / "r.json", [{"reviewerID": "a", "asin": "B", "unixReviewTime": 1}])
+    meta = write(tmp_path / "m.json", "{'asin': 'B'}\n{'asin': __import__('os').getcwd()}\n{'asin': 'B'\n")
+    _, report = prepare("amazon-2014", log, meta, k_core=None, max_malformed=1)
+    assert report.malformed_items == 2
+
+
+@pytest.mark.parametrize(
+    ("format", "text", "message"),
+    [
+        ("amazon-2014", "a,b,c\n", r"raw, line 1 is not 'amazon-2014': no JSON.* reviewerID.*another format"),
+        ("amazon-2018", '{"user_id": 1}\n', "line 1 .*'unixReviewTime' is missing"),
+        ("amazon-2023", "A1,B1,5.0,1\n", "line 1 .*header lacks user_id, parent_asin, timestamp, rating; it has A1"),
+        ("movielens", "1::2::3\n", "line 1 .*3 fields, where user, movie, rating and time"),
+        ("movielens", "user,movie\n1,2\n", "header lacks userId"),
+        ("recbole", "user_id:token\tb:token\n", "header lacks item_id"),
+        ("csv", "user_id,item_id\n", "header lacks timestamp.*Columns"),
+        ("csv", "user_id,item_id,timestamp\nu,i\n", "line 2 .*2 fields, where the header has 3"),
+        ("csv", "user_id,user_id,item_id,timestamp\n", "names a column twice"),
+        ("csv", "", "raw holds no data"),
+        ("csv", "user_id,item_id,timestamp\n", "raw holds no data"),
+        ("jsonl", '\n["user_id"]\n', "1 of 2 lines .*a JSON object is needed"),
+        ("s3rec", "lonely\n", "line 1 .*user 'lonely' has no items"),
+        ("parquet", "PAR", "raw is no parquet file"),
+    ],
+)
+def test_a_file_of_another_format_is_refused(tmp_path, format, text, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(format, write(tmp_path / "raw", text), k_core=None)
+
+
+def test_broken_files(tmp_path):
+    path = csv(tmp_path, packed=True)[0]
+    path.write_bytes(gzip.compress(b"user_id,item_id,timestamp\n" + b"a,b,1\n" * 9)[:-9])
+    with pytest.raises(ValueError, match=r"log\.csv: the gzip data is broken after line .*Download"):
+        prepare("csv", path, k_core=None)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.csv is no file\. Format 'csv' reads a header"):
+        prepare("csv", tmp_path / "nowhere.csv")
+    with pytest.raises(FileNotFoundError, match=r"is a folder, and 'movielens' needs one of ratings\.csv"):
+        prepare("movielens", tmp_path)
+
+
+def test_a_field_too_long_is_one_malformed_row(tmp_path):
+    lines = ["user_id,item_id,timestamp", "a,x,1", f"a,{'y' * 200_000},2", "a,z,3"]
+    data, report = prepare("csv", write_lines(tmp_path / "log.csv", lines), k_core=None, max_malformed=0.5)
+    assert data.sequences == [["x", "z"]] and report.malformed_lines == [
+        "line 3: field larger than field limit (131072)"
+    ]
+
+
+def test_parquet_dates_and_missing_values(tmp_path):
+    table = {"user_id": ["a", None, "a"], "item_id": [1, 2, 3], "timestamp": pa.array([2, 1, 1], pa.date32())}
+    pq.write_table(pa.table(table), tmp_path / "log.parquet")
+    data, report = prepare("parquet", tmp_path / "log.parquet", k_core=None, max_malformed=0.5)
+    assert data.sequences == [[3, 1]] and report.malformed_lines[0].startswith("line 2: an id must be")
+    with pytest.raises(ValueError, match="lacks the columns buyer; it has user_id, item_id, timestamp"):
+        prepare("parquet", tmp_path / "log.parquet", columns=Columns(user="buyer"))
+
+
+def test_folders_of_movielens_and_recbole_hold_both_files(tmp_path):
+    for case in ("movielens dat", "recbole"):
+        format, writer = WRITERS[case]
+        writer(tmp_path, packed=False)
+        data, report = prepare(format, tmp_path, k_core=2)
+        assert data.item_features[30]["title"] == TITLES[30] and len(report.files) == 2
+    write(tmp_path / "other.inter", "")
+    with pytest.raises(ValueError, match=r"several files \*\.inter \(other\.inter, toy\.inter\)"):
+        prepare("recbole", tmp_path)
+
+
+def test_complete_formats_keep_what_they_have(tmp_path):
+    format, writer = WRITERS["letter"]
+    data, _ = prepare(format, writer(tmp_path, packed=False)[0], k_core=2)
+    assert data.semantic_ids == {item: (f"<a_{item}>",) for item in (10, 20, 30)}
+
+
+def test_the_folder_appears_complete_or_not_at_all(tmp_path, monkeypatch):
+    path, out = csv(tmp_path, packed=False)[0], tmp_path / "new" / "out"
+    prepare("csv", path, out=out, k_core=None)
+    before = sorted(file.name for file in out.iterdir())
+    with pytest.raises(FileExistsError, match="out is not empty.*overwrite=True"):
+        prepare("csv", path, out=out)
+    prepare("csv", path, out=out, k_core=2, overwrite=True)
+    assert len(read_folder(out).users) == 2
+
+    def broken(data, folder):
+        (folder / "half").touch()
+        raise OSError("disk full")
+
+    monkeypatch.setattr("gflowtrl.data.formats.preparation.write_folder", broken)
+    with pytest.raises(OSError, match="disk full"):
+        prepare("csv", path, out=out, k_core=None, overwrite=True)
+    assert sorted(file.name for file in out.iterdir()) == before and len(read_folder(out).users) == 2
+    assert [file.name for file in out.parent.iterdir()] == ["out"]
+    with pytest.raises(FileExistsError, match="no data folder, so it is not replaced"):
+        prepare("csv", path, out=tmp_path, overwrite=True)
+    with pytest.raises(FileExistsError, match=r"log\.csv is a file"):
+        prepare("csv", path, out=path, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "message"),
+    [
+        ("excel", {}, "no format 'excel'. Choose one of amazon-2014"),
+        ("s3rec", {"items": "x"}, "has no file of items"),
+        ("s3rec", {"min_rating": 3}, "has no ratings"),
+        ("letter", {"min_rating": 3}, "has no ratings"),
+        ("recbole", {"columns": Columns()}, "columns of format 'recbole' are fixed"),
+        ("s3rec", {"k_core": 0}, "k_core must be at least 1"),
+        ("s3rec", {"duplicates": "none"}, "duplicates must be one of first, last, keep"),
+        ("s3rec", {"max_malformed": 5}, "max_malformed is a share"),
+        ("s3rec", {"k_core": 9}, "has no 9-core"),
+    ],
+)
+def test_bad_arguments_are_named(tmp_path, format, options, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(format, s3rec(tmp_path, packed=False)[0], **options)
+
+
+def test_features_are_cleaned():
+    row = {
+        "title": "Salt &amp;amp; \n Pepper",
+        "categories": [["Home", "Bath &amp; Body"], ["Home", "Soap"]],
+        "description": ["<p>One &amp;lt;b&amp;gt;two&lt;/b&gt;", "three</p>"],
+        "price": ".a-box{width:10px}",
+        "weight": float("nan"),
+        "brand": None,
+    }
+    expected = {"title": "Salt & Pepper", "categories": "Home, Bath & Body, Soap", "description": "One two"}
+    assert clean_features(row, max_description_characters=7) == expected
+    assert clean_features(row, max_description_characters=10)["description"] == "One two"
+    assert clean_features(row, max_description_characters=None)["description"] == "One two three"
+    assert clean_features({"description": "abcdef"}, max_description_characters=3) == {"description": "abc"}
+
+
+def test_half_characters_are_kept_out_of_the_files(tmp_path):
+    log = write(tmp_path / "log.jsonl", '{"u": "a", "i": "x"}\n{"u": "a", "i": "\\ud83d"}\n')
+    items = write(tmp_path / "items.jsonl", '{"i": "x", "title": "Cut \\ud83d"}\n')
+    columns = Columns("u", "i", time=None)
+    data, report = prepare("jsonl", log, items, tmp_path / "o", columns=columns, k_core=None, max_malformed=0.5)
+    assert data.sequences == [["x"]] and report.malformed == 1
+    assert read_folder(tmp_path / "o") == data and data.item_features == {"x": {"title": "Cut ?"}}
+
+
+def test_names_of_csv_columns_are_taken_as_they_are(tmp_path):
+    log = write_lines(tmp_path / "log.csv", ["user:id, item,t", "a,x,1"])
+    items = write_lines(tmp_path / "items.csv", [",item,title,size:cm", "0,x,1984,5"])
+    data, _ = prepare("csv", log, items, columns=Columns("user:id", "item", "t"), k_core=None)
+    assert data.item_features == {"x": {"title": "1984", "size:cm": "5"}}
+
+
+@pytest.mark.parametrize(
+    ("raw", "price"),
+    [
+        ("$12.99", 12.99),
+        ("$1,299.00", 1299.0),
+        ("€ 7", 7.0),
+        ("$5.50 - $9.00", 5.5),
+        ("from 3.20", 3.2),
+        (4, 4.0),
+        ("EUR 12.50", 12.5),
+        ("US$3", 3.0),
+        ("12,99", None),
+        ("1.299,00", None),
+        ("—", None),
+        ("None", None),
+        ("", None),
+        (None, None),
+        (float("inf"), None),
+    ],
+)
+def test_prices(raw, price):
+    assert parse_price(raw) == price
