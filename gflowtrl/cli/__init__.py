@@ -11,6 +11,8 @@ import gflowtrl
 
 #: Name to what `--help` says; the module of that name is imported when it is asked for.
 COMMANDS = {
+    "prepare": "a data folder from a raw dump (Amazon, MovieLens, RecBole, CSV, ...)",
+    "tokenize": "semantic ids for the items of a data folder",
     "teacher": "fit a recipe's collaborative teacher and measure it",
     "sft": "supervised fine-tuning of a recipe's model",
     "train": "a whole recipe: teacher, SFT, its control, GFlowNet, test; on one process or many",

@@ -11,11 +11,12 @@ from gflowtrl.catalog import Item
 from .interactions import CLICKED, PURCHASED, Event, InteractionData
 
 
-def read_interactions(path: str | Path) -> InteractionData:
+def read_interactions(path: str | Path, with_ids: bool = True) -> InteractionData:
     """Read a folder in whichever known format its files have.
 
     Args:
         path: a folder with `sequences.jsonl` (see `read_folder`) or with `X.inter.json` (see `read_letter`).
+        with_ids: False leaves semantic ids aside, which may be of other items then.
 
     Raises:
         FileNotFoundError: if the folder, or a known format in it, is not there.
@@ -23,19 +24,19 @@ def read_interactions(path: str | Path) -> InteractionData:
     """
     path = Path(path)
     if (path / "sequences.jsonl").is_file():
-        return read_folder(path)
+        return read_folder(path, with_ids)
     if path.is_dir() and not any(path.glob("*.inter.json")):
         raise FileNotFoundError(
             f"{path} holds neither sequences.jsonl nor X.inter.json. docs/data.md describes both formats."
         )
-    return read_letter(path)
+    return read_letter(path, with_ids)
 
 
-def read_folder(path: str | Path) -> InteractionData:
+def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
     """Read the folder format.
 
     `sequences.jsonl` is required. `items.jsonl`, `semantic_ids.json`, `events.jsonl` and `dataset.json` are read where
-    they are. The catalogue is every item named in the first three.
+    they are, the ids only where `with_ids` says so. The catalogue is every item named in the first three.
 
     Raises:
         FileNotFoundError: if `path` or `sequences.jsonl` is missing.
@@ -53,7 +54,7 @@ def read_folder(path: str | Path) -> InteractionData:
             features[item] = {key: value for key, value in row.items() if key != "item"}
     make_item = _item_maker(sequences, features)
     ids_file = path / "semantic_ids.json"
-    semantic_ids = _read_semantic_ids(ids_file, make_item) if ids_file.is_file() else None
+    semantic_ids = _read_semantic_ids(ids_file, make_item) if with_ids and ids_file.is_file() else None
     about = _read_object(path / "dataset.json") if (path / "dataset.json").is_file() else {}
     events = _read_events(path / "events.jsonl", users) if (path / "events.jsonl").is_file() else None
     return InteractionData(
@@ -68,7 +69,7 @@ def read_folder(path: str | Path) -> InteractionData:
     )
 
 
-def read_letter(path: str | Path) -> InteractionData:
+def read_letter(path: str | Path, with_ids: bool = True) -> InteractionData:
     """Read the triple of LETTER, LC-Rec and APAO: `X.inter.json`, `X.index.json`, `X.item.json`.
 
     `X.inter.json` maps users to their items in order, `X.index.json` items to tokens, `X.item.json` items to features;
@@ -77,6 +78,7 @@ def read_letter(path: str | Path) -> InteractionData:
 
     Args:
         path: the folder, or the common beginning of the files (`folder/X`) where a folder holds several triples.
+        with_ids: whether `X.index.json` is read.
 
     Raises:
         FileNotFoundError, ValueError: as `read_folder`.
@@ -95,7 +97,7 @@ def read_letter(path: str | Path) -> InteractionData:
         users = [int(user) for user in by_user]
     sequences = [_item_list(items, f"{inter_file}: user {user}") for user, items in by_user.items()]
     make_item = _item_maker(sequences, ())
-    semantic_ids = _read_semantic_ids(index_file, make_item) if index_file.is_file() else None
+    semantic_ids = _read_semantic_ids(index_file, make_item) if with_ids and index_file.is_file() else None
     features = _read_features(item_file, make_item) if item_file.is_file() else {}
     return InteractionData(
         name=path.name,

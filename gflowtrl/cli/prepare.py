@@ -1,0 +1,73 @@
+"""`gflowtrl prepare`: a raw dump to a data folder."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from .common import guarded, make_parser, parse, print_json
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command; returns the exit code."""
+    parser = make_parser("prepare", "Writes the data folder that training reads from a raw dump (docs/data.md).")
+    parser.add_argument(
+        "--format", help="amazon-2014, amazon-2018, amazon-2023, movielens, recbole, letter, s3rec, ..."
+    )
+    parser.add_argument("--interactions", "--reviews", metavar="FILE", help="the interactions, plain or gzipped")
+    parser.add_argument("--items", "--meta", metavar="FILE", help="what is known about the items")
+    parser.add_argument("--download", metavar="NAME", help="a public data set in the place of files; --raw takes them")
+    parser.add_argument("--raw", metavar="DIR", default="raw", help="folder for downloaded files")
+    parser.add_argument("--out", metavar="DIR", help="the folder to write")
+    parser.add_argument("--k_core", type=int, default=5, help="least interactions of users and items; 0 for no filter")
+    parser.add_argument("--min_rating", type=float, help="lowest rating that counts as an interaction")
+    parser.add_argument("--duplicates", default="first", help="which of a user's interactions with an item stays: "
+                        "first, last, or keep")  # fmt: skip
+    parser.add_argument("--max_description_characters", type=int, default=1000, help="longer descriptions are cut")
+    parser.add_argument(
+        "--max_malformed", type=float, default=0.01, help="share of malformed lines that is put up with"
+    )
+    parser.add_argument("--name", help="what reports call the data; by default the name of the folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace a data folder that is there")
+    for column, default in (("user", "user_id"), ("item", "item_id"), ("time", "timestamp"), ("rating", "rating")):
+        parser.add_argument(f"--{column}_column", help=f"of csv, jsonl and parquet; {default} if not given"
+                            + (", none where the file is in order of time" if column == "time" else ""))  # fmt: skip
+    return guarded(lambda: _prepare(parse(parser, arguments)))
+
+
+def _prepare(given: argparse.Namespace) -> None:
+    from gflowtrl.data import RAW_FORMATS, download, prepare
+
+    if given.out is None:
+        raise ValueError("--out is missing: the folder to write.")
+    if given.download is not None:
+        if given.format or given.interactions or given.items:
+            raise ValueError("--download brings its own files and format; leave --format and the files out.")
+        format, interactions, items = download(given.download, given.raw)
+    else:
+        format, interactions, items = given.format, given.interactions, given.items
+        if format is None or interactions is None:
+            missing = "--format" if format is None else "--interactions"
+            raise ValueError(f"{missing} is missing. Formats are {', '.join(RAW_FORMATS)}; or use --download NAME.")
+    _, report = prepare(
+        format, interactions, items, given.out, columns=_columns(given), k_core=given.k_core or None,
+        min_rating=given.min_rating, duplicates=given.duplicates, max_malformed=given.max_malformed, name=given.name,
+        max_description_characters=given.max_description_characters, overwrite=given.overwrite,
+    )  # fmt: skip
+    if given.json:
+        print_json(asdict(report))
+        return
+    ids = "" if Path(given.out, "semantic_ids.json").is_file() else f" Next: gflowtrl tokenize --data_dir {given.out}"
+    print(f"{report.summary()}\n\nWritten to {given.out}.{ids}")
+
+
+def _columns(given: argparse.Namespace):
+    from gflowtrl.data import Columns
+
+    named = {name: getattr(given, f"{name}_column") for name in ("user", "item", "time", "rating")}
+    named = {name: value for name, value in named.items() if value is not None}
+    if not named:
+        return None
+    return Columns(**{name: None if (name, value) == ("time", "none") else value for name, value in named.items()})
