@@ -22,14 +22,16 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--tokenizer", help="folder for the item tokenizer; by default item_tokenizer in the data folder"
     )
-    parser.add_argument("--features", nargs="+", help="features of the items that make their text; by default those of "
-                        "title, brand, categories and description that are there")  # fmt: skip
+    parser.add_argument(
+        "--features", nargs="+", help="what makes an item's text; by default title, brand, categories, description"
+    )
     parser.add_argument(
         "--embedder", default="tfidf", help="tfidf, or a sentence-transformers model by name or folder"
     )
     parser.add_argument("--vectors", metavar="FILE", help=".npy or .safetensors with a vector an item, in their order")
-    parser.add_argument("--collaborative", type=float, default=0.0, metavar="SHARE",
-                        help="share of vectors made of co-occurrences in training beside the text's: 0 to 1")  # fmt: skip
+    parser.add_argument(
+        "--collaborative", type=float, default=0.0, metavar="SHARE", help="share of co-occurrence vectors, 0 to 1"
+    )
     parser.add_argument("--quantizer", choices=["kmeans", "balanced", "rqvae"], default="kmeans", help="to codes")
     parser.add_argument("--levels", type=int, default=3, help="tokens an id")
     parser.add_argument("--codes", type=int, default=256, help="tokens a level")
