@@ -1,6 +1,5 @@
 """The residual-quantised autoencoder of TIGER."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from .residual import ResidualKMeans, ResidualQuantizer, nearest_codes
 from .vectors import as_vectors
 
 
-logger = logging.getLogger(__name__)
+REVIVE_EVERY = 100  # steps
 
 
 class Quantized(NamedTuple):
@@ -62,14 +61,14 @@ class RQVAE(ResidualQuantizer):
 
     An MLP brings vectors to a small latent space, where they are quantised by residuals, and a mirrored MLP
     reconstructs them; encoder, decoder and codebooks are trained together by AdamW on the mean squared error of the
-    reconstruction plus the loss of `quantize`. Codebooks begin as k-means of the encoded vectors. Codes that were not
-    used during an epoch are re-seeded with residuals of its last batch, but in the last quarter of the epochs.
+    reconstruction plus the loss of `quantize`. Codebooks begin as k-means of the encoded vectors. Every 100 steps the
+    codes that were not used meanwhile are re-seeded with residuals of the batch, until a quarter of the steps is left.
 
     Args:
         num_levels, num_codes: length of an id, and codes a level.
         latent_dim: columns of the latent space.
         hidden_dims: widths of the encoder's layers; the decoder's are these in reverse.
-        epochs, batch_size, learning_rate: of the training.
+        steps, batch_size, learning_rate: of the training.
         commitment: weight of the commitment loss, TIGER's beta.
         seed: of weights, batches, k-means and re-seeding.
     """
@@ -78,19 +77,19 @@ class RQVAE(ResidualQuantizer):
         self,
         num_levels: int = 3,
         num_codes: int = 256,
-        latent_dim: int = 32,
-        hidden_dims: Sequence[int] = (512, 256, 128),
-        epochs: int = 200,
-        batch_size: int = 512,
-        learning_rate: float = 1e-3,
+        latent_dim: int = 64,
+        hidden_dims: Sequence[int] = (256,),
+        steps: int = 4000,
+        batch_size: int = 256,
+        learning_rate: float = 2e-3,
         commitment: float = 0.25,
         seed: int = 0,
     ) -> None:
         super().__init__(
             num_levels=num_levels, num_codes=num_codes, latent_dim=latent_dim, hidden_dims=list(hidden_dims),
-            epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, commitment=commitment, seed=seed,
+            steps=steps, batch_size=batch_size, learning_rate=learning_rate, commitment=commitment, seed=seed,
         )  # fmt: skip
-        for name in ("latent_dim", "epochs", "batch_size", "learning_rate"):
+        for name in ("latent_dim", "steps", "batch_size", "learning_rate"):
             if self.config[name] <= 0:
                 raise ValueError(f"{name} must be above 0, but {self.config[name]} was given.")
         self.network: nn.ModuleDict | None = None
@@ -118,23 +117,22 @@ class RQVAE(ResidualQuantizer):
     def _train(self, inputs: Tensor, generator: torch.Generator) -> None:
         codebooks = nn.Parameter(self.codebooks)
         optimizer = torch.optim.AdamW([*self.network.parameters(), codebooks], lr=self.config["learning_rate"])
-        epochs = self.config["epochs"]
-        progress = trange(epochs, desc="RQ-VAE", leave=False)
-        for epoch in progress:
-            used = torch.zeros(codebooks.shape[:2], dtype=torch.bool)
-            for rows in torch.randperm(len(inputs), generator=generator).split(self.config["batch_size"]):
-                latents = self.network["encoder"](inputs[rows])
-                quantized = quantize(latents, codebooks, self.config["commitment"])
-                error = F.mse_loss(self.network["decoder"](quantized.latents), inputs[rows])
-                optimizer.zero_grad()
-                (error + quantized.loss).backward()
-                optimizer.step()
-                used[torch.arange(self.num_levels), quantized.codes] = True
-            dead = int((~used).sum())
-            if epoch < epochs * 3 // 4:
-                revive_dead_codes(codebooks.data, latents.detach(), used, generator)
-            progress.set_postfix(error=f"{error.item():.4f}", dead=dead)
-        logger.info("RQ-VAE: relative reconstruction error %.4f in the last batch, %d unused codes.", error, dead)
+        steps, used = self.config["steps"], torch.zeros(codebooks.shape[:2], dtype=torch.bool)
+        progress = trange(1, steps + 1, desc="RQ-VAE", leave=False)
+        for step in progress:
+            batch = inputs[torch.randint(len(inputs), (self.config["batch_size"],), generator=generator)]
+            latents = self.network["encoder"](batch)
+            quantized = quantize(latents, codebooks, self.config["commitment"])
+            error = F.mse_loss(self.network["decoder"](quantized.latents), batch)
+            optimizer.zero_grad()
+            (error + quantized.loss).backward()
+            optimizer.step()
+            used[torch.arange(self.num_levels), quantized.codes] = True
+            if step % REVIVE_EVERY == 0:
+                progress.set_postfix(error=f"{error.item():.4f}", dead=int((~used).sum()))
+                if step < steps * 3 // 4:
+                    revive_dead_codes(codebooks.data, latents.detach(), used, generator)
+                used.zero_()
         self.codebooks = codebooks.detach()
         self.network.requires_grad_(False).eval()
 
