@@ -44,7 +44,7 @@ QUANTIZERS: dict[str, Callable[[], ResidualQuantizer]] = {
     "RQ-VAE": RQVAE,
 }
 COLUMNS = (
-    "data", "vectors", "ids", "colliding at first", "colliding", "relative error", "codes used", "perplexity of level 1",
+    "data", "vectors", "ids", "colliding at first", "colliding", "relative error", "codes used", "perplexity",
     "first token kept", "by chance", "common prefix", "seconds",
 )  # fmt: skip
 
@@ -106,12 +106,12 @@ def main() -> None:
         summaries.append(data.summary())
         for kind, (vectors, seconds) in vectors_of(data).items():
             embedding[f"{data.name}, {kind}"] = {"dim": vectors.shape[1], "seconds": seconds}
-            rows = {name: lambda make=make, v=vectors: measure(make, v, data) for name, make in QUANTIZERS.items()}
-            if data.semantic_ids is not None:
-                report = quality_report(data.semantic_ids, vectors, num_codes=256).as_dict()
-                rows = {"published": lambda report=report: {"report": report}, **rows}
-            for name, row in rows.items():
-                results.append({"data": data.name, "vectors": kind, "ids": name, **row()})
+            for name in (["published"] if data.semantic_ids else []) + list(QUANTIZERS):
+                if name in QUANTIZERS:
+                    figures = measure(QUANTIZERS[name], vectors, data)
+                else:
+                    figures = {"report": quality_report(data.semantic_ids, vectors, num_codes=256).as_dict()}
+                results.append({"data": data.name, "vectors": kind, "ids": name, **figures})
                 print(table_row(results[-1]), flush=True)
     if given.out is not None:
         surroundings = environment()
