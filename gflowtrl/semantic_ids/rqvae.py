@@ -100,9 +100,7 @@ class RQVAE(ResidualQuantizer):
         self.center = vectors.mean(0)
         self.scale = (vectors - self.center).square().mean().sqrt().clamp(min=1e-12)
         generator = torch.Generator().manual_seed(self.config["seed"])
-        with torch.random.fork_rng(devices=[]):  # layers are drawn from torch's own generator
-            torch.manual_seed(self.config["seed"])
-            self._build(vectors.shape[1])
+        self._build(vectors.shape[1])
         inputs = (vectors - self.center) / self.scale
         first = ResidualKMeans(self.num_levels, self.num_codes, seed=self.config["seed"])
         with torch.no_grad():
@@ -112,7 +110,9 @@ class RQVAE(ResidualQuantizer):
 
     def _build(self, dim: int) -> None:
         widths = [dim, *self.config["hidden_dims"], self.config["latent_dim"]]
-        self.network = nn.ModuleDict({"encoder": _mlp(widths), "decoder": _mlp(widths[::-1])})
+        with torch.random.fork_rng(devices=[]):  # layers are drawn from torch's own generator
+            torch.manual_seed(self.config["seed"])
+            self.network = nn.ModuleDict({"encoder": _mlp(widths), "decoder": _mlp(widths[::-1])})
 
     def _train(self, inputs: Tensor, generator: torch.Generator) -> None:
         codebooks = nn.Parameter(self.codebooks)
