@@ -1,0 +1,152 @@
+"""How good semantic ids are, without training a recommender."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gflowtrl.catalog import Item
+
+from .collisions import colliding
+from .tokenizer import ItemTokenizer
+from .vectors import as_vectors
+
+
+NEIGHBOURS = 10
+MAX_QUERIES = 10_000  # items, evenly spaced, whose neighbours are looked up in larger catalogues
+
+
+@dataclass
+class QualityReport:
+    """Figures on semantic ids; lists have one entry a level. `print(report)` shows a table, `as_dict()` is JSON-able.
+
+    Attributes:
+        items: number of items.
+        colliding_items: items that share their id with another one.
+        relative_mse: squared error of the vectors decoded from the ids over the vectors' own around their mean: 0 is
+            perfect, 1 is knowing the mean only. `None` for ids without a quantizer.
+        codes_used: different tokens that items have at the level.
+        share_used: the same over the codes there are; `None` where that is not known (the counting level).
+        perplexity: exp of the entropy of the items' tokens at the level: so many codes, evenly used, are as mixed.
+        neighbours_kept: share of the 10 nearest neighbours by cosine, averaged over items, whose id begins with the
+            same l tokens as the item's; the first entry is for l = 1. Items with a vector of zeros do not count.
+        neighbours_by_chance: the same for pairs of any two items.
+    """
+
+    items: int
+    colliding_items: int
+    relative_mse: float | None
+    codes_used: list[int]
+    share_used: list[float | None]
+    perplexity: list[float]
+    neighbours_kept: list[float]
+    neighbours_by_chance: list[float]
+
+    @property
+    def common_prefix(self) -> float:
+        """Tokens at the beginning of an item's id that a neighbour shares, on average."""
+        return sum(self.neighbours_kept)
+
+    @property
+    def common_prefix_by_chance(self) -> float:
+        """The same for any two items."""
+        return sum(self.neighbours_by_chance)
+
+    def as_dict(self) -> dict[str, Any]:
+        means = {"common_prefix": self.common_prefix, "common_prefix_by_chance": self.common_prefix_by_chance}
+        return {**asdict(self), **means}
+
+    def __str__(self) -> str:
+        error = "not known" if self.relative_mse is None else f"{self.relative_mse:.4f}"
+        lines = [
+            f"{self.items} items, {self.colliding_items} of them share an id; relative error {error}; neighbours "
+            f"share {self.common_prefix:.2f} tokens, any two items {self.common_prefix_by_chance:.2f}",
+            "level  codes used  share  perplexity  neighbours kept  by chance",
+        ]
+        columns = (self.codes_used, self.share_used, self.perplexity, self.neighbours_kept, self.neighbours_by_chance)
+        for level, (used, share, perplexity, kept, chance) in enumerate(zip(*columns, strict=True)):
+            share = "" if share is None else f"{share:.2f}"
+            lines.append(f"{level + 1:5d}  {used:10d}  {share:>5}  {perplexity:10.1f}  {kept:15.4f}  {chance:9.4f}")
+        return "\n".join(lines)
+
+
+def quality_report(
+    ids: ItemTokenizer | Mapping[Item, Sequence[str]], vectors: Tensor | np.ndarray, num_codes: int | None = None
+) -> QualityReport:
+    """Measures semantic ids against item vectors.
+
+    Args:
+        ids: a fitted tokenizer, or any ids, all of one length.
+        vectors: (N, D) in the order of the tokenizer's `items` or of the mapping. The reconstruction is compared with
+            them, so they should be those that a tokenizer was fitted on; neighbours are theirs.
+        num_codes: codes a level, where `ids` is a mapping and they are known.
+
+    Raises:
+        ValueError: if there is not one row an item, fewer than two items, NaN, or ids have different lengths.
+    """
+    codes = ids.codes if isinstance(ids, ItemTokenizer) else _numbered(ids)
+    vectors = as_vectors(vectors, rows=len(codes))
+    if len(codes) < 2:
+        raise ValueError("A quality report needs at least two items.")
+    relative_mse, available = None, [num_codes] * codes.shape[1]
+    if isinstance(ids, ItemTokenizer):
+        levels = ids.quantizer.num_levels
+        available = [ids.quantizer.num_codes] * levels + [None] * (codes.shape[1] - levels)
+        error = (vectors - ids.quantizer.decode(codes[:, :levels])).square().sum()
+        relative_mse = float(error / (vectors - vectors.mean(0)).square().sum())
+    counts = [torch.bincount(column).double() for column in codes.T]
+    used = [int((count > 0).sum()) for count in counts]
+    prefixes = torch.stack([_prefix_numbers(codes[:, : level + 1]) for level in range(codes.shape[1])], dim=1)
+    return QualityReport(
+        items=len(codes),
+        colliding_items=int(colliding(codes).sum()),
+        relative_mse=relative_mse,
+        codes_used=used,
+        share_used=[None if all_ is None else use / all_ for use, all_ in zip(used, available, strict=True)],
+        perplexity=[float(torch.special.entr(count / len(codes)).sum().exp()) for count in counts],
+        neighbours_kept=_shared_with_neighbours(prefixes, vectors),
+        neighbours_by_chance=[_same_by_chance(column) for column in prefixes.T],
+    )
+
+
+def nearest_neighbours(vectors: Tensor, queries: Tensor, k: int = NEIGHBOURS) -> Tensor:
+    """The k rows of vectors (N, D) with the highest cosine to each of the rows `queries` (Q,), itself not: (Q, k)."""
+    unit = F.normalize(vectors)
+    found = []
+    for block in queries.split(1024):
+        cosines = unit[block] @ unit.T
+        cosines[torch.arange(len(block)), block] = -2.0
+        found.append(cosines.topk(min(k, len(vectors) - 1)).indices)
+    return torch.cat(found)
+
+
+def _shared_with_neighbours(prefixes: Tensor, vectors: Tensor) -> list[float]:
+    told = vectors.abs().sum(1).nonzero().flatten()
+    if len(told) > MAX_QUERIES:
+        told = told[torch.linspace(0, len(told) - 1, MAX_QUERIES).long()]
+    if len(told) == 0:
+        raise ValueError("All item vectors are zero; neighbours cannot be told from other items.")
+    neighbours = nearest_neighbours(vectors, told)
+    return (prefixes[neighbours] == prefixes[told, None]).double().mean((0, 1)).tolist()
+
+
+def _same_by_chance(numbers: Tensor) -> float:
+    sizes = torch.bincount(numbers).double()
+    return float((sizes * (sizes - 1)).sum() / (len(numbers) * (len(numbers) - 1)))
+
+
+def _prefix_numbers(codes: Tensor) -> Tensor:
+    return codes.unique(dim=0, return_inverse=True)[1]
+
+
+def _numbered(ids: Mapping[Item, Sequence[str]]) -> Tensor:
+    """Tokens as numbers, level by level: (N, levels)."""
+    lengths = {len(tokens) for tokens in ids.values()}
+    if len(lengths) != 1:
+        raise ValueError(f"Semantic ids of one length are needed, but these have {sorted(lengths)} tokens.")
+    columns = [np.unique(np.array(column), return_inverse=True)[1] for column in zip(*ids.values(), strict=True)]
+    return torch.from_numpy(np.stack(columns, axis=1))

@@ -1,0 +1,180 @@
+"""Residual quantisation: what every quantizer shares, and residual k-means."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from torch import Tensor
+
+from .vectors import as_vectors
+
+
+ROWS = 65_536  # encoded at a time: a block of distances to 256 codes is 64 MiB
+BALANCING_ROUNDS = 3  # the first is a fifth worse in error than the third on Amazon Beauty, further ones gain little
+
+
+class ResidualQuantizer(ABC):
+    """Writes a vector as one code a level: each level's code is the nearest to what the levels before it left over.
+
+    Attributes:
+        num_levels, num_codes: length of an id, and codes a level.
+        codebooks: `(num_levels, num_codes, latent dim)` once fitted, else `None`.
+        config: the constructor's arguments.
+    """
+
+    def __init__(self, **config: Any) -> None:
+        self.config = config
+        self.num_levels, self.num_codes = config["num_levels"], config["num_codes"]
+        self.codebooks: Tensor | None = None
+        if not 1 <= self.num_levels <= 25:
+            raise ValueError(f"num_levels must be 1 to 25 (levels are named by letters), not {self.num_levels}.")
+        if self.num_codes < 2:
+            raise ValueError(f"num_codes must be at least 2, but {self.num_codes} was given.")
+
+    @abstractmethod
+    def fit_encode(self, vectors: Tensor | np.ndarray) -> Tensor:
+        """Learns the codebooks from `vectors` (N, D) and returns the codes of these vectors, long (N, num_levels)."""
+
+    def fit(self, vectors: Tensor | np.ndarray) -> "ResidualQuantizer":
+        """Learns the codebooks from `vectors` (N, D).
+
+        Raises:
+            ValueError: for fewer vectors than codes, NaN or infinity.
+        """
+        self.fit_encode(vectors)
+        return self
+
+    @abstractmethod
+    def latents(self, vectors: Tensor | np.ndarray) -> Tensor:
+        """Vectors (N, D) to the space of the codebooks, (N, latent dim)."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (N, num_levels) to vectors (N, D)."""
+
+    @torch.no_grad()
+    def encode(self, vectors: Tensor | np.ndarray) -> Tensor:
+        """Vectors (N, D) to codes, long (N, num_levels); any vector of the right width, new items too."""
+        return torch.cat([nearest_codes(block, self.codebooks) for block in self.latents(vectors).split(ROWS)])
+
+    def quantized(self, codes: Tensor) -> Tensor:
+        """The sum of the codes' centroids: (N, levels) -> (N, latent dim). Fewer levels than all are a prefix."""
+        self.check_fitted()
+        return sum((self.codebooks[level, codes[:, level]] for level in range(codes.shape[1])), torch.zeros(()))
+
+    def check_fitted(self) -> None:
+        if self.codebooks is None:
+            raise RuntimeError(f"This {type(self).__name__} has no codebooks yet. Call fit(vectors) first.")
+
+    def check_vectors(self, vectors: Tensor | np.ndarray) -> Tensor:
+        """Vectors to fit on, as a tensor; too few of them are an error."""
+        vectors = as_vectors(vectors)
+        if len(vectors) < self.num_codes:
+            raise ValueError(
+                f"{len(vectors)} vectors cannot be grouped into {self.num_codes} codes a level. Choose num_codes well "
+                "below the number of items, and more levels instead."
+            )
+        return vectors
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors to save; `from_state(config, tensors)` makes the quantizer again."""
+        self.check_fitted()
+        return {"codebooks": self.codebooks}
+
+    @classmethod
+    def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "ResidualQuantizer":
+        quantizer = cls(**config)
+        quantizer.codebooks = tensors["codebooks"]
+        return quantizer
+
+
+def nearest_codes(latents: Tensor, codebooks: Tensor) -> Tensor:
+    """Greedy residual codes of (N, d) under codebooks (levels, codes, d): long (N, levels)."""
+    codes, residual = [], latents
+    for codebook in codebooks:
+        codes.append(torch.cdist(residual, codebook).argmin(1))
+        residual = residual - codebook[codes[-1]]
+    return torch.stack(codes, dim=1)
+
+
+class Clusters(NamedTuple):
+    """Centroids (num_codes, D), and which of them each vector has, long (N,)."""
+
+    centroids: Tensor
+    labels: Tensor
+
+
+def k_means(vectors: Tensor, num_codes: int, seed: int) -> Clusters:
+    """scikit-learn's k-means on float32 vectors (N, D), one start by k-means++."""
+    fitted = KMeans(num_codes, n_init=1, random_state=seed).fit(vectors.numpy())
+    return Clusters(torch.from_numpy(fitted.cluster_centers_), torch.from_numpy(fitted.labels_).long())
+
+
+class ResidualKMeans(ResidualQuantizer):
+    """Residual k-means (RQ-KMeans; QARM, arXiv 2411.11739): k-means on the vectors, then on what is left over, ...
+
+    Args:
+        num_levels, num_codes: length of an id, and codes a level.
+        balanced: no code of a level has more than ceil(N / num_codes) of the vectors it is fitted on, so that the
+            tokens are used evenly (as in OneRec, arXiv 2502.18965) and fewer ids collide. Vectors encoded later take
+            the nearest code.
+        seed: of k-means.
+    """
+
+    def __init__(self, num_levels: int = 3, num_codes: int = 256, balanced: bool = False, seed: int = 0) -> None:
+        super().__init__(num_levels=num_levels, num_codes=num_codes, balanced=balanced, seed=seed)
+
+    def fit_encode(self, vectors: Tensor | np.ndarray) -> Tensor:
+        residual = self.check_vectors(vectors)
+        codebooks, codes = [], []
+        for _ in range(self.num_levels):
+            clusters = k_means(residual, self.num_codes, self.config["seed"])
+            if self.config["balanced"]:
+                clusters = balance(residual, clusters.centroids)
+            residual = residual - clusters.centroids[clusters.labels]
+            codebooks.append(clusters.centroids)
+            codes.append(clusters.labels)
+        self.codebooks = torch.stack(codebooks)
+        return torch.stack(codes, dim=1) if self.config["balanced"] else self.encode(vectors)
+
+    def latents(self, vectors: Tensor | np.ndarray) -> Tensor:
+        self.check_fitted()
+        return as_vectors(vectors, dim=self.codebooks.shape[2])
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return self.quantized(codes)
+
+
+def balance(vectors: Tensor, centroids: Tensor) -> Clusters:
+    """Clusters of at most ceil(N / codes) vectors: assigned within this limit, each centroid the mean of its own.
+
+    Args:
+        vectors: (N, D).
+        centroids: (codes, D), of k-means.
+    """
+    for _ in range(BALANCING_ROUNDS):
+        labels = assign_within(torch.cdist(vectors, centroids), math.ceil(len(vectors) / len(centroids)))
+        sums = torch.zeros_like(centroids).index_add_(0, labels, vectors)
+        sizes = torch.bincount(labels, minlength=len(centroids))[:, None]
+        centroids = torch.where(sizes > 0, sums / sizes.clamp(min=1), centroids)
+    return Clusters(centroids, labels)
+
+
+def assign_within(distances: Tensor, capacity: int) -> Tensor:
+    """The nearest code with room for each row of `distances` (N, codes): long (N,), a code at most `capacity` times.
+
+    Greedy: those choose first that lose most by their second choice.
+    """
+    nearest = distances.topk(2, largest=False).values
+    order = (nearest[:, 1] - nearest[:, 0]).argsort(descending=True, stable=True).tolist()
+    choices = distances.argsort(dim=1, stable=True).numpy()
+    room = np.full(distances.shape[1], capacity)
+    labels = np.empty(len(distances), dtype=np.int64)
+    for row in order:
+        labels[row] = choices[row][np.argmax(room[choices[row]] > 0)]
+        room[labels[row]] -= 1
+    return torch.from_numpy(labels)
