@@ -264,7 +264,7 @@ def refused(answer, status: int, message: str) -> None:
     assert re.search(message, detail), detail
 
 
-# ------------------------------------------------------------------------------------------------- when things go wrong
+# ------------------------------------------------------------------------------------------------ when things go wrong
 class Held:
     """A recommender whose next call waits until it is released, or fails."""
 
@@ -285,7 +285,7 @@ class Held:
 def test_a_full_queue_is_503_and_a_long_wait_504(recommender, monkeypatch):
     held = Held(recommender, monkeypatch)
     request = {"histories": [HISTORY], "strategy": "sample"}
-    limits = Limits(max_queue=1, timeout_s=0.5)
+    limits = Limits(max_queue=1, timeout_s=1.5)
     with TestClient(create_app(recommender, limits)) as client, ThreadPoolExecutor(3) as pool:
         waiting = [pool.submit(client.post, "/recommend", json=request)]
         assert held.entered.wait(5)
@@ -296,7 +296,7 @@ def test_a_full_queue_is_503_and_a_long_wait_504(recommender, monkeypatch):
         refused(full, 503, "1 requests are waiting, as many as this server takes; ask later")
         assert full.headers["retry-after"] == "1"
         for future in waiting:
-            refused(future.result(10), 504, "was not answered within 0.5 seconds")
+            refused(future.result(10), 504, "was not answered within 1.5 seconds")
         held.released.set()
         assert client.post("/recommend", json=request).status_code == 200
         assert batch_numbers(client)[0] == 2  # the one that waited in the queue was not decoded for nobody
