@@ -8,10 +8,6 @@ import socket
 import sys
 from collections.abc import Sequence
 
-import torch
-
-from gflowtrl.recommender import Recommender
-
 from . import load, missing_extra
 from .limits import Limits
 
@@ -25,7 +21,8 @@ def serve(
 ) -> None:
     """Answer requests until the process is told to stop (Ctrl-C, SIGTERM), and then those that are queued.
 
-    There is no authentication: `host` should be this machine or a network whose members may all ask.
+    The model is on the GPU where there is one, else on the CPU. There is no authentication: `host` should be this
+    machine or a network whose members may all ask.
 
     Args:
         model_dir: the folder of a recommender, or its name on the Hugging Face Hub.
@@ -39,15 +36,21 @@ def serve(
         FileNotFoundError: the folder or one of its files is missing.
         OSError: the address cannot be listened on, as when another process does.
     """
+    import torch
+
+    from gflowtrl.recommender import Recommender
+
     try:
         import uvicorn
+
+        create_app = load("create_app").create_app
     except ModuleNotFoundError as error:
         raise missing_extra(error) from error
-    create_app = load("create_app").create_app
     if threads is not None:
         torch.set_num_threads(threads)
     with _bound(host, port) as address:  # before the model is loaded, which can take long
-        recommender = Recommender.from_pretrained(model_dir)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        recommender = Recommender.from_pretrained(model_dir, device_map=device)
         settings = uvicorn.Config(create_app(recommender, limits), log_level="warning", access_log=False)
         address.listen(settings.backlog)
         print(f"{len(recommender.catalog)} items of {model_dir} on {_url(address)} (Ctrl-C stops)", flush=True)
@@ -63,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given = _parser().parse_args(arguments)
         limits = Limits(given.max_batch, given.max_wait_ms, given.max_queue, given.max_k)
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # of loading weights
         serve(given.model, given.host, given.port, limits, given.threads)
     except SystemExit as end:  # argparse has said what is wrong, or printed its help
         return int(end.code or 0)
