@@ -20,6 +20,8 @@ pytest.importorskip("httpx2", reason="FastAPI's test client needs httpx2, of the
 from fastapi.testclient import TestClient  # noqa: E402
 
 from gflowtrl.serving import Limits, create_app  # noqa: E402
+from gflowtrl.serving.app import batch_key  # noqa: E402
+from gflowtrl.serving.messages import RecommendRequest  # noqa: E402
 
 
 HISTORIES = [["i010"], ["short", "twin"], ["i222", "i001", "i100"], ["i111"] * 12, ITEMS[:7]]
@@ -104,6 +106,17 @@ def test_sampled_requests_draw_alike_in_any_company(recommender, oracle):
         assert batch_numbers(client) == (8, 8)
     for answer in answers:
         assert_equal(answer, oracle.recommend(**request))
+
+
+def test_requests_go_together_only_where_the_beam_is_equally_wide():
+    def key(histories: list, **options):
+        return batch_key(RecommendRequest(histories=histories, **options), histories)
+
+    assert key([["i010"]]) == key([["i111", "i010"], ["i010"]]) != key([["i010"]], k=9)
+    assert key([["i010", "i111", "i010"]], exclude_seen=True) == key([["i001"], ["i001", "i222"]], exclude_seen=True)
+    assert key([["i010"]], exclude_seen=True) != key([["i001", "i222"]], exclude_seen=True)
+    assert key([["i010"]], exclude_seen=True) != key([["i010"]])
+    assert key([["i010"]], strategy="sample") is key([["i010"]], allowed_items=["i010"]) is None
 
 
 def batch_numbers(client: TestClient) -> tuple[int, int]:
