@@ -25,7 +25,7 @@ LAYERS = (
     {"data", "policy", "semantic_ids", "teachers"},
     {"rewards", "samplers", "losses", "metrics"},
     {"trainer", "recommender"},
-    {"pipeline"},
+    {"pipeline", "serving"},
     {"cli", "__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
@@ -113,8 +113,13 @@ def test_what_is_imported_is_required():
     renamed = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub", "scikit-learn": "sklearn"}
     required = {renamed.get(name, name) for name in required}
     used = {name.split(".")[0] for path in MODULES for name in imports_of(path)}
-    extra = re.split(r"[<>=!]", setup["options.extras_require"]["deepspeed"].strip())[0]
-    assert used - set(sys.stdlib_module_names) - {"gflowtrl"} <= required | {extra}
+    extras = setup["options.extras_require"]
+    (extra,), serving = (
+        {re.split(r"[<>=!]", line)[0] for line in extras[name].split()} for name in ("deepspeed", "serve")
+    )
+    assert used - set(sys.stdlib_module_names) - {"gflowtrl"} <= required | serving | {extra}
+    for path in MODULES:  # what the server needs stays in its room
+        assert room_of(path) == "serving" or not serving & {name.split(".")[0] for name in imports_of(path)}, path
     for tree in TREES.values():  # an extra is imported where it is in use, never with the module
         names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
         names |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.module}

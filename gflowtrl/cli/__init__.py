@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "a whole recipe: teacher, SFT, its control, GFlowNet, test; on one process or many",
     "evaluate": "measure a saved recommender on the validation or test split",
     "recommend": "recommendations for a file of histories",
+    "serve": "recommendations over HTTP",
     "compare": "one table and pictures of several runs",
 }
 

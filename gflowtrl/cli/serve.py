@@ -1,0 +1,6 @@
+"""`gflowtrl serve`: recommendations over HTTP."""
+
+from gflowtrl.serving.command import main
+
+
+__all__ = ["main"]

@@ -1,0 +1,92 @@
+"""What can only be said of a request with the catalogue and the limits at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastapi import HTTPException
+
+from gflowtrl.catalog import Item, ItemCatalog
+from gflowtrl.recommender import Recommender
+
+from .limits import Limits
+from .messages import ExplainRequest, RecommendRequest, shown
+
+
+def check_limits(asked: RecommendRequest, limits: Limits) -> None:
+    """Refuses what is more than this server takes on, and a temperature for a strategy that has none."""
+    if asked.k > limits.max_k:
+        raise HTTPException(422, f"k is {shown(asked.k)}, but this server allows at most {limits.max_k}.")
+    if len(asked.histories) > limits.max_histories:
+        raise HTTPException(
+            422,
+            f"histories holds {len(asked.histories)}, but this server allows at most {limits.max_histories} in a "
+            f"request; ask in several.",
+        )
+    for row, history in enumerate(asked.histories):
+        _check_length(f"histories[{row}]", history, limits)
+    if asked.strategy == "beam" and asked.temperature != 1.0:
+        raise HTTPException(
+            422, f'temperature is {asked.temperature}, but strategy "beam" draws nothing; use strategy "sample".'
+        )
+
+
+def check_allowed(items: Sequence[Item] | None, catalog: ItemCatalog) -> None:
+    """Refuses `allowed_items` that cannot be recommended: what is meant by them is unclear."""
+    for place, item in enumerate(items or ()):
+        if item not in catalog:
+            raise HTTPException(422, f"allowed_items[{place}] is {shown(item)}, which is not in {_the(catalog)}.")
+
+
+def known_items(histories: list[list[Item]], recommender: Recommender) -> tuple[list[list[Item]], list[str]]:
+    """Histories without items that are not in the catalogue, and a sentence for each row that is answered otherwise
+    than it was asked."""
+    rows, warnings = [], []
+    for row, history in enumerate(histories):
+        known, warning = _split(f"histories[{row}]", history, recommender.catalog)
+        rows.append(known)
+        warnings += warning
+        if not known:
+            what = f"histories[{row}] {'holds no known item' if history else 'is empty'}"
+            if recommender.item_counts is None:
+                raise HTTPException(
+                    422, f"{what}, and this model has no counts of training interactions to answer by; leave it out."
+                )
+            warnings.append(f"{what}; its list is of what was taken most often in training.")
+    return rows, warnings
+
+
+def known_to_explain(asked: ExplainRequest, limits: Limits, catalog: ItemCatalog) -> tuple[list[Item], list[str]]:
+    """The history without items that are not in the catalogue, and what was left out."""
+    _check_length("history", asked.history, limits)
+    if asked.item not in catalog:
+        raise HTTPException(422, f"item is {shown(asked.item)}, which is not in {_the(catalog)}.")
+    known, warnings = _split("history", asked.history, catalog)
+    if not known:
+        raise HTTPException(
+            422, f"history is {shown(asked.history)}, of which nothing is in {_the(catalog)}; give one known item."
+        )
+    return known, warnings
+
+
+def _check_length(name: str, history: Sequence[Item], limits: Limits) -> None:
+    if len(history) > limits.max_history_items:
+        raise HTTPException(
+            422,
+            f"{name} has {len(history)} items, but this server allows at most {limits.max_history_items}; send the "
+            f"latest ones.",
+        )
+
+
+def _split(name: str, history: Sequence[Item], catalog: ItemCatalog) -> tuple[list[Item], list[str]]:
+    """The known items, and a sentence about the unknown ones where there are any."""
+    unknown = [item for item in history if item not in catalog]
+    if not unknown:
+        return list(history), []
+    some = ", ".join(map(shown, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+    known = [item for item in history if item in catalog]
+    return known, [f"{name}: items that are not in {_the(catalog)} were left out: {some}."]
+
+
+def _the(catalog: ItemCatalog) -> str:
+    return f"the catalogue of {len(catalog)} items (they look like {shown(catalog.items[0])})"

@@ -1,0 +1,253 @@
+"""The HTTP interface against `Recommender.recommend`, and what happens when things go wrong."""
+
+import math
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from gflowtrl import Recommender, __version__
+from gflowtrl.recommender import STRATEGIES
+from tests.trainer.world import ITEMS
+
+from .world import HISTORY, make_recommender, refused
+
+
+pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
+pytest.importorskip("httpx2", reason="FastAPI's test client needs httpx2, of the extra `test`")
+
+from fastapi.testclient import TestClient  # noqa: E402
+
+from gflowtrl.serving import Limits, create_app  # noqa: E402
+from gflowtrl.serving.app import batch_key  # noqa: E402
+from gflowtrl.serving.messages import RecommendRequest  # noqa: E402
+
+
+HISTORIES = [["i010"], ["short", "twin"], ["i222", "i001", "i100"], ["i111"] * 12, ITEMS[:7]]
+
+
+@pytest.fixture(scope="module")
+def recommender() -> Recommender:
+    return make_recommender()
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Recommender:
+    """The same recommender again, as that of a server is its own."""
+    return make_recommender()
+
+
+@pytest.fixture(scope="module")
+def client(recommender) -> Iterator[TestClient]:
+    with TestClient(create_app(recommender)) as client:
+        yield client
+
+
+def assert_equal(answer, expected: list) -> None:
+    """The same items in the same order; probabilities up to the rounding of another batch."""
+    assert answer.status_code == 200, answer.text
+    lists = answer.json()["recommendations"]
+    assert [[one["item"] for one in found] for found in lists] == [[r.item for r in found] for found in expected]
+    assert [[one["title"] for one in found] for found in lists] == [[r.title for r in found] for found in expected]
+    for found, wanted in zip(lists, expected, strict=True):
+        probabilities = [math.exp(r.log_prob) for r in wanted]
+        assert [one["probability"] for one in found] == pytest.approx(probabilities, rel=1e-4)
+
+
+OPTIONS = [
+    {},
+    {"k": 3},
+    {"k": 24, "exclude_seen": True},
+    {"allowed_items": ["twin", "i222", "short"]},
+    {"strategy": "sample", "seed": 5, "temperature": 2.5},
+    {"strategy": "sample", "k": 4, "seed": 2**70, "exclude_seen": True, "allowed_items": ITEMS[:12]},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_answers_are_those_of_the_recommender(client, oracle, options):
+    answer = client.post("/recommend", json={"histories": HISTORIES, **options})
+    assert_equal(answer, oracle.recommend(HISTORIES, **options))
+    assert answer.json()["warnings"] == []
+
+
+def test_every_strategy_of_the_recommender_is_offered(client):
+    for strategy in STRATEGIES:
+        assert client.post("/recommend", json={"histories": [HISTORY], "strategy": strategy}).status_code == 200
+
+
+def test_twenty_clients_at_once_get_what_each_would_get_alone(recommender, oracle):
+    """Requests that differ in everything, batched where they may be: beams of equal settings, and never samples."""
+    requests = [
+        {"histories": HISTORIES[place % 5 : place % 5 + 2], **OPTIONS[turn]}
+        for turn in (0, 1, 2, 4, 0)
+        for place in range(12)
+    ]
+    together = threading.Barrier(20)
+
+    def post(request: dict):
+        return client.post("/recommend", json=request)
+
+    with TestClient(create_app(recommender, Limits(max_wait_ms=20.0))) as client, ThreadPoolExecutor(20) as pool:
+        list(pool.map(lambda _: together.wait(10), range(20)))
+        answers = list(pool.map(post, requests))
+        batches, rows = batch_numbers(client)
+    for request, answer in zip(requests, answers, strict=True):
+        assert_equal(answer, oracle.recommend(**request))
+    assert rows == sum(len(request["histories"]) for request in requests)
+    assert 12 < batches < len(requests)  # 12 requests are sampled
+
+
+def test_sampled_requests_draw_alike_in_any_company(recommender, oracle):
+    request = {"histories": [HISTORY], "strategy": "sample", "k": 5, "seed": 3}
+    with TestClient(create_app(recommender, Limits(max_wait_ms=20.0))) as client, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: client.post("/recommend", json=request), range(8)))
+        assert batch_numbers(client) == (8, 8)
+    for answer in answers:
+        assert_equal(answer, oracle.recommend(**request))
+
+
+def test_requests_go_together_only_where_the_beam_is_equally_wide():
+    def key(histories: list, **options):
+        return batch_key(RecommendRequest(histories=histories, **options), histories)
+
+    assert key([["i010"]]) == key([["i111", "i010"], ["i010"]]) != key([["i010"]], k=9)
+    assert key([["i010", "i111", "i010"]], exclude_seen=True) == key([["i001"], ["i001", "i222"]], exclude_seen=True)
+    assert key([["i010"]], exclude_seen=True) != key([["i001", "i222"]], exclude_seen=True)
+    assert key([["i010"]], exclude_seen=True) != key([["i010"]])
+    assert key([["i010"]], strategy="sample") is key([["i010"]], allowed_items=["i010"]) is None
+
+
+def batch_numbers(client: TestClient) -> tuple[int, int]:
+    """Batches that were done, and the histories in them."""
+    numbers = metrics_of(client)
+    return int(numbers["gflowtrl_batch_histories_count"]), int(numbers["gflowtrl_batch_histories_sum"])
+
+
+def metrics_of(client: TestClient) -> dict[str, float]:
+    lines = client.get("/metrics").text.splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+
+# -------------------------------------------------------------------------------------------------- what is not known
+def test_unknown_items_are_named_in_the_answer(client, oracle):
+    answer = client.post("/recommend", json={"histories": [["i010"], ["nonsense", "i010", 7]]})
+    assert_equal(answer, oracle.recommend([["i010"], ["i010"]]))
+    (warning,) = answer.json()["warnings"]
+    assert warning == (
+        'histories[1]: items that are not in the catalogue of 24 items (they look like "i001") were left out: '
+        '"nonsense", 7.'
+    )
+
+
+def test_users_of_whom_nothing_is_known_are_answered_by_popularity_and_told_so(client, oracle):
+    answer = client.post("/recommend", json={"histories": [[], ["i010"], ["?"]], "k": 4})
+    assert_equal(answer, oracle.recommend([[], ["i010"], []], k=4))
+    empty, left_out, unknown = answer.json()["warnings"]
+    assert empty.startswith("histories[0] is empty; its list is of what was taken most often")
+    assert left_out.startswith("histories[2]: items") and unknown.startswith("histories[2] holds no known item;")
+
+
+@pytest.mark.parametrize("history", [[], ["?"]])
+def test_without_counts_they_are_refused(history):
+    with TestClient(create_app(make_recommender(counts=None))) as client:
+        answer = client.post("/recommend", json={"histories": [["i010"], history]})
+    assert answer.status_code == 422 and "histories[1]" in answer.json()["detail"]
+    assert "no counts of training interactions" in answer.json()["detail"]
+
+
+def test_explanations_are_those_of_the_recommender(client, oracle):
+    answer = client.post("/explain", json={"history": ["?", *HISTORY], "item": "twin"}).json()
+    expected = oracle.explain(HISTORY, "twin")
+    assert answer["probability"] == pytest.approx(math.exp(expected.log_prob))
+    assert [step["token"] for step in answer["steps"]] == [step.token for step in expected.steps]
+    assert [step["rank"] for step in answer["steps"]] == [step.rank for step in expected.steps]
+    assert answer["shares_id_with"] == ["i001"] and answer["teacher_rank"] is None
+    assert answer["warnings"] == [
+        'history: items that are not in the catalogue of 24 items (they look like "i001") were left out: "?".'
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ when things go wrong
+class Held:
+    """A recommender whose next call waits until it is released, or fails."""
+
+    def __init__(self, recommender: Recommender, monkeypatch):
+        self.entered, self.released, self.fails = threading.Event(), threading.Event(), False
+        original = recommender.recommend
+
+        def recommend(*given, **options):
+            self.entered.set()
+            assert self.released.wait(10)
+            if self.fails:
+                raise TypeError("broken weights")
+            return original(*given, **options)
+
+        monkeypatch.setattr(recommender, "recommend", recommend)
+
+
+def test_a_full_queue_is_503_and_a_long_wait_504(recommender, monkeypatch):
+    held = Held(recommender, monkeypatch)
+    request = {"histories": [HISTORY], "strategy": "sample"}
+    limits = Limits(max_queue=1, timeout_s=1.5)
+    with TestClient(create_app(recommender, limits)) as client, ThreadPoolExecutor(3) as pool:
+        waiting = [pool.submit(client.post, "/recommend", json=request)]
+        assert held.entered.wait(5)
+        waiting.append(pool.submit(client.post, "/recommend", json=request))
+        while metrics_of(client)["gflowtrl_queue_length"] < 1:
+            pass
+        full = client.post("/recommend", json=request)
+        refused(full, 503, "1 requests are waiting, as many as this server takes; ask later")
+        assert full.headers["retry-after"] == "1"
+        for future in waiting:
+            refused(future.result(10), 504, "was not answered within 1.5 seconds")
+        held.released.set()
+        assert client.post("/recommend", json=request).status_code == 200
+        assert batch_numbers(client)[0] == 2  # the one that waited in the queue was not decoded for nobody
+
+
+def test_an_exception_of_the_model_is_500_and_the_server_lives_on(recommender, monkeypatch, caplog):
+    held = Held(recommender, monkeypatch)
+    held.released.set()
+    held.fails = True
+    with TestClient(create_app(recommender)) as client:
+        refused(client.post("/recommend", json={"histories": [HISTORY]}), 500, r"a fault in the server \(TypeError\)")
+        assert "broken weights" in caplog.text
+        held.fails = False
+        assert client.post("/recommend", json={"histories": [HISTORY]}).status_code == 200
+
+
+def test_an_exception_of_the_server_is_500_too(recommender, monkeypatch, caplog):
+    with TestClient(create_app(recommender)) as client:
+        monkeypatch.setattr(recommender, "catalog", None)
+        refused(client.post("/recommend", json={"histories": [HISTORY]}), 500, "a fault in the server; see its log")
+        assert "POST /recommend could not be answered" in caplog.text
+
+
+def test_metrics_count_what_happened(recommender):
+    with TestClient(create_app(recommender)) as client:
+        for k in (3, 3, -1):
+            client.post("/recommend", json={"histories": [HISTORY, HISTORY], "k": k})
+        client.post("/explain", json={"history": HISTORY, "item": "twin"})
+        client.get("/items/1"), client.get("/items/2")
+        numbers = metrics_of(client)
+    assert numbers['gflowtrl_requests_total{path="/recommend",status="200"}'] == 2
+    assert numbers['gflowtrl_requests_total{path="/recommend",status="422"}'] == 1
+    assert numbers['gflowtrl_requests_total{path="/explain",status="200"}'] == 1
+    assert numbers['gflowtrl_requests_total{path="other",status="404"}'] == 2
+    assert numbers['gflowtrl_request_seconds_count{path="/recommend"}'] == 3
+    assert 0 < numbers['gflowtrl_request_seconds_sum{path="/recommend"}'] < 10
+    assert numbers["gflowtrl_batch_histories_count"] == 3 and numbers["gflowtrl_batch_histories_sum"] == 5
+    assert numbers['gflowtrl_batch_histories_bucket{le="1"}'] == 1 and numbers["gflowtrl_queue_length"] == 0
+
+
+def test_health_says_what_is_served_and_whether(recommender):
+    app = create_app(recommender)
+    assert TestClient(app).get("/health").status_code == 503  # without its startup
+    with TestClient(app) as client:
+        answer = client.get("/health")
+    assert answer.status_code == 200
+    assert answer.json() == {"ready": True, "model": "", "items": 24, "version": __version__}
+    with TestClient(app) as client:  # an application can be started again
+        assert client.post("/recommend", json={"histories": [HISTORY]}).status_code == 200

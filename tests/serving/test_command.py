@@ -1,0 +1,123 @@
+"""Starting and stopping: a real server, and the command's answers to mistakes."""
+
+import socket
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from gflowtrl import Recommender
+from tests.tiny import tiny_model
+from tests.trainer.world import TOKENIZER, make_catalog
+
+
+pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
+pytest.importorskip("uvicorn", reason="serving needs the extra `serve`")
+pytest.importorskip("httpx2", reason="of the extra `test`")
+
+import httpx2  # noqa: E402
+import uvicorn  # noqa: E402
+
+from gflowtrl.serving import main, serve  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    Recommender(tiny_model(len(TOKENIZER)), TOKENIZER, make_catalog(), 5).save_pretrained(folder)
+    return folder
+
+
+def test_a_real_server_answers_and_a_shutdown_answers_what_waits(folder, monkeypatch, capsys):
+    """`serve` as a user starts it, in a thread (where uvicorn leaves signals alone)."""
+    servers, decoding, may_decode = [], threading.Event(), threading.Event()
+    run, recommend = uvicorn.Server.run, Recommender.recommend
+
+    def noted(server, sockets):
+        servers.append(server)
+        run(server, sockets=sockets)
+
+    def slow(recommender, *given, **options):
+        decoding.set()
+        assert may_decode.wait(10)
+        return recommend(recommender, *given, **options)
+
+    monkeypatch.setattr(uvicorn.Server, "run", noted)
+    monkeypatch.setattr(Recommender, "recommend", slow)
+    serving = threading.Thread(target=serve, args=(folder,), kwargs={"port": 0})
+    serving.start()
+    while not (servers and servers[0].started):
+        time.sleep(0.01)
+    told = capsys.readouterr().out
+    url = told.split(" on ")[1].split()[0]
+    assert told.startswith(f"24 items of {folder} on http://127.0.0.1:")
+    assert httpx2.get(f"{url}/health").json()["model"] == str(folder)
+    oversized = httpx2.post(f"{url}/recommend", content=b" " * 3_000_000, headers={"content-type": "application/json"})
+    assert oversized.status_code == 413  # and not a connection that breaks
+    with ThreadPoolExecutor(5) as pool:
+        request = {"histories": [["i010"]], "strategy": "sample", "k": 3}  # one batch each, so that four have to wait
+        answers = [pool.submit(httpx2.post, f"{url}/recommend", json=request, timeout=10) for _ in range(5)]
+        assert decoding.wait(5)
+        while "gflowtrl_queue_length 4" not in httpx2.get(f"{url}/metrics").text:
+            time.sleep(0.01)
+        servers[0].should_exit = True
+        time.sleep(0.1)
+        may_decode.set()
+        assert [answer.result().status_code for answer in answers] == [200] * 5
+    serving.join(10)
+    assert not serving.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "/nowhere/at/all"], "error: /nowhere/at/all is not a folder; give the folder of a saved"),
+        ([], "error: the following arguments are required: --model"),
+        (["--model", "x", "--port", "99999"], "error: argument --port: 99999 is no port; give a number from 0"),
+        (["--model", "x", "--port", "http"], "error: argument --port: http is no port"),
+        (["--model", "x", "--threads", "0"], "error: argument --threads: 0 is no number of at least 1"),
+        (["--model", "x", "--max_k", "0"], "error: max_k is 0; it must be at least 1."),
+        (["--model", "x", "--max_wait_ms", "-1"], "error: max_wait_ms is -1.0; give milliseconds"),
+        (["--model", "x", "--host", "300.1.1.1"], "error: 300.1.1.1:8000 cannot be listened on"),
+        (["--model", "x", "--nonsense", "1"], "error: unrecognized arguments: --nonsense 1"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(message) and told.count("\n") == 1
+
+
+def test_a_port_in_use_is_told_before_the_model_is_loaded(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["--model", "x", "--port", str(port)]) == 2
+    assert f"127.0.0.1:{port} cannot be listened on (Address already in use)" in capsys.readouterr().err
+
+
+def test_options_reach_the_server_and_ctrl_c_is_a_way_to_stop(monkeypatch):
+    given = []
+
+    def stopped(*arguments):
+        given.extend(arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["gflowtrl.serving.command"], "serve", stopped)
+    assert main(["--model", "folder", "--port", "81", "--max_batch", "7", "--max_k", "9", "--threads", "2"]) == 0
+    folder, host, port, limits, threads = given
+    assert (folder, host, port, threads) == ("folder", "127.0.0.1", 81, 2)
+    assert (limits.max_batch, limits.max_k, limits.max_queue) == (7, 9, 256)
+    assert main(["--help"]) == 0
+
+
+@pytest.mark.parametrize("library", ["fastapi", "uvicorn"])
+def test_what_is_not_installed_is_named_with_the_remedy(library, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith("gflowtrl.serving.")]:
+        if name != "gflowtrl.serving.command":
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    assert main(["--model", "x", "--port", "0"]) == 2
+    told = capsys.readouterr().err
+    assert told == f"error: Serving needs {library}, which is not installed. Run: pip install gflowtrl[serve]\n"
