@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import warnings
@@ -19,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.data import PromptEncoder, load_encoder, save_encoder
-from gflowtrl.policy import StatelessNoise, load_backbone, make_policy
+from gflowtrl.policy import Noise, StatelessNoise, load_backbone, make_policy
 from gflowtrl.policy.heads import split_heads
 from gflowtrl.teachers import TeacherModule, load_teacher
 
@@ -27,6 +28,8 @@ from gflowtrl.teachers import TeacherModule, load_teacher
 RECOMMENDER_FILE = "recommender_config.json"
 DETAILS_FILE = "item_details.json"
 TEACHER_FOLDER = "teacher"
+ENUMERATED = 4096  # of so few allowed items all probabilities are computed, where lists are drawn
+ENUMERATED_TOGETHER = 256
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 STRATEGIES = ("beam", "sample")
 
@@ -225,6 +228,8 @@ class Recommender:
             leaves, log_probs = self.policy.beam_search(prompts, beams, nodes)
             return self._lists(histories, leaves, log_probs, request)
         noise = StatelessNoise(request.seed).at(0, torch.tensor(rows, device=device))
+        if request.allowed is not None and len(request.allowed) <= ENUMERATED:
+            return self._lists(histories, *self._drawn_among(prompts, noise, request), request)
         while True:
             # A longer draw begins with the shorter one, and what is left of it is a draw among the items allowed.
             drawn = self.policy.stochastic_beam_search(prompts, beams, noise, request.temperature)
@@ -233,6 +238,26 @@ class Recommender:
             if not short or beams >= self.catalog.tree.num_leaves:
                 return lists
             beams = min(4 * beams, self.catalog.tree.num_leaves)
+
+    @torch.no_grad()
+    def _drawn_among(self, prompts: dict[str, Tensor], noise: Noise, request: _Request) -> tuple[Tensor, Tensor]:
+        """All allowed leaves `(B, n)` in the order of a draw without replacement (Gumbel), and their log-probabilities
+        under the tempered policy."""
+        device = prompts["input_ids"].device
+        self.catalog.to(device)
+        leaves = self.catalog.leaf_of(sorted(request.allowed)).to(device).unique()
+        log_probs = []
+        for part in leaves.split(ENUMERATED_TOGETHER):
+            scores = self.policy.score(prompts, part.expand(len(noise), -1))
+            children = scores.child_log_probs / request.temperature
+            open_states = scores.child_log_probs.isfinite().any(-1)
+            norm = children.masked_fill(~open_states[..., None], 0.0).logsumexp(-1)
+            steps = scores.log_probs / request.temperature - norm
+            log_probs.append(steps.masked_fill(~open_states, 0.0).sum(-1))
+        log_probs = torch.cat(log_probs, 1)
+        keys = log_probs - (-noise.uniform("allowed", len(leaves)).log()).log()
+        order = keys.argsort(1, descending=True)
+        return leaves[order], log_probs.gather(1, order)
 
     def _lists(
         self, histories: Sequence[Sequence[Item]], leaves: Tensor, log_probs: Tensor, request: _Request
@@ -352,7 +377,7 @@ def _check_request(k: int, num_beams: int | None, strategy: str, temperature: fl
         raise ValueError(f"num_beams is {num_beams}, but {k} items are asked for; use at least {k} beams.")
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy is {strategy!r}; use one of {', '.join(map(repr, STRATEGIES))}.")
-    if temperature <= 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; it divides the logits and must be positive.")
     if strategy == "beam" and temperature != 1.0:
         raise ValueError(f"temperature is {temperature}, but strategy 'beam' draws nothing; use strategy='sample'.")

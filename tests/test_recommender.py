@@ -113,11 +113,23 @@ def test_only_allowed_items_come_with_their_own_probabilities(recommender):
     assert one.item == expected[-1][0]
 
 
-def test_draws_among_allowed_items_are_those_among_all_without_the_others(recommender):
-    everything = recommender.recommend(HISTORIES, k=len(ITEMS), strategy="sample", seed=3)
-    some = recommender.recommend(HISTORIES, k=3, strategy="sample", seed=3, allowed_items=ALLOWED)
-    for all_items, drawn in zip(everything, some, strict=True):
-        assert [r.item for r in drawn] == [r.item for r in all_items if r.item in ALLOWED][:3]
+@pytest.mark.parametrize("enumerated", [0, 4096])
+def test_draws_among_allowed_items_are_in_proportion(recommender, monkeypatch, enumerated):
+    """Whether all of them are looked at, or drawn from all items."""
+    monkeypatch.setattr("gflowtrl.recommender.ENUMERATED", enumerated)
+    history, draws, warm = HISTORIES[2], 600, 1.7
+    allowed = ALLOWED - {"twin"}  # which comes together with "i001"
+    options = {"k": 2, "strategy": "sample", "seed": 3, "temperature": warm, "allowed_items": allowed}
+    lists = recommender.recommend([history] * draws, **options)
+    assert lists[:5] == recommender.recommend([history] * draws, batch_size=7, **options)[:5]
+    everything = recommender.recommend([history], k=len(ITEMS), strategy="sample", temperature=warm)[0]
+    tempered = {r.item: r.log_prob for r in everything}
+    assert all(len({r.item for r in found} & allowed) == 2 for found in lists)
+    assert [r.log_prob for r in lists[0]] == pytest.approx([tempered[r.item] for r in lists[0]], abs=1e-4)
+    expected = torch.tensor([tempered[item] for item in sorted(allowed)]).softmax(0) * draws
+    counts = [sum(found[0].item == item for found in lists) for item in sorted(allowed)]
+    observed, wanted = torch.tensor(counts)[expected >= 5].double(), expected[expected >= 5].double()
+    assert stats.chisquare(observed.numpy(), (wanted * observed.sum() / wanted.sum()).numpy()).pvalue > 1e-3
 
 
 def test_unknown_items_are_left_out_with_a_warning(recommender):
@@ -211,6 +223,7 @@ def test_saved_and_loaded_it_says_the_same(tmp_path, kind, heads):
         ([["i010"]], {"k": 10, "num_beams": 9}, ValueError, "num_beams is 9, but 10 items"),
         ([["i010"]], {"strategy": "greedy"}, ValueError, "strategy is 'greedy'; use one of 'beam', 'sample'"),
         ([["i010"]], {"strategy": "sample", "temperature": 0.0}, ValueError, "temperature is 0.0.*must be positive"),
+        ([["i010"]], {"strategy": "sample", "temperature": float("nan")}, ValueError, "temperature is nan"),
         ([["i010"]], {"temperature": 2.0}, ValueError, "strategy 'beam' draws nothing; use strategy='sample'"),
     ],
 )

@@ -38,7 +38,7 @@ def dump(tmp_path_factory) -> Path:
 def prepared(dump) -> Path:
     files = ["--reviews", str(dump / "reviews.json.gz"), "--meta", str(dump / "meta.json.gz")]
     assert main(["prepare", "--format", "amazon-2014", *files, "--out", str(dump / "data"), "--k_core", "3"]) == 0
-    words = ["--data_dir", str(dump / "data"), "--levels", "2", "--codes", "8"]
+    words = ["--data_dir", str(dump / "data"), "--levels", "2", "--codes", "16"]
     assert main(["tokenize", *words]) == 0
     return dump / "data"
 
@@ -75,7 +75,7 @@ def test_new_items_get_ids_and_old_ones_keep_theirs(prepared, capsys):
     "options", [["--collaborative", "1"], ["--collaborative", "0.5"], ["--quantizer", "balanced"]]
 )
 def test_other_ways_to_ids(prepared, options, capsys):
-    words = ["tokenize", "--data_dir", str(prepared), "--levels", "2", "--codes", "8", "--overwrite", "--json"]
+    words = ["tokenize", "--data_dir", str(prepared), "--levels", "2", "--codes", "16", "--overwrite", "--json"]
     assert main([*words, *options]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["colliding_items"] == 0 and report["items"] == len(read_interactions(prepared).items)
