@@ -61,8 +61,9 @@ def run(
     results = report.collect(materials, trained, tested, workshop.seconds)
     if workshop.is_main:
         own = workshop.root / f"report-{recipe.name}-{fingerprint(recipe.as_dict())[:8]}"
+        logs = {method: stage.record["log"] for method, stage in trained.items()}
         for folder in (own, workshop.root):
-            report.write(results, folder)
+            report.write(results, logs, folder)
         workshop.say(
             f"\n{report.text(results)}\n\nresults.json, report.md and the models are in {Path(workshop.root)}."
         )

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
-from gflowtrl.metrics import paired_bootstrap
+from gflowtrl.metrics import group_means, paired_bootstrap, popularity_groups
 
 from .evaluation import per_user
 from .materials import Materials
+from .plots import plot_run
 from .stage import Stage, write_json
 
 
@@ -35,11 +35,15 @@ def collect(
         seconds: of each stage, by the name of its folder.
     """
     recipe, k = materials.recipe, materials.recipe.evaluation.primary_k
+    of_item = popularity_groups(materials.item_counts)
+    groups, count = of_item[materials.catalog.index_of(materials.test["target"])], int(of_item.max()) + 1
     methods = {}
     for method, stage in tested.items():
         record = stage.record
         methods[method] = {"metrics": record["metrics"], "standard_errors": record["standard_errors"]}
         methods[method]["folder"] = str(stage.folder)
+        by_group = group_means(per_user(stage)[f"recall@{k}"], groups, count)
+        methods[method]["recall_by_popularity"] = [None if mean.isnan() else float(mean) for mean in by_group]
         if method in trained:
             training = trained[method].record
             methods[method] |= {name: training[name] for name in ("steps", "rows_per_step", "best_step", "seconds")}
@@ -135,28 +139,16 @@ def text(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: Mapping[str, Any], file: Path) -> None:
-    """Accuracy against breadth, one dot a method."""
-    shown = columns(results)
-    accuracy = next(name for name in shown if name.startswith("NDCG"))
-    breadth = next(name for name in shown if name.startswith("coverage"))
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for method, entry in results["methods"].items():
-        x, y = entry["metrics"][shown[breadth]], entry["metrics"][shown[accuracy]]
-        error = 1.96 * entry["standard_errors"][shown[accuracy]]
-        axes.errorbar(x, y, error, fmt="o", capsize=3)
-        axes.annotate(TITLES[method], (x, y), textcoords="offset points", xytext=(6, 6))
-    kind = "SYNTHETIC data" if results["data"]["synthetic"] else "test split"
-    axes.set(xlabel=breadth, ylabel=f"{accuracy} (bars: 95 %)", title=f"{results['recipe']['name']}: {kind}")
-    axes.margins(0.25)
-    figure.savefig(file, dpi=150)
+def write(results: Mapping[str, Any], logs: Mapping[str, list[dict]], folder: Path) -> None:
+    """Writes `results.json`, `report.md` and the pictures.
 
-
-def write(results: Mapping[str, Any], folder: Path) -> None:
-    """Writes `results.json`, `report.md` and `accuracy_vs_coverage.png`."""
+    Args:
+        results: of `collect`.
+        logs: the Trainer's log of each training stage, by method.
+        folder: where to.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    plot(results, folder / "accuracy_vs_coverage.png")
+    plot_run(results, logs, TITLES, folder)
     (folder / "report.md").write_text(text(results) + "\n", encoding="utf-8")
     write_json(folder / "results.json", results)
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from gflowtrl import Recommender
+from gflowtrl.metrics import popularity_groups
 from gflowtrl.pipeline import main, run
 from gflowtrl.pipeline.materials import prepare
 from gflowtrl.pipeline.report import table
@@ -71,9 +72,25 @@ def test_results_hold_what_a_reader_needs(finished):
     }  # fmt: skip
     assert {"torch", "transformers", "trl", "python"} <= results["versions"].keys()
     assert "SYNTHETIC" in Path(recipe.output_dir, "report.md").read_text()
+    for name in ("accuracy_vs_coverage", "metrics", "recall_by_popularity", "training"):
+        assert Path(recipe.output_dir, f"{name}.png").stat().st_size > 5000, name
     assert [line.split("|")[1].strip() for line in table(results).splitlines()[2:]] == [
         "Teacher", "SFT", "SFT continued (control)", "GFlowNet"
     ]  # fmt: skip
+
+
+def test_recall_by_popularity_is_that_of_the_targets_groups(finished):
+    recipe, results = finished
+    materials = prepare(recipe)
+    groups = popularity_groups(materials.item_counts)
+    targets = materials.test["target"]
+    for entry in results["methods"].values():
+        recall = load_file(Path(entry["folder"], "per_user.safetensors"))["recall@5"]
+        found = {}
+        for target, value in zip(targets, recall.tolist(), strict=True):
+            found.setdefault(int(groups[materials.data.items.index(target)]), []).append(value)
+        expected = [sum(found[g]) / len(found[g]) if g in found else None for g in range(int(groups.max()) + 1)]
+        assert entry["recall_by_popularity"] == pytest.approx(expected)
 
 
 def test_control_and_gflownet_take_equal_steps_on_equal_rows(finished):
