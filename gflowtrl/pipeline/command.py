@@ -24,9 +24,10 @@ Every field of the recipe is an option. Values are YAML: --gflownet.loss_type va
 {fields}
 """
 OTHER_DATA = (
-    "This was a SYNTHETIC shop. For your own data:\n"
-    "  {program} --config recipes/gflowgr_office_llama.yaml --data_dir DIR\n"
-    "DIR holds sequences.jsonl and semantic_ids.json (docs/data.md); docs/pipeline.md describes recipes."
+    "This was a SYNTHETIC shop. For data of your own, a dump of Amazon or MovieLens or a table (docs/command.md):\n"
+    "  gflowtrl prepare --format FORMAT --interactions FILE --items FILE --out DIR\n"
+    "  gflowtrl tokenize --data_dir DIR\n"
+    "  {program} --config recipes/gflowgr_office_llama.yaml --data_dir DIR"
 )
 
 
