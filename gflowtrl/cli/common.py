@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -50,12 +51,19 @@ def _as_words(content: Mapping[str, Any], actions: Mapping[str, argparse.Action]
 
 
 def guarded(work: Callable[[], int | None]) -> int:
-    """Does the work; bad input is one line on stderr and exit code 2, Ctrl-C is 130."""
+    """Does the work; bad input is one line on stderr and exit code 2, Ctrl-C is 130; our warnings are one line too."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of loading weights; that of the work itself stays
     try:
-        return work() or 0
+        with warnings.catch_warnings():
+            default = warnings.showwarning
+            warnings.showwarning = lambda message, category, *place: (
+                print(f"warning: {message}", file=sys.stderr)
+                if category is UserWarning
+                else default(message, category, *place)
+            )
+            return work() or 0
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

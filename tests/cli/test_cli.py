@@ -79,6 +79,15 @@ def test_recommend_answers_line_by_line_as_the_recommender_does(home, results, c
     assert all({one["item"] for one in found} == set(items[:2]) for found in shown)
 
 
+def test_unknown_items_are_one_line_of_warning(home, results, capsys):
+    (home / "strange.jsonl").write_text("[123456789]\n")
+    words = ["--model", results["methods"]["sft"]["model"], "--input", str(home / "strange.jsonl"), "-k", "2"]
+    assert main(["recommend", *words]) == 0
+    told = capsys.readouterr()
+    assert len(json.loads(told.out)["recommendations"]) == 2
+    assert "warning: 1 items of the histories are not in the catalogue" in told.err and "recommend(" not in told.err
+
+
 def test_a_broken_line_is_named_and_leaves_no_half_file(home, results, capsys):
     (home / "broken.jsonl").write_text("[1]\n{history: 1}\n")
     out = home / "never.jsonl"
