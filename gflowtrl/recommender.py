@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gflowtrl.catalog import Item, ItemCatalog
+from gflowtrl.catalog.files import write_text
 from gflowtrl.data import PromptEncoder, load_encoder, save_encoder
 from gflowtrl.policy import Noise, StatelessNoise, load_backbone, make_policy
 from gflowtrl.policy.heads import split_heads
@@ -288,12 +289,12 @@ class Recommender:
         if request.strategy == "sample":
             noise = StatelessNoise(request.seed).at(0, torch.tensor([row]))
             order = order - (-noise.uniform("cold", len(order))[0].log()).log()
-        ranked = (self.catalog.items[place] for place in order.argsort(descending=True, stable=True).tolist())
-        places = {item: place for place, item in enumerate(self.catalog.items)}
-        allowed = (item for item in ranked if request.allowed is None or item in request.allowed)
+        items = self.catalog.items
+        ranked = order.argsort(descending=True, stable=True).tolist()
+        allowed = (place for place in ranked if request.allowed is None or items[place] in request.allowed)
         return [
-            Recommendation(item, float(log_probs[places[item]]), self.titles.get(item))
-            for item in islice(allowed, request.k)
+            Recommendation(items[place], float(log_probs[place]), self.titles.get(items[place]))
+            for place in islice(allowed, request.k)
         ]
 
     def _known(self, histories: Sequence[Sequence[Item]]) -> list[list[Item]]:
@@ -435,9 +436,7 @@ def _read_details(directory: Path, catalog: ItemCatalog) -> dict[str, Any]:
 
 
 def _write_json(file: Path, content: Any) -> None:
-    scratch = file.with_name(f"{file.name}.tmp")
-    scratch.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
-    os.replace(scratch, file)
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False))
 
 
 def read_encoder(

@@ -64,7 +64,6 @@ def item_knn(rows: Rows, kind: str, neighbours: int) -> Ranker:
     model.fit(rows.matrix(rows.splits.train_sequences), show_progress=False)
     similarity = model.similarity.tocsr()
     similarity.setdiag(0)
-    similarity = similarity.tocsr()
 
     def rank(histories: Sequence[Sequence]) -> Tensor:
         scores = rows.matrix([history[-20:] for history in histories]) @ similarity.T

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from office import KEPT, ROOT, gains, kept_run, spread
+from office import KEPT, ROOT, difference, gains, kept_run, spread
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from gflowtrl.metrics import paired_bootstrap, prefix_metrics
+from gflowtrl.metrics import prefix_metrics
 from gflowtrl.pipeline import load_recipe, run
 from gflowtrl.pipeline.materials import Materials, prepare
 from gflowtrl.policy import load_backbone, make_policy
@@ -100,20 +100,10 @@ def lines(runs: dict[str, list[tuple[Path, dict]]], costs: dict[str, dict]) -> I
                 ["", ""] if cost is None else [f"{cost['seconds_an_epoch']:.0f}", f"{cost['peak_memory'] / 1e6:.0f}"]
             )
             ours = [gains(load_file(file.with_suffix(".safetensors"))[method]) for file, _ in seeds]
-            cells += [difference(ours, baseline, metric) for metric in ("recall@10", "ndcg@10")]
+            itself = (name, method) == (BASELINE, "gflownet")
+            cells += ["" if itself else difference(ours, baseline, metric) for metric in ("recall@10", "ndcg@10")]
             title = SHARED.get(method) or titles.get(name, name)
             yield f"| {title} | " + " | ".join(cells) + " |"
-
-
-def difference(ours: list[dict], theirs: list[dict], metric: str) -> str:
-    """Mean with its 95 % interval over users, each user's figures averaged over the seeds first."""
-    if ours[0][metric].shape != theirs[0][metric].shape or len(ours) != len(theirs):
-        return ""
-    ours, theirs = (torch.stack([one[metric] for one in runs]).mean(0) for runs in (ours, theirs))
-    if torch.equal(ours, theirs):
-        return ""
-    interval = paired_bootstrap(ours, theirs)
-    return f"{interval['mean_difference']:+.4f} [{interval['low']:+.4f}, {interval['high']:+.4f}]"
 
 
 def main() -> None:

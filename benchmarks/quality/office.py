@@ -102,12 +102,16 @@ def table(runs: dict[str, list[Path]]) -> str:
             if any(control is None for _, _, control in seeds):
                 cells.append("")
                 continue
-            ours = torch.stack([gain[name] for _, gain, _ in seeds]).mean(0)
-            theirs = torch.stack([control[name] for _, _, control in seeds]).mean(0)
-            interval = paired_bootstrap(ours, theirs)
-            cells.append(f"{interval['mean_difference']:+.4f} [{interval['low']:+.4f}, {interval['high']:+.4f}]")
+            cells.append(difference([gain for _, gain, _ in seeds], [control for _, _, control in seeds], name))
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def difference(ours: list[dict], theirs: list[dict], metric: str) -> str:
+    """Mean with its 95 % interval over users, each user's figures averaged over the seeds first."""
+    ours, theirs = (torch.stack([one[metric] for one in runs]).mean(0) for runs in (ours, theirs))
+    interval = paired_bootstrap(ours, theirs)
+    return f"{interval['mean_difference']:+.4f} [{interval['low']:+.4f}, {interval['high']:+.4f}]"
 
 
 def spread(values: list[float], digits: int = 4) -> str:

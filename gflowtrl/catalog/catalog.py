@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .files import write_text
 from .tree import PrefixTree
 
 
@@ -182,9 +183,7 @@ class ItemCatalog:
         for tokens, row in zip(self.semantic_ids, self.item_token_ids.tolist(), strict=True):
             numbers.update(zip(tokens, row, strict=False))
         content = {"items": self.items, "semantic_ids": self.semantic_ids, "token_ids": numbers}
-        scratch = path.with_suffix(".json.tmp")
-        scratch.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(scratch, path)
+        write_text(path, json.dumps(content))
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> ItemCatalog:

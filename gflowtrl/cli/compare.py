@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .common import guarded, make_parser, parse, print_json, table
+from .common import guarded, make_parser, parse, print_json
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -21,6 +21,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _compare(given: argparse.Namespace) -> None:
     from gflowtrl.pipeline.comparison import compared_rows, difference, find_results, plot_comparison
+    from gflowtrl.pipeline.report import aligned
 
     rows = compared_rows(find_results(given.runs))
     metrics = [f"{name}@{given.k}" for name in ("recall", "ndcg", "coverage", "gini", "dgu", "mgu")]
@@ -42,7 +43,7 @@ def _compare(given: argparse.Namespace) -> None:
         [row.title, str(len(row.seeds)), *map(row.spread, metrics), *map(_interval, found.values())]
         for row, found in zip(rows, differences, strict=True)
     ]
-    print(table(columns, lines))
+    print(aligned([columns, *lines]))
 
 
 def _interval(found: dict[str, float] | None) -> str:

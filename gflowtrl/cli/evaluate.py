@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .common import guarded, make_parser, parse, print_json, table
+from .common import guarded, make_parser, parse, print_json
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -28,6 +28,7 @@ def _evaluate(given: argparse.Namespace) -> None:
             raise ValueError(f"--{name} is missing.")
     from gflowtrl.data import leave_one_out, read_interactions
     from gflowtrl.metrics import summarise
+    from gflowtrl.pipeline.report import aligned
     from gflowtrl.pipeline.stage import write_json
     from gflowtrl.recommender import Recommender
     from gflowtrl.trainer import rank_rows
@@ -57,7 +58,7 @@ def _evaluate(given: argparse.Namespace) -> None:
     shown = [name for name in report.metrics if name.split("@")[0] in ("recall", "ndcg", "mrr", "coverage", "gini")]
     rows_shown = [[n, f"{report.metrics[n]:.4f}", _spread(report.standard_errors.get(n))] for n in shown]
     print(f"{data.summary()}; {given.split} split, {len(rows):,} users, beam {given.num_beams}\n")
-    print(table(["metric", "value", "standard error"], rows_shown))
+    print(aligned([["metric", "value", "standard error"], *rows_shown]))
 
 
 def _in_order(counts, items, catalog):

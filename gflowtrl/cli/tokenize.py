@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -122,9 +121,9 @@ def _features(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write(file: Path, tokenizer: Any) -> None:
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    scratch.write_text(json.dumps({str(item): ids for item, ids in tokenizer.semantic_ids.items()}) + "\n")
-    os.replace(scratch, file)
+    from gflowtrl.catalog.files import write_text
+
+    write_text(file, json.dumps({str(item): ids for item, ids in tokenizer.semantic_ids.items()}) + "\n")
 
 
 def _say(given: argparse.Namespace, content: dict[str, Any], text: str) -> None:

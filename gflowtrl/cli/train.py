@@ -55,8 +55,7 @@ def _train(words: list[str], command: str) -> int:
     engine, words = _take(words, "--accelerate_config")
     config, words = _take(words, "--config")
     recipe = find_recipe(config or "quickstart")
-    load_recipe(recipe, words)  # a mistake is told here, once, and not by every process
-    words = ["--config", str(recipe), *words]
+    fields, words = words, ["--config", str(recipe), *words]
     if processes in (None, "1") and engine is None:
         return run_recipe(words, program=f"gflowtrl {command}")
     launcher = PLAIN if engine is None else ["--config_file", str(find_accelerate_config(engine))]
@@ -64,6 +63,7 @@ def _train(words: list[str], command: str) -> int:
         if not processes.isdecimal() or int(processes) < 1:
             raise ValueError(f"--num_processes is {processes!r}; give a whole number of at least 1.")
         launcher = [*launcher, "--num_processes", processes]
+    load_recipe(recipe, fields)  # a mistake is told here, once, and not by every process
     return _launch(launcher, words)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -104,6 +104,11 @@ def table(results: Mapping[str, Any]) -> str:
     for method, entry in results["methods"].items():
         values = [f"{entry['metrics'][name]:.4f}" for name in shown.values()]
         lines.append([TITLES[method], *values, f"{entry['seconds']:.0f}" if "seconds" in entry else ""])
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the headings first, as a markdown table: the first column aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]

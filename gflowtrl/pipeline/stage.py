@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -12,6 +11,7 @@ from typing import Any
 
 from accelerate import PartialState
 
+from gflowtrl.catalog.files import write_text
 from gflowtrl.teachers import fingerprint
 
 
@@ -109,6 +109,4 @@ class Stage:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never half of it."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

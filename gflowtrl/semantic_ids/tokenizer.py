@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gflowtrl.catalog import Item
+from gflowtrl.catalog.files import write_atomically
 from gflowtrl.data import InteractionData
 
 from .collisions import POLICIES, resolve_collisions
@@ -145,7 +146,7 @@ class ItemTokenizer:
         parts = {"quantizer": self.quantizer} | ({} if self.embedder is None else {"embedder": self.embedder})
         for part, owner in parts.items():
             tensors |= {f"{part}/{name}": tensor.contiguous() for name, tensor in owner.state().items()}
-        _write_atomically(directory / TENSOR_FILE, lambda path: save_file(tensors, path))
+        write_atomically(directory / TENSOR_FILE, lambda path: save_file(tensors, path))
         description = {
             "collisions": self.collisions,
             "tensors_sha256": _digest(directory / TENSOR_FILE),
@@ -153,7 +154,7 @@ class ItemTokenizer:
             "items": self.items,
         }
         text = json.dumps(description, ensure_ascii=False)
-        _write_atomically(directory / DESCRIPTION_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+        write_atomically(directory / DESCRIPTION_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> "ItemTokenizer":
@@ -210,12 +211,3 @@ def _items_and_rows(
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
 """What a teacher is, and what all teachers share: item lookup, saving, loading, memoised scoring."""
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -9,6 +8,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from gflowtrl.catalog.files import write_atomically
 
 
 Item = int | str
@@ -91,8 +92,8 @@ class TeacherModule(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         description = json.dumps({**self.description(), "items": self.items}, ensure_ascii=False)
-        _write_atomically(directory / TENSOR_FILE, lambda path: save_file(tensors, path))
-        _write_atomically(directory / CONFIG_FILE, lambda path: path.write_text(description, encoding="utf-8"))
+        write_atomically(directory / TENSOR_FILE, lambda path: save_file(tensors, path))
+        write_atomically(directory / CONFIG_FILE, lambda path: path.write_text(description, encoding="utf-8"))
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "TeacherModule":
@@ -120,15 +121,6 @@ def build_teacher(description: Mapping[str, Any], items: Sequence[Item]) -> Teac
 def load_teacher(directory: str | Path) -> TeacherModule:
     """Loads a teacher of any built-in kind from the folder that its `save_pretrained` wrote."""
     return TeacherModule.from_pretrained(directory)
-
-
-def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class CallableTeacher:
