@@ -92,9 +92,9 @@ def lines(runs: dict[str, list[tuple[Path, dict]]], costs: dict[str, dict]) -> I
         for method in [*(SHARED if number == 0 else []), "gflownet"]:
             records = [json.loads(file.read_text())["methods"][method] for file, _ in seeds]
             cells = [spread([record["metrics"][column] for record in records]) for column in COLUMNS]
-            survived = [found.get(method) for _, found in seeds]
+            survived = [found[method] for _, found in seeds if method in found]
             for column in SURVIVAL:
-                cells.append("" if None in survived else spread([one[column] for one in survived], digits=3))
+                cells.append(spread([one[column] for one in survived], digits=3) if survived else "")
             cost = costs.get(name if method == "gflownet" else "")
             cells += (
                 ["", ""] if cost is None else [f"{cost['seconds_an_epoch']:.0f}", f"{cost['peak_memory'] / 1e6:.0f}"]
@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
     parser.add_argument("--output_dir", default="outputs/office_llama", help="where stages are kept")
     parser.add_argument("--prefix", default="office", help="beginning of the names of the kept files")
+    parser.add_argument("--prefix_seeds", nargs="*", type=int, help="seeds whose prefixes are measured (default: all)")
     parser.add_argument("--users", type=int, default=1000, help="test users of the prefix metrics")
     parser.add_argument(
         "--costs", type=Path, default=ROOT / "benchmarks/results/speed/methods.json", help="what methods.py wrote"
@@ -121,18 +122,23 @@ def main() -> None:
     costs = (
         {row["method"]: row for row in json.loads(given.costs.read_text())["rows"]} if given.costs.is_file() else {}
     )
+    measured = given.seeds if given.prefix_seeds is None else given.prefix_seeds
     runs: dict[str, list[tuple[Path, dict]]] = {}
     for seed in given.seeds:
         for number, path in enumerate(given.recipes):
             places = ["--data_dir", given.data_dir, "--output_dir", given.output_dir, "--seed", str(seed)]
             name = load_recipe(path, [*places, *others]).name
             file = KEPT / f"{given.prefix}-{name}-seed{seed}.json"
-            kept_run(path, [*places, *others], file)
-            found = kept_prefixes(path, [*places, *others], file, given.users, shared=number == 0)
+            # What all share is run and measured with the first one only.
+            options = [*places, *others] if number == 0 else [*places, "--stages", "sft", "gflownet", *others]
+            kept_run(path, options, file)
+            found = {}
+            if seed in measured:
+                found = kept_prefixes(path, options, file, given.users, shared=number == 0)
             runs.setdefault(name, []).append((file, found))
     headings = ["method", *COLUMNS, *SURVIVAL.values(), "s an epoch", "peak MB"]
     headings += [f"{metric} - cross entropy" for metric in ("recall@10", "ndcg@10")]
-    print(f"\n{len(given.seeds)} seed(s), test split; prefixes of {given.users} users:\n")
+    print(f"\n{len(given.seeds)} seed(s), test split; prefixes of {given.users} users, seeds {measured}:\n")
     print("| " + " | ".join(headings) + " |\n|---" + "|---:" * (len(headings) - 1) + "|")
     print("\n".join(lines(runs, costs)))
 

@@ -29,9 +29,9 @@ COLUMNS = [f"{name}@{k}" for k in (5, 10) for name in ("recall", "ndcg")]
 COLUMNS += [f"{name}@10" for name in ("coverage", "entropy", "dgu", "mgu", "long_tail")]
 
 
-def settings(recipe: Recipe) -> dict:
-    """What a kept run must agree with: the recipe without the places of this machine."""
-    return {name: value for name, value in recipe.as_dict().items() if name not in ("output_dir", "data_dir")}
+def settings(recipe: dict) -> dict:
+    """What a kept run must agree with: the recipe without the places of this machine and without what else was run."""
+    return {name: value for name, value in recipe.items() if name not in ("output_dir", "data_dir", "stages")}
 
 
 def keep(results: dict, recipe: Recipe, file: Path) -> None:
@@ -44,7 +44,7 @@ def keep(results: dict, recipe: Recipe, file: Path) -> None:
         ranks[method] = torch.where(reciprocal > 0, (1 / reciprocal).round(), 0).to(torch.uint8)
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(ranks, file.with_suffix(".safetensors"))
-    file.write_text(json.dumps({**results, "recipe": settings(recipe)}, indent=2) + "\n", encoding="utf-8")
+    file.write_text(json.dumps({**results, "recipe": settings(recipe.as_dict())}, indent=2) + "\n", encoding="utf-8")
 
 
 def kept_run(recipe: str | Path, options: list[str], file: Path) -> dict:
@@ -56,7 +56,7 @@ def kept_run(recipe: str | Path, options: list[str], file: Path) -> dict:
     """
     path = Path(recipe)
     loaded = load_recipe(path if path.suffix else ROOT / "recipes" / f"{recipe}.yaml", options)
-    if file.is_file() and json.loads(file.read_text())["recipe"] == settings(loaded):
+    if file.is_file() and settings(json.loads(file.read_text())["recipe"]) == settings(loaded.as_dict()):
         print(f"{file.name} is there.")
     else:
         keep(run(loaded), loaded, file)
