@@ -50,7 +50,7 @@ def measure(recipe: Recipe, count: int) -> dict:
     methods = run(recipe, materials, quiet=True)["methods"]
     rewards = fusion_of(materials, methods["sft"]["model"])
     parts = {"training": some(materials.splits.train, count), "test": some(materials.splits.test, count)}
-    record = {"rows": count, "leaves": materials.catalog.tree.num_leaves, "recipe": settings(recipe), "methods": {}}
+    record = {"rows": count, "leaves": materials.catalog.tree.num_leaves, "recipe": settings(recipe.as_dict()), "methods": {}}
     for method in METHODS:
         policy = make_policy(load_backbone(methods[method]["model"]).eval(), materials.catalog)
         record["methods"][method] = {
@@ -87,7 +87,7 @@ def main() -> None:
             recipe = load_recipe(path, places)
             file = KEPT / f"calibration-{recipe.name}-seed{seed}.json"
             kept = json.loads(file.read_text()) if file.is_file() else {}
-            if kept.get("recipe") != settings(recipe) or kept.get("rows") != given.rows:
+            if settings(kept.get("recipe", {})) != settings(recipe.as_dict()) or kept.get("rows") != given.rows:
                 kept = measure(recipe, given.rows)
                 file.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
             records.setdefault(recipe.name, []).append(kept)

@@ -41,7 +41,7 @@ def main() -> None:
         options = ["--output_dir", given.output_dir, "--seed", str(seed), "--data.shop.seed", str(seed)]
         recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", options)
         file = KEPT / f"shop-seed{seed}.json"
-        if not (file.is_file() and json.loads(file.read_text())["recipe"] == settings(recipe)):
+        if not (file.is_file() and settings(json.loads(file.read_text())["recipe"]) == settings(recipe.as_dict())):
             keep(run(recipe), recipe, file)
         records.append(json.loads(file.read_text()))
     print(f"\nSYNTHETIC data, {len(records)} seed(s):\n\n{table(records)}")
