@@ -50,7 +50,12 @@ def measure(recipe: Recipe, count: int) -> dict:
     methods = run(recipe, materials, quiet=True)["methods"]
     rewards = fusion_of(materials, methods["sft"]["model"])
     parts = {"training": some(materials.splits.train, count), "test": some(materials.splits.test, count)}
-    record = {"rows": count, "leaves": materials.catalog.tree.num_leaves, "recipe": settings(recipe.as_dict()), "methods": {}}
+    record = {
+        "rows": count,
+        "leaves": materials.catalog.tree.num_leaves,
+        "recipe": settings(recipe.as_dict()),
+        "methods": {},
+    }
     for method in METHODS:
         policy = make_policy(load_backbone(methods[method]["model"]).eval(), materials.catalog)
         record["methods"][method] = {

@@ -90,6 +90,8 @@ def lines(runs: dict[str, list[tuple[Path, dict]]], costs: dict[str, dict]) -> I
     baseline = [gains(load_file(file.with_suffix(".safetensors"))["gflownet"]) for file, _ in runs[BASELINE]]
     for number, (name, seeds) in enumerate(runs.items()):
         for method in [*(SHARED if number == 0 else []), "gflownet"]:
+            if any(method not in json.loads(file.read_text())["methods"] for file, _ in seeds):
+                continue  # `--stages` has left it out
             records = [json.loads(file.read_text())["methods"][method] for file, _ in seeds]
             cells = [spread([record["metrics"][column] for record in records]) for column in COLUMNS]
             survived = [found[method] for _, found in seeds if method in found]

@@ -4,7 +4,8 @@
 
 Whole steps as `trainer.train()` makes them, on the prompts of the Office recipe, fp32, AdamW. A prompt of P tokens and
 K branches of L - 1 tokens stand in one row, so pairwise steps have (P + K (L - 1)) / (P + L - 1) times the tokens of
-pointwise ones; P is the padded length, the mean over the steps' batches.
+pointwise ones; P is the padded length, the mean over the steps' batches. As in a run of the pipeline, memory that was
+freed is kept (`keep_freed_memory`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 
 from gflowtrl import APAOConfig, APAOTrainer
+from gflowtrl.pipeline.memory import keep_freed_memory
 
 
 def main() -> None:
@@ -31,6 +33,7 @@ def main() -> None:
     parser.add_argument("--num_negatives", type=int, default=100)
     parser.add_argument("--label_spaces", nargs="+", default=["vocabulary", "tree"])
     given = parser.parse_args()
+    kept = keep_freed_memory()
     materials = office(given.data_dir)
     rows = materials.splits.train.shuffle(seed=0).select(range(given.prompts * STEPS))
     tokens = 1 + sum(map(len, rows["history"])) * materials.catalog.tree.max_depth / len(rows)
@@ -57,7 +60,7 @@ def main() -> None:
         "peak memory, bytes": "{peak_memory_pointwise:.1e}", "pairwise": "{peak_memory_pairwise:.1e}",
     }  # fmt: skip
     settings = {"prompts": given.prompts, "num_negatives": given.num_negatives, "size": given.size}
-    report(measured, columns, given, **settings, mean_prompt_tokens=tokens, rounds=given.rounds)
+    report(measured, columns, given, **settings, mean_prompt_tokens=tokens, rounds=given.rounds, memory_kept=kept)
 
 
 def steps(model, materials, rows, given, label_space: str, scratch: str) -> tuple[dict, dict, float]:

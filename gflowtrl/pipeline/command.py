@@ -65,7 +65,9 @@ def main(
         from transformers.utils import logging
 
         from .job import run
+        from .memory import keep_freed_memory
 
+        keep_freed_memory()
         logging.disable_progress_bar()  # of loading and writing weights; the trainers' bars stay
         run(recipe, materials)
     except KeyboardInterrupt:
