@@ -95,3 +95,14 @@ def test_wrong_shapes_are_named():
         prefix_pairwise(torch.zeros(1, 3, 2), torch.ones(1, 3), torch.zeros(1, 2, 2), torch.ones(2))
     with pytest.raises(ValueError, match="log_probs has shape"):
         prefix_pointwise(torch.zeros(1, 3, 2), torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("weights", [(0.25, 0.25, 0.25, 0.25), (0.1, 0.2, 0.3, 0.4)])
+def test_pointwise_is_cross_entropy_with_weights_on_the_tokens(weights):
+    """sum over m of w_m L_m = sum over t of a_t (-s_t), a_t = sum over m >= t of w_m / m (docs/apao.md)."""
+    log_probs = -3 * torch.rand(5, 1, 4, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    losses = prefix_pointwise(log_probs, torch.full((5, 1), 4)) @ torch.tensor(weights, dtype=torch.double)
+    of_tokens = [sum(weights[m - 1] / m for m in range(t, 5)) for t in range(1, 5)]
+    assert losses.tolist() == pytest.approx((-log_probs[:, 0] @ torch.tensor(of_tokens, dtype=torch.double)).tolist())
+    if weights == (0.25, 0.25, 0.25, 0.25):
+        assert of_tokens == pytest.approx([0.521, 0.271, 0.146, 0.0625], abs=1e-3)
