@@ -30,6 +30,8 @@ def main(arguments: Sequence[str]) -> int:
         "--max_malformed", type=float, default=0.01, help="share of malformed lines that is put up with"
     )
     parser.add_argument("--name", help="what reports call the data; by default the name of the folder")
+    parser.add_argument("--license", metavar="TEXT", help="the terms of the data, in words of your own")
+    parser.add_argument("--source", metavar="TEXT", help="where the data come from, in words of your own")
     parser.add_argument("--overwrite", action="store_true", help="replace a data folder that is there")
     for column, default in (("user", "user_id"), ("item", "item_id"), ("time", "timestamp"), ("rating", "rating")):
         parser.add_argument(f"--{column}_column", help=f"of csv, jsonl and parquet; {default} if not given"
@@ -54,7 +56,8 @@ def _prepare(given: argparse.Namespace) -> None:
     _, report = prepare(
         format, interactions, items, given.out, columns=_columns(given), k_core=given.k_core or None,
         min_rating=given.min_rating, duplicates=given.duplicates, max_malformed=given.max_malformed, name=given.name,
-        max_description_characters=given.max_description_characters, overwrite=given.overwrite,
+        max_description_characters=given.max_description_characters, license=given.license, source=given.source,
+        overwrite=given.overwrite,
     )  # fmt: skip
     if given.json:
         print_json(asdict(report))

@@ -55,10 +55,10 @@ def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
     make_item = _item_maker(sequences, features)
     ids_file = path / "semantic_ids.json"
     semantic_ids = _read_semantic_ids(ids_file, make_item) if with_ids and ids_file.is_file() else None
-    about = _read_object(path / "dataset.json") if (path / "dataset.json").is_file() else {}
+    about = _read_about(path / "dataset.json")
     events = _read_events(path / "events.jsonl", users) if (path / "events.jsonl").is_file() else None
     return InteractionData(
-        name=about.get("name", path.resolve().name),
+        name=about.get("name") or path.resolve().name,
         users=users,
         sequences=sequences,
         items=_all_items(sequences, features, semantic_ids),
@@ -66,6 +66,8 @@ def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
         semantic_ids=semantic_ids,
         synthetic=bool(about.get("synthetic", False)),
         events=events,
+        license=about.get("license"),
+        source=about.get("source"),
     )
 
 
@@ -117,6 +119,7 @@ def write_folder(data: InteractionData, path: str | Path) -> None:
     _write_lines(path / "sequences.jsonl", ({"user": user, "items": items} for user, items in pairs))
     _write_lines(path / "items.jsonl", ({"item": item, **data.item_features.get(item, {})} for item in data.items))
     about = {"name": data.name, "synthetic": data.synthetic}
+    about |= {key: text for key in ("license", "source") if (text := getattr(data, key)) is not None}
     (path / "dataset.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
     if data.semantic_ids is not None:
         ids = {str(item): tokens for item, tokens in data.semantic_ids.items()}
@@ -144,6 +147,14 @@ def _read_sequences(file: Path) -> tuple[list[Item], list[list[Item]]]:
     if not rows:
         raise ValueError(f"{file} is empty. It needs one line a user.")
     return list(rows), list(rows.values())
+
+
+def _read_about(file: Path) -> dict[str, Any]:
+    about = _read_object(file) if file.is_file() else {}
+    for key in ("name", "license", "source"):
+        if not isinstance(about.get(key), str | None):
+            raise ValueError(f"{file}: {key!r} must be text, but it is {about[key]!r}. Mend it or leave it out.")
+    return about
 
 
 def _read_events(file: Path, users: list[Item]) -> list[list[Event]]:

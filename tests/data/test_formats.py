@@ -203,6 +203,13 @@ def test_folders_of_movielens_and_recbole_hold_both_files(tmp_path):
         prepare("recbole", tmp_path)
 
 
+def test_license_and_source_reach_the_folder(tmp_path):
+    path, out = csv(tmp_path, packed=False)[0], tmp_path / "out"
+    prepare("csv", path, out=out, k_core=None, license="CC0", source="a toy")
+    data, _ = prepare("folder", out, out=tmp_path / "dense", k_core=2, source="a dense toy")
+    assert (data.license, data.source) == ("CC0", "a dense toy") and read_folder(tmp_path / "dense") == data
+
+
 def test_complete_formats_keep_what_they_have(tmp_path):
     format, writer = WRITERS["letter"]
     data, _ = prepare(format, writer(tmp_path, packed=False)[0], k_core=2)

@@ -30,6 +30,8 @@ def prepare(
     max_description_characters: int | None = 1000,
     max_malformed: float = 0.01,
     name: str | None = None,
+    license: str | None = None,
+    source: str | None = None,
     overwrite: bool = False,
 ) -> tuple[InteractionData, Preparation]:
     """Read a raw dump, clean it, and write it as a folder that `read_folder` reads.
@@ -53,6 +55,9 @@ def prepare(
         max_description_characters: longer descriptions are cut at a word; `None` for no cut.
         max_malformed: share of malformed lines, 0 to 1, above which the file is refused.
         name: name of the data; by default that of `out`, else of the interactions.
+        license: under which terms the data may be used, in words of your own; kept in `dataset.json`, as is `source`.
+            `None` keeps what a `folder` says.
+        source: where the data come from, in words of your own.
         overwrite: whether a data folder at `out` may be replaced.
 
     Returns:
@@ -79,8 +84,10 @@ def prepare(
         request = Request(columns or Columns(), rated=min_rating is not None)
         data = _from_stream(Source(interactions, format, STREAMED[format].expected, max_malformed), request, report)
         if items is not None:
-            source = Source(items, format, STREAMED[format].expected_items, max_malformed)
-            data.item_features = read_features(source, request, data.items, report, max_description_characters)
+            described = Source(items, format, STREAMED[format].expected_items, max_malformed)
+            data.item_features = read_features(described, request, data.items, report, max_description_characters)
+    data.license = data.license if license is None else license
+    data.source = data.source if source is None else source
     report.items_without_metadata = sum(item not in data.item_features for item in data.items)
     report.items_without_title = sum("title" not in data.item_features.get(item, ()) for item in data.items)
     if out is not None:
@@ -124,7 +131,7 @@ def _from_complete(origin: InteractionData, report: Preparation) -> InteractionD
     data = _filtered_data(log_of(origin), report)
     known = origin.item_features
     data.item_features = {item: known[item] for item in data.items if item in known}
-    data.synthetic = origin.synthetic
+    data.synthetic, data.license, data.source = origin.synthetic, origin.license, origin.source
     if origin.semantic_ids is not None:
         data.semantic_ids = {item: origin.semantic_ids[item] for item in data.items}
     return data
