@@ -111,7 +111,7 @@ def test_malformed_lines_are_counted_and_named(tmp_path):
     path = write_lines(tmp_path / "log.csv", ["user_id,item_id,timestamp,rating", *good, *bad, "b,x,1,good", ""])
     data, report = prepare("csv", path, k_core=None, max_malformed=0.05)
     assert data.users == ["a", "b"] and (report.lines, report.malformed) == (508, 5)
-    assert report.malformed_lines[0] == "line 502: 3 fields, where the header has 4"
+    assert report.malformed_lines[0] == "line 502: 3 fields, where 4 columns are named"
     assert "an id must be" in report.malformed_lines[1] and "noon" in report.malformed_lines[2]
     assert "line 506" in report.malformed_lines[4] and "no text" in report.malformed_lines[4]
     _, report = prepare("csv", path, k_core=None, min_rating=2, max_malformed=0.05)
@@ -150,7 +150,7 @@ def test_a_literal_is_never_run(tmp_path):
         ("movielens", "user,movie\n1,2\n", "header lacks userId"),
         ("recbole", "user_id:token\tb:token\n", "header lacks item_id"),
         ("csv", "user_id,item_id\n", "header lacks timestamp.*Columns"),
-        ("csv", "user_id,item_id,timestamp\nu,i\n", "line 2 .*2 fields, where the header has 3"),
+        ("csv", "user_id,item_id,timestamp\nu,i\n", "line 2 .*2 fields, where 3 columns are named"),
         ("csv", "user_id,user_id,item_id,timestamp\n", "names a column twice"),
         ("csv", "", "raw holds no data"),
         ("csv", "user_id,item_id,timestamp\n", "raw holds no data"),
@@ -244,7 +244,7 @@ def test_the_folder_appears_complete_or_not_at_all(tmp_path, monkeypatch):
     ("format", "options", "message"),
     [
         ("excel", {}, "no format 'excel'. Choose one of amazon-2014"),
-        ("s3rec", {"items": "x"}, "has no file of items"),
+        ("letter", {"items": "x"}, "has no file of items"),
         ("s3rec", {"min_rating": 3}, "has no ratings"),
         ("letter", {"min_rating": 3}, "has no ratings"),
         ("recbole", {"columns": Columns()}, "columns of format 'recbole' are fixed"),

@@ -7,6 +7,7 @@ import io
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -49,10 +50,15 @@ class Source:
 
     def peek(self) -> str:
         """The first line that is not blank, stripped; bytes are read as latin-1, which never fails."""
+        return next(iter(self.peek_lines(1)), "")
+
+    def peek_lines(self, count: int) -> list[str]:
+        """The first lines that are not blank, at most `count`, each as `peek` has it."""
         with self.path.open("rb") as raw, self._whole_gzip():
             lines = _unpacked(io.BufferedReader(raw))
-            head = next((line for line in iter(lambda: lines.readline(_BLOCK_BYTES), b"") if line.strip()), b"")
-        return head.removeprefix(codecs.BOM_UTF8).decode("latin-1").strip()
+            whole = (line for line in iter(lambda: lines.readline(_BLOCK_BYTES), b"") if line.strip())
+            heads = [line.removeprefix(codecs.BOM_UTF8) for line in islice(whole, count)]
+        return [head.decode("latin-1").strip(" \r\n") for head in heads]
 
     @contextmanager
     def _whole_gzip(self) -> Iterator[None]:
@@ -115,10 +121,14 @@ class Source:
             "Check the file, or give another format; docs/data.md lists them."
         )
 
+    def nothing(self) -> ValueError:
+        """The error for a file without data."""
+        return ValueError(f"{self.path} holds no data. Expected is {self.expected}. Check whether the file is whole.")
+
     def finish(self) -> None:
         """Raise a ValueError if the file held nothing, or too many of its lines were malformed."""
         if self.lines < self.first_line:
-            raise ValueError(f"{self.path} holds no data. Expected is {self.expected}.")
+            raise self.nothing()
         share = self.malformed / self.lines
         if share > self.max_malformed:
             raise ValueError(

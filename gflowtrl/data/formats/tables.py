@@ -1,4 +1,4 @@
-"""Tables of your own with named columns (`csv`, `jsonl`, `parquet`), and the sequences of S3-Rec."""
+"""Tables of your own with named columns (`csv`, `jsonl`, `parquet`)."""
 
 from collections.abc import Iterator
 
@@ -8,21 +8,25 @@ import pyarrow.parquet as pq
 from ..readers import json_object
 from .amazon import json_interactions
 from .base import Format, Header, Parsed, Request
+from .headerless import DELIMITERS, headerless_interactions, headerless_items
 from .source import Source
 
 
-_DELIMITERS = ",\t;|"
 _BATCH_ROWS = 1 << 14
 
 
 def _csv_interactions(source: Source, request: Request) -> Parsed:
     columns = request.columns
+    if columns.header is not None:
+        return headerless_interactions(source, list(columns.header), columns, request.rated)
     names = columns.user, columns.item, columns.time, columns.rating if request.rated else None
     rows = _csv_rows(source, columns.item)
     return Parsed(rows, Header(source, rows, filter(None, names)).interactions(*names))
 
 
 def _csv_items(source: Source, request: Request) -> Parsed:
+    if request.columns.items_header is not None:
+        return headerless_items(source, list(request.columns.items_header), request.columns.item)
     rows = _csv_rows(source, request.columns.item)
     return Parsed(rows, Header(source, rows, (request.columns.item,)).items(request.columns.item))
 
@@ -30,7 +34,7 @@ def _csv_items(source: Source, request: Request) -> Parsed:
 def _csv_rows(source: Source, item: str) -> Iterator[tuple[int, list[str]]]:
     """Rows split at the character at which the header falls into columns, the item's among them."""
     head = source.peek()
-    fits = (sign for sign in _DELIMITERS if item in [name.strip(' "') for name in head.split(sign)] and sign in head)
+    fits = (sign for sign in DELIMITERS if item in [name.strip(' "') for name in head.split(sign)] and sign in head)
     return source.csv_rows(next(fits, ","))
 
 
@@ -71,7 +75,8 @@ def _open_parquet(source: Source, needed: list[str]) -> pq.ParquetFile:
     if missing:
         found = ", ".join(file.schema_arrow.names)
         raise ValueError(
-            f"{source.path} lacks the columns {', '.join(missing)}; it has {found}. Name them in Columns."
+            f"{source.path} lacks the columns {', '.join(missing)}; it has {found}. Name them in Columns, or with "
+            "--user_column, --item_column, --time_column and --rating_column."
         )
     return file
 
@@ -97,21 +102,11 @@ def _python_values(column: pa.Array, is_time: bool) -> list:
     return column.to_pylist()
 
 
-def _s3rec(source: Source, request: Request) -> Parsed:
-    return Parsed(_s3rec_interactions(source), lambda pair: (*pair, 0.0, 0.0))
-
-
-def _s3rec_interactions(source: Source) -> Iterator[tuple[int, tuple[str, str]]]:
-    for number, line in source.numbered_lines():
-        user, *items = line.split()
-        if not items:
-            source.reject(number, ValueError(f"user {user!r} has no items"))
-        for item in items:
-            yield number, (user, item)
-
-
-_FEATURES = "an item column (Columns) and features in the others"
-_COLUMNS = "a user, an item and a time column (Columns says which; time=None where there is none)"
+_FEATURES = "an item column (named in Columns, or with --item_column) and features in the others"
+_COLUMNS = (
+    "a user, an item and a time column (named in Columns, or with --user_column, --item_column and --time_column; "
+    "time=None, or --time_column none, where there is none)"
+)
 
 CSV = Format(
     _csv_interactions,
@@ -128,4 +123,3 @@ JSONL = Format(
     own_columns=True,
 )
 PARQUET = Format(_parquet_interactions, _COLUMNS, _parquet_items, _FEATURES, own_columns=True)
-S3REC = Format(_s3rec, "a user followed by its items, oldest first, with spaces between them", has_ratings=False)
