@@ -16,8 +16,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--format", help="amazon-2014, amazon-2018, amazon-2023, movielens, recbole, letter, s3rec, ..."
     )
-    parser.add_argument("--interactions", "--reviews", metavar="FILE", help="the interactions, plain or gzipped")
-    parser.add_argument("--items", "--meta", metavar="FILE", help="what is known about the items")
+    parser.add_argument(
+        "--interactions", "--reviews", nargs="+", metavar="FILE", help="the interactions, plain or gzipped, one file "
+        "or several"
+    )  # fmt: skip
+    parser.add_argument("--items", "--meta", nargs="+", metavar="FILE", help="what is known about the items, likewise")
     parser.add_argument("--download", metavar="NAME", help="a public data set in the place of files; --raw takes them")
     parser.add_argument("--raw", metavar="DIR", default="raw", help="folder for downloaded files")
     parser.add_argument("--out", metavar="DIR", help="the folder to write")
@@ -36,6 +39,11 @@ def main(arguments: Sequence[str]) -> int:
     for column, default in (("user", "user_id"), ("item", "item_id"), ("time", "timestamp"), ("rating", "rating")):
         parser.add_argument(f"--{column}_column", help=f"of csv, jsonl and parquet; {default} if not given"
                             + (", none where the file is in order of time" if column == "time" else ""))  # fmt: skip
+    parser.add_argument(
+        "--header", nargs="+", metavar="COLUMN", help="of a csv whose first line is data: the names of its columns, in "
+        "their order"
+    )  # fmt: skip
+    parser.add_argument("--items_header", nargs="+", metavar="COLUMN", help="the same for a csv of items")
     return guarded(lambda: _prepare(parse(parser, arguments)))
 
 
@@ -70,6 +78,7 @@ def _columns(given: argparse.Namespace):
     from gflowtrl.data import Columns
 
     named = {name: getattr(given, f"{name}_column") for name in ("user", "item", "time", "rating")}
+    named |= {"header": given.header, "items_header": given.items_header}
     named = {name: value for name, value in named.items() if value is not None}
     if not named:
         return None
