@@ -32,6 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--max_malformed", type=float, default=0.01, help="share of malformed lines that is put up with"
     )
+    parser.add_argument("--encoding", help="of the files' text, cp1252 for example; by default that of the format")
     parser.add_argument("--name", help="what reports call the data; by default the name of the folder")
     parser.add_argument("--license", metavar="TEXT", help="the terms of the data, in words of your own")
     parser.add_argument("--source", metavar="TEXT", help="where the data come from, in words of your own")
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.add_argument(f"--{column}_column", help=f"of csv, jsonl and parquet; {default} if not given"
                             + (", none where the file is in order of time" if column == "time" else ""))  # fmt: skip
     parser.add_argument(
-        "--header", nargs="+", metavar="COLUMN", help="of a csv whose first line is data: the names of its columns, in "
+        "--header", nargs="+", metavar="COLUMN", help="of a csv whose first line is data: names of its columns, in "
         "their order"
     )  # fmt: skip
     parser.add_argument("--items_header", nargs="+", metavar="COLUMN", help="the same for a csv of items")
@@ -64,7 +65,7 @@ def _prepare(given: argparse.Namespace) -> None:
     _, report = prepare(
         format, interactions, items, given.out, columns=_columns(given), k_core=given.k_core or None,
         min_rating=given.min_rating, duplicates=given.duplicates, max_malformed=given.max_malformed, name=given.name,
-        max_description_characters=given.max_description_characters, license=given.license, source=given.source,
+        encoding=given.encoding, max_description_characters=given.max_description_characters, license=given.license, source=given.source,
         overwrite=given.overwrite,
     )  # fmt: skip
     if given.json:

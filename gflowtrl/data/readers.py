@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,7 @@ def _read_features(file: Path, make_item) -> dict[Item, dict[str, Any]]:
 
 
 def _json_lines(file: Path) -> Iterator[tuple[str, dict]]:
-    with file.open(encoding="utf-8") as lines:
+    with _utf8(file), file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -201,8 +202,16 @@ def _json_lines(file: Path) -> Iterator[tuple[str, dict]]:
             try:
                 row = json_object(line)
             except ValueError as error:
-                raise ValueError(f"{where}: {error}.") from None
+                raise ValueError(f"{where}: {error}. Mend the line or take it out.") from None
             yield where, row
+
+
+@contextmanager
+def _utf8(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8 ({error}). Unpack it, or save it as UTF-8.") from None
 
 
 def json_object(line: str) -> dict[str, Any]:
@@ -227,12 +236,16 @@ def _read_object(file: Path) -> dict[str, Any]:
             raise ValueError(f"{file}: {twice!r} is there twice. Keep one of the two.")
         return found
 
+    with _utf8(file):
+        text = file.read_text(encoding="utf-8-sig")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        content = json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file}, line {error.lineno}: no JSON ({error.msg}, column {error.colno}).") from None
+        raise ValueError(
+            f"{file}, line {error.lineno}: no JSON ({error.msg}, column {error.colno}). Mend or replace the file."
+        ) from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file}: one JSON object is needed, not {type(content).__name__}.")
+        raise ValueError(f"{file}: one JSON object is needed, not {type(content).__name__}. Replace the file.")
     return content
 
 

@@ -129,7 +129,7 @@ class Header(Table):
         number, names = next(rows, (0, []))
         source.first_line = number + 1
         if not names:
-            source.finish()
+            raise source.nothing()
         parts = (name.partition(":") if typed else (name, "", "") for name in map(str.strip, names))
         self.types = {name: kind for name, _, kind in parts}
         super().__init__(self.types)

@@ -17,7 +17,7 @@ from .source import MALFORMED, Source
 
 Duplicates = Literal["first", "last", "keep"]
 
-_UNREADABLE = "\ufffd".encode()  # what bytes that are no text were decoded to
+UNREADABLE = "\ufffd"  # what bytes that are no text were decoded to
 _MOST_SECONDS = 1e300
 _MOST_DIGITS = 18  # more would not fit into 64 bits
 
@@ -93,6 +93,7 @@ def read_log(files: Iterable[tuple[Source, Parsed]], min_rating: float | None) -
     user_numbers, item_numbers = _Numbers(), _Numbers()
     below, paths = 0, []
     for source, parsed in files:
+        line = None
         for line, record in parsed.records:
             try:
                 user, item, time, rating = parsed.parse(record)
@@ -106,7 +107,7 @@ def read_log(files: Iterable[tuple[Source, Parsed]], min_rating: float | None) -
             users.append(user_number)
             items.append(item_number)
             times.append(when)
-        source.finish()
+        source.finish(line)
         paths.append(str(source.path))
     if not users:
         limit = "" if min_rating is None else f" with a rating of {min_rating:g} or more; choose a lower min_rating"
@@ -147,7 +148,7 @@ def identifier(value: Any) -> str:
         return str(value)
     if not isinstance(value, str) or not value:
         raise ValueError(f"an id must be text or a whole number, but one is {value!r}")
-    if _UNREADABLE in value.encode():  # encoding refuses half characters, which JSON can hold and no file
+    if UNREADABLE.encode() in value.encode():  # encoding refuses half characters, which JSON can hold and no file
         raise ValueError(f"the id {value!r} holds bytes that are no text")
     return value
 

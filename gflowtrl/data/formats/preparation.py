@@ -30,6 +30,7 @@ def prepare(
     duplicates: Duplicates = "first",
     max_description_characters: int | None = 1000,
     max_malformed: float = 0.01,
+    encoding: str | None = None,
     name: str | None = None,
     license: str | None = None,
     source: str | None = None,
@@ -56,6 +57,8 @@ def prepare(
         duplicates: which interaction of a user with the same item stays: `"first"`, `"last"`, or `"keep"` for all.
         max_description_characters: longer descriptions are cut at a word; `None` for no cut.
         max_malformed: share of malformed lines, 0 to 1, above which the file is refused.
+        encoding: of the text of all files, `"cp1252"` for example; `None` for that of the format, which is UTF-8 but for
+            some files of MovieLens.
         name: name of the data; by default that of `out`, else of the interactions.
         license: under which terms the data may be used, in words of your own; kept in `dataset.json`, as is `source`.
             `None` keeps what a `folder` says.
@@ -71,6 +74,7 @@ def prepare(
         ValueError: for bad arguments; a file that is not of the format; too many malformed lines; nothing left.
     """
     _check_arguments(format, items, columns, k_core, min_rating, duplicates, max_malformed)
+    _check_text(format, encoding, max_description_characters)
     if out is not None:
         check_target(Path(out), overwrite)
     logs, described = find_files(format, interactions, items)
@@ -85,9 +89,9 @@ def prepare(
     else:
         request = Request(columns or Columns(), rated=min_rating is not None)
         kind = STREAMED[format]
-        sources = [Source(path, format, kind.expected, max_malformed) for path in logs]
+        sources = [Source(path, format, kind.expected, max_malformed, encoding) for path in logs]
         # Made before hours are spent on the interactions: a missing file is an error now.
-        of_items = [Source(path, format, kind.expected_items, max_malformed) for path in described]
+        of_items = [Source(path, format, kind.expected_items, max_malformed, encoding) for path in described]
         data = _from_stream(sources, request, report)
         if of_items:
             data.item_features = read_features(of_items, request, data.items, report, max_description_characters)
@@ -164,3 +168,21 @@ def _check_arguments(format, items, columns, k_core, min_rating, duplicates, max
         raise ValueError(f"duplicates must be one of {', '.join(get_args(Duplicates))}, but {duplicates!r} was given.")
     if not 0 <= max_malformed <= 1:
         raise ValueError(f"max_malformed is a share from 0 to 1, but {max_malformed} was given.")
+
+
+def _check_text(format: str, encoding: str | None, max_description_characters: int | None) -> None:
+    if max_description_characters is not None and max_description_characters < 1:
+        raise ValueError(
+            f"max_description_characters must be at least 1, or None for no cut, but {max_description_characters} was "
+            "given."
+        )
+    if encoding is None:
+        return
+    if format == "parquet" or format not in STREAMED:
+        raise ValueError(f"The text of format {format!r} is UTF-8, so encoding={encoding!r} cannot be asked for.")
+    try:
+        "".encode(encoding)
+    except LookupError:
+        raise ValueError(
+            f"There is no text encoding {encoding!r}. Known are utf-8, latin-1, cp1252 and so on."
+        ) from None

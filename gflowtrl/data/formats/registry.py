@@ -11,7 +11,7 @@ from ..readers import read_folder, read_letter
 from .amazon import AMAZON_2014, AMAZON_2018, AMAZON_2023
 from .base import Request
 from .cleaning import clean_features
-from .log import identifier
+from .log import UNREADABLE, identifier
 from .movielens import MOVIELENS
 from .recbole import RECBOLE
 from .report import Preparation
@@ -131,7 +131,7 @@ def read_features(
     by_name = {str(item): item for item in wanted}
     features: dict[Item, dict[str, Any]] = {}
     for source in sources:
-        parsed = STREAMED[source.format].items(source, request)
+        parsed, line = STREAMED[source.format].items(source, request), None
         for line, record in parsed.records:
             try:
                 key, row = parsed.parse(record)
@@ -140,8 +140,9 @@ def read_features(
                     report.repeated_items += 1
                 elif item is not None:
                     features[item] = clean_features(row, max_description_characters)
+                    report.unreadable_items += UNREADABLE in str(features[item])
             except MALFORMED as error:
                 source.reject(line, error)
-        source.finish()
+        source.finish(line)
     report.take_items(sources)
     return {item: features[item] for item in by_name.values() if item in features}

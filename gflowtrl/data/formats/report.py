@@ -27,6 +27,7 @@ class Preparation:
         item_lines: lines of the items.
         malformed_items: how many of them were left out, and `malformed_item_lines` the first few of each file.
         repeated_items: lines about an item that an earlier line described.
+        unreadable_items: items of the result whose features hold bytes that are no text in the encoding.
         items_without_metadata: items of the result that no line describes.
         items_without_title: items of the result without a title, those without metadata included.
     """
@@ -46,6 +47,7 @@ class Preparation:
     malformed_items: int = 0
     malformed_item_lines: list[str] = field(default_factory=list)
     repeated_items: int = 0
+    unreadable_items: int = 0
     items_without_metadata: int = 0
     items_without_title: int = 0
 
@@ -63,6 +65,8 @@ class Preparation:
             f"{self.tied_share:.0%} of adjacent interactions at the same time",
             f"{self.items_without_metadata:,} items without metadata, {self.items_without_title:,} without a title",
         ]
+        if self.unreadable_items:
+            notes.append(f"{self.unreadable_items:,} items with unreadable text, whose encoding may be another one")
         return "\n".join([f"{self.name} ({self.format})", *steps, "; ".join(notes), *self.malformed_lines])
 
     def take_interactions(self, sources: Sequence[Source]) -> None:

@@ -1,6 +1,7 @@
 """Tables of your own with named columns (`csv`, `jsonl`, `parquet`)."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -67,10 +68,8 @@ def _parquet_items(source: Source, request: Request) -> Parsed:
 
 
 def _open_parquet(source: Source, needed: list[str]) -> pq.ParquetFile:
-    try:
+    with _readable(source):
         file = pq.ParquetFile(source.path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{source.path} is no parquet file ({error}). Check the file, or the format.") from None
     missing = [name for name in needed if name not in file.schema_arrow.names]
     if missing:
         found = ", ".join(file.schema_arrow.names)
@@ -85,13 +84,30 @@ def _parquet_rows(
     source: Source, file: pq.ParquetFile, names: list[str | None], time: str | None = None
 ) -> Iterator[tuple[int, tuple]]:
     """(number of the row, values), in the order of `names`; 0 for the name `None`."""
-    for batch in file.iter_batches(_BATCH_ROWS, columns=[name for name in names if name is not None]):
-        values = [
-            [0.0] * len(batch) if name is None else _python_values(batch.column(name), name == time) for name in names
-        ]
+    batches = file.iter_batches(_BATCH_ROWS, columns=[name for name in names if name is not None])
+    while True:
+        with _readable(source):
+            batch = next(batches, None)
+            if batch is None:
+                return
+            values = [
+                [0.0] * len(batch) if name is None else _python_values(batch.column(name), name == time)
+                for name in names
+            ]
         for row in zip(*values, strict=True):
             source.lines += 1
             yield source.lines, row
+
+
+@contextmanager
+def _readable(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # arrow's messages do not name the file
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{source.path} is no parquet file that can be read ({reason}). Check the file, or the format."
+        ) from None
 
 
 def _python_values(column: pa.Array, is_time: bool) -> list:
