@@ -64,9 +64,9 @@ def _prepare(given: argparse.Namespace) -> None:
             raise ValueError(f"{missing} is missing. Formats are {', '.join(RAW_FORMATS)}; or use --download NAME.")
     _, report = prepare(
         format, interactions, items, given.out, columns=_columns(given), k_core=given.k_core or None,
-        min_rating=given.min_rating, duplicates=given.duplicates, max_malformed=given.max_malformed, name=given.name,
-        encoding=given.encoding, max_description_characters=given.max_description_characters, license=given.license, source=given.source,
-        overwrite=given.overwrite,
+        min_rating=given.min_rating, duplicates=given.duplicates, max_malformed=given.max_malformed,
+        encoding=given.encoding, max_description_characters=given.max_description_characters, name=given.name,
+        license=given.license, source=given.source, overwrite=given.overwrite,
     )  # fmt: skip
     if given.json:
         print_json(asdict(report))

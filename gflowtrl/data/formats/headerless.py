@@ -39,8 +39,8 @@ def _table(source: Source, names: Sequence[str], needed: Iterable[str]) -> Table
     missing = [name for name in needed if name not in names]
     if missing:
         raise ValueError(
-            f"The columns of {source.path} were given as {', '.join(names)}, but {', '.join(missing)} is needed and "
-            "not among them. Use these names, or say which columns are meant (Columns, or --user_column, "
+            f"The columns of {source.path} were given as {', '.join(names)}, without {', '.join(missing)}. Use the "
+            "names that are expected, or say which columns are meant (Columns, or --user_column, "
             "--item_column, --time_column and --rating_column; --time_column none where there is no time)."
         )
     return Table(names)

@@ -57,8 +57,8 @@ def prepare(
         duplicates: which interaction of a user with the same item stays: `"first"`, `"last"`, or `"keep"` for all.
         max_description_characters: longer descriptions are cut at a word; `None` for no cut.
         max_malformed: share of malformed lines, 0 to 1, above which the file is refused.
-        encoding: of the text of all files, `"cp1252"` for example; `None` for that of the format, which is UTF-8 but for
-            some files of MovieLens.
+        encoding: of the text of all files, `"cp1252"` for example; `None` for that of the format, which is UTF-8
+            but for some files of MovieLens.
         name: name of the data; by default that of `out`, else of the interactions.
         license: under which terms the data may be used, in words of your own; kept in `dataset.json`, as is `source`.
             `None` keeps what a `folder` says.

@@ -150,9 +150,13 @@ class Source:
         """The error for a file without data."""
         return ValueError(f"{self.path} holds no data. Expected is {self.expected}. Check whether the file is whole.")
 
-    def finish(self) -> None:
-        """Raise a ValueError if the file held nothing, or too many of its lines were malformed."""
-        if self.lines < self.first_line:
+    def finish(self, last: int | None) -> None:
+        """Raise a ValueError if the file held nothing, or too many of its lines were malformed.
+
+        Args:
+            last: number of the last record, `None` where there was none.
+        """
+        if last is None and not self.malformed:
             raise self.nothing()
         share = self.malformed / self.lines
         if share > self.max_malformed:
