@@ -44,8 +44,10 @@ def test_every_format_gives_the_same_data(tmp_path, case, packed):
     assert sequences == {7: [30, 10, 20], 11: [20, 30, 10]}
     assert dict(zip(data.users, data.sequences, strict=True)) == sequences and data.users == sorted(sequences)
     assert data.items == [10, 20, 30] and report.duplicates == repeated == 2
-    if items is None:
-        assert report.items_without_metadata == 3 and not data.item_features
+    if case == "s3rec":
+        words = {10: ["attribute_3", "attribute_17"], 20: ["attribute_17"]}
+        assert data.item_features == {item: {"attributes": attributes} for item, attributes in words.items()}
+        assert report.items_without_metadata == 0 and report.items_without_title == 3
     else:
         assert report.items_without_metadata == report.items_without_title == 0
         assert {item: row["title"] for item, row in data.item_features.items()} == {i: TITLES[i] for i in data.items}

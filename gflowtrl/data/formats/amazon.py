@@ -36,11 +36,20 @@ def _reviews(ratings: Sequence[str]) -> Callable[[Source, Request], Parsed]:
     def read(source: Source, request: Request) -> Parsed:
         # Only what has no sign of JSON in it is such a table: a broken line of JSON is to be named as one.
         if (head := source.peek()) and head[0] not in "{[" and head.count(",") == len(ratings) - 1:
+            _check_order(source, ratings, head.split(","))
             return headerless_interactions(source, ratings, Columns("user", "item"), request.rated, option=None)
         parse = json_interactions("reviewerID", "asin", "unixReviewTime", "overall", request)
         return Parsed(source.numbered_lines(), parse)
 
     return read
+
+
+def _check_order(source: Source, ratings: Sequence[str], fields: list[str]) -> None:
+    """Refuse the ratings of the other release. Ids of items have ten characters, those of users nearly always more."""
+    user, item = (fields[ratings.index(name)].strip('" ') for name in ("user", "item"))
+    if len(user) == 10 < len(item):
+        release = "amazon-2018" if ratings == _RATINGS_2014 else "amazon-2014"
+        raise source.misfit(1, f"users and items seem to be the other way round. Read it with format {release}")
 
 
 def _reviews_2023(source: Source, request: Request) -> Parsed:

@@ -99,6 +99,7 @@ def prepare(
     data.source = data.source if source is None else source
     report.items_without_metadata = sum(item not in data.item_features for item in data.items)
     report.items_without_title = sum("title" not in data.item_features.get(item, ()) for item in data.items)
+    data.item_features = {item: row for item, row in data.item_features.items() if row}  # as the folder has them
     if out is not None:
         with new_folder(Path(out), overwrite) as folder:
             write_folder(data, folder)
@@ -142,8 +143,9 @@ def _from_complete(
     report.lines = len(origin.users)
     data = _filtered_data(log_of(origin), report)
     known = origin.item_features
-    cleaned = {item: clean_features(known[item], max_description_characters) for item in data.items if item in known}
-    data.item_features = {item: row for item, row in cleaned.items() if row}
+    data.item_features = {
+        item: clean_features(known[item], max_description_characters) for item in data.items if item in known
+    }
     data.synthetic, data.license, data.source = origin.synthetic, origin.license, origin.source
     if origin.semantic_ids is not None:
         data.semantic_ids = {item: origin.semantic_ids[item] for item in data.items}
