@@ -86,19 +86,10 @@ def test_other_ways_to_ids(prepared, options, capsys):
 def test_features_of_every_format_reach_the_texts(tmp_path, case):
     format, writer = WRITERS[case]
     log, items = writer(tmp_path, packed=False)
-    words = [
-        "prepare",
-        "--format",
-        format,
-        "--interactions",
-        str(log),
-        "--out",
-        str(tmp_path / "out"),
-        "--k_core",
-        "0",
-    ]
+    out = str(tmp_path / "out")
+    words = ["prepare", "--format", format, "--k_core", "0", "--interactions", str(log), "--out", out]
     assert main(words if items is None else [*words, "--items", str(items)]) == 0
-    texts = dict(zip((data := read_interactions(tmp_path / "out")).items, item_texts(data), strict=True))
+    texts = dict(zip((data := read_interactions(out)).items, item_texts(data), strict=True))
     assert texts[10] == ("attribute_3, attribute_17" if format == "s3rec" else f"{TITLES[10]}\nComedy, Drama")
 
 

@@ -118,8 +118,8 @@ def _filter(log: InteractionLog, report: Preparation) -> None:
         report.count(f"{k}-core", log)
         if not len(log):
             raise ValueError(
-                f"{report.name} has no {k}-core: no user or item is left. Choose a smaller k_core (for no such filter "
-                "None, or 0 on the command line)."
+                f"{report.name} ({report.files[0]}) has no {k}-core: no user or item is left. Choose a smaller k_core "
+                "(for no such filter None, or 0 on the command line)."
             )
 
 
