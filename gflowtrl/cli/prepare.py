@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--encoding", help="of the files' text, cp1252 for example; by default that of the format")
     parser.add_argument("--name", help="what reports call the data; by default the name of the folder")
     parser.add_argument("--license", metavar="TEXT", help="the terms of the data, in words of your own")
-    parser.add_argument("--source", metavar="TEXT", help="where the data come from, in words of your own")
+    parser.add_argument("--source", metavar="TEXT", help="where the data come from; a download says it by itself")
     parser.add_argument("--overwrite", action="store_true", help="replace a data folder that is there")
     for column, default in (("user", "user_id"), ("item", "item_id"), ("time", "timestamp"), ("rating", "rating")):
         parser.add_argument(f"--{column}_column", help=f"of csv, jsonl and parquet; {default} if not given"
@@ -50,13 +50,17 @@ def main(arguments: Sequence[str]) -> int:
 
 def _prepare(given: argparse.Namespace) -> None:
     from gflowtrl.data import RAW_FORMATS, download, prepare
+    from gflowtrl.data.formats.downloads import source_of
+    from gflowtrl.data.formats.output import check_target
 
     if given.out is None:
         raise ValueError("--out is missing: the folder to write.")
     if given.download is not None:
         if given.format or given.interactions or given.items:
             raise ValueError("--download brings its own files and format; leave --format and the files out.")
+        check_target(Path(given.out), given.overwrite)  # before hours of downloading
         format, interactions, items = download(given.download, given.raw)
+        given.source = source_of(given.download) if given.source is None else given.source
     else:
         format, interactions, items = given.format, given.interactions, given.items
         if format is None or interactions is None:

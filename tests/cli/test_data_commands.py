@@ -116,6 +116,18 @@ def test_several_tables_without_a_header(tmp_path, capsys):
     assert read_interactions(tmp_path / "again").sequences == data.sequences
 
 
+def test_a_download_says_where_it_comes_from(tmp_path, monkeypatch):
+    log, items = WRITERS["movielens dat"][1](tmp_path, packed=False)
+    asked = []
+    monkeypatch.setattr("gflowtrl.data.download", lambda name, raw: asked.append(name) or ("movielens", log, items))
+    words = ["prepare", "--download", "ml-1m", "--k_core", "0", "--out"]
+    assert main([*words, str(tmp_path / "out")]) == 0
+    assert read_interactions(tmp_path / "out").source.startswith("ml-1m, https://files.grouplens.org/")
+    assert main([*words, str(tmp_path / "mine"), "--source", "a copy"]) == 0
+    assert read_interactions(tmp_path / "mine").source == "a copy"
+    assert main([*words, str(tmp_path)]) == 2 and len(asked) == 2  # a folder in the way is found before
+
+
 def test_attributes_make_ids(tmp_path):
     """Numbers of one digit too: an embedder that counts words must not lose them."""
     sequences = [f"{user} {' '.join(str(1 + (user + step) % 40) for step in range(9))}" for user in range(1, 81)]

@@ -161,6 +161,12 @@ def test_the_first_description_of_an_item_counts_over_files(tmp_path):
     assert (report.item_lines, report.repeated_items, report.items_without_metadata) == (3, 1, 0)
 
 
+def test_each_file_has_its_own_columns(tmp_path):
+    first = write_lines(tmp_path / "a.csv", ["user_id,item_id,timestamp", "u,x,2"])
+    second = write_lines(tmp_path / "b.csv", ["timestamp\titem_id\tuser_id\tmore", "1\ty\tu\t0"])
+    assert prepare("csv", [first, second], k_core=None)[0].sequences == [["y", "x"]]
+
+
 def test_messages_name_the_file_of_several(tmp_path):
     head = "user_id,item_id,timestamp"
     good = write_lines(tmp_path / "good.csv", [head, *(f"a,x,{time}" for time in range(20))])

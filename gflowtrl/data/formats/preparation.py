@@ -59,7 +59,7 @@ def prepare(
         max_malformed: share of malformed lines, 0 to 1, above which the file is refused.
         encoding: of the text of all files, `"cp1252"` for example; `None` for that of the format, which is UTF-8
             but for some files of MovieLens.
-        name: name of the data; by default that of `out`, else of the interactions.
+        name: name of the data; by default that of `out`, else of the (first) interactions.
         license: under which terms the data may be used, in words of your own; kept in `dataset.json`, as is `source`.
             `None` keeps what a `folder` says.
         source: where the data come from, in words of your own.
