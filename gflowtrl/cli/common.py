@@ -7,12 +7,19 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as those of the commands are."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}. {self.prog} --help says what it takes.\n")
 
 
 def make_parser(name: str, description: str) -> argparse.ArgumentParser:
     """A parser with `--config` and `--json`."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"gflowtrl {name}", description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with options; the command line overrides it")
@@ -32,8 +39,13 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
     if config is not None:
         from gflowtrl.pipeline.configuration import check_names, read_yaml
 
-        content, known = read_yaml(config), {action.dest: action for action in parser._actions}
-        check_names(content, known.keys() - {"help", "config"}, config)
+        content = read_yaml(config)
+        known = {
+            name: action
+            for action in parser._actions
+            for name in (action.dest, *(option.lstrip("-") for option in action.option_strings))
+        }
+        check_names(content, known.keys() - {"h", "help", "config"}, config)
         # As words of a command line, so that they are checked as such; those that follow win.
         arguments = [*_as_words(content, known), *arguments]
     return parser.parse_args(arguments)

@@ -16,8 +16,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--format", help="amazon-2014, amazon-2018, amazon-2023, movielens, recbole, letter, s3rec, ..."
     )
-    parser.add_argument("--interactions", "--reviews", metavar="FILE", help="the interactions, plain or gzipped")
-    parser.add_argument("--items", "--meta", metavar="FILE", help="what is known about the items")
+    parser.add_argument(
+        "--interactions", "--reviews", nargs="+", metavar="FILE", help="the interactions, plain or gzipped, one file "
+        "or several"
+    )  # fmt: skip
+    parser.add_argument("--items", "--meta", nargs="+", metavar="FILE", help="what is known about the items, likewise")
     parser.add_argument("--download", metavar="NAME", help="a public data set in the place of files; --raw takes them")
     parser.add_argument("--raw", metavar="DIR", default="raw", help="folder for downloaded files")
     parser.add_argument("--out", metavar="DIR", help="the folder to write")
@@ -29,23 +32,35 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--max_malformed", type=float, default=0.01, help="share of malformed lines that is put up with"
     )
+    parser.add_argument("--encoding", help="of the files' text, cp1252 for example; by default that of the format")
     parser.add_argument("--name", help="what reports call the data; by default the name of the folder")
+    parser.add_argument("--license", metavar="TEXT", help="the terms of the data, in words of your own")
+    parser.add_argument("--source", metavar="TEXT", help="where the data come from; a download says it by itself")
     parser.add_argument("--overwrite", action="store_true", help="replace a data folder that is there")
     for column, default in (("user", "user_id"), ("item", "item_id"), ("time", "timestamp"), ("rating", "rating")):
         parser.add_argument(f"--{column}_column", help=f"of csv, jsonl and parquet; {default} if not given"
                             + (", none where the file is in order of time" if column == "time" else ""))  # fmt: skip
+    parser.add_argument(
+        "--header", nargs="+", metavar="COLUMN", help="of a csv whose first line is data: names of its columns, in "
+        "their order"
+    )  # fmt: skip
+    parser.add_argument("--items_header", nargs="+", metavar="COLUMN", help="the same for a csv of items")
     return guarded(lambda: _prepare(parse(parser, arguments)))
 
 
 def _prepare(given: argparse.Namespace) -> None:
     from gflowtrl.data import RAW_FORMATS, download, prepare
+    from gflowtrl.data.formats.downloads import source_of
+    from gflowtrl.data.formats.output import check_target
 
     if given.out is None:
         raise ValueError("--out is missing: the folder to write.")
     if given.download is not None:
         if given.format or given.interactions or given.items:
             raise ValueError("--download brings its own files and format; leave --format and the files out.")
+        check_target(Path(given.out), given.overwrite)  # before hours of downloading
         format, interactions, items = download(given.download, given.raw)
+        given.source = source_of(given.download) if given.source is None else given.source
     else:
         format, interactions, items = given.format, given.interactions, given.items
         if format is None or interactions is None:
@@ -53,8 +68,9 @@ def _prepare(given: argparse.Namespace) -> None:
             raise ValueError(f"{missing} is missing. Formats are {', '.join(RAW_FORMATS)}; or use --download NAME.")
     _, report = prepare(
         format, interactions, items, given.out, columns=_columns(given), k_core=given.k_core or None,
-        min_rating=given.min_rating, duplicates=given.duplicates, max_malformed=given.max_malformed, name=given.name,
-        max_description_characters=given.max_description_characters, overwrite=given.overwrite,
+        min_rating=given.min_rating, duplicates=given.duplicates, max_malformed=given.max_malformed,
+        encoding=given.encoding, max_description_characters=given.max_description_characters, name=given.name,
+        license=given.license, source=given.source, overwrite=given.overwrite,
     )  # fmt: skip
     if given.json:
         print_json(asdict(report))
@@ -67,6 +83,7 @@ def _columns(given: argparse.Namespace):
     from gflowtrl.data import Columns
 
     named = {name: getattr(given, f"{name}_column") for name in ("user", "item", "time", "rating")}
+    named |= {"header": given.header, "items_header": given.items_header}
     named = {name: value for name, value in named.items() if value is not None}
     if not named:
         return None

@@ -22,7 +22,9 @@ def main(arguments: Sequence[str]) -> int:
         "--tokenizer", help="folder for the item tokenizer; by default item_tokenizer in the data folder"
     )
     parser.add_argument(
-        "--features", nargs="+", help="what makes an item's text; by default title, brand, categories, description"
+        "--features",
+        nargs="+",
+        help="what makes an item's text; title, brand, categories, attributes and description if not given",
     )
     parser.add_argument(
         "--embedder", default="tfidf", help="tfidf, or a sentence-transformers model by name or folder"

@@ -37,6 +37,8 @@ class InteractionData:
         synthetic: whether the interactions were made by a program.
         events: for each user the log with impressions, oldest first, or `None`. The events of level `CLICKED` and
             above are the user's sequence, in the same order.
+        license: under which terms the data may be used, in words of your own, or `None` where nobody said.
+        source: where the data come from, in words of your own, or `None`.
 
     Raises:
         ValueError: where these parts contradict each other; the message names the first user or item concerned.
@@ -50,6 +52,8 @@ class InteractionData:
     semantic_ids: dict[Item, tuple[str, ...]] | None = None
     synthetic: bool = False
     events: list[list[Event]] | None = None
+    license: str | None = None
+    source: str | None = None
 
     def __post_init__(self):
         if len(self.users) != len(self.sequences):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,10 @@ def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
     make_item = _item_maker(sequences, features)
     ids_file = path / "semantic_ids.json"
     semantic_ids = _read_semantic_ids(ids_file, make_item) if with_ids and ids_file.is_file() else None
-    about = _read_object(path / "dataset.json") if (path / "dataset.json").is_file() else {}
+    about = _read_about(path / "dataset.json")
     events = _read_events(path / "events.jsonl", users) if (path / "events.jsonl").is_file() else None
     return InteractionData(
-        name=about.get("name", path.resolve().name),
+        name=about.get("name") or path.resolve().name,
         users=users,
         sequences=sequences,
         items=_all_items(sequences, features, semantic_ids),
@@ -66,6 +67,8 @@ def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
         semantic_ids=semantic_ids,
         synthetic=bool(about.get("synthetic", False)),
         events=events,
+        license=about.get("license"),
+        source=about.get("source"),
     )
 
 
@@ -117,6 +120,7 @@ def write_folder(data: InteractionData, path: str | Path) -> None:
     _write_lines(path / "sequences.jsonl", ({"user": user, "items": items} for user, items in pairs))
     _write_lines(path / "items.jsonl", ({"item": item, **data.item_features.get(item, {})} for item in data.items))
     about = {"name": data.name, "synthetic": data.synthetic}
+    about |= {key: text for key in ("license", "source") if (text := getattr(data, key)) is not None}
     (path / "dataset.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
     if data.semantic_ids is not None:
         ids = {str(item): tokens for item, tokens in data.semantic_ids.items()}
@@ -144,6 +148,14 @@ def _read_sequences(file: Path) -> tuple[list[Item], list[list[Item]]]:
     if not rows:
         raise ValueError(f"{file} is empty. It needs one line a user.")
     return list(rows), list(rows.values())
+
+
+def _read_about(file: Path) -> dict[str, Any]:
+    about = _read_object(file) if file.is_file() else {}
+    for key in ("name", "license", "source"):
+        if not isinstance(about.get(key), str | None):
+            raise ValueError(f"{file}: {key!r} must be text, but it is {about[key]!r}. Mend it or leave it out.")
+    return about
 
 
 def _read_events(file: Path, users: list[Item]) -> list[list[Event]]:
@@ -182,7 +194,7 @@ def _read_features(file: Path, make_item) -> dict[Item, dict[str, Any]]:
 
 
 def _json_lines(file: Path) -> Iterator[tuple[str, dict]]:
-    with file.open(encoding="utf-8") as lines:
+    with _utf8(file), file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -190,8 +202,16 @@ def _json_lines(file: Path) -> Iterator[tuple[str, dict]]:
             try:
                 row = json_object(line)
             except ValueError as error:
-                raise ValueError(f"{where}: {error}.") from None
+                raise ValueError(f"{where}: {error}. Mend the line or take it out.") from None
             yield where, row
+
+
+@contextmanager
+def _utf8(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8 ({error}). Unpack it, or save it as UTF-8.") from None
 
 
 def json_object(line: str) -> dict[str, Any]:
@@ -216,12 +236,16 @@ def _read_object(file: Path) -> dict[str, Any]:
             raise ValueError(f"{file}: {twice!r} is there twice. Keep one of the two.")
         return found
 
+    with _utf8(file):
+        text = file.read_text(encoding="utf-8-sig")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        content = json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file}, line {error.lineno}: no JSON ({error.msg}, column {error.colno}).") from None
+        raise ValueError(
+            f"{file}, line {error.lineno}: no JSON ({error.msg}, column {error.colno}). Mend or replace the file."
+        ) from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file}: one JSON object is needed, not {type(content).__name__}.")
+        raise ValueError(f"{file}: one JSON object is needed, not {type(content).__name__}. Replace the file.")
     return content
 
 

@@ -9,7 +9,7 @@ from gflowtrl.data import InteractionData
 
 
 logger = logging.getLogger(__name__)
-FEATURES = ("title", "brand", "categories", "description")
+FEATURES = ("title", "brand", "categories", "attributes", "description")
 
 
 def item_texts(

@@ -9,7 +9,8 @@ import pytest
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.cli import main
 from gflowtrl.data import SyntheticShop, build_tokenizer, read_interactions
-from gflowtrl.semantic_ids import ItemTokenizer
+from gflowtrl.semantic_ids import ItemTokenizer, item_texts
+from tests.data.raw_files import TITLES, WRITERS, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,65 @@ def test_other_ways_to_ids(prepared, options, capsys):
     assert report["colliding_items"] == 0 and report["items"] == len(read_interactions(prepared).items)
 
 
+@pytest.mark.parametrize("case", WRITERS)
+def test_features_of_every_format_reach_the_texts(tmp_path, case):
+    format, writer = WRITERS[case]
+    log, items = writer(tmp_path, packed=False)
+    out = str(tmp_path / "out")
+    words = ["prepare", "--format", format, "--k_core", "0", "--interactions", str(log), "--out", out]
+    assert main(words if items is None else [*words, "--items", str(items)]) == 0
+    texts = dict(zip((data := read_interactions(out)).items, item_texts(data), strict=True))
+    assert texts[10] == ("attribute_3, attribute_17" if format == "s3rec" else f"{TITLES[10]}\nComedy, Drama")
+
+
+def test_several_tables_without_a_header(tmp_path, capsys):
+    for name, rows in (("a", ["u,x,5,1", "u,y,4,3"]), ("b", ["u,z,3,2", "u,x,3,9"])):
+        write_lines(tmp_path / f"{name}.csv", rows)
+    files = ["--reviews", str(tmp_path / "a.csv"), str(tmp_path / "b.csv"), "--out", str(tmp_path / "out")]
+    about = ["--license", "CC0", "--source", "made up", "--header", "user_id", "item_id", "rating", "timestamp"]
+    assert main(["prepare", "--format", "csv", *files, *about, "--k_core", "0", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["lines"], report["duplicates"], len(report["files"])) == (4, 1, 2)
+    data = read_interactions(tmp_path / "out")
+    assert (data.sequences, data.license, data.source) == ([["x", "z", "y"]], "CC0", "made up")
+
+    options = {
+        "reviews": files[1:3],
+        "format": "csv",
+        "header": about[5:],
+        "k_core": 0,
+        "out": str(tmp_path / "again"),
+    }
+    (tmp_path / "prepare.yaml").write_text(json.dumps(options))  # JSON is YAML
+    assert main(["prepare", "--config", str(tmp_path / "prepare.yaml")]) == 0
+    assert read_interactions(tmp_path / "again").sequences == data.sequences
+
+
+def test_a_download_says_where_it_comes_from(tmp_path, monkeypatch):
+    log, items = WRITERS["movielens dat"][1](tmp_path, packed=False)
+    asked = []
+    monkeypatch.setattr("gflowtrl.data.download", lambda name, raw: asked.append(name) or ("movielens", log, items))
+    words = ["prepare", "--download", "ml-1m", "--k_core", "0", "--out"]
+    assert main([*words, str(tmp_path / "out")]) == 0
+    assert read_interactions(tmp_path / "out").source.startswith("ml-1m, https://files.grouplens.org/")
+    assert main([*words, str(tmp_path / "mine"), "--source", "a copy"]) == 0
+    assert read_interactions(tmp_path / "mine").source == "a copy"
+    assert main([*words, str(tmp_path)]) == 2 and len(asked) == 2  # a folder in the way is found before
+
+
+def test_attributes_make_ids(tmp_path):
+    """Numbers of one digit too: an embedder that counts words must not lose them."""
+    sequences = [f"{user} {' '.join(str(1 + (user + step) % 40) for step in range(9))}" for user in range(1, 81)]
+    write_lines(tmp_path / "Toy.txt", sequences)
+    attributes = {str(item): [item % 8, item % 5] for item in range(1, 41)}
+    (tmp_path / "Toy_item2attributes.json").write_text(json.dumps(attributes))
+    out = str(tmp_path / "out")
+    assert main(["prepare", "--format", "s3rec", "--interactions", str(tmp_path / "Toy.txt"), "--out", out]) == 0
+    assert main(["tokenize", "--data_dir", out, "--levels", "2", "--codes", "8", "--collisions", "keep"]) == 0
+    ids = read_interactions(out).semantic_ids
+    assert len(ids) == 40 and len(set(ids.values())) > 8
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -89,6 +149,7 @@ def test_other_ways_to_ids(prepared, options, capsys):
         (["prepare", "--out", "x", "--format", "amazon", "--reviews", "r"], "There is no format 'amazon'"),
         (["prepare", "--out", "x", "--format", "csv", "--reviews", "nowhere.csv"], "nowhere.csv is no file"),
         (["prepare", "--out", "x", "--download", "ml-1m", "--format", "csv"], "leave --format and the files out"),
+        (["prepare", "--k_core", "many"], "--k_core: invalid int value: 'many'. gflowtrl prepare --help"),
         (["tokenize"], "--data_dir is missing"),
         (["tokenize", "--data_dir", "DATA"], "semantic_ids.json is there. Use --add"),
         (["tokenize", "--data_dir", "DATA", "--overwrite", "--collaborative", "2"], "a share from 0 to 1"),
@@ -98,7 +159,11 @@ def test_other_ways_to_ids(prepared, options, capsys):
 )
 def test_mistakes_are_one_line(prepared, words, message, capsys):
     before = (prepared / "semantic_ids.json").read_text()
-    assert main([str(prepared) if word == "DATA" else word for word in words]) == 2
+    try:
+        code = main([str(prepared) if word == "DATA" else word for word in words])
+    except SystemExit as stopped:  # argparse ends by itself
+        code = stopped.code
+    assert code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
     assert (prepared / "semantic_ids.json").read_text() == before

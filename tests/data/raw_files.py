@@ -30,6 +30,7 @@ LOG = [
     Row(11, 10, 55, 5.0),
 ]
 TITLES = {10: "Tom & Jerry (1999)", 20: "Émile", 30: "Pen, blue", 99: "Nobody's"}
+CATEGORY_NUMBERS = {"Comedy": 3, "Drama": 17}
 CATEGORIES = {10: ["Comedy", "Drama"], 20: ["Drama"], 30: [], 99: ["Comedy"]}
 
 
@@ -92,6 +93,15 @@ def amazon(folder: Path, packed: bool, literal=False) -> tuple[Path, Path]:
 
 def amazon_2014(folder, packed):
     return amazon(folder, packed, literal=True)
+
+
+def amazon_ratings(order):
+    def write_ratings(folder, packed):
+        rows = [{"user": row.user, "item": row.item, "rating": row.rating, "timestamp": row.time} for row in LOG]
+        lines = [",".join(str(row[name]) for name in order) for row in rows]
+        return write_lines(folder / "ratings_Toy.csv", lines, packed=packed), amazon(folder, packed)[1]
+
+    return write_ratings
 
 
 def amazon_2023_csv(folder, packed):
@@ -185,12 +195,16 @@ def parquet(folder, packed):
 
 def s3rec(folder, packed):
     sequences, _ = prepared(LOG, duplicates="keep")
+    attributes = {i: [CATEGORY_NUMBERS[name] for name in names] for i, names in CATEGORIES.items()}
+    write(folder / "Toy_item2attributes.json", json.dumps(attributes))  # found by its name
     return write_lines(folder / "Toy.txt", [" ".join(map(str, (u, *i))) for u, i in sequences.items()]), None
 
 
 def letter(folder, packed):
     sequences, _ = prepared(LOG, duplicates="keep")
     write(folder / "Toy.inter.json", json.dumps(sequences))
+    items = {i: {"title": TITLES[i].replace("&", "&amp;"), "categories": CATEGORIES[i]} for i in TITLES}
+    write(folder / "Toy.item.json", json.dumps(items))
     write(folder / "Toy.index.json", json.dumps({str(item): [f"<a_{item}>"] for item in (*TITLES, 40)}))
     return folder, None
 
@@ -198,13 +212,17 @@ def letter(folder, packed):
 def folder(folder, packed):
     sequences, _ = prepared(LOG, duplicates="keep")
     write_json_lines(folder / "sequences.jsonl", [{"user": user, "items": items} for user, items in sequences.items()])
+    items = [{"item": i, "title": TITLES[i], "categories": ", ".join(CATEGORIES[i])} for i in TITLES]
+    write_json_lines(folder / "items.jsonl", items)
     return folder, None
 
 
 #: name of the case -> (format, writer)
 WRITERS = {
     "amazon-2014": ("amazon-2014", amazon_2014),
+    "amazon-2014 ratings": ("amazon-2014", amazon_ratings(("user", "item", "rating", "timestamp"))),
     "amazon-2018": ("amazon-2018", amazon),
+    "amazon-2018 ratings": ("amazon-2018", amazon_ratings(("item", "user", "rating", "timestamp"))),
     "amazon-2023 csv": ("amazon-2023", amazon_2023_csv),
     "amazon-2023 jsonl": ("amazon-2023", amazon_2023_jsonl),
     "movielens csv": ("movielens", movielens_csv),

@@ -44,8 +44,10 @@ def test_every_format_gives_the_same_data(tmp_path, case, packed):
     assert sequences == {7: [30, 10, 20], 11: [20, 30, 10]}
     assert dict(zip(data.users, data.sequences, strict=True)) == sequences and data.users == sorted(sequences)
     assert data.items == [10, 20, 30] and report.duplicates == repeated == 2
-    if items is None:
-        assert report.items_without_metadata == 3 and not data.item_features
+    if case == "s3rec":
+        words = {10: ["attribute_3", "attribute_17"], 20: ["attribute_17"]}
+        assert data.item_features == {item: {"attributes": attributes} for item, attributes in words.items()}
+        assert report.items_without_metadata == 0 and report.items_without_title == 3
     else:
         assert report.items_without_metadata == report.items_without_title == 0
         assert {item: row["title"] for item, row in data.item_features.items()} == {i: TITLES[i] for i in data.items}
@@ -111,7 +113,7 @@ def test_malformed_lines_are_counted_and_named(tmp_path):
     path = write_lines(tmp_path / "log.csv", ["user_id,item_id,timestamp,rating", *good, *bad, "b,x,1,good", ""])
     data, report = prepare("csv", path, k_core=None, max_malformed=0.05)
     assert data.users == ["a", "b"] and (report.lines, report.malformed) == (508, 5)
-    assert report.malformed_lines[0] == "line 502: 3 fields, where the header has 4"
+    assert report.malformed_lines[0] == "line 502: 3 fields, where 4 columns are named"
     assert "an id must be" in report.malformed_lines[1] and "noon" in report.malformed_lines[2]
     assert "line 506" in report.malformed_lines[4] and "no text" in report.malformed_lines[4]
     _, report = prepare("csv", path, k_core=None, min_rating=2, max_malformed=0.05)
@@ -150,7 +152,7 @@ def test_a_literal_is_never_run(tmp_path):
         ("movielens", "user,movie\n1,2\n", "header lacks userId"),
         ("recbole", "user_id:token\tb:token\n", "header lacks item_id"),
         ("csv", "user_id,item_id\n", "header lacks timestamp.*Columns"),
-        ("csv", "user_id,item_id,timestamp\nu,i\n", "line 2 .*2 fields, where the header has 3"),
+        ("csv", "user_id,item_id,timestamp\nu,i\n", "line 2 .*2 fields, where 3 columns are named"),
         ("csv", "user_id,user_id,item_id,timestamp\n", "names a column twice"),
         ("csv", "", "raw holds no data"),
         ("csv", "user_id,item_id,timestamp\n", "raw holds no data"),
@@ -203,6 +205,13 @@ def test_folders_of_movielens_and_recbole_hold_both_files(tmp_path):
         prepare("recbole", tmp_path)
 
 
+def test_license_and_source_reach_the_folder(tmp_path):
+    path, out = csv(tmp_path, packed=False)[0], tmp_path / "out"
+    prepare("csv", path, out=out, k_core=None, license="CC0", source="a toy")
+    data, _ = prepare("folder", out, out=tmp_path / "dense", k_core=2, source="a dense toy")
+    assert (data.license, data.source) == ("CC0", "a dense toy") and read_folder(tmp_path / "dense") == data
+
+
 def test_complete_formats_keep_what_they_have(tmp_path):
     format, writer = WRITERS["letter"]
     data, _ = prepare(format, writer(tmp_path, packed=False)[0], k_core=2)
@@ -237,7 +246,7 @@ def test_the_folder_appears_complete_or_not_at_all(tmp_path, monkeypatch):
     ("format", "options", "message"),
     [
         ("excel", {}, "no format 'excel'. Choose one of amazon-2014"),
-        ("s3rec", {"items": "x"}, "has no file of items"),
+        ("letter", {"items": "x"}, "has no file of items"),
         ("s3rec", {"min_rating": 3}, "has no ratings"),
         ("letter", {"min_rating": 3}, "has no ratings"),
         ("recbole", {"columns": Columns()}, "columns of format 'recbole' are fixed"),

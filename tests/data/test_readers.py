@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gflowtrl.data import InteractionData, read_folder, read_interactions, read_letter, write_folder
+from gflowtrl.data import InteractionData, k_core, read_folder, read_interactions, read_letter, write_folder
 
 
 SEQUENCES = [{"user": 0, "items": [3, 1, 2]}, {"user": 1, "items": [1, 3, 10]}]
@@ -55,6 +55,17 @@ def test_a_written_folder_reads_back(tmp_path, small_shop):
     write_folder(data, tmp_path)
     assert read_folder(tmp_path) == data
     assert "SYNTHETIC" in read_folder(tmp_path).summary()
+
+
+def test_license_and_source_are_kept(tmp_path):
+    data = InteractionData("toy", [0], [[1]], [1], license="CC BY 4.0", source="our shop, May 2024")
+    write_folder(data, tmp_path)
+    assert read_folder(tmp_path) == data and k_core(data, 1).license == "CC BY 4.0"
+    about = {"name": None, "license": None}
+    data = read_folder(write(tmp_path, dataset=about))
+    assert (data.name, data.license, data.source) == (tmp_path.name, None, None)
+    with pytest.raises(ValueError, match=r"dataset\.json: 'source' must be text, but it is \['a'\]\. Mend it"):
+        read_folder(write(tmp_path, dataset={"source": ["a"]}))
 
 
 @pytest.mark.parametrize(

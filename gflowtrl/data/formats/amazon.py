@@ -1,10 +1,11 @@
 """Amazon reviews of 2014, 2018 and 2023: `https://amazon-reviews-2023.github.io` and the two releases before it."""
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ..readers import json_object
-from .base import Format, Header, Parsed, Request
+from .base import Columns, Format, Header, Parsed, Request
+from .headerless import headerless_interactions
 from .source import Source
 
 
@@ -26,10 +27,29 @@ _ITEM_FIELDS_2023 = {
 }
 
 
-def _reviews(source: Source, request: Request) -> Parsed:
-    return Parsed(
-        source.numbered_lines(), json_interactions("reviewerID", "asin", "unixReviewTime", "overall", request)
-    )
+#: Columns of `ratings_X.csv` and `X.csv`, the ratings without reviews, which have no header.
+_RATINGS_2014 = "user", "item", "rating", "timestamp"
+_RATINGS_2018 = "item", "user", "rating", "timestamp"
+
+
+def _reviews(ratings: Sequence[str]) -> Callable[[Source, Request], Parsed]:
+    def read(source: Source, request: Request) -> Parsed:
+        # Only what has no sign of JSON in it is such a table: a broken line of JSON is to be named as one.
+        if (head := source.peek()) and head[0] not in "{[" and head.count(",") == len(ratings) - 1:
+            _check_order(source, ratings, head.split(","))
+            return headerless_interactions(source, ratings, Columns("user", "item"), request.rated, option=None)
+        parse = json_interactions("reviewerID", "asin", "unixReviewTime", "overall", request)
+        return Parsed(source.numbered_lines(), parse)
+
+    return read
+
+
+def _check_order(source: Source, ratings: Sequence[str], fields: list[str]) -> None:
+    """Refuse the ratings of the other release. Ids of items have ten characters, those of users nearly always more."""
+    user, item = (fields[ratings.index(name)].strip('" ') for name in ("user", "item"))
+    if len(user) == 10 < len(item):
+        release = "amazon-2018" if ratings == _RATINGS_2014 else "amazon-2014"
+        raise source.misfit(1, f"users and items seem to be the other way round. Read it with format {release}")
 
 
 def _reviews_2023(source: Source, request: Request) -> Parsed:
@@ -67,12 +87,17 @@ def _literal(line: str) -> dict:
     return row
 
 
-AMAZON = Format(
-    interactions=_reviews,
-    expected="one JSON object a line with reviewerID, asin, unixReviewTime and overall",
-    items=_items("asin", _ITEM_FIELDS),
-    expected_items="one JSON object (or Python literal) a line with asin, title and so on",
-)
+def _amazon(ratings: Sequence[str]) -> Format:
+    return Format(
+        interactions=_reviews(ratings),
+        expected="one JSON object a line with reviewerID, asin, unixReviewTime and overall, or CSV without a header: "
+        + ",".join(ratings),
+        items=_items("asin", _ITEM_FIELDS),
+        expected_items="one JSON object (or Python literal) a line with asin, title and so on",
+    )
+
+
+AMAZON_2014, AMAZON_2018 = _amazon(_RATINGS_2014), _amazon(_RATINGS_2018)
 AMAZON_2023 = Format(
     interactions=_reviews_2023,
     expected="CSV with the header user_id,parent_asin,rating,timestamp, or one JSON object a line with these",

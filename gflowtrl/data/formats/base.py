@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from .source import Source
@@ -17,12 +18,25 @@ class Columns:
         time: column of the times, numbers of any unit or ISO 8601 text; `None` where the order of the file is the
             order in time.
         rating: column of the ratings. It is read where `min_rating` is given, and else need not be there.
+        header: for a `csv` of interactions whose first line is data: the names of its columns, in their order.
+        items_header: the same for a `csv` of items.
+
+    Raises:
+        ValueError: if a header is one text instead of several, or names a column twice.
     """
 
     user: str = "user_id"
     item: str = "item_id"
     time: str | None = "timestamp"
     rating: str = "rating"
+    header: Sequence[str] | None = None
+    items_header: Sequence[str] | None = None
+
+    def __post_init__(self):
+        for name in ("header", "items_header"):
+            given = getattr(self, name)
+            if given is not None and (isinstance(given, str) or len(given) < 2 or len(set(given)) < len(given)):
+                raise ValueError(f"{name} must be two or more different names of columns, but it is {given!r}.")
 
 
 class Parsed(NamedTuple):
@@ -42,34 +56,30 @@ class Request(NamedTuple):
     rated: bool
 
 
-class Header:
-    """The header of a table: checks the columns that are needed, and finds them in the rows.
+#: What to do about a table without a header.
+_NO_HEADER = (
+    ", which looks like a line of data. Read a table without a header with format csv and the names of its columns in "
+    "their order: Columns(header=...), or --header user_id item_id rating timestamp"
+)
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+class Table:
+    """Rows of named columns, and how to parse one.
 
     Args:
-        source: the file.
-        rows: its rows, the header first; the header is taken from it.
-        needed: columns that must be there.
-        typed: whether the names are RecBole's `name:type`.
-
-    Raises:
-        ValueError: if the file is empty or a column is missing.
+        names: the columns in their order, each once.
     """
 
-    def __init__(
-        self, source: Source, rows: Iterator[tuple[int, list[str]]], needed: Iterable[str], typed: bool = False
-    ):
-        number, names = next(rows, (0, []))
-        source.first_line = number + 1
-        if not names:
-            source.finish()
-        parts = (name.partition(":") if typed else (name, "", "") for name in map(str.strip, names))
-        self.types = {name: kind for name, _, kind in parts}
-        self.names = list(self.types)
-        missing = [name for name in needed if name not in self.types]
-        if missing:
-            raise source.misfit(number, f"the header lacks {', '.join(missing)}; it has {', '.join(self.names)}")
-        if len(self.names) < len(names):
-            raise source.misfit(number, "the header names a column twice")
+    def __init__(self, names: Iterable[str]):
+        self.names = list(names)
 
     def interactions(self, user: str, item: str, time: str | None, rating: str | None) -> Callable[[list[str]], tuple]:
         """Parser of rows as (user, item, time, rating), 0 for a time or a rating of column `None`."""
@@ -80,7 +90,7 @@ class Header:
 
         def parse(fields: list[str]) -> tuple:
             if len(fields) != width:
-                raise ValueError(f"{len(fields)} fields, where the header has {width}")
+                raise ValueError(f"{len(fields)} fields, where {width} columns are named")
             when = 0.0 if time_at is None else fields[time_at]
             return fields[user_at], fields[item_at], when, 0.0 if rating_at is None else fields[rating_at]
 
@@ -91,12 +101,44 @@ class Header:
 
         def parse(fields: Sequence[str]) -> tuple[str, dict[str, str]]:
             if len(fields) != len(self.names):
-                raise ValueError(f"{len(fields)} fields, where the header has {len(self.names)}")
+                raise ValueError(f"{len(fields)} fields, where {len(self.names)} columns are named")
             row = dict(zip(self.names, fields, strict=True))
             row.pop("", None)  # the nameless column in which tables are numbered
             return row.pop(item), row
 
         return parse
+
+
+class Header(Table):
+    """A table whose first line names its columns: checks the columns that are needed, and finds them in the rows.
+
+    Args:
+        source: the file.
+        rows: its rows, the header first; the header is taken from it.
+        needed: columns that must be there.
+        typed: whether the names are RecBole's `name:type`.
+
+    Raises:
+        ValueError: if the file is empty or a column is missing; the message says so where the first line looks like
+            data.
+    """
+
+    def __init__(
+        self, source: Source, rows: Iterator[tuple[int, list[str]]], needed: Iterable[str], typed: bool = False
+    ):
+        number, names = next(rows, (0, []))
+        source.first_line = number + 1
+        if not names:
+            raise source.nothing()
+        parts = (name.partition(":") if typed else (name, "", "") for name in map(str.strip, names))
+        self.types = {name: kind for name, _, kind in parts}
+        super().__init__(self.types)
+        missing = [name for name in needed if name not in self.types]
+        if missing:
+            reason = f"the header lacks {', '.join(missing)}; it has {', '.join(self.names)}"
+            raise source.misfit(number, reason + (_NO_HEADER if any(map(is_number, self.names)) else ""))
+        if len(self.names) < len(names):
+            raise source.misfit(number, "the header names a column twice")
 
 
 @dataclass(frozen=True)
@@ -112,6 +154,7 @@ class Format:
         own_columns: whether `Columns` apply.
         files: patterns of the interactions in a folder, the first that is there is taken.
         item_files: patterns of the items in that folder.
+        items_beside: where the items lie that belong to a file of interactions, if they lie beside it.
     """
 
     interactions: Callable[[Source, Request], Parsed]
@@ -122,3 +165,4 @@ class Format:
     own_columns: bool = False
     files: tuple[str, ...] = ()
     item_files: tuple[str, ...] = ()
+    items_beside: Callable[[Path], Path | None] = lambda path: None

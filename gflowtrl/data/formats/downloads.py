@@ -93,6 +93,12 @@ def download(name: str, folder: str | Path) -> RawFiles:
     return RawFiles(data.format, folder / data.interactions, folder / data.items)
 
 
+def source_of(name: str) -> str:
+    """Where a public data set comes from, for `prepare(source=...)`. `name` is one of `PUBLIC_DATA`."""
+    data = _PUBLIC[name]
+    return f"{name}, {data.base}/{data.archive or data.interactions}"
+
+
 def download_file(url: str, folder: str | Path, *, sha256: str | None = None, md5: str | None = None) -> Path:
     """Download one file into a folder, going on where an earlier call broke off.
 

@@ -1,7 +1,7 @@
 """Interactions as three compact arrays: 16 bytes each, and every user and item id once, whatever the dump's size."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from .source import MALFORMED, Source
 
 Duplicates = Literal["first", "last", "keep"]
 
-_UNREADABLE = "\ufffd".encode()  # what bytes that are no text were decoded to
+UNREADABLE = "\ufffd"  # what bytes that are no text were decoded to
 _MOST_SECONDS = 1e300
 _MOST_DIGITS = 18  # more would not fit into 64 bits
 
@@ -84,27 +84,34 @@ class InteractionLog:
         return int(repeated.sum())
 
 
-def read_log(source: Source, parsed: Parsed, min_rating: float | None) -> tuple[InteractionLog, int]:
-    """All interactions of a file but those rated below `min_rating`, whose number is returned beside them."""
+def read_log(files: Iterable[tuple[Source, Parsed]], min_rating: float | None) -> tuple[InteractionLog, int]:
+    """All interactions of the files, one after another, but those rated below `min_rating`, and the number of these.
+
+    A file is taken from the iterator, and so opened, when the one before it is read.
+    """
     users, items, times = array("i"), array("i"), array("d")
     user_numbers, item_numbers = _Numbers(), _Numbers()
-    below = 0
-    for line, record in parsed.records:
-        try:
-            user, item, time, rating = parsed.parse(record)
-            if min_rating is not None and not float(rating) >= min_rating:
-                below += 1
+    below, paths = 0, []
+    for source, parsed in files:
+        line = None
+        for line, record in parsed.records:
+            try:
+                user, item, time, rating = parsed.parse(record)
+                if min_rating is not None and not float(rating) >= min_rating:
+                    below += 1
+                    continue
+                when, user_number, item_number = moment(time), user_numbers[user], item_numbers[item]
+            except MALFORMED as error:
+                source.reject(line, error)
                 continue
-            moment, user_number, item_number = _moment(time), user_numbers[user], item_numbers[item]
-        except MALFORMED as error:
-            source.reject(line, error)
-            continue
-        users.append(user_number)
-        items.append(item_number)
-        times.append(moment)
-    source.finish()
+            users.append(user_number)
+            items.append(item_number)
+            times.append(when)
+        source.finish(line)
+        paths.append(str(source.path))
     if not users:
-        raise ValueError(f"{source.path} holds no interaction with a rating of {min_rating} or more.")
+        limit = "" if min_rating is None else f" with a rating of {min_rating:g} or more; choose a lower min_rating"
+        raise ValueError(f"{', '.join(paths)}: there is no interaction{limit}.")
     log = InteractionLog(
         users=np.frombuffer(users, np.int32),
         items=np.frombuffer(items, np.int32),
@@ -141,7 +148,7 @@ def identifier(value: Any) -> str:
         return str(value)
     if not isinstance(value, str) or not value:
         raise ValueError(f"an id must be text or a whole number, but one is {value!r}")
-    if _UNREADABLE in value.encode():  # encoding refuses half characters, which JSON can hold and no file
+    if UNREADABLE.encode() in value.encode():  # encoding refuses half characters, which JSON can hold and no file
         raise ValueError(f"the id {value!r} holds bytes that are no text")
     return value
 
@@ -157,15 +164,23 @@ class _Numbers(dict):
         return number
 
 
-def _moment(time: Any) -> float:
+def moment(time: Any) -> float:
+    """A time as a number: the number itself, or the seconds of ISO 8601 text. Raises a ValueError if it is none."""
     try:
         seconds = float(time)
     except ValueError:
-        moment = datetime.fromisoformat(time)
-        seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+        when = _date(time)
+        seconds = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
     if not -_MOST_SECONDS < seconds < _MOST_SECONDS:
         raise ValueError(f"the time is {time!r}")
     return seconds
+
+
+def _date(time: Any) -> datetime:
+    try:
+        return datetime.fromisoformat(time)
+    except (TypeError, ValueError):
+        raise ValueError(f"the time {time!r} is neither a number nor ISO 8601 text") from None
 
 
 def _typed(names: Sequence[str]) -> list[Item]:

@@ -10,17 +10,18 @@ import numpy as np
 from ..interactions import InteractionData, core_members
 from ..readers import write_folder
 from .base import Columns, Request
+from .cleaning import clean_features
 from .log import Duplicates, InteractionLog, log_of, read_log, sequences_of
 from .output import check_target, new_folder
-from .registry import COMPLETE, RAW_FORMATS, STREAMED, find_files, read_complete, read_features
+from .registry import COMPLETE, RAW_FORMATS, STREAMED, Paths, find_files, read_complete, read_features
 from .report import Preparation
 from .source import Source
 
 
 def prepare(
     format: str,
-    interactions: str | Path,
-    items: str | Path | None = None,
+    interactions: Paths,
+    items: Paths | None = None,
     out: str | Path | None = None,
     *,
     columns: Columns | None = None,
@@ -29,7 +30,10 @@ def prepare(
     duplicates: Duplicates = "first",
     max_description_characters: int | None = 1000,
     max_malformed: float = 0.01,
+    encoding: str | None = None,
     name: str | None = None,
+    license: str | None = None,
+    source: str | None = None,
     overwrite: bool = False,
 ) -> tuple[InteractionData, Preparation]:
     """Read a raw dump, clean it, and write it as a folder that `read_folder` reads.
@@ -42,9 +46,10 @@ def prepare(
 
     Args:
         format: one of `RAW_FORMATS`.
-        interactions: the file, plain or gzipped; of `movielens` and `recbole` also the folder that holds both files;
-            of `letter` and `folder` what their readers take.
-        items: the file of item features, or `None`.
+        interactions: the file, plain or gzipped, or several, whose interactions count as one log (with times of one
+            unit); of `movielens` and `recbole` also the folder that holds both files; of `letter` and `folder` what
+            their readers take.
+        items: the file of item features, or several, or `None`.
         out: the folder to write, or `None` to write nothing. It appears complete or not at all.
         columns: the columns of `csv`, `jsonl` and `parquet`; `None` stands for `Columns()`.
         k_core: least number of interactions of each user and each item, or `None` for no such filter.
@@ -52,7 +57,12 @@ def prepare(
         duplicates: which interaction of a user with the same item stays: `"first"`, `"last"`, or `"keep"` for all.
         max_description_characters: longer descriptions are cut at a word; `None` for no cut.
         max_malformed: share of malformed lines, 0 to 1, above which the file is refused.
-        name: name of the data; by default that of `out`, else of the interactions.
+        encoding: of the text of all files, `"cp1252"` for example; `None` for that of the format, which is UTF-8
+            but for some files of MovieLens.
+        name: name of the data; by default that of `out`, else of the (first) interactions.
+        license: under which terms the data may be used, in words of your own; kept in `dataset.json`, as is `source`.
+            `None` keeps what a `folder` says.
+        source: where the data come from, in words of your own.
         overwrite: whether a data folder at `out` may be replaced.
 
     Returns:
@@ -64,25 +74,32 @@ def prepare(
         ValueError: for bad arguments; a file that is not of the format; too many malformed lines; nothing left.
     """
     _check_arguments(format, items, columns, k_core, min_rating, duplicates, max_malformed)
+    _check_text(format, encoding, max_description_characters)
     if out is not None:
         check_target(Path(out), overwrite)
-    interactions, items = find_files(format, Path(interactions), items)
+    logs, described = find_files(format, interactions, items)
     report = Preparation(
-        name=name or (Path(out).resolve().name if out else interactions.resolve().name.split(".")[0]),
+        name=name or (Path(out).resolve().name if out else logs[0].resolve().name.split(".")[0]),
         format=format,
-        files=[str(path) for path in (interactions, items) if path is not None],
+        files=[str(path) for path in (*logs, *described)],
         settings={"k_core": k_core, "min_rating": min_rating, "duplicates": duplicates},
     )
     if format in COMPLETE:
-        data = _from_complete(read_complete(format, interactions), report)
+        data = _from_complete(read_complete(format, logs[0]), report, max_description_characters)
     else:
         request = Request(columns or Columns(), rated=min_rating is not None)
-        data = _from_stream(Source(interactions, format, STREAMED[format].expected, max_malformed), request, report)
-        if items is not None:
-            source = Source(items, format, STREAMED[format].expected_items, max_malformed)
-            data.item_features = read_features(source, request, data.items, report, max_description_characters)
+        kind = STREAMED[format]
+        sources = [Source(path, format, kind.expected, max_malformed, encoding) for path in logs]
+        # Made before hours are spent on the interactions: a missing file is an error now.
+        of_items = [Source(path, format, kind.expected_items, max_malformed, encoding) for path in described]
+        data = _from_stream(sources, request, report)
+        if of_items:
+            data.item_features = read_features(of_items, request, data.items, report, max_description_characters)
+    data.license = data.license if license is None else license
+    data.source = data.source if source is None else source
     report.items_without_metadata = sum(item not in data.item_features for item in data.items)
     report.items_without_title = sum("title" not in data.item_features.get(item, ()) for item in data.items)
+    data.item_features = {item: row for item, row in data.item_features.items() if row}  # as the folder has them
     if out is not None:
         with new_folder(Path(out), overwrite) as folder:
             write_folder(data, folder)
@@ -101,7 +118,8 @@ def _filter(log: InteractionLog, report: Preparation) -> None:
         report.count(f"{k}-core", log)
         if not len(log):
             raise ValueError(
-                f"{report.files[0]} has no {k}-core: no user or item is left. Choose a smaller k_core, or None."
+                f"{report.name} ({report.files[0]}) has no {k}-core: no user or item is left. Choose a smaller k_core "
+                "(for no such filter None, or 0 on the command line)."
             )
 
 
@@ -112,19 +130,23 @@ def _filtered_data(log: InteractionLog, report: Preparation) -> InteractionData:
     return InteractionData(report.name, users, sequences, items)
 
 
-def _from_stream(source: Source, request: Request, report: Preparation) -> InteractionData:
-    parsed = STREAMED[source.format].interactions(source, request)
-    log, report.below_min_rating = read_log(source, parsed, report.settings["min_rating"])
-    report.take_interactions(source)
+def _from_stream(sources: list[Source], request: Request, report: Preparation) -> InteractionData:
+    files = ((source, STREAMED[source.format].interactions(source, request)) for source in sources)
+    log, report.below_min_rating = read_log(files, report.settings["min_rating"])
+    report.take_interactions(sources)
     return _filtered_data(log, report)
 
 
-def _from_complete(origin: InteractionData, report: Preparation) -> InteractionData:
+def _from_complete(
+    origin: InteractionData, report: Preparation, max_description_characters: int | None
+) -> InteractionData:
     report.lines = len(origin.users)
     data = _filtered_data(log_of(origin), report)
     known = origin.item_features
-    data.item_features = {item: known[item] for item in data.items if item in known}
-    data.synthetic = origin.synthetic
+    data.item_features = {
+        item: clean_features(known[item], max_description_characters) for item in data.items if item in known
+    }
+    data.synthetic, data.license, data.source = origin.synthetic, origin.license, origin.source
     if origin.semantic_ids is not None:
         data.semantic_ids = {item: origin.semantic_ids[item] for item in data.items}
     return data
@@ -138,6 +160,8 @@ def _check_arguments(format, items, columns, k_core, min_rating, duplicates, max
         raise ValueError(f"Format {format!r} has no file of items, but items={str(items)!r} was given. Leave it out.")
     if columns is not None and not (streamed and streamed.own_columns):
         raise ValueError(f"The columns of format {format!r} are fixed. Leave `columns` out, or use csv or jsonl.")
+    if columns is not None and format != "csv" and (columns.header or columns.items_header):
+        raise ValueError(f"A header can be named for format 'csv' only, but the format is {format!r}. Leave it out.")
     if min_rating is not None and not (streamed and streamed.has_ratings):
         raise ValueError(f"Format {format!r} has no ratings, so min_rating={min_rating} cannot be asked for.")
     if k_core is not None and k_core < 1:
@@ -146,3 +170,21 @@ def _check_arguments(format, items, columns, k_core, min_rating, duplicates, max
         raise ValueError(f"duplicates must be one of {', '.join(get_args(Duplicates))}, but {duplicates!r} was given.")
     if not 0 <= max_malformed <= 1:
         raise ValueError(f"max_malformed is a share from 0 to 1, but {max_malformed} was given.")
+
+
+def _check_text(format: str, encoding: str | None, max_description_characters: int | None) -> None:
+    if max_description_characters is not None and max_description_characters < 1:
+        raise ValueError(
+            f"max_description_characters must be at least 1, or None for no cut, but {max_description_characters} was "
+            "given."
+        )
+    if encoding is None:
+        return
+    if format == "parquet" or format not in STREAMED:
+        raise ValueError(f"The text of format {format!r} is UTF-8, so encoding={encoding!r} cannot be asked for.")
+    try:
+        "".encode(encoding)
+    except LookupError:
+        raise ValueError(
+            f"There is no text encoding {encoding!r}. Known are utf-8, latin-1, cp1252 and so on."
+        ) from None

@@ -7,27 +7,47 @@ from .source import Source
 
 
 # What RecBole's own conversions of other data sets call these features.
-_NAMES = {"movie_title": "title", "class": "categories", "genre": "categories"}
+_NAMES = {
+    "movie_title": "title",
+    "book_title": "title",
+    "item_name": "title",
+    "app_name": "title",
+    "name": "title",
+    "class": "categories",
+    "genre": "categories",
+    "genres": "categories",
+}
+#: What they call the item: Steam has `product_id` in the interactions and `id` in the items, LastFM `artist_id`.
+_ITEM = ("item_id", "product_id", "artist_id", "id")
 
 
 def _interactions(source: Source, request: Request) -> Parsed:
     rows = source.csv_rows("\t", quoted=False)
     rating = "rating" if request.rated else None
-    header = Header(source, rows, filter(None, ("user_id", "item_id", rating)), typed=True)
+    header = Header(source, rows, filter(None, ("user_id", rating)), typed=True)
+    item = _item_column(source, header)
     time = "timestamp" if "timestamp" in header.types else None  # optional in RecBole: then the file's order counts
-    return Parsed(rows, header.interactions("user_id", "item_id", time, rating))
+    return Parsed(rows, header.interactions("user_id", item, time, rating))
 
 
 def _items(source: Source, request: Request) -> Parsed:
     rows = source.csv_rows("\t", quoted=False)
-    header = Header(source, rows, ("item_id",), typed=True)
-    parse = header.items("item_id")
+    header = Header(source, rows, (), typed=True)
+    parse = header.items(_item_column(source, header))
+    names = {name: _NAMES[name] for name in header.names if name in _NAMES and _NAMES[name] not in header.names}
 
     def item(fields: list[str]) -> tuple[str, dict[str, Any]]:
         key, row = parse(fields)
-        return key, {_NAMES.get(name, name): _value(text, name, header.types[name]) for name, text in row.items()}
+        return key, {names.get(name, name): _value(text, name, header.types[name]) for name, text in row.items()}
 
     return Parsed(rows, item)
+
+
+def _item_column(source: Source, header: Header) -> str:
+    found = next((name for name in _ITEM if name in header.names), None)
+    if found is None:
+        raise source.misfit(1, f"the header lacks item_id; it has {', '.join(header.names)}")
+    return found
 
 
 def _value(text: str, name: str, kind: str) -> Any:

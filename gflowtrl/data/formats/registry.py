@@ -1,6 +1,6 @@
 """The raw formats by name, and reading the files of one."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +8,22 @@ from gflowtrl.catalog import Item
 
 from ..interactions import InteractionData
 from ..readers import read_folder, read_letter
-from .amazon import AMAZON, AMAZON_2023
+from .amazon import AMAZON_2014, AMAZON_2018, AMAZON_2023
 from .base import Request
 from .cleaning import clean_features
-from .log import identifier
+from .log import UNREADABLE, identifier
 from .movielens import MOVIELENS
 from .recbole import RECBOLE
 from .report import Preparation
+from .s3rec import S3REC
 from .source import MALFORMED, Source
-from .tables import CSV, JSONL, PARQUET, S3REC
+from .tables import CSV, JSONL, PARQUET
 
 
 #: Files that are streamed.
 STREAMED = {
-    "amazon-2014": AMAZON,
-    "amazon-2018": AMAZON,
+    "amazon-2014": AMAZON_2014,
+    "amazon-2018": AMAZON_2018,
     "amazon-2023": AMAZON_2023,
     "movielens": MOVIELENS,
     "recbole": RECBOLE,
@@ -39,18 +40,62 @@ COMPLETE = {"letter": read_letter, "folder": read_folder}
 RAW_FORMATS = (*STREAMED, *COMPLETE)
 
 
-def find_files(format: str, interactions: Path, items: str | Path | None) -> tuple[Path, Path | None]:
-    """The files of interactions and items; in a folder of `movielens` or `recbole` they are looked for."""
-    if format in COMPLETE or not interactions.is_dir():
-        return interactions, None if items is None else Path(items)
+Paths = str | Path | Sequence[str | Path]
+
+
+def find_files(format: str, interactions: Paths, items: Paths | None) -> tuple[list[Path], list[Path]]:
+    """The files of interactions and items.
+
+    In a folder of `movielens` or `recbole` they are looked for; so are items that lie beside the interactions, in a
+    format that says where. Items are looked for only where none are given.
+
+    Raises:
+        ValueError: if no file or one file twice is given, a folder holds several that fit, or a complete format gets
+            several paths.
+        FileNotFoundError: if a folder holds no file of the format.
+    """
+    paths = _paths(interactions, "interactions")
+    if format in COMPLETE:
+        if len(paths) > 1:
+            raise ValueError(
+                f"Format {format!r} is read from one path, but {len(paths)} were given. Give one of them."
+            )
+        return paths, []
+    beside: list[Path] = []
+    for place, path in enumerate(paths):
+        if path.is_dir():
+            paths[place] = _in_folder(path, format)
+            found = _first_that_is_there(path, STREAMED[format].item_files)
+        else:
+            found = STREAMED[format].items_beside(path)
+        if found is not None and found.is_file() and found not in beside:
+            beside.append(found)
+    return _each_once(paths), beside if items is None else _each_once(_paths(items, "items"))
+
+
+def _paths(given: Paths, name: str) -> list[Path]:
+    paths = [Path(given)] if isinstance(given, str | Path) else list(map(Path, given))
+    if not paths:
+        raise ValueError(f"No file of {name} was given. Give one or more.")
+    return paths
+
+
+def _each_once(paths: list[Path]) -> list[Path]:
+    seen: set[Path] = set()
+    for path in paths:
+        if path.resolve() in seen:
+            raise ValueError(f"{path} is given twice. Every interaction in it would count twice; give each file once.")
+        seen.add(path.resolve())
+    return paths
+
+
+def _in_folder(folder: Path, format: str) -> Path:
     patterns = STREAMED[format].files
-    found = _first_that_is_there(interactions, patterns)
+    found = _first_that_is_there(folder, patterns)
     if found is None:
         wanted = f"one of {', '.join(patterns)}" if patterns else "a file, not a folder"
-        raise FileNotFoundError(f"{interactions} is a folder, and {format!r} needs {wanted}. Give the file's path.")
-    if items is None:
-        items = _first_that_is_there(interactions, STREAMED[format].item_files)
-    return found, None if items is None else Path(items)
+        raise FileNotFoundError(f"{folder} is a folder, and {format!r} needs {wanted}. Give the file's path.")
+    return found
 
 
 def _first_that_is_there(folder: Path, patterns: Iterable[str]) -> Path | None:
@@ -76,7 +121,7 @@ def read_complete(format: str, path: Path) -> InteractionData:
 
 
 def read_features(
-    source: Source,
+    sources: Sequence[Source],
     request: Request,
     wanted: Iterable[Item],
     report: Preparation,
@@ -85,17 +130,19 @@ def read_features(
     """The cleaned features of the wanted items, in the order of `wanted`. The first line about an item counts."""
     by_name = {str(item): item for item in wanted}
     features: dict[Item, dict[str, Any]] = {}
-    parsed = STREAMED[source.format].items(source, request)
-    for line, record in parsed.records:
-        try:
-            key, row = parsed.parse(record)
-            item = by_name.get(identifier(key))
-            if item in features:
-                report.repeated_items += 1
-            elif item is not None:
-                features[item] = clean_features(row, max_description_characters)
-        except MALFORMED as error:
-            source.reject(line, error)
-    source.finish()
-    report.take_items(source)
+    for source in sources:
+        parsed, line = STREAMED[source.format].items(source, request), None
+        for line, record in parsed.records:
+            try:
+                key, row = parsed.parse(record)
+                item = by_name.get(identifier(key))
+                if item in features:
+                    report.repeated_items += 1
+                elif item is not None:
+                    features[item] = clean_features(row, max_description_characters)
+                    report.unreadable_items += UNREADABLE in str(features[item])
+            except MALFORMED as error:
+                source.reject(line, error)
+        source.finish(line)
+    report.take_items(sources)
     return {item: features[item] for item in by_name.values() if item in features}

@@ -7,6 +7,7 @@ import io
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -17,6 +18,18 @@ MALFORMED = (ValueError, KeyError, TypeError, IndexError, AttributeError, Overfl
 
 _NAMED_LINES = 5
 _BLOCK_BYTES = 1 << 20
+_HEAD_BYTES = 1 << 12
+_REASON_CHARACTERS = 500
+_UNPACK = "an archive or packed in a way that is not read", "Unpack it, or pack it with gzip."
+#: How files begin that are given in the place of text.
+_OTHERS = {
+    b"PK\x03\x04": _UNPACK,  # zip
+    b"BZh": _UNPACK,
+    b"\xfd7zXZ\0": _UNPACK,
+    b"7z\xbc\xaf\x27\x1c": _UNPACK,
+    b"\x28\xb5\x2f\xfd": _UNPACK,  # zstandard
+    b"PAR1": ("a parquet file", "Read it with format parquet."),
+}
 
 
 class Source:
@@ -27,6 +40,7 @@ class Source:
         format: name of the format, for messages.
         expected: what a line of this file should be, for messages.
         max_malformed: share of the lines, 0 to 1, that may be malformed.
+        encoding: of its text; `None` for that of the format, which is UTF-8 but for some of MovieLens.
 
     Attributes:
         lines: number of the last line that was read.
@@ -35,24 +49,30 @@ class Source:
         malformed_lines: the first few of them, each with its number and the reason.
     """
 
-    def __init__(self, path: str | Path, format: str, expected: str, max_malformed: float):
+    def __init__(
+        self, path: str | Path, format: str, expected: str, max_malformed: float, encoding: str | None = None
+    ):
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path} is no file. Format {format!r} reads {expected}.")
         self.format = format
         self.expected = expected
         self.max_malformed = max_malformed
+        self.encoding = encoding
         self.lines = 0
         self.first_line = 1
         self.malformed = 0
         self.malformed_lines: list[str] = []
 
     def peek(self) -> str:
-        """The first line that is not blank, stripped; bytes are read as latin-1, which never fails."""
-        with self.path.open("rb") as raw, self._whole_gzip():
-            lines = _unpacked(io.BufferedReader(raw))
-            head = next((line for line in iter(lambda: lines.readline(_BLOCK_BYTES), b"") if line.strip()), b"")
-        return head.removeprefix(codecs.BOM_UTF8).decode("latin-1").strip()
+        """The first line that is not blank, without its line end; empty where there is none."""
+        return next(iter(self.peek_lines(1)), "")
+
+    def peek_lines(self, count: int) -> list[str]:
+        """The first lines that are not blank, at most `count`, without their line ends."""
+        with self.path.open("rb") as raw, self._whole_gzip(), self._text(io.BufferedReader(raw), "utf-8-sig") as text:
+            whole = (line for line in iter(lambda: text.readline(_BLOCK_BYTES), "") if line.strip())
+            return [line.strip(" \r\n") for line in islice(whole, count)]
 
     @contextmanager
     def _whole_gzip(self) -> Iterator[None]:
@@ -64,18 +84,29 @@ class Source:
             ) from None
 
     def text_lines(self, encoding: str = "utf-8-sig") -> Iterator[str]:
-        """All lines with their line ends. Bytes that are not text become U+FFFD, which no id may hold."""
+        """All lines with their line ends, in the encoding of the source, or else in `encoding`.
+
+        Bytes that are not text become U+FFFD, which no id may hold.
+        """
         with byte_bar(self.path.name, self.path.stat().st_size) as bar, _Counted(self.path, bar) as counted:
             raw = io.BufferedReader(counted, _BLOCK_BYTES)
-            with self._whole_gzip(), io.TextIOWrapper(_unpacked(raw), encoding, "replace", newline="\n") as text:
+            with self._whole_gzip(), self._text(raw, encoding) as text:
                 yield from text
+
+    def _text(self, raw: io.BufferedReader, encoding: str) -> io.TextIOWrapper:
+        """The text in a file. Raises a ValueError if it plainly is none."""
+        content = _unpacked(raw)
+        problem = _no_text(content.peek(_HEAD_BYTES)[:_HEAD_BYTES], known_encoding=self.encoding is not None)
+        if problem:
+            raise ValueError(f"{self.path} {problem} Format {self.format!r} reads {self.expected}.")
+        return io.TextIOWrapper(content, self.encoding or encoding, "replace", newline="\n")
 
     def numbered_lines(self, encoding: str = "utf-8-sig") -> Iterator[tuple[int, str]]:
         """(number, line without its line end) of all lines that are not blank."""
         for number, line in enumerate(self.text_lines(encoding), 1):
             self.lines = number
             line = line.rstrip("\r\n")
-            if line:
+            if line and not line.isspace():
                 yield number, line
 
     def csv_rows(self, delimiter: str, encoding: str = "utf-8-sig", quoted: bool = True) -> Iterator:
@@ -92,7 +123,7 @@ class Source:
             self.lines = rows.line_num
             if fields is None:
                 return
-            if fields:
+            if len(fields) > 1 or (fields and fields[0].strip()):
                 yield rows.line_num, fields
 
     def reject(self, number: int, error: Exception) -> None:
@@ -101,7 +132,7 @@ class Source:
         Raises:
             ValueError: if it is the first line of data.
         """
-        reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+        reason = _short(f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error))
         self.malformed += 1
         if len(self.malformed_lines) < _NAMED_LINES:
             self.malformed_lines.append(f"line {number}: {reason}")
@@ -111,14 +142,22 @@ class Source:
     def misfit(self, number: int, reason: str) -> ValueError:
         """The error for a file that is not of its format."""
         return ValueError(
-            f"{self.path}, line {number} is not {self.format!r}: {reason}. Expected is {self.expected}. "
+            f"{self.path}, line {number} is not {self.format!r}: {_short(reason)}. Expected is {self.expected}. "
             "Check the file, or give another format; docs/data.md lists them."
         )
 
-    def finish(self) -> None:
-        """Raise a ValueError if the file held nothing, or too many of its lines were malformed."""
-        if self.lines < self.first_line:
-            raise ValueError(f"{self.path} holds no data. Expected is {self.expected}.")
+    def nothing(self) -> ValueError:
+        """The error for a file without data."""
+        return ValueError(f"{self.path} holds no data. Expected is {self.expected}. Check whether the file is whole.")
+
+    def finish(self, last: int | None) -> None:
+        """Raise a ValueError if the file held nothing, or too many of its lines were malformed.
+
+        Args:
+            last: number of the last record, `None` where there was none.
+        """
+        if last is None and not self.malformed:
+            raise self.nothing()
         share = self.malformed / self.lines
         if share > self.max_malformed:
             raise ValueError(
@@ -127,6 +166,26 @@ class Source:
                 f"{'; '.join(self.malformed_lines)}. Expected is {self.expected}. "
                 "Repair the file, check the format, or raise max_malformed."
             )
+
+
+def _no_text(head: bytes, known_encoding: bool) -> str:
+    """What a file is that begins with `head`, and the remedy, where it is no text; else nothing."""
+    for magic, (kind, remedy) in _OTHERS.items():
+        if head.startswith(magic):
+            return f"is {kind}. {remedy}"
+    if known_encoding:
+        return ""
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or head.count(0) > len(head) // 4:
+        return "is no UTF-8. If it is text, name its encoding (--encoding, utf-16 for example)."
+    if head.count(b"\r") > 1 and b"\n" not in head:
+        return "has lines that end in CR alone, as old Macs wrote them. Make LF of each CR first."
+    return ""
+
+
+def _short(reason: str) -> str:
+    """A reason that fits on a line: without control characters, and cut where a broken file made it long."""
+    plain = "".join(sign if sign.isprintable() else "?" for sign in reason)
+    return plain if len(plain) <= _REASON_CHARACTERS else plain[:_REASON_CHARACTERS] + " ..."
 
 
 def byte_bar(name: str, total: int | None, done: int = 0) -> tqdm:

@@ -1,6 +1,7 @@
-"""Tables of your own with named columns (`csv`, `jsonl`, `parquet`), and the sequences of S3-Rec."""
+"""Tables of your own with named columns (`csv`, `jsonl`, `parquet`)."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,21 +9,25 @@ import pyarrow.parquet as pq
 from ..readers import json_object
 from .amazon import json_interactions
 from .base import Format, Header, Parsed, Request
+from .headerless import DELIMITERS, headerless_interactions, headerless_items
 from .source import Source
 
 
-_DELIMITERS = ",\t;|"
 _BATCH_ROWS = 1 << 14
 
 
 def _csv_interactions(source: Source, request: Request) -> Parsed:
     columns = request.columns
+    if columns.header is not None:
+        return headerless_interactions(source, list(columns.header), columns, request.rated)
     names = columns.user, columns.item, columns.time, columns.rating if request.rated else None
     rows = _csv_rows(source, columns.item)
     return Parsed(rows, Header(source, rows, filter(None, names)).interactions(*names))
 
 
 def _csv_items(source: Source, request: Request) -> Parsed:
+    if request.columns.items_header is not None:
+        return headerless_items(source, list(request.columns.items_header), request.columns.item)
     rows = _csv_rows(source, request.columns.item)
     return Parsed(rows, Header(source, rows, (request.columns.item,)).items(request.columns.item))
 
@@ -30,7 +35,7 @@ def _csv_items(source: Source, request: Request) -> Parsed:
 def _csv_rows(source: Source, item: str) -> Iterator[tuple[int, list[str]]]:
     """Rows split at the character at which the header falls into columns, the item's among them."""
     head = source.peek()
-    fits = (sign for sign in _DELIMITERS if item in [name.strip(' "') for name in head.split(sign)] and sign in head)
+    fits = (sign for sign in DELIMITERS if item in [name.strip(' "') for name in head.split(sign)] and sign in head)
     return source.csv_rows(next(fits, ","))
 
 
@@ -63,15 +68,14 @@ def _parquet_items(source: Source, request: Request) -> Parsed:
 
 
 def _open_parquet(source: Source, needed: list[str]) -> pq.ParquetFile:
-    try:
+    with _readable(source):
         file = pq.ParquetFile(source.path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{source.path} is no parquet file ({error}). Check the file, or the format.") from None
     missing = [name for name in needed if name not in file.schema_arrow.names]
     if missing:
         found = ", ".join(file.schema_arrow.names)
         raise ValueError(
-            f"{source.path} lacks the columns {', '.join(missing)}; it has {found}. Name them in Columns."
+            f"{source.path} lacks the columns {', '.join(missing)}; it has {found}. Name them in Columns, or with "
+            "--user_column, --item_column, --time_column and --rating_column."
         )
     return file
 
@@ -80,13 +84,30 @@ def _parquet_rows(
     source: Source, file: pq.ParquetFile, names: list[str | None], time: str | None = None
 ) -> Iterator[tuple[int, tuple]]:
     """(number of the row, values), in the order of `names`; 0 for the name `None`."""
-    for batch in file.iter_batches(_BATCH_ROWS, columns=[name for name in names if name is not None]):
-        values = [
-            [0.0] * len(batch) if name is None else _python_values(batch.column(name), name == time) for name in names
-        ]
+    batches = file.iter_batches(_BATCH_ROWS, columns=[name for name in names if name is not None])
+    while True:
+        with _readable(source):
+            batch = next(batches, None)
+            if batch is None:
+                return
+            values = [
+                [0.0] * len(batch) if name is None else _python_values(batch.column(name), name == time)
+                for name in names
+            ]
         for row in zip(*values, strict=True):
             source.lines += 1
             yield source.lines, row
+
+
+@contextmanager
+def _readable(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # arrow's messages do not name the file
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{source.path} is no parquet file that can be read ({reason}). Check the file, or the format."
+        ) from None
 
 
 def _python_values(column: pa.Array, is_time: bool) -> list:
@@ -97,21 +118,11 @@ def _python_values(column: pa.Array, is_time: bool) -> list:
     return column.to_pylist()
 
 
-def _s3rec(source: Source, request: Request) -> Parsed:
-    return Parsed(_s3rec_interactions(source), lambda pair: (*pair, 0.0, 0.0))
-
-
-def _s3rec_interactions(source: Source) -> Iterator[tuple[int, tuple[str, str]]]:
-    for number, line in source.numbered_lines():
-        user, *items = line.split()
-        if not items:
-            source.reject(number, ValueError(f"user {user!r} has no items"))
-        for item in items:
-            yield number, (user, item)
-
-
-_FEATURES = "an item column (Columns) and features in the others"
-_COLUMNS = "a user, an item and a time column (Columns says which; time=None where there is none)"
+_FEATURES = "an item column (named in Columns, or with --item_column) and features in the others"
+_COLUMNS = (
+    "a user, an item and a time column (named in Columns, or with --user_column, --item_column and --time_column; "
+    "time=None, or --time_column none, where there is none)"
+)
 
 CSV = Format(
     _csv_interactions,
@@ -128,4 +139,3 @@ JSONL = Format(
     own_columns=True,
 )
 PARQUET = Format(_parquet_interactions, _COLUMNS, _parquet_items, _FEATURES, own_columns=True)
-S3REC = Format(_s3rec, "a user followed by its items, oldest first, with spaces between them", has_ratings=False)

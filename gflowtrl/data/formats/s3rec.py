@@ -1,0 +1,64 @@
+"""S3-Rec's files, which many repositories of sequential recommendation use: `X.txt` and `X_item2attributes.json`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..readers import json_object
+from .base import Format, Parsed, Request
+from .source import Source
+
+
+_ATTRIBUTES = "_item2attributes.json"
+
+
+def _interactions(source: Source, request: Request) -> Parsed:
+    return Parsed(_sequences(source), lambda pair: (*pair, 0.0, 0.0))
+
+
+def _sequences(source: Source) -> Iterator[tuple[int, tuple[str, str]]]:
+    for number, line in source.numbered_lines():
+        user, *items = line.split()
+        if not items:
+            source.reject(number, ValueError(f"user {user!r} has no items"))
+        for item in items:
+            yield number, (user, item)
+
+
+def _items(source: Source, request: Request) -> Parsed:
+    return Parsed(_described(source), lambda pair: (pair[0], {"attributes": _words(pair[1])}))
+
+
+def _described(source: Source) -> Iterator[tuple[int, tuple[str, Any]]]:
+    """(number in the file, (item, attributes)) of the one JSON object that the file is."""
+    text = "".join(source.text_lines())
+    if not text.strip():
+        raise source.nothing()
+    try:
+        content = json_object(text)
+    except ValueError as error:
+        raise source.misfit(1, str(error)) from None
+    for number, pair in enumerate(content.items(), 1):
+        source.lines = number
+        yield number, pair
+
+
+def _words(attributes: Any) -> list[str]:
+    """Attributes as words: their numbers say nothing by themselves, and a text needs words that differ."""
+    if not isinstance(attributes, list):
+        raise ValueError(f"a list of attributes is needed, not {attributes!r}")
+    return [f"attribute_{name}" if isinstance(name, int) else str(name) for name in attributes]
+
+
+def _items_beside(path: Path) -> Path | None:
+    return path.with_name(Path(path.name.removesuffix(".gz")).stem + _ATTRIBUTES)
+
+
+S3REC = Format(
+    _interactions,
+    "a user followed by its items, oldest first, with spaces between them",
+    _items,
+    'one JSON object {"item": [attribute, ...]}',
+    has_ratings=False,
+    items_beside=_items_beside,
+)
