@@ -10,60 +10,31 @@ and the policy does not: there even a perfect policy stays about the target's sh
 
 import argparse
 import json
-from pathlib import Path
+from dataclasses import replace
 
-from datasets import Dataset
 from office import KEPT, ROOT, settings, spread
 
 from gflowtrl.pipeline import Recipe, load_recipe, run
-from gflowtrl.pipeline.job import needs_teacher
-from gflowtrl.pipeline.materials import Materials, prepare
-from gflowtrl.pipeline.signals import build_rewards, final_weights, fit_teacher
-from gflowtrl.pipeline.stage import Workshop
-from gflowtrl.policy import load_backbone, make_policy
-from gflowtrl.rewards import RewardFusion
-from gflowtrl.trainer import compare_with_rewards
-from gflowtrl.trainer.gflownet_trainer import fuse_rewards
 
 
 METHODS = {"sft": "SFT", "control": "SFT continued", "gflownet": "GFlowNet"}
 
 
-def fusion_of(materials: Materials, sft_model: str) -> RewardFusion:
-    """The recipe's R, as its GFlowNet stage was trained with."""
-    recipe = materials.recipe
-    workshop = Workshop(recipe.output_dir, quiet=True)
-    teacher = fit_teacher(workshop, materials, recipe.teacher) if needs_teacher(recipe) else None
-    args = recipe.training_arguments("gflownet", Path(recipe.output_dir) / "unused")
-    rewards = build_rewards(workshop, materials, teacher, Path(sft_model))
-    args.reward_weights = final_weights(workshop, materials, rewards)
-    return fuse_rewards(rewards, args, materials.catalog, materials.tokenizer)
-
-
-def some(rows: Dataset, count: int) -> Dataset:
-    """Rows spread evenly over all."""
-    return rows.select([i * len(rows) // count for i in range(min(count, len(rows)))])
-
-
 def measure(recipe: Recipe, count: int) -> dict:
-    materials = prepare(recipe)
-    methods = run(recipe, materials, quiet=True)["methods"]
-    rewards = fusion_of(materials, methods["sft"]["model"])
-    parts = {"training": some(materials.splits.train, count), "test": some(materials.splits.test, count)}
-    record = {
-        "rows": count,
-        "leaves": materials.catalog.tree.num_leaves,
-        "recipe": settings(recipe.as_dict()),
-        "methods": {},
+    """The record of a run's own calibration stage, without its diagrams."""
+    wanted = replace(recipe, evaluation=replace(recipe.evaluation, calibration_rows=count))
+    found = run(wanted, quiet=True).get("calibration", {"left_out": "the recipe has no rewards."})
+    if "left_out" in found:
+        raise SystemExit(f"{recipe.name}: {found['left_out']}")
+    methods = {
+        method: {
+            part: {name: value for name, value in values.items() if name != "reliability"}
+            for part, values in found["methods"][method].items()
+        }
+        for method in METHODS
     }
-    for method in METHODS:
-        policy = make_policy(load_backbone(methods[method]["model"]).eval(), materials.catalog)
-        record["methods"][method] = {
-            part: {name: float(values.mean()) for name, values in compare_with_rewards(
-                policy, rewards, materials.encoder, rows).items()}
-            for part, rows in parts.items()
-        }  # fmt: skip
-    return record
+    sizes = {name: found[name] for name in ("rows", "leaves")}
+    return {**sizes, "recipe": settings(recipe.as_dict()), "methods": methods}
 
 
 def table(records: dict[str, list[dict]]) -> str:

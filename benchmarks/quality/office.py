@@ -30,8 +30,13 @@ COLUMNS += [f"{name}@10" for name in ("coverage", "entropy", "dgu", "mgu", "long
 
 
 def settings(recipe: dict) -> dict:
-    """What a kept run must agree with: the recipe without the places of this machine and without what else was run."""
-    return {name: value for name, value in recipe.items() if name not in ("output_dir", "data_dir", "stages")}
+    """What a kept run must agree with: the recipe without the places of this machine and without what else was run or
+    measured."""
+    kept = {name: value for name, value in recipe.items() if name not in ("output_dir", "data_dir", "stages")}
+    if "evaluation" in kept:
+        others = kept["evaluation"].items()
+        kept["evaluation"] = {name: value for name, value in others if name != "calibration_rows"}
+    return kept
 
 
 def keep(results: dict, recipe: Recipe, file: Path) -> None:

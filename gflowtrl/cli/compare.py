@@ -15,7 +15,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("runs", nargs="+", help="output folders of recipes, or results.json files")
     parser.add_argument("--k", type=int, default=10, help="cut-off of the metrics")
     parser.add_argument("--against", default="SFT continued", help="the row to compare with: how its title begins")
-    parser.add_argument("--plot", type=Path, help="PNG file for accuracy against breadth")
+    parser.add_argument("--plot", type=Path, help="PNG file for accuracy against breadth, and the differences")
     return guarded(lambda: _compare(parse(parser, arguments)))
 
 
@@ -31,7 +31,9 @@ def _compare(given: argparse.Namespace) -> None:
     other = next((row for row in rows if row.title.startswith(given.against)), None)
     differences = [{m: difference(row, other, m) for m in metrics[:2]} if other else {} for row in rows]
     if given.plot is not None:
-        plot_comparison(rows, metrics[1], metrics[2], given.plot)
+        shown = {row.title: found[metrics[1]] for row, found in zip(rows, differences, strict=True)}
+        shown = {title: found for title, found in shown.items() if found}
+        plot_comparison(rows, metrics[1], metrics[2], given.plot, shown, other.title if other else "")
     if given.json:
         shown = [
             {"title": row.title, "seeds": row.seeds, "metrics": {m: row.mean(m) for m in measured}} for row in rows

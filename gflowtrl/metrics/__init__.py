@@ -3,12 +3,14 @@
 from .breadth import breadth_metrics, popularity_groups
 from .prefixes import prefix_metrics
 from .ranking import group_means, item_ranking_metrics, leaf_ranking_metrics
+from .reliability import binned_by_target, reliability_curve
 from .report import RankingReport, summarise, summarise_items
 from .statistics import jensen_shannon, paired_bootstrap, rank_summary, total_variation
 
 
 __all__ = [
     "RankingReport",
+    "binned_by_target",
     "breadth_metrics",
     "group_means",
     "item_ranking_metrics",
@@ -18,6 +20,7 @@ __all__ = [
     "popularity_groups",
     "prefix_metrics",
     "rank_summary",
+    "reliability_curve",
     "summarise",
     "summarise_items",
     "total_variation",

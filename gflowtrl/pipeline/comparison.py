@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from gflowtrl.metrics import paired_bootstrap
 
 from .evaluation import PER_USER_FILE
+from .plots import DPI, plot_differences
 from .report import TITLES
 
 
@@ -110,17 +112,39 @@ def difference(row: ComparedRow, other: ComparedRow, metric: str) -> dict[str, f
     return paired_bootstrap(*means)
 
 
-def plot_comparison(rows: Sequence[ComparedRow], accuracy: str, breadth: str, file: Path) -> None:
-    """Accuracy against breadth, a dot a method; bars are standard deviations over seeds."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+def plot_comparison(
+    rows: Sequence[ComparedRow],
+    accuracy: str,
+    breadth: str,
+    file: Path,
+    differences: Mapping[str, Mapping[str, float]] | None = None,
+    against: str = "",
+) -> None:
+    """Accuracy against breadth, a dot a method; bars are standard deviations over seeds. Beside it, where there are
+    any, the differences of `accuracy` to one row.
+
+    Args:
+        rows: the methods.
+        accuracy, breadth: metrics.
+        file: where to, a PNG.
+        differences: title of a row to what `difference` gives.
+        against: the title of the row that the others are compared with.
+    """
+    panels = 2 if differences else 1
+    figure = Figure(figsize=(7 * panels, 4.5 + 0.15 * len(rows)), layout="constrained")
+    axes, *beside = figure.subplots(1, panels, squeeze=False)[0]
     for number, row in enumerate(rows):
         values = torch.tensor([[e["metrics"][name] for name in (breadth, accuracy)] for e in row.entries])
         error = values.std(0).tolist() if len(values) > 1 else [0.0, 0.0]
         x, y = values.mean(0).tolist()
-        marker = "os^Dv<>PX*"[number % 10]
-        axes.errorbar(x, y, error[1], error[0], fmt=marker, capsize=3, label=row.title)
+        marker, color = "os^Dv<>PX*"[number % 10], f"C{number % 10}"
+        axes.errorbar(x, y, error[1], error[0], fmt=marker, color=color, capsize=3, label=row.title)
     axes.set(xlabel=breadth, ylabel=accuracy, title="Accuracy against breadth, test split")
-    axes.legend(fontsize="small")
     axes.margins(0.15)
-    figure.savefig(file, dpi=150)
+    figure.legend(loc="outside lower left", ncols=panels, fontsize="small")  # never over a dot
+    for other in beside:
+        plot_differences(
+            other, {fill(title, 24, break_long_words=False): found for title, found in differences.items()}
+        )
+        other.set(xlabel="95 % interval over users (filled: without 0)", title=f"{accuracy}: difference to {against}")
+    figure.savefig(file, dpi=DPI)

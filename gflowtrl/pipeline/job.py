@@ -12,12 +12,13 @@ from gflowtrl.samplers import uses_teacher
 from gflowtrl.teachers import fingerprint
 
 from . import report
+from .calibration import measure_calibration
 from .evaluation import measure_policy, measure_teacher
 from .materials import Materials, prepare
 from .recipe import Recipe
 from .signals import check_signals, fit_teacher, teacher_key
 from .stage import Stage, Workshop
-from .training import train_control, train_gflownet, train_sft
+from .training import add_test_results, train_control, train_gflownet, train_sft
 
 
 def run(
@@ -44,7 +45,7 @@ def run(
     trained: dict[str, Stage] = {}
     tested: dict[str, Stage] = {}
 
-    teacher = None
+    teacher = used = None
     if "teacher" in wanted or ("gflownet" in wanted and needs_teacher(recipe)):
         teacher = fit_teacher(workshop, materials, recipe.teacher)
         key = teacher_key(recipe, materials, recipe.teacher)
@@ -58,12 +59,16 @@ def run(
         trained["gflownet"] = train_gflownet(workshop, materials, sft, used, callbacks)
     tested |= {method: measure_policy(workshop, materials, stage) for method, stage in trained.items()}
 
-    results = report.collect(materials, trained, tested, workshop.seconds)
+    calibration = measure_calibration(workshop, materials, trained, used)
+
+    results = report.collect(materials, trained, tested, workshop.seconds, calibration)
     if workshop.is_main:
         own = workshop.root / f"report-{recipe.name}-{fingerprint(recipe.as_dict())[:8]}"
         logs = {method: stage.record["log"] for method, stage in trained.items()}
         for folder in (own, workshop.root):
             report.write(results, logs, folder)
+        for method, stage in trained.items():
+            add_test_results(stage, results["methods"][method]["metrics"], results["data"]["test_users"])
         workshop.say(
             f"\n{report.text(results)}\n\nresults.json, report.md and the models are in {Path(workshop.root)}."
         )

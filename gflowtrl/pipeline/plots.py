@@ -1,4 +1,5 @@
-"""Pictures of a run: what every method reaches, accuracy against breadth, for whom, and how training went."""
+"""Pictures of a run: what every method reaches, accuracy against breadth, for whom, how training went, and how near
+the policies are to R / Z."""
 
 from __future__ import annotations
 
@@ -10,11 +11,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 
+#: A method looks the same in all pictures.
+STYLES = {
+    "teacher": {"color": "tab:gray", "marker": "s"},
+    "sft": {"color": "tab:blue", "marker": "^"},
+    "control": {"color": "tab:orange", "marker": "D"},
+    "gflownet": {"color": "tab:green", "marker": "o"},
+}
+#: Metrics whose own names are no words, as the report calls them.
+NAMES = {"unseen_liked_mass": "unseen liked", "total_variation": "TV to truth"}
+DPI = 150
+
+
 def plot_run(
     results: Mapping[str, Any], logs: Mapping[str, list[dict]], titles: Mapping[str, str], folder: Path
 ) -> None:
     """Writes `accuracy_vs_coverage.png`, `metrics.png`, `recall_by_popularity.png` and, where something was trained,
-    `training.png`.
+    `training.png`, and where policies were compared with R / Z, `calibration.png`.
 
     Args:
         results: content of `results.json`.
@@ -24,69 +37,148 @@ def plot_run(
     """
     ks = results["recipe"]["evaluation"]["ks"]
     k = 10 if 10 in ks else max(ks)
-    kind = "SYNTHETIC data" if results["data"]["synthetic"] else "test split"
-    name = f"{results['recipe']['name']}: {kind}"
+    recipe, synthetic = results["recipe"]["name"], results["data"]["synthetic"]
+    name = f"{recipe}: SYNTHETIC data" if synthetic else f"{recipe}: test split"
     methods = results["methods"]
-    pictures = {
-        "accuracy_vs_coverage": lambda axes: _accuracy_against_breadth(axes, methods, titles, k),
-        "metrics": lambda axes: _metrics(axes, methods, titles, k),
-        "recall_by_popularity": lambda axes: _by_popularity(axes, methods, titles, k),
+    figures = {
+        "accuracy_vs_coverage": _accuracy_against_breadth(methods, titles, k),
+        "metrics": _metrics(methods, titles, k, results.get("gflownet_minus_control", {})),
+        "recall_by_popularity": _by_popularity(methods, titles, k),
     }
-    for file, draw in pictures.items():
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        axes = figure.subplots()
-        draw(axes)
-        axes.set_title(name)
-        figure.savefig(folder / f"{file}.png", dpi=150)
     if logs:
-        _training(logs, titles, results["recipe"]["name"], f"eval_ndcg@{k}", folder / "training.png")
+        figures["training"] = _training(logs, titles, f"eval_ndcg@{k}")
+    if "methods" in results.get("calibration", {}):
+        figures["calibration"] = _calibration(results["calibration"], titles)
+    for file, figure in figures.items():
+        about = name if file not in ("training", "calibration") or synthetic else recipe
+        figure.suptitle(about)
+        figure.savefig(folder / f"{file}.png", dpi=DPI)
 
 
-def _accuracy_against_breadth(axes: Axes, methods: Mapping[str, Any], titles: Mapping[str, str], k: int) -> None:
+def plot_differences(axes: Axes, intervals: Mapping[str, Mapping[str, float]]) -> None:
+    """Differences with their 95 % intervals, one a line, and a line at zero: filled where the interval excludes it.
+
+    Args:
+        intervals: label to what `metrics.paired_bootstrap` gives.
+    """
+    for place, found in enumerate(intervals.values()):
+        mean, low, high = found["mean_difference"], found["low"], found["high"]
+        clear = low > 0 or high < 0
+        axes.errorbar(
+            mean, place, xerr=[[mean - low], [high - mean]], fmt="o", capsize=4, color="black",
+            markerfacecolor="black" if clear else "white",
+        )  # fmt: skip
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # over the line at zero
+        axes.annotate(f"{mean:+.4f}", (mean, place), textcoords="offset points", xytext=(0, 8), ha="center", bbox=box)
+    axes.axvline(0, color="tab:red", linewidth=1, zorder=0)
+    axes.set_yticks(range(len(intervals)), list(intervals))
+    axes.set_ylim(len(intervals) - 0.5, -0.6)
+    axes.margins(x=0.15)
+    axes.locator_params(axis="x", nbins=5)
+
+
+def _accuracy_against_breadth(methods: Mapping[str, Any], titles: Mapping[str, str], k: int) -> Figure:
+    figure, (axes,) = _figure(7)
     for method, entry in methods.items():
         x, y = entry["metrics"][f"coverage@{k}"], entry["metrics"][f"ndcg@{k}"]
-        axes.errorbar(x, y, 1.96 * entry["standard_errors"][f"ndcg@{k}"], fmt="o", capsize=3)
-        axes.annotate(titles[method], (x, y), textcoords="offset points", xytext=(6, 6))
+        error = 1.96 * entry["standard_errors"][f"ndcg@{k}"]
+        axes.errorbar(x, y, error, label=titles[method], linestyle="none", capsize=3, **STYLES[method])
     axes.set(xlabel=f"coverage@{k}", ylabel=f"NDCG@{k} (bars: 95 %)")
-    axes.margins(0.25)
+    axes.margins(0.15)
+    axes.legend(fontsize="small")
+    return figure
 
 
-def _metrics(axes: Axes, methods: Mapping[str, Any], titles: Mapping[str, str], k: int) -> None:
+def _metrics(
+    methods: Mapping[str, Any], titles: Mapping[str, str], k: int, differences: Mapping[str, Mapping[str, float]]
+) -> Figure:
+    """Bars of each method, and beside them the differences to the control: users are the same, and an interval of the
+    difference says more than bars that overlap."""
+    figure, (axes, *beside) = _figure(11 if differences else 7, 2 if differences else 1)
     names = [f"recall@{k}", f"ndcg@{k}", f"mrr@{k}"]
     width = 0.8 / len(methods)
     for number, (method, entry) in enumerate(methods.items()):
         places = [place + (number - (len(methods) - 1) / 2) * width for place in range(len(names))]
         errors = [1.96 * entry["standard_errors"][name] for name in names]
         heights = [entry["metrics"][name] for name in names]
-        axes.bar(places, heights, width, yerr=errors, capsize=2, label=titles[method])
+        color = STYLES[method]["color"]
+        axes.bar(places, heights, width, yerr=errors, capsize=2, label=titles[method], color=color)
     axes.set_xticks(range(len(names)), names)
-    axes.set_ylabel("test split (bars: 95 %)")
+    axes.set_ylabel("mean over users (bars: 95 %)")
     axes.legend(fontsize="small")
+    for other in beside:
+        plot_differences(other, {NAMES.get(name, name): found for name, found in differences.items()})
+        other.set(
+            xlabel="GFlowNet - control, 95 % interval over users (filled: without 0)",
+            title="Difference to the control",
+        )
+    return figure
 
 
-def _by_popularity(axes: Axes, methods: Mapping[str, Any], titles: Mapping[str, str], k: int) -> None:
+def _by_popularity(methods: Mapping[str, Any], titles: Mapping[str, str], k: int) -> Figure:
+    figure, (axes,) = _figure(7)
     for method, entry in methods.items():
         values = [float("nan") if mean is None else mean for mean in entry["recall_by_popularity"]]
-        axes.plot(range(1, len(values) + 1), values, marker="o", label=titles[method])
+        axes.plot(range(1, len(values) + 1), values, label=titles[method], **STYLES[method])
     axes.set(xlabel="popularity of the target: groups of equal interactions, 1 the rarest items", ylabel=f"Recall@{k}")
     axes.legend(fontsize="small")
+    return figure
 
 
-def _training(logs: Mapping[str, list[dict]], titles: Mapping[str, str], name: str, chosen: str, file: Path) -> None:
+def _training(logs: Mapping[str, list[dict]], titles: Mapping[str, str], chosen: str) -> Figure:
     """Losses, with their parts where there are several, and the metric that chooses the checkpoint."""
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = _figure(11, 2)
     for method, log in logs.items():
         parts = sorted({key for entry in log for key in entry if key.startswith("loss/")})
-        for key in ["loss", *(parts if len(parts) > 1 else [])]:
-            label = titles[method] if key == "loss" else f"{titles[method]}, {key.removeprefix('loss/')}"
-            left.plot(*_series(log, key), label=label, linestyle="-" if key == "loss" else "--")
-        right.plot(*_series(log, chosen), marker="o", label=titles[method])
-    left.set(xlabel="step of the stage", ylabel="loss", title=name)
+        color = STYLES[method]["color"]
+        left.plot(*_series(log, "loss"), label=titles[method], color=color)
+        for key, line in zip(parts if len(parts) > 1 else [], ("--", ":", "-.") * len(parts), strict=False):
+            label = f"{titles[method]}, {key.removeprefix('loss/')}"
+            left.plot(*_series(log, key), label=label, linestyle=line, color=color)
+        right.plot(*_series(log, chosen), label=titles[method], **STYLES[method])
+    left.set(xlabel="step of the stage", ylabel="loss (of each stage its own)")
     right.set(xlabel="step of the stage", ylabel=f"{chosen.removeprefix('eval_')}, validation")
     for axes in (left, right):
         axes.legend(fontsize="small")
-    figure.savefig(file, dpi=150)
+    return figure
+
+
+def _calibration(calibration: Mapping[str, Any], titles: Mapping[str, str]) -> Figure:
+    """Reliability diagrams: what the policies give to the leaves of which R / Z wants so and so much."""
+    parts = ("training", "test")
+    figure, all_axes = _figure(11, len(parts))
+    for part, axes in zip(parts, all_axes, strict=True):
+        wanted = []
+        for method, entry in calibration["methods"].items():
+            curve, distance = entry[part]["reliability"], entry[part]["total_variation"]
+            label = f"{titles[method]}: TV {distance:.3f}"
+            axes.plot(curve["target"], curve["policy"], label=label, markersize=4, **STYLES[method])
+            wanted += curve["target"]
+        ends = [min(wanted), max(wanted)]
+        axes.plot(
+            ends,
+            ends,
+            color="black",
+            linestyle="--",
+            linewidth=1,
+            label=f"{calibration['target']} itself: TV 0",
+            zorder=0,
+        )
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlabel=f"{calibration['target']} of a leaf",
+            ylabel="mean probability of the policy",
+        )
+        axes.set_title(f"{calibration['rows']} {part} rows, all {calibration['leaves']:,} leaves")
+        axes.legend(fontsize="small")
+    return figure
+
+
+def _figure(width: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, 4.5), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
 def _series(log: Sequence[Mapping[str, Any]], key: str) -> tuple[list, list]:

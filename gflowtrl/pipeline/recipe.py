@@ -76,6 +76,9 @@ class EvaluationSection:
     batch_size: int = setting(256, "prompts decoded together")
     users: int | None = setting(None, "how many users are measured, chosen at random, the same in all runs; null: all")
     bootstrap_samples: int = setting(10_000, "resamples of users for the interval of GFlowNet minus control")
+    calibration_rows: int | None = setting(
+        None, "training and test rows on which policies are compared with R/Z; null: 64 where that is quick; 0: none"
+    )
 
     @property
     def primary_k(self) -> int:
@@ -131,6 +134,11 @@ class Recipe:
         check_names(self.stages, STAGES, "stages")
         if self.evaluation.users is not None and self.evaluation.users < 1:
             raise ValueError(f"evaluation.users is {self.evaluation.users}; give at least 1, or null for all users.")
+        if (self.evaluation.calibration_rows or 0) < 0:
+            raise ValueError(
+                f"evaluation.calibration_rows is {self.evaluation.calibration_rows}; give how many rows are compared "
+                f"with R / Z, or 0 for none."
+            )
         if self.data_dir is None:
             check_names(self.data.shop, inspect.signature(SyntheticShop).parameters, "data.shop")
             if self.data.k_core:
@@ -152,8 +160,9 @@ class Recipe:
         """All settings, without later ones that are not in use: results that were kept before still match."""
         unused = {"folder", *(name for name in ("prompt", "peft") if not getattr(self, name))}
         settings = {name: value for name, value in asdict(self).items() if name not in unused}
-        if self.evaluation.users is None:
-            del settings["evaluation"]["users"]
+        for name in ("users", "calibration_rows"):
+            if settings["evaluation"][name] is None:
+                del settings["evaluation"][name]
         return settings
 
     @property
@@ -202,6 +211,7 @@ class Recipe:
             "greater_is_better": True,
             "logging_steps": 0.1,
             "report_to": "none",
+            "run_name": f"{self.name}-{stage}",
             "per_device_eval_batch_size": self.evaluation.batch_size,
             "train_sampling_strategy": "group_by_length",
         }

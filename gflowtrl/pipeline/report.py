@@ -16,7 +16,7 @@ from gflowtrl.metrics import group_means, paired_bootstrap, popularity_groups
 
 from .evaluation import per_user
 from .materials import Materials
-from .plots import plot_run
+from .plots import NAMES, plot_run
 from .stage import Stage, write_json
 
 
@@ -25,7 +25,11 @@ PACKAGES = ("gflowtrl", "torch", "transformers", "trl", "accelerate", "datasets"
 
 
 def collect(
-    materials: Materials, trained: Mapping[str, Stage], tested: Mapping[str, Stage], seconds: Mapping[str, float]
+    materials: Materials,
+    trained: Mapping[str, Stage],
+    tested: Mapping[str, Stage],
+    seconds: Mapping[str, float],
+    calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything about a run as one JSON-able value.
 
@@ -33,6 +37,7 @@ def collect(
         trained: stages by method; the teacher, which may be several stages, is missing.
         tested: test stages by method.
         seconds: of each stage, by the name of its folder.
+        calibration: of `measure_calibration`, where there is one.
     """
     recipe, k = materials.recipe, materials.recipe.evaluation.primary_k
     of_item = popularity_groups(materials.item_counts)
@@ -74,6 +79,8 @@ def collect(
     }
     if {"gflownet", "control"} <= tested.keys():
         results["gflownet_minus_control"] = compare(materials, tested["gflownet"], tested["control"], k)
+    if calibration is not None:
+        results["calibration"] = calibration
     return results
 
 
@@ -93,7 +100,7 @@ def columns(results: Mapping[str, Any]) -> dict[str, str]:
     shown |= {f"NDCG@{k}": f"ndcg@{k}", f"coverage@{k}": f"coverage@{k}", f"entropy@{k}": f"entropy@{k}"}
     shown |= {f"Gini@{k}": f"gini@{k}", "long tail": f"long_tail@{k}"}
     if _truth_is_known(results):
-        shown |= {"unseen liked": "unseen_liked_mass", "TV to truth": "total_variation"}
+        shown |= {title: name for name, title in NAMES.items()}
     return shown
 
 
@@ -104,6 +111,16 @@ def table(results: Mapping[str, Any]) -> str:
     for method, entry in results["methods"].items():
         values = [f"{entry['metrics'][name]:.4f}" for name in shown.values()]
         lines.append([TITLES[method], *values, f"{entry['seconds']:.0f}" if "seconds" in entry else ""])
+    return aligned(lines)
+
+
+def calibration_table(calibration: Mapping[str, Any]) -> str:
+    """Distances of the policies to R / Z as a markdown table."""
+    shown = {"TV": "total_variation", "JS": "jensen_shannon"}
+    columns = {f"{title}, {part}": (part, name) for part in ("training", "test") for title, name in shown.items()}
+    lines = [["policy", *columns]]
+    for method, entry in calibration["methods"].items():
+        lines.append([TITLES[method], *(f"{entry[part][name]:.4f}" for part, name in columns.values())])
     return aligned(lines)
 
 
@@ -131,9 +148,10 @@ def text(results: Mapping[str, Any]) -> str:
     for name, interval in results.get("gflownet_minus_control", {}).items():
         low, high = interval["low"], interval["high"]
         verdict = "no clear difference" if low <= 0 <= high else "higher" if low > 0 else "lower"
+        title = NAMES.get(name, name)
         lines.append(
-            f"GFlowNet - control, {name}: {interval['mean_difference']:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}] "
-            f"(paired bootstrap over users: {verdict})."
+            f"GFlowNet - control, {title}: {interval['mean_difference']:+.4f}, 95 % interval "
+            f"[{low:+.4f}, {high:+.4f}] (paired bootstrap over users: {verdict})."
         )
     if _truth_is_known(results):
         lines.append(
@@ -141,6 +159,8 @@ def text(results: Mapping[str, Any]) -> str:
         )
         lines.append("unseen liked: probability on items that a user likes and was never shown (higher is better).")
         lines.append("TV to truth: total variation to the user's true preference (lower is better).")
+    if "calibration" in results:
+        lines += ["", *_calibration(results["calibration"])]
     return "\n".join(lines)
 
 
@@ -156,6 +176,20 @@ def write(results: Mapping[str, Any], logs: Mapping[str, list[dict]], folder: Pa
     plot_run(results, logs, TITLES, folder)
     (folder / "report.md").write_text(text(results) + "\n", encoding="utf-8")
     write_json(folder / "results.json", results)
+
+
+def _calibration(found: Mapping[str, Any]) -> list[str]:
+    if "left_out" in found:
+        return [f"Distance to R / Z left out: {found['left_out']}"]
+    return [
+        f"How far each policy is from {found['target']} (over all {found['leaves']:,} leaves, {found['rows']} "
+        f"training and {found['rows']} test rows):",
+        "",
+        calibration_table(found),
+        "",
+        "TV: total variation, 0 to 1; JS: Jensen-Shannon divergence, nats; lower is nearer. A reward that reads the "
+        "target knows that of a test row, a policy does not.",
+    ]
 
 
 def _truth_is_known(results: Mapping[str, Any]) -> bool:

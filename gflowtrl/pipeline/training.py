@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,11 @@ from gflowtrl.trainer.adapters import add_adapters
 from gflowtrl.trainer.base import LengthGroupedEpochSampler
 from gflowtrl.trainer.checkpoints import CompleteCheckpointsMixin, last_checkpoint
 from gflowtrl.trainer.evaluation import history_lengths
+from gflowtrl.trainer.model_card import CardFacts, base_model, card_facts, shown_metrics, write_card
 
 from .materials import Materials, measured_users
 from .models import build_model, continued_model, save_merged
-from .recipe import Recipe
+from .recipe import Recipe, local_folder
 from .signals import build_rewards, final_weights, reward_key, teacher_key
 from .stage import Stage, Workshop
 
@@ -38,7 +40,9 @@ from .stage import Stage, Workshop
 COSMETIC = {
     *("disable_tqdm", "log_completions", "log_level", "logging_steps", "logging_strategy", "report_to", "run_name"),
     *("dataloader_num_workers", "dataloader_pin_memory", "save_total_limit"),
+    *("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
 }
+CURVES = "runs"  # where transformers has TensorBoard write, beside the checkpoints
 
 
 class _EpochOrder:
@@ -240,14 +244,52 @@ def train(trainer: Trainer, materials: Materials, folder: Path, base: Callable[[
             save_merged(base, folder / "adapters", folder / "model")
             materials.tokenizer.save_pretrained(folder / "model")
         write_recommender_files(folder / "model", materials.encoder, materials.item_counts, materials.titles)
+        _keep_curves(folder / "checkpoints" / CURVES, folder / CURVES)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    facts = _card(trainer, materials, folder)
+    if trainer.is_world_process_zero():
+        write_card(facts, folder / "model")
     return {
+        "card": asdict(facts),
         "steps": state.global_step,
         "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "best_step": state.best_global_step,
         "best_metric": {args.metric_for_best_model: state.best_metric},
         "log": state.log_history,
     }
+
+
+def _keep_curves(written: Path, kept: Path) -> None:
+    """Moves TensorBoard's files out of the folder of checkpoints, which is given up."""
+    for file in sorted(written.rglob("*")):
+        if file.is_file():
+            place = kept / file.relative_to(written)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(file, place)
+
+
+def add_test_results(trained: Stage, metrics: Mapping[str, float], users: int) -> None:
+    """Writes what a stage's model reaches on the test split into its model card.
+
+    Args:
+        metrics, users: of the test, and how many users it has.
+    """
+    if "card" not in trained.record:  # from before there were cards: nothing says what belongs there
+        return
+    facts = CardFacts(**trained.record["card"])
+    facts.results.append({"split": "test", "users": users, "metrics": shown_metrics(metrics)})
+    write_card(facts, trained.folder / "model")
+
+
+def _card(trainer: Trainer, materials: Materials, folder: Path) -> CardFacts:
+    """What the trainer knows, and what the recipe and the data do."""
+    recipe, data = materials.recipe, materials.data
+    begins = recipe.model.get("model_name_or_path")
+    base = base_model(local_folder(recipe.folder, begins)) if begins else None
+    about = {name: getattr(data, name) for name in ("name", "synthetic", "license", "source")}
+    about |= {"users": len(data.users), "items": len(data.items), "interactions": data.num_interactions}
+    name = f"{recipe.name}-{folder.name.rpartition('-')[0]}"
+    return replace(card_facts(trainer), name=name, data=about, base=asdict(base) if base else None)
 
 
 def _flow_trainer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -13,9 +14,11 @@ from transformers import EvalPrediction
 
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.data import GroupCollator, PromptEncoder
-from gflowtrl.metrics import jensen_shannon, summarise, total_variation
+from gflowtrl.metrics import binned_by_target, jensen_shannon, summarise, total_variation
 from gflowtrl.policy import TreePolicy, make_policy
 from gflowtrl.rewards import RewardFusion
+
+from .reference import ReferencePrior
 
 
 # Of all that `metrics.summarise` knows, what a training log can hold and stay readable.
@@ -56,6 +59,15 @@ class RankingEvaluationMixin:
         self._ranking_collator = GroupCollator(encoder)
         self.compute_metrics = self._ranking_metrics
         self.args.remove_unused_columns = False  # histories and targets are no argument of the model's forward
+
+    def card_settings(self) -> dict[str, Any]:
+        """What the model card says about the training."""
+        args = self.args
+        return {"rows per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size}
+
+    def card_methods(self) -> list[str]:
+        """Whose methods these are: keys of `model_card.PAPERS`."""
+        return []
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None):
         """The evaluation rows, longest histories first (less padding, and memory runs out at once or never)."""
@@ -127,6 +139,8 @@ def compare_with_rewards(
     rows: Dataset,
     batch_size: int = 16,
     progress: bool = True,
+    bins: bool = False,
+    prior: ReferencePrior | None = None,
 ) -> dict[str, Tensor]:
     """How far the policy is from R / Z, exactly, over all leaves: what a GFlowNet promises to make small.
 
@@ -140,21 +154,26 @@ def compare_with_rewards(
         rows: with the columns that the rewards read.
         batch_size: rows at once.
         progress: show a bar.
+        bins: also sum both up over leaves of like target, for a reliability diagram.
+        prior: of a target pi_ref^weight * R / Z: `trainer.prior` of a `GFlowNetTrainer` with a `ref_weight`.
 
     Returns:
-        `"total_variation"` in [0, 1] and `"jensen_shannon"` in nats, each `(rows,)`, in double precision.
+        `"total_variation"` in [0, 1] and `"jensen_shannon"` in nats, each `(rows,)`, in double precision; with `bins`
+        also what `metrics.binned_by_target` gives, each `(rows, bins)`.
 
     Raises:
         ValueError: a reward scores drawn leaves only.
     """
     collate, device = GroupCollator(encoder), next(policy.model.parameters()).device
-    found = []
+    found: list[dict[str, Tensor]] = []
     for start in tqdm(range(0, len(rows), batch_size), desc="Comparing with R / Z", disable=not progress):
         batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
         batch["prompts"] = {name: value.to(device) for name, value in batch["prompts"].items()}
-        target = rewards.leaf_log_rewards(batch).double().softmax(1)
         probs = policy.leaf_log_probs(batch["prompts"]).double().exp()
-        target = target.to(probs.device)
-        found.append(torch.stack([total_variation(probs, target), jensen_shannon(probs, target)]).cpu())
-    distances = torch.cat(found, 1)
-    return {"total_variation": distances[0], "jensen_shannon": distances[1]}
+        log_target = rewards.leaf_log_rewards(batch).double().to(probs.device)
+        if prior is not None:
+            log_target = log_target + prior.score_all(policy.model, batch["prompts"])
+        target = log_target.softmax(1)
+        part = {"total_variation": total_variation(probs, target), "jensen_shannon": jensen_shannon(probs, target)}
+        found.append(part | (binned_by_target(probs, target) if bins else {}))
+    return {name: torch.cat([part[name] for part in found]).cpu() for name in found[0]}

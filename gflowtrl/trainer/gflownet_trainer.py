@@ -454,7 +454,8 @@ class GFlowNetTrainer(BaseTrainer):
 
     def card_settings(self) -> dict[str, Any]:
         """What the model card says about the training."""
-        settings = {"losses": ", ".join(f"{weight:g} x {name}" for name, _, weight in self.losses)}
+        settings = {"prompts per step": super().card_settings()["rows per step"]}
+        settings["losses"] = ", ".join(f"{weight:g} x {name}" for name, _, weight in self.losses)
         if self.rewards is not None:
             settings["rewards"] = ", ".join(
                 f"{w:g} x {name}" for name, w in zip(self.rewards.names, self.rewards.weights, strict=True)
@@ -465,6 +466,11 @@ class GFlowNetTrainer(BaseTrainer):
         if self.args.trajectory_weighting is not None:
             settings["weights of trajectories"] = f"by {self.args.trajectory_weighting}"
         return settings
+
+    def card_methods(self) -> list[str]:
+        found = {"balance": any(loss.balances for _, loss, _ in self.losses)}
+        found["prefix"] = any(loss.per_prefix for _, loss, _ in self.losses)
+        return [method for method, used in found.items() if used]
 
 
 def normalised(rewards: Tensor) -> Tensor:

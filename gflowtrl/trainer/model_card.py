@@ -1,73 +1,267 @@
-"""The README.md of a checkpoint."""
+"""The README.md of a saved model: what it is, how it was trained, on what, and what it reaches."""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+
+from gflowtrl.catalog.files import write_text
+from gflowtrl.policy.modules import innermost
 
 
 if TYPE_CHECKING:
-    from .base import BaseTrainer
+    from transformers import Trainer
 
-_TEMPLATE = """---
-library_name: gflowtrl
-tags:
-- recommendation
-- generative-recommendation
-- gflownet
-- trl
----
 
+LIBRARY = "gflowtrl"
+SHOWN = ("recall", "ndcg", "coverage")  # of all metrics, what a card has room for
+LICENCE_FIELDS = ("license", "license_name", "license_link")
+#: By kind of method: a tag, and the paper.
+PAPERS = {
+    "balance": (
+        "gflownet",
+        "GFlowGR: Fine-tuning Generative Recommendation Frameworks with Generative Flow Networks, "
+        "[arXiv 2506.16114](https://arxiv.org/abs/2506.16114)",
+    ),
+    "prefix": (
+        "apao",
+        "APAO: Adaptive Prefix-Aware Optimization for Generative Recommendation, "
+        "[arXiv 2603.02730](https://arxiv.org/abs/2603.02730)",
+    ),
+}
+_SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots")  # where the Hub's cache keeps a model
+
+_TEMPLATE = """
 # A generative recommender
 
 A {architecture} that recommends one of {items:,} items by writing its semantic id ({depth} tokens at most),
-trained with gflowtrl's `{trainer}`.
+trained with gflowtrl's `{trainer}`.{base}
 
 ```python
 from gflowtrl import Recommender
 
 recommender = Recommender.from_pretrained("path/to/this/folder")
-recommender.recommend([[{example}]], k=10)
+recommender.recommend([[{example!r}]], k=10)
 ```
-
+{auto}
 ## Training
 
 | | |
 |---|---|
 {settings}
-
+{data}
 ## Evaluation
 
-{metrics}
+{results}
 
 Constrained beam search of width {beams}, every item a candidate, items already seen not removed.
+{papers}"""
+
+_AUTO = """
+The weights alone, as any model of transformers:
+
+```python
+from transformers import {auto_class}, AutoTokenizer
+
+model = {auto_class}.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
 """
 
 
-def write_model_card(trainer: BaseTrainer, directory: str | os.PathLike) -> None:
+@dataclass
+class BaseModel:
+    """What training began from.
+
+    Attributes:
+        name: what it is called: on the Hub, or its folder.
+        on_hub: whether that is a name on the Hub.
+        licence: the fields of its card's front matter that tell the licence; empty where it has none.
+    """
+
+    name: str
+    on_hub: bool
+    licence: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class CardFacts:
+    """All that a model card says, as JSON-able values.
+
+    Attributes:
+        name: of this model.
+        architecture, auto_class: its class, and the one of transformers that loads it.
+        trainer: the trainer's class.
+        items, depth, example: of the catalogue: how many, tokens of the longest id, an item.
+        beams: width of the beam search.
+        methods: keys of `PAPERS`.
+        settings: of the training, in words.
+        results: each `{"split": ..., "metrics": {...}}` with `"step"` or `"users"`.
+        data: `name`, `users`, `items`, `interactions`, `synthetic`, `license`, `source`; None where nobody said.
+        base: the fields of a `BaseModel`, or None for a model that began at random.
+    """
+
+    name: str
+    architecture: str
+    auto_class: str
+    trainer: str
+    items: int
+    depth: int
+    example: Any
+    beams: int
+    methods: list[str]
+    settings: dict[str, Any]
+    results: list[dict[str, Any]] = field(default_factory=list)
+    data: dict[str, Any] | None = None
+    base: dict[str, Any] | None = None
+
+
+def write_model_card(trainer: Trainer, directory: str | os.PathLike) -> None:
     """Write what this model is, how it was trained and its last evaluation into `directory/README.md`."""
+    write_card(card_facts(trainer), directory)
+
+
+def write_card(facts: CardFacts, directory: str | os.PathLike) -> None:
+    """Write `directory/README.md`, whole or not at all."""
+    directory = Path(directory)
+    alone = not (directory / "adapter_config.json").is_file()  # adapters are loaded onto what they were trained on
+    card = ModelCard(f"---\n{_front_matter(facts).to_yaml()}\n---\n{_text(facts, alone)}")
+    write_text(directory / "README.md", str(card))
+
+
+def card_facts(trainer: Trainer) -> CardFacts:
+    """What a trainer with `set_up_ranking` knows about its model."""
     args, state = trainer.args, trainer.state
     step = state.global_step
     if args.load_best_model_at_end and state.best_global_step and not trainer.is_in_train:
         step = state.best_global_step  # training has ended, and these are the weights that were loaded back
-    settings = {"step": step, "learning rate": args.learning_rate}
-    settings |= {"prompts per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size}
-    settings |= trainer.card_settings()
+    model = innermost(trainer.accelerator.unwrap_model(trainer.model))
     evaluations = [log for log in state.log_history if log["step"] <= step and "eval_runtime" in log]
-    last = evaluations[-1] if evaluations else None
-    metrics = "Not evaluated yet."
-    if last is not None:
-        shown = [n for n in last if n.startswith(("eval_recall", "eval_ndcg", "eval_coverage"))]
-        metrics = f"Validation at step {last['step']}: " + ", ".join(f"{n[5:]} {last[n]:.4f}" for n in shown) + "."
-    text = _TEMPLATE.format(
-        architecture=type(trainer.accelerator.unwrap_model(trainer.model)).__name__,
+    results = []
+    if evaluations:
+        last = {name.removeprefix("eval_"): value for name, value in evaluations[-1].items()}
+        results.append({"split": "validation", "step": last["step"], "metrics": shown_metrics(last)})
+    base = base_model(model.config.name_or_path)
+    return CardFacts(
+        name=Path(args.output_dir).name or type(trainer).__name__,
+        architecture=type(model).__name__.removeprefix("FSDP"),  # which FSDP2 puts before it
+        auto_class="AutoModelForSeq2SeqLM" if model.config.is_encoder_decoder else "AutoModelForCausalLM",
+        trainer=type(trainer).__name__,
         items=len(trainer._catalog),
         depth=trainer._catalog.tree.max_depth,
-        trainer=type(trainer).__name__,
-        example=repr(trainer._catalog.items[0]),
-        settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
-        metrics=metrics,
+        example=trainer._catalog.items[0],
         beams=trainer._num_beams,
+        methods=trainer.card_methods(),
+        settings={"step": step, "learning rate": args.learning_rate, **trainer.card_settings()},
+        results=results,
+        base=vars(base) if base else None,
     )
-    Path(directory, "README.md").write_text(text, encoding="utf-8")
+
+
+def shown_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Of all metrics, those that a card shows, under their own names."""
+    return {name: float(value) for name, value in metrics.items() if name.partition("@")[0] in SHOWN and "@" in name}
+
+
+def base_model(name: str | None) -> BaseModel | None:
+    """The model behind a name or folder, as far as this machine knows it; nothing is downloaded.
+
+    A folder that gflowtrl has written is no base: what it began from is.
+    """
+    if not name:
+        return None
+    folder = Path(name)
+    local = folder.is_dir()
+    own = _read_front_matter(folder / "README.md" if local else try_to_load_from_cache(name, "README.md"))
+    licence = {key: own[key] for key in LICENCE_FIELDS if own.get(key)}
+    if own.get("library_name") == LIBRARY:
+        return BaseModel(own["base_model"], True, licence) if own.get("base_model") else None
+    if found := _SNAPSHOT.search(str(folder)):
+        return BaseModel(found[1].replace("--", "/"), True, licence)
+    return BaseModel(folder.resolve().name if local else name, not local, licence)
+
+
+def _read_front_matter(file: Any) -> dict[str, Any]:
+    if not isinstance(file, str | Path) or not Path(file).is_file():
+        return {}
+    try:
+        return ModelCard(Path(file).read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, UnicodeDecodeError):  # a README that is no model card
+        return {}
+
+
+def _front_matter(facts: CardFacts) -> ModelCardData:
+    base = BaseModel(**facts.base) if facts.base else None
+    tags = ["recommendation", "generative-recommendation", *(PAPERS[m][0] for m in facts.methods), "trl"]
+    data_name = facts.data["name"] if facts.data else "rows given to the trainer"
+    data_type = re.sub(r"[^\w.-]+", "-", data_name.lower())
+    results = [
+        EvalResult(
+            task_type="recommendation", task_name="next item", dataset_type=data_type,
+            dataset_name=data_name, dataset_split=result["split"], metric_type=name.partition("@")[0],
+            metric_name=name, metric_value=value,
+        )
+        for result in facts.results
+        for name, value in result["metrics"].items()
+    ]  # fmt: skip
+    licence = base.licence if base else {}
+    return ModelCardData(
+        library_name=LIBRARY,
+        tags=tags,
+        base_model=base.name if base and base.on_hub else None,
+        model_name=facts.name,
+        eval_results=results or None,
+        **licence,
+    )
+
+
+def _text(facts: CardFacts, alone: bool) -> str:
+    base = ""
+    if facts.base:
+        licence = facts.base["licence"].get("license_name") or facts.base["licence"].get("license")
+        base = f" It began as `{facts.base['name']}`, " + (
+            f"licence {licence}." if licence else "whose licence is not stated here."
+        )
+    papers = [PAPERS[method][1] for method in facts.methods]
+    return _TEMPLATE.format(
+        **{name: getattr(facts, name) for name in ("architecture", "items", "depth", "trainer", "example", "beams")},
+        base=base,
+        auto=_AUTO.format(auto_class=facts.auto_class) if alone else "",
+        settings=_table(facts.settings),
+        data=f"\n## Data\n\n| | |\n|---|---|\n{_table(_data(facts.data))}\n" if facts.data else "",
+        results=_results(facts.results),
+        papers="\n## Papers\n\n" + "\n".join(f"- {paper}" for paper in papers) + "\n" if papers else "",
+    )
+
+
+def _data(data: Mapping[str, Any]) -> dict[str, Any]:
+    name = f"{data['name']} (SYNTHETIC, no evidence about real users)" if data["synthetic"] else data["name"]
+    sizes = {kind: f"{data[kind]:,}" for kind in ("users", "items", "interactions")}
+    words = {"licence": data["license"], "source": data["source"]}
+    if data["synthetic"]:
+        return {"data": name, **sizes}
+    return {"data": name, **sizes, **{title: value or "not stated" for title, value in words.items()}}
+
+
+def _results(results: Sequence[Mapping[str, Any]]) -> str:
+    if not results:
+        return "Not evaluated yet."
+    titles = [
+        f"validation at step {r['step']}" if "step" in r else f"{r['split']}, {r['users']:,} users" for r in results
+    ]
+    names = list(dict.fromkeys(name for result in results for name in result["metrics"]))
+    lines = [["metric", *titles], ["---", *("---:" for _ in titles)]]
+    for name in names:
+        values = [result["metrics"].get(name) for result in results]
+        lines.append([name, *("" if value is None else f"{value:.4f}" for value in values)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    return "\n".join(f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in values.items())

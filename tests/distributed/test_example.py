@@ -41,8 +41,10 @@ def recipe(folder, processes: int, options: dict, **changes) -> list[str]:
 
 
 def metrics(folder) -> dict[tuple[str, str], float]:
-    methods = json.loads((folder / "out" / "results.json").read_text())["methods"]
-    return {(name, key): entry["metrics"][key] for name, entry in methods.items() for key in COMPARED}
+    results = json.loads((folder / "out" / "results.json").read_text())
+    found = {(name, key): entry["metrics"][key] for name, entry in results["methods"].items() for key in COMPARED}
+    calibration = results["calibration"]["methods"].items()
+    return found | {(name, "to R / Z"): entry["test"]["total_variation"] for name, entry in calibration}
 
 
 def in_one_process(folder, **changes) -> dict[tuple[str, str], float]:

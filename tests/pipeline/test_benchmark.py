@@ -11,7 +11,7 @@ import yaml
 
 from gflowtrl.data import SyntheticShop, write_folder
 
-from .micro import micro_settings
+from .micro import micro_recipe, micro_settings
 
 
 QUALITY = Path(__file__).parents[2] / "benchmarks" / "quality"
@@ -94,3 +94,30 @@ def test_the_comparison_measures_prefixes_and_differences(office, base, tmp_path
     # The last prefix is the whole id: where it survives the beam of 20, it is a hit among 20.
     assert found["survival@3"] == pytest.approx(kept["recall@20"])
     assert by_title["two"]["top 20 found"] == f"{found['top_survival']:.3f}"
+
+
+def test_calibration_is_that_of_the_run_and_kept(office, base, tmp_path, monkeypatch, capsys):
+    calibration = script("calibration", monkeypatch, tmp_path / "kept")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "one.yaml").write_text("base: base.yaml\nname: one")
+    arguments = ["--data_dir", "data", "--seeds", "1", "--recipes", "one.yaml", "--output_dir", "runs", "--rows", "6"]
+    monkeypatch.setattr("sys.argv", ["calibration.py", *arguments])
+    calibration.main()
+    printed = capsys.readouterr().out.splitlines()[-3:]
+    kept = json.loads((tmp_path / "kept" / "calibration-one-seed1.json").read_text())
+    own = json.loads((tmp_path / "runs" / "results.json").read_text())["calibration"]["methods"]
+    assert kept.keys() == {"rows", "leaves", "recipe", "methods"} and kept["rows"] == 6
+    for row, (method, title) in zip(printed, calibration.METHODS.items(), strict=True):
+        for part in ("training", "test"):
+            assert kept["methods"][method][part] == {n: v for n, v in own[method][part].items() if n != "reliability"}
+        assert row.startswith(f"| one | {title} | {own[method]['training']['total_variation']:.3f} |")
+    monkeypatch.setattr(calibration, "run", lambda *a, **k: pytest.fail("a kept record was made again"))
+    calibration.main()
+    assert capsys.readouterr().out.splitlines()[-3:] == printed
+
+
+def test_how_policies_are_compared_is_no_part_of_a_recipe(office):
+    kept = micro_recipe("runs").as_dict()
+    evaluation = kept["evaluation"] | {"calibration_rows": 5}
+    assert office.settings(micro_recipe("elsewhere", evaluation=evaluation).as_dict()) == office.settings(kept)
+    assert office.settings(micro_recipe("runs", seed=8).as_dict()) != office.settings(kept)

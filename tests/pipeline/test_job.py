@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from gflowtrl import Recommender
 from gflowtrl.metrics import popularity_groups
@@ -68,11 +69,11 @@ def test_results_hold_what_a_reader_needs(finished):
     assert results["data"]["synthetic"] and "SYNTHETIC" in results["data"]["summary"]
     assert results["recipe"]["seed"] == 7
     assert {name.rpartition("-")[0] for name in results["seconds"]} == {
-        "teacher", "sft", "control", "gflownet", *(f"test-{method}" for method in METHODS)
+        "teacher", "sft", "control", "gflownet", "calibration", *(f"test-{method}" for method in METHODS)
     }  # fmt: skip
     assert {"torch", "transformers", "trl", "python"} <= results["versions"].keys()
     assert "SYNTHETIC" in Path(recipe.output_dir, "report.md").read_text()
-    for name in ("accuracy_vs_coverage", "metrics", "recall_by_popularity", "training"):
+    for name in ("accuracy_vs_coverage", "metrics", "recall_by_popularity", "training", "calibration"):
         assert Path(recipe.output_dir, f"{name}.png").stat().st_size > 5000, name
     assert [line.split("|")[1].strip() for line in table(results).splitlines()[2:]] == [
         "Teacher", "SFT", "SFT continued (control)", "GFlowNet"
@@ -102,7 +103,7 @@ def test_control_and_gflownet_take_equal_steps_on_equal_rows(finished):
 def test_a_finished_run_is_skipped_and_gives_the_same(finished):
     recipe, results = finished
     again = run(recipe, callbacks=[Forbidden()], quiet=True)
-    assert again["methods"] == results["methods"]
+    assert again["methods"] == results["methods"] and again["calibration"] == results["calibration"]
 
 
 def test_a_variant_shares_what_it_has_in_common(finished):
@@ -110,7 +111,7 @@ def test_a_variant_shares_what_it_has_in_common(finished):
     before = {path.name for path in Path(recipe.output_dir).iterdir()}
     changed = run(micro_recipe(recipe.output_dir, name="variant", rewards=recipe.rewards[:1]), quiet=True)
     new = {path.name.split("-")[0] for path in Path(recipe.output_dir).iterdir() if path.name not in before}
-    assert new == {"gflownet", "test", "report"}
+    assert new == {"gflownet", "test", "calibration", "report"}
     assert changed["methods"]["control"] == results["methods"]["control"]
     assert changed["methods"]["gflownet"]["metrics"] != results["methods"]["gflownet"]["metrics"]
 
@@ -120,6 +121,31 @@ def test_trained_models_are_recommenders(finished):
     recommender = Recommender.from_pretrained(results["methods"]["gflownet"]["model"])
     history = prepare(recipe).splits.test["history"][0]
     assert len(recommender.recommend([history], k=5)[0]) == 5
+
+
+def test_model_cards_say_what_was_measured(finished):
+    """Front matter that huggingface_hub reads, with the test's metrics as in results.json, and the validation's."""
+    recipe, results = finished
+    for method in METHODS[1:]:
+        entry = results["methods"][method]
+        card = ModelCard.load(Path(entry["model"], "README.md"))
+        measured = {(found.dataset_split, found.metric_name): found.metric_value for found in card.data.eval_results}
+        shown = {name for name in entry["metrics"] if name.split("@")[0] in ("recall", "ndcg", "coverage")}
+        assert {name for split, name in measured if split == "test"} == shown
+        log = json.loads((Path(entry["model"]).parent / "done.json").read_text())["log"]
+        best = next(one for one in log if one["step"] == entry["best_step"] and "eval_ndcg@5" in one)
+        for name in shown:
+            assert measured["test", name] == entry["metrics"][name]
+            assert measured["validation", name] == best[f"eval_{name}"]
+            assert f"| {name} | {best[f'eval_{name}']:.4f} | {entry['metrics'][name]:.4f} |" in card.text
+        assert card.data.model_name == f"micro-{method}" and card.data.library_name == "gflowtrl"
+        assert card.data.base_model is None and "It began as" not in card.text
+        assert "synthetic_shop (SYNTHETIC" in card.text and "| users | 40 |" in card.text
+        assert f"validation at step {entry['best_step']} | test, 40 users" in card.text
+        assert ("gflownet" in card.data.tags) == ("arXiv 2506.16114" in card.text) == (method == "gflownet")
+        loaded = AutoModelForCausalLM.from_pretrained(entry["model"])  # as the card says
+        assert "AutoModelForCausalLM.from_pretrained" in card.text and type(loaded).__name__ in card.text
+    assert not list(Path(recipe.output_dir).glob("*/model/.*"))  # nothing half written
 
 
 def test_each_training_stage_moves_every_parameter(finished):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -35,6 +36,7 @@ def text_model(tmp_path_factory) -> Path:
     model = tiny_model(len(tokenizer), hidden_size=64)  # a block of 4-bit weights
     model.config.max_position_embeddings = 1024
     model.save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model of bytes\n")
     return folder
 
 
@@ -64,6 +66,15 @@ def test_every_stage_leaves_adapters_and_the_merged_model(finished):
         # The SFT's base had fewer tokens, so that PEFT keeps the whole embeddings of it.
         share = sum(value.numel() for value in small.values()) / sum(p.numel() for p in merged.parameters())
         assert method == "sft" or share < 0.1
+
+
+def test_cards_name_the_model_it_began_from_and_its_licence(finished, text_model):
+    for method in METHODS[1:]:
+        card = ModelCard.load(Path(finished[1]["methods"][method]["model"], "README.md"))
+        assert f"It began as `{text_model.name}`, licence apache-2.0." in card.text
+        assert card.data.license == "apache-2.0"
+        assert card.data.base_model is None  # a folder is no name on the Hub
+        assert "LlamaForCausalLM that recommends" in card.text and "AutoTokenizer" in card.text
 
 
 def test_recommendations_read_the_words(finished):

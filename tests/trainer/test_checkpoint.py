@@ -94,10 +94,11 @@ def test_the_model_card_tells_the_truth(saved):
         "LlamaForCausalLM that recommends one of 24 items", "`GFlowNetTrainer`", "| step | 2 |",
         "| prompts per step | 8 |", "| losses | 1 x sft, 1 x trajectory_balance |",
         "| rewards | 1 x ground_truth, 1 x collaborative |", "4 a prompt from ground_truth, on_policy",
-        f"ndcg@10 {last['eval_ndcg@10']:.4f}", "search of width 10",
+        "| metric | validation at step 2 |", f"| ndcg@10 | {last['eval_ndcg@10']:.4f} |", "search of width 10",
+        "AutoModelForCausalLM.from_pretrained", "arXiv 2506.16114",
     ):  # fmt: skip
         assert claim in card
-    assert "tags:" in card.split("---")[1]
+    assert "2603.02730" not in card
 
 
 def test_a_checkpoint_of_another_loss_is_refused_where_its_heads_do_not_fit(saved, tmp_path):

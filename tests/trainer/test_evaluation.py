@@ -109,8 +109,8 @@ def test_the_best_model_comes_back_and_its_card_says_so(tmp_path, warned):
     assert len(heads) == 4 and all(torch.equal(weights(trainer)[name], value) for name, value in heads.items())
     trainer.save_model(tmp_path / "final")
     card = (tmp_path / "final" / "README.md").read_text()
-    assert "| step | 4 |" in card and "Validation at step 4: " in card and f"ndcg@10 {history[1]:.4f}" in card
-    assert f"ndcg@10 {history[3]:.4f}" in (tmp_path / "checkpoint-8" / "README.md").read_text()
+    assert "| step | 4 |" in card and "validation at step 4 |" in card and f"| ndcg@10 | {history[1]:.4f} |" in card
+    assert f"| ndcg@10 | {history[3]:.4f} |" in (tmp_path / "checkpoint-8" / "README.md").read_text()
     assert not warned
 
 
@@ -156,6 +156,31 @@ def test_distance_to_the_reward_is_that_of_the_enumerated_distributions(tmp_path
 def test_a_policy_that_is_its_own_reward_is_at_no_distance(tmp_path):
     trainer = make_trainer(tmp_path, LikelihoodReward(tiny_model(len(TOKENIZER))), reward_floor=0.0)
     policy = CausalTreePolicy(trainer.model.eval(), trainer._catalog)
-    distances = compare_with_rewards(policy, trainer.rewards, trainer._encoder, make_rows(4), progress=False)
-    for values in distances.values():
-        assert values.shape == (4,) and values.abs().max() < 1e-5
+    distances = compare_with_rewards(
+        policy, trainer.rewards, trainer._encoder, make_rows(4), batch_size=3, progress=False, bins=True
+    )
+    for name in ("total_variation", "jensen_shannon"):
+        assert distances[name].shape == (4,) and distances[name].abs().max() < 1e-5
+    assert distances["leaves"].sum(1).tolist() == [LEAVES] * 4
+    torch.testing.assert_close(distances["policy"], distances["target"], rtol=1e-4, atol=1e-8)
+
+
+def test_the_reference_model_is_a_part_of_the_target(tmp_path):
+    """Under a reward that prefers nothing, pi_ref^1 R / Z is the reference model itself: the untrained policy."""
+    trainer = make_trainer(tmp_path, Nothing(), ref_weight=1.0, loss_type="vargrad", reward_floor=0.0)
+    policy = CausalTreePolicy(trainer.model.eval(), trainer._catalog)
+    options = {"progress": False, "prior": trainer.prior}
+    distances = compare_with_rewards(policy, trainer.rewards, trainer._encoder, make_rows(4), **options)
+    assert distances["total_variation"].max() < 1e-5
+    without = compare_with_rewards(policy, trainer.rewards, trainer._encoder, make_rows(4), progress=False)
+    assert without["total_variation"].min() > 0.01
+
+
+class Nothing:
+    """The same reward for every leaf."""
+
+    def score_items(self, batch):
+        return 1 / trainer_catalog.leaf_sizes[trainer_catalog.item_leaf].expand(len(batch["row_id"]), -1)
+
+
+trainer_catalog = make_catalog()
