@@ -6,8 +6,6 @@ Prompt and branches stand in one row (see `packing`); Llama, Qwen and their kin 
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -16,7 +14,7 @@ from gflowtrl.catalog import ItemCatalog
 
 from .base import Prompts, TreePolicy
 from .branches import Branches
-from .modules import innermost, model_dtype
+from .modules import cache_argument, forward_parameters, model_dtype
 from .packing import BranchDecoder, additive, group_layout, prompt_positions, prompt_visibility
 from .sharing import shared_layout
 
@@ -30,7 +28,7 @@ class CausalTreePolicy(TreePolicy):
 
     def __init__(self, model: nn.Module, catalog: ItemCatalog):
         super().__init__(model, catalog)
-        self._keep = _accepts_logits_to_keep(model)
+        self._keep = "logits_to_keep" in forward_parameters(model)  # logits of chosen positions only
 
     def _packed(self, prompts: Prompts, branches: Branches) -> tuple[Tensor, Tensor | None]:
         make_layout = shared_layout if "members" in prompts else group_layout
@@ -71,7 +69,7 @@ class CausalDecoder(BranchDecoder):
             input_ids=prompts["input_ids"],
             attention_mask=additive(prompt_visibility(self.mask), self.dtype),
             position_ids=prompt_positions(self.mask),
-            past_key_values=cache,
+            **cache_argument(model, cache),
             use_cache=True,
             **extra,
         )
@@ -85,17 +83,7 @@ class CausalDecoder(BranchDecoder):
             input_ids=tokens,
             attention_mask=additive(torch.cat([prompt, self.visible], 2), self.dtype),
             position_ids=(self.lengths + self.depth).expand(-1, width),
-            past_key_values=self.cache,
+            **cache_argument(self.model, self.cache),
             use_cache=True,
         )
         return output.logits
-
-
-def _accepts_logits_to_keep(model: nn.Module) -> bool:
-    """Whether the model inside all wrappers can compute the logits of chosen positions only."""
-    model = innermost(model)
-    names: set[str] = set()
-    for base in type(model).__mro__:  # a flow-head subclass takes **kwargs and hands them to the model's forward
-        if "forward" in vars(base):
-            names |= set(inspect.signature(vars(base)["forward"]).parameters)
-    return "logits_to_keep" in names

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -16,6 +18,18 @@ def innermost(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def forward_parameters(model: nn.Module) -> set[str]:
+    """Names of what the model inside all wrappers takes, in its own forward and in those of its base classes: a
+    subclass with flow heads takes `**kwargs` and hands them on."""
+    forwards = [vars(base)["forward"] for base in type(innermost(model)).__mro__ if "forward" in vars(base)]
+    return {name for forward in forwards for name in inspect.signature(forward).parameters}
+
+
+def cache_argument(model: nn.Module, cache: object) -> dict[str, object]:
+    """The keyword of a decoder's cache, which transformers has renamed."""
+    return {"cache" if "cache" in forward_parameters(model) else "past_key_values": cache}
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:

@@ -22,7 +22,7 @@ from gflowtrl.catalog import ItemCatalog
 
 from .base import Prompts, TreePolicy
 from .branches import Branches
-from .modules import innermost, model_dtype
+from .modules import cache_argument, innermost, model_dtype
 from .packing import BranchDecoder, additive, group_visibility
 from .placement import place_branches
 
@@ -77,7 +77,7 @@ class Seq2SeqDecoder(BranchDecoder):
             input_ids=tokens,
             attention_mask=self.mask,
             decoder_input_ids=torch.full((len(tokens), 1), start, device=tokens.device),
-            past_key_values=self.both_caches,
+            **cache_argument(model, self.both_caches),
             use_cache=True,
         )
         self.encoded = BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
@@ -98,7 +98,7 @@ class Seq2SeqDecoder(BranchDecoder):
             decoder_input_ids=tokens,
             decoder_attention_mask=additive(torch.cat([root, self.visible], 2), self.dtype),
             branch_positions=self.positions,
-            past_key_values=self.both_caches,
+            **cache_argument(self.model, self.both_caches),
             use_cache=True,
         )
         return output.logits

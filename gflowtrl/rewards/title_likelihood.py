@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
@@ -12,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from gflowtrl.catalog import Item, ItemCatalog
-from gflowtrl.policy.modules import model_dtype
+from gflowtrl.policy.modules import cache_argument, forward_parameters, model_dtype
 from gflowtrl.policy.packing import (
     additive,
     group_visibility,
@@ -175,9 +174,9 @@ def title_log_probs(model: nn.Module, prompts: Mapping[str, Tensor], titles: Ten
         input_ids=prompts["input_ids"],
         attention_mask=additive(prompt_visibility(mask), dtype),
         position_ids=prompt_positions(mask),
-        past_key_values=cache,
+        **cache_argument(model, cache),
         use_cache=True,
-        **({"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}),
+        **({"logits_to_keep": 1} if "logits_to_keep" in forward_parameters(model) else {}),
     )
     first = output.logits[:, -1:, None].float().log_softmax(-1)
     (batch, prompt_length), width = mask.shape, titles.shape[2] - 1
@@ -193,7 +192,7 @@ def title_log_probs(model: nn.Module, prompts: Mapping[str, Tensor], titles: Ten
                 input_ids=tokens[:, :, :-1].reshape(batch, -1),
                 attention_mask=additive(visible, dtype),
                 position_ids=mask.sum(1, keepdim=True) + steps,
-                past_key_values=cache,
+                **cache_argument(model, cache),
                 use_cache=True,
             ).logits.view(batch, count, width, -1)
             cache.crop(-count * width)
