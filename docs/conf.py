@@ -36,9 +36,11 @@ myst_links_external_new_tab = False
 
 # The notebooks are kept without outputs and run here; a cell that fails fails the build.
 nb_execution_mode = "force"
-nb_execution_timeout = 300
+nb_execution_timeout = 600  # a cell, on a busy machine
+nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+nb_output_stderr = "remove"  # progress bars
 
 html_theme = "furo"
 html_title = f"gflowtrl {release}"
@@ -58,6 +60,7 @@ default_role = "literal"  # docstrings are plain text with `code` in single back
 
 GROUP = re.compile(r"^( *)> (Parameters that .*)$")
 FENCE = re.compile(r"^( *)```(\w*)$")
+LINK = re.compile(r"\[(`[\w.]+`)\]")
 CODE = re.compile(r"(`[^`]*`)")
 NOTE = re.compile(r"^ *> ?")
 GROUPS = sorted(
@@ -96,7 +99,8 @@ def plain_to_rst(app: Sphinx, what: str, name: str, obj: object, options: object
 
 
 def outside_code(line: str) -> str:
-    """`|x|` is an absolute value here, not the substitution that RST takes it for."""
+    """`|x|` is an absolute value here, not the substitution that RST takes it for; [`X`], a link in TRL's docs, is X."""
+    line = LINK.sub(r"\1", line)
     return "".join(part if part.startswith("`") else part.replace("|", r"\|") for part in CODE.split(line))
 
 
@@ -118,7 +122,9 @@ def check_reference(app: Sphinx, env: object) -> None:
     described = set(env.get_domain("py").objects)
     for package, names in public_names().items():
         for name in names:
-            home = f"gflowtrl.{gflowtrl._HOMES[name]}" if package == "gflowtrl" and name in gflowtrl._HOMES else package
+            home = (
+                f"gflowtrl.{gflowtrl._HOMES[name]}" if package == "gflowtrl" and name in gflowtrl._HOMES else package
+            )
             if f"{home}.{name}" not in described:
                 logger.warning("%s.%s is public, but the reference does not describe it.", package, name)
 

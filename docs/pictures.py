@@ -184,7 +184,9 @@ def tree() -> plt.Figure:
         return data.item_features[task.catalog.items_of(leaf)[0]]["title"]
 
     draw_tree(axes, task, flows, lambda node: f"{flows[node]:.1f}", title)
-    axes.set_title("Flow F of every prefix: the sum of R over the items below it. A child is chosen with F(child) / F(node)")
+    axes.set_title(
+        "Flow F of every prefix: the sum of R over the items below it. A child is chosen with F(child) / F(node)"
+    )
     return figure
 
 
@@ -201,7 +203,9 @@ def beam() -> plt.Figure:
     log_probs = task.leaf_log_probs(model, [[user] for user in users])
     tree = task.catalog.tree
     best = log_probs.argmax(1)
-    lost = [u for u in users if prefix_metrics(log_probs[u : u + 1].float(), best[u : u + 1], tree, 1)["survival@1"] == 0]
+    lost = [
+        u for u in users if prefix_metrics(log_probs[u : u + 1].float(), best[u : u + 1], tree, 1)["survival@1"] == 0
+    ]
     user = lost[0]
     probs = tree.log_flows(log_probs[user : user + 1])[0].exp()
     prompts = PromptEncoder(task.catalog, task.tokenizer)([[user]])
@@ -217,7 +221,9 @@ def beam() -> plt.Figure:
 
     figure, axes = plt.subplots(figsize=(9.5, 5.4))
     draw_tree(axes, task, probs, lambda node: f"{probs[node]:.2f}", text, colour)
-    axes.set_title("Probability of every prefix under a trained policy: the best item lies behind the second-best token")
+    axes.set_title(
+        "Probability of every prefix under a trained policy: the best item lies behind the second-best token"
+    )
     return figure
 
 
@@ -396,7 +402,10 @@ def apao() -> plt.Figure:
             catalog=it.task.catalog, callbacks=[Weights()],
         )  # fmt: skip
         trainer.train()
-    models = {"SFT continued": it.task.train(it.sft(), it.splits.train, "sft", **options), "APAO": trainer.model.eval()}
+    models = {
+        "SFT continued": it.task.train(it.sft(), it.splits.train, "sft", **options),
+        "APAO": trainer.model.eval(),
+    }
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
     steps = [5 * (i + 1) for i in range(len(weights))]
     for m, colour in zip((1, 2, 3), (BLUE, ORANGE, GREEN), strict=True):
