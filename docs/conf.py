@@ -1,7 +1,8 @@
 """Sphinx's configuration of the site: `make docs` builds it into docs/_build, with warnings as errors.
 
-The source is the whole repository and not docs/ alone, so that README, CHANGELOG, CONTRIBUTING and benchmarks/README.md are
-pages where they stand, and links between files mean the same here and on a Git host. Nothing is fetched while it builds.
+The source is the whole repository and not docs/ alone, so that README, CHANGELOG, CONTRIBUTING, benchmarks/README.md are
+pages where they stand, and links between files mean the same here and on a Git host. Nothing is fetched while it
+builds.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ napoleon_custom_sections = [("Parameters", "params_style"), *((group, "params_st
 def plain_to_rst(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Rewrite what docstrings have of Markdown, before napoleon reads their sections.
 
-    Code fences become literal blocks, and the groups of parameters of a configuration (`> Parameters that control ...`, as
+    Code fences become literal blocks, and the groups of parameters of a configuration (`> Parameters that control x`, as
     TRL writes them) sections of their own.
     """
     fence: str | None = None
@@ -99,7 +100,7 @@ def plain_to_rst(app: Sphinx, what: str, name: str, obj: object, options: object
 
 
 def outside_code(line: str) -> str:
-    """`|x|` is an absolute value here, not the substitution that RST takes it for; [`X`], a link in TRL's docs, is X."""
+    """`|x|` is an absolute value here, not what RST takes it for; [`X`], TRL's way to link, is plain X."""
     line = LINK.sub(r"\1", line)
     return "".join(part if part.startswith("`") else part.replace("|", r"\|") for part in CODE.split(line))
 
@@ -122,10 +123,8 @@ def check_reference(app: Sphinx, env: object) -> None:
     described = set(env.get_domain("py").objects)
     for package, names in public_names().items():
         for name in names:
-            home = (
-                f"gflowtrl.{gflowtrl._HOMES[name]}" if package == "gflowtrl" and name in gflowtrl._HOMES else package
-            )
-            if f"{home}.{name}" not in described:
+            home = gflowtrl._HOMES.get(name) if package == "gflowtrl" else None
+            if not {f"{package}.{name}", f"{package}.{home}.{name}"} & described:
                 logger.warning("%s.%s is public, but the reference does not describe it.", package, name)
 
 

@@ -1,4 +1,4 @@
-"""Makes the pictures of docs/images by what the library computes: SYNTHETIC shops, small trees, models trained for seconds.
+"""Makes the pictures of docs/images from what the library computes on SYNTHETIC shops and small trees.
 
     OMP_NUM_THREADS=1 python docs/pictures.py                # all of them, about three minutes on one thread
     OMP_NUM_THREADS=1 python docs/pictures.py tree beam      # some
@@ -184,9 +184,7 @@ def tree() -> plt.Figure:
         return data.item_features[task.catalog.items_of(leaf)[0]]["title"]
 
     draw_tree(axes, task, flows, lambda node: f"{flows[node]:.1f}", title)
-    axes.set_title(
-        "Flow F of every prefix: the sum of R over the items below it. A child is chosen with F(child) / F(node)"
-    )
+    axes.set_title("Flow F of a prefix: the sum of R over the items below. A child is chosen with F(child) / F(node)")
     return figure
 
 
@@ -203,10 +201,8 @@ def beam() -> plt.Figure:
     log_probs = task.leaf_log_probs(model, [[user] for user in users])
     tree = task.catalog.tree
     best = log_probs.argmax(1)
-    lost = [
-        u for u in users if prefix_metrics(log_probs[u : u + 1].float(), best[u : u + 1], tree, 1)["survival@1"] == 0
-    ]
-    user = lost[0]
+    lost = prefix_metrics(log_probs.float(), best, tree, num_beams=1)["survival@1"] == 0
+    user = int(lost.nonzero()[0])
     probs = tree.log_flows(log_probs[user : user + 1])[0].exp()
     prompts = PromptEncoder(task.catalog, task.tokenizer)([[user]])
     greedy, _ = make_policy(model, task.catalog).beam_search(prompts, 1)
@@ -221,9 +217,7 @@ def beam() -> plt.Figure:
 
     figure, axes = plt.subplots(figsize=(9.5, 5.4))
     draw_tree(axes, task, probs, lambda node: f"{probs[node]:.2f}", text, colour)
-    axes.set_title(
-        "Probability of every prefix under a trained policy: the best item lies behind the second-best token"
-    )
+    axes.set_title("Probability of every prefix: the best item lies behind the second-best first token")
     return figure
 
 

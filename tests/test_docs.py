@@ -112,7 +112,7 @@ def test_commands_have_the_options_that_are_shown(words, capsys):
 
 @pytest.mark.parametrize("package", PUBLIC)
 def test_every_public_name_is_documented_and_in_the_reference(package):
-    """Classes and functions come into a page by `automodule`, which reads `__all__`; all else has to be named there."""
+    """`automodule` brings classes and functions into a page, by `__all__`; all else has to be named there."""
     module, page = importlib.import_module(package), ROOT / "docs" / "reference" / f"{package.split('.')[1]}.md"
     text = page.read_text()
     whole = f".. automodule:: {package}\n   :members:\n   :imported-members:\n" in text
