@@ -1,8 +1,7 @@
 """Sphinx's configuration of the site: `make docs` builds it into docs/_build, with warnings as errors.
 
-The source is the whole repository and not docs/ alone, so that README, CHANGELOG, CONTRIBUTING, benchmarks/README.md are
-pages where they stand, and links between files mean the same here and on a Git host. Nothing is fetched while it
-builds.
+The source is the whole repository and not docs/ alone, so that README, CONTRIBUTING and benchmarks/README.md are
+pages where they stand, and links between files mean the same here and on a Git host. Nothing is fetched while it builds.
 """
 
 from __future__ import annotations
@@ -78,8 +77,8 @@ napoleon_custom_sections = [("Parameters", "params_style"), *((group, "params_st
 def plain_to_rst(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Rewrite what docstrings have of Markdown, before napoleon reads their sections.
 
-    Code fences become literal blocks, and the groups of parameters of a configuration (`> Parameters that control x`, as
-    TRL writes them) sections of their own.
+    Code fences become literal blocks, and a configuration's groups of parameters (`> Parameters that control ...`,
+    as TRL writes them) sections of their own.
     """
     fence: str | None = None
     found: list[str] = []

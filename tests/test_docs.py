@@ -141,9 +141,11 @@ def test_choosing_has_every_loss_reward_and_sampler():
         assert set(re.findall(r"`(\w+)`", first)) - {"loss_type"} == set(names), heading
 
 
-def test_pictures_are_made_by_the_script_shown_and_small():
+def test_pictures_are_made_by_the_script_shown_and_small(monkeypatch):
     spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs" / "pictures.py")
-    spec.loader.exec_module(pictures := importlib.util.module_from_spec(spec))
+    pictures = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "pictures", pictures)  # where dataclasses look their module up
+    spec.loader.exec_module(pictures)
     files = sorted((ROOT / "docs" / "images").iterdir())
     assert [file.name for file in files] == sorted(f"{name}.png" for name in pictures.PICTURES)
     shown = set(re.findall(r"!\[[^\]]+\]\(images/([\w.]+)\)", "".join(page.read_text() for page in PAGES)))
