@@ -1,7 +1,7 @@
 """Sphinx's configuration of the site: `make docs` builds it into docs/_build, with warnings as errors.
 
 The source is the whole repository and not docs/ alone, so that README, CONTRIBUTING and benchmarks/README.md are
-pages where they stand, and links between files mean the same here and on a Git host. Nothing is fetched while it builds.
+pages where they stand, and links between files mean the same here and on a Git host. Nothing is fetched meanwhile.
 """
 
 from __future__ import annotations
