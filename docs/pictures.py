@@ -1,6 +1,6 @@
 """Makes the pictures of docs/images from what the library computes on SYNTHETIC shops and small trees.
 
-    OMP_NUM_THREADS=1 python docs/pictures.py                # all of them, about three minutes on one thread
+    OMP_NUM_THREADS=1 python docs/pictures.py                # all of them, about four minutes on one thread
     OMP_NUM_THREADS=1 python docs/pictures.py tree beam      # some
 
 Everything follows from seeds. No picture says anything about real users.
