@@ -5,13 +5,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint docs clean
 
 help:
 	@echo "make demo   train, fine-tune and compare a small recommender on the synthetic shop (CPU, a few minutes)"
 	@echo "make test   run the tests"
 	@echo "make lint   check style and format with ruff"
-	@echo "make clean  remove .venv"
+	@echo "make docs   build the documentation into docs/_build/html, with warnings as errors"
+	@echo "make clean  remove .venv and the documentation"
 
 # All values are given, so that accelerate neither warns nor reads a configuration of this machine. One thread: a second
 # one gains little with a model this small, and costs much where its core is busy.
@@ -26,8 +27,14 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# -E reads every page anew: what is in the library may have changed, and pages are made of it.
+docs: .venv/.docs-installed
+	rm -rf docs/_build/html
+	$(BIN)/python -m sphinx --quiet -E --fail-on-warning --keep-going -c docs . docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 clean:
-	rm -rf .venv
+	rm -rf .venv docs/_build
 
 # The stamp is older than setup.cfg when the requirements may have changed: only then is anything installed again.
 $(STAMP): setup.cfg pyproject.toml
@@ -37,4 +44,9 @@ $(STAMP): setup.cfg pyproject.toml
 		{ echo "'$(PYTHON) -m venv .venv' failed; on Debian and Ubuntu install the package python3-venv first." >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' || \
 		{ echo "Installing gflowtrl into .venv failed; pip's message is above. 'make clean' starts afresh." >&2; exit 1; }
+	@touch $@
+
+.venv/.docs-installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]' || \
+		{ echo "Installing what builds the documentation failed; pip's message is above." >&2; exit 1; }
 	@touch $@

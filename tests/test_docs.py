@@ -1,20 +1,34 @@
-"""README and docs: links lead somewhere, code compiles and imports what is there, commands have their options."""
+"""README and docs: links lead somewhere, code compiles, imports what is there and runs, commands have their options.
+
+`make docs` builds the site, with warnings as errors, and runs the notebook; here is what can be seen without that.
+"""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
+import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
 
+import gflowtrl
+from gflowtrl import rewards
 from gflowtrl.cli import COMMANDS, main
+from gflowtrl.losses import LOSSES
+from gflowtrl.samplers import SAMPLERS
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+PAGES = sorted(page for where in (".", "docs", "docs/reference", "benchmarks") for page in ROOT.glob(f"{where}/*.md"))
+PACKAGES = [f"gflowtrl.{module.name}" for module in iter_modules(gflowtrl.__path__) if module.ispkg]
+PUBLIC = [name for name in PACKAGES if hasattr(importlib.import_module(name), "__all__")]
 BLOCK = re.compile(r"^ *```(\w+)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FILE = re.compile(r"(?<![\w/.-])(?:recipes|examples|benchmarks|tests|docs)/[\w./-]+\.(?:py|yaml|md|json)")
@@ -96,14 +110,84 @@ def test_commands_have_the_options_that_are_shown(words, capsys):
         assert ours, f"gflowtrl {words[0]} has no {option}"
 
 
-@pytest.mark.parametrize(
-    "room",
-    ["catalog", "data", "losses", "metrics", "pipeline", "policy", "rewards", "samplers", "semantic_ids", "teachers",
-     "trainer"],
-)  # fmt: skip
-def test_every_public_name_is_documented(room):
-    module = importlib.import_module(f"gflowtrl.{room}")
+@pytest.mark.parametrize("package", PUBLIC)
+def test_every_public_name_is_documented_and_in_the_reference(package):
+    """`automodule` brings classes and functions into a page, by `__all__`; all else has to be named there."""
+    module, page = importlib.import_module(package), ROOT / "docs" / "reference" / f"{package.split('.')[1]}.md"
+    text = page.read_text()
+    whole = f".. automodule:: {package}\n   :members:\n   :imported-members:\n" in text
     for name in module.__all__:
         value = getattr(module, name)
-        if callable(value):
-            assert value.__doc__, f"gflowtrl.{room}.{name} has no docstring"
+        described = isinstance(value, type) or hasattr(value, "__code__")
+        if described:
+            assert value.__doc__, f"{package}.{name} has no docstring"
+        named = re.search(rf"^\.\. \S+:: ({re.escape(package)}\.)?{name}$", text, re.MULTILINE)
+        assert named or whole and described, f"{page.name} does not describe {package}.{name}"
+    assert f"\n{page.stem}\n" in (page.parent / "index.md").read_text(), f"the reference's index lacks {page.stem}"
+
+
+def test_the_reference_says_where_the_names_of_gflowtrl_are_described():
+    text = (ROOT / "docs" / "reference" / "index.md").read_text()
+    for name in gflowtrl.__all__:
+        assert f"gflowtrl.{gflowtrl._HOMES.get(name)}.{name}`" in text or f".. py:data:: {name}\n" in text, name
+
+
+def test_choosing_has_every_loss_reward_and_sampler():
+    text = (ROOT / "docs" / "choosing.md").read_text()
+    tables = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+    built_in = [name for name in rewards.__all__ if name.endswith("Reward") and name != "Reward"]
+    for heading, names in {"Losses": LOSSES, "Rewards": built_in, "Samplers": SAMPLERS}.items():
+        first = " ".join(row.split("|")[1] for row in tables[heading].splitlines() if row.startswith("|"))
+        assert set(re.findall(r"`(\w+)`", first)) - {"loss_type"} == set(names), heading
+
+
+def test_pictures_are_made_by_the_script_shown_and_small(monkeypatch):
+    spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs" / "pictures.py")
+    pictures = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "pictures", pictures)  # where dataclasses look their module up
+    spec.loader.exec_module(pictures)
+    files = sorted((ROOT / "docs" / "images").iterdir())
+    assert [file.name for file in files] == sorted(f"{name}.png" for name in pictures.PICTURES)
+    shown = set(re.findall(r"!\[[^\]]+\]\(images/([\w.]+)\)", "".join(page.read_text() for page in PAGES)))
+    for file in files:
+        assert file.name in shown and file.stat().st_size < 100_000, file.name
+
+
+def test_notebooks_are_kept_without_outputs():
+    notebooks = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+    assert notebooks
+    for notebook in notebooks:
+        for cell in json.loads(notebook.read_text())["cells"]:
+            assert not cell.get("outputs") and cell.get("execution_count") is None, notebook.name
+
+
+def run_page(name: str, folder: Path) -> str:
+    """All Python of a page, from top to bottom, in a process of its own; what it printed."""
+    page = (ROOT / "docs" / name).read_text()
+    script = folder / "page.py"
+    script.write_text("\n".join(code for kind, code in BLOCK.findall(page) if kind == "python"))
+    ran = subprocess.run([sys.executable, script], cwd=folder, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return ran.stdout
+
+
+def test_extending_runs_and_does_what_it_says(tmp_path):
+    said = run_page("extending.md", tmp_path)
+    plain, cheap = map(float, re.search(r"mean price (\S+), with the reward (\S+)", said).groups())
+    exact = float(re.search(r"mean price with exact flows (\S+)", said)[1])
+    assert cheap < plain / 2 and exact < plain / 2
+    assert "'sampler/shelf/share': 0.375" in said
+    first, last = map(float, re.search(r"residual (\S+) -> (\S+) nats", said).groups())
+    assert last < 0.7 * first
+
+
+def test_quickstart_runs_and_recommends(tmp_path):
+    said = run_page("quickstart.md", tmp_path)
+    lines = re.findall(r"^(\w+ / \w+ no\. \d+) +(-\d+\.\d+)$", said, re.MULTILINE)
+    assert len({title for title, _ in lines}) == 5
+    assert [float(value) for _, value in lines] == sorted((float(value) for _, value in lines), reverse=True)
+
+
+def test_the_way_from_trl_runs(tmp_path):
+    said = run_page("trl.md", tmp_path)
+    assert said.count("train_runtime") == 2  # GRPO's and ours
