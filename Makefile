@@ -4,12 +4,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+LOWEST := .venv-lowest
 
-.PHONY: help demo test lint clean
+# What `make test-lowest` runs: the files that use a third-party package most, until each is used in earnest.
+#   policy, test_recommender     transformers (every backbone, caches, masks), peft, scipy
+#   trainer                      trl, accelerate, peft, safetensors, datasets
+#   data, semantic_ids           pyarrow, datasets, tokenizers, scikit-learn, numpy
+#   cli, test_language_model     rich, PyYAML, tqdm, matplotlib, huggingface-hub, bitsandbytes, the whole job
+#   serving                      fastapi, pydantic, uvicorn
+#   test_example (ZeRO-3 only)   deepspeed under `accelerate launch`
+LOWEST_TESTS := tests/policy tests/test_recommender.py
+
+.PHONY: help demo test test-lowest lint clean
 
 help:
 	@echo "make demo   train, fine-tune and compare a small recommender on the synthetic shop (CPU, a few minutes)"
 	@echo "make test   run the tests"
+	@echo "make test-lowest   run some of them with the oldest versions that setup.cfg allows"
 	@echo "make lint   check style and format with ruff"
 	@echo "make clean  remove .venv"
 
@@ -22,19 +33,36 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest $(LOWEST_TESTS)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv
+	rm -rf .venv $(LOWEST)
+
+# $(call make_venv,FOLDER)
+define make_venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "gflowtrl needs Python 3.11 or newer, and '$(PYTHON)' is not one. Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(1) || \
+		{ echo "'$(PYTHON) -m venv $(1)' failed; on Debian and Ubuntu install the package python3-venv first." >&2; exit 1; }
+endef
+
+INSTALL_FAILED = { echo "Installing gflowtrl into $(@D) failed; pip's message is above. 'make clean' starts afresh." >&2; exit 1; }
 
 # The stamp is older than setup.cfg when the requirements may have changed: only then is anything installed again.
 $(STAMP): setup.cfg pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "gflowtrl needs Python 3.11 or newer, and '$(PYTHON)' is not one. Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
-	@$(PYTHON) -m venv .venv || \
-		{ echo "'$(PYTHON) -m venv .venv' failed; on Debian and Ubuntu install the package python3-venv first." >&2; exit 1; }
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' || \
-		{ echo "Installing gflowtrl into .venv failed; pip's message is above. 'make clean' starts afresh." >&2; exit 1; }
+	$(call make_venv,.venv)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' || $(INSTALL_FAILED)
+	@touch $@
+
+# pip reads all files that PIP_CONSTRAINT names, with spaces between them: the caller's own hold as well.
+$(LOWEST)/.installed: setup.cfg pyproject.toml tools/lowest_versions.py
+	$(call make_venv,$(LOWEST))
+	@$(LOWEST)/bin/python tools/lowest_versions.py > $(LOWEST)/constraints.txt
+	PIP_CONSTRAINT="$$PIP_CONSTRAINT $(LOWEST)/constraints.txt" \
+		$(LOWEST)/bin/python -m pip install --quiet --editable '.[test]' || $(INSTALL_FAILED)
 	@touch $@
