@@ -4,15 +4,30 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+LOWEST := .venv-lowest
 
-.PHONY: help demo test lint docs clean
+# `make test-lowest` runs the tests in which third-party packages do the work; what is left out is our own arithmetic
+# (catalog, losses, metrics, samplers, teachers) and what takes long (most of pipeline and distributed).
+#   policy, test_recommender   transformers (backbones, masks, caches), peft, scipy
+#   trainer                    trl, accelerate, peft, datasets, safetensors, hypothesis
+#   data, semantic_ids         pyarrow, tokenizers, scikit-learn, numpy
+#   test_language_model        trl's SFT, peft and bitsandbytes through all stages
+#   cli                        rich, tqdm, PyYAML, matplotlib, huggingface-hub
+#   serving                    fastapi, pydantic, uvicorn, httpx2
+#   test_example, ZeRO-3       deepspeed, started by accelerate
+LOWEST_TESTS := tests/policy tests/test_recommender.py tests/trainer tests/data tests/semantic_ids tests/cli tests/serving \
+	tests/pipeline/test_language_model.py \
+	"tests/distributed/test_example.py::test_every_engine_gives_the_results_of_one_process[zero3]"
+
+.PHONY: help demo test test-lowest lint docs clean
 
 help:
 	@echo "make demo   train, fine-tune and compare a small recommender on the synthetic shop (CPU, a few minutes)"
 	@echo "make test   run the tests"
+	@echo "make test-lowest   run some of them with the oldest versions that setup.cfg allows"
 	@echo "make lint   check style and format with ruff"
 	@echo "make docs   build the documentation into docs/_build/html, with warnings as errors"
-	@echo "make clean  remove .venv and the documentation"
+	@echo "make clean  remove both environments and the documentation"
 
 # All values are given, so that accelerate neither warns nor reads a configuration of this machine. One thread: a second
 # one gains little with a model this small, and costs much where its core is busy.
@@ -22,6 +37,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest $(LOWEST_TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -34,19 +52,32 @@ docs: .venv/.docs-installed
 	@echo "docs/_build/html/index.html"
 
 clean:
-	rm -rf .venv docs/_build
+	rm -rf .venv $(LOWEST) docs/_build
+
+# $(call make_venv,FOLDER)
+define make_venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "gflowtrl needs Python 3.11 or newer, and '$(PYTHON)' is not one. Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(1) || \
+		{ echo "'$(PYTHON) -m venv $(1)' failed; on Debian and Ubuntu install the package python3-venv first." >&2; exit 1; }
+endef
+
+INSTALL_FAILED = { echo "Installing gflowtrl into $(@D) failed; pip's message is above. 'make clean' starts afresh." >&2; exit 1; }
 
 # The stamp is older than setup.cfg when the requirements may have changed: only then is anything installed again.
 $(STAMP): setup.cfg pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "gflowtrl needs Python 3.11 or newer, and '$(PYTHON)' is not one. Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
-	@$(PYTHON) -m venv .venv || \
-		{ echo "'$(PYTHON) -m venv .venv' failed; on Debian and Ubuntu install the package python3-venv first." >&2; exit 1; }
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' || \
-		{ echo "Installing gflowtrl into .venv failed; pip's message is above. 'make clean' starts afresh." >&2; exit 1; }
+	$(call make_venv,.venv)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' || $(INSTALL_FAILED)
+	@touch $@
+
+# pip reads all files that PIP_CONSTRAINT names, with spaces between them: the caller's own hold as well.
+$(LOWEST)/.installed: setup.cfg pyproject.toml tools/lowest_versions.py
+	$(call make_venv,$(LOWEST))
+	@$(LOWEST)/bin/python tools/lowest_versions.py > $(LOWEST)/constraints.txt
+	PIP_CONSTRAINT="$$PIP_CONSTRAINT $(LOWEST)/constraints.txt" \
+		$(LOWEST)/bin/python -m pip install --quiet --editable '.[test]' || $(INSTALL_FAILED)
 	@touch $@
 
 .venv/.docs-installed: $(STAMP)
-	$(BIN)/python -m pip install --quiet --editable '.[docs]' || \
-		{ echo "Installing what builds the documentation failed; pip's message is above." >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --editable '.[docs]' || $(INSTALL_FAILED)
 	@touch $@

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import site
 import sys
 import types
 import typing
@@ -58,8 +59,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def recipe_folder() -> Path:
     """Where the recipes are that come with the library: in the source tree, or where an installation has put them."""
-    tree = Path(__file__).parents[2] / "recipes"
-    return tree if tree.is_dir() else Path(sys.prefix, "share", "gflowtrl", "recipes")
+    above = Path(__file__).parents[2]  # the source tree, site-packages, or the folder of `pip install --target`
+    shares = [Path(base, "share", "gflowtrl", "recipes") for base in (above, sys.prefix, site.getuserbase())]
+    # Not any folder of that name: another package may have brought one into site-packages.
+    known = [folder for folder in (above / "recipes", *shares) if (folder / "quickstart.yaml").is_file()]
+    return (known or shares)[0]
 
 
 def accelerate_folder() -> Path:

@@ -1,0 +1,127 @@
+"""What is published: a source archive that holds everything, and a wheel that works where the source tree is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email import message_from_bytes
+from pathlib import Path
+
+import pytest
+
+import gflowtrl
+
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("gflowtrl", "recipes", "tests", "docs", "examples", "benchmarks", "tools")
+FILES = (
+    "LICENSE",
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "Makefile",
+    "MANIFEST.in",
+    "setup.cfg",
+    "pyproject.toml",
+)
+NAME = f"gflowtrl-{gflowtrl.__version__}"
+
+if not (ROOT / "MANIFEST.in").is_file():
+    pytest.skip("there is no source tree to build from", allow_module_level=True)
+
+
+def build(kind: str, tree: Path, folder: Path) -> Path:
+    """Builds "sdist" or "wheel" from a source tree with the setuptools that is installed, as pip and build do."""
+    folder.mkdir()
+    code = f"from setuptools import build_meta; build_meta.build_{kind}({str(folder)!r})"
+    built = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-3000:]
+    (file,) = folder.iterdir()
+    return file
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """A copy of the source tree without what the work on it leaves behind."""
+    copy = tmp_path_factory.mktemp("tree")
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "*.py[cod]", ".*"))
+    for file in FILES:
+        shutil.copy(ROOT / file, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def archive(tree, tmp_path_factory) -> Path:
+    """The source archive, unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    with tarfile.open(build("sdist", tree, folder / "dist")) as packed:
+        packed.extractall(folder, filter="data")
+    return folder / NAME
+
+
+@pytest.fixture(scope="module")
+def wheel(archive, tmp_path_factory) -> Path:
+    """The wheel that pip makes of the source archive."""
+    return build("wheel", archive, tmp_path_factory.mktemp("wheel") / "dist")
+
+
+def contents(wheel: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as packed:
+        return {name: packed.read(name) for name in packed.namelist()}
+
+
+def test_the_source_archive_holds_the_whole_tree(tree, archive):
+    ours = {path.relative_to(tree) for path in tree.rglob("*") if path.is_file()}
+    ours = {path for path in ours if "egg-info" not in path.parts[0]}  # setuptools has left its own in the tree
+    assert len(ours) > 300
+    missing = sorted(map(str, ours - {path.relative_to(archive) for path in archive.rglob("*")}))
+    assert not missing, f"MANIFEST.in leaves out {missing[:5]}"
+
+
+def test_the_source_archive_makes_the_same_wheel_as_the_tree(tree, wheel, tmp_path):
+    assert contents(build("wheel", tree, tmp_path / "dist")) == contents(wheel)
+
+
+def test_the_wheel_holds_the_package_its_licence_and_its_recipes(wheel):
+    packed = contents(wheel)
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "gflowtrl").rglob("*.py")}
+    recipes = {str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml")}
+    data = f"{NAME}.data/data/share/gflowtrl"
+    about = f"{NAME}.dist-info"
+    expected = modules | {f"{data}/{recipe}" for recipe in recipes} | {f"{about}/licenses/LICENSE"}
+    assert {name for name in packed if not name.startswith(about) or name.endswith("LICENSE")} == expected
+    metadata = message_from_bytes(packed[f"{about}/METADATA"])
+    assert metadata["Version"] == gflowtrl.__version__
+    assert metadata["License"] == "Apache-2.0"
+    assert metadata.get_payload().startswith("# gflowtrl")  # what a package index shows
+
+
+def test_the_wheel_works_where_no_source_tree_is(wheel, tmp_path):
+    target, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    install = ["install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel]
+    subprocess.run([sys.executable, "-m", "pip", *install], check=True)
+
+    def run(*command: str | Path) -> str:
+        environment = os.environ | {"PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"}
+        ran = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=300)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        return ran.stdout
+
+    used = run(sys.executable, "-c", "import gflowtrl; print(gflowtrl.__file__)")
+    assert Path(used.strip()).is_relative_to(target)
+    usage = run(target / "bin" / "gflowtrl", "--help")
+    assert usage.startswith("usage: gflowtrl") and usage == run(sys.executable, "-m", "gflowtrl", "--help")
+    few = {
+        "output_dir": "out", "teacher.epochs": 1, "data.shop.n_users": 200, "sft.max_steps": 2,
+        "control.max_steps": 2, "gflownet.max_steps": 2, "evaluation.num_beams": 20,
+    }  # fmt: skip
+    options = [word for name, value in few.items() for word in (f"--{name}", str(value))]
+    run(target / "bin" / "gflowtrl", "train", "--config", "quickstart", *options)
+    assert {"sft", "gflownet"} <= json.loads((elsewhere / "out" / "results.json").read_text())["methods"].keys()
