@@ -63,9 +63,14 @@ def prefixes(folder: str, materials: Materials, users: int, num_beams: int, prog
     return {name: float(torch.cat([part[name] for part in found]).mean()) for name in found[0]}
 
 
+def prefix_file(record: Path) -> Path:
+    """Where the prefix metrics of a run lie, beside its record."""
+    return record.with_name(f"{record.stem}-prefixes.json")
+
+
 def kept_prefixes(path: Path, options: list[str], file: Path, users: int, shared: bool) -> dict[str, dict]:
     """What becomes of prefixes in the run whose record is `file`, measured where it is not kept beside it."""
-    kept = file.with_name(f"{file.stem}-prefixes.json")
+    kept = prefix_file(file)
     content = json.loads(kept.read_text()) if kept.is_file() else {"users": users, "methods": {}}
     if content["users"] != users:
         content = {"users": users, "methods": {}}
@@ -84,11 +89,15 @@ def kept_prefixes(path: Path, options: list[str], file: Path, users: int, shared
     return content["methods"]
 
 
-def lines(runs: dict[str, list[tuple[Path, dict]]], costs: dict[str, dict]) -> Iterator[str]:
-    """The table's rows; `runs` has the record's file and the prefix metrics of each seed, by title."""
+def lines(runs: dict[str, dict[int, tuple[Path, dict]]], costs: dict[str, dict]) -> Iterator[str]:
+    """The table's rows; `runs` has the record's file and the prefix metrics of each seed, by recipe."""
     titles = {path.stem: title for path, title in RECIPES.items()}
-    baseline = [gains(load_file(file.with_suffix(".safetensors"))["gflownet"]) for file, _ in runs[BASELINE]]
-    for number, (name, seeds) in enumerate(runs.items()):
+    everywhere = max(len(by_seed) for by_seed in runs.values())
+    for number, (name, by_seed) in enumerate(runs.items()):
+        seeds = list(by_seed.values())
+        baseline = [
+            gains(load_file(runs[BASELINE][seed][0].with_suffix(".safetensors"))["gflownet"]) for seed in by_seed
+        ]
         for method in [*(SHARED if number == 0 else []), "gflownet"]:
             if any(method not in json.loads(file.read_text())["methods"] for file, _ in seeds):
                 continue  # `--stages` has left it out
@@ -105,6 +114,8 @@ def lines(runs: dict[str, list[tuple[Path, dict]]], costs: dict[str, dict]) -> I
             itself = (name, method) == (BASELINE, "gflownet")
             cells += ["" if itself else difference(ours, baseline, metric) for metric in ("recall@10", "ndcg@10")]
             title = SHARED.get(method) or titles.get(name, name)
+            if len(seeds) < everywhere:
+                title += f" (seed {', '.join(map(str, by_seed))})"
             yield f"| {title} | " + " | ".join(cells) + " |"
 
 
@@ -115,6 +126,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
     parser.add_argument("--output_dir", default="outputs/office_llama", help="where stages are kept")
     parser.add_argument("--prefix", default="office", help="beginning of the names of the kept files")
+    parser.add_argument("--kept_only", action="store_true", help="train nothing, leave out what is not there yet")
     parser.add_argument("--prefix_seeds", nargs="*", type=int, help="seeds whose prefixes are measured (default: all)")
     parser.add_argument("--users", type=int, default=1000, help="test users of the prefix metrics")
     parser.add_argument(
@@ -125,7 +137,7 @@ def main() -> None:
         {row["method"]: row for row in json.loads(given.costs.read_text())["rows"]} if given.costs.is_file() else {}
     )
     measured = given.seeds if given.prefix_seeds is None else given.prefix_seeds
-    runs: dict[str, list[tuple[Path, dict]]] = {}
+    runs: dict[str, dict[int, tuple[Path, dict]]] = {}
     for seed in given.seeds:
         for number, path in enumerate(given.recipes):
             places = ["--data_dir", given.data_dir, "--output_dir", given.output_dir, "--seed", str(seed)]
@@ -133,11 +145,15 @@ def main() -> None:
             file = KEPT / f"{given.prefix}-{name}-seed{seed}.json"
             # What all share is run and measured with the first one only.
             options = [*places, *others] if number == 0 else [*places, "--stages", "sft", "gflownet", *others]
-            kept_run(path, options, file)
-            found = {}
-            if seed in measured:
-                found = kept_prefixes(path, options, file, given.users, shared=number == 0)
-            runs.setdefault(name, []).append((file, found))
+            if given.kept_only:
+                if not file.is_file():
+                    continue
+                found = json.loads(prefix_file(file).read_text())["methods"] if prefix_file(file).is_file() else {}
+            else:
+                kept_run(path, options, file)
+                wanted = seed in measured
+                found = kept_prefixes(path, options, file, given.users, shared=number == 0) if wanted else {}
+            runs.setdefault(name, {})[seed] = (file, found)
     headings = ["method", *COLUMNS, *SURVIVAL.values(), "s an epoch", "peak MB"]
     headings += [f"{metric} - cross entropy" for metric in ("recall@10", "ndcg@10")]
     print(f"\n{len(given.seeds)} seed(s), test split; prefixes of {given.users} users, seeds {measured}:\n")
