@@ -1,6 +1,7 @@
 # `make demo` and `make test` need Python 3.11 and git, nothing else: the first call makes .venv and installs into it.
 #   PYTHON          the interpreter .venv is made from:   make test PYTHON=python3.12
 #   PIP_CONSTRAINT  pip's own variable, to pin versions:  PIP_CONSTRAINT=pins.txt make demo
+#   ARGS            options of the recipe for the demo:   make demo ARGS="--sft.num_train_epochs 2 --teacher.epochs 3"
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -18,7 +19,7 @@ help:
 # one gains little with a model this small, and costs much where its core is busy.
 demo: $(STAMP)
 	$(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		--num_cpu_threads_per_process $${OMP_NUM_THREADS:-1} examples/gflowgr_amazon.py
+		--num_cpu_threads_per_process $${OMP_NUM_THREADS:-1} examples/gflowgr_amazon.py $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
@@ -42,7 +43,8 @@ $(STAMP): setup.cfg pyproject.toml
 		{ echo "gflowtrl needs Python 3.11 or newer, and '$(PYTHON)' is not one. Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -m venv .venv || \
 		{ echo "'$(PYTHON) -m venv .venv' failed; on Debian and Ubuntu install the package python3-venv first." >&2; exit 1; }
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' || \
+	@echo "Installing gflowtrl and what it needs into .venv, once; this takes some minutes ..."
+	@$(BIN)/python -m pip install --quiet --editable '.[dev]' || \
 		{ echo "Installing gflowtrl into .venv failed; pip's message is above. 'make clean' starts afresh." >&2; exit 1; }
 	@touch $@
 
