@@ -1,6 +1,7 @@
 # `make demo` and `make test` need Python 3.11 and git, nothing else: the first call makes .venv and installs into it.
 #   PYTHON          the interpreter .venv is made from:   make test PYTHON=python3.12
 #   PIP_CONSTRAINT  pip's own variable, to pin versions:  PIP_CONSTRAINT=pins.txt make demo
+#   ARGS            options of the recipe for the demo:   make demo ARGS="--sft.num_train_epochs 2 --teacher.epochs 3"
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -33,7 +34,7 @@ help:
 # one gains little with a model this small, and costs much where its core is busy.
 demo: $(STAMP)
 	$(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		--num_cpu_threads_per_process $${OMP_NUM_THREADS:-1} examples/gflowgr_amazon.py
+		--num_cpu_threads_per_process $${OMP_NUM_THREADS:-1} examples/gflowgr_amazon.py $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
@@ -67,7 +68,8 @@ INSTALL_FAILED = { echo "Installing gflowtrl into $(@D) failed; pip's message is
 # The stamp is older than setup.cfg when the requirements may have changed: only then is anything installed again.
 $(STAMP): setup.cfg pyproject.toml
 	$(call make_venv,.venv)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' || $(INSTALL_FAILED)
+	@echo "Installing gflowtrl and what it needs into .venv, once; this takes some minutes ..."
+	@$(BIN)/python -m pip install --quiet --editable '.[dev]' || $(INSTALL_FAILED)
 	@touch $@
 
 # pip reads all files that PIP_CONSTRAINT names, with spaces between them: the caller's own hold as well.

@@ -77,11 +77,20 @@ def guarded(work: Callable[[], int | None]) -> int:
             )
             return work() or 0
     except (ValueError, TypeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong; the operating system's own errors (`[Errno 2] ...`) are put into words."""
+    if not isinstance(error, OSError) or error.strerror is None or error.filename is None:
+        return str(error)
+    if isinstance(error, FileNotFoundError):
+        return f"There is no file {error.filename}. Check the path."
+    return f"{error.filename} cannot be used: {error.strerror}."
 
 
 def print_json(content: Any) -> None:

@@ -40,6 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     for column, default in (("user", "user_id"), ("item", "item_id"), ("time", "timestamp"), ("rating", "rating")):
         parser.add_argument(f"--{column}_column", help=f"of csv, jsonl and parquet; {default} if not given"
                             + (", none where the file is in order of time" if column == "time" else ""))  # fmt: skip
+    parser.add_argument("--title_column", help="of the items in csv, jsonl and parquet; title if not given")
     parser.add_argument(
         "--header", nargs="+", metavar="COLUMN", help="of a csv whose first line is data: names of its columns, in "
         "their order"
@@ -82,7 +83,7 @@ def _prepare(given: argparse.Namespace) -> None:
 def _columns(given: argparse.Namespace):
     from gflowtrl.data import Columns
 
-    named = {name: getattr(given, f"{name}_column") for name in ("user", "item", "time", "rating")}
+    named = {name: getattr(given, f"{name}_column") for name in ("user", "item", "time", "rating", "title")}
     named |= {"header": given.header, "items_header": given.items_header}
     named = {name: value for name, value in named.items() if value is not None}
     if not named:

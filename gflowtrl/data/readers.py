@@ -30,6 +30,11 @@ def read_interactions(path: str | Path, with_ids: bool = True) -> InteractionDat
         raise FileNotFoundError(
             f"{path} holds neither sequences.jsonl nor X.inter.json. docs/data.md describes both formats."
         )
+    if not path.exists() and not path.with_name(f"{path.name}.inter.json").is_file():
+        raise FileNotFoundError(
+            f"There is no folder {path}. Check the path; docs/data.md says what a data folder holds, and `gflowtrl "
+            "prepare` makes one."
+        )
     return read_letter(path, with_ids)
 
 

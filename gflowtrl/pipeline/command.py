@@ -27,7 +27,7 @@ OTHER_DATA = (
     "This was a SYNTHETIC shop. For data of your own, a dump of Amazon or MovieLens or a table (docs/command.md):\n"
     "  gflowtrl prepare --format FORMAT --interactions FILE --items FILE --out DIR\n"
     "  gflowtrl tokenize --data_dir DIR\n"
-    "  {program} --config recipes/gflowgr_office_llama.yaml --data_dir DIR"
+    "  gflowtrl train --config gflowgr_office_llama --data_dir DIR"
 )
 
 
@@ -74,7 +74,7 @@ def main(
         _say_how_to_continue(recipe)
         return 130
     if recipe.data_dir is None and _is_main():
-        print("\n" + OTHER_DATA.format(program=program))
+        print("\n" + OTHER_DATA)
     return 0
 
 

@@ -51,7 +51,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from None
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold fields with values (field: value), not {type(content).__name__}.")
     return content
@@ -71,13 +71,26 @@ def accelerate_folder() -> Path:
     return recipe_folder() / "accelerate_configs"
 
 
-def find_recipe(name: str | Path) -> Path:
+def find_recipe(name: str | Path, base_of: Path | None = None) -> Path:
     """A recipe's file: the file itself, or the one of that name that comes with the library.
+
+    Args:
+        name: the file or the name.
+        base_of: the recipe whose `base` it is; then the file is seen from that one's folder.
 
     Raises:
         FileNotFoundError: there is neither; the message lists the names.
     """
-    return _find(name, recipe_folder(), "recipe")
+    if base_of is None:
+        return _find(name, recipe_folder(), "recipe")
+    beside, shipped = base_of.parent / str(name), recipe_folder() / f"{name}.yaml"
+    if beside.is_file() or shipped.is_file():
+        return beside if beside.is_file() else shipped
+    names = ", ".join(sorted(file.stem for file in recipe_folder().glob("*.yaml")))
+    raise FileNotFoundError(
+        f"There is no recipe {name}, which {base_of} names as its base; give a YAML file, seen from the folder of "
+        f"{base_of}, or one of {names}."
+    )
 
 
 def find_accelerate_config(name: str | Path) -> Path:

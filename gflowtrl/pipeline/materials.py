@@ -101,8 +101,8 @@ def prepare(recipe: Recipe) -> Materials:
             data = k_core(data, recipe.data.k_core)
     if data.semantic_ids is None:
         raise ValueError(
-            f"{data.name} has no semantic ids: {recipe.data_dir} holds no semantic_ids.json. Give each item a list of "
-            "tokens there; docs/data.md describes the file."
+            f"{data.name} has no semantic ids: {recipe.data_dir} holds no semantic_ids.json. `gflowtrl tokenize "
+            f"--data_dir {recipe.data_dir}` makes it; or give each item a list of tokens there (docs/data.md)."
         )
     splits = leave_one_out(data, recipe.data.max_history_items)
     tokenizer = _tokenizer(recipe, data)

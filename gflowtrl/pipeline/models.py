@@ -19,6 +19,7 @@ from trl import ModelConfig, get_quantization_config
 
 from gflowtrl.data import add_item_tokens
 from gflowtrl.policy import load_backbone, whole_models
+from gflowtrl.policy.causal import check_causal
 
 from .materials import Materials
 from .recipe import QUANTISATION, Recipe, local_folder
@@ -39,6 +40,8 @@ def build_model(materials: Materials, quantised: bool = True) -> PreTrainedModel
         options = {key: value for key, value in options.items() if key not in QUANTISATION}
         options |= _quantised(recipe) if quantised else {}
         model = load_backbone(local_folder(recipe.folder, name), **options)
+        if not model.config.is_encoder_decoder:
+            check_causal(model)  # before SFT, which would not notice
         # The tokenizer as it was before item tokens, so that they are new, and begin as new ones.
         tokenizer = AutoTokenizer.from_pretrained(**recipe.pretrained)
         titles = materials.titles if near else None
@@ -48,7 +51,9 @@ def build_model(materials: Materials, quantised: bool = True) -> PreTrainedModel
     special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
     config = AutoConfig.for_model(options.pop("model_type", "llama"), vocab_size=len(tokenizer), **special, **options)
     if not config.is_encoder_decoder:
-        return AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)
+        check_causal(model)
+        return model
     if getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = tokenizer.pad_token_id  # as the published T5 checkpoints have it
     return AutoModelForSeq2SeqLM.from_config(config)

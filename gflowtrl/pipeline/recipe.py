@@ -28,7 +28,7 @@ from gflowtrl.rewards.title_likelihood import check_title_options
 from gflowtrl.samplers import build_sampler
 from gflowtrl.teachers import EASE, MixtureTeacher, Popularity, SASRec
 
-from .configuration import check_names, check_types, merged, parse_options, read_yaml, set_option
+from .configuration import check_names, check_types, find_recipe, merged, parse_options, read_yaml, set_option
 
 
 #: Stages that a recipe may choose among, in the order in which they run; data, test and report always run.
@@ -402,8 +402,8 @@ def load_recipe(path: str | Path, arguments: Sequence[str] = ()) -> Recipe:
     """Reads a recipe file and sets what a command line changes.
 
     Args:
-        path: the YAML file. Its field `base` may name another one, seen from its folder, of which it tells the
-            differences.
+        path: the YAML file. Its field `base` may name another one, seen from its folder, or one that comes with the
+            library, of which it tells the differences.
         arguments: `--section.field value`, `--rewards.0.weight .5`, `--data_dir DIR`; an option that is no field of
             the recipe itself goes to `gflownet` (`--learning_rate 1e-3`), as with TRL's scripts. Values are YAML.
     """
@@ -431,7 +431,7 @@ def _on_its_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     content = read_yaml(path)
     if "base" not in content:
         return content
-    base = path.parent / str(content.pop("base"))
+    base = find_recipe(content.pop("base"), path)
     return merged(_on_its_base(base, (*above, path.resolve())), content)
 
 

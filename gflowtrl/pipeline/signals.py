@@ -133,12 +133,16 @@ def _build_reward(
 
 
 def check_signals(materials: Materials) -> None:
-    """What the recipe's rewards need of the data.
+    """What the recipe's rewards need of the data and of files of the user's.
 
     Raises:
-        ValueError: no sessions for `interaction`, no impressions or titles where a reward asks for them.
+        ValueError: no sessions for `interaction`, no impressions or titles where a reward asks for them, no such
+            function in its file.
+        FileNotFoundError: no file of a function.
     """
     for spec in materials.recipe.rewards:
+        if "function" in spec:  # found now, not after hours of SFT
+            load_function(spec["function"], materials.recipe.folder)
         if spec.get("type") == "interaction" and materials.data.events is None:
             raise ValueError(
                 f"{materials.data.name} has no sessions (events.jsonl), which the reward interaction reads: use "

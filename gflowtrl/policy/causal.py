@@ -14,9 +14,29 @@ from gflowtrl.catalog import ItemCatalog
 
 from .base import Prompts, TreePolicy
 from .branches import Branches
-from .modules import cache_argument, forward_parameters, model_dtype
+from .modules import cache_argument, forward_parameters, innermost, model_dtype
 from .packing import BranchDecoder, additive, group_layout, prompt_positions, prompt_visibility
 from .sharing import shared_layout
+
+
+def check_causal(model: nn.Module) -> None:
+    """Whether a model sees of a row what its mask says, which scoring several branches in one row stands on.
+
+    Raises:
+        ValueError: the model is recurrent (a state-space or linear-attention one, wholly or in some layers), so that
+            branches would see each other whatever the mask says; or its forward takes no `position_ids`.
+    """
+    model = innermost(model)
+    if getattr(model, "_is_stateful", False):
+        reason = "carries a state from token to token, past the attention mask"
+    elif "position_ids" not in forward_parameters(model):
+        reason = "takes no position_ids"
+    else:
+        return
+    raise ValueError(
+        f"{type(model).__name__} {reason}, so several items cannot be scored behind one prompt. Use a model whose "
+        "layers all are attention (Llama, Qwen3, GPT-2, GPT-NeoX, ...), or an encoder-decoder such as T5."
+    )
 
 
 class CausalTreePolicy(TreePolicy):
@@ -24,9 +44,13 @@ class CausalTreePolicy(TreePolicy):
 
     Prompts are a left-padded batch `{"input_ids": (B, P), "attention_mask": (B, P)}`. With `members` `(U, C)` in it
     (`gflowtrl.data.prompt_members`), `score` computes rows whose prompts begin alike in one row. See `TreePolicy`.
+
+    Raises:
+        ValueError: the model is recurrent, or takes no `position_ids` (`check_causal`).
     """
 
     def __init__(self, model: nn.Module, catalog: ItemCatalog):
+        check_causal(model)
         super().__init__(model, catalog)
         self._keep = "logits_to_keep" in forward_parameters(model)  # logits of chosen positions only
 

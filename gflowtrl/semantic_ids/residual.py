@@ -75,8 +75,8 @@ class ResidualQuantizer(ABC):
         vectors = as_vectors(vectors)
         if len(vectors) < self.num_codes:
             raise ValueError(
-                f"{len(vectors)} vectors cannot be grouped into {self.num_codes} codes a level. Choose num_codes well "
-                "below the number of items, and more levels instead."
+                f"{len(vectors)} vectors cannot be grouped into {self.num_codes} codes a level. Choose num_codes "
+                "(--codes) well below the number of items, and more levels instead."
             )
         return vectors
 

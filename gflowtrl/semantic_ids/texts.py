@@ -31,7 +31,8 @@ def item_texts(
         found = sorted({name for known in data.item_features.values() for name in known}) or ["none"]
         raise ValueError(
             f"{data.name}: no item has any of the features {', '.join(features)}; known are: {', '.join(found)}. "
-            "Name them in features, or make vectors of the interactions with cooccurrence_vectors."
+            "Name them in features (--features), or make vectors of the interactions with cooccurrence_vectors "
+            "(--collaborative 1)."
         )
     items = data.items if items is None else items
     unknown = next((item for item in items if item not in texts), None)

@@ -11,6 +11,7 @@ import yaml
 
 from gflowtrl import Recommender, __version__
 from gflowtrl.cli import COMMANDS, main
+from gflowtrl.cli.common import guarded
 from gflowtrl.data import SyntheticShop, write_folder
 from tests.pipeline.micro import micro_settings
 
@@ -141,6 +142,13 @@ def test_mistakes_are_one_line(words, message, capsys, tmp_path):
     assert main([*words, *extra]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and re.search(message, error), error
+
+
+def test_errors_of_the_operating_system_are_sentences(tmp_path, capsys):
+    assert guarded(lambda: (tmp_path / "histories").read_text()) == 2
+    assert capsys.readouterr().err == f"error: There is no file {tmp_path}/histories. Check the path.\n"
+    assert guarded(lambda: tmp_path.read_text()) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path} cannot be used: Is a directory.\n"
 
 
 def test_help_and_version(capsys):

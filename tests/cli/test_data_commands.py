@@ -153,8 +153,12 @@ def test_attributes_make_ids(tmp_path):
         (["tokenize"], "--data_dir is missing"),
         (["tokenize", "--data_dir", "DATA"], "semantic_ids.json is there. Use --add"),
         (["tokenize", "--data_dir", "DATA", "--overwrite", "--collaborative", "2"], "a share from 0 to 1"),
-        (["tokenize", "--data_dir", "DATA", "--overwrite", "--codes", "500"], "500"),
+        (
+            ["tokenize", "--data_dir", "DATA", "--overwrite", "--codes", "500"],
+            "Choose num_codes (--codes) well",
+        ),
         (["tokenize", "--data_dir", "DATA", "--overwrite", "--features", "colour"], "colour; known are"),
+        (["tokenize", "--data_dir", "/no/where"], "There is no folder /no/where. Check the path"),
     ],
 )
 def test_mistakes_are_one_line(prepared, words, message, capsys):

@@ -222,7 +222,7 @@ def test_the_folder_appears_complete_or_not_at_all(tmp_path, monkeypatch):
     path, out = csv(tmp_path, packed=False)[0], tmp_path / "new" / "out"
     prepare("csv", path, out=out, k_core=None)
     before = sorted(file.name for file in out.iterdir())
-    with pytest.raises(FileExistsError, match="out is not empty.*overwrite=True"):
+    with pytest.raises(FileExistsError, match=r"out is not empty.*overwrite=True \(--overwrite\)"):
         prepare("csv", path, out=out)
     prepare("csv", path, out=out, k_core=2, overwrite=True)
     assert len(read_folder(out).users) == 2

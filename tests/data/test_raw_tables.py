@@ -5,6 +5,8 @@ import gzip
 import json
 import zipfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -98,6 +100,47 @@ def test_data_where_a_header_was_expected_is_named(tmp_path, format):
 def test_headers_that_do_not_fit(tmp_path, columns, message):
     with pytest.raises(ValueError, match=message):
         prepare("csv", write_lines(tmp_path / "log.csv", ROWS), columns=Columns(**columns), k_core=None)
+
+
+# ------------------------------------------------------------------------------------------------- titles' column
+@pytest.mark.parametrize("format", ["csv", "headerless", "jsonl", "parquet"])
+def test_titles_may_have_a_column_of_any_name(tmp_path, format):
+    log = [{"user_id": "u", "item_id": item, "timestamp": time} for time, item in enumerate("ba")]
+    items = [{"item_id": "a", "Name": "Lamp", "size": 3}, {"item_id": "b", "Name": "Desk", "size": 4}]
+    columns = {"title": "Name"}
+    if format == "jsonl":
+        log, items = (
+            write_lines(tmp_path / name, map(json.dumps, rows)) for name, rows in (("log", log), ("items", items))
+        )
+    elif format == "parquet":
+        for name, rows in (("log", log), ("items", items)):
+            pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+        log, items = tmp_path / "log", tmp_path / "items"
+    else:
+        tables = [
+            [";".join(map(str, row)) for row in (rows[0], *(row.values() for row in rows))] for rows in (log, items)
+        ]
+        if format == "headerless":
+            columns |= {"header": tuple(log[0]), "items_header": tuple(items[0])}
+            tables = [table[1:] for table in tables]
+        log, items = (write_lines(tmp_path / name, rows) for name, rows in zip(("log", "items"), tables, strict=True))
+    kind = "csv" if format == "headerless" else format
+    data, report = prepare(kind, log, items, columns=Columns(**columns), k_core=None)
+    assert {item: row["title"] for item, row in data.item_features.items()} == {"a": "Lamp", "b": "Desk"}
+    assert {str(row["size"]) for row in data.item_features.values()} == {"3", "4"}
+    assert report.items_without_title == 0 and "--title_column" not in report.summary()
+
+
+def test_titles_that_are_not_found_are_told(tmp_path):
+    log = write_lines(tmp_path / "log.csv", ["user_id,item_id,timestamp", "u,b,1", "u,a,2"])
+    items = write_lines(tmp_path / "items.csv", ["item_id,Name", "a,Lamp", "b,Desk"])
+    _, report = prepare("csv", log, items, k_core=None)
+    assert "no item has a title: name their column with --title_column" in report.summary()
+    assert "--title_column" not in prepare("csv", log, k_core=None)[1].summary()  # no file of items, nothing to name
+    with pytest.raises(ValueError, match=r"items\.csv has no column 'Title' for titles; it has item_id, Name"):
+        prepare("csv", log, items, columns=Columns(title="Title"), k_core=None)
+    with pytest.raises(ValueError, match="column 'Name' is one of the items' file; give that file too"):
+        prepare("csv", log, columns=Columns(title="Name"), k_core=None)
 
 
 def test_a_header_is_for_csv_only(tmp_path):

@@ -79,6 +79,20 @@ def test_recipes_of_this_repository_are_valid(path, tmp_path):
     assert {"teacher", "sft", "control", "gflownet"} == set(recipe.stages)
 
 
+def test_a_base_lies_beside_the_recipe_or_comes_with_the_library(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("base: gflowgr_office_llama\ngflownet: {num_generations: 9}\n")
+    recipe = load_recipe(mine)
+    assert recipe.gflownet["num_generations"] == 9 and recipe.model["hidden_size"] == 128 and recipe.name == "mine"
+    (tmp_path / "gflowgr_office_llama").write_text("model: {model_type: llama, hidden_size: 8}\n")
+    assert load_recipe(mine).model["hidden_size"] == 8  # a file beside it comes first
+    mine.write_text("base: other.yaml\n")
+    with pytest.raises(
+        FileNotFoundError, match=r"no recipe other\.yaml, which .*mine\.yaml names as its base.*quickst"
+    ):
+        load_recipe(mine)
+
+
 def test_broken_yaml_and_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no recipe .*absent.yaml"):
         read_yaml(tmp_path / "absent.yaml")

@@ -1,6 +1,7 @@
 """Teachers and rewards of a recipe."""
 
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,7 +9,14 @@ import torch
 from gflowtrl.pipeline import run
 from gflowtrl.pipeline.materials import prepare
 from gflowtrl.pipeline.models import build_model
-from gflowtrl.pipeline.signals import build_rewards, final_weights, fit_teacher, load_function, reward_key
+from gflowtrl.pipeline.signals import (
+    build_rewards,
+    check_signals,
+    final_weights,
+    fit_teacher,
+    load_function,
+    reward_key,
+)
 from gflowtrl.pipeline.stage import Workshop
 from gflowtrl.rewards import (
     InteractionReward,
@@ -138,6 +146,15 @@ def test_a_missing_reward_function_is_named(tmp_path):
         load_function("absent.py:cheap", str(tmp_path))
     with pytest.raises(ValueError, match="must be given as"):
         load_function("cheap")
+
+
+def test_a_missing_reward_function_is_found_before_any_training(tmp_path):
+    (tmp_path / "r.py").write_text(CODE)
+    for reference, error in (("r.py:cheap", None), ("r.py:dear", ValueError), ("absent.py:cheap", FileNotFoundError)):
+        rewards = [{"function": f"{tmp_path}/{reference}"}]
+        materials = prepare(micro_recipe(tmp_path, rewards=rewards, stages=["sft", "gflownet"]))
+        with pytest.raises(error) if error else nullcontext():
+            check_signals(materials)
 
 
 def test_learned_weights_are_fitted_to_validation_targets_and_trained_with(tmp_path, capsys):

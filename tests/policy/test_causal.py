@@ -3,6 +3,7 @@
 import pytest
 import torch
 from scipy import stats
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from gflowtrl.policy import CausalTreePolicy, StatelessNoise
 from tests import tiny
@@ -176,3 +177,16 @@ def test_refusals():
     policy.model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
         CausalTreePolicy(policy.model, policy.catalog)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "message"),
+    [
+        ("mamba", {"hidden_size": 8, "state_size": 2, "num_hidden_layers": 1}, "MambaForCausalLM carries a state"),
+        ("bloom", {"hidden_size": 8, "n_layer": 1, "n_head": 1}, "BloomForCausalLM takes no position_ids"),
+    ],
+)
+def test_models_that_cannot_keep_branches_apart_are_refused(kind, size, message):
+    config = AutoConfig.for_model(kind, vocab_size=16, **size)
+    with pytest.raises(ValueError, match=message):
+        CausalTreePolicy(AutoModelForCausalLM.from_config(config), catalog_of(torch.tensor([[3, 4], [3, 5]])))

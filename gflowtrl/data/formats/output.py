@@ -21,7 +21,9 @@ def check_target(out: Path, overwrite: bool) -> None:
     if not any(out.iterdir()):
         return
     if not overwrite:
-        raise FileExistsError(f"{out} is not empty. Name another folder, or replace this one with overwrite=True.")
+        raise FileExistsError(
+            f"{out} is not empty. Name another folder, or replace this one with overwrite=True (--overwrite)."
+        )
     if not (out / "sequences.jsonl").is_file():
         raise FileExistsError(f"{out} is not empty and no data folder, so it is not replaced. Name another folder.")
 

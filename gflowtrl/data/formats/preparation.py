@@ -160,6 +160,8 @@ def _check_arguments(format, items, columns, k_core, min_rating, duplicates, max
         raise ValueError(f"Format {format!r} has no file of items, but items={str(items)!r} was given. Leave it out.")
     if columns is not None and not (streamed and streamed.own_columns):
         raise ValueError(f"The columns of format {format!r} are fixed. Leave `columns` out, or use csv or jsonl.")
+    if columns is not None and columns.title != "title" and items is None:
+        raise ValueError(f"The titles' column {columns.title!r} is one of the items' file; give that file too.")
     if columns is not None and format != "csv" and (columns.header or columns.items_header):
         raise ValueError(f"A header can be named for format 'csv' only, but the format is {format!r}. Leave it out.")
     if min_rating is not None and not (streamed and streamed.has_ratings):

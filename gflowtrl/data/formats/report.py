@@ -67,6 +67,9 @@ class Preparation:
         ]
         if self.unreadable_items:
             notes.append(f"{self.unreadable_items:,} items with unreadable text, whose encoding may be another one")
+        own_columns = self.format in ("csv", "jsonl", "parquet") and self.item_lines > 0
+        if own_columns and self.items_without_title == self.steps[-1]["items"]:
+            notes.append("no item has a title: name their column with --title_column, or Columns(title=...)")
         return "\n".join([f"{self.name} ({self.format})", *steps, "; ".join(notes), *self.malformed_lines])
 
     def take_interactions(self, sources: Sequence[Source]) -> None:

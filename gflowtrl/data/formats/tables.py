@@ -1,6 +1,6 @@
 """Tables of your own with named columns (`csv`, `jsonl`, `parquet`)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pyarrow as pa
@@ -27,9 +27,34 @@ def _csv_interactions(source: Source, request: Request) -> Parsed:
 
 def _csv_items(source: Source, request: Request) -> Parsed:
     if request.columns.items_header is not None:
-        return headerless_items(source, list(request.columns.items_header), request.columns.item)
+        names = list(request.columns.items_header)
+        return _titled(source, headerless_items(source, names, request.columns.item), request, names)
     rows = _csv_rows(source, request.columns.item)
-    return Parsed(rows, Header(source, rows, (request.columns.item,)).items(request.columns.item))
+    header = Header(source, rows, (request.columns.item,))
+    return _titled(source, Parsed(rows, header.items(request.columns.item)), request, header.names)
+
+
+def _titled(source: Source, items: Parsed, request: Request, names: list[str] | None) -> Parsed:
+    """Items whose title column is called `title`; `names` are the columns that are there, where they are known."""
+    title = request.columns.title
+    if title == "title":
+        return items
+    if names is not None and title not in names:
+        raise ValueError(
+            f"{source.path} has no column {title!r} for titles; it has {', '.join(names)}. Name one of them in "
+            "Columns(title=...), or with --title_column, or leave it out."
+        )
+    return Parsed(items.records, _renaming(items.parse, title))
+
+
+def _renaming(parse: Callable[..., tuple], title: str) -> Callable[..., tuple]:
+    def parse_titled(record) -> tuple:
+        item, row = parse(record)
+        if title in row:
+            row["title"] = row.pop(title)
+        return item, row
+
+    return parse_titled
 
 
 def _csv_rows(source: Source, item: str) -> Iterator[tuple[int, list[str]]]:
@@ -50,7 +75,7 @@ def _json_items(source: Source, request: Request) -> Parsed:
         row = json_object(line)
         return row.pop(request.columns.item), row
 
-    return Parsed(source.numbered_lines(), parse)
+    return _titled(source, Parsed(source.numbered_lines(), parse), request, None)
 
 
 def _parquet_interactions(source: Source, request: Request) -> Parsed:
@@ -64,7 +89,9 @@ def _parquet_items(source: Source, request: Request) -> Parsed:
     item = request.columns.item
     file = _open_parquet(source, [item])
     names = [item, *(name for name in file.schema_arrow.names if name != item)]
-    return Parsed(_parquet_rows(source, file, names), lambda row: (row[0], dict(zip(names[1:], row[1:], strict=True))))
+    rows = _parquet_rows(source, file, names)
+    items = Parsed(rows, lambda row: (row[0], dict(zip(names[1:], row[1:], strict=True))))
+    return _titled(source, items, request, names)
 
 
 def _open_parquet(source: Source, needed: list[str]) -> pq.ParquetFile:
