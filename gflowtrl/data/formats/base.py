@@ -18,9 +18,9 @@ class Columns:
         time: column of the times, numbers of any unit or ISO 8601 text; `None` where the order of the file is the
             order in time.
         rating: column of the ratings. It is read where `min_rating` is given, and else need not be there.
-        title: column of the items' titles, which becomes the feature `title`. It is there for some items or for none.
         header: for a `csv` of interactions whose first line is data: the names of its columns, in their order.
         items_header: the same for a `csv` of items.
+        title: column of the items' titles, which becomes the feature `title`.
 
     Raises:
         ValueError: if a header is one text instead of several, or names a column twice.
@@ -30,9 +30,9 @@ class Columns:
     item: str = "item_id"
     time: str | None = "timestamp"
     rating: str = "rating"
-    title: str = "title"
     header: Sequence[str] | None = None
     items_header: Sequence[str] | None = None
+    title: str = "title"
 
     def __post_init__(self):
         for name in ("header", "items_header"):
