@@ -50,7 +50,9 @@ def tree(tmp_path_factory) -> Path:
     """A copy of the source tree without what the work on it leaves behind."""
     copy = tmp_path_factory.mktemp("tree")
     for folder in FOLDERS:
-        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "*.py[cod]", ".*"))
+        shutil.copytree(
+            ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "*.py[cod]", ".*", "_build")
+        )
     for file in FILES:
         shutil.copy(ROOT / file, copy)
     return copy
