@@ -35,7 +35,9 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--quantizer", choices=["kmeans", "balanced", "rqvae"], default="kmeans", help="to codes")
     parser.add_argument("--levels", type=int, default=3, help="tokens an id")
-    parser.add_argument("--codes", type=int, default=256, help="tokens a level")
+    parser.add_argument(
+        "--codes", type=int, help="tokens a level; 256 if not given, fewer where there are fewer than 1,024 items"
+    )
     parser.add_argument("--collisions", default="reassign", help="reassign, level (one more level) or keep")
     parser.add_argument("--seed", type=int, default=0, help="of clustering and training")
     parser.add_argument("--add", action="store_true", help="keep the ids that are there, give new items theirs")
@@ -76,14 +78,20 @@ def _tokenize(given: argparse.Namespace) -> None:
     _say(given, report.as_dict(), f"{report}\n\nIds in {ids_file}; the tokenizer, for new items, in {folder}.")
 
 
+def usual_codes(num_items: int) -> int:
+    """Codes a level: the field's 256, or the largest power of two by which there are four items a code."""
+    return min(256, max(2, 2 ** ((num_items // 4).bit_length() - 1)))
+
+
 def _fitted(given: argparse.Namespace, data: Any) -> tuple[Any, Any]:
     """The tokenizer and the vectors that it was fitted on."""
     from gflowtrl.semantic_ids import RQVAE, ItemTokenizer, ResidualKMeans, item_texts
 
+    codes = usual_codes(len(data.items)) if given.codes is None else given.codes
     if given.quantizer == "rqvae":
-        quantizer = RQVAE(given.levels, given.codes, seed=given.seed)
+        quantizer = RQVAE(given.levels, codes, seed=given.seed)
     else:
-        quantizer = ResidualKMeans(given.levels, given.codes, balanced=given.quantizer == "balanced", seed=given.seed)
+        quantizer = ResidualKMeans(given.levels, codes, balanced=given.quantizer == "balanced", seed=given.seed)
     if given.vectors is not None or given.collaborative:
         vectors = _vectors(given, data)
         return ItemTokenizer(quantizer, collisions=given.collisions).fit(vectors, data.items), vectors

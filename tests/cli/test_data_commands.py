@@ -8,6 +8,7 @@ import pytest
 
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.cli import main
+from gflowtrl.cli.tokenize import usual_codes
 from gflowtrl.data import SyntheticShop, build_tokenizer, read_interactions
 from gflowtrl.semantic_ids import ItemTokenizer, item_texts
 from tests.data.raw_files import TITLES, WRITERS, write_lines
@@ -171,3 +172,10 @@ def test_mistakes_are_one_line(prepared, words, message, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
     assert (prepared / "semantic_ids.json").read_text() == before
+
+
+@pytest.mark.parametrize("items", [4, 7, 8, 60, 320, 1023, 1024, 5000])
+def test_small_catalogues_have_fewer_codes(items):
+    codes = usual_codes(items)
+    assert 4 * codes <= max(items, 8) and codes & (codes - 1) == 0
+    assert codes == 256 or 8 * codes > items
