@@ -1,7 +1,7 @@
 """The baselines and the library's methods from one SFT checkpoint a seed, at equal steps, in one table.
 
     OMP_NUM_THREADS=1 python benchmarks/speed/methods.py --data_dir DIR --recipes FILES --out FILE  # costs
-    OMP_NUM_THREADS=1 python benchmarks/quality/comparison.py --data_dir DIR
+    OMP_NUM_THREADS=1 python benchmarks/quality/comparison.py --data_dir DIR --costs FILE
 
 Runs are made and kept as by office.py. Of each model, what becomes of prefixes in beam search is measured on the exact
 distribution of some test users (`gflowtrl.metrics.prefix_metrics`) and kept too. Differences are to cross entropy over
@@ -129,13 +129,9 @@ def main() -> None:
     parser.add_argument("--kept_only", action="store_true", help="train nothing, leave out what is not there yet")
     parser.add_argument("--prefix_seeds", nargs="*", type=int, help="seeds whose prefixes are measured (default: all)")
     parser.add_argument("--users", type=int, default=1000, help="test users of the prefix metrics")
-    parser.add_argument(
-        "--costs", type=Path, default=ROOT / "benchmarks/results/speed/methods.json", help="what methods.py wrote"
-    )
+    parser.add_argument("--costs", type=Path, help="what speed/methods.py wrote, for two columns of the table")
     given, others = parser.parse_known_args()
-    costs = (
-        {row["method"]: row for row in json.loads(given.costs.read_text())["rows"]} if given.costs.is_file() else {}
-    )
+    costs = {row["method"]: row for row in json.loads(given.costs.read_text())["rows"]} if given.costs else {}
     measured = given.seeds if given.prefix_seeds is None else given.prefix_seeds
     runs: dict[str, dict[int, tuple[Path, dict]]] = {}
     for seed in given.seeds:
