@@ -29,7 +29,7 @@ BASELINE = "cross_entropy"
 #: Recipe to title; of the first recipe the table also has the stages that all share.
 RECIPES = {
     OWN / "cross_entropy.yaml": "cross entropy",
-    OWN / "msl.yaml": "MSL",
+    OWN / "msl_temperature.yaml": "MSL, temperature .7",
     OWN / "sdpo.yaml": "S-DPO",
     OWN / "grpo.yaml": "GRPO (ReRe)",
     OWN / "apao_pointwise.yaml": "APAO, pointwise",
@@ -38,7 +38,11 @@ RECIPES = {
     ROOT / "recipes" / "gflowgr_office_llama.yaml": "GFlowNet, exact flows",
     OWN / "exact_prefix.yaml": "exact flows + prefix loss",
 }
-SHARED = {"teacher": "teacher (SASRec)", "sft": "SFT, the checkpoint", "control": "cross entropy over the tree"}
+SHARED = {
+    "teacher": "teacher (SASRec)",
+    "sft": "SFT, the checkpoint",
+    "control": "cross entropy over the tree (MSL, temperature 1)",
+}
 COLUMNS = [f"{name}@{k}" for k in (5, 10, 20) for name in ("recall", "ndcg")]
 COLUMNS += ["coverage@10", "dgu@10", "mgu@10"]
 SURVIVAL = {
