@@ -102,10 +102,11 @@ def lines(runs: dict[str, dict[int, tuple[Path, dict]]], costs: dict[str, dict])
         baseline = [
             gains(load_file(runs[BASELINE][seed][0].with_suffix(".safetensors"))["gflownet"]) for seed in by_seed
         ]
+        measured = [json.loads(file.read_text())["methods"] for file, _ in seeds]
         for method in [*(SHARED if number == 0 else []), "gflownet"]:
-            if any(method not in json.loads(file.read_text())["methods"] for file, _ in seeds):
+            if any(method not in methods for methods in measured):
                 continue  # `--stages` has left it out
-            records = [json.loads(file.read_text())["methods"][method] for file, _ in seeds]
+            records = [methods[method] for methods in measured]
             cells = [spread([record["metrics"][column] for record in records]) for column in COLUMNS]
             survived = [found[method] for _, found in seeds if method in found]
             for column in SURVIVAL:

@@ -81,16 +81,7 @@ def find_recipe(name: str | Path, base_of: Path | None = None) -> Path:
     Raises:
         FileNotFoundError: there is neither; the message lists the names.
     """
-    if base_of is None:
-        return _find(name, recipe_folder(), "recipe")
-    beside, shipped = base_of.parent / str(name), recipe_folder() / f"{name}.yaml"
-    if beside.is_file() or shipped.is_file():
-        return beside if beside.is_file() else shipped
-    names = ", ".join(sorted(file.stem for file in recipe_folder().glob("*.yaml")))
-    raise FileNotFoundError(
-        f"There is no recipe {name}, which {base_of} names as its base; give a YAML file, seen from the folder of "
-        f"{base_of}, or one of {names}."
-    )
+    return _find(name, recipe_folder(), "recipe", base_of)
 
 
 def find_accelerate_config(name: str | Path) -> Path:
@@ -98,13 +89,16 @@ def find_accelerate_config(name: str | Path) -> Path:
     return _find(name, accelerate_folder(), "accelerate configuration")
 
 
-def _find(name: str | Path, folder: Path, what: str) -> Path:
+def _find(name: str | Path, folder: Path, what: str, base_of: Path | None = None) -> Path:
     known = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
-    if Path(name).is_file():
-        return Path(name)
+    file = Path(name) if base_of is None else base_of.parent / str(name)
+    if file.is_file():
+        return file
     if str(name) in known:
         return known[str(name)]
-    raise FileNotFoundError(f"There is no {what} {name}; give a YAML file, or one of {', '.join(known)}.")
+    who = "" if base_of is None else f", which {base_of} names as its base"
+    where = "" if base_of is None else f", seen from the folder of {base_of}"
+    raise FileNotFoundError(f"There is no {what} {name}{who}; give a YAML file{where}, or one of {', '.join(known)}.")
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,9 +65,10 @@ _NO_HEADER = (
 )
 
 
-def is_number(text: str) -> bool:
+def reads_as(parse: Callable[[str], object], text: str) -> bool:
+    """Whether `parse` can read the text."""
     try:
-        float(text)
+        parse(text)
     except ValueError:
         return False
     return True
@@ -138,7 +139,8 @@ class Header(Table):
         missing = [name for name in needed if name not in self.types]
         if missing:
             reason = f"the header lacks {', '.join(missing)}; it has {', '.join(self.names)}"
-            raise source.misfit(number, reason + (_NO_HEADER if any(map(is_number, self.names)) else ""))
+            data = any(reads_as(float, name) for name in self.names)
+            raise source.misfit(number, reason + (_NO_HEADER if data else ""))
         if len(self.names) < len(names):
             raise source.misfit(number, "the header names a column twice")
 

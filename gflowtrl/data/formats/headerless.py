@@ -3,7 +3,7 @@
 import csv
 from collections.abc import Callable, Iterable, Sequence
 
-from .base import Columns, Parsed, Table, is_number
+from .base import Columns, Parsed, Table, reads_as
 from .log import moment
 from .source import Source
 
@@ -23,9 +23,9 @@ def headerless_interactions(
     """
     wanted = columns.user, columns.item, columns.time, columns.rating if rated else None
     table = _table(source, names, filter(None, wanted))
-    numeric = (columns.time, _is_time), (columns.rating, is_number)
-    checks = {names.index(name): check for name, check in numeric if name in names}
-    return Parsed(source.csv_rows(_delimiter(source, names, checks, option)), table.interactions(*wanted))
+    numeric = (columns.time, moment), (columns.rating, float)
+    parsers = {names.index(name): parse for name, parse in numeric if name in names}
+    return Parsed(source.csv_rows(_delimiter(source, names, parsers, option)), table.interactions(*wanted))
 
 
 def headerless_items(source: Source, names: Sequence[str], item: str) -> Parsed:
@@ -46,7 +46,7 @@ def _table(source: Source, names: Sequence[str], needed: Iterable[str]) -> Table
     return Table(names)
 
 
-def _delimiter(source: Source, names: Sequence[str], checks: dict[int, Callable], option: str | None) -> str:
+def _delimiter(source: Source, names: Sequence[str], parsers: dict[int, Callable], option: str | None) -> str:
     """The character at which the first line falls into as many fields as there are names."""
     lines = source.peek_lines(2)
     if not lines:
@@ -61,7 +61,7 @@ def _delimiter(source: Source, names: Sequence[str], checks: dict[int, Callable]
         reason = f"it has {most} fields, where {len(names)} columns are named; commas, tabs, ';' and '|' were tried"
         raise source.misfit(1, reason)
     first, second = (*rows[fits[0]], [])[:2]
-    if _is_header(first, second, names, checks):
+    if _is_header(first, second, names, parsers):
         raise source.misfit(
             1,
             f"it looks like a header ({', '.join(first)}), where a table without one is read. Take this line out, or "
@@ -70,18 +70,12 @@ def _delimiter(source: Source, names: Sequence[str], checks: dict[int, Callable]
     return fits[0]
 
 
-def _is_header(first: list[str], second: list[str], names: Sequence[str], checks: dict[int, Callable]) -> bool:
+def _is_header(first: list[str], second: list[str], names: Sequence[str], parsers: dict[int, Callable]) -> bool:
     """Whether the first row holds two of the names, or its time or rating is none where that of the second is one."""
     known = {name.casefold() for name in names}
     if sum(field.strip().casefold() in known for field in first) > 1:
         return True
-    wrong = [place for place, check in checks.items() if not check(first[place])]
-    return bool(wrong) and len(second) == len(names) and all(checks[place](second[place]) for place in wrong)
-
-
-def _is_time(text: str) -> bool:
-    try:
-        moment(text)
-    except ValueError:
-        return False
-    return True
+    wrong = [place for place, parse in parsers.items() if not reads_as(parse, first[place])]
+    return (
+        bool(wrong) and len(second) == len(names) and all(reads_as(parsers[place], second[place]) for place in wrong)
+    )
