@@ -62,6 +62,7 @@ def main(
         except (ValueError, TypeError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        from accelerate import PartialState
         from transformers.utils import logging
 
         from .job import run
@@ -70,6 +71,9 @@ def main(
         keep_freed_memory()
         logging.disable_progress_bar()  # of loading and writing weights; the trainers' bars stay
         run(recipe, materials)
+        # The run ended with a barrier, so no thread of the backend still holds a tensor of ours: one that did would
+        # abort the interpreter's exit ("terminate called without an active exception").
+        PartialState().destroy_process_group()
     except KeyboardInterrupt:
         _say_how_to_continue(recipe)
         return 130

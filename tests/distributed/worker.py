@@ -22,4 +22,6 @@ if __name__ == "__main__":
             case, folder / str(case), PROCESSES, **{"use_cpu": False, **ENGINES[engine][1]}
         )
         (folder / f"{what}-{case}-{PartialState().process_index}.json").write_text(json.dumps(record))
+    # A thread of gloo that still holds the tensors of the last gathering would abort the interpreter's exit.
+    PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
