@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -30,6 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 for bad input, of which one line on stderr tells; 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _stdout_is_closed():
+            raise
+        return 1
+    return code
+
+
+def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -40,6 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {words[0]!r} is no command of gflowtrl; it has {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     return import_module(f".{words[0]}", __name__).main(words[1:])
+
+
+def _stdout_is_closed() -> bool:
+    """Whether nobody reads what is printed any more (`gflowtrl ... | head`); nothing more is printed then."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return closed
 
 
 def usage() -> str:

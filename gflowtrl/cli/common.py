@@ -17,11 +17,16 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}. {self.prog} --help says what it takes.\n")
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults stand in the help, but not that of an option which is off, or must be given."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def make_parser(name: str, description: str) -> argparse.ArgumentParser:
     """A parser with `--config` and `--json`."""
-    parser = _Parser(
-        prog=f"gflowtrl {name}", description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = _Parser(prog=f"gflowtrl {name}", description=description, formatter_class=_Formatter)
     parser.add_argument("--config", metavar="FILE", help="YAML file with options; the command line overrides it")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser

@@ -167,3 +167,17 @@ def test_help_and_version(capsys):
 def test_the_installed_command_is_the_module():
     told = subprocess.run([sys.executable, "-m", "gflowtrl", "--version"], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == __version__
+
+
+def test_a_reader_that_stops_reading_is_no_error():
+    command = [sys.executable, "-m", "gflowtrl", "--help"]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    job.stdout.close()
+    assert job.stderr.read() == b"" and job.wait() == 1
+
+
+def test_help_names_no_default_where_there_is_none(capsys):
+    with pytest.raises(SystemExit):
+        main(["prepare", "--help"])
+    said = capsys.readouterr().out
+    assert "(default: first)" in said and "(default: None)" not in said and "(default: False)" not in said
