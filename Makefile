@@ -13,11 +13,12 @@ LOWEST := .venv-lowest
 #   trainer                    trl, accelerate, peft, datasets, safetensors, hypothesis
 #   data, semantic_ids         pyarrow, tokenizers, scikit-learn, numpy
 #   test_language_model        trl's SFT, peft and bitsandbytes through all stages
+#   test_tracking              tensorboard
 #   cli                        rich, tqdm, PyYAML, matplotlib, huggingface-hub
 #   serving                    fastapi, pydantic, uvicorn, httpx2
 #   test_example, ZeRO-3       deepspeed, started by accelerate
 LOWEST_TESTS := tests/policy tests/test_recommender.py tests/trainer tests/data tests/semantic_ids tests/cli tests/serving \
-	tests/pipeline/test_language_model.py --ignore=tests/trainer/test_total_variation.py \
+	tests/pipeline/test_language_model.py tests/pipeline/test_tracking.py --ignore=tests/trainer/test_total_variation.py \
 	"tests/distributed/test_example.py::test_every_engine_gives_the_results_of_one_process[zero3]"
 
 .PHONY: help demo test test-lowest lint docs clean
