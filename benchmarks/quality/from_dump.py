@@ -98,7 +98,9 @@ def main() -> None:
             change = f" ({ours / theirs - 1:+.1%})" if theirs else ""
             print(f"{method} {metric}: own ids {ours:.4f}, published {theirs:.4f}{change}")
     if given.out is not None:
-        content = {"seed": given.seed, "tokenize": given.tokenize, "quality": quality, "metrics": found}
+        about = {name: runs[given.name][name] for name in ("date", "machine", "versions")}
+        content = {"recipe": given.recipe, "seed": given.seed, "tokenize": given.tokenize, **about}
+        content |= {"quality": quality, "metrics": found}
         given.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

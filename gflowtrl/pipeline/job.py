@@ -18,7 +18,7 @@ from .materials import Materials, prepare
 from .recipe import Recipe
 from .signals import check_signals, fit_teacher, teacher_key
 from .stage import Stage, Workshop
-from .training import add_test_results, train_control, train_gflownet, train_sft
+from .training import add_test_results, refresh_details, train_control, train_gflownet, train_sft
 
 
 def run(
@@ -68,6 +68,7 @@ def run(
         for folder in (own, workshop.root):
             report.write(results, logs, folder)
         for method, stage in trained.items():
+            refresh_details(stage, materials)
             add_test_results(stage, results["methods"][method]["metrics"], results["data"]["test_users"])
         workshop.say(
             f"\n{report.text(results)}\n\nresults.json, report.md and the models are in {Path(workshop.root)}."

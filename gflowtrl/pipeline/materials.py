@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -28,6 +30,9 @@ from gflowtrl.data import (
 from gflowtrl.teachers import fingerprint
 
 from .recipe import Recipe
+
+
+SAMPLED = 1 << 16  # bytes of each of up to 17 blocks of a file that make its fingerprint
 
 
 @dataclass
@@ -117,6 +122,22 @@ def prepare(recipe: Recipe) -> Materials:
     materials = Materials(recipe, data, truth, splits, tokenizer, catalog, fingerprint(content))
     materials.encoder  # noqa: B018  (it names what its prompts lack)
     return materials
+
+
+def files_fingerprint(folder: str | Path) -> str | None:
+    """Of the files of a local model: names, sizes and blocks spread over each, so that other weights are another model
+    and gigabytes need not be read; None where there is no such folder (a name on the Hub)."""
+    if not Path(folder).is_dir():
+        return None
+    found = []
+    for path in sorted(file for file in Path(folder).glob("*") if file.is_file()):
+        size, digest = path.stat().st_size, sha256()
+        with path.open("rb") as file:
+            for start in range(0, size, max(SAMPLED, size // 16)):
+                file.seek(start)
+                digest.update(file.read(SAMPLED))
+        found.append([path.name, size, digest.hexdigest()])
+    return fingerprint(found)
 
 
 def measured_users(recipe: Recipe) -> dict[str, int]:

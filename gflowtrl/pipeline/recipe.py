@@ -28,13 +28,17 @@ from gflowtrl.rewards.title_likelihood import check_title_options
 from gflowtrl.samplers import build_sampler
 from gflowtrl.teachers import EASE, MixtureTeacher, Popularity, SASRec
 
+from .checks import check_evaluation, check_gflownet
 from .configuration import check_names, check_types, find_recipe, merged, parse_options, read_yaml, set_option
 
 
 #: Stages that a recipe may choose among, in the order in which they run; data, test and report always run.
 STAGES = ("teacher", "sft", "control", "gflownet")
 #: Fields that decide how many steps a stage takes, and on what: the control copies them from `gflownet`.
-SCHEDULE = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
+SCHEDULE = (
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    "dataloader_drop_last",
+)
 TEACHERS = {"sasrec": SASRec, "ease": EASE, "popularity": Popularity, "mixture": MixtureTeacher}
 REWARDS = {
     "ground_truth": GroundTruthReward,
@@ -54,6 +58,17 @@ QUANTISATION = (
     *("load_in_4bit", "load_in_8bit"),
     *("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
 )
+#: Fields of training arguments that the pipeline fills in, and from what.
+OWNERS = {
+    "output_dir": "output_dir", "seed": "seed", "reward_weights": "the weight of each entry of rewards",
+    "max_history_items": "data.max_history_items", "model_init_kwargs": "model",
+    "eval_num_beams": "evaluation.num_beams", "eval_ks": "evaluation.ks",
+}  # fmt: skip
+#: Fields of `trl.SFTConfig` for what is done already when the trainer gets the rows, and by whom.
+OURS = {
+    "packing": "a row holds one user's history", "max_length": "data.max_history_items cuts the rows",
+    "dataset_kwargs": "rows are tokenised already",
+}  # fmt: skip
 #: Options of a reward whose values are names: the first is the default.
 REWARD_CHOICES = {"popularity": ("interactions", "impressions"), "of": ("sft", "policy")}
 
@@ -132,13 +147,9 @@ class Recipe:
             if not isinstance(getattr(self, name), section):
                 raise TypeError(f"{name} must be fields with values, but it is {getattr(self, name)!r}.")
         check_names(self.stages, STAGES, "stages")
-        if self.evaluation.users is not None and self.evaluation.users < 1:
-            raise ValueError(f"evaluation.users is {self.evaluation.users}; give at least 1, or null for all users.")
-        if (self.evaluation.calibration_rows or 0) < 0:
-            raise ValueError(
-                f"evaluation.calibration_rows is {self.evaluation.calibration_rows}; give how many rows are compared "
-                f"with R / Z, or 0 for none."
-            )
+        if not self.stages:
+            raise ValueError(f"stages is empty; choose among {', '.join(STAGES)}.")
+        check_evaluation(self.evaluation)
         if self.data_dir is None:
             check_names(self.data.shop, inspect.signature(SyntheticShop).parameters, "data.shop")
             if self.data.k_core:
@@ -152,9 +163,11 @@ class Recipe:
         if self.sampler is not None:
             build_sampler(self.sampler, teacher=lambda histories: None)
         self._check_schedule()
-        for stage in self.stages:
-            if stage != "teacher":
-                self.training_arguments(stage, Path(self.output_dir) / stage)
+        # SFT comes before both others, whether it is listed or not.
+        for stage in {"sft", *self.stages} - {"teacher"} if set(self.stages) != {"teacher"} else ():
+            self.training_arguments(stage, Path(self.output_dir) / stage)
+        if "gflownet" in self.stages:
+            check_gflownet(self)
 
     def as_dict(self) -> dict[str, Any]:
         """All settings, without later ones that are not in use: results that were kept before still match."""
@@ -236,9 +249,11 @@ class Recipe:
             if stage == "gflownet":
                 values["reward_weights"] = self.reward_weights or None
         check_names(section, [entry.name for entry in fields(kind) if entry.init], stage)
-        owners = {"output_dir": "output_dir", "seed": "seed", "reward_weights": "the weight of each entry of rewards"}
-        for name in owners.keys() & section.keys():
-            raise ValueError(f"{stage}.{name} is not free: the pipeline sets it from {owners[name]}.")
+        for name in OWNERS.keys() & section.keys():
+            raise ValueError(f"{stage}.{name} is not free: the pipeline sets it from {OWNERS[name]}.")
+        if stage == "sft":
+            for name in OURS.keys() & section.keys():
+                raise ValueError(f"sft.{name} would have no effect: {OURS[name]}.")
         return kind(output_dir=str(output_dir), seed=self.seed, **{**values, **check_types(kind, section, stage)})
 
     def _check_model(self) -> None:

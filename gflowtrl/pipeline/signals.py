@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from gflowtrl.losses import get_loss
 from gflowtrl.policy import load_backbone, whole_models
 from gflowtrl.rewards import CollaborativeReward, LikelihoodReward, TitleLikelihoodReward, fit_reward_weights
 from gflowtrl.teachers import EASE, MixtureTeacher, Popularity, SASRec, TeacherModule, fingerprint, load_teacher
 
-from .materials import Materials
+from .materials import Materials, files_fingerprint
 from .recipe import LEARNED, REWARDS, Recipe, local_folder
 from .stage import Workshop
 
@@ -111,8 +112,8 @@ def _build_reward(
     options = {name: value for name, value in spec.items() if name not in ("type", "weight", "function")}
     if "function" in spec:
         function = load_function(spec["function"], materials.recipe.folder)
-        takes_features = "item_features" in inspect.signature(function).parameters
-        return functools.partial(function, item_features=materials.data.item_features) if takes_features else function
+        features = materials.data.item_features
+        return functools.partial(function, item_features=features) if _takes_features(function) else function
     if spec["type"] == "likelihood":
         if options.get("of") == "policy":
             return LikelihoodReward(None)
@@ -137,12 +138,11 @@ def check_signals(materials: Materials) -> None:
 
     Raises:
         ValueError: no sessions for `interaction`, no impressions or titles where a reward asks for them, no such
-            function in its file.
-        FileNotFoundError: no file of a function.
+            function in its file, a reward of drawn items only where a loss needs that of every leaf.
+        OSError: no file of a function, no model that reads titles.
     """
-    for spec in materials.recipe.rewards:
-        if "function" in spec:  # found now, not after hours of SFT
-            load_function(spec["function"], materials.recipe.folder)
+    recipe = materials.recipe
+    for number, spec in enumerate(recipe.rewards):
         if spec.get("type") == "interaction" and materials.data.events is None:
             raise ValueError(
                 f"{materials.data.name} has no sessions (events.jsonl), which the reward interaction reads: use "
@@ -150,7 +150,32 @@ def check_signals(materials: Materials) -> None:
             )
         if spec.get("type") == "title_likelihood":
             _titles(materials)
+            AutoConfig.from_pretrained(local_folder(recipe.folder, spec["model"]))
         _exposure(materials, spec.get("popularity", "interactions"))
+        _check_scores(recipe, spec, f"rewards.{number}")
+
+
+def _check_scores(recipe: Recipe, spec: Mapping[str, Any], where: str) -> None:
+    """A function must be there, and a reward score every item where a loss needs that."""
+    every_item = {
+        "rank_penalty": False, "likelihood": spec.get("of") != "policy",
+        "title_likelihood": spec.get("all_items", False),
+    }.get(spec.get("type"), True)  # fmt: skip
+    if "function" in spec:
+        every_item = hasattr(load_function(spec["function"], recipe.folder), "score_items")
+    losses = recipe.training_arguments("gflownet", recipe.output_dir).loss_type if "gflownet" in recipe.stages else []
+    needy = [name for name in losses if get_loss(name).all_leaf_rewards]
+    if needy and not every_item:
+        raise ValueError(
+            f"{where} ({spec.get('type') or spec['function']}) scores drawn items only, but {needy[0]} needs the "
+            f"reward of every item: choose another gflownet.loss_type (vargrad, say), or give the reward a method "
+            f"score_items (docs/rewards.md)."
+        )
+
+
+def _takes_features(function: Callable) -> bool:
+    """Whether a reward function reads what is known about the items."""
+    return "item_features" in inspect.signature(function).parameters
 
 
 def _titles(materials: Materials) -> dict[Any, str]:
@@ -181,14 +206,13 @@ def reward_key(recipe: Recipe, materials: Materials) -> list[dict[str, Any]]:
         key = dict(spec)
         if "function" in spec:
             key["code"] = fingerprint(_function_file(spec["function"], recipe.folder)[0].read_text(encoding="utf-8"))
+            if _takes_features(load_function(spec["function"], recipe.folder)):
+                key["item_features"] = fingerprint([materials.data.item_features.get(i) for i in materials.data.items])
         if "teacher" in spec:
             key["teacher"] = teacher_key(recipe, materials, spec["teacher"])
         if spec.get("type") == "title_likelihood":
-            folder = Path(local_folder(recipe.folder, spec["model"]))
             key["titles"] = fingerprint(sorted(_titles(materials).items()))
-            key["model_files"] = sorted(
-                [file.name, file.stat().st_size] for file in folder.glob("*") if file.is_file()
-            )
+            key["model_files"] = files_fingerprint(local_folder(recipe.folder, spec["model"]))
         keys.append(key)
     return keys
 

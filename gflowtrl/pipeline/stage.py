@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -17,6 +18,7 @@ from gflowtrl.teachers import fingerprint
 
 DONE_FILE = "done.json"
 CLOCK_FILE = "seconds.json"
+CHECKPOINTS = "checkpoints"  # of a training; given up when the stage is done, and not before
 
 Record = dict[str, Any]
 
@@ -97,6 +99,8 @@ class Stage:
             if shop.is_main:
                 write_json(self.folder / DONE_FILE, {**record, "seconds": seconds})
             shop.say(f"[{self.name}] finished in {seconds:.0f} s")
+        if shop.is_main:
+            shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
         shop.state.wait_for_everyone()
         record = self.record
         shop.seconds[self.folder.name] = record["seconds"]

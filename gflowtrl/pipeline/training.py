@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, ProgressCallback, Seq2SeqTrainer, Trainer, TrainerCallback, set_seed
 from trl import SFTTrainer
 
@@ -29,11 +30,11 @@ from gflowtrl.trainer.checkpoints import CompleteCheckpointsMixin, last_checkpoi
 from gflowtrl.trainer.evaluation import history_lengths
 from gflowtrl.trainer.model_card import CardFacts, base_model, card_facts, shown_metrics, write_card
 
-from .materials import Materials, measured_users
+from .materials import Materials, files_fingerprint, measured_users
 from .models import build_model, continued_model, save_merged
 from .recipe import Recipe, local_folder
 from .signals import build_rewards, final_weights, reward_key, teacher_key
-from .stage import Stage, Workshop
+from .stage import CHECKPOINTS, Stage, Workshop
 
 
 #: Fields of training arguments that change what is shown or how fast it is, never the result.
@@ -48,11 +49,13 @@ CURVES = "runs"  # where transformers has TensorBoard write, beside the checkpoi
 class _EpochOrder:
     """Order of rows as a function of (seed, epoch), so that a resumed run repeats an undisturbed one."""
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedEpochSampler:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         args = self.args
+        if args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
         lengths = self._row_lengths(self.train_dataset if train_dataset is None else train_dataset)
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return LengthGroupedEpochSampler(lengths, batch, args.seed)
+        return LengthGroupedEpochSampler(lengths, batch, args.seed if args.data_seed is None else args.data_seed)
 
 
 class SFTStage(_EpochOrder, CompleteCheckpointsMixin, RankingEvaluationMixin, SFTTrainer):
@@ -112,7 +115,7 @@ def train_sft(workshop: Workshop, materials: Materials, callbacks: Sequence[Trai
     stage = workshop.stage(
         "sft",
         {"data": materials.fingerprint, "seed": recipe.seed, "model": recipe.model, "sft": _essential(recipe.sft),
-         "evaluation": _selection(recipe), **_adapted(recipe), **_worded(materials)},
+         "evaluation": _selection(recipe), **_adapted(recipe), **_worded(materials), **_begun(recipe)},
     )  # fmt: skip
 
     def work(folder: Path) -> dict[str, Any]:
@@ -137,7 +140,7 @@ def _sft_trainer(materials: Materials, folder: Path, callbacks: Sequence[Trainer
     else:
         model = add_adapters(model, recipe.peft_config, materials.catalog)
     options = {
-        "args": recipe.training_arguments("sft", folder / "checkpoints"),
+        "args": recipe.training_arguments("sft", folder / CHECKPOINTS),
         "eval_dataset": materials.validation,
         "processing_class": materials.tokenizer,
         "callbacks": list(callbacks),
@@ -231,7 +234,7 @@ def train(trainer: Trainer, materials: Materials, folder: Path, base: Callable[[
     if any(isinstance(callback, ProgressCallback) for callback in trainer.callback_handler.callbacks):
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ShortProgress())
-    checkpoint = last_checkpoint(folder / "checkpoints")
+    checkpoint = last_checkpoint(folder / CHECKPOINTS)
     if checkpoint and trainer.is_world_process_zero():
         print(f"Continuing from {checkpoint}.", flush=True)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -244,8 +247,7 @@ def train(trainer: Trainer, materials: Materials, folder: Path, base: Callable[[
             save_merged(base, folder / "adapters", folder / "model")
             materials.tokenizer.save_pretrained(folder / "model")
         write_recommender_files(folder / "model", materials.encoder, materials.item_counts, materials.titles)
-        _keep_curves(folder / "checkpoints" / CURVES, folder / CURVES)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        _keep_curves(folder / CHECKPOINTS / CURVES, folder / CURVES)
     facts = _card(trainer, materials, folder)
     if trainer.is_world_process_zero():
         write_card(facts, folder / "model")
@@ -281,6 +283,11 @@ def add_test_results(trained: Stage, metrics: Mapping[str, float], users: int) -
     write_card(facts, trained.folder / "model")
 
 
+def refresh_details(trained: Stage, materials: Materials) -> None:
+    """Writes the items' titles beside a stage's model anew: they may have changed since it was trained."""
+    write_recommender_files(trained.folder / "model", materials.encoder, materials.item_counts, materials.titles)
+
+
 def _card(trainer: Trainer, materials: Materials, folder: Path) -> CardFacts:
     """What the trainer knows, and what the recipe and the data do."""
     recipe, data = materials.recipe, materials.data
@@ -296,7 +303,7 @@ def _flow_trainer(
     workshop, materials: Materials, name: str, sft: Stage, folder: Path, callbacks, reward_weights=None, **options
 ):
     set_seed(materials.recipe.seed)
-    args = materials.recipe.training_arguments(name, folder / "checkpoints")
+    args = materials.recipe.training_arguments(name, folder / CHECKPOINTS)
     args.reward_weights = reward_weights or None
     return GFlowNetTrainer(
         continued_model(materials.recipe, sft.folder / "model"),
@@ -317,6 +324,13 @@ def _flow_trainer(
 def _adapted(recipe: Recipe) -> dict[str, Any]:
     """What a stage with adapters depends on beside what one without does."""
     return {"peft": recipe.peft} if recipe.peft else {}
+
+
+def _begun(recipe: Recipe) -> dict[str, Any]:
+    """What SFT depends on beside the model's name where that is a local folder: its files."""
+    begins = recipe.model.get("model_name_or_path")
+    found = files_fingerprint(local_folder(recipe.folder, begins)) if begins else None
+    return {"model_files": found} if found else {}
 
 
 def _worded(materials: Materials) -> dict[str, Any]:

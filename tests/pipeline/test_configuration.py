@@ -9,6 +9,7 @@ import yaml
 
 from gflowtrl.pipeline import load_recipe
 from gflowtrl.pipeline.configuration import merged, parse_options, parse_value, read_yaml, set_option
+from gflowtrl.pipeline.recipe import SCHEDULE
 from tests.tiny import tiny_model
 
 from .micro import micro_recipe, micro_settings
@@ -84,7 +85,7 @@ def test_a_base_lies_beside_the_recipe_or_comes_with_the_library(tmp_path):
     mine.write_text("base: gflowgr_office_llama\ngflownet: {num_generations: 9}\n")
     recipe = load_recipe(mine)
     assert recipe.gflownet["num_generations"] == 9 and recipe.model["hidden_size"] == 128 and recipe.name == "mine"
-    (tmp_path / "gflowgr_office_llama").write_text("model: {model_type: llama, hidden_size: 8}\n")
+    (tmp_path / "gflowgr_office_llama").write_text("model: {model_type: llama, hidden_size: 8}\nstages: [sft]\n")
     assert load_recipe(mine).model["hidden_size"] == 8  # a file beside it comes first
     mine.write_text("base: other.yaml\n")
     with pytest.raises(
@@ -174,12 +175,35 @@ def test_command_line_sets_any_field(recipe_file):
         ("--control.loss_type vargrad", "leave control.loss_type out"),
         ("--gflownet.output_dir x", "gflownet.output_dir is not free"),
         ("--data.k_core 5", "the synthetic shop is taken as it is"),
-        ("--evaluation.num_beams 2", "eval_num_beams is 2"),
+        ("--evaluation.num_beams 2", "evaluation.num_beams is 2, but a list of 5 (evaluation.ks) needs"),
+        ("--stages sft --evaluation.num_beams 2", "evaluation.num_beams is 2"),
+        ("--evaluation.ks 0 3", "evaluation.ks is [0, 3]; give lengths of lists"),
+        ("--evaluation.bootstrap_samples 1", "evaluation.bootstrap_samples is 1; it must be at least 2"),
+        ("--evaluation.batch_size 0", "evaluation.batch_size is 0"),
+        ("--stages []", "stages is empty"),
+        ("--stages gflownet --sft.learning_rat 1", "Did you mean 'sft.learning_rate'"),
+        ("--rewards []", "gflownet.loss_type ['exact_flow'] needs rewards"),
+        (
+            "--gflownet.trajectory_weighting source --gflownet.source_weights {on_policy: 2}",
+            "source_weights names 'on_policy', but the sampler's sources",
+        ),
+        ("--gflownet.max_history_items 3", "it from data.max_history_items"),
+        ("--control.max_history_items 3", "it from data.max_history_items"),
+        ("--gflownet.eval_ks 3", "it from evaluation.ks"),
+        ("--gflownet.model_init_kwargs {dtype: float32}", "it from model"),
+        ("--sft.packing true", "sft.packing would have no effect"),
+        ("--sft.max_length 9", "sft.max_length would have no effect: data.max_history_items"),
     ],
 )
 def test_mistakes_are_found_before_any_work(recipe_file, option, message):
     with pytest.raises((ValueError, TypeError), match=re.escape(message)):
-        load_recipe(recipe_file, option.split())
+        load_recipe(recipe_file, shlex.split(re.sub(r"({.*})", r"'\1'", option)))
+
+
+def test_encoder_decoders_share_no_prompts(recipe_file):
+    options = ["--model", "{model_type: t5}", "--gflownet.max_shared_prompts", "3"]
+    with pytest.raises(ValueError, match=r"gflownet\.max_shared_prompts is 3, but the model is an encoder-decoder"):
+        load_recipe(recipe_file, options)
 
 
 def test_the_control_copies_the_schedule(tmp_path):
@@ -187,5 +211,5 @@ def test_the_control_copies_the_schedule(tmp_path):
     control, flow = (recipe.training_arguments(stage, tmp_path) for stage in ("control", "gflownet"))
     assert control.loss_type == ["sft"]
     assert control.learning_rate == flow.learning_rate == 2e-3
-    for name in ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):
+    for name in SCHEDULE:
         assert getattr(control, name) == getattr(flow, name)

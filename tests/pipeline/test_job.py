@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from gflowtrl import Recommender
+from gflowtrl.data import SyntheticShop, write_folder
 from gflowtrl.metrics import popularity_groups
 from gflowtrl.pipeline import main, run
-from gflowtrl.pipeline.materials import prepare
+from gflowtrl.pipeline.materials import files_fingerprint, prepare
 from gflowtrl.pipeline.report import table
+from gflowtrl.pipeline.training import _sft_trainer
 from gflowtrl.trainer.checkpoints import last_checkpoint
+from tests.tiny import tiny_model
 
 from .micro import micro_recipe, micro_settings
 
@@ -168,6 +172,59 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(finished, tmp_path, sta
     first, second = (weights(value["methods"][stage]["model"]) for value in (results, resumed))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not (folder / "checkpoints").exists()
+
+
+def test_a_run_interrupted_after_its_training_does_not_train_again(finished, tmp_path, monkeypatch, capsys):
+    """Checkpoints are given up when the stage is done, not before."""
+    _, results = finished
+    again = micro_recipe(tmp_path, stages=["sft"])
+    with monkeypatch.context() as patched:
+        patched.setattr("gflowtrl.pipeline.training.write_card", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(again, quiet=True)
+    resumed = run(again, quiet=True)["methods"]["sft"]
+    assert f"Continuing from {tmp_path}" in capsys.readouterr().out
+    assert resumed["metrics"] == results["methods"]["sft"]["metrics"]
+    (folder,) = tmp_path.glob("sft-*")
+    assert last_checkpoint(folder / "checkpoints") is None
+
+
+def test_the_control_takes_the_steps_of_the_gflownet(tmp_path):
+    section = micro_settings(tmp_path)["gflownet"] | {"dataloader_drop_last": True, "num_train_epochs": 1}
+    sft = micro_settings(tmp_path)["sft"] | {"num_train_epochs": 1}
+    methods = run(micro_recipe(tmp_path, gflownet=section, sft=sft), quiet=True)["methods"]
+    assert methods["control"]["steps"] == methods["gflownet"]["steps"]
+
+
+def test_the_order_of_sft_follows_its_options(tmp_path):
+    def order(name, **options):
+        sft = micro_settings(tmp_path)["sft"] | options
+        trainer = _sft_trainer(prepare(micro_recipe(tmp_path / name, stages=["sft"], sft=sft)), tmp_path / name, ())
+        return list(trainer._get_train_sampler())
+
+    default = order("a")
+    assert default == order("b", data_seed=7) != order("c", data_seed=8)  # 7 is the recipe's seed
+    assert order("d", train_sampling_strategy="sequential") == sorted(default) != default
+
+
+def test_new_titles_reach_models_that_are_done(tmp_path):
+    shop = SyntheticShop(**micro_settings(tmp_path)["data"]["shop"]).generate()[0]
+    write_folder(shop, tmp_path / "data")
+    recipe = micro_recipe(tmp_path / "out", stages=["sft"], data_dir=str(tmp_path / "data"), data={})
+    model = run(recipe, quiet=True)["methods"]["sft"]["model"]
+    item = shop.items[3]
+    shop.item_features[item] |= {"title": "Lamp"}
+    write_folder(shop, tmp_path / "data")
+    assert run(recipe, quiet=True)["methods"]["sft"]["model"] == model
+    assert Recommender.from_pretrained(model).titles[item] == "Lamp"
+
+
+def test_another_model_in_the_same_folder_is_another_model(tmp_path):
+    for name, seed in (("a", 0), ("b", 1)):
+        tiny_model(30, seed=seed).save_pretrained(tmp_path / name)
+    first, second = (files_fingerprint(tmp_path / name) for name in "ab")
+    assert first == files_fingerprint(str(tmp_path / "a")) != second
+    assert files_fingerprint("name/on-the-hub") is None
 
 
 def test_a_torn_checkpoint_is_passed_over(tmp_path):

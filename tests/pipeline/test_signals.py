@@ -60,8 +60,10 @@ def test_reward_functions_get_item_features_and_their_code_is_part_of_the_key(tm
     item = materials.data.items[0]
     assert reward(items=[[item]], prompts=[""]) == [-materials.data.item_features[item]["price"]]
     before = reward_key(recipe, materials)
+    materials.data.item_features[item] |= {"price": 0.0}
+    dearer = reward_key(recipe, materials)
     file.write_text(CODE + "# changed\n")
-    assert reward_key(recipe, materials) != before
+    assert len({str(key) for key in (before, dearer, reward_key(recipe, materials))}) == 3
 
 
 REWARDS = [
@@ -81,7 +83,7 @@ def test_rewards_named_in_a_recipe_are_those_of_the_library(tmp_path):
     reader = tiny_model(len(tokenizer))
     reader.save_pretrained(tmp_path / "reader")
     tokenizer.save_pretrained(tmp_path / "reader")
-    materials = prepare(micro_recipe(tmp_path, rewards=REWARDS, folder=str(tmp_path)))
+    materials = prepare(micro_recipe(tmp_path, rewards=REWARDS, folder=str(tmp_path), gflownet={}))
     model = build_model(materials).eval()
     model.save_pretrained(tmp_path / "sft")
     workshop = Workshop(tmp_path, quiet=True)
@@ -152,9 +154,22 @@ def test_a_missing_reward_function_is_found_before_any_training(tmp_path):
     (tmp_path / "r.py").write_text(CODE)
     for reference, error in (("r.py:cheap", None), ("r.py:dear", ValueError), ("absent.py:cheap", FileNotFoundError)):
         rewards = [{"function": f"{tmp_path}/{reference}"}]
-        materials = prepare(micro_recipe(tmp_path, rewards=rewards, stages=["sft", "gflownet"]))
+        materials = prepare(micro_recipe(tmp_path, rewards=rewards, stages=["sft", "gflownet"], gflownet={}))
         with pytest.raises(error) if error else nullcontext():
             check_signals(materials)
+
+
+def test_what_only_scores_drawn_items_is_refused_before_any_training(tmp_path):
+    (tmp_path / "r.py").write_text(CODE)
+    function = {"function": f"{tmp_path}/r.py:cheap"}
+    for reward in (function, {"type": "rank_penalty"}, {"type": "likelihood", "of": "policy"}):
+        rewards = [{"type": "ground_truth"}, reward]
+        with pytest.raises(ValueError, match=r"rewards\.1 \(.*\) scores drawn items only, but exact_flow needs"):
+            check_signals(prepare(micro_recipe(tmp_path, rewards=rewards)))
+        check_signals(prepare(micro_recipe(tmp_path, rewards=rewards, stages=["teacher", "sft"])))
+    rewards = [{"type": "title_likelihood", "model": str(tmp_path / "absent"), "all_items": True}]
+    with pytest.raises(OSError, match="absent"):
+        check_signals(prepare(micro_recipe(tmp_path, rewards=rewards)))
 
 
 def test_learned_weights_are_fitted_to_validation_targets_and_trained_with(tmp_path, capsys):
