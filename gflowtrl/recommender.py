@@ -169,7 +169,7 @@ class Recommender:
     # -------------------------------------------------------------------------------------------------- recommending
     def recommend(
         self,
-        histories: Sequence[Sequence[Item]],
+        histories: Iterable[Sequence[Item]],
         k: int = 10,
         num_beams: int | None = None,
         exclude_seen: bool = False,
@@ -199,14 +199,14 @@ class Recommender:
             allowed_items: recommend these only (in stock, say). Probabilities stay those among all items.
 
         Raises:
-            ValueError: k below 1, or num_beams below k; an unknown strategy; a temperature that is not positive, or
-                one with `"beam"`; an unknown or no allowed item; a user of whom nothing is known where the recommender
-                holds no counts.
+            ValueError: k or batch_size below 1, or num_beams below k; an unknown strategy; a temperature that is not
+                positive, or one with `"beam"`; an unknown or no allowed item; a user of whom nothing is known where
+                the recommender holds no counts.
             TypeError: a history is no list of items.
         """
-        _check_request(k, num_beams, strategy, temperature)
+        _check_request(k, num_beams, batch_size, strategy, temperature)
         request = _Request(k, num_beams, exclude_seen, strategy, temperature, seed, self._allowed(allowed_items))
-        known = self._known(histories)
+        known = self._known(list(histories))
         warm = [row for row, history in enumerate(known) if history]
         results = {row: found for row in set(range(len(known))) - set(warm) for found in [self._popular(row, request)]}
         for start in range(0, len(warm), batch_size):
@@ -371,11 +371,13 @@ class _Request(NamedTuple):
     allowed: frozenset[Item] | None
 
 
-def _check_request(k: int, num_beams: int | None, strategy: str, temperature: float) -> None:
+def _check_request(k: int, num_beams: int | None, batch_size: int, strategy: str, temperature: float) -> None:
     if k < 1:
         raise ValueError(f"k is {k}; ask for at least 1 item.")
     if num_beams is not None and num_beams < k:
         raise ValueError(f"num_beams is {num_beams}, but {k} items are asked for; use at least {k} beams.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; decode at least 1 history at a time.")
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy is {strategy!r}; use one of {', '.join(map(repr, STRATEGIES))}.")
     if not 0 < temperature < math.inf:

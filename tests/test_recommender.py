@@ -63,6 +63,10 @@ def test_nothing_asked_nothing_answered(recommender):
     assert recommender.recommend([]) == []
 
 
+def test_histories_may_come_one_after_the_other(recommender):
+    assert recommender.recommend(history for history in HISTORIES) == recommender.recommend(HISTORIES)
+
+
 def test_a_sampled_list_holds_distinct_items_in_proportion(recommender):
     """The first item of a list is an ordinary draw of the policy."""
     history, draws = HISTORIES[2], 1500
@@ -220,6 +224,8 @@ def test_saved_and_loaded_it_says_the_same(tmp_path, kind, heads):
         (["i010"], {}, TypeError, "row 0 is 'i010'; give a list of items"),
         ([3], {}, TypeError, "row 0 is 3; give a list of items"),
         ([["i010"]], {"k": 0}, ValueError, "k is 0"),
+        ([["i010"]], {"batch_size": 0}, ValueError, "batch_size is 0; decode at least 1 history"),
+        ([["i010"]], {"batch_size": -1}, ValueError, "batch_size is -1; decode at least 1 history"),
         ([["i010"]], {"k": 10, "num_beams": 9}, ValueError, "num_beams is 9, but 10 items"),
         ([["i010"]], {"strategy": "greedy"}, ValueError, "strategy is 'greedy'; use one of 'beam', 'sample'"),
         ([["i010"]], {"strategy": "sample", "temperature": 0.0}, ValueError, "temperature is 0.0.*must be positive"),

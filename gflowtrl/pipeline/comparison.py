@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -17,18 +18,25 @@ from gflowtrl.metrics import paired_bootstrap
 
 from .evaluation import PER_USER_FILE
 from .plots import DPI, plot_differences
+from .recipe import SCHEDULE
 from .report import TITLES
+from .training import COSMETIC
 
 
 RESULTS_FILE = "results.json"
+#: Fields of a recipe that make no other setting of any method. The data are compared by their fingerprint.
+NO_SETTING = {"output_dir", "seed", "stages", "data", "evaluation"}
+_SFT = {"data_dir", "model", "prompt", "peft", "sft"}
+#: Fields of a recipe that a method depends on; the GFlowNet on all but the control's.
+SETTINGS = {"teacher": {"data_dir", "teacher"}, "sft": _SFT, "control": _SFT | {"control"}}
 
 
 @dataclass
 class ComparedRow:
-    """One method of one recipe.
+    """One method in one setting.
 
     Attributes:
-        title: what the table calls it.
+        title: what the table calls it, no two rows alike.
         entries: its record in `results.json`, one a seed.
         seeds: the seeds, in the same order.
     """
@@ -50,6 +58,9 @@ class ComparedRow:
 def find_results(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
     """All results at these places: `results.json` files, output folders with the runs kept in them, or run folders.
 
+    Returns:
+        The content of each file, and its path as `file`.
+
     Raises:
         FileNotFoundError: a place has no results.
     """
@@ -61,22 +72,23 @@ def find_results(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
         if not found:
             raise FileNotFoundError(f"{path} holds no {RESULTS_FILE} of a run; give the output_dir of a recipe.")
         files |= dict.fromkeys(file.resolve() for file in found)
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return [{**json.loads(file.read_text(encoding="utf-8")), "file": str(file)} for file in files]
 
 
 def compared_rows(results: Sequence[Mapping[str, Any]]) -> list[ComparedRow]:
-    """A row for each method; what recipes share (the same test folder) is there once.
+    """A row for each setting of each method, over its seeds; what recipes share (the same test folder) is there once.
+
+    A title that would be there twice gets a `'`: another setting, or another run of the same setting and seed.
+
+    Args:
+        results: of `find_results`, or what `run` returned.
 
     Raises:
         ValueError: the runs are of different data, or were measured differently.
     """
-    for name, value in (
-        ("data", lambda r: r["data"]["fingerprint"]),
-        ("ks", lambda r: r["recipe"]["evaluation"]["ks"]),
-    ):
-        if len({json.dumps(value(result)) for result in results}) > 1:
-            raise ValueError(f"The runs differ in their {name}, so that their figures cannot stand in one table.")
-    rows: dict[str, ComparedRow] = {}
+    _check_measured_alike(results)
+    rows: dict[str, list[ComparedRow]] = {}  # by method and setting
+    titles: set[str] = set()
     known: set[str] = set()
     for result in results:
         recipe = result["recipe"]
@@ -84,17 +96,60 @@ def compared_rows(results: Sequence[Mapping[str, Any]]) -> list[ComparedRow]:
             if entry["folder"] in known:
                 continue
             known.add(entry["folder"])
-            title = f"{TITLES[method]}: {recipe['name']}" if method == "gflownet" else TITLES[method]
-            if method == "control":
-                title += f", {entry['steps']} steps"
-            while recipe["seed"] in rows.setdefault(title, ComparedRow(title)).seeds:  # the same name, another run
-                title += "'"
-            rows[title].entries.append(entry)
-            rows[title].seeds.append(recipe["seed"])
-    order = list(TITLES.values())
-    return sorted(
-        rows.values(), key=lambda row: min(n for n, title in enumerate(order) if row.title.startswith(title))
-    )
+            alike = rows.setdefault(json.dumps([method, _setting(method, recipe, entry)], sort_keys=True), [])
+            row = next((row for row in alike if recipe["seed"] not in row.seeds), None)
+            if row is None:
+                row = ComparedRow(_free_title(method, recipe, entry, titles))
+                titles.add(row.title)
+                alike.append(row)
+            row.entries.append(entry)
+            row.seeds.append(recipe["seed"])
+    order = list(TITLES)
+    return [row for key in sorted(rows, key=lambda key: order.index(json.loads(key)[0])) for row in rows[key]]
+
+
+def _check_measured_alike(results: Sequence[Mapping[str, Any]]) -> None:
+    for name, value in (
+        ("data", lambda r: r["data"]["fingerprint"]),
+        ("evaluation.ks", lambda r: r["recipe"]["evaluation"]["ks"]),
+        ("evaluation.num_beams", lambda r: r["recipe"]["evaluation"].get("num_beams")),
+        ("evaluation.users", lambda r: r["data"].get("test_users", r["recipe"]["evaluation"].get("users"))),
+    ):
+        for one, other in pairwise(results):
+            if value(one) != value(other):
+                raise ValueError(
+                    f"{_named(one)} and {_named(other)} differ in {name}, so that their figures cannot stand in one "
+                    f"table; compare only runs that are alike in it."
+                )
+
+
+def _named(result: Mapping[str, Any]) -> str:
+    return result.get("file") or f"{result['recipe']['name']!r} of seed {result['recipe']['seed']}"
+
+
+def _setting(method: str, recipe: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a method's figures depend on, apart from data, evaluation and seed."""
+    names = SETTINGS.get(method, recipe.keys() - NO_SETTING - {"control"})
+    found = {name: recipe[name] for name in names if recipe.get(name)}
+    if method == "control":
+        schedule = {name: value for name, value in recipe.get("gflownet", {}).items() if name in SCHEDULE}
+        found["control"] = {**recipe.get("control", {}), **schedule}
+    for name, section in found.items():
+        if isinstance(section, Mapping):
+            found[name] = {field: value for field, value in section.items() if field not in COSMETIC}
+    steps = {"steps": entry["steps"]} if method == "control" else {}  # as the title says
+    return found | steps | {"rows_per_step": entry.get("rows_per_step")}  # which grow with the processes
+
+
+def _free_title(method: str, recipe: Mapping[str, Any], entry: Mapping[str, Any], taken: set[str]) -> str:
+    title = TITLES[method]
+    if method == "gflownet":
+        title += f": {recipe['name']}"
+    elif method == "control":
+        title += f", {entry['steps']} steps"
+    while title in taken:
+        title += "'"
+    return title
 
 
 def difference(row: ComparedRow, other: ComparedRow, metric: str) -> dict[str, float] | None:

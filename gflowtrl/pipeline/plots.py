@@ -64,10 +64,10 @@ def plot_differences(axes: Axes, intervals: Mapping[str, Mapping[str, float]]) -
     for place, found in enumerate(intervals.values()):
         mean, low, high = found["mean_difference"], found["low"], found["high"]
         clear = low > 0 or high < 0
+        sides = [[max(mean - low, 0)], [max(high - mean, 0)]]  # of few resamples the interval may lie beside the mean
         axes.errorbar(
-            mean, place, xerr=[[mean - low], [high - mean]], fmt="o", capsize=4, color="black",
-            markerfacecolor="black" if clear else "white",
-        )  # fmt: skip
+            mean, place, xerr=sides, fmt="o", capsize=4, color="black", markerfacecolor="black" if clear else "white"
+        )
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # over the line at zero
         axes.annotate(f"{mean:+.4f}", (mean, place), textcoords="offset points", xytext=(0, 8), ha="center", bbox=box)
     axes.axvline(0, color="tab:red", linewidth=1, zorder=0)

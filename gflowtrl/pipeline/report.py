@@ -17,7 +17,8 @@ from gflowtrl.metrics import group_means, paired_bootstrap, popularity_groups
 from .evaluation import per_user
 from .materials import Materials
 from .plots import NAMES, plot_run
-from .stage import Stage, write_json
+from .signals import teacher_key
+from .stage import Stage, Workshop, write_json
 
 
 TITLES = {"teacher": "Teacher", "sft": "SFT", "control": "SFT continued (control)", "gflownet": "GFlowNet"}
@@ -55,8 +56,9 @@ def collect(
             if "reward_weights" in training:
                 methods[method]["reward_weights"] = training["reward_weights"]
             methods[method]["model"] = str(trained[method].folder / "model")
-        elif method == "teacher":  # a mixture has several stages
-            methods[method]["seconds"] = sum(s for name, s in seconds.items() if name.startswith("teacher-"))
+        elif method == "teacher":
+            names = _teacher_stages(stage.workshop, materials, recipe.teacher)
+            methods[method]["seconds"] = sum(seconds[name] for name in names)
     results = {
         "recipe": recipe.as_dict(),
         "data": {
@@ -82,6 +84,13 @@ def collect(
     if calibration is not None:
         results["calibration"] = calibration
     return results
+
+
+def _teacher_stages(workshop: Workshop, materials: Materials, spec: Mapping[str, Any]) -> set[str]:
+    """The folders' names of the stages that fit this teacher: of a mixture those of its parts."""
+    if spec["type"] == "mixture":
+        return set().union(*(_teacher_stages(workshop, materials, part) for part in spec["parts"]))
+    return {workshop.stage("teacher", teacher_key(materials.recipe, materials, spec)).folder.name}
 
 
 def compare(materials: Materials, first: Stage, second: Stage, k: int) -> dict[str, dict[str, float]]:

@@ -17,7 +17,7 @@ from gflowtrl.recommender import Recommender
 
 from . import checks
 from .batching import Failed, Job, Unavailable, Worker
-from .gate import Gate
+from .gate import Gate, path_below_prefix
 from .limits import Limits
 from .messages import ExplainAnswer, ExplainRequest, Health, Problem, RecommendAnswer, RecommendRequest, sentence
 from .metrics import CONTENT_TYPE, Metrics
@@ -126,7 +126,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def malformed(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         status = 400 if first["type"] == "json_invalid" else 422
-        return JSONResponse({"detail": sentence(MODELS[request.url.path], first)}, status)
+        return JSONResponse({"detail": sentence(MODELS[path_below_prefix(request.scope)], first)}, status)
 
     @app.exception_handler(400)  # a body that breaks JSON's reader: not UTF-8, nested too deeply
     async def unreadable(request: Request, _: Exception) -> Response:

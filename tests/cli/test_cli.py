@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -181,3 +182,52 @@ def test_help_names_no_default_where_there_is_none(capsys):
         main(["prepare", "--help"])
     said = capsys.readouterr().out
     assert "(default: first)" in said and "(default: None)" not in said and "(default: False)" not in said
+
+
+def test_recommend_names_the_line_of_the_file(home, results, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("gflowtrl.cli.recommend.CHUNK", 2)
+    model = results["methods"]["gflownet"]["model"]
+    item = Recommender.from_pretrained(model).catalog.items[0]
+    lines = [[item], [item], "", [item], [item], [item], [item, 987654321]]
+    file = tmp_path / "in.jsonl"
+    file.write_text("\n".join(json.dumps(line) if line else "" for line in lines), encoding="utf-8-sig")
+    words = ["recommend", "-k", "2", "--input", str(file)]
+    assert main([*words, "--model", model]) == 0
+    told = capsys.readouterr()
+    answers = [json.loads(line) for line in told.out.splitlines()]
+    assert [answer["history"] for answer in answers] == [line for line in lines if line]
+    warned = "warning: 1 items of the histories are not in the catalogue and were left out; the first is 987654321"
+    assert f"{warned} ({file}, line 7)." in told.err
+
+    shutil.copytree(model, tmp_path / "bare")
+    (tmp_path / "bare" / "item_details.json").unlink()  # with the counts that strangers are recommended by
+    file.write_text("\n".join(json.dumps(line) for line in [[item], [item], [item], [123456789]]))
+    assert main([*words, "--model", str(tmp_path / "bare")]) == 2
+    assert f"{file}, line 4: the history is empty or holds no known item" in capsys.readouterr().err
+
+
+def test_neighbouring_seeds_draw_different_lists(home, results, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("gflowtrl.cli.recommend.CHUNK", 2)
+    model = results["methods"]["gflownet"]["model"]
+    recommender = Recommender.from_pretrained(model)
+    histories = [recommender.catalog.items[:1]] * 8
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, histories)))
+    drawn = []
+    for seed in ("0", "1", "0", "-1"):
+        words = ["--model", model, "--input", str(tmp_path / "in.jsonl"), "--strategy", "sample", "--seed", seed]
+        assert main(["recommend", *words, "-k", "5"]) == 0
+        lists = [json.loads(line)["recommendations"] for line in capsys.readouterr().out.splitlines()]
+        drawn.append([tuple(one["item"] for one in found) for found in lists])
+    assert drawn[0] == drawn[2]
+    assert len({*drawn[0], *drawn[1], *drawn[3]}) == 24  # no draw is that of another line or seed
+    in_python = recommender.recommend(histories[:2], k=5, strategy="sample", seed=0)
+    assert drawn[0][:2] == [tuple(one.item for one in found) for found in in_python]
+
+
+@pytest.mark.parametrize("content", [b"[1, 2", b'{"a": 1}', b"[[1]]", b"[1.5]", b"\xff"])
+def test_broken_allowed_items_are_named(content, tmp_path, capsys):
+    (tmp_path / "allowed.json").write_bytes(content)
+    words = ["--model", "x", "--input", str(tmp_path / "in"), "--allowed_items", str(tmp_path / "allowed.json")]
+    assert main(["recommend", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{tmp_path / 'allowed.json'} must hold a JSON list of items" in error

@@ -17,6 +17,7 @@ from .world import HISTORY, make_recommender, refused
 pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
 pytest.importorskip("httpx2", reason="FastAPI's test client needs httpx2, of the extra `test`")
 
+from fastapi import FastAPI  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
 
 from gflowtrl.serving import Limits, create_app  # noqa: E402
@@ -125,8 +126,8 @@ def batch_numbers(client: TestClient) -> tuple[int, int]:
     return int(numbers["gflowtrl_batch_histories_count"]), int(numbers["gflowtrl_batch_histories_sum"])
 
 
-def metrics_of(client: TestClient) -> dict[str, float]:
-    lines = client.get("/metrics").text.splitlines()
+def metrics_of(client: TestClient, path: str = "/metrics") -> dict[str, float]:
+    lines = client.get(path).text.splitlines()
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
 
@@ -240,6 +241,30 @@ def test_metrics_count_what_happened(recommender):
     assert 0 < numbers['gflowtrl_request_seconds_sum{path="/recommend"}'] < 10
     assert numbers["gflowtrl_batch_histories_count"] == 3 and numbers["gflowtrl_batch_histories_sum"] == 5
     assert numbers['gflowtrl_batch_histories_bucket{le="1"}'] == 1 and numbers["gflowtrl_queue_length"] == 0
+
+
+@pytest.mark.parametrize("mounted", [False, True])
+def test_below_a_prefix_everything_is_as_without(recommender, oracle, mounted):
+    """Behind a proxy, or mounted in another application, whose lifespan then starts the worker."""
+    app = outer = create_app(recommender)
+    if mounted:
+        outer = FastAPI(lifespan=lambda _: app.router.lifespan_context(app))
+        outer.mount("/api", app)
+    with TestClient(outer, root_path="" if mounted else "/api", raise_server_exceptions=False) as client:
+        assert_equal(client.post("/api/recommend", json={"histories": HISTORIES}), oracle.recommend(HISTORIES))
+        refused(client.post("/api/recommend", json={"histories": [HISTORY], "k": 0}), 422, "k is 0; k must be")
+        refused(client.post("/api/explain", json={"history": HISTORY}), 422, "item is missing")
+        broken = client.post("/api/recommend", content="{", headers={"content-type": "application/json"})
+        refused(broken, 400, "cannot be read as JSON")
+        assert client.get("/api/recommend").status_code == 405 and client.get("/api/items/1").status_code == 404
+        numbers = metrics_of(client, "/api/metrics")
+    counted = {name: value for name, value in numbers.items() if name.startswith("gflowtrl_requests_total")}
+    assert counted == {
+        f'gflowtrl_requests_total{{path="{path}",status="{status}"}}': 1
+        for path, status in (
+            *(("/recommend", status) for status in (200, 400, 405, 422)), ("/explain", 422), ("other", 404)
+        )
+    }  # fmt: skip
 
 
 def test_health_says_what_is_served_and_whether(recommender):
