@@ -154,7 +154,7 @@ class Recommender:
             catalog,
             encoder=read_encoder(directory, catalog, tokenizer),
             teacher=load_teacher(directory / TEACHER_FOLDER) if (directory / TEACHER_FOLDER).is_dir() else None,
-            **_read_details(directory, catalog),
+            **read_details(directory, catalog),
         )
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
@@ -422,7 +422,8 @@ def write_recommender_files(
         _write_json(Path(directory, DETAILS_FILE), details)
 
 
-def _read_details(directory: Path, catalog: ItemCatalog) -> dict[str, Any]:
+def read_details(directory: Path, catalog: ItemCatalog) -> dict[str, Any]:
+    """`titles` and `item_counts` of a recommender's folder, those that it has, in the order of its catalogue."""
     file = directory / DETAILS_FILE
     details = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     for name, values in details.items():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
+from peft.utils import load_peft_weights
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.integrations import deepspeed as zero
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -21,24 +23,64 @@ _WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfol
 def load_backbone(name: str | os.PathLike, **model_kwargs: Any) -> PreTrainedModel:
     """A causal or an encoder-decoder language model, whichever the folder or name holds.
 
+    A folder of adapters stands for its base model with them: they are merged into it, and the result is trained and
+    saved as a whole. Into a quantised base nothing can be merged: the adapters lie on it, frozen.
+
     Args:
-        name: folder or name, as for `from_pretrained`; a folder of adapters stands for its base model with them.
+        name: folder or name, as for `from_pretrained`, of a model or of adapters.
         **model_kwargs: handed to `from_pretrained`. What `gguf_file` names is no longer quantised afterwards.
 
     Raises:
         OSError: there is no such model.
+        ValueError: the adapters are prompts (prompt tuning, say), which cannot be merged.
     """
     where = {key: model_kwargs[key] for key in _WHERE if key in model_kwargs}
-    base, base_where = name, where
     if find_adapter_config_file(name, **where) is not None:
-        base, base_where = PeftConfig.from_pretrained(name, **where).base_model_name_or_path, {}
-    trusted = model_kwargs.get("trust_remote_code", False)
+        with whole_models():  # merging needs whole weights; an engine shards them afterwards
+            return _load_adapted(name, where, model_kwargs)
     if "gguf_file" in model_kwargs:
-        base_where = base_where | {"gguf_file": model_kwargs["gguf_file"]}
-    config = AutoConfig.from_pretrained(base, trust_remote_code=trusted, **base_where)
+        where |= {"gguf_file": model_kwargs["gguf_file"]}
+    config = AutoConfig.from_pretrained(name, trust_remote_code=model_kwargs.get("trust_remote_code", False), **where)
     loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = loader.from_pretrained(name, **model_kwargs)
     return _as_if_never_quantised(model) if "gguf_file" in model_kwargs else model
+
+
+def _load_adapted(name: str | os.PathLike, where: dict[str, Any], model_kwargs: dict[str, Any]) -> PreTrainedModel:
+    """The base model of adapters, which may itself be a folder of adapters, with these merged."""
+    adapters = PeftConfig.from_pretrained(name, **where)
+    if adapters.is_prompt_learning:
+        raise ValueError(
+            f"{name} holds {adapters.peft_type.value} adapters, which are prompts and cannot be merged into a model. "
+            f"Train adapters of its weights instead (LoraConfig, say)."
+        )
+    options = {key: value for key, value in model_kwargs.items() if key not in ("revision", "subfolder")}
+    if adapters.revision is not None:
+        options["revision"] = adapters.revision
+    model = load_backbone(adapters.base_model_name_or_path, **options)
+    _resize_embeddings(model, load_peft_weights(name, device="cpu", **where))
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.load_adapter(os.fspath(name), adapter_kwargs=where)
+        return model
+    frozen = {key for key, parameter in model.named_parameters() if not parameter.requires_grad}
+    model = PeftModel.from_pretrained(model, name, **where).merge_and_unload()
+    for key, parameter in model.named_parameters():  # PEFT has frozen all of them
+        parameter.requires_grad_(key not in frozen)
+    # The base of adapters that are put on it next: not the base below, which knows nothing of these.
+    model.name_or_path = model.config._name_or_path = os.fspath(name)
+    return model
+
+
+def _resize_embeddings(model: PreTrainedModel, adapters: Mapping[str, Tensor]) -> None:
+    """To as many rows as the saved adapters hold: they hold the whole embeddings where tokens were added to the base
+    before the training."""
+    table = model.get_input_embeddings()
+    name = next(key for key, module in model.named_modules() if module is table)
+    for key, value in adapters.items():
+        is_table = f".{name}." in key and key.endswith(".weight") and value.shape[1:] == table.weight.shape[1:]
+        if is_table and len(value) != len(table.weight):
+            model.resize_token_embeddings(len(value), mean_resizing=False)  # new rows are overwritten
+            return
 
 
 def _as_if_never_quantised(model: PreTrainedModel) -> PreTrainedModel:

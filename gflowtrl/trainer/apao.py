@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,8 +53,8 @@ class APAOConfig(GFlowNetConfig):
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"method is {self.method!r}; choose {' or '.join(map(repr, METHODS))}.")
-        if not self.beta >= 0:
-            raise ValueError(f"beta is {self.beta}; it must be at least 0.")
+        if not 0 <= self.beta < math.inf:
+            raise ValueError(f"beta is {self.beta}; it must be a number of at least 0.")
         if self.num_negatives < 1:
             raise ValueError(f"num_negatives is {self.num_negatives}; pairwise losses need at least 1.")
         losses = ["sft", f"prefix_{self.method}"]

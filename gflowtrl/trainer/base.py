@@ -58,7 +58,22 @@ class BaseConfig(_BaseConfig):
             raise ValueError(
                 f"max_shared_prompts is {self.max_shared_prompts}; give at least 1, which shares nothing."
             )
+        self._refuse_unused()
         super().__post_init__()
+
+    def _refuse_unused(self) -> None:
+        """Arguments of the Trainer that these trainers would stumble over, or not look at."""
+        if self.batch_eval_metrics:
+            raise ValueError("batch_eval_metrics is True, but breadth is a property of all lists; leave it False.")
+        if not self.eval_do_concat_batches:
+            raise ValueError("eval_do_concat_batches is False, but metrics are of all lists together; leave it True.")
+        if "inputs" in self.include_for_metrics:
+            raise ValueError("include_for_metrics names 'inputs', but metrics are of lists and targets; leave it out.")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}, but no loss of gflowtrl smooths labels: it "
+                f"would change nothing. Leave it at 0."
+            )
 
 
 class BaseTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseTrainer):

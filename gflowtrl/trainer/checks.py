@@ -26,7 +26,8 @@ def check_model(model: PreTrainedModel, catalog: ItemCatalog, max_shared_prompts
             f"max_shared_prompts is {max_shared_prompts}, but {type(model).__name__} is an encoder-decoder: its "
             f"encoder sees the whole prompt at once, so that none is the beginning of another. Leave it at 1."
         )
-    known = model.get_input_embeddings().num_embeddings
+    # Adapters may have wrapped the table, whose own weight an engine may have split.
+    known = next(m.num_embeddings for m in model.get_input_embeddings().modules() if hasattr(m, "num_embeddings"))
     if known < catalog.tree.num_tokens:
         raise ValueError(
             f"The catalogue uses token {catalog.tree.num_tokens - 1}, but the model embeds only {known} tokens. Call "
@@ -34,8 +35,26 @@ def check_model(model: PreTrainedModel, catalog: ItemCatalog, max_shared_prompts
         )
 
 
-def check_encoder(encoder: PromptEncoder, catalog: ItemCatalog, max_shared_prompts: int = 1) -> None:
-    """The encoder must be of these items, and its prompts the beginnings of one another where they are shared."""
+def check_trainable(model: PreTrainedModel, new_adapters: bool) -> None:
+    """Adapters that lie on a model without being merged are frozen, and lost where new ones are put in their place."""
+    trainable = any(parameter.requires_grad for parameter in model.parameters())
+    if getattr(model, "_hf_peft_config_loaded", False) and (new_adapters or not trainable):
+        raise ValueError(
+            f"{type(model).__name__} carries adapters that are not merged into it, so that it cannot be trained on. "
+            f"Give the folder of adapters as the model, without a quantization_config: they are merged then."
+        )
+
+
+def check_encoder(
+    encoder: PromptEncoder, catalog: ItemCatalog, max_shared_prompts: int = 1, max_history_items: int | None = None
+) -> None:
+    """The encoder must be of these items, cut histories as the configuration says (where it does), and its prompts be
+    the beginnings of one another where they are shared."""
+    if max_history_items not in (None, encoder.max_history_items):
+        raise ValueError(
+            f"max_history_items is {max_history_items}, but the prompt_encoder was made with "
+            f"{encoder.max_history_items}. Leave it out of the configuration, or make the encoder with it."
+        )
     if encoder.catalog.items != catalog.items:
         raise ValueError("The prompt_encoder was made of another catalogue than the trainer's.")
     if max_shared_prompts > 1 and encoder.tail:

@@ -49,8 +49,8 @@ class GFlowNetConfig(BaseConfig):
         loss_reduction (`str`, *optional*, defaults to `"mean"`):
             How the trajectories of a prompt are reduced: `"mean"`, or `"sum"` as in the paper. Prompts are averaged.
         huber_delta (`float`, *optional*):
-            Huber instead of squared residuals, linear beyond this residual. Keeps the fixed point. Of every balance
-            loss but `contrastive_balance`, which has its own.
+            Huber instead of squared residuals, linear beyond this residual. Keeps the fixed point. Of `vargrad`,
+            `trajectory_balance`, `detailed_balance` and `subtrajectory_balance`.
         contrastive_delta (`float`, *optional*, defaults to `1.0`):
             The same for `contrastive_balance`, whose residuals are differences of pairs; `None` squares all of them.
         subtb_lambda (`float`, *optional*, defaults to `0.9`):
@@ -117,8 +117,10 @@ class GFlowNetConfig(BaseConfig):
 
         > Parameters that control data and evaluation
 
-        max_history_items (`int`, *optional*, defaults to `20`):
-            Items of the history that a prompt holds, the last ones.
+        max_history_items (`int`, *optional*):
+            Items of the history that a prompt holds, the last ones. By default what the folder of `model` or the given
+            `prompt_encoder` says, 20 where there is neither. A value overrides the folder's, and must be the given
+            encoder's.
         max_shared_prompts (`int`, *optional*, defaults to `1`):
             Above 1, up to so many rows of one user are scored on one prompt, whose beginnings theirs are: the same
             loss and gradient from fewer tokens. Causal models only. Attention over a row grows with the square of what
@@ -211,7 +213,10 @@ class GFlowNetConfig(BaseConfig):
     )
 
     # Parameters that control data and evaluation
-    max_history_items: int = field(default=20, metadata={"help": "Items of the history that a prompt holds."})
+    max_history_items: int | None = field(
+        default=None,
+        metadata={"help": "Items of the history that a prompt holds; by default the model folder's, or 20."},
+    )
     eval_num_beams: int = field(default=20, metadata={"help": "Beam width of evaluate()."})
     eval_ks: list[int] = field(default_factory=lambda: [5, 10, 20], metadata={"help": "Cut-offs of evaluate()."})
     log_completions: bool = field(default=False, metadata={"help": "Print a group of trajectories when logging."})
@@ -255,6 +260,8 @@ class GFlowNetConfig(BaseConfig):
                 f"loss_weights has {len(self.loss_weights)} entries and loss_type {len(self.loss_type)} "
                 f"({', '.join(self.loss_type)}); give one weight for each loss."
             )
+        if not all(map(math.isfinite, self.loss_weights)) or not any(self.loss_weights):
+            raise ValueError(f"loss_weights is {self.loss_weights}; weights must be finite and not all 0.")
         for name in self.loss_type:
             least = get_loss(name).min_generations
             if self.num_generations < least:
@@ -279,6 +286,11 @@ class GFlowNetConfig(BaseConfig):
             raise ValueError(
                 f"label_space is 'vocabulary', but the losses {self.loss_type} are always over the tree; only sft and "
                 f"the prefix losses can be over the vocabulary. Leave it out."
+            )
+        if self.huber_delta is not None and not any("huber_delta" in loss.options for loss in losses):
+            raise ValueError(
+                f"huber_delta is {self.huber_delta}, but no loss of {self.loss_type} has a residual that it would "
+                f"bound (contrastive_balance has contrastive_delta). Leave it out."
             )
         if self.trajectory_weighting not in (None, "source", "reward"):
             raise ValueError(
@@ -339,5 +351,5 @@ class GFlowNetConfig(BaseConfig):
             )
         if self.exact_top_items < 1:
             raise ValueError(f"exact_top_items is {self.exact_top_items}; at least 1 leaf must keep its reward.")
-        if self.max_history_items < 1:
+        if self.max_history_items is not None and self.max_history_items < 1:
             raise ValueError(f"max_history_items is {self.max_history_items}; a prompt needs at least 1 item.")

@@ -36,7 +36,8 @@ from gflowtrl.samplers import Sampler, TrajectoryBatch, build_sampler, validate_
 
 from .adapters import add_adapters
 from .base import BaseTrainer
-from .checks import check_encoder, check_model, check_rows, item_counts_of
+from .checks import check_encoder, check_model, check_rows, check_trainable, item_counts_of
+from .folder import folder_details
 from .gflownet_config import GFlowNetConfig
 from .group import Group, group_metrics, print_group
 from .prefixes import PrefixWeights, load_prefix_weights, save_prefix_weights
@@ -71,9 +72,10 @@ class GFlowNetTrainer(BaseTrainer):
             copy.
         peft_config: a PEFT configuration; adapters are trained instead of the model, and with them the embeddings of
             the items' tokens (`args.train_item_tokens`).
-        item_counts: `(items,)` training interactions in the order of `catalog.items`, for the breadth metrics; counted
-            in the training targets by default.
-        item_titles: what items are called, for the answers of the saved recommender and for `log_completions`.
+        item_counts: `(items,)` training interactions in the order of `catalog.items`, for the breadth metrics; by
+            default those of `model`'s folder, else counted in the training targets.
+        item_titles: what items are called, for the answers of the saved recommender and for `log_completions`; by
+            default those of `model`'s folder.
         prompt_encoder: what makes prompts of histories; by default that of `model`'s folder, else the plain one
             (`gflowtrl.data.TextPromptEncoder` writes prompts in words).
         callbacks, optimizers: as in `transformers.Trainer`.
@@ -120,13 +122,17 @@ class GFlowNetTrainer(BaseTrainer):
             catalog = catalog or ItemCatalog.from_pretrained(model)
             if prompt_encoder is None:
                 prompt_encoder = read_encoder(model, catalog, processing_class)
-                prompt_encoder.max_history_items = args.max_history_items
+                prompt_encoder.max_history_items = args.max_history_items or prompt_encoder.max_history_items
+            known = folder_details(model, catalog)
+            item_titles = known.get("titles") if item_titles is None else item_titles
+            item_counts = known.get("item_counts") if item_counts is None else item_counts
             model = load_backbone(model, **model_kwargs)
         elif args.model_init_kwargs:
             raise ValueError("model_init_kwargs was given, but the model is built already; pass its name or folder.")
         if processing_class is None or catalog is None:
             raise ValueError("processing_class and catalog are needed where the model is not given by its folder.")
         check_model(model, catalog, args.max_shared_prompts)
+        check_trainable(model, peft_config is not None)
         self.losses = [(name, get_loss(name), w) for name, w in zip(args.loss_type, args.loss_weights, strict=True)]
         self._needs_rewards = any(loss.rewards for _, loss, _ in self.losses)
         self._exact = any(loss.all_leaf_rewards for _, loss, _ in self.losses)
@@ -150,8 +156,8 @@ class GFlowNetTrainer(BaseTrainer):
             # After the adapters, which would freeze or adapt the head.
             attach_flow_heads(model.get_base_model() if hasattr(model, "get_base_model") else model)
         if prompt_encoder is None:
-            prompt_encoder = PromptEncoder(catalog, processing_class, args.max_history_items)
-        check_encoder(prompt_encoder, catalog, args.max_shared_prompts)
+            prompt_encoder = PromptEncoder(catalog, processing_class, args.max_history_items or 20)
+        check_encoder(prompt_encoder, catalog, args.max_shared_prompts, args.max_history_items)
         self._encoder, self._item_titles = prompt_encoder, item_titles
         self.noise = StatelessNoise(args.seed)
         self._seconds: Counter[str] = Counter()

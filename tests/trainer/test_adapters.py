@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig
+from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig
 
-from gflowtrl import Recommender
+from gflowtrl import GFlowNetConfig, GFlowNetTrainer, Recommender
 from gflowtrl.policy import load_backbone, make_policy
 from gflowtrl.rewards import CollaborativeReward, GroundTruthReward
 from gflowtrl.trainer.adapters import add_adapters, embedding_names
@@ -82,6 +83,110 @@ def test_a_saved_adapter_is_the_trained_model_again_merged_or_not(tmp_path, kind
     torch.testing.assert_close(
         make_policy(merged, catalog).leaf_log_probs(trainer._encoder(history)), expected, rtol=1e-4, atol=1e-4
     )
+
+
+def adapters_on(base, folder, kind="llama", tied=False, **options) -> str:
+    """A folder of trained adapters, on a base that is a folder too."""
+    build(kind, tied).save_pretrained(base)
+    trainer = make_trainer(
+        folder, [CollaborativeReward(teacher)], str(base), peft_config=lora(kind), max_steps=2, **options
+    )
+    trainer.train()
+    trainer.save_model()
+    return str(folder)
+
+
+def log_probs(model) -> torch.Tensor:
+    catalog = make_catalog()
+    prompts = Recommender(model, TOKENIZER, catalog).encoder([["i010", "twin"]])
+    return make_policy(model.eval(), catalog).leaf_log_probs(prompts).detach()
+
+
+def next_trainer(folder: str, out, **options) -> GFlowNetTrainer:
+    """What goes on from a folder alone."""
+    settings = {"max_steps": 1, "learning_rate": 1e-2, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
+    own = {name: value for name, value in options.items() if name in GFlowNetConfig.__dataclass_fields__}
+    arguments = {name: value for name, value in options.items() if name not in own}
+    args = GFlowNetConfig(str(out), **(settings | own))
+    return GFlowNetTrainer(folder, [CollaborativeReward(teacher)], args, make_rows(), **arguments)
+
+
+@pytest.mark.parametrize(("kind", "tied", "tokens"), [(*kind, True) for kind in KINDS] + [("llama", True, False)])
+def test_a_folder_of_adapters_is_trained_on_as_a_whole(tmp_path, kind, tied, tokens):
+    folder = adapters_on(tmp_path / "base", tmp_path / "first", kind, tied, train_item_tokens=tokens)
+    expected = log_probs(Recommender.from_pretrained(folder).model)
+    trainer = next_trainer(folder, tmp_path / "second")
+    torch.testing.assert_close(log_probs(trainer.model), expected)
+    start = weights(trainer)
+    assert not [name for name in start if "lora_" in name or "tokens_delta" in name]
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+    if kind == "llama":
+        assert (trainer.model.lm_head.weight is trainer.model.model.embed_tokens.weight) == tied
+    trainer.train()
+    assert all(not torch.equal(value, start[name]) for name, value in weights(trainer).items() if "layers" in name)
+    trainer.save_model()
+    again = Recommender.from_pretrained(tmp_path / "second")
+    torch.testing.assert_close(log_probs(again.model), log_probs(trainer.model), rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_are_put_on_a_folder_of_adapters(tmp_path):
+    folder = adapters_on(tmp_path / "base", tmp_path / "first")
+    trainer = next_trainer(folder, tmp_path / "second", peft_config=lora(), ref_weight=1.0)
+    trainer.train()
+    trainer.save_model()
+    again = Recommender.from_pretrained(tmp_path / "second")
+    torch.testing.assert_close(log_probs(again.model), log_probs(trainer.model), rtol=1e-4, atol=1e-4)
+    again.save_pretrained(tmp_path / "whole")
+    whole = Recommender.from_pretrained(tmp_path / "whole")
+    assert torch.equal(log_probs(whole.model), log_probs(again.model))
+    # The reference is the model that the new adapters were put on.
+    batch = next(iter(trainer.get_train_dataloader()))
+    below = make_policy(load_backbone(folder).eval(), make_catalog()).leaf_log_probs(batch["prompts"])
+    torch.testing.assert_close(trainer.prior.score_all(trainer.model, batch["prompts"]), below)
+
+
+def test_a_folder_of_adapters_as_the_reference(tmp_path):
+    folder = adapters_on(tmp_path / "base", tmp_path / "first")
+    trainer = make_trainer(
+        tmp_path / "out", [CollaborativeReward(teacher)], build("llama", False), ref_model=folder, ref_weight=1.0
+    )
+    trainer.train()
+    torch.testing.assert_close(log_probs(trainer.prior.model), log_probs(Recommender.from_pretrained(folder).model))
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_adapters_on_a_base_that_had_fewer_tokens(tmp_path, kind):
+    small = (tiny_seq2seq if kind == "t5" else tiny_model)(9, kind)
+    small.save_pretrained(tmp_path / "small")
+    grown = load_backbone(tmp_path / "small")
+    grown.resize_token_embeddings(len(TOKENIZER))
+    config, out = lora(kind), tmp_path / "out"
+    trainer = make_trainer(out, [CollaborativeReward(teacher)], grown, peft_config=config, max_steps=2)
+    trainer.train()
+    with pytest.warns(UserWarning, match="the embedding layer has been resized"):
+        trainer.save_model()
+    loaded = Recommender.from_pretrained(out)
+    torch.testing.assert_close(log_probs(loaded.model), log_probs(trainer.model), rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_on_a_quantised_base_recommend_but_are_not_trained_on(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    folder = adapters_on(tmp_path / "base", tmp_path / "first")
+    options = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    recommender = Recommender.from_pretrained(folder, **options)
+    whole = log_probs(Recommender.from_pretrained(folder).model)
+    torch.testing.assert_close(log_probs(recommender.model), whole, rtol=0.1, atol=0.3)
+    for peft_config in (None, lora()):
+        with pytest.raises(ValueError, match="carries adapters that are not merged.*without a quantization_config"):
+            next_trainer(folder, tmp_path / "second", model_init_kwargs=options, peft_config=peft_config)
+
+
+def test_prompts_as_adapters_cannot_be_merged(tmp_path):
+    build("llama", False).save_pretrained(tmp_path / "base")
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(load_backbone(tmp_path / "base"), config).save_pretrained(tmp_path / "adapters")
+    with pytest.raises(ValueError, match="holds PROMPT_TUNING adapters, which are prompts and cannot be merged"):
+        load_backbone(tmp_path / "adapters")
 
 
 def test_peft_alone_loads_it(tmp_path):

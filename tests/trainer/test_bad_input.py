@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import T5Config, T5ForConditionalGeneration
 
 from gflowtrl import GFlowNetConfig, GFlowNetTrainer
+from gflowtrl.data import PromptEncoder
 from gflowtrl.rewards import CollaborativeReward, GroundTruthReward
 from tests.tiny import tiny_model, tiny_seq2seq
 
@@ -70,6 +71,10 @@ CONSTRUCTION = {
     "no catalogue": ({"catalog": None}, "processing_class and catalog are needed"),
     "reference without weight": ({"ref_model": tiny_model(len(TOKENIZER))}, "ref_model was given, but ref_weight is"),
     "reference of another vocabulary": ({"ref_model": tiny_model(9), "ref_weight": 1.0}, "embeds only 9 tokens"),
+    "encoder of another length": (
+        {"prompt_encoder": PromptEncoder(make_catalog(), TOKENIZER, 6), "max_history_items": 2},
+        "max_history_items is 2, but the prompt_encoder was made with 6",
+    ),
     "weight of no source": (
         {"trajectory_weighting": "source", "source_weights": {"ground_truth": 2, "teacher": 1}},
         "names 'teacher', but the sampler's sources are 'ground_truth', 'on_policy'",
@@ -152,6 +157,15 @@ CONFIGURATION = [
     ({"eval_num_beams": 10}, "eval_num_beams is 10, but eval_ks asks for lists of 20"),
     ({"max_history_items": 0}, "max_history_items is 0"),
     ({"remove_unused_columns": True}, "remove_unused_columns"),
+    ({"batch_eval_metrics": True}, "batch_eval_metrics is True"),
+    ({"eval_do_concat_batches": False}, "eval_do_concat_batches is False"),
+    ({"include_for_metrics": ["loss", "inputs"]}, "include_for_metrics names 'inputs'"),
+    ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1, but no loss of gflowtrl smooths"),
+    ({"loss_weights": [math.nan]}, r"loss_weights is \[nan\]; weights must be finite"),
+    ({"loss_weights": [math.inf]}, "loss_weights is .*finite"),
+    ({"loss_weights": [0.0]}, "loss_weights is .*not all 0"),
+    ({"huber_delta": 1.0, "loss_type": "exact_flow"}, "huber_delta is 1.0, but no loss of .'exact_flow'. has"),
+    ({"huber_delta": 1.0, "loss_type": "sft,contrastive_balance"}, "huber_delta is 1.0.*contrastive_delta"),
     ({"contrastive_delta": 0.0}, "contrastive_delta is 0.0"),
     ({"subtb_lambda": 0.0}, "subtb_lambda is 0.0; it must be greater than 0"),
     ({"subtb_lambda": math.inf}, "subtb_lambda is inf"),
@@ -192,5 +206,8 @@ def test_evaluate_without_rows_says_so(tmp_path):
 def test_good_input_passes(tmp_path):
     """The changes above are the reason for the errors, not something else in these trainers."""
     make_trainer(tmp_path, **REWARDS, train_dataset=rows(), eval_dataset={"good": rows()})
+    make_trainer(tmp_path, **REWARDS, huber_delta=1.0, loss_type="sft,vargrad", loss_weights=[1.0, 0.0])
+    trainer = make_trainer(tmp_path, **REWARDS, eval_dataset=rows(), include_for_metrics=["loss"])
+    assert "eval_recall@5" in trainer.evaluate()
     make_trainer(tmp_path, CollaborativeReward(teacher), sampler="reward", catalog=make_catalog()).train()
     assert len(rows()) == 3 and "i011" not in ITEMS

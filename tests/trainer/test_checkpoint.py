@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gflowtrl import GFlowNetConfig, GFlowNetTrainer, Recommender
+from gflowtrl import GFlowNetConfig, GFlowNetTrainer, ItemCatalog, Recommender
+from gflowtrl.data import PromptEncoder
 from gflowtrl.rewards import CollaborativeReward, GroundTruthReward
 from tests.tiny import tiny_model
 
@@ -85,6 +86,52 @@ def test_the_next_trainer_starts_from_the_folder_alone(saved, tmp_path):
     trainer = GFlowNetTrainer(str(saved.args.output_dir), args=args, train_dataset=make_rows())
     assert torch.equal(trainer.model.lm_head.weight, saved.model.lm_head.weight)
     assert trainer._catalog.items == ITEMS and trainer.processing_class.get_vocab() == TOKENIZER.get_vocab()
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, 3), (1, 1)])
+def test_the_next_trainer_reads_as_much_of_a_history_as_the_folder_says(tmp_path, asked, expected):
+    Recommender(tiny_model(len(TOKENIZER)), TOKENIZER, make_catalog(), 3).save_pretrained(tmp_path / "first")
+    args = GFlowNetConfig(str(tmp_path / "second"), loss_type="sft", use_cpu=True, max_history_items=asked)
+    trainer = GFlowNetTrainer(str(tmp_path / "first"), args=args, train_dataset=make_rows())
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["prompts"]["input_ids"].shape[1] == len(trainer._encoder.head) + 3 * expected
+    trainer.save_model()
+    assert Recommender.from_pretrained(tmp_path / "second").encoder.max_history_items == expected
+
+
+def test_without_a_folder_the_encoder_says_how_much_or_it_is_20(tmp_path):
+    assert make_trainer(tmp_path, loss_type="sft")._encoder.max_history_items == 20
+    assert make_trainer(tmp_path, loss_type="sft", max_history_items=7)._encoder.max_history_items == 7
+    encoder = PromptEncoder(make_catalog(), TOKENIZER, 6)
+    for asked in (None, 6):
+        trainer = make_trainer(tmp_path, loss_type="sft", prompt_encoder=encoder, max_history_items=asked)
+        assert trainer._encoder.max_history_items == 6
+
+
+def test_titles_and_counts_of_the_folder_are_kept(tmp_path):
+    counts = torch.arange(len(ITEMS))
+    first = Recommender(
+        tiny_model(len(TOKENIZER)), TOKENIZER, make_catalog(), titles={"i010": "Lamp"}, item_counts=counts
+    )
+    first.save_pretrained(tmp_path / "first")
+
+    def saved_again(**options) -> Recommender:
+        args = GFlowNetConfig(
+            str(tmp_path / "second"), loss_type="sft", use_cpu=True, max_steps=1, save_strategy="no", disable_tqdm=True
+        )
+        trainer = GFlowNetTrainer(str(tmp_path / "first"), args=args, train_dataset=make_rows(), **options)
+        trainer.save_model()
+        return Recommender.from_pretrained(tmp_path / "second")
+
+    for options in ({}, {"catalog": make_catalog()}):
+        kept = saved_again(**options)
+        assert kept.titles == {"i010": "Lamp"} and torch.equal(kept.item_counts, counts)
+    given = saved_again(item_titles={"i111": "Chair"}, item_counts=counts + 1)
+    assert given.titles == {"i111": "Chair"} and torch.equal(given.item_counts, counts + 1)
+    # Of other items the folder knows nothing.
+    more = ItemCatalog.from_semantic_ids(SEMANTIC_IDS | {"new": SEMANTIC_IDS["short"]}, TOKENIZER)
+    recommender = saved_again(catalog=more)
+    assert not recommender.titles and recommender.item_counts.sum() == len(make_rows())
 
 
 def test_the_model_card_tells_the_truth(saved):
