@@ -118,15 +118,21 @@ def read_letter(path: str | Path, with_ids: bool = True) -> InteractionData:
 
 
 def write_folder(data: InteractionData, path: str | Path) -> None:
-    """Write `data` in the folder format, so that `read_folder(path)` gives it back. The folder is made if needed."""
+    """Write `data` in the folder format, so that `read_folder(path)` gives it back.
+
+    The folder is made if needed. Semantic ids and events of earlier data in it are removed where `data` has none. A
+    feature called `item` is left out, because that is the name of the id.
+    """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     pairs = zip(data.users, data.sequences, strict=True)
     _write_lines(path / "sequences.jsonl", ({"user": user, "items": items} for user, items in pairs))
-    _write_lines(path / "items.jsonl", ({"item": item, **data.item_features.get(item, {})} for item in data.items))
+    _write_lines(path / "items.jsonl", map(_item_row, data.items, map(data.item_features.get, data.items)))
     about = {"name": data.name, "synthetic": data.synthetic}
     about |= {key: text for key in ("license", "source") if (text := getattr(data, key)) is not None}
     (path / "dataset.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
+    for name in ("semantic_ids.json", "events.jsonl"):
+        (path / name).unlink(missing_ok=True)
     if data.semantic_ids is not None:
         ids = {str(item): tokens for item, tokens in data.semantic_ids.items()}
         (path / "semantic_ids.json").write_text(json.dumps(ids) + "\n", encoding="utf-8")
@@ -135,6 +141,7 @@ def write_folder(data: InteractionData, path: str | Path) -> None:
 
 
 _LETTER_PARTS = ("inter", "index", "item")
+_LEAST_ID, _GREATEST_ID = -(2**63), 2**63 - 1  # what fits into the int64 columns of the splits
 
 
 def _require(file: Path) -> Path:
@@ -257,16 +264,28 @@ def _read_object(file: Path) -> dict[str, Any]:
 def _identifier(row: dict, key: str, where: str) -> Item:
     if type(row.get(key)) not in (int, str):  # bool is an int to isinstance
         raise ValueError(f"{where}: {key!r} must be a whole number or a string, but it is {row.get(key)!r}.")
+    if type(row[key]) is int and not _LEAST_ID <= row[key] <= _GREATEST_ID:
+        raise _too_great(f"{where}: {key}", row[key])
     return row[key]
 
 
 def _item_list(items: Any, where: str) -> list[Item]:
     if not isinstance(items, list) or not items:
         raise ValueError(f"{where} has no items: a list with at least one item is needed.")
-    wrong = [item for item in items if type(item) not in (int, str)]
+    wrong = [
+        item
+        for item in items
+        if type(item) is not str and not (type(item) is int and _LEAST_ID <= item <= _GREATEST_ID)
+    ]
     if wrong:
+        if type(wrong[0]) is int:
+            raise _too_great(f"{where}: item", wrong[0])
         raise ValueError(f"{where}: an item must be a whole number or a string, but one is {wrong[0]!r}.")
     return items
+
+
+def _too_great(what: str, number: int) -> ValueError:
+    return ValueError(f"{what} {number} does not fit into 64 bits with a sign. Write all such ids as strings.")
 
 
 def _item_maker(sequences: Sequence[Sequence[Item]], described):
@@ -283,7 +302,8 @@ def _item_maker(sequences: Sequence[Sequence[Item]], described):
 
 
 def _is_number(text: str) -> bool:
-    return text.removeprefix("-").isdecimal()
+    """Whether a JSON key is a whole number that fits into 64 bits with a sign."""
+    return text.removeprefix("-").isdecimal() and len(text) <= 20 and _LEAST_ID <= int(text) <= _GREATEST_ID
 
 
 def _all_items(sequences, features, semantic_ids) -> list[Item]:
@@ -292,6 +312,10 @@ def _all_items(sequences, features, semantic_ids) -> list[Item]:
     if len(kinds) > 1:
         raise ValueError("Items must be all whole numbers or all strings, but there are both.")
     return sorted(items)
+
+
+def _item_row(item: Item, features: dict[str, Any] | None) -> dict[str, Any]:
+    return {"item": item} | (features or {}) | {"item": item}
 
 
 def _event_row(user: Item, events: list[Event]) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 import gzip
 import json
 import tempfile
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gflowtrl.data import RAW_FORMATS, Columns, prepare, read_folder
+from gflowtrl.data import RAW_FORMATS, Columns, InteractionData, prepare, read_folder, write_folder
 from gflowtrl.data.formats.cleaning import clean_features, parse_price
 from tests.data.raw_files import (
     CATEGORIES,
@@ -185,6 +187,44 @@ def test_a_field_too_long_is_one_malformed_row(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("end", "last_lost", "malformed"),
+    [('"6 inch', 902, 801), ('6"', 902, 801), ("ok", 2001, 1900)],
+    ids=["another stray quote", "a quote that ends the field", "none, to the end"],
+)
+def test_lines_that_a_stray_quote_swallows_are_malformed(tmp_path, end, last_lost, malformed):
+    notes = {100: '"6 inch', 900: end}
+    lines = [f"u{n // 10},i{n % 10},{n},{notes.get(n, 'ok')}" for n in range(2000)]
+    path = write_lines(tmp_path / "log.csv", ["user_id,item_id,timestamp,note", *lines])
+    with pytest.raises(ValueError, match=f"{malformed:,} of 2,001 lines .*line 102: a quote opens .* to {last_lost} "):
+        prepare("csv", path, k_core=None)
+    data, report = prepare("csv", path, k_core=None, max_malformed=0.95)
+    assert data.num_interactions == 2000 - malformed and (report.lines, report.malformed) == (2001, malformed)
+    assert len(report.malformed_lines) == 1
+
+
+def test_text_of_many_lines_is_no_stray_quote(tmp_path):
+    text = "\n".join(["Salt, pepper, oil", *(f"Step {n}, stir, wait" for n in range(40)), "Serve."])
+    rows = ["user_id,item_id,timestamp,note", f'a,x,1,"{text}"', f'a,,2,"{text}"', 'a,y,3,"said ""yes"""']
+    data, report = prepare("csv", write_lines(tmp_path / "log.csv", rows), k_core=None, max_malformed=0.6)
+    assert data.sequences == [["x", "y"]]
+    assert (report.lines, report.malformed) == (86, 42)  # a row of many lines is as many lines, where it is malformed
+
+
+def test_parquet_times_of_different_units_are_one_log(tmp_path):
+    instants = [datetime(2024, month, 1, 12, tzinfo=UTC) for month in (3, 1, 6, 2, 5, 4)]
+    kinds = [pa.timestamp("ns"), pa.timestamp("us"), pa.timestamp("ms", "Europe/Berlin"), pa.timestamp("s")]
+    files = []
+    for item, (instant, kind) in enumerate(zip(instants, [*kinds, pa.date32(), pa.date64()], strict=True)):
+        times = pa.array([instant.date() if pa.types.is_date(kind) else instant, None], kind)
+        files.append(tmp_path / f"{item}.parquet")
+        pq.write_table(pa.table({"user_id": ["u", "u"], "item_id": [item, 9], "timestamp": times}), files[-1])
+    table = {"user_id": ["u"], "item_id": [6], "timestamp": ["2024-03-15"]}
+    pq.write_table(pa.table(table), tmp_path / "text.parquet")
+    data, report = prepare("parquet", [*files, tmp_path / "text.parquet"], k_core=None, max_malformed=0.5)
+    assert data.sequences == [[1, 3, 0, 6, 5, 4, 2]] and report.malformed == 6  # the missing times
+
+
 def test_parquet_dates_and_missing_values(tmp_path):
     table = {"user_id": ["a", None, "a"], "item_id": [1, 2, 3], "timestamp": pa.array([2, 1, 1], pa.date32())}
     pq.write_table(pa.table(table), tmp_path / "log.parquet")
@@ -216,6 +256,15 @@ def test_complete_formats_keep_what_they_have(tmp_path):
     format, writer = WRITERS["letter"]
     data, _ = prepare(format, writer(tmp_path, packed=False)[0], k_core=2)
     assert data.semantic_ids == {item: (f"<a_{item}>",) for item in (10, 20, 30)}
+
+
+def test_items_of_a_folder_that_nobody_took_stay_without_a_filter(tmp_path):
+    ids = {item: (f"<a_{item}>",) for item in (1, 2, 3, 4)}
+    data = InteractionData("toy", [0, 1], [[1, 2], [3, 1]], [1, 2, 3, 4], {4: {"title": "Lamp"}}, ids)
+    write_folder(data, tmp_path / "toy")
+    again, _ = prepare("folder", tmp_path / "toy", k_core=None)
+    assert again == data
+    assert prepare("folder", tmp_path / "toy", k_core=1)[0].items == [1, 2, 3]
 
 
 def test_the_folder_appears_complete_or_not_at_all(tmp_path, monkeypatch):
@@ -277,6 +326,27 @@ def test_features_are_cleaned():
     assert clean_features({"description": "abcdef"}, max_description_characters=3) == {"description": "abc"}
 
 
+def test_decimals_become_numbers(tmp_path):
+    decimals = pa.array([Decimal("12.50"), None], pa.decimal128(10, 2))
+    pq.write_table(pa.table({"item_id": ["x", "y"], "price": decimals, "weight": decimals}), tmp_path / "i.parquet")
+    pq.write_table(pa.table({"user_id": ["a", "a"], "item_id": ["x", "y"]}), tmp_path / "l.parquet")
+    files = tmp_path / "l.parquet", tmp_path / "i.parquet"
+    data, _ = prepare("parquet", *files, tmp_path / "out", columns=Columns(time=None), k_core=None)
+    assert data.item_features == {"x": {"price": 12.5, "weight": 12.5}} and read_folder(tmp_path / "out") == data
+
+
+def test_a_feature_called_item_is_no_id(tmp_path):
+    log = write_lines(tmp_path / "log.csv", ["user_id,sku,timestamp", "a,5,1", "a,6,2"])
+    items = write_lines(tmp_path / "items.csv", ["sku,item,item_name,colour", "5,green chair,,green", "6,lamp,L6,red"])
+    data, _ = prepare("csv", log, items, tmp_path / "out", columns=Columns(item="sku"), k_core=None)
+    assert data.item_features == {
+        5: {"item_name_": "green chair", "colour": "green"},
+        6: {"item_name_": "lamp", "item_name": "L6", "colour": "red"},
+    }
+    assert read_folder(tmp_path / "out") == data
+    assert clean_features({"item": "lamp"}, None) == {"item_name": "lamp"}
+
+
 def test_half_characters_are_kept_out_of_the_files(tmp_path):
     log = write(tmp_path / "log.jsonl", '{"u": "a", "i": "x"}\n{"u": "a", "i": "\\ud83d"}\n')
     items = write(tmp_path / "items.jsonl", '{"i": "x", "title": "Cut \\ud83d"}\n')
@@ -305,7 +375,50 @@ def test_names_of_csv_columns_are_taken_as_they_are(tmp_path):
         ("EUR 12.50", 12.5),
         ("US$3", 3.0),
         ("12,99", None),
+        (".99", 0.99),
+        ("$.99", 0.99),
+        ("USD .99", 0.99),
+        ("$1,234,567.89", 1234567.89),
+        ("12.99EUR", 12.99),
+        ("12 zł", 12.0),
+        ("Rs. 500", 500.0),
+        ("&pound;5.99", 5.99),
+        ("$50-100", 50.0),
+        ("5–9 €", 5.0),
+        ("$5 $100", 5.0),
+        ("5.00/lb", 5.0),
+        ("0", 0.0),
+        (Decimal("12.50"), 12.5),
         ("1.299,00", None),
+        ("1,299,00", None),
+        (",99", None),
+        ("1 299,00 €", None),
+        ("1 299.00", None),
+        ("1\u00a0299", None),
+        ("1\u202f299 €", None),
+        ("1 299 000", None),
+        ("1'299.00", None),
+        ("1\u2019299", None),
+        ("1_299", None),
+        ("Rs.500", None),
+        ("-5.00", None),
+        ("$-5.00", None),
+        ("-$5.00", None),
+        ("\u22125", None),
+        ("(5.00)", None),
+        (-5.0, None),
+        ("2.5.6", None),
+        ("1e5", None),
+        ("5k", None),
+        ("99p", None),
+        ("50¢", None),
+        ("50 %", None),
+        ("2 for $5", None),
+        ("2/$5", None),
+        ("2 x 5.00", None),
+        ("10-pack $5", None),
+        (Decimal("NaN"), None),
+        (True, None),
         ("—", None),
         ("None", None),
         ("", None),

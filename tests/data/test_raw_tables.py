@@ -102,6 +102,28 @@ def test_headers_that_do_not_fit(tmp_path, columns, message):
         prepare("csv", write_lines(tmp_path / "log.csv", ROWS), columns=Columns(**columns), k_core=None)
 
 
+@pytest.mark.parametrize("row", ["a,x,1,,", "a,x,1", "a,x,1,", "a,x,1,,note"])
+def test_empty_names_at_the_end_of_a_header_are_no_columns(tmp_path, row):
+    log = write_lines(tmp_path / "log.csv", ["user_id,item_id,timestamp,, ", row, "a,y,0,,"])
+    items = write_lines(tmp_path / "items.csv", ["item_id,title,,", "x,Lamp,,", "y,Desk"])
+    data, report = prepare("csv", log, items, k_core=None)
+    assert data.sequences == [["y", "x"]] and report.malformed == report.malformed_items == 0
+    assert data.item_features == {"x": {"title": "Lamp"}, "y": {"title": "Desk"}}
+    for bad in ("a,x,1,,,", "a,x"):
+        with pytest.raises(ValueError, match=r"line 2 .*\d fields, where 3 columns are named"):
+            prepare("csv", write_lines(log, ["user_id,item_id,timestamp,,", bad]), k_core=None)
+
+
+def test_blanks_around_values_do_not_count(tmp_path):
+    lines = ["user_id, item_id, timestamp", "1, 5, 2024-03-02", "1 , 6, 2024-03-01", "1,5 , 2024-03-03", " , 5, 100"]
+    log = write_lines(tmp_path / "log.csv", lines)
+    items = write_lines(tmp_path / "items.csv", ["item_id, title", "5, Pen", " 6, Desk"])
+    data, report = prepare("csv", log, items, k_core=None, max_malformed=0.5)
+    assert (data.users, data.sequences) == ([1], [[6, 5]]) and report.duplicates == 1
+    assert data.item_features == {5: {"title": "Pen"}, 6: {"title": "Desk"}}
+    assert report.malformed_lines == ["line 5: an id must be text or a whole number, but one is ' '"]
+
+
 # ------------------------------------------------------------------------------------------------- titles' column
 @pytest.mark.parametrize("format", ["csv", "headerless", "jsonl", "parquet"])
 def test_titles_may_have_a_column_of_any_name(tmp_path, format):
@@ -274,6 +296,23 @@ def test_movielens_100k_is_read_as_latin_1(tmp_path):
     assert "É".encode("latin-1") in items.read_bytes()
     data, report = prepare("movielens", log, items, k_core=2)
     assert data.item_features[20] == {"title": "Émile", "categories": "Drama"} and report.unreadable_items == 0
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+@pytest.mark.parametrize("case", ["movielens dat", "movielens 100k"])
+def test_movielens_is_read_as_utf_8_where_it_is(tmp_path, case, encoding, packed):
+    format, writer = WRITERS[case]
+    log, items = writer(tmp_path, packed=False)
+    write(items, "\n" * (1 << 16) + items.read_text(encoding="latin-1"), encoding, packed)  # far behind the head
+    data, report = prepare(format, log, items, k_core=2)
+    assert data.item_features[20]["title"] == TITLES[20] == "Émile" and report.unreadable_items == 0
+
+
+@pytest.mark.parametrize("encoding", [None, "utf-8", "UTF8", "utf-8-sig"])
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path, encoding):
+    log = write_lines(tmp_path / "log.csv", ["user_id,item_id,timestamp", "a,x,1"], encoding="utf-8-sig")
+    assert prepare("csv", log, k_core=None, encoding=encoding)[0].users == ["a"]
 
 
 @pytest.mark.parametrize(

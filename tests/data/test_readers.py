@@ -1,10 +1,19 @@
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from gflowtrl.data import InteractionData, k_core, read_folder, read_interactions, read_letter, write_folder
+from gflowtrl.data import (
+    InteractionData,
+    k_core,
+    leave_one_out,
+    read_folder,
+    read_interactions,
+    read_letter,
+    write_folder,
+)
 
 
 SEQUENCES = [{"user": 0, "items": [3, 1, 2]}, {"user": 1, "items": [1, 3, 10]}]
@@ -57,6 +66,36 @@ def test_a_written_folder_reads_back(tmp_path, small_shop):
     assert "SYNTHETIC" in read_folder(tmp_path).summary()
 
 
+def test_nothing_of_earlier_data_stays_in_a_written_folder(tmp_path, small_shop):
+    shop, _ = small_shop
+    write_folder(replace(shop, semantic_ids={item: (f"<a_{item}>",) for item in shop.items}), tmp_path)
+    bare = replace(shop, semantic_ids=None, events=None)
+    write_folder(bare, tmp_path)
+    assert read_folder(tmp_path) == bare
+
+
+def test_a_feature_called_item_does_not_overwrite_the_id(tmp_path):
+    data = InteractionData("toy", [0], [[1]], [1, 2], {1: {"item": "green chair", "colour": "green"}})
+    write_folder(data, tmp_path)
+    assert read_folder(tmp_path) == replace(data, item_features={1: {"colour": "green"}})
+
+
+def test_letter_users_of_more_than_64_bits_are_strings(tmp_path):
+    (tmp_path / "Toy.inter.json").write_text(f'{{"7": [3, 1], "{2**63}": [1, 3]}}')
+    assert read_letter(tmp_path).users == ["7", str(2**63)]
+
+
+def test_the_greatest_ids_can_be_split(tmp_path):
+    least, greatest = -(2**63), 2**63 - 1
+    data = read_folder(write(tmp_path, [{"user": greatest, "items": [least, 0, greatest]}]))
+    splits = leave_one_out(data)
+    assert (splits.test[0]["user"], splits.test[0]["target"], splits.test[0]["history"]) == (
+        greatest,
+        greatest,
+        [least, 0],
+    )
+
+
 def test_license_and_source_are_kept(tmp_path):
     data = InteractionData("toy", [0], [[1]], [1], license="CC BY 4.0", source="our shop, May 2024")
     write_folder(data, tmp_path)
@@ -81,6 +120,12 @@ def test_license_and_source_are_kept(tmp_path):
         ({"sequences": [{"user": 7}]}, "user 7 has no items"),
         ({"sequences": [{"items": [1]}]}, "line 1: 'user' must be"),
         ({"sequences": [{"user": 0, "items": [1, True]}]}, "user 0: an item must be .* True"),
+        (
+            {"sequences": [{"user": 0, "items": [1, 2**63]}]},
+            r"sequences\.jsonl, line 1: user 0: item 9223372036854775808 ",
+        ),
+        ({"sequences": [{"user": -(2**63) - 1, "items": [1]}]}, r"sequences\.jsonl, line 1: user -9.* as strings"),
+        ({"items": json.dumps({"item": 2**64})}, r"items\.jsonl, line 1: item 18446744073709551616 does not fit"),
         ({"sequences": [{"user": 0, "items": [1, "a"]}]}, "whole numbers or all strings"),
         ({"sequences": [SEQUENCES[0], SEQUENCES[0]]}, "line 2: user 0 has an earlier line"),
         ({"items": '{"item": 1}\n{"item": 1}'}, r"items\.jsonl, line 2: item 1 was described"),

@@ -79,20 +79,22 @@ class Table:
 
     Args:
         names: the columns in their order, each once.
+        nameless: how many fields without a name may follow in a row; they are not read.
     """
 
-    def __init__(self, names: Iterable[str]):
+    def __init__(self, names: Iterable[str], nameless: int = 0):
         self.names = list(names)
+        self.most_fields = len(self.names) + nameless
 
     def interactions(self, user: str, item: str, time: str | None, rating: str | None) -> Callable[[list[str]], tuple]:
         """Parser of rows as (user, item, time, rating), 0 for a time or a rating of column `None`."""
-        width = len(self.names)
+        width, most = len(self.names), self.most_fields
         user_at, item_at, time_at, rating_at = (
             None if name is None else self.names.index(name) for name in (user, item, time, rating)
         )
 
         def parse(fields: list[str]) -> tuple:
-            if len(fields) != width:
+            if len(fields) != width and not width < len(fields) <= most:
                 raise ValueError(f"{len(fields)} fields, where {width} columns are named")
             when = 0.0 if time_at is None else fields[time_at]
             return fields[user_at], fields[item_at], when, 0.0 if rating_at is None else fields[rating_at]
@@ -103,9 +105,9 @@ class Table:
         """Parser of rows as (item, all other columns)."""
 
         def parse(fields: Sequence[str]) -> tuple[str, dict[str, str]]:
-            if len(fields) != len(self.names):
+            if not len(self.names) <= len(fields) <= self.most_fields:
                 raise ValueError(f"{len(fields)} fields, where {len(self.names)} columns are named")
-            row = dict(zip(self.names, fields, strict=True))
+            row = dict(zip(self.names, fields, strict=False))
             row.pop("", None)  # the nameless column in which tables are numbered
             return row.pop(item), row
 
@@ -114,6 +116,8 @@ class Table:
 
 class Header(Table):
     """A table whose first line names its columns: checks the columns that are needed, and finds them in the rows.
+
+    Empty names at the end, as spreadsheets write them, are no columns.
 
     Args:
         source: the file.
@@ -133,15 +137,18 @@ class Header(Table):
         source.first_line = number + 1
         if not names:
             raise source.nothing()
-        parts = (name.partition(":") if typed else (name, "", "") for name in map(str.strip, names))
+        named = list(map(str.strip, names))
+        while named and not named[-1]:
+            named.pop()
+        parts = (name.partition(":") if typed else (name, "", "") for name in named)
         self.types = {name: kind for name, _, kind in parts}
-        super().__init__(self.types)
+        super().__init__(self.types, nameless=len(names) - len(named))
         missing = [name for name in needed if name not in self.types]
         if missing:
             reason = f"the header lacks {', '.join(missing)}; it has {', '.join(self.names)}"
             data = any(reads_as(float, name) for name in self.names)
             raise source.misfit(number, reason + (_NO_HEADER if data else ""))
-        if len(self.names) < len(names):
+        if len(self.names) < len(named):
             raise source.misfit(number, "the header names a column twice")
 
 

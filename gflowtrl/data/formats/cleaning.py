@@ -4,12 +4,24 @@ import html
 import math
 import re
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from typing import Any
 
 
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
-# A currency or "from" may stand before. What follows must not go on the number: "12,99" is no 12.
-_PRICE = re.compile(r"\W*(?:from\s+)?[a-z]{0,3}\W*((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)(?![\d,]|\.\d)", re.IGNORECASE)
+_DASHES = r"\-\u2010-\u2015\u2212"
+_SIGNS = rf"[^\w.,({_DASHES}]*"  # of a currency, but none that makes another number of what follows
+# Commas are thousands, as in English. What follows must not go on the number: "12,99" is no 12, nor is "12 000".
+_PRICE = re.compile(
+    rf"""
+    {_SIGNS} (?:from\s)? (?:[a-z]{{1,3}} (?:\.\s)?)? {_SIGNS}
+    ((?:\d{{1,3}}(?:,\d{{3}})+ | \d+) (?:\.\d+)? | (?<!\w)\.\d+)
+    (?! [\d_,] | \s?\.\d | ['’]\d | [^\w{_DASHES}]\d{{3}}(?!\d)  # more digits
+      | e[+-]?\d | \s?[kmpcx](?![^\W\d_]) | \s?[%¢×]  # another unit: 2k, 99p, 2 x 5
+      | -[a-z] | \s?/\W*\d | \sfor\b)  # a number of things: 10-pack, 2/$5, 2 for $5
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
 
 
 def clean_features(row: Mapping[str, Any], max_description_characters: int | None) -> dict[str, Any]:
@@ -18,9 +30,14 @@ def clean_features(row: Mapping[str, Any], max_description_characters: int | Non
     `title` and every other text lose HTML entities and repeated spaces. `categories`, nested or not, become one text
     in which each category stands once. `description` becomes one text without tags, cut after the last word that
     fits. `price` becomes a float, the lower end where a range is given, and is left out where none can be read.
+    `item` is called `item_name`: in the folder format `item` is the id.
     """
     features = {}
     for name, value in row.items():
+        if name == "item":
+            name = "item_name"
+            while name in row:
+                name += "_"
         if name == "price":
             value = parse_price(value)
         elif name == "categories":
@@ -46,20 +63,23 @@ def clean_text(text: Any) -> str:
 
 
 def parse_price(value: Any) -> float | None:
-    """A price as a float, `None` where there is no plain number: `"$1,299.00"`, `"$5 - $9"` (5.0), `12.5`."""
+    """A price as a float: `"$1,299.00"`, `"$5 - $9"` (5.0), `12.5`.
+
+    `None` where there is no plain number that is at least 0, or it could be read in two ways (`"12,99"`, `"1 299"`).
+    """
     if isinstance(value, str):
-        match = _PRICE.match(value)
+        match = _PRICE.match(clean_text(value))
         return float(match[1].replace(",", "")) if match else None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         return None
-    return float(value)
+    return float(value) if math.isfinite(value) and value >= 0 else None
 
 
 def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int):
         return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
+    if isinstance(value, float | Decimal):
+        return float(value) if math.isfinite(value) else None
     if isinstance(value, list | tuple):
         return [plain for plain in map(_plain, value) if plain is not None]
     if isinstance(value, dict):

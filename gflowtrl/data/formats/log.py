@@ -143,22 +143,22 @@ def sequences_of(log: InteractionLog) -> tuple[list[Item], list[list[Item]]]:
 
 
 def identifier(value: Any) -> str:
-    """A user's or an item's id as text. Raises a ValueError if it is none."""
+    """A user's or an item's id as text, without blanks around it. Raises a ValueError if it is none."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not (name := value.strip()):
         raise ValueError(f"an id must be text or a whole number, but one is {value!r}")
     if UNREADABLE.encode() in value.encode():  # encoding refuses half characters, which JSON can hold and no file
         raise ValueError(f"the id {value!r} holds bytes that are no text")
-    return value
+    return name
 
 
 class _Numbers(dict):
-    """id -> its number, a new one where the id is new. Whole numbers count as their text."""
+    """id -> its number, a new one where the id is new. Whole numbers count as their text, without blanks."""
 
     def __missing__(self, value: Any) -> int:
         name = identifier(value)
-        if name is not value:
+        if name is not value:  # strip() gives the same object where there is nothing to strip
             return self[name]
         self[name] = number = len(self)
         return number
@@ -178,7 +178,7 @@ def moment(time: Any) -> float:
 
 def _date(time: Any) -> datetime:
     try:
-        return datetime.fromisoformat(time)
+        return datetime.fromisoformat(time.strip())
     except (TypeError, ValueError):
         raise ValueError(f"the time {time!r} is neither a number nor ISO 8601 text") from None
 

@@ -20,7 +20,7 @@ def _ratings(source: Source, request: Request) -> Parsed:
     if "::" in head:
         return Parsed(_double_colon_rows(source), _rating)
     if "\t" in head:
-        return Parsed(source.csv_rows("\t", "latin-1", quoted=False), _rating)
+        return Parsed(source.csv_rows("\t", _encoding(source), quoted=False), _rating)
     rows = source.csv_rows(",")
     names = "userId", "movieId", "timestamp", "rating"
     return Parsed(rows, Header(source, rows, names).interactions(*names))
@@ -38,7 +38,7 @@ def _movies(source: Source, request: Request) -> Parsed:
     if "::" in head:
         return Parsed(_double_colon_rows(source), _movie)
     if head.count("|") >= 23:
-        return Parsed(source.csv_rows("|", "latin-1", quoted=False), _flagged_movie)
+        return Parsed(source.csv_rows("|", _encoding(source), quoted=False), _flagged_movie)
     rows = source.csv_rows(",")
     parse = Header(source, rows, ("movieId", "title", "genres")).items("movieId")
 
@@ -64,7 +64,12 @@ def _flagged_movie(fields: list[str]) -> tuple:
 
 
 def _double_colon_rows(source: Source):
-    return ((number, line.split("::")) for number, line in source.numbered_lines("latin-1"))
+    return ((number, line.split("::")) for number, line in source.numbered_lines(_encoding(source)))
+
+
+def _encoding(source: Source) -> str:
+    """ml-100k and ml-1m are latin-1, ml-10m is UTF-8, and no file says so. Text in latin-1 is hardly ever UTF-8."""
+    return "utf-8-sig" if source.encoding is None and source.is_utf8() else "latin-1"
 
 
 MOVIELENS = Format(

@@ -142,6 +142,8 @@ def _from_complete(
 ) -> InteractionData:
     report.lines = len(origin.users)
     data = _filtered_data(log_of(origin), report)
+    if report.settings["k_core"] is None:
+        data.items = origin.items  # those that nobody took included
     known = origin.item_features
     data.item_features = {
         item: clean_features(known[item], max_description_characters) for item in data.items if item in known

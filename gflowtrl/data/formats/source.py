@@ -19,6 +19,7 @@ MALFORMED = (ValueError, KeyError, TypeError, IndexError, AttributeError, Overfl
 _NAMED_LINES = 5
 _BLOCK_BYTES = 1 << 20
 _HEAD_BYTES = 1 << 12
+_SWALLOWED_LINES = 20  # of a quoted field that all look like rows, which no text does
 _REASON_CHARACTERS = 500
 _UNPACK = "an archive or packed in a way that is not read", "Unpack it, or pack it with gzip."
 #: How files begin that are given in the place of text.
@@ -46,7 +47,7 @@ class Source:
         lines: number of the last line that was read.
         first_line: number of the first line that is data; a malformed one there means the wrong format.
         malformed: how many lines were rejected.
-        malformed_lines: the first few of them, each with its number and the reason.
+        malformed_lines: the first few rejections, each with the line's number and the reason.
     """
 
     def __init__(
@@ -58,11 +59,12 @@ class Source:
         self.format = format
         self.expected = expected
         self.max_malformed = max_malformed
-        self.encoding = encoding
+        self.encoding = encoding and ("utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding)
         self.lines = 0
         self.first_line = 1
         self.malformed = 0
         self.malformed_lines: list[str] = []
+        self._row_lines = 1  # lines of the record that was read last
 
     def peek(self) -> str:
         """The first line that is not blank, without its line end; empty where there is none."""
@@ -73,6 +75,19 @@ class Source:
         with self.path.open("rb") as raw, self._whole_gzip(), self._text(io.BufferedReader(raw), "utf-8-sig") as text:
             whole = (line for line in iter(lambda: text.readline(_BLOCK_BYTES), "") if line.strip())
             return [line.strip(" \r\n") for line in islice(whole, count)]
+
+    def is_utf8(self) -> bool:
+        """Whether the whole file is text in UTF-8."""
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        with self.path.open("rb") as raw, self._whole_gzip():
+            content = _unpacked(raw)
+            try:
+                while block := content.read(_BLOCK_BYTES):
+                    decoder.decode(block)
+                decoder.decode(b"", final=True)
+            except UnicodeDecodeError:
+                return False
+        return True
 
     @contextmanager
     def _whole_gzip(self) -> Iterator[None]:
@@ -110,30 +125,45 @@ class Source:
                 yield number, line
 
     def csv_rows(self, delimiter: str, encoding: str = "utf-8-sig", quoted: bool = True) -> Iterator:
-        """(number of its last line, fields) of all rows that are not blank, the header's too."""
+        """(number of its last line, fields) of all rows that are not blank, the header's too.
+
+        A stray quote swallows the lines up to the next quote: all of them are malformed.
+        """
         quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-        rows = csv.reader(self.text_lines(encoding), delimiter=delimiter, quoting=quoting)
+        rows = csv.reader(self.text_lines(encoding), delimiter=delimiter, quoting=quoting, strict=True)
         while True:
             try:
                 fields = next(rows, None)
             except csv.Error as error:  # the next call goes on with the next line
-                self.lines = rows.line_num
-                self.reject(rows.line_num, error)
+                self._reject_lines(rows.line_num, error)
                 continue
-            self.lines = rows.line_num
+            last = rows.line_num
             if fields is None:
+                self.lines = last
                 return
+            self._row_lines = count = last - self.lines
+            if count > _SWALLOWED_LINES and _swallows_rows(fields, delimiter):
+                self._reject_lines(last, ValueError("the lines in quotes look like rows"))
+                continue
+            self.lines = last
             if len(fields) > 1 or (fields and fields[0].strip()):
-                yield rows.line_num, fields
+                yield last, fields
+
+    def _reject_lines(self, last: int, error: Exception) -> None:
+        """Count all lines from the next one to line `last` as malformed, under the number of the first of them."""
+        first, self.lines, self._row_lines = self.lines + 1, last, last - self.lines
+        if last > first:
+            error = ValueError(f"a quote opens here, and the lines up to {last} are left out with it ({error})")
+        self.reject(first, error)
 
     def reject(self, number: int, error: Exception) -> None:
-        """Count line `number` as malformed.
+        """Count line `number`, and all other lines of its row, as malformed.
 
         Raises:
             ValueError: if it is the first line of data.
         """
         reason = _short(f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error))
-        self.malformed += 1
+        self.malformed += self._row_lines
         if len(self.malformed_lines) < _NAMED_LINES:
             self.malformed_lines.append(f"line {number}: {reason}")
         if number <= self.first_line:
@@ -180,6 +210,13 @@ def _no_text(head: bytes, known_encoding: bool) -> str:
     if head.count(b"\r") > 1 and b"\n" not in head:
         return "has lines that end in CR alone, as old Macs wrote them. Make LF of each CR first."
     return ""
+
+
+def _swallows_rows(fields: list[str], delimiter: str) -> bool:
+    """Whether a field in quotes holds lines that all look like rows: its quotes belong to two rows."""
+    longest = max(fields, key=lambda field: field.count("\n"))
+    inner = longest.split("\n")[1:-1]
+    return len(inner) >= _SWALLOWED_LINES - 1 and all(line.count(delimiter) == len(fields) - 1 for line in inner)
 
 
 def _short(reason: str) -> str:

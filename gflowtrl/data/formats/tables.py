@@ -14,6 +14,7 @@ from .source import Source
 
 
 _BATCH_ROWS = 1 << 14
+_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
 def _csv_interactions(source: Source, request: Request) -> Parsed:
@@ -138,11 +139,15 @@ def _readable(source: Source) -> Iterator[None]:
 
 
 def _python_values(column: pa.Array, is_time: bool) -> list:
-    if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
-        # Only the order of times counts, so their unit need not be known. Arrow casts a date32 to int32 only.
-        number = pa.int32() if pa.types.is_date32(column.type) else pa.int64()
-        column = column.cast(number if is_time else pa.string())
-    return column.to_pylist()
+    """The values of a column. Timestamps and dates are seconds, as of ISO text, where it `is_time`; else text."""
+    if not (pa.types.is_timestamp(column.type) or pa.types.is_date(column.type)):
+        return column.to_pylist()
+    if not is_time:
+        return column.cast(pa.string()).to_pylist()
+    if pa.types.is_date(column.type):
+        column = column.cast(pa.timestamp("ms"))
+    a_second = _PER_SECOND[column.type.unit]
+    return [None if time is None else time / a_second for time in column.cast(pa.int64()).to_pylist()]
 
 
 _FEATURES = "an item column (named in Columns, or with --item_column) and features in the others"
