@@ -26,7 +26,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def make_parser(name: str, description: str) -> argparse.ArgumentParser:
     """A parser with `--config` and `--json`."""
-    parser = _Parser(prog=f"gflowtrl {name}", description=description, formatter_class=_Formatter)
+    parser = _Parser(prog=f"gflowtrl {name}", description=description, formatter_class=_Formatter, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with options; the command line overrides it")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
@@ -51,9 +51,18 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
             for name in (action.dest, *(option.lstrip("-") for option in action.option_strings))
         }
         check_names(content, known.keys() - {"h", "help", "config"}, config)
+        for name in content.keys() & {action.dest for action in parser._actions if not action.option_strings}:
+            _set_positional(known[name], content.pop(name))
         # As words of a command line, so that they are checked as such; those that follow win.
         arguments = [*_as_words(content, known), *arguments]
     return parser.parse_args(arguments)
+
+
+def _set_positional(action: argparse.Action, value: Any) -> None:
+    """A list that stands on the command line without an option's name: the file's where the command line has none."""
+    if value is not None:
+        action.nargs, action.required = "*", False
+        action.default = list(map(str, value if isinstance(value, list) else [value]))
 
 
 def _as_words(content: Mapping[str, Any], actions: Mapping[str, argparse.Action]) -> list[str]:
@@ -81,7 +90,7 @@ def guarded(work: Callable[[], int | None]) -> int:
                 else default(message, category, *place)
             )
             return work() or 0
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:  # the last: an optional package is missing
         print(f"error: {_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

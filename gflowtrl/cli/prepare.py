@@ -36,7 +36,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--name", help="what reports call the data; by default the name of the folder")
     parser.add_argument("--license", metavar="TEXT", help="the terms of the data, in words of your own")
     parser.add_argument("--source", metavar="TEXT", help="where the data come from; a download says it by itself")
-    parser.add_argument("--overwrite", action="store_true", help="replace a data folder that is there")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a data folder that is there; its item tokenizer stays"
+    )
     for column, default in (("user", "user_id"), ("item", "item_id"), ("time", "timestamp"), ("rating", "rating")):
         parser.add_argument(f"--{column}_column", help=f"of csv, jsonl and parquet; {default} if not given"
                             + (", none where the file is in order of time" if column == "time" else ""))  # fmt: skip
@@ -76,8 +78,22 @@ def _prepare(given: argparse.Namespace) -> None:
     if given.json:
         print_json(asdict(report))
         return
-    ids = "" if Path(given.out, "semantic_ids.json").is_file() else f" Next: gflowtrl tokenize --data_dir {given.out}"
-    print(f"{report.summary()}\n\nWritten to {given.out}.{ids}")
+    print(f"{report.summary()}\n\nWritten to {given.out}.{_next(Path(given.out))}")
+
+
+def _next(out: Path) -> str:
+    """What to do with the folder, where its items have no ids yet."""
+    from gflowtrl.data.formats.output import item_tokenizers
+
+    kept = item_tokenizers(out)
+    stays = f" The item tokenizer of the earlier data was kept ({', '.join(map(str, kept))})." if kept else ""
+    if (out / "semantic_ids.json").is_file():
+        return stays
+    if not kept:
+        return f" Next: gflowtrl tokenize --data_dir {out}"
+    folder = kept[0] if kept[0].is_dir() else out
+    place = "" if folder == out / "item_tokenizer" else f" --tokenizer {folder}"
+    return f"{stays} Next: gflowtrl tokenize --data_dir {out}{place} --add, so that items keep the ids they had"
 
 
 def _columns(given: argparse.Namespace):

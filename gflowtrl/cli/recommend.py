@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -50,8 +51,9 @@ def _recommend(given: argparse.Namespace) -> None:
         recommender = Recommender.from_pretrained(given.model)
         progress = tqdm(disable=not sys.stderr.isatty(), unit=" histories", file=sys.stderr)
         # A row draws by its place in the file: the seed of a chunk is a function of its number.
-        for number, rows in enumerate(_chunks(lines, given.input)):
-            answers = recommender.recommend([row["history"] for row in rows], seed=given.seed + number, **options)
+        for number, (rows, places) in enumerate(_chunks(lines, given.input)):
+            histories = _known(recommender, rows, places)
+            answers = recommender.recommend(histories, seed=_seed(given.seed, number), **options)
             for row, found in zip(rows, answers, strict=True):
                 out.write(json.dumps({**row, "recommendations": [_shown(one) for one in found]}, ensure_ascii=False))
                 out.write("\n")
@@ -59,22 +61,55 @@ def _recommend(given: argparse.Namespace) -> None:
         progress.close()
 
 
+def _seed(seed: int, chunk: int) -> int:
+    """For the first chunk the given seed, as in Python; for the others one of their own for each seed."""
+    if chunk == 0:
+        return seed
+    import numpy as np
+
+    return int(np.random.SeedSequence([seed % 2**64, chunk]).generate_state(1, np.uint64)[0])
+
+
+def _known(recommender: Any, rows: list[dict[str, Any]], places: list[str]) -> list[list]:
+    """The items of the histories that the recommender knows; what it cannot use is told by its line in the file."""
+    catalog, histories = recommender.catalog, [row["history"] for row in rows]
+    pairs = zip(histories, places, strict=True)
+    strange = [(item, place) for history, place in pairs for item in history if item not in catalog]
+    if strange:
+        item, place = strange[0]
+        warnings.warn(
+            f"{len(strange)} items of the histories are not in the catalogue and were left out; the first is {item!r} "
+            f"({place}).",
+            stacklevel=2,
+        )
+    known = [[item for item in history if item in catalog] for history in histories]
+    if recommender.item_counts is None and [] in known:
+        raise ValueError(
+            f"{places[known.index([])]}: the history is empty or holds no known item, and the recommender holds no "
+            "counts of training interactions to recommend by. Leave the line out."
+        )
+    return known
+
+
 def _shown(one: Any) -> dict[str, Any]:
     shown = {"item": one.item, "probability": math.exp(one.log_prob)}
     return shown if one.title is None else {**shown, "title": one.title}
 
 
-def _chunks(lines: IO[str], name: str) -> Iterator[list[dict[str, Any]]]:
+def _chunks(lines: IO[str], name: str) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
+    """Rows, and where each stands."""
     rows: list[dict[str, Any]] = []
+    places: list[str] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        rows.append(_row(line, f"{name}, line {number}"))
+        places.append(f"{name}, line {number}")
+        rows.append(_row(line, places[-1]))
         if len(rows) == CHUNK:
-            yield rows
-            rows = []
+            yield rows, places
+            rows, places = [], []
     if rows:
-        yield rows
+        yield rows, places
 
 
 def _row(line: str, where: str) -> dict[str, Any]:
@@ -94,14 +129,18 @@ def _row(line: str, where: str) -> dict[str, Any]:
 def _allowed(file: str | None) -> list | None:
     if file is None:
         return None
-    content = json.loads(Path(file).read_text(encoding="utf-8"))
-    if not isinstance(content, list):
-        raise ValueError(f"{file} must hold a JSON list of items.")
+    text = Path(file).read_bytes()
+    try:
+        content = json.loads(text.decode("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{file} must hold a JSON list of items in UTF-8, but it is no JSON ({error}).") from None
+    if not isinstance(content, list) or any(type(item) not in (int, str) for item in content):
+        raise ValueError(f"{file} must hold a JSON list of items, numbers or strings.")
     return content
 
 
 def _reading(name: str) -> IO[str]:
-    return open(os.dup(0), encoding="utf-8") if name == "-" else open(name, encoding="utf-8")
+    return open(os.dup(0) if name == "-" else name, encoding="utf-8-sig")
 
 
 class _Writing:

@@ -24,7 +24,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--features",
         nargs="+",
-        help="what makes an item's text; title, brand, categories, attributes and description if not given",
+        help="what makes an item's text; title, brand, categories, attributes and description if not given, and with "
+        "--add those of the saved tokenizer",
     )
     parser.add_argument(
         "--embedder", default="tfidf", help="tfidf, or a sentence-transformers model by name or folder"
@@ -48,34 +49,61 @@ def main(arguments: Sequence[str]) -> int:
 def _tokenize(given: argparse.Namespace) -> None:
     if given.data_dir is None:
         raise ValueError("--data_dir is missing.")
-    from gflowtrl.data import read_interactions
-    from gflowtrl.semantic_ids import ItemTokenizer, load_vectors, quality_report
+    from gflowtrl.semantic_ids import quality_report
 
+    data = _read(given.data_dir)
     ids_file = Path(given.data_dir, IDS_FILE)
     folder = Path(given.tokenizer or Path(given.data_dir, "item_tokenizer"))
     if given.add:
-        tokenizer = ItemTokenizer.from_pretrained(folder)
-        # Ids of the old items only are there, which a reader of the folder would refuse.
-        data = read_interactions(given.data_dir, with_ids=False)
-        known = set(tokenizer.items)
-        new = [item for item in data.items if item not in known]
-        if given.vectors is not None:
-            vectors = load_vectors(given.vectors, data.items)
-            tokenizer.add(vectors[[place for place, item in enumerate(data.items) if item not in known]], new)
-        else:
-            tokenizer.add(data)
+        tokenizer, new = _grown(given, folder, data)
         tokenizer.save_pretrained(folder)
         _write(ids_file, tokenizer)
-        _say(given, {"new_items": len(new)}, f"{len(new)} new items have ids; those of the others have not changed.")
+        _say(given, {"new_items": new}, f"{new} new items have ids; those of the others have not changed.")
         return
-    if ids_file.is_file() and not given.overwrite:
-        raise ValueError(f"{ids_file} is there. Use --add to give new items ids, or --overwrite to replace them all.")
-    data = read_interactions(given.data_dir, with_ids=False)
+    there = next((file for file in (ids_file, folder / "item_tokenizer.json") if file.is_file()), None)
+    if there is not None and not given.overwrite:
+        raise ValueError(f"{there} is there. Use --add to give new items ids, or --overwrite to replace them all.")
     tokenizer, vectors = _fitted(given, data)
     report = quality_report(tokenizer, vectors)
     tokenizer.save_pretrained(folder)
     _write(ids_file, tokenizer)
     _say(given, report.as_dict(), f"{report}\n\nIds in {ids_file}; the tokenizer, for new items, in {folder}.")
+
+
+def _read(data_dir: str) -> Any:
+    """The data without ids: those of the old items alone a reader would refuse."""
+    from gflowtrl.data import read_interactions
+
+    data = read_interactions(data_dir, with_ids=False)
+    if not Path(data_dir, "sequences.jsonl").is_file():
+        raise ValueError(
+            f"{data_dir} is a LETTER triple, whose readers know no {IDS_FILE}. Make a data folder of it first: "
+            f"gflowtrl prepare --format letter --interactions {data_dir} --k_core 0 --out DIR."
+        )
+    return data
+
+
+def _grown(given: argparse.Namespace, folder: Path, data: Any) -> tuple[Any, int]:
+    """The saved tokenizer with ids for the items of the data that had none, and their number."""
+    from gflowtrl.semantic_ids import ItemTokenizer, load_vectors
+
+    tokenizer = ItemTokenizer.from_pretrained(folder)
+    if tokenizer.features is None:
+        tokenizer.features = given.features
+    elif given.features not in (None, tokenizer.features):
+        raise ValueError(
+            f"The item tokenizer in {folder} was made with --features {' '.join(tokenizer.features)}, but "
+            f"{' '.join(given.features)} is given. Leave --features out."
+        )
+    if isinstance(data.items[0], str):  # one new id with a letter makes strings of all the numbers
+        tokenizer.items = list(map(str, tokenizer.items))
+    known = set(tokenizer.items)
+    new = [place for place, item in enumerate(data.items) if item not in known]
+    if given.vectors is None:
+        tokenizer.add(data)
+    else:
+        tokenizer.add(load_vectors(given.vectors, data.items)[new], [data.items[place] for place in new])
+    return tokenizer, len(new)
 
 
 def usual_codes(num_items: int) -> int:
@@ -94,11 +122,12 @@ def _fitted(given: argparse.Namespace, data: Any) -> tuple[Any, Any]:
         quantizer = ResidualKMeans(given.levels, codes, balanced=given.quantizer == "balanced", seed=given.seed)
     if given.vectors is not None or given.collaborative:
         vectors = _vectors(given, data)
-        return ItemTokenizer(quantizer, collisions=given.collisions).fit(vectors, data.items), vectors
+        tokenizer = ItemTokenizer(quantizer, collisions=given.collisions, features=given.features)
+        return tokenizer.fit(vectors, data.items), vectors
     embedder = _embedder(given)
     texts = item_texts(data, **_features(given))
-    tokenizer = ItemTokenizer(quantizer, embedder, given.collisions).fit(texts, data.items)
-    return tokenizer, embedder.embed(texts)
+    tokenizer = ItemTokenizer(quantizer, embedder, given.collisions, given.features)
+    return tokenizer.fit(texts, data.items), embedder.embed(texts)
 
 
 def _vectors(given: argparse.Namespace, data: Any) -> Any:

@@ -54,7 +54,7 @@ class TfidfEmbedder(Embedder):
             raise ValueError(f"dim must be at least 1, but {dim} was given.")
         self.dim, self.seed = dim, seed
         self.components: Tensor | None = None
-        self.tfidf = TfidfVectorizer(min_df=2, sublinear_tf=True)
+        self.tfidf = _vectorizer()
 
     @property
     def config(self) -> dict[str, Any]:
@@ -62,13 +62,14 @@ class TfidfEmbedder(Embedder):
         return {"dim": self.dim, "seed": self.seed, "words": words}
 
     def fit(self, texts: Sequence[str]) -> "TfidfEmbedder":
-        """Learns the words, their weights and the SVD.
+        """Learns the words, their weights and the SVD; those of an earlier fit are forgotten.
 
         Raises:
             ValueError: if fewer than three texts or two words are there to tell items apart.
         """
+        tfidf = _vectorizer()  # a loaded one would keep to the words that it has
         try:
-            weights = self.tfidf.fit_transform(texts)
+            weights = tfidf.fit_transform(texts)
         except ValueError:  # scikit-learn's message speaks of settings that one cannot change here
             weights = None
         if weights is None or min(weights.shape) < 3:
@@ -77,7 +78,7 @@ class TfidfEmbedder(Embedder):
                 "texts (the features of item_texts) or vectors."
             )
         svd = TruncatedSVD(min(self.dim, min(weights.shape) - 1), random_state=self.seed).fit(weights)
-        self.components = torch.from_numpy(svd.components_).float()
+        self.tfidf, self.components = tfidf, torch.from_numpy(svd.components_).float()
         return self
 
     def embed(self, texts: Sequence[str]) -> Tensor:
@@ -95,6 +96,10 @@ class TfidfEmbedder(Embedder):
         embedder.tfidf.idf_ = tensors["idf"].numpy()
         embedder.components = tensors["components"]
         return embedder
+
+
+def _vectorizer() -> TfidfVectorizer:
+    return TfidfVectorizer(min_df=2, sublinear_tf=True)
 
 
 class SentenceTransformerEmbedder(Embedder):

@@ -28,7 +28,7 @@ class QualityReport:
         items: number of items.
         colliding_items: items that share their id with another one.
         relative_mse: squared error of the vectors decoded from the ids over the vectors' own around their mean: 0 is
-            perfect, 1 is knowing the mean only. `None` for ids without a quantizer.
+            perfect, 1 is knowing the mean only. `None` for ids without a quantizer, and where all vectors are equal.
         codes_used: different tokens that items have at the level.
         share_used: the same over the codes there are; `None` where that is not known (the counting level).
         perplexity: exp of the entropy of the items' tokens at the level: so many codes, evenly used, are as mixed.
@@ -97,7 +97,9 @@ def quality_report(
         levels = ids.quantizer.num_levels
         available = [ids.quantizer.num_codes] * levels + [None] * (codes.shape[1] - levels)
         error = (vectors - ids.quantizer.decode(codes[:, :levels])).square().sum()
-        relative_mse = float(error / (vectors - vectors.mean(0)).square().sum())
+        spread = (vectors - vectors.mean(0)).square().sum()
+        if spread > 1e-12 * vectors.square().sum():  # less is rounding
+            relative_mse = float(error / spread)
     counts = [torch.bincount(column).double() for column in codes.T]
     used = [int((count > 0).sum()) for count in counts]
     prefixes = torch.stack([_prefix_numbers(codes[:, : level + 1]) for level in range(codes.shape[1])], dim=1)

@@ -1,7 +1,7 @@
 """What is known about items, as one text each."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gflowtrl.catalog import Item
@@ -17,8 +17,9 @@ def item_texts(
 ) -> list[str]:
     """One text an item, in the order of `items` (all items of `data` by default): its features, one a line.
 
-    Features that an item lacks are left out; lists of words or of lists are joined by commas. An item without any of
-    them gets an empty text, and the log counts these items.
+    Features that an item lacks are left out. Lists of words or of lists are joined by commas; so are the entries of an
+    object, `colour red`, but those without a value. An item without any of the features gets an empty text, and the
+    log counts these items.
 
     Raises:
         ValueError: if no item of the data has any of the features, or one of `items` is not in the data.
@@ -47,6 +48,9 @@ def item_texts(
 def _as_text(value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, Mapping):
+        told = ((key, _as_text(entry)) for key, entry in value.items())
+        return ", ".join(f"{key} {text}" for key, text in told if text)
     if isinstance(value, Iterable) and not isinstance(value, str):
         return ", ".join(filter(None, map(_as_text, value)))
     return str(value).strip()

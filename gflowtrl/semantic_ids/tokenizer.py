@@ -21,7 +21,7 @@ from .collisions import POLICIES, resolve_collisions
 from .embedders import Embedder, SentenceTransformerEmbedder, TfidfEmbedder
 from .residual import ResidualKMeans, ResidualQuantizer
 from .rqvae import RQVAE
-from .texts import item_texts
+from .texts import FEATURES, item_texts
 from .vectors import as_vectors, index_of
 
 
@@ -40,8 +40,11 @@ class ItemTokenizer:
         embedder: texts to vectors; `TfidfEmbedder()` where none is given and texts come.
         collisions: what becomes of items with equal codes, `"reassign"`, `"level"` or `"keep"`: see
             `resolve_collisions`.
+        features: what makes an item's text, where interaction data are given; `FEATURES` where nothing is said.
 
     Attributes:
+        features: the same, kept for `add`. `None` in a tokenizer that an earlier version saved, which did not keep
+            them; `FEATURES` are used then.
         items: the items that have an id, those of `fit` first.
         codes: long (items, levels), row i for `items[i]`; the token of code c at level 0 is `<a_c>`.
     """
@@ -51,12 +54,14 @@ class ItemTokenizer:
         quantizer: ResidualQuantizer | None = None,
         embedder: Embedder | None = None,
         collisions: str = "reassign",
+        features: Sequence[str] | None = None,
     ) -> None:
         if collisions not in POLICIES:
             raise ValueError(f"Collisions can be handled by {', '.join(POLICIES)}, but {collisions!r} was given.")
         self.quantizer = ResidualKMeans() if quantizer is None else quantizer
         self.embedder = embedder
         self.collisions = collisions
+        self.features: list[str] | None = list(FEATURES if features is None else features)
         self.items: list[Item] = []
         self.codes = torch.empty((0, self.num_levels), dtype=torch.long)
 
@@ -81,7 +86,8 @@ class ItemTokenizer:
             ValueError: if numbers of rows differ, an item is there twice, vectors hold NaN, or there are fewer items
                 than codes a level.
         """
-        items, rows = _items_and_rows(source, items, ())
+        self.features = list(FEATURES) if self.features is None else self.features
+        items, rows = _items_and_rows(source, items, (), self.features)
         if not isinstance(rows, Tensor | np.ndarray):
             self.embedder = TfidfEmbedder() if self.embedder is None else self.embedder
             self.embedder.fit(rows)
@@ -101,17 +107,18 @@ class ItemTokenizer:
 
         Args:
             source, items: as in `fit`; of interaction data, the items that have no id yet. Vectors must be made in the
-                way of those that `fit` saw. Under `"keep"` new items may share an id, with old ones too.
+                way of those that `fit` saw, texts too. Under `"keep"` new items may share an id, with old ones too.
 
         Returns:
             The ids of the new items.
 
         Raises:
-            ValueError: as `fit`, and if an item has an id already, or there are no free ids left.
+            ValueError: as `fit`, and if an item has an id already, items are strings where the others are numbers (or
+                the other way round), or there are no free ids left.
         """
         if not self.items:
             raise RuntimeError("This ItemTokenizer knows no items yet. Call fit() first.")
-        items, rows = _items_and_rows(source, items, self.items)
+        items, rows = _items_and_rows(source, items, self.items, self.features)
         if not items:
             return {}
         vectors = self._vectors(rows, items)
@@ -149,6 +156,7 @@ class ItemTokenizer:
         write_atomically(directory / TENSOR_FILE, lambda path: save_file(tensors, path))
         description = {
             "collisions": self.collisions,
+            "features": self.features,
             "tensors_sha256": _digest(directory / TENSOR_FILE),
             **{part: {"class": type(owner).__name__, "config": owner.config} for part, owner in parts.items()},
             "items": self.items,
@@ -182,19 +190,20 @@ class ItemTokenizer:
 
         embedder = part("embedder", EMBEDDERS) if "embedder" in description else None
         tokenizer = cls(part("quantizer", QUANTIZERS), embedder, description["collisions"])
+        tokenizer.features = description.get("features")  # an earlier version did not keep them
         tokenizer.items, tokenizer.codes = description["items"], tensors["codes"]
         return tokenizer
 
 
 def _items_and_rows(
-    source: Source, items: Sequence[Item] | None, known: Sequence[Item]
+    source: Source, items: Sequence[Item] | None, known: Sequence[Item], features: Sequence[str] | None
 ) -> tuple[list[Item], Sequence[str] | Tensor | np.ndarray]:
     """The items, checked, and one text or vector for each."""
     if isinstance(source, InteractionData):
         if items is None:
             old = set(known)
             items = [item for item in source.items if item not in old]
-        rows = item_texts(source, items=items) if items else []
+        rows = item_texts(source, FEATURES if features is None else features, items) if items else []
     elif items is None:
         raise ValueError("Texts and vectors need items, the list of what they are of.")
     else:
@@ -202,6 +211,12 @@ def _items_and_rows(
     index = index_of(items)
     if len(rows) != len(index):
         raise ValueError(f"There are {len(index)} items but {len(rows)} texts or vectors; give one for each item.")
+    other = next((item for item in items if known and isinstance(item, str) != isinstance(known[0], str)), None)
+    if other is not None:
+        raise ValueError(
+            f"Item {other!r} is of type {type(other).__name__}, but those that have semantic ids are of type "
+            f"{type(known[0]).__name__}, as {known[0]!r}. Give all items in one type, or old ones would pass for new."
+        )
     again = next((item for item in known if item in index), None)
     if again is not None:
         raise ValueError(f"Item {again!r} has a semantic id already, and ids never change. Add only new items.")

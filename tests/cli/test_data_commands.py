@@ -2,14 +2,17 @@
 
 import gzip
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.cli import main
+from gflowtrl.cli.common import make_parser, parse
 from gflowtrl.cli.tokenize import usual_codes
-from gflowtrl.data import SyntheticShop, build_tokenizer, read_interactions
+from gflowtrl.data import InteractionData, SyntheticShop, build_tokenizer, read_interactions, write_folder
 from gflowtrl.semantic_ids import ItemTokenizer, item_texts
 from tests.data.raw_files import TITLES, WRITERS, write_lines
 
@@ -71,6 +74,160 @@ def test_new_items_get_ids_and_old_ones_keep_theirs(prepared, capsys):
     assert {item: ids for item, ids in after.items() if item != "C001"} == before
     assert after["C001"] not in before.values() and after["C001"][0] == before["B001"][0]  # the same text, so near it
     assert ItemTokenizer.from_pretrained(prepared / "item_tokenizer").semantic_ids == after
+
+
+def shop(items: list, feature: str = "title") -> InteractionData:
+    """A few users of a few items, in order, with words as features: those of item number i are a function of i."""
+    places = range(len(items))
+    features = {item: {feature: f"{'abc'[i % 3]}1 {'defg'[i % 4]}2"} for i, item in zip(places, items, strict=True)}
+    sequences = [[items[(user + step) % len(items)] for step in range(5)] for user in places]
+    return InteractionData("small", list(places), sequences, sorted(items), features)
+
+
+def tokenized(folder: Path, items: list, *options: str, feature: str = "title") -> dict:
+    """The folder of such data, and the ids that the command gives them."""
+    write_folder(shop(items, feature), folder)
+    words = ["--data_dir", str(folder), "--levels", "2", "--codes", "4", "--collisions", "keep"]
+    assert main(["tokenize", *words, *options]) == 0
+    return read_interactions(folder).semantic_ids
+
+
+def error_of(words: list[str], capsys) -> str:
+    capsys.readouterr()
+    try:
+        code = main(words)
+    except SystemExit as stopped:  # argparse ends by itself
+        code = stopped.code
+    error = capsys.readouterr().err
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+def test_new_items_are_read_by_the_features_of_the_fit(tmp_path, capsys):
+    before = tokenized(tmp_path, list(range(20)), "--features", "name", feature="name")
+    write_folder(shop(list(range(24)), "name"), tmp_path)
+    add = ["tokenize", "--data_dir", str(tmp_path), "--add"]
+    assert "was made with --features name, but title is given" in error_of([*add, "--features", "title"], capsys)
+    assert main(add) == 0 and main([*add, "--features", "name"]) == 0
+    after = read_interactions(tmp_path).semantic_ids
+    assert len(after) == 24 and after.items() >= before.items() and after[21] == before[9]  # the same words
+
+    file = tmp_path / "item_tokenizer" / "item_tokenizer.json"
+    description = json.loads(file.read_text())
+    del description["features"]  # as an earlier version wrote it
+    file.write_text(json.dumps(description))
+    write_folder(shop(list(range(26)), "name"), tmp_path)
+    assert main([*add, "--features", "name"]) == 0 and json.loads(file.read_text())["features"] == ["name"]
+
+
+def test_ids_stay_where_numbers_become_strings(tmp_path, capsys):
+    before = tokenized(tmp_path, list(range(1, 21)))
+    write_folder(shop([*map(str, range(1, 21)), "A21"]), tmp_path)
+    capsys.readouterr()
+    assert main(["tokenize", "--data_dir", str(tmp_path), "--add", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"new_items": 1}
+    after = read_interactions(tmp_path).semantic_ids
+    assert after.pop("A21") and after == {str(item): ids for item, ids in before.items()}
+    write_folder(shop(list(range(1, 21))), tmp_path)
+    assert "Item 1 is of type int" in error_of(["tokenize", "--data_dir", str(tmp_path), "--add"], capsys)
+
+
+def test_a_refreshed_folder_keeps_its_item_tokenizer(tmp_path, capsys):
+    def prepare(items: list[str]) -> str:
+        rows = [
+            f"{user},{items[(user + step) % len(items)]},{step}" for user in range(len(items)) for step in range(5)
+        ]
+        write_lines(tmp_path / "log.csv", ["user_id,item_id,timestamp", *rows])
+        write_lines(
+            tmp_path / "items.csv", ["item_id,title", *(f"{i},{'abc'[int(i) % 3]}1 x{int(i) % 4}" for i in items)]
+        )
+        files = [
+            "--interactions",
+            str(tmp_path / "log.csv"),
+            "--items",
+            str(tmp_path / "items.csv"),
+            "--out",
+            str(data),
+        ]
+        capsys.readouterr()
+        assert main(["prepare", "--format", "csv", *files, "--k_core", "0", "--overwrite"]) == 0
+        return capsys.readouterr().out
+
+    data = tmp_path / "data"
+    said = prepare([str(item) for item in range(20)])
+    assert f"Next: gflowtrl tokenize --data_dir {data}\n" in said
+    words = ["tokenize", "--data_dir", str(data), "--levels", "2", "--codes", "4", "--collisions", "keep"]
+    assert main(words) == 0
+    assert main([*words, "--tokenizer", str(data / "other")]) == 2  # the ids are there
+    before = read_interactions(data).semantic_ids
+    shutil.copytree(data / "item_tokenizer", data / "mine")  # where --tokenizer may have put another one
+    (data / "notes").touch()
+    said = prepare([str(item) for item in range(22)])
+    assert "was kept" in said and f"Next: gflowtrl tokenize --data_dir {data} --add" in said
+    assert (data / "mine" / "item_tokenizer.safetensors").is_file() and not (data / "notes").exists()
+    assert "item_tokenizer.json is there. Use --add" in error_of(words, capsys)  # not replaced by mistake
+    assert main(["tokenize", "--data_dir", str(data), "--add"]) == 0
+    after = read_interactions(data).semantic_ids
+    assert len(after) == 22 and after.items() >= before.items()
+
+    shutil.rmtree(data / "item_tokenizer")
+    assert f"--data_dir {data} --tokenizer {data / 'mine'} --add" in prepare([str(item) for item in range(22)])
+
+
+def test_the_tokenizer_of_other_data_is_not_replaced(tmp_path, capsys):
+    place = ["--tokenizer", str(tmp_path / "t")]
+    tokenized(tmp_path / "a", list(range(20)), *place)
+    before = (tmp_path / "t" / "item_tokenizer.json").read_text()
+    write_folder(shop(list(range(30))), tmp_path / "b")
+    words = ["tokenize", "--data_dir", str(tmp_path / "b"), *place, "--levels", "2", "--codes", "4"]
+    assert "t/item_tokenizer.json is there" in error_of(words, capsys)
+    assert (tmp_path / "t" / "item_tokenizer.json").read_text() == before
+    assert main([*words, "--collisions", "keep", "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize("options", [[], ["--add"], ["--overwrite"]])
+def test_a_letter_triple_gets_no_ids_that_nobody_reads(tmp_path, options, capsys):
+    (tmp_path / "toy.inter.json").write_text(json.dumps({"1": [1, 2, 3], "2": [3, 2, 1]}))
+    (tmp_path / "toy.item.json").write_text(json.dumps({str(i): {"title": f"a b c {i}"} for i in (1, 2, 3)}))
+    before = sorted(tmp_path.iterdir())
+    for path in (tmp_path, tmp_path / "toy"):
+        error = error_of(["tokenize", "--data_dir", str(path), *options], capsys)
+        assert "LETTER triple" in error and f"gflowtrl prepare --format letter --interactions {path}" in error
+        assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_missing_package_is_one_line(prepared, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    words = ["tokenize", "--data_dir", str(prepared), "--overwrite", "--embedder", "someone/some-model"]
+    assert "pip install gflowtrl[text]" in error_of(words, capsys)
+
+
+def test_a_file_of_options_may_hold_what_stands_without_a_name(tmp_path, capsys):
+    def parsed(*words: str):
+        parser = make_parser("compare", "x")
+        parser.add_argument("runs", nargs="+")
+        parser.add_argument("--k", type=int, default=10)
+        return parse(parser, words)
+
+    file = str(tmp_path / "cmp.yaml")
+    Path(file).write_text("runs: [a, b]\nk: 5")
+    assert (parsed("--config", file).runs, parsed("--config", file).k) == (["a", "b"], 5)
+    assert parsed("c", "--config", file).runs == ["c"]  # the command line wins
+    assert (parsed("--config", file, "--k", "3", "c", "d").runs, parsed("c").k) == (["c", "d"], 10)
+    assert "unrecognized arguments: --conf" in error_of(["evaluate", "--conf", file], capsys)
+    assert "the following arguments are required: runs" in error_of(["compare"], capsys)
+    assert "a holds no results.json" in error_of(["compare", "--config", file], capsys)
+
+
+def test_json_has_no_number_that_is_none(tmp_path, capsys):
+    data = shop(list(range(20)))
+    data.item_features = {item: {"title": "one two three"} for item in data.items}
+    write_folder(data, tmp_path)
+    capsys.readouterr()
+    words = ["--levels", "1", "--codes", "4", "--collisions", "keep", "--json"]
+    assert main(["tokenize", "--data_dir", str(tmp_path), *words]) == 0
+    said = capsys.readouterr().out
+    assert json.loads(said)["relative_mse"] is None and "NaN" not in said
 
 
 @pytest.mark.parametrize(

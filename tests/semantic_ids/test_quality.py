@@ -50,6 +50,16 @@ def test_a_tokenizers_report(vectors):
     assert len(str(report).splitlines()) == 5
 
 
+@pytest.mark.parametrize("row", [[1.0, 0.0], [0.1, 0.7]])
+def test_equal_vectors_have_no_error_to_compare_with(row):
+    items = list(range(7))
+    same = torch.tensor([row]).expand(7, 2)
+    tokenizer = ItemTokenizer(ResidualKMeans(1, 2), collisions="level").fit(same, items)
+    report = quality_report(tokenizer, same)
+    assert report.relative_mse is None and "relative error not known" in str(report)
+    json.dumps(report.as_dict(), allow_nan=False)
+
+
 def test_bad_input_is_refused(vectors):
     ids = {item: (f"{item}",) for item in range(200)}
     with pytest.raises(ValueError, match="200 items but 10 rows"):

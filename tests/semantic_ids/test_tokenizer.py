@@ -73,6 +73,23 @@ def test_items_of_a_grown_catalogue_are_added(catalogue):
     assert tokenizer.add(catalogue) == {}
 
 
+def test_new_items_are_read_by_the_features_of_the_fit(catalogue, tmp_path):
+    young = replace(catalogue, items=catalogue.items[:100], users=[], sequences=[])
+    tokenizer = ItemTokenizer(ResidualKMeans(2, 16), collisions="keep", features=["title"]).fit(young)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = ItemTokenizer.from_pretrained(tmp_path)
+    assert loaded.features == ["title"]
+    moved = {item: {**known, "categories": "green ink"} for item, known in catalogue.item_features.items()}
+    added = loaded.add(replace(catalogue, item_features=moved))
+    assert added[110] == tokenizer.semantic_ids[30]  # the same title
+
+    description = json.loads((tmp_path / "item_tokenizer.json").read_text())
+    del description["features"]  # as an earlier version saved it
+    (tmp_path / "item_tokenizer.json").write_text(json.dumps(description))
+    assert ItemTokenizer.from_pretrained(tmp_path).features is None
+    assert len(ItemTokenizer.from_pretrained(tmp_path).add(catalogue)) == 20
+
+
 def test_the_same_seed_gives_the_same_ids(catalogue):
     with_seed = [ItemTokenizer(ResidualKMeans(2, 16, seed=seed)).fit(catalogue).semantic_ids for seed in (0, 0, 1)]
     assert with_seed[0] == with_seed[1] != with_seed[2]
@@ -104,6 +121,8 @@ def test_wrong_additions_are_refused(vectors):
     codes = tokenizer.codes
     with pytest.raises(ValueError, match="Item 49 has a semantic id already"):
         tokenizer.add(vectors[:2], [49, 50])
+    with pytest.raises(ValueError, match="Item 'A21' is of type str, but .* of type int, as 0. Give all items"):
+        tokenizer.add(vectors[:2], ["A21", "A22"])
     with pytest.raises(ValueError, match="cannot read texts"):
         tokenizer.add(["red lamp"], [50])
     with pytest.raises(ValueError, match="11 columns, but 12 are needed"):

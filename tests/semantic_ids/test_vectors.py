@@ -30,6 +30,9 @@ def test_texts_hold_what_is_known_and_items_without_any_are_counted(catalogue, c
         item_texts(catalogue, items=[120])
     with pytest.raises(ValueError, match="known are: none"):
         item_texts(replace(catalogue, item_features={}))
+    specs = {"colour": "red", "size": {"width": 0, "depth": None}, "tags": ["a", "b"], "note": ""}
+    told = item_texts(replace(catalogue, item_features={0: {"specs": specs}}), features=("specs",))
+    assert told[0] == "colour red, size width 0, tags a, b"
 
 
 def test_items_of_like_text_are_near_each_other(catalogue):
@@ -41,6 +44,19 @@ def test_items_of_like_text_are_near_each_other(catalogue):
     cosines = vectors @ vectors.T
     assert cosines[0, 40] > 0.999 and cosines[0, 8] > cosines[0, 5]  # the same text; the same kind; the same colour
     assert TfidfEmbedder(dim=256).fit(texts).embed(texts).shape[1] < 24  # no more columns than words
+
+
+def test_a_loaded_embedder_learns_the_words_of_new_texts(catalogue):
+    texts = item_texts(catalogue)
+    fitted = TfidfEmbedder(dim=8).fit(texts)
+    loaded = TfidfEmbedder.from_state(fitted.config, fitted.state())
+    assert loaded.embed(texts).equal(fitted.embed(texts))
+    other = ["one two", "two three", "three one", "one two three"]
+    assert loaded.fit(other).embed(other).equal(TfidfEmbedder(dim=8).fit(other).embed(other))
+    kept = loaded.state()["idf"]
+    with pytest.raises(ValueError, match="fewer than three words"):
+        loaded.fit(["lamp"])
+    assert loaded.state()["idf"].equal(kept)  # a fit that fails changes nothing
 
 
 def test_tfidf_needs_words():

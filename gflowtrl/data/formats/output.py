@@ -28,9 +28,20 @@ def check_target(out: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{out} is not empty and no data folder, so it is not replaced. Name another folder.")
 
 
+def item_tokenizers(folder: Path) -> list[Path]:
+    """What `gflowtrl tokenize` keeps in a data folder for new items: codebooks, which cannot be made again."""
+    known = (
+        path for path in folder.iterdir() if path.stem == "item_tokenizer" or (path / "item_tokenizer.json").is_file()
+    )
+    return sorted(known)
+
+
 @contextmanager
 def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `out` to write into, which takes the place of `out` at the end, and is removed on an error."""
+    """A folder beside `out` to write into, which takes the place of `out` at the end, and is removed on an error.
+
+    The item tokenizers of the old folder are copied into the new one; nothing else of it stays.
+    """
     check_target(out, overwrite)
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -39,6 +50,8 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     try:
         yield partial
         if out.exists():
+            for path in item_tokenizers(out):
+                (shutil.copytree if path.is_dir() else shutil.copy2)(path, partial / path.name)
             out.rename(old)
         partial.rename(out)
     except BaseException:
