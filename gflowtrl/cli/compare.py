@@ -9,12 +9,15 @@ from pathlib import Path
 from .common import guarded, make_parser, parse, print_json
 
 
+AGAINST = "SFT continued"
+
+
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
     parser = make_parser("compare", "Puts runs into one table: means over seeds, differences over users.")
     parser.add_argument("runs", nargs="+", help="output folders of recipes, or results.json files")
     parser.add_argument("--k", type=int, default=10, help="cut-off of the metrics")
-    parser.add_argument("--against", default="SFT continued", help="the row to compare with: how its title begins")
+    parser.add_argument("--against", default=AGAINST, help="the row to compare with: how its title begins")
     parser.add_argument("--plot", type=Path, help="PNG file for accuracy against breadth, and the differences")
     return guarded(lambda: _compare(parse(parser, arguments)))
 
@@ -29,6 +32,8 @@ def _compare(given: argparse.Namespace) -> None:
     if metrics[0] not in measured:
         raise ValueError(f"The runs have no {metrics[0]}; choose --k among their evaluation.ks.")
     other = next((row for row in rows if row.title.startswith(given.against)), None)
+    if other is None and given.against != AGAINST:
+        raise ValueError(f"--against {given.against!r} begins no row's title: {', '.join(row.title for row in rows)}.")
     differences = [{m: difference(row, other, m) for m in metrics[:2]} if other else {} for row in rows]
     if given.plot is not None:
         shown = {row.title: found[metrics[1]] for row, found in zip(rows, differences, strict=True)}

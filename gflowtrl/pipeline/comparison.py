@@ -59,10 +59,11 @@ def find_results(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
     """All results at these places: `results.json` files, output folders with the runs kept in them, or run folders.
 
     Returns:
-        The content of each file, and its path as `file`.
+        The content of each file, and its path as `file`. Folders of tests are where they are now.
 
     Raises:
         FileNotFoundError: a place has no results.
+        ValueError: a file is none of a run.
     """
     files: dict[Path, None] = {}
     for path in map(Path, paths):
@@ -72,7 +73,21 @@ def find_results(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
         if not found:
             raise FileNotFoundError(f"{path} holds no {RESULTS_FILE} of a run; give the output_dir of a recipe.")
         files |= dict.fromkeys(file.resolve() for file in found)
-    return [{**json.loads(file.read_text(encoding="utf-8")), "file": str(file)} for file in files]
+    return [_read(file) for file in files]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not {"recipe", "data", "methods"} <= content.keys():
+        raise ValueError(f"{file} is no {RESULTS_FILE} of a run; give the output_dir of a recipe, or a file in it.")
+    for entry in content["methods"].values():
+        # As it was called where the run was started. Outputs may have moved since.
+        places = [Path(entry["folder"]), *(root / Path(entry["folder"]).name for root in file.parents[:2])]
+        entry["folder"] = str(next((place.resolve() for place in places if place.is_dir()), places[0]))
+    return {**content, "file": str(file)}
 
 
 def compared_rows(results: Sequence[Mapping[str, Any]]) -> list[ComparedRow]:

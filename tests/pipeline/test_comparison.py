@@ -122,3 +122,22 @@ def test_runs_measured_differently_are_refused_by_their_files(keep, tmp_path, ca
     bare = [{key: value for key, value in one.items() if key != "file"} for one in find_results([tmp_path / "out"])]
     with pytest.raises(ValueError, match="'micro' of seed 1 and 'micro' of seed 2 differ in"):
         compared_rows(bare)
+
+
+def test_outputs_that_have_moved_are_found_where_they_are(keep, tmp_path, monkeypatch):
+    for seed, run in ((1, "a"), (2, "b")):
+        keep(seed, run)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    monkeypatch.chdir("/")
+    rows = {row.title: row for row in compared_rows(find_results([tmp_path / "moved"]))}
+    assert difference(rows["SFT"], rows["Teacher"], "ndcg@5")["mean_difference"] == 0
+
+
+def test_mistakes_are_one_line(keep, tmp_path, capsys):
+    keep(1, "a")
+    for content in ("{}", "[]", "no JSON"):
+        (tmp_path / "other.json").write_text(content)
+        assert main(["compare", str(tmp_path / "other.json")]) == 2
+        assert "other.json is no results.json of a run" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path / "out"), "--k", "5", "--against", "Stf"]) == 2
+    assert "--against 'Stf' begins no row's title: Teacher, SFT, SFT continued" in capsys.readouterr().err
