@@ -82,7 +82,9 @@ def main() -> None:
     write_dump(read_interactions(given.data_dir), raw)
     files = ["--reviews", raw / "reviews.json.gz", "--meta", raw / "meta.json.gz"]
     command("prepare", "--format", "amazon-2014", *files, "--out", folder, "--overwrite", "--name", given.name)
-    quality = json.loads(command("tokenize", "--data_dir", folder, "--json", *shlex.split(given.tokenize)))
+    quality = json.loads(
+        command("tokenize", "--data_dir", folder, "--overwrite", "--json", *shlex.split(given.tokenize))
+    )
     runs = {given.name: trained(given, folder, given.name, others)}
     runs["published"] = trained(given, given.data_dir, "published", others)
     best = next(m for m in ("gflownet", "control", "sft") if m in runs[given.name]["methods"])

@@ -163,9 +163,9 @@ class Recipe:
         if self.sampler is not None:
             build_sampler(self.sampler, teacher=lambda histories: None)
         self._check_schedule()
-        # SFT comes before both others, whether it is listed or not.
-        for stage in {"sft", *self.stages} - {"teacher"} if set(self.stages) != {"teacher"} else ():
-            self.training_arguments(stage, Path(self.output_dir) / stage)
+        for stage in STAGES[1:]:
+            if stage in self.stages or (stage == "sft" and self.stages != ["teacher"]):  # SFT comes before both others
+                self.training_arguments(stage, Path(self.output_dir) / stage)
         if "gflownet" in self.stages:
             check_gflownet(self)
 

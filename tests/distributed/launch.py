@@ -22,9 +22,9 @@ ENGINES = {
 }
 
 
-def launch(engine: str, folder: Path, command: list[str], timeout: float = 300) -> str:
+def launch(engine: str, folder: Path, command: list[str], timeout: float = 600) -> str:
     """Runs `python COMMAND` in two processes and returns what they printed; an AssertionError where they fail or take
-    longer than `timeout` seconds."""
+    longer than `timeout` seconds; the first start under DeepSpeed compiles, which takes minutes on a busy machine."""
     config = yaml.safe_load((CONFIGS / f"{ENGINES[engine][0]}.yaml").read_text())
     config["num_processes"] = PROCESSES
     folder.mkdir(parents=True, exist_ok=True)

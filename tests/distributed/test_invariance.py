@@ -67,7 +67,7 @@ def test_in_one_process(case, way, alone, tmp_path):
     assert_same(case, [record], tmp_path / "model", *alone(case))
 
 
-def run_engine(engine: str, cases: list[Case], alone, folder: Path, timeout: float = 300) -> None:
+def run_engine(engine: str, cases: list[Case], alone, folder: Path, timeout: float = 600) -> None:
     launch(engine, folder, ["-m", "tests.distributed.worker", "train", engine, str(folder), dump(cases)], timeout)
     for case in cases:
         records = [json.loads((folder / f"train-{case}-{rank}.json").read_text()) for rank in range(PROCESSES)]
