@@ -18,11 +18,13 @@ def check_evaluation(evaluation: EvaluationSection) -> None:
     Raises:
         ValueError: one is out of its range, or the beam is narrower than the lists are long.
     """
-    least = {"num_beams": 1, "batch_size": 1, "users": 1, "bootstrap_samples": 2, "calibration_rows": 0}
-    for name, low in least.items():
+    for name, low, otherwise in (
+        ("num_beams", 1, ""), ("batch_size", 1, ""), ("bootstrap_samples", 2, ""),
+        ("users", 1, ", or null for all users"), ("calibration_rows", 1, ", or 0 for none"),
+    ):  # fmt: skip
         value = getattr(evaluation, name)
-        if value is not None and value < low:
-            raise ValueError(f"evaluation.{name} is {value}; it must be at least {low}.")
+        if value is not None and value < low and not (name == "calibration_rows" and value == 0):
+            raise ValueError(f"evaluation.{name} is {value}; give at least {low}{otherwise}.")
     if not evaluation.ks or min(evaluation.ks) < 1:
         raise ValueError(f"evaluation.ks is {evaluation.ks}; give lengths of lists, each at least 1.")
     if evaluation.num_beams < max(evaluation.ks):
