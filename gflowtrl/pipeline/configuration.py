@@ -89,8 +89,13 @@ def find_accelerate_config(name: str | Path) -> Path:
     return _find(name, accelerate_folder(), "accelerate configuration")
 
 
+def known_files(folder: Path) -> dict[str, Path]:
+    """The YAML files of a folder, by name."""
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
 def _find(name: str | Path, folder: Path, what: str, base_of: Path | None = None) -> Path:
-    known = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    known = known_files(folder)
     file = Path(name) if base_of is None else base_of.parent / str(name)
     if file.is_file():
         return file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -454,17 +454,3 @@ def _gflownet_fields() -> list[str]:
     from gflowtrl.trainer import GFlowNetConfig
 
     return [entry.name for entry in fields(GFlowNetConfig) if entry.init]
-
-
-def describe() -> str:
-    """All fields of a recipe, for `--help`."""
-    lines = []
-    for entry in fields(Recipe):
-        if "help" in entry.metadata:
-            lines.append(f"  --{entry.name:<18} {entry.metadata['help']}")
-            section = SECTIONS.get(entry.name)
-            if is_dataclass(section):
-                lines += [
-                    f"  --{entry.name}.{f.name:<{18 - len(entry.name)}} {f.metadata['help']}" for f in fields(section)
-                ]
-    return "\n".join(lines)

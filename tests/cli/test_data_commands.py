@@ -302,13 +302,13 @@ def test_attributes_make_ids(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["prepare"], "--out is missing"),
+        (["prepare"], "are required: --out. gflowtrl prepare --help"),
         (["prepare", "--out", "x"], "--format is missing. Formats are amazon-2014"),
         (["prepare", "--out", "x", "--format", "amazon", "--reviews", "r"], "There is no format 'amazon'"),
         (["prepare", "--out", "x", "--format", "csv", "--reviews", "nowhere.csv"], "nowhere.csv is no file"),
         (["prepare", "--out", "x", "--download", "ml-1m", "--format", "csv"], "leave --format and the files out"),
         (["prepare", "--k_core", "many"], "--k_core: invalid int value: 'many'. gflowtrl prepare --help"),
-        (["tokenize"], "--data_dir is missing"),
+        (["tokenize"], "are required: --data_dir. gflowtrl tokenize --help"),
         (["tokenize", "--data_dir", "DATA"], "semantic_ids.json is there. Use --add"),
         (["tokenize", "--data_dir", "DATA", "--overwrite", "--collaborative", "2"], "a share from 0 to 1"),
         (

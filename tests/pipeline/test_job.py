@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from gflowtrl import Recommender
+from gflowtrl.cli.train import main
 from gflowtrl.data import SyntheticShop, write_folder
 from gflowtrl.metrics import popularity_groups
-from gflowtrl.pipeline import main, run
+from gflowtrl.pipeline import run
 from gflowtrl.pipeline.materials import files_fingerprint, prepare
 from gflowtrl.pipeline.report import table
 from gflowtrl.pipeline.training import _sft_trainer
@@ -248,7 +249,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
 
 
 def test_ctrl_c_says_how_to_continue(tmp_path, monkeypatch, capsys):
-    def interrupted(recipe, materials):
+    def interrupted(recipe):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("gflowtrl.pipeline.job.run", interrupted)
