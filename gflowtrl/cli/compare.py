@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .common import guarded, make_parser, parse, print_json
+from .common import guarded, make_parser, parse, show
 
 
 AGAINST = "SFT continued"
@@ -39,18 +39,16 @@ def _compare(given: argparse.Namespace) -> None:
         shown = {row.title: found[metrics[1]] for row, found in zip(rows, differences, strict=True)}
         shown = {title: found for title, found in shown.items() if found}
         plot_comparison(rows, metrics[1], metrics[2], given.plot, shown, other.title if other else "")
-    if given.json:
-        shown = [
-            {"title": row.title, "seeds": row.seeds, "metrics": {m: row.mean(m) for m in measured}} for row in rows
-        ]
-        print_json([one | {"differences": found} for one, found in zip(shown, differences, strict=True)])
-        return
+    content = [
+        {"title": row.title, "seeds": row.seeds, "metrics": {m: row.mean(m) for m in measured}, "differences": found}
+        for row, found in zip(rows, differences, strict=True)
+    ]
     columns = ["method", "seeds", *metrics, *(f"{m} - {other.title}" for m in metrics[:2] if other)]
     lines = [
         [row.title, str(len(row.seeds)), *map(row.spread, metrics), *map(_interval, found.values())]
         for row, found in zip(rows, differences, strict=True)
     ]
-    print(aligned([columns, *lines]))
+    show(given, content, aligned([columns, *lines]))
 
 
 def _interval(found: dict[str, float] | None) -> str:

@@ -112,13 +112,6 @@ def test_new_items_are_read_by_the_features_of_the_fit(tmp_path, capsys):
     after = read_interactions(tmp_path).semantic_ids
     assert len(after) == 24 and after.items() >= before.items() and after[21] == before[9]  # the same words
 
-    file = tmp_path / "item_tokenizer" / "item_tokenizer.json"
-    description = json.loads(file.read_text())
-    del description["features"]  # as an earlier version wrote it
-    file.write_text(json.dumps(description))
-    write_folder(shop(list(range(26)), "name"), tmp_path)
-    assert main([*add, "--features", "name"]) == 0 and json.loads(file.read_text())["features"] == ["name"]
-
 
 def test_ids_stay_where_numbers_become_strings(tmp_path, capsys):
     before = tokenized(tmp_path, list(range(1, 21)))
@@ -214,7 +207,7 @@ def test_a_file_of_options_may_hold_what_stands_without_a_name(tmp_path, capsys)
     assert (parsed("--config", file).runs, parsed("--config", file).k) == (["a", "b"], 5)
     assert parsed("c", "--config", file).runs == ["c"]  # the command line wins
     assert (parsed("--config", file, "--k", "3", "c", "d").runs, parsed("c").k) == (["c", "d"], 10)
-    assert "unrecognized arguments: --conf" in error_of(["evaluate", "--conf", file], capsys)
+    assert "unrecognized arguments: --conf" in error_of(["compare", "a", "--conf", file], capsys)
     assert "the following arguments are required: runs" in error_of(["compare"], capsys)
     assert "a holds no results.json" in error_of(["compare", "--config", file], capsys)
 
