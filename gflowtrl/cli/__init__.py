@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -36,9 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _run(words)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
-        if not _stdout_is_closed():
-            raise
+    except BrokenPipeError:  # nobody reads what is printed any more (`gflowtrl ... | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
@@ -56,16 +54,6 @@ def _run(words: list[str]) -> int:
         return import_module(".train", __name__).main(words[1:], words[0])
     module = "gflowtrl.serving.command" if words[0] == "serve" else f".{words[0]}"
     return import_module(module, __name__).main(words[1:])
-
-
-def _stdout_is_closed() -> bool:
-    """Whether nobody reads what is printed any more (`gflowtrl ... | head`); nothing more is printed then."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    closed = any(event & select.POLLERR for _, event in poll.poll(0))
-    if closed:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return closed
 
 
 def usage() -> str:

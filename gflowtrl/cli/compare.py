@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _compare(given: argparse.Namespace) -> None:
     from gflowtrl.pipeline.comparison import compared_rows, difference, find_results, plot_comparison
-    from gflowtrl.pipeline.report import aligned
+    from gflowtrl.pipeline.report import aligned, interval_text
 
     rows = compared_rows(find_results(given.runs))
     metrics = [f"{name}@{given.k}" for name in ("recall", "ndcg", "coverage", "gini", "dgu", "mgu")]
@@ -44,12 +44,8 @@ def _compare(given: argparse.Namespace) -> None:
         for row, found in zip(rows, differences, strict=True)
     ]
     columns = ["method", "seeds", *metrics, *(f"{m} - {other.title}" for m in metrics[:2] if other)]
-    lines = [
-        [row.title, str(len(row.seeds)), *map(row.spread, metrics), *map(_interval, found.values())]
-        for row, found in zip(rows, differences, strict=True)
-    ]
+    lines = []
+    for row, found in zip(rows, differences, strict=True):
+        intervals = [interval_text(one) if one else "" for one in found.values()]
+        lines.append([row.title, str(len(row.seeds)), *map(row.spread, metrics), *intervals])
     show(given, content, aligned([columns, *lines]))
-
-
-def _interval(found: dict[str, float] | None) -> str:
-    return "" if found is None else f"{found['mean_difference']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"

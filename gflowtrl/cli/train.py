@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import TYPE_CHECKING
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, get_type_hints
 
 from .common import Parser, guarded
 
@@ -132,14 +132,14 @@ def _launch(words: list[str]) -> int:
 
 
 def help_text(command: str) -> str:
+    from gflowtrl.pipeline import Recipe
     from gflowtrl.pipeline.configuration import accelerate_folder, known_files, recipe_folder
-    from gflowtrl.pipeline.recipe import SECTIONS, Recipe
 
-    lines = []
+    lines, hints = [], get_type_hints(Recipe)
     for entry in fields(Recipe):
         if "help" in entry.metadata:
             lines.append(f"  --{entry.name:<18} {entry.metadata['help']}")
-        for inner in fields(SECTIONS[entry.name]) if entry.name in SECTIONS else ():
+        for inner in fields(hints[entry.name]) if is_dataclass(hints[entry.name]) else ():
             lines.append(f"  --{f'{entry.name}.{inner.name}':<18} {inner.metadata['help']}")
     return USAGE.format(
         command=command, what=WHAT[command], fields="\n".join(lines), recipes=", ".join(known_files(recipe_folder())),

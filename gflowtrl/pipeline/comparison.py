@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean, stdev
 from textwrap import fill
 from typing import Any
 
@@ -20,7 +21,7 @@ from .evaluation import PER_USER_FILE
 from .plots import DPI, plot_differences
 from .recipe import SCHEDULE
 from .report import TITLES
-from .training import COSMETIC
+from .training import essential
 
 
 RESULTS_FILE = "results.json"
@@ -46,13 +47,16 @@ class ComparedRow:
     seeds: list[int] = field(default_factory=list)
 
     def mean(self, metric: str) -> float:
-        return sum(entry["metrics"][metric] for entry in self.entries) / len(self.entries)
+        return fmean(entry["metrics"][metric] for entry in self.entries)
 
-    def spread(self, metric: str, digits: int = 4) -> str:
-        """Mean, and standard deviation where there are several seeds."""
-        values = torch.tensor([entry["metrics"][metric] for entry in self.entries], dtype=torch.double)
-        text = f"{values.mean():.{digits}f}"
-        return text if len(values) == 1 else f"{text} ± {values.std():.{digits}f}"
+    def spread(self, metric: str) -> str:
+        return spread([entry["metrics"][metric] for entry in self.entries])
+
+
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """Mean, and standard deviation where there are several values."""
+    mean = f"{fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {stdev(values):.{digits}f}"
 
 
 def find_results(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
@@ -127,8 +131,8 @@ def _check_measured_alike(results: Sequence[Mapping[str, Any]]) -> None:
     for name, value in (
         ("data", lambda r: r["data"]["fingerprint"]),
         ("evaluation.ks", lambda r: r["recipe"]["evaluation"]["ks"]),
-        ("evaluation.num_beams", lambda r: r["recipe"]["evaluation"].get("num_beams")),
-        ("evaluation.users", lambda r: r["data"].get("test_users", r["recipe"]["evaluation"].get("users"))),
+        ("evaluation.num_beams", lambda r: r["recipe"]["evaluation"]["num_beams"]),
+        ("evaluation.users", lambda r: r["data"]["test_users"]),
     ):
         for one, other in pairwise(results):
             if value(one) != value(other):
@@ -144,16 +148,12 @@ def _named(result: Mapping[str, Any]) -> str:
 
 def _setting(method: str, recipe: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
     """All that a method's figures depend on, apart from data, evaluation and seed."""
-    names = SETTINGS.get(method, recipe.keys() - NO_SETTING - {"control"})
-    found = {name: recipe[name] for name in names if recipe.get(name)}
+    found = {name: recipe[name] for name in SETTINGS.get(method, recipe.keys() - NO_SETTING - {"control"})}
     if method == "control":
-        schedule = {name: value for name, value in recipe.get("gflownet", {}).items() if name in SCHEDULE}
-        found["control"] = {**recipe.get("control", {}), **schedule}
-    for name, section in found.items():
-        if isinstance(section, Mapping):
-            found[name] = {field: value for field, value in section.items() if field not in COSMETIC}
-    steps = {"steps": entry["steps"]} if method == "control" else {}  # as the title says
-    return found | steps | {"rows_per_step": entry.get("rows_per_step")}  # which grow with the processes
+        schedule = {name: value for name, value in recipe["gflownet"].items() if name in SCHEDULE}
+        found |= {"control": recipe["control"] | schedule, "steps": entry["steps"]}  # as the title says
+    found |= {name: essential(section) for name, section in found.items() if isinstance(section, Mapping)}
+    return found | {"rows_per_step": entry.get("rows_per_step")}  # which grow with the processes
 
 
 def _free_title(method: str, recipe: Mapping[str, Any], entry: Mapping[str, Any], taken: set[str]) -> str:

@@ -9,6 +9,7 @@ import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +176,14 @@ def check_names(given: Iterable[str], known: Iterable[str], where: str = "") -> 
             raise ValueError(f"There is no field {prefix + str(name)!r}. {remedy}")
 
 
+def field_names(kind: type) -> list[str]:
+    """The fields of a dataclass that its constructor takes."""
+    return [entry.name for entry in fields(kind) if entry.init]
+
+
 def check_types(kind: type, values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """`values` for the fields of the dataclass `kind`, each checked against its annotation; one value for a list is
-    made a list of one, as on the command line of TRL."""
+    made a list of one, as on the command line of TRL, and fields of a section are made a section."""
     hints = typing.get_type_hints(kind)
     return {name: _fit(hints[name], value, f"{where}.{name}" if where else name) for name, value in values.items()}
 
@@ -186,7 +192,10 @@ _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def _fit(hint: Any, value: Any, where: str) -> Any:
-    choices = typing.get_args(hint) if _is_union(hint) else (hint,)
+    if is_dataclass(hint):
+        return _fit_section(hint, value, where)
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    choices = typing.get_args(hint) if is_union else (hint,)
     plain = [typing.get_origin(choice) or choice for choice in choices]
     if value is None and type(None) in plain:
         return None
@@ -197,13 +206,16 @@ def _fit(hint: Any, value: Any, where: str) -> Any:
     checkable = [kind for kind in plain if kind in _NAMES]
     if len(checkable) < len([kind for kind in plain if kind is not type(None)]):
         return value  # an annotation that says more than these kinds: the class itself checks
-    if float in checkable and type(value) is int:
-        return value
-    if type(value) not in checkable:
+    if type(value) not in checkable and not (float in checkable and type(value) is int):
         kinds = " or ".join(_NAMES[kind] for kind in checkable)
         raise TypeError(f"{where} must be {kinds}, but it is {value!r}.")
     return value
 
 
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+def _fit_section(kind: type, value: Any, where: str) -> Any:
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{where} must be fields with values, but it is {value!r}.")
+    check_names(value, field_names(kind), where)
+    return kind(**check_types(kind, value, where))

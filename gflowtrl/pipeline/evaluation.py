@@ -13,12 +13,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gflowtrl.metrics import RankingReport, summarise, summarise_items
-from gflowtrl.policy import TreePolicy, load_backbone, make_policy, whole_models
+from gflowtrl.policy import make_policy
 from gflowtrl.teachers import TeacherModule, top_items
 from gflowtrl.trainer import rank_rows
 
-from .materials import Materials, measured_users
-from .stage import Record, Stage, Workshop
+from .materials import Materials
+from .models import trained_model
+from .stage import Record, Stage, Workshop, if_set
 
 
 PER_USER_FILE = "per_user.safetensors"
@@ -29,12 +30,12 @@ def measure_policy(workshop: Workshop, materials: Materials, trained: Stage) -> 
     the users, and the first one puts them together."""
 
     def work(folder: Path) -> Record:
-        with whole_models():
-            model = load_backbone(trained.folder / "model").to(workshop.state.device).eval()
-        policy, measure = make_policy(model, materials.catalog), materials.recipe.evaluation
-        rows, encoder = materials.test, materials.encoder
+        model, rows, measure = trained_model(trained), materials.test, materials.recipe.evaluation
+        policy, encoder = make_policy(model, materials.catalog), materials.encoder
         progress = workshop.is_main and not workshop.quiet
-        leaves = _ranked_together(workshop, policy, materials, progress)
+        mine = rows.shard(workshop.state.num_processes, workshop.state.process_index, contiguous=True)
+        ranked = rank_rows(policy, encoder, mine, measure.num_beams, measure.batch_size, progress)
+        leaves = torch.cat(gather_object([ranked]))
         if not workshop.is_main:
             materials.catalog.to("cpu")
             return {}
@@ -52,26 +53,12 @@ def measure_policy(workshop: Workshop, materials: Materials, trained: Stage) -> 
     return _run(workshop, materials, trained.name, trained.fingerprint, work, main_only=False)
 
 
-def _ranked_together(workshop: Workshop, policy: TreePolicy, materials: Materials, progress: bool) -> Tensor:
-    """`rank_rows` of the test split, in every process: `(rows, num_beams)`."""
-    rows, measure, count = materials.test, materials.recipe.evaluation, workshop.state.num_processes
-    mine = rows.select(range(workshop.state.process_index, len(rows), count))
-    part = rank_rows(policy, materials.encoder, mine, measure.num_beams, measure.batch_size, progress)
-    ranked = torch.empty(len(rows), measure.num_beams, dtype=part.dtype)
-    for place, leaves in enumerate(gather_object([part])):
-        ranked[place::count] = leaves
-    return ranked
-
-
 def measure_teacher(workshop: Workshop, materials: Materials, teacher: TeacherModule, key: Any) -> Stage:
     """The teacher's own recommendations on the test split; `key` is what the teacher depends on."""
 
     def work(folder: Path) -> Record:
-        rows, measure, cut = (
-            materials.test,
-            materials.recipe.evaluation,
-            materials.recipe.data.max_history_items,
-        )
+        rows, measure = materials.test, materials.recipe.evaluation
+        cut = materials.recipe.data.max_history_items
         items = top_items(teacher, rows["history"], max(measure.num_beams, *measure.ks), max_history_items=cut)
         targets = materials.catalog.index_of(rows["target"])
         report = summarise_items(items, targets, materials.item_counts, measure.ks)
@@ -93,8 +80,8 @@ def per_user(stage: Stage) -> dict[str, Tensor]:
 def _run(
     workshop: Workshop, materials: Materials, method: str, key: Any, work: Callable[[Path], Record], main_only: bool
 ) -> Stage:
-    recipe = materials.recipe
-    measure = {"num_beams": recipe.evaluation.num_beams, "ks": recipe.evaluation.ks, **measured_users(recipe)}
+    given = materials.recipe.evaluation
+    measure = {"num_beams": given.num_beams, "ks": given.ks, **if_set(users=given.users)}
     stage = workshop.stage(f"test-{method}", {"data": materials.fingerprint, "of": key, "evaluation": measure})
     stage.run(f"recommending to {len(materials.test):,} test users", work, main_only)
     return stage

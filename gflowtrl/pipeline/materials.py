@@ -140,11 +140,6 @@ def files_fingerprint(folder: str | Path) -> str | None:
     return fingerprint(found)
 
 
-def measured_users(recipe: Recipe) -> dict[str, int]:
-    """What a stage that measures depends on where not all users are measured."""
-    return {} if recipe.evaluation.users is None else {"users": recipe.evaluation.users}
-
-
 def _tokenizer(recipe: Recipe, data: InteractionData) -> PreTrainedTokenizerBase:
     if recipe.model.get("model_name_or_path") is None:
         return build_tokenizer(data.semantic_ids)

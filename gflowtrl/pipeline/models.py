@@ -22,7 +22,8 @@ from gflowtrl.policy import load_backbone, whole_models
 from gflowtrl.policy.causal import check_causal
 
 from .materials import Materials
-from .recipe import QUANTISATION, Recipe, local_folder
+from .recipe import QUANTISATION, Recipe
+from .stage import Stage
 
 
 def build_model(materials: Materials, quantised: bool = True) -> PreTrainedModel:
@@ -39,7 +40,7 @@ def build_model(materials: Materials, quantised: bool = True) -> PreTrainedModel
         near = options.pop("new_tokens", "random") == "titles"
         options = {key: value for key, value in options.items() if key not in QUANTISATION}
         options |= _quantised(recipe) if quantised else {}
-        model = load_backbone(local_folder(recipe.folder, name), **options)
+        model = load_backbone(recipe.local(name), **options)
         if not model.config.is_encoder_decoder:
             check_causal(model)  # before SFT, which would not notice
         # The tokenizer as it was before item tokens, so that they are new, and begin as new ones.
@@ -62,6 +63,12 @@ def build_model(materials: Materials, quantised: bool = True) -> PreTrainedModel
 def continued_model(recipe: Recipe, folder: Path) -> PreTrainedModel:
     """The model that an earlier stage has left in `folder`, to be trained on."""
     return load_backbone(folder, **_quantised(recipe))
+
+
+def trained_model(stage: Stage) -> PreTrainedModel:
+    """The model that a training stage has left, whole, to be measured."""
+    with whole_models():
+        return load_backbone(stage.folder / "model").to(stage.workshop.state.device).eval()
 
 
 def save_merged(base: Callable[[], PreTrainedModel], adapters: Path, folder: Path) -> None:

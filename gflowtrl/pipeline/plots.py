@@ -10,6 +10,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .sections import primary_cutoff
+
 
 #: A method looks the same in all pictures.
 STYLES = {
@@ -36,7 +38,7 @@ def plot_run(
         folder: where to.
     """
     ks = results["recipe"]["evaluation"]["ks"]
-    k = 10 if 10 in ks else max(ks)
+    k = primary_cutoff(ks)
     recipe, synthetic = results["recipe"]["name"], results["data"]["synthetic"]
     name = f"{recipe}: SYNTHETIC data" if synthetic else f"{recipe}: test split"
     methods = results["methods"]

@@ -6,23 +6,28 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import datasets
+import numpy
 import torch
+import transformers
+import trl
 
+import gflowtrl
 from gflowtrl.metrics import group_means, paired_bootstrap, popularity_groups
 
 from .evaluation import per_user
 from .materials import Materials
 from .plots import NAMES, plot_run
-from .signals import teacher_key
-from .stage import Stage, Workshop, write_json
+from .sections import primary_cutoff
+from .stage import Stage, write_json
 
 
 TITLES = {"teacher": "Teacher", "sft": "SFT", "control": "SFT continued (control)", "gflownet": "GFlowNet"}
-PACKAGES = ("gflowtrl", "torch", "transformers", "trl", "accelerate", "datasets", "numpy")
+PACKAGES = (gflowtrl, torch, transformers, trl, accelerate, datasets, numpy)
 
 
 def collect(
@@ -30,6 +35,7 @@ def collect(
     trained: Mapping[str, Stage],
     tested: Mapping[str, Stage],
     seconds: Mapping[str, float],
+    teacher_seconds: float,
     calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything about a run as one JSON-able value.
@@ -38,6 +44,7 @@ def collect(
         trained: stages by method; the teacher, which may be several stages, is missing.
         tested: test stages by method.
         seconds: of each stage, by the name of its folder.
+        teacher_seconds: of fitting the recipe's own teacher.
         calibration: of `measure_calibration`, where there is one.
     """
     recipe, k = materials.recipe, materials.recipe.evaluation.primary_k
@@ -46,19 +53,17 @@ def collect(
     methods = {}
     for method, stage in tested.items():
         record = stage.record
-        methods[method] = {"metrics": record["metrics"], "standard_errors": record["standard_errors"]}
-        methods[method]["folder"] = str(stage.folder)
         by_group = group_means(per_user(stage)[f"recall@{k}"], groups, count)
-        methods[method]["recall_by_popularity"] = [None if mean.isnan() else float(mean) for mean in by_group]
-        if method in trained:
-            training = trained[method].record
-            methods[method] |= {name: training[name] for name in ("steps", "rows_per_step", "best_step", "seconds")}
-            if "reward_weights" in training:
-                methods[method]["reward_weights"] = training["reward_weights"]
-            methods[method]["model"] = str(trained[method].folder / "model")
-        elif method == "teacher":
-            names = _teacher_stages(stage.workshop, materials, recipe.teacher)
-            methods[method]["seconds"] = sum(seconds[name] for name in names)
+        entry = methods[method] = {"metrics": record["metrics"], "standard_errors": record["standard_errors"]}
+        entry["folder"] = str(stage.folder)
+        entry["recall_by_popularity"] = [None if mean.isnan() else float(mean) for mean in by_group]
+        if method == "teacher":
+            entry["seconds"] = teacher_seconds
+            continue
+        training = trained[method].record
+        names = ("steps", "rows_per_step", "best_step", "seconds", "reward_weights")
+        entry |= {name: training[name] for name in names if name in training}
+        entry["model"] = str(trained[method].folder / "model")
     results = {
         "recipe": recipe.as_dict(),
         "data": {
@@ -70,7 +75,7 @@ def collect(
         },
         "methods": methods,
         "seconds": dict(seconds),
-        "versions": _versions(),
+        "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in PACKAGES}},
         "machine": {
             "platform": platform.platform(),
             "cpus": os.cpu_count(),
@@ -86,13 +91,6 @@ def collect(
     return results
 
 
-def _teacher_stages(workshop: Workshop, materials: Materials, spec: Mapping[str, Any]) -> set[str]:
-    """The folders' names of the stages that fit this teacher: of a mixture those of its parts."""
-    if spec["type"] == "mixture":
-        return set().union(*(_teacher_stages(workshop, materials, part) for part in spec["parts"]))
-    return {workshop.stage("teacher", teacher_key(materials.recipe, materials, spec)).folder.name}
-
-
 def compare(materials: Materials, first: Stage, second: Stage, k: int) -> dict[str, dict[str, float]]:
     """Paired bootstrap over test users of the difference of two methods, for each headline metric."""
     a, b = per_user(first), per_user(second)
@@ -104,7 +102,7 @@ def compare(materials: Materials, first: Stage, second: Stage, k: int) -> dict[s
 def columns(results: Mapping[str, Any]) -> dict[str, str]:
     """Title to metric of the table's columns."""
     ks = results["recipe"]["evaluation"]["ks"]
-    k = 10 if 10 in ks else max(ks)
+    k = primary_cutoff(ks)
     shown = {f"Recall@{n}": f"recall@{n}" for n in sorted(ks) if n <= k}
     shown |= {f"NDCG@{k}": f"ndcg@{k}", f"coverage@{k}": f"coverage@{k}", f"entropy@{k}": f"entropy@{k}"}
     shown |= {f"Gini@{k}": f"gini@{k}", "long tail": f"long_tail@{k}"}
@@ -141,6 +139,11 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (padded[0], rule, *padded[1:]))
 
 
+def interval_text(interval: Mapping[str, float]) -> str:
+    """Mean and 95 % interval of what `metrics.paired_bootstrap` gives."""
+    return f"{interval['mean_difference']:+.4f} [{interval['low']:+.4f}, {interval['high']:+.4f}]"
+
+
 def text(results: Mapping[str, Any]) -> str:
     """The whole report as it is printed."""
     synthetic = results["data"]["synthetic"]
@@ -157,9 +160,8 @@ def text(results: Mapping[str, Any]) -> str:
     for name, interval in results.get("gflownet_minus_control", {}).items():
         low, high = interval["low"], interval["high"]
         verdict = "no clear difference" if low <= 0 <= high else "higher" if low > 0 else "lower"
-        title = NAMES.get(name, name)
         lines.append(
-            f"GFlowNet - control, {title}: {interval['mean_difference']:+.4f}, 95 % interval "
+            f"GFlowNet - control, {NAMES.get(name, name)}: {interval['mean_difference']:+.4f}, 95 % interval "
             f"[{low:+.4f}, {high:+.4f}] (paired bootstrap over users: {verdict})."
         )
     if _truth_is_known(results):
@@ -203,13 +205,3 @@ def _calibration(found: Mapping[str, Any]) -> list[str]:
 
 def _truth_is_known(results: Mapping[str, Any]) -> bool:
     return all("total_variation" in entry["metrics"] for entry in results["methods"].values())
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # run from a source tree that is not installed
-            continue
-    return found

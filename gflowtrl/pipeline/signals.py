@@ -15,10 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from gflowtrl.losses import get_loss
 from gflowtrl.policy import load_backbone, whole_models
 from gflowtrl.rewards import CollaborativeReward, LikelihoodReward, TitleLikelihoodReward, fit_reward_weights
-from gflowtrl.teachers import EASE, MixtureTeacher, Popularity, SASRec, TeacherModule, fingerprint, load_teacher
+from gflowtrl.teachers import MixtureTeacher, TeacherModule, fingerprint, load_teacher
 
 from .materials import Materials, files_fingerprint
-from .recipe import LEARNED, REWARDS, Recipe, local_folder
+from .recipe import Recipe
+from .specs import LEARNED, REWARDS, TEACHERS, fit_arguments
 from .stage import Workshop
 
 
@@ -43,19 +44,14 @@ def fit_teacher(workshop: Workshop, materials: Materials, spec: Mapping[str, Any
     stage = workshop.stage("teacher", teacher_key(materials.recipe, materials, spec))
 
     def fit(folder: Path) -> dict[str, Any]:
-        options = stage.inputs["teacher"].copy()
-        sequences, items = materials.splits.train_sequences, materials.data.items
+        options = dict(stage.inputs["teacher"])
         kind = options.pop("type")
-        if kind == "popularity":
-            teacher = Popularity.fit(sequences, items)
-        elif kind == "ease":
-            teacher = EASE.fit(sequences, items, materials.splits.validation, **options)
-        else:
-            options = {"max_history_items": materials.recipe.data.max_history_items, **options}
-            quiet = workshop.quiet
-            device = workshop.state.device
-            validation = materials.splits.validation
-            teacher = SASRec.fit(sequences, items, validation, device=device, progress=not quiet, **options)
+        offered = {
+            "validation": materials.splits.validation, "device": workshop.state.device,
+            "progress": not workshop.quiet, "max_history_items": materials.recipe.data.max_history_items,
+        }  # fmt: skip
+        options |= {name: offered[name] for name in offered.keys() & fit_arguments(kind)}
+        teacher = TEACHERS[kind].fit(materials.splits.train_sequences, materials.data.items, **options)
         teacher.save_pretrained(folder / "model")
         return {}
 
@@ -70,7 +66,6 @@ def build_rewards(workshop: Workshop, materials: Materials, teacher: TeacherModu
         teacher: of collaborative rewards that name none of their own.
         sft_model: folder of the model whose probabilities a likelihood reward gives.
     """
-    check_signals(materials)
     return [_build_reward(workshop, materials, spec, teacher, sft_model) for spec in materials.recipe.rewards]
 
 
@@ -120,7 +115,7 @@ def _build_reward(
         with whole_models():
             return LikelihoodReward(load_backbone(sft_model))
     if spec["type"] == "title_likelihood":
-        folder = local_folder(materials.recipe.folder, options.pop("model"))
+        folder = materials.recipe.local(options.pop("model"))
         with whole_models():
             model = AutoModelForCausalLM.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -141,36 +136,32 @@ def check_signals(materials: Materials) -> None:
             function in its file, a reward of drawn items only where a loss needs that of every leaf.
         OSError: no file of a function, no model that reads titles.
     """
-    recipe = materials.recipe
+    recipe, losses = materials.recipe, []
+    if "gflownet" in recipe.stages:
+        losses = recipe.training_arguments("gflownet", recipe.output_dir).loss_type
+    needy = next((name for name in losses if get_loss(name).all_leaf_rewards), None)
     for number, spec in enumerate(recipe.rewards):
-        if spec.get("type") == "interaction" and materials.data.events is None:
+        kind = spec.get("type")
+        if kind == "interaction" and materials.data.events is None:
             raise ValueError(
                 f"{materials.data.name} has no sessions (events.jsonl), which the reward interaction reads: use "
                 f"ground_truth, with weight 10 as in GFlowGR."
             )
-        if spec.get("type") == "title_likelihood":
+        if kind == "title_likelihood":
             _titles(materials)
-            AutoConfig.from_pretrained(local_folder(recipe.folder, spec["model"]))
+            AutoConfig.from_pretrained(recipe.local(spec["model"]))
         _exposure(materials, spec.get("popularity", "interactions"))
-        _check_scores(recipe, spec, f"rewards.{number}")
-
-
-def _check_scores(recipe: Recipe, spec: Mapping[str, Any], where: str) -> None:
-    """A function must be there, and a reward score every item where a loss needs that."""
-    every_item = {
-        "rank_penalty": False, "likelihood": spec.get("of") != "policy",
-        "title_likelihood": spec.get("all_items", False),
-    }.get(spec.get("type"), True)  # fmt: skip
-    if "function" in spec:
-        every_item = hasattr(load_function(spec["function"], recipe.folder), "score_items")
-    losses = recipe.training_arguments("gflownet", recipe.output_dir).loss_type if "gflownet" in recipe.stages else []
-    needy = [name for name in losses if get_loss(name).all_leaf_rewards]
-    if needy and not every_item:
-        raise ValueError(
-            f"{where} ({spec.get('type') or spec['function']}) scores drawn items only, but {needy[0]} needs the "
-            f"reward of every item: choose another gflownet.loss_type (vargrad, say), or give the reward a method "
-            f"score_items (docs/rewards.md)."
-        )
+        if "function" in spec:
+            every_item = hasattr(load_function(spec["function"], recipe.folder), "score_items")
+        else:
+            sampled = {"likelihood": spec.get("of") == "policy", "title_likelihood": not spec.get("all_items", False)}
+            every_item = not sampled.get(kind, kind == "rank_penalty")
+        if needy and not every_item:
+            raise ValueError(
+                f"rewards.{number} ({kind or spec['function']}) scores drawn items only, but {needy} needs the reward "
+                f"of every item: choose another gflownet.loss_type (vargrad, say), or give the reward a method "
+                f"score_items (docs/rewards.md)."
+            )
 
 
 def _takes_features(function: Callable) -> bool:
@@ -212,7 +203,7 @@ def reward_key(recipe: Recipe, materials: Materials) -> list[dict[str, Any]]:
             key["teacher"] = teacher_key(recipe, materials, spec["teacher"])
         if spec.get("type") == "title_likelihood":
             key["titles"] = fingerprint(sorted(_titles(materials).items()))
-            key["model_files"] = files_fingerprint(local_folder(recipe.folder, spec["model"]))
+            key["model_files"] = files_fingerprint(recipe.local(spec["model"]))
         keys.append(key)
     return keys
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from transformers import TrainerCallback
 
 from gflowtrl.catalog.files import write_text
 from gflowtrl.teachers import fingerprint
@@ -29,13 +30,14 @@ class Workshop:
     Args:
         root: folder of all stages.
         quiet: print nothing.
+        callbacks: handed to every trainer.
     """
 
-    def __init__(self, root: str | Path, quiet: bool = False):
+    def __init__(self, root: str | Path, quiet: bool = False, callbacks: Sequence[TrainerCallback] = ()):
         self.root = Path(root)
         # The other processes wait while the first one fits a teacher, longer than the usual half hour.
         self.state = PartialState(timeout=timedelta(days=1))
-        self.quiet = quiet
+        self.quiet, self.callbacks = quiet, list(callbacks)
         self.seconds: dict[str, float] = {}  # of each stage that this run used, whenever it was done
 
     @property
@@ -89,13 +91,14 @@ class Stage:
             if shop.is_main:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_json(self.folder / "inputs.json", self.inputs)
-            started, spent = time.monotonic(), self._seconds_so_far()
+            clock, started = self.folder / CLOCK_FILE, time.monotonic()
+            spent = json.loads(clock.read_text(encoding="utf-8")) if clock.is_file() else 0.0
             try:
                 record = work(self.folder)
             finally:
                 seconds = round(spent + time.monotonic() - started, 1)
                 if shop.is_main:
-                    write_json(self.folder / CLOCK_FILE, seconds)
+                    write_json(clock, seconds)
             if shop.is_main:
                 write_json(self.folder / DONE_FILE, {**record, "seconds": seconds})
             shop.say(f"[{self.name}] finished in {seconds:.0f} s")
@@ -106,9 +109,10 @@ class Stage:
         shop.seconds[self.folder.name] = record["seconds"]
         return record
 
-    def _seconds_so_far(self) -> float:
-        file = self.folder / CLOCK_FILE
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else 0.0
+
+def if_set(**inputs: Any) -> Record:
+    """Inputs that a stage depends on only where they are set."""
+    return {name: value for name, value in inputs.items() if value}
 
 
 def write_json(path: Path, content: Any) -> None:

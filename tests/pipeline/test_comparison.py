@@ -94,16 +94,6 @@ def test_another_number_of_rows_in_a_step_and_the_same_seed_again_are_other_rows
     assert [rows[f"GFlowNet: micro{marks}"] for marks in ("", "'", "''")] == [[1], [1], [2]]
 
 
-def test_old_results_lack_what_came_later(keep, tmp_path):
-    keep(1, "a", gflownet=FLOW)
-    keep(2, "b", gflownet=FLOW)
-    results = find_results([tmp_path / "out"])
-    for name in ("stages", "data_dir", "sampler"):
-        del results[0]["recipe"][name], results[1]["recipe"][name]
-    results[0]["recipe"] |= {"prompt": {}, "peft": {}}  # kept only where they are set
-    assert all(seeds == [1, 2] for seeds in seeds_of(compared_rows(results)).values())
-
-
 @pytest.mark.parametrize(
     ("name", "changes", "users"),
     [
