@@ -62,7 +62,7 @@ def main(arguments: Sequence[str], command: str = "train") -> int:
 
 def _train(arguments: Sequence[str], command: str) -> int:
     from gflowtrl.pipeline import load_recipe
-    from gflowtrl.pipeline.configuration import find_accelerate_config, find_recipe
+    from gflowtrl.pipeline.configuration import accelerate_folder, find_file, recipe_folder
 
     parser = Parser(prog=f"gflowtrl {command}", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", default="quickstart")
@@ -75,13 +75,14 @@ def _train(arguments: Sequence[str], command: str) -> int:
                 f"gflowtrl {command} decides the stages itself; leave --stages out, or use gflowtrl train."
             )
         options += ["--stages", command]
-    file = find_recipe(given.config)
+    file = find_file(given.config, recipe_folder())
     recipe = load_recipe(file, options)  # a mistake is told here, once, and not by every process
     if given.num_processes in (None, 1) and given.accelerate_config is None:
         return _run(recipe)
     launcher = PLAIN
     if given.accelerate_config is not None:
-        launcher = ["--config_file", str(find_accelerate_config(given.accelerate_config))]
+        engine = find_file(given.accelerate_config, accelerate_folder(), "accelerate configuration")
+        launcher = ["--config_file", str(engine)]
     if given.num_processes is not None:
         if given.num_processes < 1:
             raise ValueError(f"--num_processes is {given.num_processes}; give a whole number of at least 1.")

@@ -83,10 +83,9 @@ def some(rows: Dataset, count: int) -> Dataset:
 def _too_much(workshop: Workshop, materials: Materials, trained: Mapping[str, Stage], count: int) -> Record | None:
     """Why nobody should wait for it unasked: a whole distribution costs a token at every fork of the tree."""
     forks = int((materials.catalog.tree.leaf_count > 1).sum())
-    counted = get_local_safetensors_metadata(trained["gflownet"].folder / "model").parameter_count
-    parameters = sum(counted.values())
-    work = 2 * count * len(trained) * forks * parameters
-    if work <= AFFORDABLE.get(workshop.state.device.type, AFFORDABLE["other"]):
+    parameters = sum(get_local_safetensors_metadata(trained["gflownet"].folder / "model").parameter_count.values())
+    affordable = AFFORDABLE.get(workshop.state.device.type, AFFORDABLE["other"])
+    if 2 * count * len(trained) * forks * parameters <= affordable:
         return None
     return {
         "left_out": f"{2 * count} rows x {len(trained)} policies x {forks:,} forks of the tree x {parameters:,} "

@@ -72,30 +72,23 @@ def accelerate_folder() -> Path:
     return recipe_folder() / "accelerate_configs"
 
 
-def find_recipe(name: str | Path, base_of: Path | None = None) -> Path:
-    """A recipe's file: the file itself, or the one of that name that comes with the library.
-
-    Args:
-        name: the file or the name.
-        base_of: the recipe whose `base` it is; then the file is seen from that one's folder.
-
-    Raises:
-        FileNotFoundError: there is neither; the message lists the names.
-    """
-    return _find(name, recipe_folder(), "recipe", base_of)
-
-
-def find_accelerate_config(name: str | Path) -> Path:
-    """A configuration of accelerate by file, or by name as `zero2`; errors as for `find_recipe`."""
-    return _find(name, accelerate_folder(), "accelerate configuration")
-
-
 def known_files(folder: Path) -> dict[str, Path]:
     """The YAML files of a folder, by name."""
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
-def _find(name: str | Path, folder: Path, what: str, base_of: Path | None = None) -> Path:
+def find_file(name: str | Path, folder: Path, what: str = "recipe", base_of: Path | None = None) -> Path:
+    """A recipe's file, or a configuration of accelerate's: the file itself, or the one of that name in `folder`.
+
+    Args:
+        name: the file or the name.
+        folder: `recipe_folder()` or `accelerate_folder()`.
+        what: what the message calls it.
+        base_of: the recipe whose `base` it is; then the file is seen from that one's folder.
+
+    Raises:
+        FileNotFoundError: there is neither; the message lists the names.
+    """
     known = known_files(folder)
     file = Path(name) if base_of is None else base_of.parent / str(name)
     if file.is_file():

@@ -27,10 +27,11 @@ from .configuration import (
     check_names,
     check_types,
     field_names,
-    find_recipe,
+    find_file,
     merged,
     parse_options,
     read_yaml,
+    recipe_folder,
     set_option,
 )
 from .sections import DataSection, EvaluationSection, setting
@@ -314,5 +315,5 @@ def _on_its_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     content = read_yaml(path)
     if "base" not in content:
         return content
-    base = find_recipe(content.pop("base"), path)
+    base = find_file(content.pop("base"), recipe_folder(), base_of=path)
     return merged(_on_its_base(base, (*above, path.resolve())), content)

@@ -66,7 +66,32 @@ def build_rewards(workshop: Workshop, materials: Materials, teacher: TeacherModu
         teacher: of collaborative rewards that name none of their own.
         sft_model: folder of the model whose probabilities a likelihood reward gives.
     """
-    return [_build_reward(workshop, materials, spec, teacher, sft_model) for spec in materials.recipe.rewards]
+    recipe = materials.recipe
+
+    def build(spec: Mapping[str, Any]) -> Callable:
+        options = {name: value for name, value in spec.items() if name not in ("type", "weight", "function")}
+        if "function" in spec:
+            function = load_function(spec["function"], recipe.folder)
+            features = materials.data.item_features
+            return functools.partial(function, item_features=features) if _takes_features(function) else function
+        if spec["type"] == "likelihood":
+            if options.get("of") == "policy":
+                return LikelihoodReward(None)
+            with whole_models():
+                return LikelihoodReward(load_backbone(sft_model))
+        if spec["type"] == "title_likelihood":
+            folder = recipe.local(options.pop("model"))
+            with whole_models():
+                model = AutoModelForCausalLM.from_pretrained(folder)
+            return TitleLikelihoodReward(model, AutoTokenizer.from_pretrained(folder), _titles(materials), **options)
+        if spec["type"] == "collaborative":
+            own = options.pop("teacher", None)
+            used = teacher if own is None else fit_teacher(workshop, materials, own)
+            counts = _exposure(materials, options.pop("popularity", "interactions"))
+            return CollaborativeReward(used, item_counts=counts, **options)
+        return REWARDS[spec["type"]](**options)
+
+    return [build(spec) for spec in recipe.rewards]
 
 
 def final_weights(workshop: Workshop, materials: Materials, rewards: Sequence[Callable]) -> list[float]:
@@ -85,47 +110,15 @@ def final_weights(workshop: Workshop, materials: Materials, rewards: Sequence[Ca
         materials.tokenizer, floor=args.reward_floor or FLOOR, leaf_reduction=args.leaf_reduction,
         device=workshop.state.device,
     )  # fmt: skip
-    for i, weight in zip(learned, found.weights, strict=True):
+    shares = []
+    for i, weight, share in zip(learned, found.weights, found.shares, strict=True):
         weights[i] = weight
-    shares = ", ".join(
-        f"rewards.{i} ({recipe.rewards[i]['type']}) {s:.3f}" for i, s in zip(learned, found.shares, strict=True)
-    )
+        shares.append(f"rewards.{i} ({recipe.rewards[i]['type']}) {share:.3f}")
     workshop.say(
-        f"Learned shares of the rewards: {shares}; log-likelihood of validation targets {found.log_likelihood:.4f} "
-        f"(equal shares {found.equal_log_likelihood:.4f})."
+        f"Learned shares of the rewards: {', '.join(shares)}; log-likelihood of validation targets "
+        f"{found.log_likelihood:.4f} (equal shares {found.equal_log_likelihood:.4f})."
     )
     return weights
-
-
-def _build_reward(
-    workshop: Workshop,
-    materials: Materials,
-    spec: Mapping[str, Any],
-    teacher: TeacherModule | None,
-    sft_model: Path,
-) -> Callable:
-    options = {name: value for name, value in spec.items() if name not in ("type", "weight", "function")}
-    if "function" in spec:
-        function = load_function(spec["function"], materials.recipe.folder)
-        features = materials.data.item_features
-        return functools.partial(function, item_features=features) if _takes_features(function) else function
-    if spec["type"] == "likelihood":
-        if options.get("of") == "policy":
-            return LikelihoodReward(None)
-        with whole_models():
-            return LikelihoodReward(load_backbone(sft_model))
-    if spec["type"] == "title_likelihood":
-        folder = materials.recipe.local(options.pop("model"))
-        with whole_models():
-            model = AutoModelForCausalLM.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        return TitleLikelihoodReward(model, tokenizer, _titles(materials), **options)
-    if spec["type"] == "collaborative":
-        own = options.pop("teacher", None)
-        used = teacher if own is None else fit_teacher(workshop, materials, own)
-        counts = _exposure(materials, options.pop("popularity", "interactions"))
-        return CollaborativeReward(used, item_counts=counts, **options)
-    return REWARDS[spec["type"]](**options)
 
 
 def check_signals(materials: Materials) -> None:

@@ -44,8 +44,12 @@ class Workshop:
     def is_main(self) -> bool:
         return self.state.is_main_process
 
+    @property
+    def shows_progress(self) -> bool:
+        return self.is_main and not self.quiet
+
     def say(self, text: str = "") -> None:
-        if self.is_main and not self.quiet:
+        if self.shows_progress:
             print(text, flush=True)
 
     def stage(self, name: str, inputs: Mapping[str, Any]) -> Stage:
