@@ -178,6 +178,7 @@ class Recommender:
         temperature: float = 1.0,
         seed: int = 0,
         allowed_items: Iterable[Item] | None = None,
+        places: Sequence[str] | None = None,
     ) -> list[list[Recommendation]]:
         """Recommend `k` items for each history.
 
@@ -197,6 +198,7 @@ class Recommender:
             seed: with `"sample"`: the same seed gives the same lists. Each history draws by its place in
                 `histories`, whatever the batch size.
             allowed_items: recommend these only (in stock, say). Probabilities stay those among all items.
+            places: what messages call each history, `row 0` and so on if not given; lines of a file, say.
 
         Raises:
             ValueError: k or batch_size below 1, or num_beams below k; an unknown strategy; a temperature that is not
@@ -206,9 +208,11 @@ class Recommender:
         """
         _check_request(k, num_beams, batch_size, strategy, temperature)
         request = _Request(k, num_beams, exclude_seen, strategy, temperature, seed, self._allowed(allowed_items))
-        known = self._known(list(histories))
+        histories = list(histories)
+        places = [f"row {row}" for row in range(len(histories))] if places is None else places
+        known = self._known(histories, places)
         warm = [row for row, history in enumerate(known) if history]
-        results = {row: found for row in set(range(len(known))) - set(warm) for found in [self._popular(row, request)]}
+        results = {row: self._popular(row, places[row], request) for row in range(len(known)) if not known[row]}
         for start in range(0, len(warm), batch_size):
             rows = warm[start : start + batch_size]
             results.update(zip(rows, self._decoded(rows, [known[row] for row in rows], request), strict=True))
@@ -277,12 +281,12 @@ class Recommender:
             results.append(list(islice(found, request.k)))
         return results
 
-    def _popular(self, row: int, request: _Request) -> list[Recommendation]:
+    def _popular(self, row: int, place: str, request: _Request) -> list[Recommendation]:
         """For a user of whom nothing is known: what was taken most often, or a draw in proportion to it."""
         if self.item_counts is None:
             raise ValueError(
-                f"The history in row {row} is empty or holds no known item, and the recommender holds no counts of "
-                f"training interactions to recommend by. Leave the row out, or give Recommender(item_counts=...)."
+                f"The history in {place} is empty or holds no known item, and the recommender holds no counts of "
+                f"training interactions to recommend by. Leave it out, or give Recommender(item_counts=...)."
             )
         log_probs = (self.item_counts.double() + 1).log().log_softmax(0)
         order = log_probs / request.temperature
@@ -297,18 +301,18 @@ class Recommender:
             for place in islice(allowed, request.k)
         ]
 
-    def _known(self, histories: Sequence[Sequence[Item]]) -> list[list[Item]]:
+    def _known(self, histories: Sequence[Sequence[Item]], places: Sequence[str]) -> list[list[Item]]:
         """Histories without items that are not in the catalogue, of which a warning tells."""
         unknown = []
-        for row, history in enumerate(histories):
+        for place, history in zip(places, histories, strict=True):
             if isinstance(history, str) or not isinstance(history, Sequence):
-                raise TypeError(f"The history in row {row} is {history!r}; give a list of items for each user.")
-            unknown += [(row, item) for item in history if item not in self.catalog]
+                raise TypeError(f"The history in {place} is {history!r}; give a list of items for each user.")
+            unknown += [(place, item) for item in history if item not in self.catalog]
         if unknown:
-            row, item = unknown[0]
+            place, item = unknown[0]
             warnings.warn(
                 f"{len(unknown)} items of the histories are not in the catalogue and were left out; the first is "
-                f"{item!r} in row {row}.",
+                f"{item!r} in {place}.",
                 stacklevel=3,
             )
         return [[item for item in history if item in self.catalog] for history in histories]
@@ -332,7 +336,7 @@ class Recommender:
         Raises:
             ValueError: the item is not in the catalogue, or the history has no known item.
         """
-        (known,) = self._known([history])
+        (known,) = self._known([history], ["row 0"])
         if not known:
             raise ValueError(
                 "The history holds no known item, so the policy was not asked: the list is by popularity."

@@ -28,7 +28,7 @@ def _compare(given: argparse.Namespace) -> None:
 
     rows = compared_rows(find_results(given.runs))
     metrics = [f"{name}@{given.k}" for name in ("recall", "ndcg", "coverage", "gini", "dgu", "mgu")]
-    measured = rows[0].entries[0]["metrics"]
+    measured = next(iter(rows[0].entries.values()))["metrics"]
     if metrics[0] not in measured:
         raise ValueError(f"The runs have no {metrics[0]}; choose --k among their evaluation.ks.")
     other = next((row for row in rows if row.title.startswith(given.against)), None)
@@ -36,16 +36,13 @@ def _compare(given: argparse.Namespace) -> None:
         raise ValueError(f"--against {given.against!r} begins no row's title: {', '.join(row.title for row in rows)}.")
     differences = [{m: difference(row, other, m) for m in metrics[:2]} if other else {} for row in rows]
     if given.plot is not None:
-        shown = {row.title: found[metrics[1]] for row, found in zip(rows, differences, strict=True)}
-        shown = {title: found for title, found in shown.items() if found}
+        shown = {row.title: d[metrics[1]] for row, d in zip(rows, differences, strict=True) if d.get(metrics[1])}
         plot_comparison(rows, metrics[1], metrics[2], given.plot, shown, other.title if other else "")
-    content = [
-        {"title": row.title, "seeds": row.seeds, "metrics": {m: row.mean(m) for m in measured}, "differences": found}
-        for row, found in zip(rows, differences, strict=True)
-    ]
-    columns = ["method", "seeds", *metrics, *(f"{m} - {other.title}" for m in metrics[:2] if other)]
-    lines = []
+    content, lines = [], []
     for row, found in zip(rows, differences, strict=True):
+        means = {metric: row.mean(metric) for metric in measured}
+        content.append({"title": row.title, "seeds": list(row.entries), "metrics": means, "differences": found})
         intervals = [interval_text(one) if one else "" for one in found.values()]
-        lines.append([row.title, str(len(row.seeds)), *map(row.spread, metrics), *intervals])
+        lines.append([row.title, str(len(row.entries)), *map(row.spread, metrics), *intervals])
+    columns = ["method", "seeds", *metrics, *(f"{m} - {other.title}" for m in metrics[:2] if other)]
     show(given, content, aligned([columns, *lines]))

@@ -56,17 +56,16 @@ def _prepare(given: argparse.Namespace) -> None:
     from gflowtrl.data.formats.downloads import source_of
     from gflowtrl.data.formats.output import check_target
 
+    format, interactions, items = given.format, given.interactions, given.items
     if given.download is not None:
-        if given.format or given.interactions or given.items:
+        if format or interactions or items:
             raise ValueError("--download brings its own files and format; leave --format and the files out.")
         check_target(Path(given.out), given.overwrite)  # before hours of downloading
         format, interactions, items = download(given.download, given.raw)
         given.source = source_of(given.download) if given.source is None else given.source
-    else:
-        format, interactions, items = given.format, given.interactions, given.items
-        if format is None or interactions is None:
-            missing = "--format" if format is None else "--interactions"
-            raise ValueError(f"{missing} is missing. Formats are {', '.join(RAW_FORMATS)}; or use --download NAME.")
+    elif format is None or interactions is None:
+        missing = "--format" if format is None else "--interactions"
+        raise ValueError(f"{missing} is missing. Formats are {', '.join(RAW_FORMATS)}; or use --download NAME.")
     _, report = prepare(
         format, interactions, items, given.out, columns=_columns(given), k_core=given.k_core or None,
         min_rating=given.min_rating, duplicates=given.duplicates, max_malformed=given.max_malformed,

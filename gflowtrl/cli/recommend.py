@@ -7,9 +7,8 @@ import json
 import math
 import os
 import sys
-import warnings
 from collections.abc import Sequence
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -67,12 +66,11 @@ def _answer(given: argparse.Namespace, allowed: list | None, lines: IO[str], out
     rows = ((place, _row(line, place)) for place, line in numbered)
     with tqdm(disable=not sys.stderr.isatty(), unit=" histories", file=sys.stderr) as progress:
         # A row draws by its place in the file: the seed of a chunk is a function of its number.
-        for number in count():
-            if not (chunk := list(islice(rows, CHUNK))):
-                break
-            seed = _seed(given.seed, number)
-            answers = recommender.recommend(_known(recommender, chunk), seed=seed, **options)
-            for (_, row), found in zip(chunk, answers, strict=True):
+        for number, chunk in enumerate(iter(lambda: list(islice(rows, CHUNK)), [])):
+            places, read = zip(*chunk, strict=True)
+            histories, seed = [row["history"] for row in read], _seed(given.seed, number)
+            answers = recommender.recommend(histories, seed=seed, places=places, **options)
+            for row, found in zip(read, answers, strict=True):
                 answer = {**row, "recommendations": [_shown(one) for one in found]}
                 out.write(json.dumps(answer, ensure_ascii=False) + "\n")
             progress.update(len(chunk))
@@ -85,26 +83,6 @@ def _seed(seed: int, chunk: int) -> int:
     import numpy as np
 
     return int(np.random.SeedSequence([seed % 2**64, chunk]).generate_state(1, np.uint64)[0])
-
-
-def _known(recommender: Any, rows: list[tuple[str, dict[str, Any]]]) -> list[list]:
-    """The items of the histories that the recommender knows; what it cannot use is told by its line in the file."""
-    catalog = recommender.catalog
-    strange = [(item, place) for place, row in rows for item in row["history"] if item not in catalog]
-    if strange:
-        item, place = strange[0]
-        warnings.warn(
-            f"{len(strange)} items of the histories are not in the catalogue and were left out; the first is {item!r} "
-            f"({place}).",
-            stacklevel=2,
-        )
-    known = [[item for item in row["history"] if item in catalog] for _, row in rows]
-    if recommender.item_counts is None and [] in known:
-        raise ValueError(
-            f"{rows[known.index([])][0]}: the history is empty or holds no known item, and the recommender holds no "
-            "counts of training interactions to recommend by. Leave the line out."
-        )
-    return known
 
 
 def _shown(one: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,44 +110,30 @@ def usual_codes(num_items: int) -> int:
 
 def _fitted(given: argparse.Namespace, data: Any) -> tuple[Any, Any]:
     """The tokenizer and the vectors that it was fitted on."""
-    from gflowtrl.semantic_ids import RQVAE, ItemTokenizer, ResidualKMeans, item_texts
-    from gflowtrl.semantic_ids.texts import FEATURES
-
-    codes = usual_codes(len(data.items)) if given.codes is None else given.codes
-    if given.quantizer == "rqvae":
-        quantizer = RQVAE(given.levels, codes, seed=given.seed)
-    else:
-        quantizer = ResidualKMeans(given.levels, codes, balanced=given.quantizer == "balanced", seed=given.seed)
-    if given.vectors is not None or given.collaborative:
-        vectors = _vectors(given, data)
-        tokenizer = ItemTokenizer(quantizer, collisions=given.collisions, features=given.features)
-        return tokenizer.fit(vectors, data.items), vectors
-    texts, embedder = item_texts(data, given.features or FEATURES), _embedder(given)
-    tokenizer = ItemTokenizer(quantizer, embedder, given.collisions, given.features)
-    return tokenizer.fit(texts, data.items), embedder.embed(texts)
-
-
-def _vectors(given: argparse.Namespace, data: Any) -> Any:
-    """Vectors that are not made of the items' texts alone."""
+    from gflowtrl import semantic_ids as library
     from gflowtrl.data import leave_one_out
-    from gflowtrl.semantic_ids import combine_vectors, cooccurrence_vectors, item_texts, load_vectors
-    from gflowtrl.semantic_ids.texts import FEATURES
 
     if not 0 <= given.collaborative <= 1:
         raise ValueError(f"--collaborative is {given.collaborative}; it is a share from 0 to 1.")
-    text = None
+    codes = usual_codes(len(data.items)) if given.codes is None else given.codes
+    kinds = {"kmeans": library.ResidualKMeans, "rqvae": library.RQVAE}
+    kind = kinds.get(given.quantizer) or partial(library.ResidualKMeans, balanced=True)
+    quantizer = kind(given.levels, codes, seed=given.seed)
+    vectors = None
     if given.vectors is not None:
-        text = load_vectors(given.vectors, data.items)
+        vectors = library.load_vectors(given.vectors, data.items)
     elif given.collaborative < 1:
-        texts = item_texts(data, given.features or FEATURES)
-        text = _embedder(given).fit(texts).embed(texts)
-    if not given.collaborative:
-        return text
-    collaborative = cooccurrence_vectors(leave_one_out(data).train_sequences, data.items, seed=given.seed)
-    return collaborative if text is None else combine_vectors(text, collaborative, given.collaborative)
-
-
-def _embedder(given: argparse.Namespace) -> Any:
-    from gflowtrl.semantic_ids import SentenceTransformerEmbedder, TfidfEmbedder
-
-    return TfidfEmbedder(seed=given.seed) if given.embedder == "tfidf" else SentenceTransformerEmbedder(given.embedder)
+        if given.embedder == "tfidf":
+            embedder = library.TfidfEmbedder(seed=given.seed)
+        else:
+            embedder = library.SentenceTransformerEmbedder(given.embedder)
+        texts = library.item_texts(data, **({} if given.features is None else {"features": given.features}))
+        if not given.collaborative:  # the embedder is kept with the tokenizer, for new items
+            tokenizer = library.ItemTokenizer(quantizer, embedder, given.collisions, given.features)
+            return tokenizer.fit(texts, data.items), embedder.embed(texts)
+        vectors = embedder.fit(texts).embed(texts)
+    if given.collaborative:
+        together = library.cooccurrence_vectors(leave_one_out(data).train_sequences, data.items, seed=given.seed)
+        vectors = together if vectors is None else library.combine_vectors(vectors, together, given.collaborative)
+    tokenizer = library.ItemTokenizer(quantizer, collisions=given.collisions, features=given.features)
+    return tokenizer.fit(vectors, data.items), vectors

@@ -6,13 +6,17 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, get_type_hints
+from typing import get_type_hints
+
+import torch
+from accelerate import PartialState
+from accelerate.commands.launch import launch_command, launch_command_parser
+
+from gflowtrl.pipeline import Recipe, load_recipe, run
+from gflowtrl.pipeline.configuration import find_file, known_files, recipe_folder
+from gflowtrl.pipeline.memory import keep_freed_memory
 
 from .common import Parser, guarded
-
-
-if TYPE_CHECKING:
-    from gflowtrl.pipeline import Recipe
 
 
 USAGE = """\
@@ -40,6 +44,7 @@ This was a SYNTHETIC shop. For data of your own, a dump of Amazon or MovieLens o
   gflowtrl tokenize --data_dir DIR
   gflowtrl train --config gflowgr_office_llama --data_dir DIR"""
 
+ENGINES = "accelerate_configs"  # the folder of the configurations that come with the library
 #: All that accelerate asks for where there is no configuration of its own.
 PLAIN = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
@@ -61,9 +66,6 @@ def main(arguments: Sequence[str], command: str = "train") -> int:
 
 
 def _train(arguments: Sequence[str], command: str) -> int:
-    from gflowtrl.pipeline import load_recipe
-    from gflowtrl.pipeline.configuration import accelerate_folder, find_file, recipe_folder
-
     parser = Parser(prog=f"gflowtrl {command}", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", default="quickstart")
     parser.add_argument("--num_processes", type=int)
@@ -81,7 +83,8 @@ def _train(arguments: Sequence[str], command: str) -> int:
         return _run(recipe)
     launcher = PLAIN
     if given.accelerate_config is not None:
-        engine = find_file(given.accelerate_config, accelerate_folder(), "accelerate configuration")
+        folder = recipe_folder() / ENGINES
+        engine = find_file(given.accelerate_config, folder, "accelerate configuration")
         launcher = ["--config_file", str(engine)]
     if given.num_processes is not None:
         if given.num_processes < 1:
@@ -92,11 +95,6 @@ def _train(arguments: Sequence[str], command: str) -> int:
 
 def _run(recipe: Recipe) -> int:
     """Runs the recipe in this process, one of several where a launcher has started it."""
-    from accelerate import PartialState
-
-    from gflowtrl.pipeline.job import run
-    from gflowtrl.pipeline.memory import keep_freed_memory
-
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     is_main = os.environ.get("RANK", "0") == "0"
     keep_freed_memory()
@@ -120,22 +118,13 @@ def _run(recipe: Recipe) -> int:
 
 def _launch(words: list[str]) -> int:
     """`accelerate launch`, as TRL's own command does it."""
-    import torch
-    from accelerate.commands.launch import launch_command, launch_command_parser
-
     if not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # --cpu would start one process, whatever --num_processes says
-    try:
-        launch_command(launch_command_parser().parse_args(words))
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
+    launch_command(launch_command_parser().parse_args(words))
     return 0
 
 
 def help_text(command: str) -> str:
-    from gflowtrl.pipeline import Recipe
-    from gflowtrl.pipeline.configuration import accelerate_folder, known_files, recipe_folder
-
     lines, hints = [], get_type_hints(Recipe)
     for entry in fields(Recipe):
         if "help" in entry.metadata:
@@ -144,5 +133,5 @@ def help_text(command: str) -> str:
             lines.append(f"  --{f'{entry.name}.{inner.name}':<18} {inner.metadata['help']}")
     return USAGE.format(
         command=command, what=WHAT[command], fields="\n".join(lines), recipes=", ".join(known_files(recipe_folder())),
-        engines=", ".join(known_files(accelerate_folder())),
+        engines=", ".join(known_files(recipe_folder() / ENGINES)),
     )  # fmt: skip

@@ -67,11 +67,6 @@ def recipe_folder() -> Path:
     return (known or shares)[0]
 
 
-def accelerate_folder() -> Path:
-    """Where the configurations of accelerate are that come with the library."""
-    return recipe_folder() / "accelerate_configs"
-
-
 def known_files(folder: Path) -> dict[str, Path]:
     """The YAML files of a folder, by name."""
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
@@ -82,7 +77,7 @@ def find_file(name: str | Path, folder: Path, what: str = "recipe", base_of: Pat
 
     Args:
         name: the file or the name.
-        folder: `recipe_folder()` or `accelerate_folder()`.
+        folder: `recipe_folder()`, or that of the configurations of accelerate inside it.
         what: what the message calls it.
         base_of: the recipe whose `base` it is; then the file is seen from that one's folder.
 
@@ -143,19 +138,20 @@ def parse_options(arguments: Sequence[str]) -> dict[str, Any]:
 
 def set_option(tree: Any, path: str, value: Any) -> None:
     """Sets `a.b.0.c` in nested dictionaries and lists, in place. Missing dictionaries are made."""
-    *parents, last = path.split(".")
-    for number, key in enumerate(parents):
-        where = ".".join(parents[: number + 1])
-        tree = tree[_place(tree, key, where)] if isinstance(tree, list) else tree.setdefault(key, {})
+    keys = path.split(".")
+    for number, key in enumerate(keys, 1):
         if not isinstance(tree, dict | list):
+            where = ".".join(keys[: number - 1])
             raise ValueError(f"--{path} cannot be set: {where} is the value {tree!r} and has no fields.")
-    tree[_place(tree, last, path) if isinstance(tree, list) else last] = value
-
-
-def _place(values: list, key: str, where: str) -> int:
-    if not key.isdecimal() or int(key) >= len(values):
-        raise ValueError(f"--{where} cannot be set: it is a list with the places 0 to {len(values) - 1}.")
-    return int(key)
+        if isinstance(tree, list):
+            if not key.isdecimal() or int(key) >= len(tree):
+                where = ".".join(keys[:number])
+                raise ValueError(f"--{where} cannot be set: it is a list with the places 0 to {len(tree) - 1}.")
+            key = int(key)
+        if number == len(keys):
+            tree[key] = value
+        else:
+            tree = tree[key] if isinstance(tree, list) else tree.setdefault(key, {})
 
 
 def check_names(given: Iterable[str], known: Iterable[str], where: str = "") -> None:

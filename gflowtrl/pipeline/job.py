@@ -45,24 +45,22 @@ def run(
     trained: dict[str, Stage] = {}
     tested: dict[str, Stage] = {}
 
-    teacher = used = None
-    teacher_seconds = 0.0
-    if "teacher" in wanted or ("gflownet" in wanted and needs_teacher(recipe)):
+    uses_own = "gflownet" in wanted and needs_teacher(recipe)
+    teacher, teacher_seconds = None, 0.0
+    if "teacher" in wanted or uses_own:
         teacher = fit_teacher(workshop, materials, recipe.teacher)
         teacher_seconds = sum(workshop.seconds.values())  # of its stages, which are the first: several of a mixture
         key = teacher_key(recipe, materials, recipe.teacher)
         tested["teacher"] = measure_teacher(workshop, materials, teacher, key)
-    if {"sft", "control", "gflownet"} & set(wanted):
+    used = teacher if uses_own else None
+    if {*wanted} - {"teacher"}:
         sft = trained["sft"] = train_sft(workshop, materials)
     if "control" in wanted:
         trained["control"] = train_control(workshop, materials, sft)
     if "gflownet" in wanted:
-        used = teacher if needs_teacher(recipe) else None
         trained["gflownet"] = train_gflownet(workshop, materials, sft, used)
     tested |= {method: measure_policy(workshop, materials, stage) for method, stage in trained.items()}
-
     calibration = measure_calibration(workshop, materials, trained, used)
-
     results = report.collect(materials, trained, tested, workshop.seconds, teacher_seconds, calibration)
     if workshop.is_main:
         own = workshop.root / f"report-{recipe.name}-{fingerprint(recipe.as_dict())[:8]}"

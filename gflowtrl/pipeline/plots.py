@@ -38,8 +38,7 @@ def plot_run(
         titles: what methods are called.
         folder: where to.
     """
-    ks = results["recipe"]["evaluation"]["ks"]
-    k = primary_cutoff(ks)
+    k = primary_cutoff(results["recipe"]["evaluation"]["ks"])
     recipe, synthetic = results["recipe"]["name"], results["data"]["synthetic"]
     name = f"{recipe}: SYNTHETIC data" if synthetic else f"{recipe}: test split"
     methods = results["methods"]

@@ -18,7 +18,7 @@ from trl import ModelConfig, SFTConfig
 
 from gflowtrl.data import PromptFormat, SyntheticShop
 from gflowtrl.losses import get_loss
-from gflowtrl.samplers import build_sampler
+from gflowtrl.samplers import Sampler, build_sampler
 from gflowtrl.trainer import GFlowNetConfig
 from gflowtrl.trainer.base import computes_in_bf16
 from gflowtrl.trainer.weighting import source_table
@@ -114,14 +114,13 @@ class Recipe:
         for number, reward in enumerate(self.rewards):
             check_reward(reward, f"rewards.{number}")
         self._check_learned_weights()
-        if self.sampler is not None:
-            build_sampler(self.sampler, teacher=lambda histories: None)
+        sampler = None if self.sampler is None else build_sampler(self.sampler, teacher=lambda histories: None)
         self._check_schedule()
         for stage in STAGES[1:]:
             if stage in self.stages or (stage == "sft" and self.stages != ["teacher"]):  # SFT comes before both others
                 self.training_arguments(stage, Path(self.output_dir) / stage)
         if "gflownet" in self.stages:
-            self._check_gflownet()
+            self._check_gflownet(sampler)
 
     def as_dict(self) -> dict[str, Any]:
         """All settings."""
@@ -217,12 +216,12 @@ class Recipe:
     def _check_quantisation(self) -> None:
         given = {name: value for name, value in self.model.items() if name in QUANTISATION}
         check_types(ModelConfig, given, "model")
-        if not given.get("load_in_4bit") and not given.get("load_in_8bit"):
-            if given:
-                raise ValueError(f"model.{next(iter(given))} is set, but neither load_in_4bit nor load_in_8bit is.")
+        which = next((name for name in QUANTISATION[:2] if given.get(name)), None)
+        if which is None and given:
+            raise ValueError(f"model.{next(iter(given))} is set, but neither load_in_4bit nor load_in_8bit is.")
+        if which is None:
             return
         ModelConfig(**given)  # it refuses both at once
-        which = "load_in_4bit" if given.get("load_in_4bit") else "load_in_8bit"
         if not self.peft:
             raise ValueError(f"model.{which} is set, but quantised weights cannot be trained: add a section peft.")
         if not is_bitsandbytes_available():
@@ -235,8 +234,7 @@ class Recipe:
                 "model.model_name_or_path, or leave prompt out."
             )
         for name, kind in (("prompt", PromptFormat), ("peft", LoraConfig)):
-            section = getattr(self, name)
-            check_names(section, field_names(kind), name)
+            check_names(getattr(self, name), field_names(kind), name)
         self.prompt_format, self.peft_config  # noqa: B018  (they check their values)
 
     @property
@@ -267,7 +265,7 @@ class Recipe:
         if "loss_type" in self.control:
             raise ValueError("The control is SFT continued on the same rows: leave control.loss_type out.")
 
-    def _check_gflownet(self) -> None:
+    def _check_gflownet(self, sampler: Sampler | None) -> None:
         """What the trainer would refuse after teacher, SFT and control have been trained."""
         args = self.training_arguments("gflownet", self.output_dir)
         if not self.rewards and any(get_loss(name).rewards for name in args.loss_type):
@@ -275,8 +273,7 @@ class Recipe:
                 f"gflownet.loss_type {args.loss_type} needs rewards, but the recipe's section rewards is empty. Add "
                 f"one, {{type: ground_truth}} for example (docs/rewards.md)."
             )
-        if self.sampler is not None:
-            sampler = build_sampler(self.sampler, teacher=lambda histories: None)
+        if sampler is not None:
             source_table(args.source_weights or {}, sampler.source_names)
         if args.max_shared_prompts > 1 and self.encoder_decoder:
             raise ValueError(
@@ -295,8 +292,7 @@ def load_recipe(path: str | Path, arguments: Sequence[str] = ()) -> Recipe:
             the recipe itself goes to `gflownet` (`--learning_rate 1e-3`), as with TRL's scripts. Values are YAML.
     """
     path = Path(path)
-    content = _on_its_base(path)
-    content = {"name": path.stem, **content, "folder": str(path.resolve().parent)}
+    content = {"name": path.stem, **_on_its_base(path), "folder": str(path.resolve().parent)}
     known = [name for name in field_names(Recipe) if name != "folder"]
     check_names(content.keys() - {"folder"}, known)
     for name, value in parse_options(arguments).items():

@@ -27,6 +27,8 @@ from .stage import Stage, write_json
 
 
 TITLES = {"teacher": "Teacher", "sft": "SFT", "control": "SFT continued (control)", "gflownet": "GFlowNet"}
+#: What the results take over from the record of a training.
+KEPT = ("steps", "rows_per_step", "best_step", "seconds", "reward_weights")
 PACKAGES = (gflowtrl, torch, transformers, trl, accelerate, datasets, numpy)
 
 
@@ -54,16 +56,17 @@ def collect(
     for method, stage in tested.items():
         record = stage.record
         by_group = group_means(per_user(stage)[f"recall@{k}"], groups, count)
-        entry = methods[method] = {"metrics": record["metrics"], "standard_errors": record["standard_errors"]}
-        entry["folder"] = str(stage.folder)
-        entry["recall_by_popularity"] = [None if mean.isnan() else float(mean) for mean in by_group]
-        if method == "teacher":
-            entry["seconds"] = teacher_seconds
-            continue
-        training = trained[method].record
-        names = ("steps", "rows_per_step", "best_step", "seconds", "reward_weights")
-        entry |= {name: training[name] for name in names if name in training}
-        entry["model"] = str(trained[method].folder / "model")
+        methods[method] = {
+            "metrics": record["metrics"],
+            "standard_errors": record["standard_errors"],
+            "folder": str(stage.folder),
+            "recall_by_popularity": [None if mean.isnan() else float(mean) for mean in by_group],
+            "seconds": teacher_seconds,
+        }
+        if method in trained:
+            training = trained[method].record
+            methods[method] |= {name: training[name] for name in KEPT if name in training}
+            methods[method]["model"] = str(trained[method].folder / "model")
     results = {
         "recipe": recipe.as_dict(),
         "data": {
@@ -99,8 +102,8 @@ def compare(materials: Materials, first: Stage, second: Stage, k: int) -> dict[s
     return {name: paired_bootstrap(a[name], b[name], samples=samples) for name in names}
 
 
-def columns(results: Mapping[str, Any]) -> dict[str, str]:
-    """Title to metric of the table's columns."""
+def table(results: Mapping[str, Any]) -> str:
+    """The results as a markdown table."""
     ks = results["recipe"]["evaluation"]["ks"]
     k = primary_cutoff(ks)
     shown = {f"Recall@{n}": f"recall@{n}" for n in sorted(ks) if n <= k}
@@ -108,26 +111,10 @@ def columns(results: Mapping[str, Any]) -> dict[str, str]:
     shown |= {f"Gini@{k}": f"gini@{k}", "long tail": f"long_tail@{k}"}
     if _truth_is_known(results):
         shown |= {title: name for name, title in NAMES.items()}
-    return shown
-
-
-def table(results: Mapping[str, Any]) -> str:
-    """The results as a markdown table."""
-    shown = columns(results)
     lines = [["method", *shown, "train s"]]
     for method, entry in results["methods"].items():
         values = [f"{entry['metrics'][name]:.4f}" for name in shown.values()]
-        lines.append([TITLES[method], *values, f"{entry['seconds']:.0f}" if "seconds" in entry else ""])
-    return aligned(lines)
-
-
-def calibration_table(calibration: Mapping[str, Any]) -> str:
-    """Distances of the policies to R / Z as a markdown table."""
-    shown = {"TV": "total_variation", "JS": "jensen_shannon"}
-    columns = {f"{title}, {part}": (part, name) for part in ("training", "test") for title, name in shown.items()}
-    lines = [["policy", *columns]]
-    for method, entry in calibration["methods"].items():
-        lines.append([TITLES[method], *(f"{entry[part][name]:.4f}" for part, name in columns.values())])
+        lines.append([TITLES[method], *values, f"{entry['seconds']:.0f}"])
     return aligned(lines)
 
 
@@ -146,16 +133,16 @@ def interval_text(interval: Mapping[str, float]) -> str:
 
 def text(results: Mapping[str, Any]) -> str:
     """The whole report as it is printed."""
-    synthetic = results["data"]["synthetic"]
-    users = results["data"]["test_users"]
+    recipe, data = results["recipe"], results["data"]
     lines = [
-        f"Results of {results['recipe']['name']!r}, seed {results['recipe']['seed']}"
-        + (" - SYNTHETIC data, no evidence about real users" if synthetic else ""),
-        results["data"]["summary"],
+        f"Results of {recipe['name']!r}, seed {recipe['seed']}"
+        + (" - SYNTHETIC data, no evidence about real users" if data["synthetic"] else ""),
+        data["summary"],
         "",
         table(results),
         "",
-        f"Test split, {users:,} users, last item left out, all items are candidates, items already seen not removed.",
+        f"Test split, {data['test_users']:,} users, last item left out, all items are candidates, items already seen "
+        f"not removed.",
     ]
     for name, interval in results.get("gflownet_minus_control", {}).items():
         low, high = interval["low"], interval["high"]
@@ -192,11 +179,16 @@ def write(results: Mapping[str, Any], logs: Mapping[str, list[dict]], folder: Pa
 def _calibration(found: Mapping[str, Any]) -> list[str]:
     if "left_out" in found:
         return [f"Distance to R / Z left out: {found['left_out']}"]
+    parts = ("training", "test")
+    shown = [(part, name) for part in parts for name in ("total_variation", "jensen_shannon")]
+    lines = [["policy", *(f"{title}, {part}" for part in parts for title in ("TV", "JS"))]]
+    for method, entry in found["methods"].items():
+        lines.append([TITLES[method], *(f"{entry[part][name]:.4f}" for part, name in shown)])
     return [
         f"How far each policy is from {found['target']} (over all {found['leaves']:,} leaves, {found['rows']} "
         f"training and {found['rows']} test rows):",
         "",
-        calibration_table(found),
+        aligned(lines),
         "",
         "TV: total variation, 0 to 1; JS: Jensen-Shannon divergence, nats; lower is nearer. A reward that reads the "
         "target knows that of a test row, a policy does not.",

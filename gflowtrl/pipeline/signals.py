@@ -83,7 +83,7 @@ def build_rewards(workshop: Workshop, materials: Materials, teacher: TeacherModu
             folder = recipe.local(options.pop("model"))
             with whole_models():
                 model = AutoModelForCausalLM.from_pretrained(folder)
-            return TitleLikelihoodReward(model, AutoTokenizer.from_pretrained(folder), _titles(materials), **options)
+            return TitleLikelihoodReward(model, AutoTokenizer.from_pretrained(folder), materials.titles, **options)
         if spec["type"] == "collaborative":
             own = options.pop("teacher", None)
             used = teacher if own is None else fit_teacher(workshop, materials, own)
@@ -141,7 +141,12 @@ def check_signals(materials: Materials) -> None:
                 f"ground_truth, with weight 10 as in GFlowGR."
             )
         if kind == "title_likelihood":
-            _titles(materials)
+            lacking = [item for item in materials.data.items if item not in materials.titles]
+            if lacking:
+                raise ValueError(
+                    f"{materials.data.name} has no title of {len(lacking)} of {len(materials.data.items)} items "
+                    f"(items.jsonl), for example {lacking[0]!r}; the reward title_likelihood needs one for each."
+                )
             AutoConfig.from_pretrained(recipe.local(spec["model"]))
         _exposure(materials, spec.get("popularity", "interactions"))
         if "function" in spec:
@@ -160,18 +165,6 @@ def check_signals(materials: Materials) -> None:
 def _takes_features(function: Callable) -> bool:
     """Whether a reward function reads what is known about the items."""
     return "item_features" in inspect.signature(function).parameters
-
-
-def _titles(materials: Materials) -> dict[Any, str]:
-    titles = materials.titles
-    lacking = [item for item in materials.data.items if item not in titles]
-    if lacking:
-        count = f"{len(lacking)} of {len(materials.data.items)}"
-        raise ValueError(
-            f"{materials.data.name} has no title of {count} items (items.jsonl), for example {lacking[0]!r}; the "
-            f"reward title_likelihood needs one for each."
-        )
-    return titles
 
 
 def _exposure(materials: Materials, kind: str) -> Tensor:
@@ -195,7 +188,7 @@ def reward_key(recipe: Recipe, materials: Materials) -> list[dict[str, Any]]:
         if "teacher" in spec:
             key["teacher"] = teacher_key(recipe, materials, spec["teacher"])
         if spec.get("type") == "title_likelihood":
-            key["titles"] = fingerprint(sorted(_titles(materials).items()))
+            key["titles"] = fingerprint(sorted(materials.titles.items()))
             key["model_files"] = files_fingerprint(recipe.local(spec["model"]))
         keys.append(key)
     return keys

@@ -6,15 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from gflowtrl.rewards import (
-    CollaborativeReward,
-    GroundTruthReward,
-    InteractionReward,
-    LikelihoodReward,
-    RankPenaltyReward,
-    TitleLikelihoodReward,
-    TokenSimilarityReward,
-)
+from gflowtrl import rewards
 from gflowtrl.rewards.title_likelihood import check_title_options
 from gflowtrl.teachers import EASE, MixtureTeacher, Popularity, SASRec
 
@@ -23,13 +15,13 @@ from .configuration import check_names
 
 TEACHERS = {"sasrec": SASRec, "ease": EASE, "popularity": Popularity, "mixture": MixtureTeacher}
 REWARDS = {
-    "ground_truth": GroundTruthReward,
-    "interaction": InteractionReward,
-    "token_similarity": TokenSimilarityReward,
-    "collaborative": CollaborativeReward,
-    "likelihood": LikelihoodReward,
-    "rank_penalty": RankPenaltyReward,
-    "title_likelihood": TitleLikelihoodReward,
+    "ground_truth": rewards.GroundTruthReward,
+    "interaction": rewards.InteractionReward,
+    "token_similarity": rewards.TokenSimilarityReward,
+    "collaborative": rewards.CollaborativeReward,
+    "likelihood": rewards.LikelihoodReward,
+    "rank_penalty": rewards.RankPenaltyReward,
+    "title_likelihood": rewards.TitleLikelihoodReward,
 }
 #: The weight that validation rows decide, and the rewards they can judge: those that do not read the target.
 LEARNED = "learned"
@@ -104,10 +96,10 @@ def _check_weight(reward: Mapping[str, Any], where: str) -> None:
 def _check_values(kind: str, options: Mapping[str, Any]) -> None:
     """Make the reward, without what takes time, for the errors of its class."""
     if kind == "title_likelihood":
-        bound = inspect.signature(TitleLikelihoodReward).bind_partial(**options)
+        bound = inspect.signature(REWARDS[kind]).bind_partial(**options)
         bound.apply_defaults()
         check_title_options(*(bound.arguments[name] for name in inspect.signature(check_title_options).parameters))
     elif kind == "collaborative":
-        CollaborativeReward(None, item_counts=(), **options)
+        REWARDS[kind](None, item_counts=(), **options)
     else:
         REWARDS[kind](**options)

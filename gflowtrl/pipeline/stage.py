@@ -22,6 +22,7 @@ CLOCK_FILE = "seconds.json"
 CHECKPOINTS = "checkpoints"  # of a training; given up when the stage is done, and not before
 
 Record = dict[str, Any]
+Work = Callable[[Path], Record]
 
 
 class Workshop:
@@ -78,7 +79,7 @@ class Stage:
         """What the work returned, and `seconds`, interrupted attempts included."""
         return json.loads((self.folder / DONE_FILE).read_text(encoding="utf-8"))
 
-    def run(self, title: str, work: Callable[[Path], Record], main_only: bool = False) -> Record:
+    def run(self, title: str, work: Work, main_only: bool = False) -> Record:
         """Does the work unless it is done.
 
         Args:

@@ -31,9 +31,9 @@ from gflowtrl.trainer.evaluation import history_lengths
 from gflowtrl.trainer.model_card import CardFacts, base_model, card_facts, shown_metrics, write_card
 
 from .materials import Materials, files_fingerprint
-from .models import build_model, continued_model, save_merged
+from .models import build_model, quantization, save_merged
 from .signals import build_rewards, final_weights, reward_key, teacher_key
-from .stage import CHECKPOINTS, Record, Stage, Workshop, if_set
+from .stage import CHECKPOINTS, Record, Stage, Work, Workshop, if_set
 
 
 #: Fields of training arguments that change what is shown or how fast it is, never the result.
@@ -45,20 +45,27 @@ COSMETIC = {
 CURVES = "runs"  # where transformers has TensorBoard write, beside the checkpoints
 
 
-class _EpochOrder:
-    """Order of rows as a function of (seed, epoch), so that a resumed run repeats an undisturbed one."""
+class _Stage(CompleteCheckpointsMixin, RankingEvaluationMixin):
+    """Evaluated by constrained beam search; the order of rows is a function of (seed, epoch), so that a resumed run
+    repeats an undisturbed one.
+
+    Attributes:
+        row_lengths: `(rows,)` of the training rows; rows of like length are put together.
+    """
+
+    row_lengths: Tensor
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         args = self.args
         if args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        lengths = self._row_lengths(self.train_dataset if train_dataset is None else train_dataset)
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return LengthGroupedEpochSampler(lengths, batch, args.seed if args.data_seed is None else args.data_seed)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return LengthGroupedEpochSampler(self.row_lengths, batch, seed)
 
 
-class SFTStage(_EpochOrder, CompleteCheckpointsMixin, RankingEvaluationMixin, SFTTrainer):
-    """TRL's SFTTrainer, evaluated by constrained beam search. Nothing is sent anywhere."""
+class SFTStage(_Stage, SFTTrainer):
+    """TRL's SFTTrainer. Nothing is sent anywhere."""
 
     def _send_telemetry(self) -> None:
         """Nothing."""
@@ -69,21 +76,9 @@ class SFTStage(_EpochOrder, CompleteCheckpointsMixin, RankingEvaluationMixin, SF
             return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    def _row_lengths(self, rows: Dataset) -> Tensor:
-        return torch.tensor([len(tokens) for tokens in rows["input_ids"]])
 
-
-class Seq2SeqSFTStage(_EpochOrder, CompleteCheckpointsMixin, RankingEvaluationMixin, Seq2SeqTrainer):
-    """transformers' Seq2SeqTrainer on one row a target, evaluated by constrained beam search."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        # The models take the number of tokens of the whole step and make nothing of it: their loss is a mean of the
-        # micro-batch, which the Trainer would multiply by the number of processes and not divide by the accumulation.
-        self.model_accepts_loss_kwargs = False
-
-    def _row_lengths(self, rows: Dataset) -> Tensor:
-        return history_lengths(rows).clamp(max=self.data_collator.encoder.max_history_items)
+class Seq2SeqSFTStage(_Stage, Seq2SeqTrainer):
+    """transformers' Seq2SeqTrainer on one row a target."""
 
 
 class ShortProgress(ProgressCallback):
@@ -125,16 +120,18 @@ def _sft_trainer(materials: Materials, folder: Path, callbacks: Sequence[Trainer
         merge_tied_embeddings(model)
     else:
         model = add_adapters(model, recipe.peft_config, materials.catalog)
-    args, kind, collator = recipe.training_arguments("sft", folder / CHECKPOINTS), SFTStage, None
+    args, longest = recipe.training_arguments("sft", folder / CHECKPOINTS), recipe.data.max_history_items
+    kind, collator, lengths = SFTStage, None, None
     if recipe.encoder_decoder:
         kind, collator = Seq2SeqSFTStage, TargetCollator(materials.encoder)
+        lengths = history_lengths(rows).clamp(max=longest)
+    elif recipe.prompt:
+        rows = text_sft_dataset(rows["history"], rows["target"], materials.encoder)
     else:
+        rows = sft_dataset(materials.splits.train_sequences, materials.catalog, materials.tokenizer, longest)
+    if kind is SFTStage:
         args.dataset_kwargs = {"skip_prepare_dataset": True}  # rows are tokenised and cut already
-        if recipe.prompt:
-            rows = text_sft_dataset(rows["history"], rows["target"], materials.encoder)
-        else:
-            longest = recipe.data.max_history_items
-            rows = sft_dataset(materials.splits.train_sequences, materials.catalog, materials.tokenizer, longest)
+        lengths = torch.tensor([len(tokens) for tokens in rows["input_ids"]])
     trainer = kind(
         model,
         args=args,
@@ -144,8 +141,13 @@ def _sft_trainer(materials: Materials, folder: Path, callbacks: Sequence[Trainer
         processing_class=materials.tokenizer,
         callbacks=list(callbacks),
     )
-    measure = recipe.evaluation
-    trainer.set_up_ranking(materials.catalog, materials.encoder, materials.item_counts, measure.num_beams, measure.ks)
+    trainer.row_lengths = lengths
+    if recipe.encoder_decoder:
+        # The models take the number of tokens of the whole step and make nothing of it: their loss is a mean of the
+        # micro-batch, which the Trainer would multiply by the number of processes and not divide by the accumulation.
+        trainer.model_accepts_loss_kwargs = False
+    measure, counts = recipe.evaluation, materials.item_counts
+    trainer.set_up_ranking(materials.catalog, materials.encoder, counts, measure.num_beams, measure.ks)
     return trainer
 
 
@@ -201,7 +203,7 @@ def _flow_trainer(
 ) -> GFlowNetTrainer:
     set_seed(materials.recipe.seed)
     return GFlowNetTrainer(
-        continued_model(materials.recipe, sft.folder / "model"),
+        load_backbone(sft.folder / "model", **quantization(materials.recipe)),
         args=args,
         train_dataset=materials.splits.train,
         eval_dataset=materials.validation,
@@ -216,14 +218,7 @@ def _flow_trainer(
     )
 
 
-def _run_stage(
-    workshop: Workshop,
-    materials: Materials,
-    name: str,
-    inputs: Mapping[str, Any],
-    about: str,
-    work: Callable[[Path], Record],
-) -> Stage:
+def _run_stage(workshop: Workshop, materials: Materials, name: str, inputs: Record, about: str, work: Work) -> Stage:
     recipe = materials.recipe
     # What of the evaluation decides which checkpoint is kept.
     selection = {"num_beams": recipe.evaluation.num_beams, "k": recipe.evaluation.primary_k}
@@ -239,8 +234,7 @@ def train(trainer: Trainer, materials: Materials, folder: Path, base: Callable[[
 
     Adapters are kept as `folder/adapters` and merged into what `base` gives, the model as it was before.
     """
-    if any(isinstance(callback, ProgressCallback) for callback in trainer.callback_handler.callbacks):
-        trainer.remove_callback(ProgressCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ShortProgress())
     checkpoint = last_checkpoint(folder / CHECKPOINTS)
     if checkpoint and trainer.is_world_process_zero():

@@ -38,7 +38,7 @@ def keep(tmp_path):
 
 
 def seeds_of(rows) -> dict[str, list[int]]:
-    return {row.title: row.seeds for row in rows}
+    return {row.title: list(row.entries) for row in rows}
 
 
 FLOW = {"loss_type": ["exact_flow"], "num_generations": 3, "max_steps": 4}
@@ -55,7 +55,7 @@ def test_a_row_is_one_setting_in_whatever_order_the_runs_come(keep, tmp_path):
     assert seeds_of(rows) == {
         "Teacher": both, "SFT": both, CONTROL: both, "GFlowNet: micro": both, "GFlowNet: micro'": both
     }  # fmt: skip
-    folders = [[entry["folder"].rpartition("-")[2] for entry in row.entries] for row in rows[-2:]]
+    folders = [[entry["folder"].rpartition("-")[2] for entry in row.entries.values()] for row in rows[-2:]]
     assert folders == [["a", "d"], ["b", "c"]]
     assert difference(rows[-1], rows[-2], "ndcg@5")["mean_difference"] == 0
 

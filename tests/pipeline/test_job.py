@@ -252,7 +252,7 @@ def test_ctrl_c_says_how_to_continue(tmp_path, monkeypatch, capsys):
     def interrupted(recipe):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gflowtrl.pipeline.job.run", interrupted)
+    monkeypatch.setattr("gflowtrl.cli.train.run", interrupted)
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(micro_settings(tmp_path / "out")))
     assert main(["--config", str(file)]) == 130
