@@ -44,7 +44,7 @@ def check_gflownet(recipe: Recipe) -> None:
     from gflowtrl.trainer.weighting import source_table
 
     args = recipe.training_arguments("gflownet", recipe.output_dir)
-    if not recipe.rewards and any(get_loss(name).rewards for name in args.loss_type):
+    if not recipe.rewards and any(get_loss(name).needs_rewards for name in args.loss_type):
         raise ValueError(
             f"gflownet.loss_type {args.loss_type} needs rewards, but the recipe's section rewards is empty. Add one, "
             f"{{type: ground_truth}} for example (docs/rewards.md)."

@@ -213,7 +213,7 @@ class Recipe:
         A stage is measured and saved once an epoch, and ends with its checkpoint of the highest validation NDCG.
         """
         from gflowtrl.trainer import GFlowNetConfig
-        from gflowtrl.trainer.base import computes_in_bf16
+        from gflowtrl.trainer.tree_policy_config import computes_in_bf16
 
         values = {
             "eval_strategy": "epoch",

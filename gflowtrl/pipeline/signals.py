@@ -164,7 +164,7 @@ def _check_scores(recipe: Recipe, spec: Mapping[str, Any], where: str) -> None:
     if "function" in spec:
         every_item = hasattr(load_function(spec["function"], recipe.folder), "score_items")
     losses = recipe.training_arguments("gflownet", recipe.output_dir).loss_type if "gflownet" in recipe.stages else []
-    needy = [name for name in losses if get_loss(name).all_leaf_rewards]
+    needy = [name for name in losses if get_loss(name).needs_all_rewards]
     if needy and not every_item:
         raise ValueError(
             f"{where} ({spec.get('type') or spec['function']}) scores drawn items only, but {needy[0]} needs the "

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
 from gflowtrl.catalog import Item, ItemCatalog
+from gflowtrl.data import Step
 from gflowtrl.teachers import as_teacher, teacher_scores
 
-from .base import Reward, column
+from .base import Reward
 
 
 if TYPE_CHECKING:
@@ -73,9 +74,9 @@ class CollaborativeReward(Reward):
                 self._penalty = self.popularity_correction * torch.log1p(_counts(self.item_counts, catalog.items))
         return super().bind(catalog, tokenizer, leaf_reduction)
 
-    def score_items(self, batch: Mapping[str, Any]) -> Tensor:
-        shape = (len(column(batch, "history", self.__name__)), len(self._bound_catalog()))
-        scores = teacher_scores(self._aligned, batch).float()
+    def score_items(self, step: Step) -> Tensor:
+        shape = (len(step.column("history", self._owner)), len(self._bound_catalog()))
+        scores = teacher_scores(self._aligned, step).float()
         if scores.shape != shape:
             raise ValueError(
                 f"The teacher of reward {self.__name__!r} returned scores of shape {tuple(scores.shape)}; it must "

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gflowtrl.catalog import ItemCatalog
-from gflowtrl.data import PromptEncoder
+from gflowtrl.data import PromptEncoder, check_column_names
 
 
 REQUIRED_COLUMNS = ("row_id", "history", "target")
@@ -76,6 +76,7 @@ def check_rows(rows: Dataset | None, catalog: ItemCatalog) -> None:
             f"The dataset has no column {', '.join(missing)} (it has {', '.join(rows.column_names)}). "
             f"gflowtrl.data.leave_one_out makes such rows."
         )
+    check_column_names(rows.column_names)
     if not len(rows):
         raise ValueError("The dataset has no rows.")
     known, met = set(catalog.items), set()

@@ -13,10 +13,10 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction
 
 from gflowtrl.catalog import ItemCatalog
-from gflowtrl.data import GroupCollator, PromptEncoder
+from gflowtrl.data import GroupCollator, PromptEncoder, Step
 from gflowtrl.metrics import binned_by_target, jensen_shannon, summarise, total_variation
 from gflowtrl.policy import TreePolicy, make_policy
-from gflowtrl.rewards import RewardFusion
+from gflowtrl.rewards import CompositeReward
 
 from .reference import ReferencePrior
 
@@ -89,7 +89,7 @@ class RankingEvaluationMixin:
         """Ranked leaves `(B, beams)` as predictions, target leaves `(B,)` as labels; there is no loss."""
         inputs = self._prepare_inputs(inputs)
         leaves, _ = make_policy(model, self._catalog).beam_search(inputs["prompts"], self._num_beams)
-        return None, leaves, self._catalog.leaf_of(inputs["target"]).to(leaves.device)
+        return None, leaves, self._catalog.leaf_of(inputs["columns"]["target"]).to(leaves.device)
 
     def _ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         leaves, targets = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
@@ -134,7 +134,7 @@ def rank_rows(
 @torch.no_grad()
 def compare_with_rewards(
     policy: TreePolicy,
-    rewards: RewardFusion,
+    rewards: CompositeReward,
     encoder: PromptEncoder,
     rows: Dataset,
     batch_size: int = 16,
@@ -169,10 +169,11 @@ def compare_with_rewards(
     for start in tqdm(range(0, len(rows), batch_size), desc="Comparing with R / Z", disable=not progress):
         batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
         batch["prompts"] = {name: value.to(device) for name, value in batch["prompts"].items()}
-        probs = policy.leaf_log_probs(batch["prompts"]).double().exp()
-        log_target = rewards.leaf_log_rewards(batch).double().to(probs.device)
+        step = Step.from_batch(batch, policy.catalog)
+        probs = policy.leaf_log_probs(step.prompts).double().exp()
+        log_target = rewards.dense(step).result.log_rewards.double()
         if prior is not None:
-            log_target = log_target + prior.score_all(policy.model, batch["prompts"])
+            log_target = log_target + prior.score_all(policy.model, step.prompts)
         target = log_target.softmax(1)
         part = {"total_variation": total_variation(probs, target), "jensen_shannon": jensen_shannon(probs, target)}
         found.append(part | (binned_by_target(probs, target) if bins else {}))
