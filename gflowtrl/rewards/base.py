@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,6 +18,32 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from gflowtrl.policy import Prompts
+
+
+@runtime_checkable
+class ScoresItems(Protocol):
+    """A reward of every item: `(B, items)` in the order of `catalog.items`."""
+
+    def score_items(self, step: Step) -> Tensor: ...
+
+
+@runtime_checkable
+class ScoresLeaves(Protocol):
+    """A reward of leaves `(B, K)`: `(B, K)`."""
+
+    def score_leaves(self, step: Step, leaves: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Binds(Protocol):
+    """What wants to know the catalogue before it is used."""
+
+    def bind(self, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase | None, leaf_reduction: str) -> Any: ...
+
+
+#: TRL's reward signature, sync or async, or tensors.
+RewardFunction = Callable[..., Any]
+AnyReward = RewardFunction | ScoresItems | ScoresLeaves
 
 
 class Reward:
@@ -39,7 +66,7 @@ class Reward:
     scores_all_items: bool = True
     reads_policy: bool = False
     reads_prompts: bool = False
-    catalog: ItemCatalog | None = None
+    catalog: ItemCatalog
     tokenizer: PreTrainedTokenizerBase | None = None
     leaf_reduction: str = "sum"
 
@@ -88,7 +115,7 @@ class Reward:
         return f"Reward {self.__name__!r}"
 
     def _bound_catalog(self) -> ItemCatalog:
-        if self.catalog is None:
+        if not hasattr(self, "catalog"):
             raise ValueError(f"{self._owner} does not know the catalogue yet; call bind(catalog) first.")
         return self.catalog
 

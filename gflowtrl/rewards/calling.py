@@ -70,7 +70,7 @@ class RewardLog:
         return {name: sum(values) / len(values) for name, values in self._metrics.items()}
 
 
-def call_rewards(functions: Mapping[str, Callable], keywords: Mapping[str, Any]) -> dict[str, Any]:
+def call_rewards(functions: Mapping[str, Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
     """Call all functions; those that return awaitables run concurrently. An exception gets a note with the reward."""
     results, waiting = {}, {}
     for name, function in functions.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class CollaborativeReward(Reward):
 
     def __init__(
         self,
-        teacher: Teacher | Callable[[list[list[Item]]], Tensor],
+        teacher: Teacher | Callable[[Sequence[Sequence[Item]]], Any],
         temperature: float = 1.0,
         popularity_correction: float = 0.0,
         item_counts: Mapping[Item, int] | Sequence[int] | Tensor | None = None,
@@ -62,26 +62,21 @@ class CollaborativeReward(Reward):
         self.teacher, self.temperature = teacher, temperature
         self.popularity_correction, self.item_counts = popularity_correction, item_counts
         self.normalization, self.exponent = normalization, exponent
-        self._aligned: Teacher | None = None  # the teacher, its columns in the catalogue's order
+        self._aligned: Teacher  # the teacher, its columns in the catalogue's order
         self._penalty: Tensor | None = None
 
     def bind(
         self, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase | None = None, leaf_reduction: str = "sum"
     ) -> Self:
-        if catalog is not self.catalog:
+        if catalog is not getattr(self, "catalog", None):
             self._aligned = as_teacher(self.teacher, catalog.items)
             if self.popularity_correction:
                 self._penalty = self.popularity_correction * torch.log1p(_counts(self.item_counts, catalog.items))
         return super().bind(catalog, tokenizer, leaf_reduction)
 
     def score_items(self, step: Step) -> Tensor:
-        shape = (len(step.column("history", self._owner)), len(self._bound_catalog()))
-        scores = teacher_scores(self._aligned, step).float()
-        if scores.shape != shape:
-            raise ValueError(
-                f"The teacher of reward {self.__name__!r} returned scores of shape {tuple(scores.shape)}; it must "
-                f"return {shape}: one row per history, one column per item."
-            )
+        self._bound_catalog()
+        scores = teacher_scores(self._aligned, step, self._owner)
         if self._penalty is not None:
             scores = scores - self._penalty.to(scores.device)
         if self.normalization == "softmax":

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from gflowtrl.data import Step
 from gflowtrl.policy import TreePolicy
 from gflowtrl.policy.modules import evaluation_mode
 
+from .base import AnyReward, Binds, ScoresItems, ScoresLeaves
 from .calling import RewardLog, call_rewards, checked_values, reward_keywords
 from .step_reward import DenseReward, RewardResult, SampledReward, StepReward, TopKReward
 
@@ -61,7 +62,7 @@ class CompositeReward:
 
     def __init__(
         self,
-        reward_funcs: Callable | Sequence[Callable],
+        reward_funcs: AnyReward | Sequence[AnyReward],
         catalog: ItemCatalog,
         tokenizer: PreTrainedTokenizerBase | None = None,
         weights: Sequence[float] | None = None,
@@ -72,15 +73,16 @@ class CompositeReward:
         max_elements: int | None = None,
         top_items: int | None = None,
     ):
-        funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        several = isinstance(reward_funcs, list | tuple)
+        funcs: list[AnyReward] = list(reward_funcs) if several else [cast(AnyReward, reward_funcs)]
         self.weights = [1.0] * len(funcs) if weights is None else [float(weight) for weight in weights]
         _check_options(funcs, self.weights, transform, beta, floor, leaf_reduction)
-        self.rewards = dict(zip(_names(funcs), funcs, strict=True))
+        self.rewards: dict[str, AnyReward] = dict(zip(_names(funcs), funcs, strict=True))
         self.catalog, self.tokenizer = catalog, tokenizer
         self.transform, self.beta, self.floor, self.leaf_reduction = transform, beta, floor, leaf_reduction
         self.max_elements, self.top_items = max_elements, top_items
         for name, reward in self.rewards.items():
-            if hasattr(reward, "bind"):
+            if isinstance(reward, Binds):
                 reward.bind(catalog, tokenizer, leaf_reduction)
             elif not _is_tensor_reward(reward) and tokenizer is None:
                 raise ValueError(
@@ -123,12 +125,9 @@ class CompositeReward:
             exact = partial(self.score_in_chunks, step)
             return TopKReward.best_of(tables, self.top_items, self.catalog.tree, exact)
 
-        def policy_log_probs(leaves: Tensor) -> Tensor:
-            with torch.no_grad(), evaluation_mode(policy.model):
-                return policy.score(step.prompts, leaves).trajectory_log_probs
-
         score = partial(self.score_drawn, step, trainer_state=trainer_state)
-        return SampledReward(score, policy_log_probs if self.reads_policy and policy is not None else None)
+        ask = partial(_policy_log_probs, policy, step) if self.reads_policy and policy is not None else None
+        return SampledReward(score, ask)
 
     @torch.no_grad()
     def dense(self, step: Step) -> DenseReward:
@@ -163,9 +162,10 @@ class CompositeReward:
             policy_log_probs: `(B, K)` log pi of them, for rewards that read it.
             trainer_state: handed to plain reward functions.
         """
-        log, plain = RewardLog(), {n: r for n, r in self.rewards.items() if not _is_tensor_reward(r)}
+        log = RewardLog()
+        plain = {name: reward for name, reward in self.rewards.items() if not _is_tensor_reward(reward)}
         answers: dict[str, Any] = {}
-        if plain:
+        if plain and self.tokenizer is not None:
             keywords = reward_keywords(step, leaves, self.catalog, self.tokenizer)
             keywords |= {"trainer_state": trainer_state, "log_extra": log.log_extra, "log_metric": log.log_metric}
             answers = call_rewards(plain, keywords)
@@ -173,7 +173,7 @@ class CompositeReward:
         for name, reward in self.rewards.items():
             if name in plain:
                 parts[name] = self._listed(name, answers[name], step, leaves)
-            elif hasattr(reward, "score_leaves"):
+            elif isinstance(reward, ScoresLeaves):
                 known = {"policy_log_probs": policy_log_probs} if getattr(reward, "reads_policy", False) else {}
                 scores = reward.score_leaves(step, leaves, **known)
                 parts[name] = _shaped(name, "score_leaves", scores, leaves.shape, leaves)
@@ -207,7 +207,9 @@ class CompositeReward:
     # -------------------------------------------------------------------------------------------- one reward's values
     def _item_scores(self, name: str, step: Step) -> Tensor:
         shape = (len(step), len(self.catalog))
-        scores = _shaped(name, "score_items", self.rewards[name].score_items(step), shape, step.row_ids)
+        reward = self.rewards[name]
+        assert isinstance(reward, ScoresItems)
+        scores = _shaped(name, "score_items", reward.score_items(step), shape, step.row_ids)
         return self.catalog.fold_items(scores, self.leaf_reduction)
 
     def _listed(self, name: str, values: Any, step: Step, leaves: Tensor) -> Tensor:
@@ -283,12 +285,17 @@ class CompositeReward:
         return f"row {row} of the batch (row_id {row_id}), item {items} ({self.catalog.leaf_text(leaf)!r})"
 
 
-def _scores_items(reward: Any) -> bool:
-    return hasattr(reward, "score_items") and getattr(reward, "scores_all_items", True)
+def _scores_items(reward: AnyReward) -> bool:
+    return isinstance(reward, ScoresItems) and getattr(reward, "scores_all_items", True)
 
 
-def _is_tensor_reward(reward: Any) -> bool:
-    return hasattr(reward, "score_items") or hasattr(reward, "score_leaves")
+def _is_tensor_reward(reward: object) -> TypeGuard[ScoresItems | ScoresLeaves]:
+    return isinstance(reward, ScoresItems | ScoresLeaves)
+
+
+def _policy_log_probs(policy: TreePolicy, step: Step, leaves: Tensor) -> Tensor:
+    with torch.no_grad(), evaluation_mode(policy.model):
+        return policy.score(step.prompts, leaves).trajectory_log_probs
 
 
 def _shaped(name: str, method: str, scores: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:

@@ -93,4 +93,6 @@ class InteractionReward(Reward):
                 )
             best[item] = max(level, best.get(item, 0))
         worth = {item: self.values[level] for item, level in best.items() if self.values[level]}
-        return worth if self.target is None else {**worth, target: float(self.target)}
+        if self.target is not None and target is not None:
+            worth[target] = float(self.target)
+        return worth

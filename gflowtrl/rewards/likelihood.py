@@ -36,7 +36,7 @@ class LikelihoodReward(Reward):
     are refused.
 
     Args:
-        model_or_policy: a policy (an object with `score` and `leaf_log_probs`) over the same catalogue; or a causal or
+        model_or_policy: a policy over the same catalogue; or a causal or
             encoder-decoder model, which is then read as one; or None for the policy in training.
         catalog: of a model; the trainer supplies it where it is missing.
     """
@@ -45,9 +45,8 @@ class LikelihoodReward(Reward):
 
     def __init__(self, model_or_policy: TreePolicy | nn.Module | None = None, catalog: ItemCatalog | None = None):
         super().__init__("likelihood")
-        is_policy = hasattr(model_or_policy, "score") and hasattr(model_or_policy, "leaf_log_probs")
-        self.policy = model_or_policy if is_policy else None
-        self.model = None if is_policy else model_or_policy
+        self.policy: TreePolicy | None = model_or_policy if isinstance(model_or_policy, TreePolicy) else None
+        self.model = model_or_policy if isinstance(model_or_policy, nn.Module) else None
         self.scores_all_items = model_or_policy is not None
         self.reads_policy = model_or_policy is None
         if catalog is not None:

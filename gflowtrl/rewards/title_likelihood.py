@@ -85,7 +85,7 @@ class TitleLikelihoodReward(Reward):
     def bind(
         self, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase | None = None, leaf_reduction: str = "sum"
     ) -> Self:
-        if catalog is not self.catalog:
+        if catalog is not getattr(self, "catalog", None):
             bare = [item for item in catalog.items if not str(self.titles.get(item) or "").split()]
             if bare:
                 raise ValueError(

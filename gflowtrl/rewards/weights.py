@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,8 +11,9 @@ from datasets import Dataset
 from torch import Tensor
 
 from gflowtrl.catalog import Item, ItemCatalog
-from gflowtrl.data import GroupCollator, Step
+from gflowtrl.data import GroupCollator, PromptEncoder, Step
 
+from .base import AnyReward
 from .composite import CompositeReward
 
 
@@ -41,10 +42,10 @@ class LearnedWeights:
 
 
 def fit_reward_weights(
-    rewards: Callable | Sequence[Callable],
+    rewards: AnyReward | Sequence[AnyReward],
     catalog: ItemCatalog,
     rows: Dataset,
-    encoder: Callable[[Sequence[Sequence[Item]]], dict[str, Tensor]],
+    encoder: PromptEncoder,
     tokenizer: PreTrainedTokenizerBase | None = None,
     held_out: str = "target",
     floor: float = 1e-3,
@@ -107,18 +108,18 @@ def one_step_back(rows: Dataset) -> Dataset:
     For a reward that reads `target`: whether it is a good one shows in another positive of the same user. Rows with a
     history of one item are left out, and so are all columns that tell about the old target.
     """
-    kept = [row for row in rows.select_columns(["row_id", "history", "target"]) if len(row["history"]) > 1]
+    kept = rows.select([number for number, history in enumerate(rows["history"]) if len(history) > 1])
     columns = {
-        "row_id": [row["row_id"] for row in kept],
-        "history": [row["history"][:-1] for row in kept],
-        "target": [row["history"][-1] for row in kept],
-        "next": [row["target"] for row in kept],
+        "row_id": kept["row_id"],
+        "history": [history[:-1] for history in kept["history"]],
+        "target": [history[-1] for history in kept["history"]],
+        "next": kept["target"],
     }
     return Dataset.from_dict(columns)
 
 
 def _steps(
-    rows: Dataset, encoder: Callable, held_out: str, batch_size: int, device: torch.device
+    rows: Dataset, encoder: PromptEncoder, held_out: str, batch_size: int, device: torch.device
 ) -> Iterator[tuple[Step, list[Item]]]:
     """Steps without what they are to predict, and that."""
     collate = GroupCollator(encoder)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class CollaborativeSampler(Sampler):
 
     source_names = ("collaborative",)
 
-    def __init__(self, teacher: Teacher | Callable[[list[list[Item]]], Tensor], temperature: float = 1.0):
+    def __init__(self, teacher: Teacher | Callable[[Sequence[Sequence[Item]]], Any], temperature: float = 1.0):
         self.distribution = CollaborativeReward(teacher, temperature)
 
     def sample(

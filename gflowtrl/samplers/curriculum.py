@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class CandidatePool:
     """
 
     def __init__(
-        self, teacher: Teacher | Callable[[list[list[Item]]], Tensor], kind: str, size: int | None, owner: str
+        self, teacher: Teacher | Callable[[Sequence[Sequence[Item]]], Any], kind: str, size: int | None, owner: str
     ):
         if kind not in POOLS:
             raise ValueError(f"The pool of {owner} is {kind!r}; choose from {', '.join(POOLS)}.")
@@ -50,7 +50,7 @@ class CandidatePool:
             raise TypeError(f"{owner} needs a teacher or a callable histories -> (B, items), got {teacher!r}.")
         self.teacher, self.kind, self.size, self.owner = teacher, kind, size, owner
         self._catalog: ItemCatalog | None = None
-        self._aligned: Teacher | None = None  # the teacher, its columns in the catalogue's order
+        self._aligned: Teacher  # the teacher, its columns in the catalogue's order
 
     @torch.no_grad()
     def candidates(self, step: Step, catalog: ItemCatalog, wanted: int, noise: Noise) -> Tensor:
@@ -82,14 +82,7 @@ class CandidatePool:
         """The teacher's score of each leaf, the highest among its items: `(B, N)`."""
         if catalog is not self._catalog:
             self._catalog, self._aligned = catalog, as_teacher(self.teacher, catalog.items)
-        histories = step.column("history", self.owner)
-        scores = teacher_scores(self._aligned, step).float()
-        shape = (len(histories), len(catalog))
-        if scores.shape != shape:
-            raise ValueError(
-                f"The teacher of {self.owner} returned scores of shape {tuple(scores.shape)}; it must return {shape}: "
-                f"one row per history, one column per item."
-            )
+        scores = teacher_scores(self._aligned, step, self.owner)
         return catalog.fold_items(scores.to(step.device), "max")
 
 
@@ -115,7 +108,7 @@ class CurriculumSampler(Sampler):
 
     def __init__(
         self,
-        teacher: Teacher | Callable[[list[list[Item]]], Tensor],
+        teacher: Teacher | Callable[[Sequence[Sequence[Item]]], Any],
         pool_size: int | None = None,
         pool: str = "random",
         schedule: Sequence[tuple[float, float]] = EASY_TO_HARD,
@@ -153,7 +146,7 @@ class LowConfidenceSampler(Sampler):
 
     source_names = ("low_confidence",)
 
-    def __init__(self, teacher: Teacher | Callable[[list[list[Item]]], Tensor], pool_size: int | None = None):
+    def __init__(self, teacher: Teacher | Callable[[Sequence[Sequence[Item]]], Any], pool_size: int | None = None):
         self.pool = CandidatePool(teacher, "teacher", pool_size, "LowConfidenceSampler")
 
     def sample(

@@ -111,8 +111,8 @@ class MixtureSampler(Sampler):
         own = {name: {} for name in self.samplers}
         for entry, tensor in state.items():
             # A name may itself hold a slash: the longest that fits is meant.
-            owner = max((name for name in own if entry.startswith(f"{name}/")), key=len, default=None)
-            if owner is None:
+            owner = max((name for name in own if entry.startswith(f"{name}/")), key=len, default="")
+            if not owner:
                 check_state(self, state, self.state_dict())
             own[owner][entry.removeprefix(f"{owner}/")] = tensor
         for name, sampler in self.samplers.items():

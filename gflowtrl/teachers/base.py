@@ -180,13 +180,21 @@ def as_teacher(teacher: Teacher | Callable[[Sequence[History]], Any], items: Seq
     )
 
 
-def teacher_scores(teacher: Teacher, step: Step) -> Tensor:
-    """The teacher's scores of the step's histories, computed once per step: `(B, len(teacher.items))`.
+def teacher_scores(teacher: Teacher, step: Step, owner: str) -> Tensor:
+    """The teacher's scores of the step's histories, computed once per step: `(B, len(teacher.items))` float32.
 
     Rewards and samplers that share a teacher share its scores, even where the teacher is reordered or part of a
     mixture. Reads the column `history`.
+
+    Args:
+        teacher: whose scores.
+        step: whose histories.
+        owner: what has this teacher, for errors.
+
+    Raises:
+        ValueError: there is no column `history`, or the scores have another shape.
     """
-    histories = step.column("history", f"The teacher {type(teacher).__name__}")
+    histories = step.column("history", owner)
 
     def compute(part: Teacher) -> Tensor:
         if hasattr(part, "combine"):
@@ -197,7 +205,13 @@ def teacher_scores(teacher: Teacher, step: Step) -> Tensor:
     def lookup(part: Teacher) -> Tensor:
         return step.once(part, "scores", lambda: compute(part))
 
-    return lookup(teacher)
+    scores, shape = lookup(teacher).float(), (len(step), len(teacher.items))
+    if scores.shape != shape:
+        raise ValueError(
+            f"{owner}: its teacher returned scores of shape {tuple(scores.shape)}; it must return {shape}: one row "
+            f"per history, one column per item."
+        )
+    return scores
 
 
 @torch.no_grad()

@@ -20,6 +20,11 @@ from gflowtrl.recommender import read_details, read_encoder
 from .tree_policy_config import TreePolicyConfig
 
 
+def model_kwargs(args: TreePolicyConfig) -> dict[str, Any]:
+    """`model_init_kwargs`, empty where there are none."""
+    return args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+
+
 @dataclass(frozen=True)
 class Parts:
     """A model and what belongs to it; what was not given is that of the model's folder, where it has one."""
@@ -56,7 +61,7 @@ class Parts:
             known = folder_details(model, catalog)
             item_titles = known.get("titles") if item_titles is None else item_titles
             item_counts = known.get("item_counts") if item_counts is None else item_counts
-            model = load_backbone(model, **(args.model_init_kwargs or {}))
+            model = load_backbone(model, **model_kwargs(args))
         elif args.model_init_kwargs:
             raise ValueError("model_init_kwargs was given, but the model is built already; pass its name or folder.")
         if tokenizer is None or catalog is None:

@@ -113,10 +113,15 @@ class GFlowNetConfig(TreePolicyConfig):
         self._check_weighting()
         self._check_rewards()
 
+    @property
+    def weight_per_source(self) -> dict[str, float]:
+        """`source_weights`, empty where there are none."""
+        return self.source_weights if isinstance(self.source_weights, dict) else {}
+
     def _check_weighting(self) -> None:
         """What weighs trajectories and their rewards must have something to weigh."""
-        weighed = any(loss.needs_rewards for loss in self.losses)
-        balanced = any(loss.needs_log_rewards for loss in self.losses)
+        weighed = any(loss.needs_rewards for loss in self.losses.values())
+        balanced = any(loss.needs_log_rewards for loss in self.losses.values())
         for name, used in (("trajectory_weighting", weighed), ("ref_weight", balanced)):
             if getattr(self, name) and not used:
                 raise ValueError(
@@ -132,7 +137,7 @@ class GFlowNetConfig(TreePolicyConfig):
                 f"trajectory_weighting is {self.trajectory_weighting!r} and source_weights {self.source_weights}; "
                 f"source_weights belong to trajectory_weighting='source', which needs them."
             )
-        for name, weight in (self.source_weights or {}).items():
+        for name, weight in self.weight_per_source.items():
             if not (isinstance(weight, int | float) and 0 < weight < math.inf):
                 raise ValueError(
                     f"The weight of source {name!r} is {weight!r}; it must be a number greater than 0. Leave a source "

@@ -18,11 +18,11 @@ from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.data import PromptEncoder, Step
 from gflowtrl.losses import LossInputs, LossSpec, normalized_flows
 from gflowtrl.policy import StepScores, TreePolicy
-from gflowtrl.policy.heads import split_heads
+from gflowtrl.policy.heads import is_head
 from gflowtrl.rewards import CompositeReward, DenseReward, PosteriorReward, StepReward
 from gflowtrl.samplers import Feedback, Sampler, Trajectories
 
-from .folder import Parts
+from .folder import Parts, model_kwargs
 from .gflownet_config import GFlowNetConfig
 from .group import Group
 from .reference import ReferencePrior, build_prior
@@ -96,28 +96,28 @@ class GFlowNetTrainer(TreePolicyTrainer):
             model, args, train_dataset, eval_dataset, processing_class, catalog, sampler, peft_config, item_counts,
             item_titles, prompt_encoder, callbacks, optimizers,
         )  # fmt: skip
-        self._source_table = source_table(args.source_weights or {}, self.sampler.source_names)
+        self._source_table = source_table(args.weight_per_source, self.sampler.source_names)
         if self.reference is not None:
             self.reference.prepare(self.accelerator)
 
     def _set_up_objective(self, parts: Parts, args: GFlowNetConfig, adapted: bool) -> None:
-        self._exact = any(loss.needs_all_rewards for _, loss, _ in self.losses)
-        self._needs_reference = any(loss.needs_reference for _, loss, _ in self.losses)
+        self._exact = any(loss.needs_all_rewards for loss in self.losses.values())
+        self._needs_reference = any(loss.needs_reference for loss in self.losses.values())
         self.rewards: CompositeReward | None = None
         if self._given_rewards is not None and self._given_rewards != []:
             self.rewards = composite_reward(self._given_rewards, args, parts.catalog, parts.tokenizer)
-        elif any(loss.needs_rewards for _, loss, _ in self.losses):
+        elif any(loss.needs_rewards for loss in self.losses.values()):
             raise ValueError(f"loss_type {args.loss_type} needs a reward; give reward_funcs (see gflowtrl.rewards).")
         if self._exact and self.rewards is not None:
             _check_exact(self.rewards, args)
         self.reference: ReferencePrior | None = build_prior(
             args.ref_weight, parts.catalog, self._given_reference, parts.model, adapted, self._needs_reference,
-            **(args.model_init_kwargs or {}),
+            **model_kwargs(args),
         )  # fmt: skip
         self.prior = self.reference if args.ref_weight else None
 
     def _default_sampler(self, args: GFlowNetConfig) -> str | dict[str, float]:
-        losses = [loss for _, loss, _ in self.losses]
+        losses = self.losses.values()
         if not any(loss.needs_rewards for loss in losses):
             return super()._default_sampler(args)
         if all(loss.needs_all_rewards or loss.uses_target for loss in losses):
@@ -126,11 +126,12 @@ class GFlowNetTrainer(TreePolicyTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, in which the flow head has parameter groups, and a learning rate, of its own."""
-        if self.optimizer is not None:
-            return self.optimizer
-        optimizer = super().create_optimizer(model)
-        heads = split_heads(dict((self.model if model is None else model).named_parameters()))[1]
-        own = {id(parameter) for parameter in heads.values()}
+        made_already = self.optimizer is not None
+        optimizer: Any = super().create_optimizer(model)  # DeepSpeed may put one of its own in the place
+        if made_already:
+            return optimizer
+        parameters = (self.model if model is None else model).named_parameters()
+        own = {id(parameter) for name, parameter in parameters if is_head(name)}
         for group in list(optimizer.param_groups):
             moved = [parameter for parameter in group["params"] if id(parameter) in own]
             if moved:
@@ -150,15 +151,15 @@ class GFlowNetTrainer(TreePolicyTrainer):
         if self._exact and isinstance(reward, DenseReward):
             with self._timed("reference"):
                 return reward.with_prior(self.prior.score_all(policy.model, step.prompts))
-        return PosteriorReward(reward, partial(self._log_prior, step, policy))
+        return PosteriorReward(reward, partial(self._log_prior, self.prior, step, policy))
 
-    def _log_prior(self, step: Step, policy: TreePolicy, leaves: Tensor) -> Tensor:
+    def _log_prior(self, prior: ReferencePrior, step: Step, policy: TreePolicy, leaves: Tensor) -> Tensor:
         with self._timed("reference"):
-            return self.prior.score(policy.model, step.prompts, leaves)
+            return prior.score(policy.model, step.prompts, leaves)
 
     def _score(self, step: Step, policy: TreePolicy, drawn: Trajectories) -> tuple[Tensor, StepScores]:
         leaves, scores = super()._score(step, policy, drawn)
-        if self._needs_reference:
+        if self._needs_reference and self.reference is not None:
             with self._timed("reference"):
                 ref_log_probs = self.reference.token_log_probs(policy.model, step.prompts, leaves)
             scores = replace(scores, ref_log_probs=ref_log_probs)
@@ -257,7 +258,7 @@ def composite_reward(
     tokenizer: PreTrainedTokenizerBase,
 ) -> CompositeReward:
     """R as a trainer with these arguments computes it."""
-    exact = any(loss.needs_all_rewards for loss in args.losses)
+    exact = any(loss.needs_all_rewards for loss in args.losses.values())
     return CompositeReward(
         reward_funcs, catalog, tokenizer, args.reward_weights, args.reward_transform, args.reward_beta,
         args.reward_floor, args.leaf_reduction, args.max_exact_elements, args.exact_top_items if exact else None,

@@ -69,14 +69,14 @@ class Group:
 
 
 @torch.no_grad()
-def group_metrics(group: Group, sources: Sequence[str]) -> dict[str, Tensor]:
+def group_metrics(group: Group, sources: Sequence[str]) -> dict[str, Tensor | float]:
     """What the log says of a group; `sources` are the sampler's."""
     scores, leaves, source = group.scores, group.drawn.leaves, group.drawn.source
     log_pi = scores.trajectory_log_probs
     child = scores.child_log_probs
     entropy = -(child.exp() * child.masked_fill(child == -torch.inf, 0.0)).sum((-2, -1))
     ordered = leaves.sort(1).values
-    metrics = {
+    metrics: dict[str, Tensor | float] = {
         "policy_entropy": entropy.mean(),
         "unique_items": 1.0 + (ordered[:, 1:] != ordered[:, :-1]).sum(1).float().mean(),
         "log_pi": log_pi.mean(),

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.policy import Prompts, TreePolicy, load_backbone, make_policy
@@ -37,8 +37,9 @@ class ReferencePrior:
     """
 
     def __init__(self, weight: float, catalog: ItemCatalog, model: PreTrainedModel | None = None):
-        self.weight, self.catalog, self.model = weight, catalog, model
-        self._accelerator: Accelerator | None = None
+        self.weight, self.catalog = weight, catalog
+        self.model: Any = model  # engines wrap it
+        self._accelerator: Accelerator
         if model is not None:
             check_model(model, catalog)
             model.requires_grad_(False).eval()
@@ -78,7 +79,8 @@ class ReferencePrior:
         if self.model is not None:
             yield make_policy(self.model, self.catalog)
             return
-        with evaluation_mode(trained), self._accelerator.unwrap_model(trained).disable_adapter():
+        adapted: Any = self._accelerator.unwrap_model(trained)
+        with evaluation_mode(trained), adapted.disable_adapter():
             yield make_policy(trained, self.catalog)
 
 
@@ -131,5 +133,5 @@ def _copy(model: PreTrainedModel) -> PreTrainedModel:
         return copy.deepcopy(model)
     other = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
     for own, copied in zip(model.parameters(), other.parameters(), strict=True):
-        copied.ds_tensor.copy_(own.ds_tensor)
+        getattr(copied, "ds_tensor").copy_(getattr(own, "ds_tensor"))  # noqa: B009 - DeepSpeed's attribute
     return other

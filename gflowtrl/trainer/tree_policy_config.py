@@ -165,13 +165,18 @@ class TreePolicyConfig(_BaseConfig):
         self._check_numbers()
 
     @property
-    def losses(self) -> list[LossSpec]:
+    def losses(self) -> dict[str, LossSpec]:
         """What `loss_type` names."""
-        return [get_loss(name) for name in self.loss_type]
+        return {name: get_loss(name) for name in self.loss_type}
+
+    @property
+    def weight_of(self) -> dict[str, float]:
+        """The weight of each loss."""
+        return dict(zip(self.loss_type, self.loss_weights or [], strict=True))
 
     def loss_options(self, name: str) -> dict[str, Any]:
         """What is set of the options of one of the losses."""
-        return dict((self.loss_kwargs or {}).get(name, {}))
+        return dict(self.loss_kwargs.get(name, {})) if isinstance(self.loss_kwargs, dict) else {}
 
     def _check_unused(self) -> None:
         """Arguments of the Trainer that these trainers would stumble over, or not look at."""
@@ -201,14 +206,16 @@ class TreePolicyConfig(_BaseConfig):
             )
         if not all(map(math.isfinite, self.loss_weights)) or not any(self.loss_weights):
             raise ValueError(f"loss_weights is {self.loss_weights}; weights must be finite and not all 0.")
-        for name, loss in zip(self.loss_type, self.losses, strict=True):
+        if len(self.losses) < len(self.loss_type):
+            raise ValueError(f"loss_type {self.loss_type} names a loss twice; name it once, with its whole weight.")
+        for name, loss in self.losses.items():
             if self.num_generations < loss.min_generations:
                 raise ValueError(
                     f"num_generations is {self.num_generations}, but the loss {name!r} needs at least "
                     f"{loss.min_generations} trajectories per prompt. Raise num_generations or choose another "
                     f"loss_type."
                 )
-        if self.label_space == "vocabulary" and not any(loss.any_label_space for loss in self.losses):
+        if self.label_space == "vocabulary" and not any(loss.any_label_space for loss in self.losses.values()):
             raise ValueError(
                 f"label_space is 'vocabulary', but the losses {self.loss_type} are always over the tree; only sft and "
                 f"the prefix losses can be over the vocabulary. Leave it out."
@@ -216,9 +223,11 @@ class TreePolicyConfig(_BaseConfig):
 
     def _check_loss_kwargs(self) -> None:
         example = "{'vargrad': {'huber_delta': 1.0}}"
-        if not isinstance(self.loss_kwargs, dict | None):
+        if self.loss_kwargs is None:
+            return
+        if not isinstance(self.loss_kwargs, dict):
             raise TypeError(f"loss_kwargs is {self.loss_kwargs!r}; give options under loss names, like {example}.")
-        for name, options in (self.loss_kwargs or {}).items():
+        for name, options in self.loss_kwargs.items():
             if name not in self.loss_type:
                 raise ValueError(
                     f"loss_kwargs has options for {name!r}, but loss_type is {self.loss_type}: they would change "

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +23,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.data import GroupCollator, PrefixGroupedEpochSampler, PromptEncoder, Step, prefix_groups
-from gflowtrl.losses import LossInputs, LossSpec
+from gflowtrl.losses import LossInputs, LossSpec, PrefixWeights
 from gflowtrl.policy import (
     StatelessNoise,
     StepScores,
@@ -32,7 +32,7 @@ from gflowtrl.policy import (
     make_policy,
     merge_tied_embeddings,
 )
-from gflowtrl.policy.heads import load_heads, split_heads
+from gflowtrl.policy.heads import is_head, load_heads, split_heads
 from gflowtrl.recommender import write_recommender_files
 from gflowtrl.rewards import StepReward
 from gflowtrl.samplers import Sampler, Trajectories, build_sampler, validate_trajectories
@@ -86,6 +86,8 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseT
 
     loss_is_scaled_for_ga = False  # our losses are means over a micro-batch; the Trainer divides by the accumulation
     args: TreePolicyConfig
+    model: nn.Module
+    train_dataset: Dataset | None
 
     def __init__(
         self,
@@ -108,7 +110,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseT
         check_model(parts.model, parts.catalog, args.max_shared_prompts)
         check_trainable(parts.model, peft_config is not None)
         check_encoder(parts.encoder, parts.catalog, args.max_shared_prompts, args.max_history_items)
-        self.losses = list(zip(args.loss_type, args.losses, args.loss_weights, strict=True))
+        self.losses: dict[str, LossSpec] = args.losses
         # L_m over the vocabulary, and cross entropy, are of the target; balance is always over the tree.
         self._vocabulary = args.label_space == "vocabulary"
         self._set_up_objective(parts, args, peft_config is not None)
@@ -119,7 +121,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseT
             check_rows(dataset, parts.catalog)
         self.noise = StatelessNoise(args.seed)
         self._encoder, self._item_titles = parts.encoder, parts.item_titles
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._metric_sums: dict[str, list[Tensor | float]] = defaultdict(lambda: [0.0, 0.0])
         super().__init__(
             model=self._trained_model(parts, args, peft_config),
@@ -131,11 +133,11 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseT
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        depth = parts.catalog.tree.max_depth
-        found = {
-            n: loss.make_prefix_weights(depth, self._reduce_sum, args.loss_options(n)) for n, loss, _ in self.losses
-        }
-        self.prefix_weights = {name: weights for name, weights in found.items() if weights is not None}
+        self.prefix_weights: dict[str, PrefixWeights] = {}
+        for name, loss in self.losses.items():
+            weights = loss.make_prefix_weights(parts.catalog.tree.max_depth, self._reduce_sum, args.loss_options(name))
+            if weights is not None:
+                self.prefix_weights[name] = weights
         counts = item_counts_of(train_dataset, parts.catalog) if parts.item_counts is None else parts.item_counts
         self.set_up_ranking(parts.catalog, parts.encoder, counts, args.eval_num_beams, args.eval_ks)
         if self.is_world_process_zero():
@@ -147,13 +149,13 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseT
 
     def _set_up_objective(self, parts: Parts, args: TreePolicyConfig, adapted: bool) -> None:
         """Before the model is changed: what else the losses need; here they must need nothing else."""
-        needy = [name for name, loss, _ in self.losses if loss.needs_rewards or loss.needs_reference]
+        needy = [name for name, loss in self.losses.items() if loss.needs_rewards or loss.needs_reference]
         if needy:
             raise ValueError(f"The loss {needy[0]!r} needs rewards or a reference model; use GFlowNetTrainer.")
 
     def _default_sampler(self, args: TreePolicyConfig) -> str | dict[str, float]:
         """The sampler where none is given; losses on the target alone need one trajectory only."""
-        if any(loss.uses_negatives for _, loss, _ in self.losses):
+        if any(loss.uses_negatives for loss in self.losses.values()):
             return {"ground_truth": 1, "uniform": args.num_generations - 1}
         self.num_generations = 1
         return "ground_truth"
@@ -166,7 +168,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseT
             merge_tied_embeddings(model)
         else:
             model = add_adapters(model, peft_config, parts.catalog, args.train_item_tokens)
-        if any(loss.needs_flow_heads for _, loss, _ in self.losses):
+        if any(loss.needs_flow_heads for loss in self.losses.values()):
             # After the adapters, which would freeze or adapt the head.
             attach_flow_heads(model.get_base_model() if hasattr(model, "get_base_model") else model)
         return model
@@ -217,7 +219,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseT
         """Score the drawn leaves, with the target before them where a loss needs it and they do not begin with it."""
         leaves = drawn.leaves
         with self._timed("score"):
-            needed = any(loss.uses_target for _, loss, _ in self.losses)
+            needed = any(loss.uses_target for loss in self.losses.values())
             if needed and not torch.equal(leaves[:, 0], step.target_leaves):
                 leaves = torch.cat([step.target_leaves[:, None], leaves], 1)
             return leaves, policy.score(step.prompts, leaves, self._vocabulary)
@@ -231,7 +233,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseT
     def _balance(self, group: Group) -> Tensor:
         """The weighted sum of the losses."""
         total = torch.zeros((), device=group.leaves.device)
-        for name, loss, weight in self.losses:
+        for name, loss in self.losses.items():
             per_trajectory = loss(self._inputs(loss, group), **self.args.loss_options(name))
             if name in self.prefix_weights:
                 per_trajectory = self._over_prefixes(name, per_trajectory, group.target.lengths[:, 0])
@@ -240,7 +242,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseT
             reduced = per_trajectory.sum(1) if self.args.loss_reduction == "sum" else per_trajectory.mean(1)
             value = reduced.mean()
             self.record({f"loss/{name}": value})
-            total = total + weight * value
+            total = total + self.args.weight_of[name] * value
         return total
 
     def _inputs(self, loss: LossSpec, group: Group) -> LossInputs:
@@ -249,7 +251,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseT
         if loss.uses_target:
             scores = group.all_scores if loss.uses_negatives else group.target
         log_probs, tree = scores.log_probs, self._catalog.tree
-        if self._vocabulary and loss.any_label_space:
+        if loss.any_label_space and scores.vocabulary_log_probs is not None:
             log_probs = scores.vocabulary_log_probs
         prefixes = loss.prefix_weights is not None and loss.uses_negatives
         return LossInputs(
@@ -280,7 +282,9 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseT
             self._last_group = group
 
     def _reduce_sum(self, tensor: Tensor) -> Tensor:
-        return self.accelerator.reduce(tensor, "sum")
+        total = self.accelerator.reduce(tensor, "sum")
+        assert isinstance(total, Tensor)
+        return total
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -290,7 +294,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseT
         self._seconds[part] += time.perf_counter() - start
 
     # ------------------------------------------------------------------------------------------------------- metrics
-    def record(self, metrics: dict[str, Tensor | float]) -> None:
+    def record(self, metrics: Mapping[str, Tensor | float]) -> None:
         """Add to the running means that the next log line reports; NaN is left out. Tensors stay on their device."""
         for name, value in metrics.items():
             value = torch.as_tensor(value, dtype=torch.float32).detach()
@@ -306,8 +310,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseT
             # A reward may report a metric on one process only; all must add up the same ones.
             names = sorted(set(gather_object(sorted(sums))))
             table = torch.tensor([[float(x) for x in sums[name]] for name in names], device=self.args.device)
-            table = self.accelerator.reduce(table, "sum").tolist()
-            means = [total / count if count else math.nan for total, count in table]
+            means = [total / count if count else math.nan for total, count in self._reduce_sum(table).tolist()]
             logs = logs | dict(zip(names, means, strict=True))
             sums.clear()
         super().log(logs, start_time)
@@ -316,9 +319,9 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseT
             print_group(self._last_group, self._catalog, sources, step, self._item_titles)
 
     # ------------------------------------------------------------------------------------------------ order of rows
-    def _get_train_sampler(self, train_dataset: Dataset | None = None):
+    def _get_train_sampler(self, train_dataset: Any = None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length":
+        if dataset is None or self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         longest = self._encoder.max_history_items
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
@@ -332,7 +335,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseT
     # --------------------------------------------------------------------------------------------------- checkpoints
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write a complete recommender; flow heads go into their own file, so that `AutoModel` loads in silence."""
-        output_dir = output_dir or self.args.output_dir
+        output_dir = output_dir or str(self.args.output_dir)
         state_dict, heads = split_heads(self.model.state_dict() if state_dict is None else state_dict)
         # DeepSpeed hands over a copy of a tied weight under each of its names; it is saved under the first.
         for name, first in getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", {}).items():
@@ -365,7 +368,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseT
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._load_heads(self.state.best_model_checkpoint, self.model)
+        self._load_heads(str(self.state.best_model_checkpoint), self.model)
 
     def _load_heads(self, directory: str, model) -> None:
         file = Path(directory, HEADS_FILE)
@@ -374,25 +377,24 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseT
 
     def _issue_warnings_after_load(self, load_result) -> None:
         """The heads are not in the model's own file: not a thing to warn of."""
-        for name in list(split_heads(dict.fromkeys(load_result.missing_keys))[1]):
-            load_result.missing_keys.remove(name)
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if not is_head(name)]
         super()._issue_warnings_after_load(load_result)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
         """Write `README.md` into the output folder (called by `push_to_hub`)."""
         if self.is_world_process_zero():
-            os.makedirs(self.args.output_dir, exist_ok=True)
-            write_model_card(self, self.args.output_dir)
+            os.makedirs(str(self.args.output_dir), exist_ok=True)
+            write_model_card(self, str(self.args.output_dir))
 
     def card_settings(self) -> dict[str, Any]:
         """What the model card says about the training."""
         settings = {"prompts per step": super().card_settings()["rows per step"]}
-        settings["losses"] = ", ".join(f"{weight:g} x {name}" for name, _, weight in self.losses)
+        settings["losses"] = ", ".join(f"{weight:g} x {name}" for name, weight in self.args.weight_of.items())
         return settings
 
     def card_methods(self) -> list[str]:
         """Whose methods these are: keys of `model_card.PAPERS`."""
-        found = {"balance": any(loss.needs_log_rewards for _, loss, _ in self.losses)}
+        found = {"balance": any(loss.needs_log_rewards for loss in self.losses.values())}
         found["prefix"] = bool(self.prefix_weights)
         return [method for method, used in found.items() if used]
 

@@ -286,7 +286,7 @@ def test_mistakes_are_explained():
     broken = TableTeacher()
     broken.table = broken.table[:, :4]
     broken.items = list(catalog.items)
-    with pytest.raises(ValueError, match=r"teacher of reward 'collaborative' returned scores of shape \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"Reward 'collaborative': its teacher returned scores of shape \(4, 4\)"):
         CollaborativeReward(broken).bind(catalog).score_items(step)
 
 
