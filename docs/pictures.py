@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from transformers import set_seed as seed_everything
 
 from gflowtrl import APAOConfig, APAOTrainer, GFlowNetConfig, GFlowNetTrainer, ItemCatalog, make_policy
-from gflowtrl.data import PromptEncoder, Splits, SyntheticShop, build_tokenizer, leave_one_out
+from gflowtrl.data import PromptEncoder, Splits, Step, SyntheticShop, build_tokenizer, leave_one_out
 from gflowtrl.metrics import prefix_metrics, total_variation
 from gflowtrl.rewards import CollaborativeReward, GroundTruthReward, Reward
 from gflowtrl.samplers import OnPolicySampler
@@ -101,8 +101,8 @@ class TableReward(Reward):
         super().__init__("table")
         self.table = table
 
-    def score_items(self, batch: Mapping[str, Any]) -> Tensor:
-        return self.table[[history[0] for history in batch["history"]]].float()
+    def score_items(self, step: Step) -> Tensor:
+        return self.table[[history[0] for history in step.columns["history"]]].float()
 
 
 def prompt_rows(prompts: list[int], steps: int, targets: list | None = None) -> Dataset:

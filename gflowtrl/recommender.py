@@ -146,8 +146,7 @@ class Recommender:
             FileNotFoundError: the folder or one of its files is missing.
         """
         directory = local_copy(directory)
-        catalog = ItemCatalog.from_pretrained(directory)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        catalog, tokenizer = ItemCatalog.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
         return cls(
             load_backbone(directory, **model_kwargs),
             tokenizer,
@@ -416,14 +415,15 @@ def write_recommender_files(
     """What makes a language model's folder a recommender: the catalogue, how prompts are made, and where they are
     known the items' titles and how often each was taken in training."""
     encoder.catalog.save_pretrained(directory)
-    _write_json(Path(directory, RECOMMENDER_FILE), save_encoder(encoder, directory))
+    settings = save_encoder(encoder, directory)
+    write_text(Path(directory, RECOMMENDER_FILE), json.dumps(settings, indent=2, ensure_ascii=False))
     details: dict[str, list] = {}
     if item_counts is not None:
         details["counts"] = item_counts.tolist()
     if titles:
         details["titles"] = [titles.get(item) for item in encoder.catalog.items]
     if details:
-        _write_json(Path(directory, DETAILS_FILE), details)
+        write_text(Path(directory, DETAILS_FILE), json.dumps(details, indent=2, ensure_ascii=False))
 
 
 def read_details(directory: Path, catalog: ItemCatalog) -> dict[str, Any]:
@@ -440,10 +440,6 @@ def read_details(directory: Path, catalog: ItemCatalog) -> dict[str, Any]:
         pairs = zip(catalog.items, details["titles"], strict=True)
         found["titles"] = {item: title for item, title in pairs if title is not None}
     return found
-
-
-def _write_json(file: Path, content: Any) -> None:
-    write_text(file, json.dumps(content, indent=2, ensure_ascii=False))
 
 
 def read_encoder(

@@ -43,7 +43,7 @@ from transformers import (
 
 import gflowtrl
 from gflowtrl import GFlowNetConfig, GFlowNetTrainer, ItemCatalog
-from gflowtrl.data import PromptEncoder, build_tokenizer
+from gflowtrl.data import PromptEncoder, Step, build_tokenizer
 from gflowtrl.metrics import total_variation
 from gflowtrl.policy import make_policy
 from gflowtrl.rewards import Reward
@@ -90,8 +90,8 @@ class TableReward(Reward):
         super().__init__("table")
         self.log_rewards = log_rewards
 
-    def score_items(self, batch: Mapping[str, Any]) -> Tensor:
-        return self.log_rewards[[history[0] for history in batch["history"]]]
+    def score_items(self, step: Step) -> Tensor:
+        return self.log_rewards[[history[0] for history in step.columns["history"]]]
 
 
 @dataclass(frozen=True)

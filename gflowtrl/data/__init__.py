@@ -16,6 +16,7 @@ from .prompts import GroupCollator, PromptEncoder, TargetCollator, sft_dataset
 from .readers import read_folder, read_interactions, read_letter, write_folder
 from .sharing import PrefixGroupedEpochSampler, prefix_groups, prompt_members
 from .splits import Splits, Window, leave_one_out, user_windows
+from .step import Step, check_column_names
 from .synthetic_shop import ShopTruth, SyntheticShop
 from .text_prompts import PromptFormat, TextPromptEncoder, load_encoder, save_encoder, text_sft_dataset
 from .tokenization import add_item_tokens, build_tokenizer, check_round_trip
@@ -38,12 +39,14 @@ __all__ = [
     "RawFiles",
     "ShopTruth",
     "Splits",
+    "Step",
     "SyntheticShop",
     "TargetCollator",
     "TextPromptEncoder",
     "Window",
     "add_item_tokens",
     "build_tokenizer",
+    "check_column_names",
     "check_round_trip",
     "download",
     "download_file",

@@ -19,6 +19,7 @@ from gflowtrl.catalog import Item, ItemCatalog
 
 from .sharing import prompt_members
 from .splits import user_windows
+from .step import check_column_names
 
 
 IGNORED_LABEL = -100
@@ -106,10 +107,10 @@ class PromptEncoder:
 
 
 class GroupCollator:
-    """Collates dataset rows into the batch that samplers and rewards see; a row is one prompt, a group to be.
+    """Collates dataset rows into what becomes a `Step`; a row is one prompt, with its group of trajectories to come.
 
-    The batch has `prompts` (what `encoder` returns for the histories), `row_id` as long (B,), and every other column,
-    `history` and `target` among them, as a list of length B.
+    The batch has `prompts` (what `encoder` returns for the histories), `row_ids` as long (B,), and `columns`: every
+    column of the rows as a list of length B, under its own name.
 
     Args:
         encoder: a `PromptEncoder`, or anything else that turns histories into `input_ids` and `attention_mask`.
@@ -127,13 +128,13 @@ class GroupCollator:
                     f"A row has no column {column!r} (it has {', '.join(sorted(rows[0]))}). Make rows with "
                     "leave_one_out, and set remove_unused_columns=False in the training arguments."
                 )
-        batch = {column: [row[column] for row in rows] for column in rows[0]}
-        batch["row_id"] = torch.tensor(batch["row_id"])
-        prompts = self.encoder(batch["history"])
+        check_column_names(rows[0])
+        columns = {column: [row[column] for row in rows] for column in rows[0]}
+        prompts = self.encoder(columns["history"])
         if self.max_shared_prompts > 1:
             longest = self.encoder.max_history_items
-            prompts["members"] = prompt_members(batch["history"], longest, self.max_shared_prompts)
-        return {"prompts": prompts, **batch}
+            prompts["members"] = prompt_members(columns["history"], longest, self.max_shared_prompts)
+        return {"prompts": prompts, "row_ids": torch.tensor(columns["row_id"]), "columns": columns}
 
 
 class TargetCollator:

@@ -1,11 +1,12 @@
-"""Objectives as pure functions on tensors: one loss a trajectory, `(B, K)`, unreduced."""
+"""Objectives as pure functions on tensors: one loss per trajectory, `(B, K)`, unreduced."""
 
 from .baselines import grpo, msl, sdpo
 from .contrastive_balance import contrastive_balance
 from .detailed_balance import detailed_balance, subtrajectory_balance
-from .exact_flow import exact_flow, flow_targets, node_flows, normalised_flows
+from .exact_flow import exact_flow, normalized_flows
 from .prefix import prefix_pairwise, prefix_pointwise
-from .registry import LOSSES, LossSpec, get_loss
+from .prefix_weights import PrefixWeights
+from .registry import LOSSES, LossInputs, LossSpec, get_loss, register_loss
 from .sft import sft
 from .trajectory_balance import trajectory_balance
 from .vargrad import vargrad
@@ -13,18 +14,19 @@ from .vargrad import vargrad
 
 __all__ = [
     "LOSSES",
+    "LossInputs",
     "LossSpec",
+    "PrefixWeights",
     "contrastive_balance",
     "detailed_balance",
     "exact_flow",
-    "flow_targets",
     "get_loss",
     "grpo",
     "msl",
-    "node_flows",
-    "normalised_flows",
+    "normalized_flows",
     "prefix_pairwise",
     "prefix_pointwise",
+    "register_loss",
     "sdpo",
     "sft",
     "subtrajectory_balance",

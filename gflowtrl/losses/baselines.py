@@ -1,14 +1,18 @@
-"""What balance losses are measured against, each on the same group in the same forward."""
+"""What balance losses are measured against, each on the same group in the same forward.
+
+They come in by `register_loss`, as a user's loss does.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .common import expect_shape, real_steps
+from .common import check_number, expect_shape, real_steps
+from .registry import LossSpec, register_loss
 
 
-def msl(log_probs: Tensor, child_log_probs: Tensor, lengths: Tensor, msl_temperature: float = 1.0) -> Tensor:
+def msl(log_probs: Tensor, child_log_probs: Tensor, lengths: Tensor, temperature: float = 1.0) -> Tensor:
     """Masked softmax loss: cross entropy over the legal tokens only, at a temperature.
 
     Tokens without an alternative add nothing. At temperature 1 it is `sft` over the tree.
@@ -17,7 +21,7 @@ def msl(log_probs: Tensor, child_log_probs: Tensor, lengths: Tensor, msl_tempera
         log_probs: `(B, K, L)` tree-normalised log-probabilities of the tokens taken.
         child_log_probs: `(B, K, L, C)` those of all legal tokens, -inf on padding.
         lengths: `(B, K)`.
-        msl_temperature: tau > 0 that the logits are divided by.
+        temperature: tau > 0 that the logits are divided by.
 
     Returns:
         `(B, K)`, in nats, summed over tokens.
@@ -25,15 +29,16 @@ def msl(log_probs: Tensor, child_log_probs: Tensor, lengths: Tensor, msl_tempera
     References:
         Wang et al., MSL: Not All Tokens Are What You Need for Tuning LLM as a Recommender, SIGIR 2025.
     """
+    check_number("temperature", temperature)
     expect_shape("child_log_probs", child_log_probs, (*log_probs.shape, child_log_probs.shape[-1]), "(B, K, L, C)")
     real = real_steps(lengths, log_probs.shape[-1])
     # Steps beyond an id's end have no children: filled before logsumexp, which has no gradient there.
-    logits = child_log_probs.masked_fill(~real[..., None], 0.0) / msl_temperature
-    taken = log_probs / msl_temperature - logits.logsumexp(-1)
+    logits = child_log_probs.masked_fill(~real[..., None], 0.0) / temperature
+    taken = log_probs / temperature - logits.logsumexp(-1)
     return -taken.masked_fill(~real, 0.0).sum(-1)
 
 
-def sdpo(log_probs: Tensor, ref_log_probs: Tensor, lengths: Tensor, leaves: Tensor, sdpo_beta: float = 1.0) -> Tensor:
+def sdpo(log_probs: Tensor, ref_log_probs: Tensor, lengths: Tensor, leaves: Tensor, beta: float = 1.0) -> Tensor:
     """Softmax DPO: the target against several negatives, `-log sigmoid(-log sum_j exp(beta (D_j - D_+)))`, with
     `D = log pi - log pi_ref`.
 
@@ -44,7 +49,7 @@ def sdpo(log_probs: Tensor, ref_log_probs: Tensor, lengths: Tensor, leaves: Tens
         ref_log_probs: `(B, K, L)` the reference model's.
         lengths: `(B, K)`.
         leaves: `(B, K)`.
-        sdpo_beta: beta > 0.
+        beta: > 0; how strongly differences count.
 
     Returns:
         `(B, 1)`, in nats. With one negative it is DPO.
@@ -52,18 +57,17 @@ def sdpo(log_probs: Tensor, ref_log_probs: Tensor, lengths: Tensor, leaves: Tens
     References:
         Chen et al., On Softmax Direct Preference Optimization for Recommendation, NeurIPS 2024.
     """
+    check_number("beta", beta)
     expect_shape("ref_log_probs", ref_log_probs, log_probs.shape, "log_probs.shape")
     expect_shape("leaves", leaves, log_probs.shape[:2], "(prompts, trajectories)")
     real = real_steps(lengths, log_probs.shape[-1])
     gain = (log_probs - ref_log_probs).masked_fill(~real, 0.0).sum(-1)
     others = leaves != leaves[:, :1]
-    margins = (sdpo_beta * (gain - gain[:, :1])).masked_fill(~others, torch.finfo(gain.dtype).min)
+    margins = (beta * (gain - gain[:, :1])).masked_fill(~others, torch.finfo(gain.dtype).min)
     return torch.nn.functional.softplus(margins.logsumexp(1, keepdim=True))
 
 
-def grpo(
-    log_probs: Tensor, ref_log_probs: Tensor, lengths: Tensor, advantages: Tensor, kl_coef: float = 1e-3
-) -> Tensor:
+def grpo(log_probs: Tensor, ref_log_probs: Tensor, lengths: Tensor, advantages: Tensor, beta: float = 1e-3) -> Tensor:
     """GRPO's policy gradient with one update a group, and the KL estimate `exp(d) - d - 1`, `d = log pi_ref - log pi`.
 
     Args:
@@ -71,7 +75,7 @@ def grpo(
         ref_log_probs: `(B, K, L)` the reference model's.
         lengths: `(B, K)`.
         advantages: `(B, K)` rewards, normalised within the group.
-        kl_coef: weight of the KL estimate.
+        beta: weight of the KL estimate, >= 0 (TRL's name).
 
     Returns:
         `(B, K)`, a mean over the tokens of each trajectory.
@@ -80,9 +84,15 @@ def grpo(
         Shao et al., DeepSeekMath, arXiv 2402.03300. With constrained beams as the group and `RankPenaltyReward` it is
         ReRe's form.
     """
+    check_number("beta", beta, zero=True)
     expect_shape("ref_log_probs", ref_log_probs, log_probs.shape, "log_probs.shape")
     expect_shape("advantages", advantages, lengths.shape, "(prompts, trajectories)")
     ratio = (log_probs - log_probs.detach()).exp()  # 1, with the gradient of log pi
     difference = ref_log_probs - log_probs
-    tokens = kl_coef * (difference.exp() - difference - 1) - advantages[..., None] * ratio
+    tokens = beta * (difference.exp() - difference - 1) - advantages[..., None] * ratio
     return tokens.masked_fill(~real_steps(lengths, log_probs.shape[-1]), 0.0).sum(-1) / lengths
+
+
+register_loss("msl", LossSpec(msl, uses_target=True))
+register_loss("sdpo", LossSpec(sdpo, min_generations=2, uses_target=True, uses_negatives=True))
+register_loss("grpo", LossSpec(grpo, min_generations=2))

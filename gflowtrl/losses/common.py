@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,12 +15,11 @@ def penalty(residual: Tensor, huber_delta: float | None = None) -> Tensor:
     `delta * (2 |r| - delta)`.
 
     Raises:
-        ValueError: `huber_delta` is not positive.
+        ValueError: `huber_delta` is not a positive number.
     """
     if huber_delta is None:
         return residual.square()
-    if huber_delta <= 0:
-        raise ValueError(f"huber_delta is {huber_delta}; give a positive size, or None for the squared residual.")
+    check_number("The Huber delta", huber_delta)
     size = residual.abs()
     return torch.where(size <= huber_delta, residual.square(), huber_delta * (2 * size - huber_delta))
 
@@ -32,3 +33,14 @@ def expect_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str
     """Refuse a tensor that would broadcast into a wrong loss without a word."""
     if tensor.shape != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but this loss needs {meaning} = {tuple(shape)}.")
+
+
+def check_number(name: str, value: float, zero: bool = False) -> None:
+    """Refuse an option that is not a finite number above 0 (or, with `zero`, of at least 0).
+
+    Raises:
+        ValueError: names the option.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value < 0 or (value == 0 and not zero):
+        raise ValueError(f"{name} is {value!r}; it must be a finite number {'of at least' if zero else 'above'} 0.")

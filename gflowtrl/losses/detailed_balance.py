@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .common import expect_shape, penalty, real_steps
+from .common import check_number, expect_shape, penalty, real_steps
 
 
 def detailed_balance(
@@ -72,8 +72,7 @@ def subtrajectory_balance(
     References:
         Madan et al., Learning GFlowNets from partial episodes for improved convergence and stability, ICML 2023.
     """
-    if not (lam > 0 and math.isfinite(lam)):
-        raise ValueError(f"lam is {lam}; sub-trajectory balance needs a positive number (0.9, say).")
+    check_number("lam", lam)
     potentials = _potentials(log_probs, log_flows, log_rewards, lengths)
     num_states = potentials.shape[-1]
     state = torch.arange(num_states, device=potentials.device)

@@ -17,8 +17,8 @@ def exact_flow(child_log_probs: Tensor, child_target_log_probs: Tensor, lengths:
 
     Args:
         child_log_probs: `(B, K, L, C)` log pi of every child of each visited state, padded with -inf.
-        child_target_log_probs: `(B, K, L, C)` log pi* of the same children (`flow_targets`), padded with -inf; -inf
-            too where no reward lies below a child, which adds 0. A state without any reward below adds 0 altogether.
+        child_target_log_probs: `(B, K, L, C)` log pi* of the same children (`normalized_flows`), padded with -inf;
+            -inf too where no reward lies below a child, which adds 0. A state without any reward below adds 0.
         lengths: `(B, K)` number of tokens of each id; later steps add 0.
 
     Returns:
@@ -39,26 +39,14 @@ def exact_flow(child_log_probs: Tensor, child_target_log_probs: Tensor, lengths:
     return divergence.masked_fill(~counts, 0.0).sum((-2, -1))
 
 
-def flow_targets(log_flows: Tensor, child_nodes: Tensor) -> Tensor:
-    """log pi*(child | state) = log F(child) - log F(state), for the children of each visited state.
+def normalized_flows(child_log_flows: Tensor) -> Tensor:
+    """log pi*(child | state) = log F(child) - log F(state), from log F of the children.
 
     Args:
-        log_flows: `(B, M)` log F of every node, from `PrefixTree.log_flows`.
-        child_nodes: `(B, K, L, C)` children of each visited state, padded with -1.
+        child_log_flows: `(..., C)`, -inf for padding.
 
     Returns:
-        `(B, K, L, C)`, normalised over the children; -inf for padding and at states without reward below.
+        `(..., C)`, normalized over the children; -inf for padding and at states without reward below.
     """
-    return normalised_flows(node_flows(log_flows, child_nodes))
-
-
-def node_flows(log_flows: Tensor, nodes: Tensor) -> Tensor:
-    """log F of any nodes from that of all, `(B, M), (B, ...) -> (B, ...)`; -inf for node -1."""
-    flows = log_flows.gather(1, nodes.clamp(min=0).flatten(1)).view(nodes.shape)
-    return flows.masked_fill(nodes < 0, -torch.inf)
-
-
-def normalised_flows(child_log_flows: Tensor) -> Tensor:
-    """log pi*(child | state) from log F of the children `(..., C)`, -inf for padding; -inf where all of them are."""
     total = child_log_flows.logsumexp(-1, keepdim=True)
     return child_log_flows - total.masked_fill(total == -torch.inf, 0.0)

@@ -1,7 +1,7 @@
 """APAO's prefix losses: beam search keeps an item only while each of its prefixes is among the best.
 
 `s_t = log P(y_t | y_<t, x)` and `S_m = s_1 + ... + s_m`. The losses here are those of single prefixes, `(B, L)`; the
-trainer weighs them by depth (`gflowtrl.trainer.prefixes.PrefixWeights`) and adds them up.
+trainer weighs them by depth (`PrefixWeights`) and adds them up.
 
 References:
     Adaptive Prefix-Aware Optimization for Generative Recommendation, KDD 2026, arXiv 2603.02730.
@@ -36,7 +36,7 @@ def prefix_pointwise(log_probs: Tensor, lengths: Tensor) -> Tensor:
 
 
 def prefix_pairwise(
-    log_probs: Tensor, lengths: Tensor, prefix_nodes: Tensor, nodes_per_depth: Tensor, scale_negatives: bool = False
+    log_probs: Tensor, lengths: Tensor, prefix_nodes: Tensor, nodes_per_depth: Tensor, variant: str = "paper"
 ) -> Tensor:
     """`L_m = -log(exp S_m(+) / (exp S_m(+) + sum_j exp S_m(j)))`: the target's prefix against the group's others.
 
@@ -50,8 +50,8 @@ def prefix_pairwise(
         prefix_nodes: `(B, K, L)` the node reached by each token, -1 beyond an id's end (`PrefixTree.walk` without the
             root).
         nodes_per_depth: `(L,)` number of prefixes that the catalogue has at each depth.
-        scale_negatives: the authors' release of 2025: negatives stand for all competing prefixes, and L_m is divided
-            by m.
+        variant: with `"2025"`, the authors' first release, negatives stand for all competing prefixes, and L_m is
+            divided by m; the others (see `PrefixWeights`) change the weights only.
 
     Returns:
         `(B, L)`, in nats; 0 beyond the target's length.
@@ -67,11 +67,11 @@ def prefix_pairwise(
     positive = sums[:, 0]
     negatives = sums.masked_fill(~against, torch.finfo(sums.dtype).min).logsumexp(1)
     count = against.sum(1)
-    if scale_negatives:
+    if variant == "2025":
         competing = (nodes_per_depth - 1).clamp(min=1).to(sums.dtype)
         negatives = negatives + (competing / count.clamp(min=1)).log()
     losses = torch.nn.functional.softplus(negatives - positive)
-    if scale_negatives:
+    if variant == "2025":
         losses = losses / torch.arange(1, num_steps + 1, device=losses.device)
     return losses.masked_fill(~real[:, 0] | (count == 0), 0.0)
 

@@ -1,54 +1,122 @@
-"""The losses by name, and what each needs. A new loss is one file and one line in `LOSSES`."""
+"""The losses by name, and what each needs of the trainer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from inspect import Parameter, signature
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from .baselines import grpo, msl, sdpo
 from .contrastive_balance import contrastive_balance
 from .detailed_balance import detailed_balance, subtrajectory_balance
 from .exact_flow import exact_flow
 from .prefix import prefix_pairwise, prefix_pointwise
+from .prefix_weights import PrefixWeights
 from .sft import sft
 from .trajectory_balance import trajectory_balance
 from .vargrad import vargrad
 
 
 @dataclass(frozen=True)
+class LossInputs:
+    """The tensors of a step that a loss may ask for by the names of its parameters. `K` trajectories for each of `B`
+    prompts, `L` tokens per id, `C` children per node.
+
+    Attributes:
+        log_probs: `(B, K, L)` log pi of each token taken, 0 where a shorter id has ended.
+        lengths: `(B, K)` number of tokens.
+        child_log_probs: `(B, K, L, C)` log pi of every child of each visited state, -inf on padding.
+        leaves: `(B, K)`.
+        log_rewards: `(B, K)` log R.
+        advantages: `(B, K)` rewards, normalized within the group.
+        child_target_log_probs: `(B, K, L, C)` log pi* of the children, where the flow of every node is known.
+        log_z: `(B,)` learned log Z(x).
+        log_flows: `(B, K, L)` learned log F of the states s_0 .. s_{L-1}.
+        ref_log_probs: `(B, K, L)` a reference model's log-probabilities of the same tokens.
+        prefix_nodes: `(B, K, L)` the node reached by each token, -1 beyond an id's end.
+        nodes_per_depth: `(L,)` number of prefixes that the catalogue has at each depth.
+    """
+
+    log_probs: Tensor
+    lengths: Tensor
+    child_log_probs: Tensor | None = None
+    leaves: Tensor | None = None
+    log_rewards: Tensor | None = None
+    advantages: Tensor | None = None
+    child_target_log_probs: Tensor | None = None
+    log_z: Tensor | None = None
+    log_flows: Tensor | None = None
+    ref_log_probs: Tensor | None = None
+    prefix_nodes: Tensor | None = None
+    nodes_per_depth: Tensor | None = None
+
+    @classmethod
+    def zeros(cls, num_generations: int = 2) -> LossInputs:
+        """Inputs of the right shapes: one prompt, ids of one token."""
+        group = torch.zeros(1, num_generations, 1)
+        return cls(
+            log_probs=group,
+            lengths=torch.ones(1, num_generations, dtype=torch.long),
+            child_log_probs=group[..., None],
+            leaves=torch.arange(num_generations)[None],
+            log_rewards=group[..., 0],
+            advantages=group[..., 0],
+            child_target_log_probs=group[..., None],
+            log_z=torch.zeros(1),
+            log_flows=group,
+            ref_log_probs=group,
+            prefix_nodes=torch.arange(num_generations)[None, :, None],
+            nodes_per_depth=torch.full((1,), num_generations),
+        )
+
+
+@dataclass(frozen=True)
 class LossSpec:
-    """A loss function and what the trainer must provide for it; the needs follow from the function's parameters.
+    """A loss function and what the trainer must provide for it; most needs follow from the function's parameters.
 
     Args:
-        function: per-trajectory loss `(B, K)`. Parameters without a default are tensors, those with one are options.
-        min_generations: least number of trajectories a prompt.
-        on_target: computed on the observed target's id instead of on the sampled trajectories.
-        against_group: of those on the target, computed on the target and, behind it, the sampled trajectories.
+        function: per-trajectory loss `(B, K)`. Parameters without a default are tensors of `LossInputs`; those with
+            one are options, set by `loss_kwargs`.
+        min_generations: least number of trajectories per prompt.
+        uses_target: computed on the observed target's id instead of on the sampled trajectories.
+        uses_negatives: the loss scores the target (index 0) together with the sampled trajectories (indices 1..K).
         any_label_space: its log-probabilities may be over the whole vocabulary instead of the tree.
-        per_prefix: `(B, L)` losses of the target's prefixes instead, which the trainer weighs by depth.
+        prefix_weights: for losses `(B, L)` of the target's prefixes instead: the class that weighs them by depth.
+
+    Raises:
+        ValueError: a parameter without a default is not a tensor of `LossInputs`.
     """
 
     function: Callable[..., Tensor]
     min_generations: int = 1
-    on_target: bool = False
-    against_group: bool = False
-    per_prefix: bool = False
+    uses_target: bool = False
+    uses_negatives: bool = False
     any_label_space: bool = False
+    prefix_weights: type[PrefixWeights] | None = None
 
-    def __call__(self, tensors: Mapping[str, Tensor], **options: object) -> Tensor:
-        """Pick this loss's tensors by name and call it; options that it does not have are left out.
+    def __post_init__(self) -> None:
+        known = [entry.name for entry in fields(LossInputs)]
+        unknown = [name for name in self.inputs if name not in known]
+        if unknown:
+            raise ValueError(
+                f"The loss {self.function.__name__!r} has the parameter {unknown[0]!r} without a default, which is no "
+                f"tensor of a step; those are {', '.join(known)}. Give an option a default."
+            )
+
+    def __call__(self, inputs: LossInputs, **options: Any) -> Tensor:
+        """Call the function with its tensors, picked by name, and with options of its own.
 
         Raises:
-            ValueError: a tensor that the loss needs is missing or None.
+            ValueError: a tensor that the loss needs is None.
         """
-        missing = [name for name in self.inputs if tensors.get(name) is None]
+        tensors = {name: getattr(inputs, name) for name in self.inputs}
+        missing = [name for name, tensor in tensors.items() if tensor is None]
         if missing:
             raise ValueError(f"The loss {self.function.__name__!r} needs {', '.join(missing)}, which was not given.")
-        known = {name: value for name, value in options.items() if name in self.options}
-        return self.function(**{name: tensors[name] for name in self.inputs}, **known)
+        return self.function(**tensors, **{name: v for name, v in options.items() if name in _defaults(self.function)})
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -56,62 +124,103 @@ class LossSpec:
         return tuple(p.name for p in signature(self.function).parameters.values() if p.default is Parameter.empty)
 
     @property
-    def options(self) -> tuple[str, ...]:
-        """Names of the options it takes."""
-        return tuple(name for name in signature(self.function).parameters if name not in self.inputs)
+    def options(self) -> dict[str, Any]:
+        """The options that `loss_kwargs` may set, and their defaults; those of the prefix weights are among them."""
+        weights = {} if self.prefix_weights is None else _defaults(self.prefix_weights)
+        return weights | _defaults(self.function)
+
+    def make_prefix_weights(
+        self, depth: int, reduce_sum: Callable[[Tensor], Tensor], options: Mapping[str, Any]
+    ) -> PrefixWeights | None:
+        """The weights of a loss of prefixes, with those of the options that are theirs; None for other losses."""
+        if self.prefix_weights is None:
+            return None
+        own = {name: value for name, value in options.items() if name in _defaults(self.prefix_weights)}
+        return self.prefix_weights(depth, reduce_sum, **own)
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Refuse options that the loss does not have, or that it does not take.
+
+        Raises:
+            ValueError, TypeError: names the option and those that exist, or says what the loss says.
+        """
+        for name in options:
+            if name not in self.options:
+                raise ValueError(f"There is no option {name!r}; there are: {', '.join(self.options) or 'none'}.")
+            if isinstance(self.options[name], bool) != isinstance(options[name], bool):
+                raise TypeError(
+                    f"{name} is {options[name]!r}, but it must be like its default {self.options[name]!r}."
+                )
+        if self.prefix_weights is not None:
+            self.prefix_weights(
+                1, torch.clone, **{n: v for n, v in options.items() if n in _defaults(self.prefix_weights)}
+            )
+        count = 1 if self.uses_target and not self.uses_negatives else max(self.min_generations, 2)
+        self(LossInputs.zeros(count), **options)
 
     @property
-    def log_z(self) -> bool:
-        """Whether it needs a learned log Z(x)."""
+    def needs_log_z(self) -> bool:
+        """A learned log Z(x)."""
         return "log_z" in self.inputs
 
     @property
-    def log_flows(self) -> bool:
-        """Whether it needs a learned log F at every state."""
+    def needs_log_flows(self) -> bool:
+        """A learned log F at every state."""
         return "log_flows" in self.inputs
 
     @property
-    def heads(self) -> bool:
-        """Whether the model must carry a flow head, which gives both."""
-        return self.log_z or self.log_flows
+    def needs_flow_heads(self) -> bool:
+        """A flow head in the model, which gives both."""
+        return self.needs_log_z or self.needs_log_flows
 
     @property
-    def all_leaf_rewards(self) -> bool:
-        """Whether the reward of every leaf must be computable."""
+    def needs_all_rewards(self) -> bool:
+        """The reward of every leaf."""
         return "child_target_log_probs" in self.inputs
 
     @property
-    def balances(self) -> bool:
-        """Whether it balances towards log R."""
-        return self.all_leaf_rewards or "log_rewards" in self.inputs
+    def needs_log_rewards(self) -> bool:
+        """log R, of drawn leaves at least: it balances."""
+        return self.needs_all_rewards or "log_rewards" in self.inputs
 
     @property
-    def rewards(self) -> bool:
-        """Whether it uses rewards at all."""
-        return self.balances or "advantages" in self.inputs
+    def needs_rewards(self) -> bool:
+        """Rewards in any form."""
+        return self.needs_log_rewards or "advantages" in self.inputs
 
     @property
-    def reference(self) -> bool:
-        """Whether it compares the policy with a reference model."""
+    def needs_reference(self) -> bool:
+        """A reference model to compare the policy with."""
         return "ref_log_probs" in self.inputs
 
 
-LOSSES: dict[str, LossSpec] = {
-    "trajectory_balance": LossSpec(trajectory_balance),
-    "vargrad": LossSpec(vargrad, min_generations=2),
-    "contrastive_balance": LossSpec(contrastive_balance, min_generations=2),
-    "detailed_balance": LossSpec(detailed_balance),
-    "subtrajectory_balance": LossSpec(subtrajectory_balance),
-    "exact_flow": LossSpec(exact_flow),
-    "sft": LossSpec(sft, on_target=True, any_label_space=True),
-    "prefix_pointwise": LossSpec(prefix_pointwise, on_target=True, per_prefix=True, any_label_space=True),
-    "prefix_pairwise": LossSpec(
-        prefix_pairwise, min_generations=2, on_target=True, against_group=True, per_prefix=True, any_label_space=True
-    ),
-    "msl": LossSpec(msl, on_target=True),
-    "sdpo": LossSpec(sdpo, min_generations=2, on_target=True, against_group=True),
-    "grpo": LossSpec(grpo, min_generations=2),
-}
+LOSSES: dict[str, LossSpec] = {}
+
+
+def register_loss(name: str, spec: LossSpec | Callable[..., Tensor]) -> None:
+    """Make a loss known to `loss_type`.
+
+    Args:
+        name: what `loss_type` and `loss_kwargs` call it.
+        spec: the loss and its needs; a bare function of `LossInputs`' tensors stands for `LossSpec(function)`.
+
+    Raises:
+        ValueError: the name is taken by another function, or the function asks for what no step has.
+
+    Example:
+        ```python
+        def log_cosh(log_probs, log_rewards, scale=1.0):
+            balance = log_rewards - log_probs.sum(-1)
+            return (scale * (balance - balance.mean(1, keepdim=True))).cosh().log()
+
+        register_loss("log_cosh", LossSpec(log_cosh, min_generations=2))
+        ```
+    """
+    spec = spec if isinstance(spec, LossSpec) else LossSpec(spec)
+    taken = LOSSES.get(name)
+    if taken is not None and _identity(taken.function) != _identity(spec.function):  # a notebook may define it again
+        raise ValueError(f"There is already a loss {name!r}, {taken.function.__qualname__}; choose another name.")
+    LOSSES[name] = spec
 
 
 def get_loss(name: str) -> LossSpec:
@@ -121,5 +230,37 @@ def get_loss(name: str) -> LossSpec:
         ValueError: there is none; the message lists those that exist.
     """
     if name not in LOSSES:
-        raise ValueError(f"There is no loss {name!r}; the known losses are {', '.join(sorted(LOSSES))}.")
+        raise ValueError(
+            f"There is no loss {name!r}; the known losses are {', '.join(sorted(LOSSES))}. A loss of your own becomes "
+            f"known by gflowtrl.losses.register_loss."
+        )
     return LOSSES[name]
+
+
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    parameters = signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not Parameter.empty}
+
+
+def _identity(function: Callable[..., Tensor]) -> tuple[str, str]:
+    return function.__module__, function.__qualname__
+
+
+register_loss("trajectory_balance", trajectory_balance)
+register_loss("vargrad", LossSpec(vargrad, min_generations=2))
+register_loss("contrastive_balance", LossSpec(contrastive_balance, min_generations=2))
+register_loss("detailed_balance", detailed_balance)
+register_loss("subtrajectory_balance", subtrajectory_balance)
+register_loss("exact_flow", exact_flow)
+register_loss("sft", LossSpec(sft, uses_target=True, any_label_space=True))
+register_loss(
+    "prefix_pointwise",
+    LossSpec(prefix_pointwise, uses_target=True, any_label_space=True, prefix_weights=PrefixWeights),
+)
+register_loss(
+    "prefix_pairwise",
+    LossSpec(
+        prefix_pairwise, min_generations=2, uses_target=True, uses_negatives=True, any_label_space=True,
+        prefix_weights=PrefixWeights,
+    ),
+)  # fmt: skip

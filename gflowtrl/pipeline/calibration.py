@@ -14,10 +14,10 @@ from torch import Tensor
 
 from gflowtrl.metrics import reliability_curve
 from gflowtrl.policy import make_policy
-from gflowtrl.rewards import RewardFusion
+from gflowtrl.rewards import CompositeReward
 from gflowtrl.teachers import TeacherModule
 from gflowtrl.trainer import compare_with_rewards
-from gflowtrl.trainer.gflownet_trainer import fuse_rewards
+from gflowtrl.trainer.gflownet_trainer import composite_reward
 from gflowtrl.trainer.reference import ReferencePrior
 
 from .materials import Materials
@@ -96,12 +96,12 @@ def _too_much(workshop: Workshop, materials: Materials, trained: Mapping[str, St
 
 def _target(
     workshop: Workshop, materials: Materials, trained: Mapping[str, Stage], teacher: TeacherModule | None
-) -> tuple[RewardFusion, ReferencePrior | None]:
+) -> tuple[CompositeReward, ReferencePrior | None]:
     """R as the GFlowNet stage was trained with, and the SFT model where the target holds it too."""
     args = materials.recipe.training_arguments("gflownet", workshop.root)
     rewards = build_rewards(workshop, materials, teacher, trained["sft"].folder / "model")
     args.reward_weights = trained["gflownet"].record["reward_weights"]
-    fusion = fuse_rewards(rewards, args, materials.catalog, materials.tokenizer)
+    fusion = composite_reward(rewards, args, materials.catalog, materials.tokenizer)
     if not args.ref_weight:
         return fusion, None
     return fusion, ReferencePrior(args.ref_weight, materials.catalog, trained_model(trained["sft"]))

@@ -20,7 +20,7 @@ from gflowtrl.data import PromptFormat, SyntheticShop
 from gflowtrl.losses import get_loss
 from gflowtrl.samplers import Sampler, build_sampler
 from gflowtrl.trainer import GFlowNetConfig
-from gflowtrl.trainer.base import computes_in_bf16
+from gflowtrl.trainer.tree_policy_config import computes_in_bf16
 from gflowtrl.trainer.weighting import source_table
 
 from .configuration import (
@@ -268,7 +268,7 @@ class Recipe:
     def _check_gflownet(self, sampler: Sampler | None) -> None:
         """What the trainer would refuse after teacher, SFT and control have been trained."""
         args = self.training_arguments("gflownet", self.output_dir)
-        if not self.rewards and any(get_loss(name).rewards for name in args.loss_type):
+        if not self.rewards and any(get_loss(name).needs_rewards for name in args.loss_type):
             raise ValueError(
                 f"gflownet.loss_type {args.loss_type} needs rewards, but the recipe's section rewards is empty. Add "
                 f"one, {{type: ground_truth}} for example (docs/rewards.md)."

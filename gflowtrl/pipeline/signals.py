@@ -132,7 +132,7 @@ def check_signals(materials: Materials) -> None:
     recipe, losses = materials.recipe, []
     if "gflownet" in recipe.stages:
         losses = recipe.training_arguments("gflownet", recipe.output_dir).loss_type
-    needy = next((name for name in losses if get_loss(name).all_leaf_rewards), None)
+    needy = next((name for name in losses if get_loss(name).needs_all_rewards), None)
     for number, spec in enumerate(recipe.rewards):
         kind = spec.get("type")
         if kind == "interaction" and materials.data.events is None:

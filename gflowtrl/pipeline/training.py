@@ -25,10 +25,10 @@ from gflowtrl.samplers import build_sampler
 from gflowtrl.teachers import TeacherModule, fingerprint
 from gflowtrl.trainer import GFlowNetConfig, GFlowNetTrainer, RankingEvaluationMixin
 from gflowtrl.trainer.adapters import add_adapters
-from gflowtrl.trainer.base import LengthGroupedEpochSampler
 from gflowtrl.trainer.checkpoints import CompleteCheckpointsMixin, last_checkpoint
 from gflowtrl.trainer.evaluation import history_lengths
 from gflowtrl.trainer.model_card import CardFacts, base_model, card_facts, shown_metrics, write_card
+from gflowtrl.trainer.tree_policy_trainer import LengthGroupedEpochSampler
 
 from .materials import Materials, files_fingerprint
 from .models import build_model, quantization, save_merged

@@ -9,7 +9,7 @@ from .base import Prompts, TreePolicy
 from .causal import CausalTreePolicy
 from .heads import attach_flow_heads, has_flow_heads
 from .modules import innermost
-from .noise import Noise, StatelessNoise
+from .noise import Noise, StatelessNoise, inverse_cdf
 from .scores import StepScores
 from .seq2seq import Seq2SeqTreePolicy
 from .stochastic_beam import StochasticBeams
@@ -26,6 +26,7 @@ __all__ = [
     "TreePolicy",
     "attach_flow_heads",
     "has_flow_heads",
+    "inverse_cdf",
     "load_backbone",
     "make_policy",
     "merge_tied_embeddings",

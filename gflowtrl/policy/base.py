@@ -17,12 +17,12 @@ from gflowtrl.catalog import ItemCatalog, PrefixTree
 
 from .branches import Branches, merge_branches, places, put
 from .heads import has_flow_heads
-from .modules import innermost
-from .noise import Noise
+from .modules import evaluation_mode, innermost
+from .noise import Noise, inverse_cdf
 from .output_rows import num_rows, only_rows, selectable_head
 from .packing import BranchDecoder
 from .scores import StepScores
-from .stochastic_beam import StochasticBeams, conditional_gumbels, gumbels, log_inclusion
+from .stochastic_beam import StochasticBeams, conditional_gumbels, log_inclusion
 
 
 Prompts = Mapping[str, Tensor]
@@ -193,7 +193,7 @@ class TreePolicy(ABC):
                     probs = (1 - epsilon) * probs + epsilon * uniform
                 each = place.clamp(min=0)[..., None].expand(-1, -1, children.shape[-1])
                 children, probs = children.gather(1, each), probs.gather(1, each)
-                choice = _inverse_cdf(probs, noise.uniform("policy", num_generations, depth))
+                choice = inverse_cdf(probs, noise.uniform("policy", num_generations, depth)[..., None])
                 chosen = probs.gather(-1, choice).squeeze(-1)
                 log_q += torch.where(settled, 0.0, chosen.log()).float()
                 nodes = torch.where(settled, nodes, children.gather(-1, choice).squeeze(-1))
@@ -250,11 +250,10 @@ class TreePolicy(ABC):
         root = torch.zeros(len(prompts["input_ids"]), 1, dtype=torch.long, device=device)
 
         def perturb(parents: Tensor, totals: Tensor, children: Tensor) -> Tensor:
-            return conditional_gumbels(parents, totals, gumbels(noise, children))
+            return conditional_gumbels(parents, totals, noise.gumbel_at("stochastic_beam", children))
 
-        leaves, log_probs, perturbed = self._search(
-            prompts, num_generations + 1, temperature, gumbels(noise, root), perturb
-        )
+        start = noise.gumbel_at("stochastic_beam", root)
+        leaves, log_probs, perturbed = self._search(prompts, num_generations + 1, temperature, start, perturb)
         kept, threshold = slice(0, num_generations), perturbed[:, num_generations]
         return StochasticBeams(
             leaves=leaves[:, kept],
@@ -360,15 +359,8 @@ class TreePolicy(ABC):
     @contextmanager
     def _decoding(self, prompts: Prompts) -> Iterator[BranchDecoder]:
         """A decoder with dropout off; the model's mode is restored afterwards."""
-        training = self.model.training
-        if training:
-            self.model.eval()
-        try:
-            with self._chosen_logits(self.catalog.tree):
-                yield self._decoder(prompts)
-        finally:
-            if training:
-                self.model.train()
+        with evaluation_mode(self.model), self._chosen_logits(self.catalog.tree):
+            yield self._decoder(prompts)
 
 
 def _flows_of_states(flows: Tensor, branches: Branches, lengths: Tensor) -> Tensor:
@@ -391,11 +383,3 @@ def _width(needed: Tensor, bound: int) -> int:
     An accelerator would have to be waited for to know, so there it is what the tree says it can be.
     """
     return bound if needed.device.type != "cpu" else min(bound, max(int(needed.max()), 1))
-
-
-def _inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
-    """Index `(.., 1)` drawn from `probs` `(.., C)` by one uniform number each; never one of probability 0."""
-    cumulative = probs.cumsum(-1)
-    choice = (cumulative <= uniform[..., None] * cumulative[..., -1:]).sum(-1, keepdim=True)
-    last = ((probs > 0) * torch.arange(probs.shape[-1], device=probs.device)).amax(-1, keepdim=True)
-    return torch.minimum(choice, last)

@@ -89,10 +89,14 @@ def attach_flow_heads(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def is_head(name: str) -> bool:
+    """Whether a parameter of this name belongs to the heads."""
+    return f"{HEADS_ATTRIBUTE}." in name
+
+
 def split_heads(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A state dict as (the language model's own, the heads')."""
-    marker = f"{HEADS_ATTRIBUTE}."
-    heads = {name: value for name, value in state_dict.items() if marker in name}
+    heads = {name: value for name, value in state_dict.items() if is_head(name)}
     return {name: value for name, value in state_dict.items() if name not in heads}, heads
 
 
@@ -102,7 +106,7 @@ def load_heads(model: nn.Module, heads: dict[str, Tensor]) -> None:
     Raises:
         ValueError: names do not match.
     """
-    own = {name: parameter for name, parameter in model.named_parameters() if f"{HEADS_ATTRIBUTE}." in name}
+    own = {name: parameter for name, parameter in model.named_parameters() if is_head(name)}
     if own.keys() != heads.keys():
         raise ValueError(f"The flow heads in the checkpoint are {sorted(heads)}, the model's are {sorted(own)}.")
     for name, parameter in own.items():

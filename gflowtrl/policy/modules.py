@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,19 @@ def forward_parameters(model: nn.Module) -> set[str]:
 def cache_argument(model: nn.Module, cache: object) -> dict[str, object]:
     """The keyword of a decoder's cache, which transformers has renamed."""
     return {"cache" if "cache" in forward_parameters(model) else "past_key_values": cache}
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within, no module trains (dropout is off); afterwards each does, or does not, as before."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:

@@ -64,11 +64,15 @@ class StatelessNoise:
 class Noise:
     """The noise of some rows at one step. Made by `StatelessNoise.at`."""
 
-    def __init__(self, row_state: Tensor):
-        self._row_state = row_state
+    def __init__(self, row_state: Tensor, prefix: str = ""):
+        self._row_state, self._prefix = row_state, prefix
 
     def __len__(self) -> int:
         return len(self._row_state)
+
+    def named(self, name: str) -> Noise:
+        """The same rows' noise for someone called `name`: independent of what others draw for the same purposes."""
+        return Noise(self._row_state, f"{self._prefix}{name}/")
 
     def uniform(self, purpose: str, num: int, depth: int = 0) -> Tensor:
         """Uniform numbers in the open interval (0, 1): float64 `(B, num)`, one for each row and trajectory."""
@@ -86,7 +90,30 @@ class Noise:
         Returns:
             float64, in the shape of `index`: a function of the row, the purpose, the depth and the index only.
         """
+        purpose = f"{self._prefix}{purpose}"
         tag = int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "big", signed=True)
         state = _combine(_combine(self._row_state, tag), _wrap(depth))
         state = _combine(state.view(-1, *[1] * (index.ndim - 1)), index)
         return (_shift_right(state, 11).double() + 0.5) * 2.0**-53
+
+    def gumbel_at(self, purpose: str, index: Tensor) -> Tensor:
+        """Standard Gumbel numbers, float64, in the shape of `index`: a function of what `uniform_at` is one of."""
+        return -(-self.uniform_at(purpose, index).clamp(max=1 - 2.0**-53).log()).log()
+
+
+def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw from categorical distributions by inverting their cumulative sums.
+
+    Args:
+        weights: `(.., C)`, >= 0; they need not sum to one.
+        uniforms: `(.., K)` in (0, 1).
+
+    Returns:
+        indices `(.., K)`, never of an entry of weight 0 (unless all are).
+    """
+    # 64 bits: in 32 the sums of a million small numbers stand still, and entries at the end are never drawn.
+    sums = weights.double().cumsum(-1)
+    total = sums[..., -1:]
+    # Rounding must not reach the total itself, beyond which there is no entry.
+    place = torch.minimum(uniforms.to(sums.device) * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(sums, place, right=True).clamp(max=weights.shape[-1] - 1)

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .noise import Noise
-
 
 @dataclass
 class StochasticBeams:
@@ -35,12 +33,6 @@ class StochasticBeams:
     log_inclusion: Tensor
     threshold: Tensor
     perturbed: Tensor
-
-
-def gumbels(noise: Noise, nodes: Tensor) -> Tensor:
-    """Standard Gumbel numbers of nodes: `(B, ...) -> (B, ...)`, the same for a node whenever it is asked for."""
-    uniform = noise.uniform_at("stochastic_beam", nodes).clamp(max=1 - 2.0**-53)
-    return -(-uniform.log()).log()
 
 
 def log1mexp(x: Tensor) -> Tensor:

@@ -2,32 +2,35 @@
 
 from .base import Reward
 from .collaborative import CollaborativeReward
-from .fusion import RewardFusion, RewardResult
+from .composite import CompositeReward
 from .ground_truth import GroundTruthReward
 from .interaction import InteractionReward
 from .likelihood import LikelihoodReward
 from .rank_penalty import RankPenaltyReward
+from .step_reward import DenseReward, PosteriorReward, RewardResult, SampledReward, StepReward, TopKReward, draw_leaves
 from .title_likelihood import TitleLikelihoodReward
 from .token_similarity import TokenSimilarityReward
-from .top import TopRewards, rewards_by_rows, top_rewards
 from .weights import LearnedWeights, fit_reward_weights, one_step_back
 
 
 __all__ = [
     "CollaborativeReward",
+    "CompositeReward",
+    "DenseReward",
     "GroundTruthReward",
     "InteractionReward",
     "LearnedWeights",
     "LikelihoodReward",
+    "PosteriorReward",
     "RankPenaltyReward",
     "Reward",
-    "RewardFusion",
     "RewardResult",
+    "SampledReward",
+    "StepReward",
     "TitleLikelihoodReward",
     "TokenSimilarityReward",
-    "TopRewards",
+    "TopKReward",
+    "draw_leaves",
     "fit_reward_weights",
     "one_step_back",
-    "rewards_by_rows",
-    "top_rewards",
 ]

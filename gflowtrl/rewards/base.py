@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from gflowtrl.catalog import ItemCatalog
+from gflowtrl.data import Step
+from gflowtrl.data.step import REWARD_ARGUMENTS
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Keyword arguments of TRL's reward signature that are no dataset columns.
-CALL_KEYWORDS = ("completions", "completion_ids", "items", "trainer_state", "log_extra", "log_metric")
+    from gflowtrl.policy import Prompts
+
+
+@runtime_checkable
+class ScoresItems(Protocol):
+    """A reward of every item: `(B, items)` in the order of `catalog.items`."""
+
+    def score_items(self, step: Step) -> Tensor: ...
+
+
+@runtime_checkable
+class ScoresLeaves(Protocol):
+    """A reward of leaves `(B, K)`: `(B, K)`."""
+
+    def score_leaves(self, step: Step, leaves: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Binds(Protocol):
+    """What wants to know the catalogue before it is used."""
+
+    def bind(self, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase | None, leaf_reduction: str) -> Any: ...
+
+
+#: TRL's reward signature, sync or async, or tensors.
+RewardFunction = Callable[..., Any]
+AnyReward = RewardFunction | ScoresItems | ScoresLeaves
 
 
 class Reward:
@@ -29,12 +56,17 @@ class Reward:
         name: what the reward is called in logs; also `__name__`, which TRL's own trainers read.
 
     Attributes:
-        scores_all_items: whether `RewardFusion` may ask for the reward of all items at every step. Where that would
-            cost a forward pass an item it is False: only drawn leaves are scored, and exact flows are refused.
+        scores_all_items: whether `CompositeReward` may ask for the reward of all items at every step. Where that would
+            cost a forward pass per item it is False: only drawn leaves are scored, and exact flows are refused.
+        reads_policy: whether `score_leaves` takes `policy_log_probs (B, K)`, log pi of the leaves under the policy in
+            training, as a keyword argument.
+        reads_prompts: whether it reads the encoded prompts, and not the columns alone.
     """
 
     scores_all_items: bool = True
-    catalog: ItemCatalog | None = None
+    reads_policy: bool = False
+    reads_prompts: bool = False
+    catalog: ItemCatalog
     tokenizer: PreTrainedTokenizerBase | None = None
     leaf_reduction: str = "sum"
 
@@ -44,29 +76,47 @@ class Reward:
     def bind(
         self, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase | None = None, leaf_reduction: str = "sum"
     ) -> Self:
-        """Tell the reward which catalogue it scores. `RewardFusion` does it; do it yourself to use a reward alone."""
+        """Tell the reward which catalogue it scores. `CompositeReward` does; do it yourself to use a reward alone."""
         self.catalog, self.tokenizer, self.leaf_reduction = catalog, tokenizer, leaf_reduction
         return self
 
-    def score_items(self, batch: Mapping[str, Any]) -> Tensor:
+    def score_items(self, step: Step) -> Tensor:
         """Reward of every item for every row: `(B, items)`, in the order of `catalog.items`."""
-        raise NotImplementedError(f"{type(self).__name__} must define score_items(batch) -> Tensor (B, items).")
+        raise NotImplementedError(f"{type(self).__name__} must define score_items(step) -> Tensor (B, items).")
 
-    def score_leaves(self, batch: Mapping[str, Any], leaves: Tensor) -> Tensor:
+    def score_leaves(self, step: Step, leaves: Tensor) -> Tensor:
         """Reward of some leaves for every row: `(B, K) -> (B, K)`."""
-        scores = self._bound_catalog().fold_items(self.score_items(batch), self.leaf_reduction)
+        scores = self._bound_catalog().fold_items(self.score_items(step), self.leaf_reduction)
         return scores.gather(1, leaves.to(scores.device))
 
     def __call__(self, prompts: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
         """The same reward with TRL's signature: one value per completion, 0 for one that is no id of the catalogue."""
         leaves = self._leaves_of(completion_ids)
-        batch = {name: values for name, values in columns.items() if name not in CALL_KEYWORDS}
-        scores = self.score_leaves({"prompts": prompts, "cache": {}, **batch}, leaves.clamp(min=0)[:, None])[:, 0]
+        step = Step(
+            prompts=self._encoded(prompts) if self.reads_prompts else {},
+            row_ids=torch.arange(len(prompts), device=leaves.device),
+            target_leaves=torch.full_like(leaves, -1),
+            columns={name: values for name, values in columns.items() if name not in REWARD_ARGUMENTS},
+        )
+        scores = self.score_leaves(step, leaves.clamp(min=0)[:, None])[:, 0]
         return torch.where(leaves >= 0, scores.to(leaves.device), 0.0).tolist()
 
+    def _encoded(self, prompts: list[str]) -> Prompts:
+        if self.tokenizer is None:
+            raise ValueError(f"{self._owner} needs the tokenizer to read prompts; bind(catalog, tokenizer).")
+        encoded = self.tokenizer(
+            prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+        )
+        return encoded.to(self._bound_catalog().device)
+
+    @property
+    def _owner(self) -> str:
+        """What errors call this reward."""
+        return f"Reward {self.__name__!r}"
+
     def _bound_catalog(self) -> ItemCatalog:
-        if self.catalog is None:
-            raise ValueError(f"Reward {self.__name__!r} does not know the catalogue yet; call bind(catalog) first.")
+        if not hasattr(self, "catalog"):
+            raise ValueError(f"{self._owner} does not know the catalogue yet; call bind(catalog) first.")
         return self.catalog
 
     def _items_from_leaves(self, values: Tensor) -> Tensor:
@@ -85,10 +135,3 @@ class Reward:
         for column in tokens.unbind(1):
             nodes = torch.where(tree.leaf_at(nodes) >= 0, nodes, tree.step(nodes, column))
         return tree.leaf_at(nodes)
-
-
-def column(batch: Mapping[str, Any], name: str, reward: str) -> Any:
-    """A column of the batch, or an error that says which reward wants it."""
-    if name not in batch:
-        raise ValueError(f"Reward {reward!r} needs the dataset column {name!r}; the batch has {sorted(batch)}.")
-    return batch[name]

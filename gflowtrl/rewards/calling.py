@@ -14,22 +14,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from gflowtrl.catalog import ItemCatalog
-
-from .base import CALL_KEYWORDS
+from gflowtrl.data import Step
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Entries of a batch that are no dataset columns.
-_NOT_COLUMNS = (
-    *("prompts", "cache", "target_leaf", "leaf_log_rewards", "leaf_log_prior"),
-    *("policy_leaves", "policy_log_probs"),
-)
-
 
 def reward_keywords(
-    batch: Mapping[str, Any], leaves: Tensor, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase
+    step: Step, leaves: Tensor, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, list]:
     """The keyword arguments of a reward function, all lists of length B * K, row by row.
 
@@ -41,26 +34,20 @@ def reward_keywords(
     def repeat(values: Sequence) -> list:
         return [value for value in values for _ in range(repeats)]
 
-    ids, mask = batch["prompts"]["input_ids"], batch["prompts"]["attention_mask"].bool()
+    ids, mask = step.prompts["input_ids"], step.prompts["attention_mask"].bool()
     texts = [
         tokenizer.decode(row[keep], clean_up_tokenization_spaces=False) for row, keep in zip(ids, mask, strict=True)
     ]
     drawn = leaves.flatten().tolist()
     paths = catalog.tree.paths[leaves.flatten().to(catalog.device)].tolist()
     at_leaf = {leaf: (catalog.leaf_text(leaf), catalog.items_of(leaf)) for leaf in set(drawn)}
-    keywords = {
+    columns = {name: repeat(values) for name, values in step.columns.items()}
+    return columns | {
         "prompts": repeat(texts),
         "completions": [at_leaf[leaf][0] for leaf in drawn],
         "completion_ids": [[token for token in path if token >= 0] for path in paths],
         "items": [at_leaf[leaf][1] for leaf in drawn],
     }
-    for name, values in batch.items():
-        if name in _NOT_COLUMNS or not isinstance(values, list | tuple | Tensor) or len(values) != len(leaves):
-            continue
-        if name in CALL_KEYWORDS:
-            raise ValueError(f"The dataset column {name!r} has the name of an argument of rewards; rename it.")
-        keywords[name] = repeat(values.tolist() if isinstance(values, Tensor) else values)
-    return keywords
 
 
 class RewardLog:
@@ -83,7 +70,7 @@ class RewardLog:
         return {name: sum(values) / len(values) for name, values in self._metrics.items()}
 
 
-def call_rewards(functions: Mapping[str, Callable], keywords: Mapping[str, Any]) -> dict[str, Any]:
+def call_rewards(functions: Mapping[str, Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
     """Call all functions; those that return awaitables run concurrently. An exception gets a note with the reward."""
     results, waiting = {}, {}
     for name, function in functions.items():

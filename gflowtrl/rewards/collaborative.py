@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from gflowtrl.catalog import Item, ItemCatalog
+from gflowtrl.data import Step
 from gflowtrl.teachers import as_teacher, teacher_scores
 
-from .base import Reward, column
+from .base import Reward
 
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class CollaborativeReward(Reward):
 
     def __init__(
         self,
-        teacher: Teacher | Callable[[list[list[Item]]], Tensor],
+        teacher: Teacher | Callable[[Sequence[Sequence[Item]]], Any],
         temperature: float = 1.0,
         popularity_correction: float = 0.0,
         item_counts: Mapping[Item, int] | Sequence[int] | Tensor | None = None,
@@ -61,26 +62,21 @@ class CollaborativeReward(Reward):
         self.teacher, self.temperature = teacher, temperature
         self.popularity_correction, self.item_counts = popularity_correction, item_counts
         self.normalization, self.exponent = normalization, exponent
-        self._aligned: Teacher | None = None  # the teacher, its columns in the catalogue's order
+        self._aligned: Teacher  # the teacher, its columns in the catalogue's order
         self._penalty: Tensor | None = None
 
     def bind(
         self, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase | None = None, leaf_reduction: str = "sum"
     ) -> Self:
-        if catalog is not self.catalog:
+        if catalog is not getattr(self, "catalog", None):
             self._aligned = as_teacher(self.teacher, catalog.items)
             if self.popularity_correction:
                 self._penalty = self.popularity_correction * torch.log1p(_counts(self.item_counts, catalog.items))
         return super().bind(catalog, tokenizer, leaf_reduction)
 
-    def score_items(self, batch: Mapping[str, Any]) -> Tensor:
-        shape = (len(column(batch, "history", self.__name__)), len(self._bound_catalog()))
-        scores = teacher_scores(self._aligned, batch).float()
-        if scores.shape != shape:
-            raise ValueError(
-                f"The teacher of reward {self.__name__!r} returned scores of shape {tuple(scores.shape)}; it must "
-                f"return {shape}: one row per history, one column per item."
-            )
+    def score_items(self, step: Step) -> Tensor:
+        self._bound_catalog()
+        scores = teacher_scores(self._aligned, step, self._owner)
         if self._penalty is not None:
             scores = scores - self._penalty.to(scores.device)
         if self.normalization == "softmax":

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .base import Reward, column
+from gflowtrl.data import Step
+
+from .base import Reward
 
 
 class GroundTruthReward(Reward):
@@ -22,11 +21,11 @@ class GroundTruthReward(Reward):
     def __init__(self) -> None:
         super().__init__("ground_truth")
 
-    def score_items(self, batch: Mapping[str, Any]) -> Tensor:
+    def score_items(self, step: Step) -> Tensor:
         catalog = self._bound_catalog()
-        index = catalog.index_of(column(batch, "target", self.__name__)).to(catalog.device)
+        index = catalog.index_of(step.column("target", self._owner)).to(catalog.device)
         return torch.zeros(len(index), len(catalog), device=index.device).scatter_(1, index[:, None], 1.0)
 
-    def score_leaves(self, batch: Mapping[str, Any], leaves: Tensor) -> Tensor:
-        target = self._bound_catalog().leaf_of(column(batch, "target", self.__name__)).to(leaves.device)
+    def score_leaves(self, step: Step, leaves: Tensor) -> Tensor:
+        target = self._bound_catalog().leaf_of(step.column("target", self._owner)).to(leaves.device)
         return (leaves == target[:, None]).float()

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from gflowtrl.catalog import Item
+from gflowtrl.data import Step
 
-from .base import Reward, column
+from .base import Reward
 
 
 class InteractionReward(Reward):
@@ -49,25 +49,25 @@ class InteractionReward(Reward):
                 f"A higher level must not be worth less, but the values of InteractionReward are {values}."
             )
 
-    def score_items(self, batch: Mapping[str, Any]) -> Tensor:
+    def score_items(self, step: Step) -> Tensor:
         catalog = self._bound_catalog()
-        index, values = self._graded(batch)
+        index, values = self._graded(step)
         # The last column takes the padding.
         scores = torch.zeros(len(index), len(catalog) + 1, device=catalog.device)
         return scores.scatter_(1, index % (len(catalog) + 1), values)[:, :-1]
 
-    def score_leaves(self, batch: Mapping[str, Any], leaves: Tensor) -> Tensor:
-        index, values = (entry.to(leaves.device) for entry in self._graded(batch))
+    def score_leaves(self, step: Step, leaves: Tensor) -> Tensor:
+        index, values = (entry.to(leaves.device) for entry in self._graded(step))
         leaf = self._bound_catalog().item_leaf.to(leaves.device)[index.clamp(min=0)]
         there = (leaves[:, :, None] == leaf[:, None, :]) & (index >= 0)[:, None, :]
         worth = torch.where(there, values[:, None, :], 0.0)
         return worth.sum(-1) if self.leaf_reduction == "sum" else worth.amax(-1)
 
-    def _graded(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def _graded(self, step: Step) -> tuple[Tensor, Tensor]:
         """Distinct items of each row that are worth something, `(B, S)` positions padded with -1, and their values."""
         catalog = self._bound_catalog()
-        items, levels = (column(batch, name, self.__name__) for name in (self.items, self.levels))
-        targets = [None] * len(items) if self.target is None else column(batch, "target", self.__name__)
+        items, levels = (step.column(name, self._owner) for name in (self.items, self.levels))
+        targets = [None] * len(items) if self.target is None else step.column("target", self._owner)
         rows = [self._row(*row) for row in zip(range(len(items)), items, levels, targets, strict=True)]
         index = [catalog.index_of(list(row)) for row in rows]
         values = [torch.tensor(list(row.values()), dtype=torch.float32) for row in rows]
@@ -93,4 +93,6 @@ class InteractionReward(Reward):
                 )
             best[item] = max(level, best.get(item, 0))
         worth = {item: self.values[level] for item, level in best.items() if self.values[level]}
-        return worth if self.target is None else {**worth, target: float(self.target)}
+        if self.target is not None and target is not None:
+            worth[target] = float(self.target)
+        return worth

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
 
 from gflowtrl.catalog import ItemCatalog
+from gflowtrl.data import Step
+from gflowtrl.policy import TreePolicy, make_policy
+from gflowtrl.policy.modules import evaluation_mode
 
-from .base import Reward, column
+from .base import Reward
 
 
 if TYPE_CHECKING:
@@ -29,22 +32,23 @@ class LikelihoodReward(Reward):
     *Of the policy in training* (no argument) the reward moves with the policy. In a sum r + w pi with exponent 1 the
     fixed point stays pi = r / Z, and the term only makes the way there slower. With an exponent above 1, or under
     "exp", it **sharpens**: what is likely becomes likelier. Alone it says nothing, as every policy is its own target.
-    It reads `batch["policy"]`. For the very tensor of leaves `batch["policy_leaves"]` it takes
-    `batch["policy_log_probs"]` and costs nothing; all leaves would cost a pass over the whole tree at every step, so
-    exact flows are refused.
+    It is known of drawn leaves only: all leaves would cost a pass over the whole tree at every step, so exact flows
+    are refused.
 
     Args:
-        model_or_policy: a policy (an object with `score` and `leaf_log_probs`) over the same catalogue; or a causal or
+        model_or_policy: a policy over the same catalogue; or a causal or
             encoder-decoder model, which is then read as one; or None for the policy in training.
         catalog: of a model; the trainer supplies it where it is missing.
     """
 
-    def __init__(self, model_or_policy: Any = None, catalog: ItemCatalog | None = None):
+    reads_prompts = True
+
+    def __init__(self, model_or_policy: TreePolicy | nn.Module | None = None, catalog: ItemCatalog | None = None):
         super().__init__("likelihood")
-        is_policy = hasattr(model_or_policy, "score") and hasattr(model_or_policy, "leaf_log_probs")
-        self.policy = model_or_policy if is_policy else None
-        self.model = None if is_policy else model_or_policy
+        self.policy: TreePolicy | None = model_or_policy if isinstance(model_or_policy, TreePolicy) else None
+        self.model = model_or_policy if isinstance(model_or_policy, nn.Module) else None
         self.scores_all_items = model_or_policy is not None
+        self.reads_policy = model_or_policy is None
         if catalog is not None:
             self.bind(catalog)
 
@@ -52,61 +56,38 @@ class LikelihoodReward(Reward):
         self, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase | None = None, leaf_reduction: str = "sum"
     ) -> Self:
         if self.policy is None and self.model is not None:
-            from gflowtrl.policy import make_policy
-
             self.policy = make_policy(self.model, catalog)
         return super().bind(catalog, tokenizer, leaf_reduction)
 
-    def score_items(self, batch: Mapping[str, Any]) -> Tensor:
+    def score_items(self, step: Step) -> Tensor:
         """`(B, items)`; items of one leaf share its probability, so that folding them gives it back."""
         self._bound_catalog()
-        policy, prompts = self._policy(batch), self._prompts(batch)
-        with frozen(getattr(policy, "model", None), prompts["input_ids"].device):
-            return self._items_from_leaves(policy.leaf_log_probs(prompts).exp())
+        policy = self._frozen_policy()
+        with frozen(getattr(policy, "model", None), step.device):
+            return self._items_from_leaves(policy.leaf_log_probs(step.prompts).exp())
 
-    def score_leaves(self, batch: Mapping[str, Any], leaves: Tensor) -> Tensor:
+    def score_leaves(self, step: Step, leaves: Tensor, policy_log_probs: Tensor | None = None) -> Tensor:
+        """`(B, K)`; `policy_log_probs (B, K)` is log pi of the leaves under the policy in training."""
         self._bound_catalog()
-        if self.policy is None and batch.get("policy_leaves") is leaves:
-            return batch["policy_log_probs"].detach().exp()
-        policy, prompts = self._policy(batch), self._prompts(batch)
-        with frozen(getattr(policy, "model", None), prompts["input_ids"].device):
-            return policy.score(prompts, leaves).log_probs.sum(-1).exp()
+        if self.policy is None and policy_log_probs is not None:
+            return policy_log_probs.detach().exp()
+        policy = self._frozen_policy()
+        with frozen(getattr(policy, "model", None), step.device):
+            return policy.score(step.prompts, leaves).log_probs.sum(-1).exp()
 
-    def _policy(self, batch: Mapping[str, Any]) -> Any:
-        if self.policy is not None:
-            return self.policy
-        if "policy" not in batch:
+    def _frozen_policy(self) -> TreePolicy:
+        if self.policy is None:
             raise ValueError(
-                f"Reward {self.__name__!r} without a model is the likelihood under the policy in training, but the "
-                f"batch has no 'policy'. GFlowNetTrainer puts it there; elsewhere give the reward a frozen model."
+                f"{self._owner} without a model is the likelihood under the policy in training, which nobody has "
+                f"given. GFlowNetTrainer does; elsewhere give the reward a frozen model."
             )
-        return batch["policy"]
-
-    def _prompts(self, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """The batch's prompts; as text (the TRL signature) they are tokenised again."""
-        prompts = column(batch, "prompts", self.__name__)
-        if isinstance(prompts, Mapping):
-            return prompts
-        if self.tokenizer is None:
-            raise ValueError(
-                f"Reward {self.__name__!r} needs the tokenizer to read prompts; bind(catalog, tokenizer)."
-            )
-        return self.tokenizer(
-            prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-        ).to(self._bound_catalog().device)
+        return self.policy
 
 
 @contextmanager
-def frozen(model: Any, device: torch.device) -> Iterator[None]:
+def frozen(model: nn.Module | None, device: torch.device) -> Iterator[None]:
     """No gradients, no dropout, on the batch's device; afterwards every module trains (or not) as before."""
-    modules = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
-    if isinstance(model, nn.Module) and next(model.parameters()).device != device:
+    if model is not None and next(model.parameters()).device != device:
         model.to(device)
-    for module in modules:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in modules:
-            module.training = True
+    with torch.no_grad(), nullcontext() if model is None else evaluation_mode(model):
+        yield

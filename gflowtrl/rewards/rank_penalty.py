@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import Reward, column
+from gflowtrl.data import Step
+
+from .base import Reward
 
 
 class RankPenaltyReward(Reward):
@@ -31,8 +32,8 @@ class RankPenaltyReward(Reward):
         """Refused: one completion at a time has no rank."""
         raise ValueError("RankPenaltyReward looks at whole groups, so it works in gflowtrl's trainers only.")
 
-    def score_leaves(self, batch: Mapping[str, Any], leaves: Tensor) -> Tensor:
-        target = self._bound_catalog().leaf_of(column(batch, "target", self.__name__)).to(leaves.device)
+    def score_leaves(self, step: Step, leaves: Tensor) -> Tensor:
+        target = self._bound_catalog().leaf_of(step.column("target", self._owner)).to(leaves.device)
         hit = leaves == target[:, None]
         share = 1 / torch.log2(torch.arange(leaves.shape[1], device=leaves.device) + 2.0)
         penalty = -(share / share.sum()) * hit.any(1, keepdim=True)

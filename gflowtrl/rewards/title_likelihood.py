@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from gflowtrl.catalog import Item, ItemCatalog
+from gflowtrl.data import Step
 from gflowtrl.policy.modules import cache_argument, forward_parameters, model_dtype
 from gflowtrl.policy.packing import (
     additive,
@@ -20,7 +21,7 @@ from gflowtrl.policy.packing import (
     separate_branches,
 )
 
-from .base import Reward, column
+from .base import Reward
 from .likelihood import frozen
 
 
@@ -84,7 +85,7 @@ class TitleLikelihoodReward(Reward):
     def bind(
         self, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase | None = None, leaf_reduction: str = "sum"
     ) -> Self:
-        if catalog is not self.catalog:
+        if catalog is not getattr(self, "catalog", None):
             bare = [item for item in catalog.items if not str(self.titles.get(item) or "").split()]
             if bare:
                 raise ValueError(
@@ -93,14 +94,14 @@ class TitleLikelihoodReward(Reward):
                 )
         return super().bind(catalog, tokenizer, leaf_reduction)
 
-    def score_items(self, batch: Mapping[str, Any]) -> Tensor:
+    def score_items(self, step: Step) -> Tensor:
         """`(B, items)`: as many titles as there are items, a row."""
-        histories, size = column(batch, "history", self.__name__), len(self._bound_catalog())
-        return self._likelihoods(histories, torch.arange(size).expand(len(histories), -1), self._device(batch))
+        histories, size = step.column("history", self._owner), len(self._bound_catalog())
+        return self._likelihoods(histories, torch.arange(size).expand(len(histories), -1), step.device)
 
-    def score_leaves(self, batch: Mapping[str, Any], leaves: Tensor) -> Tensor:
+    def score_leaves(self, step: Step, leaves: Tensor) -> Tensor:
         """`(B, K)`; a title that a row needs several times is read once."""
-        catalog, histories = self._bound_catalog(), column(batch, "history", self.__name__)
+        catalog, histories = self._bound_catalog(), step.column("history", self._owner)
         members = {leaf: catalog.index_of(catalog.items_of(leaf)).tolist() for leaf in leaves.unique().tolist()}
         rows = [list(dict.fromkeys(item for leaf in row for item in members[leaf])) for row in leaves.tolist()]
         items = pad_sequence([torch.tensor(row) for row in rows], True, -1)
@@ -151,10 +152,6 @@ class TitleLikelihoodReward(Reward):
                 f"Reward {self.__name__!r}: a prompt and its titles take {length} tokens, but the model has {limit} "
                 f"positions; lower max_history_items ({self.max_history_items}) or max_title_words."
             )
-
-    def _device(self, batch: Mapping[str, Any]) -> torch.device:
-        prompts = batch.get("prompts")
-        return prompts["input_ids"].device if isinstance(prompts, Mapping) else self._bound_catalog().device
 
 
 def title_log_probs(model: nn.Module, prompts: Mapping[str, Tensor], titles: Tensor, chunk: int) -> Tensor:

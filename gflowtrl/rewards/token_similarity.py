@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .base import Reward, column
+from gflowtrl.data import Step
+
+from .base import Reward
 
 
 class TokenSimilarityReward(Reward):
@@ -28,18 +27,18 @@ class TokenSimilarityReward(Reward):
         super().__init__("token_similarity")
         self.normalise, self.prefix = normalise, prefix
 
-    def score_items(self, batch: Mapping[str, Any]) -> Tensor:
+    def score_items(self, step: Step) -> Tensor:
         catalog = self._bound_catalog()
-        return self._items_from_leaves(self._agreement(batch, catalog.tree.paths[None]))
+        return self._items_from_leaves(self._agreement(step, catalog.tree.paths[None]))
 
-    def score_leaves(self, batch: Mapping[str, Any], leaves: Tensor) -> Tensor:
+    def score_leaves(self, step: Step, leaves: Tensor) -> Tensor:
         catalog = self._bound_catalog()
-        return self._agreement(batch, catalog.tree.paths[leaves.to(catalog.device)]).to(leaves.device)
+        return self._agreement(step, catalog.tree.paths[leaves.to(catalog.device)]).to(leaves.device)
 
-    def _agreement(self, batch: Mapping[str, Any], paths: Tensor) -> Tensor:
+    def _agreement(self, step: Step, paths: Tensor) -> Tensor:
         """`paths (B or 1, n, L) -> (B, n)`; position by position, so that no table of B x n x L is made."""
         catalog = self._bound_catalog()
-        target = catalog.leaf_of(column(batch, "target", self.__name__))
+        target = catalog.leaf_of(step.column("target", self._owner))
         own = catalog.tree.paths[target]
         count = torch.zeros(len(own), paths.shape[1], device=own.device)
         so_far: Tensor | None = None

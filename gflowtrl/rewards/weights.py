@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
 from gflowtrl.catalog import Item, ItemCatalog
-from gflowtrl.data import GroupCollator
+from gflowtrl.data import GroupCollator, PromptEncoder, Step
 
-from .fusion import RewardFusion
+from .base import AnyReward
+from .composite import CompositeReward
 
 
 if TYPE_CHECKING:
@@ -41,10 +42,10 @@ class LearnedWeights:
 
 
 def fit_reward_weights(
-    rewards: Callable | Sequence[Callable],
+    rewards: AnyReward | Sequence[AnyReward],
     catalog: ItemCatalog,
     rows: Dataset,
-    encoder: Callable[[Sequence[Sequence[Item]]], dict[str, Tensor]],
+    encoder: PromptEncoder,
     tokenizer: PreTrainedTokenizerBase | None = None,
     held_out: str = "target",
     floor: float = 1e-3,
@@ -90,13 +91,13 @@ def fit_reward_weights(
         raise ValueError(f"There is no column {held_out!r} of held-out positives; the rows have {rows.column_names}.")
     if not len(rows):
         raise ValueError("There are no rows to learn weights from.")
-    fusion = RewardFusion(rewards, catalog, tokenizer, transform="exp", leaf_reduction=leaf_reduction)
+    composite = CompositeReward(rewards, catalog, tokenizer, transform="exp", leaf_reduction=leaf_reduction)
     found = []
-    for batch, positives in _batches(rows, encoder, held_out, batch_size, torch.device(device)):
+    for step, positives in _steps(rows, encoder, held_out, batch_size, torch.device(device)):
         leaves = catalog.to(device).leaf_of(positives)
-        found.append(_values_and_totals(fusion, batch, leaves))
+        found.append(_values_and_totals(composite, step, leaves))
     values, totals = (torch.cat(parts).double().cpu() for parts in zip(*found, strict=True))
-    _check(fusion.names, values, totals)
+    _check(composite.names, values, totals)
     values = values + floor * totals / catalog.tree.num_leaves
     return _fit(values, totals)
 
@@ -107,33 +108,33 @@ def one_step_back(rows: Dataset) -> Dataset:
     For a reward that reads `target`: whether it is a good one shows in another positive of the same user. Rows with a
     history of one item are left out, and so are all columns that tell about the old target.
     """
-    kept = [row for row in rows.select_columns(["row_id", "history", "target"]) if len(row["history"]) > 1]
+    kept = rows.select([number for number, history in enumerate(rows["history"]) if len(history) > 1])
     columns = {
-        "row_id": [row["row_id"] for row in kept],
-        "history": [row["history"][:-1] for row in kept],
-        "target": [row["history"][-1] for row in kept],
-        "next": [row["target"] for row in kept],
+        "row_id": kept["row_id"],
+        "history": [history[:-1] for history in kept["history"]],
+        "target": [history[-1] for history in kept["history"]],
+        "next": kept["target"],
     }
     return Dataset.from_dict(columns)
 
 
-def _batches(
-    rows: Dataset, encoder: Callable, held_out: str, batch_size: int, device: torch.device
-) -> Iterator[tuple[dict[str, Any], list[Item]]]:
-    """Batches without what they are to predict, and that."""
+def _steps(
+    rows: Dataset, encoder: PromptEncoder, held_out: str, batch_size: int, device: torch.device
+) -> Iterator[tuple[Step, list[Item]]]:
+    """Steps without what they are to predict, and that."""
     collate = GroupCollator(encoder)
     for start in range(0, len(rows), batch_size):
         batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
-        positives = batch.pop(held_out)
         prompts = {name: tensor.to(device) for name, tensor in batch["prompts"].items()}
-        kept = {name: column for name, column in batch.items() if name not in _REVEALING}
-        yield {**kept, "prompts": prompts, "cache": {}}, positives
+        columns = {name: column for name, column in batch["columns"].items() if name not in (held_out, *_REVEALING)}
+        row_ids = batch["row_ids"].to(device)
+        yield Step(prompts, row_ids, torch.full_like(row_ids, -1), columns), batch["columns"][held_out]
 
 
-def _values_and_totals(fusion: RewardFusion, batch: dict[str, Any], leaves: Tensor) -> tuple[Tensor, Tensor]:
+def _values_and_totals(composite: CompositeReward, step: Step, leaves: Tensor) -> tuple[Tensor, Tensor]:
     """Each reward's value at the held-out leaf and its sum over all leaves: two `(B, rewards)`."""
     try:
-        parts = fusion.score_all(batch).parts
+        parts = composite.dense(step).result.parts
     except ValueError as error:
         error.add_note("fit_reward_weights hides the held-out positive and its session from the rewards.")
         raise

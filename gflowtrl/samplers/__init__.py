@@ -1,6 +1,6 @@
 """Samplers: where the trajectories of a training step come from."""
 
-from .base import Sampler, TrajectoryBatch, draw_leaves, validate_trajectories
+from .base import Feedback, Sampler, Trajectories, validate_trajectories
 from .basic import (
     CollaborativeSampler,
     FunctionSampler,
@@ -29,6 +29,7 @@ __all__ = [
     "BeamSampler",
     "CollaborativeSampler",
     "CurriculumSampler",
+    "Feedback",
     "FunctionSampler",
     "GroundTruthSampler",
     "InteractionLogSampler",
@@ -40,11 +41,10 @@ __all__ = [
     "Sampler",
     "ScheduledMixtureSampler",
     "StochasticBeamSampler",
-    "TrajectoryBatch",
+    "Trajectories",
     "UniformSampler",
     "UnobservedSampler",
     "build_sampler",
-    "draw_leaves",
     "uses_teacher",
     "validate_trajectories",
 ]

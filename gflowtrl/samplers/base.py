@@ -11,9 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gflowtrl.data import Step
+from gflowtrl.policy import Noise, TreePolicy
+from gflowtrl.rewards import StepReward
+
 
 @dataclass(frozen=True)
-class TrajectoryBatch:
+class Trajectories:
     """Trajectories of a batch. On a prefix tree a leaf has one path, so a leaf is a trajectory.
 
     Attributes:
@@ -27,6 +31,35 @@ class TrajectoryBatch:
     source: Tensor
     log_q: Tensor | None = None
 
+    @classmethod
+    def of_one_source(cls, leaves: Tensor, log_q: Tensor | None = None) -> Trajectories:
+        """The trajectories of a sampler with a single source."""
+        return cls(leaves, torch.zeros_like(leaves), log_q)
+
+    def columns(self, which: Tensor) -> Trajectories:
+        """Some of the K trajectories, the same of every row: `which (n,)` are their numbers."""
+        log_q = None if self.log_q is None else self.log_q[:, which]
+        return Trajectories(self.leaves[:, which], self.source[:, which], log_q)
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What became of a step's trajectories.
+
+    Attributes:
+        log_rewards: `(B, K)` log R.
+        residual: `(B, K)` |log Z + log pi - log R|, with the best known log Z.
+        log_pi: `(B, K)` log pi(leaf | x) under the policy in training.
+    """
+
+    log_rewards: Tensor
+    residual: Tensor
+    log_pi: Tensor
+
+    def columns(self, which: Tensor) -> Feedback:
+        """Of some of the K trajectories, the same of every row: `which (n,)` are their numbers."""
+        return Feedback(self.log_rewards[:, which], self.residual[:, which], self.log_pi[:, which])
+
 
 class Sampler(ABC):
     """Draws K trajectories for each prompt. Objectives of GFlowNets are right for any sampler that reaches all leaves;
@@ -39,24 +72,26 @@ class Sampler(ABC):
     observes_group: bool = False  # whether a mixture tells it of the whole group, or of its own trajectories alone
 
     @abstractmethod
-    def sample(self, batch: Mapping[str, Any], policy: Any, num_generations: int, noise: Any) -> TrajectoryBatch:
+    def sample(
+        self, step: Step, policy: TreePolicy, reward: StepReward | None, num_generations: int, noise: Noise
+    ) -> Trajectories:
         """Draw.
 
         Args:
-            batch: prompts and dataset columns of B rows, and `"progress"`, the share of the training that is done, in
-                [0, 1).
+            step: prompts and dataset columns of B rows, and the progress of the training.
             policy: the policy in training, with its `catalog`.
+            reward: of this step's prompts; None where nothing is rewarded.
             num_generations: K, all trajectories of a prompt.
             noise: `StatelessNoise(seed).at(step, row_ids)`.
         """
 
     def observe(  # noqa: B027 - not abstract: most samplers learn nothing
-        self, batch: Mapping[str, Any], trajectories: TrajectoryBatch, feedback: Mapping[str, Tensor]
+        self, step: Step, trajectories: Trajectories, feedback: Feedback
     ) -> None:
         """Learn from what became of the trajectories; called once after each loss. The default does nothing.
 
         Args:
-            batch: what `sample` got.
+            step: what `sample` got.
             trajectories: what `sample` returned. In a mixture `source` counts from this sampler's first source, so its
                 own trajectories are those with `0 <= source < len(source_names)`.
             feedback: tensors `(B, K)` without gradient: `"log_rewards"`; `"log_pi"`, the policy's log-probabilities;
@@ -129,36 +164,15 @@ def over_processes(values: Tensor) -> Tensor:
     return values
 
 
-def draw_leaves(probabilities: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw from categorical distributions by inverting their cumulative sums.
-
-    Args:
-        probabilities: `(B, N)`, >= 0, need not sum to one.
-        uniforms: `(B, K)` in (0, 1).
-
-    Returns:
-        leaves `(B, K)` and their log-probabilities `(B, K)` float32.
-    """
-    # 64 bits: in 32 the sums of a million small numbers stand still, and items at the end are never drawn.
-    sums = torch.cumsum(probabilities.double(), 1)
-    total = sums[:, -1:]
-    # Rounding must not reach the total itself, behind which no leaf lies.
-    places = torch.minimum(uniforms.to(sums.device) * total, torch.nextafter(total, torch.zeros_like(total)))
-    leaves = torch.searchsorted(sums, places, right=True)
-    return leaves, (probabilities.double().gather(1, leaves) / total).log().float()
-
-
-def validate_trajectories(
-    trajectories: TrajectoryBatch, batch_size: int, num_generations: int, num_leaves: int
-) -> None:
+def validate_trajectories(trajectories: Trajectories, batch_size: int, num_generations: int, num_leaves: int) -> None:
     """Check what a sampler returned.
 
     Raises:
-        TypeError: not a TrajectoryBatch of tensors.
+        TypeError: not a Trajectories of tensors.
         ValueError: wrong shape, numbers that are no integers, or a number that is no leaf; the error names the place.
     """
-    if not isinstance(trajectories, TrajectoryBatch):
-        raise TypeError(f"The sampler returned {type(trajectories).__name__}; it must return a TrajectoryBatch.")
+    if not isinstance(trajectories, Trajectories):
+        raise TypeError(f"The sampler returned {type(trajectories).__name__}; it must return a Trajectories.")
     shape = (batch_size, num_generations)
     for name, values in (("leaves", trajectories.leaves), ("source", trajectories.source)):
         if not isinstance(values, Tensor):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from gflowtrl.data import Step
+from gflowtrl.policy import Noise, TreePolicy
+from gflowtrl.rewards import StepReward
 
-from .base import Sampler, TrajectoryBatch, check_positive, fill_missing
-from .basic import one_source
+from .base import Sampler, Trajectories, check_positive, fill_missing
 
 
 class BeamSampler(Sampler):
@@ -18,9 +18,11 @@ class BeamSampler(Sampler):
 
     source_names = ("beam",)
 
-    def sample(self, batch: Mapping[str, Any], policy: Any, num_generations: int, noise: Any) -> TrajectoryBatch:
-        leaves, log_probs = policy.beam_search(batch["prompts"], num_generations)
-        return one_source(fill_missing(leaves)[0], log_probs.new_zeros(log_probs.shape))
+    def sample(
+        self, step: Step, policy: TreePolicy, reward: StepReward | None, num_generations: int, noise: Noise
+    ) -> Trajectories:
+        leaves, log_probs = policy.beam_search(step.prompts, num_generations)
+        return Trajectories.of_one_source(fill_missing(leaves)[0], log_probs.new_zeros(log_probs.shape))
 
 
 class StochasticBeamSampler(Sampler):
@@ -43,6 +45,8 @@ class StochasticBeamSampler(Sampler):
         check_positive("temperature", temperature, "StochasticBeamSampler")
         self.temperature = temperature
 
-    def sample(self, batch: Mapping[str, Any], policy: Any, num_generations: int, noise: Any) -> TrajectoryBatch:
-        beams = policy.stochastic_beam_search(batch["prompts"], num_generations, noise, temperature=self.temperature)
-        return one_source(*fill_missing(beams.leaves, beams.log_inclusion))
+    def sample(
+        self, step: Step, policy: TreePolicy, reward: StepReward | None, num_generations: int, noise: Noise
+    ) -> Trajectories:
+        beams = policy.stochastic_beam_search(step.prompts, num_generations, noise, temperature=self.temperature)
+        return Trajectories.of_one_source(*fill_missing(beams.leaves, beams.log_inclusion))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from gflowtrl.data import Step
+from gflowtrl.policy import Noise, TreePolicy
+from gflowtrl.policy.modules import evaluation_mode
+from gflowtrl.rewards import StepReward
 from gflowtrl.teachers import as_teacher, teacher_scores
 
-from .base import Sampler, TrajectoryBatch, check_count, fill_missing
-from .basic import device_of, one_source
+from .base import Sampler, Trajectories, check_count, fill_missing
 from .observed import count_allowed, distinct_ranks, observed_leaves, skip_forbidden
 from .schedule import Schedule
 
@@ -38,7 +40,7 @@ class CandidatePool:
     """
 
     def __init__(
-        self, teacher: Teacher | Callable[[list[list[Item]]], Tensor], kind: str, size: int | None, owner: str
+        self, teacher: Teacher | Callable[[Sequence[Sequence[Item]]], Any], kind: str, size: int | None, owner: str
     ):
         if kind not in POOLS:
             raise ValueError(f"The pool of {owner} is {kind!r}; choose from {', '.join(POOLS)}.")
@@ -48,10 +50,10 @@ class CandidatePool:
             raise TypeError(f"{owner} needs a teacher or a callable histories -> (B, items), got {teacher!r}.")
         self.teacher, self.kind, self.size, self.owner = teacher, kind, size, owner
         self._catalog: ItemCatalog | None = None
-        self._aligned: Teacher | None = None  # the teacher, its columns in the catalogue's order
+        self._aligned: Teacher  # the teacher, its columns in the catalogue's order
 
     @torch.no_grad()
-    def candidates(self, batch: Mapping[str, Any], catalog: ItemCatalog, wanted: int, noise: Any) -> Tensor:
+    def candidates(self, step: Step, catalog: ItemCatalog, wanted: int, noise: Noise) -> Tensor:
         """Candidate leaves from the teacher's worst to its best: `(B, size)`, padded with -1 at the right."""
         size = min(2 * wanted + 1 if self.size is None else self.size, catalog.tree.num_leaves)
         if size < min(wanted, catalog.tree.num_leaves):
@@ -59,8 +61,8 @@ class CandidatePool:
                 f"{self.owner} shall give {wanted} trajectories, but its pool_size is {size}. Raise it, or leave it "
                 f"out for twice as many candidates as trajectories and one more."
             )
-        scores = self._leaf_scores(batch, catalog)
-        observed = observed_leaves(batch, catalog, self.owner)
+        scores = self._leaf_scores(step, catalog)
+        observed = observed_leaves(step, catalog, self.owner)
         allowed = count_allowed(observed, catalog.tree.num_leaves, self.owner)
         if self.kind == "random":
             pool = distinct_ranks(allowed, noise.uniform("pool", size))
@@ -76,20 +78,12 @@ class CandidatePool:
         order = scores.gather(1, pool).masked_fill(missing, torch.inf).argsort(dim=1, stable=True)
         return pool.masked_fill(missing, -1).gather(1, order)
 
-    def _leaf_scores(self, batch: Mapping[str, Any], catalog: ItemCatalog) -> Tensor:
+    def _leaf_scores(self, step: Step, catalog: ItemCatalog) -> Tensor:
         """The teacher's score of each leaf, the highest among its items: `(B, N)`."""
         if catalog is not self._catalog:
             self._catalog, self._aligned = catalog, as_teacher(self.teacher, catalog.items)
-        if "history" not in batch:
-            raise ValueError(f"{self.owner} needs the dataset column 'history'; the batch has {sorted(batch)}.")
-        scores = teacher_scores(self._aligned, batch).float()
-        shape = (len(batch["history"]), len(catalog))
-        if scores.shape != shape:
-            raise ValueError(
-                f"The teacher of {self.owner} returned scores of shape {tuple(scores.shape)}; it must return {shape}: "
-                f"one row per history, one column per item."
-            )
-        return catalog.fold_items(scores.to(device_of(batch)), "max")
+        scores = teacher_scores(self._aligned, step, self.owner)
+        return catalog.fold_items(scores.to(step.device), "max")
 
 
 class CurriculumSampler(Sampler):
@@ -99,7 +93,7 @@ class CurriculumSampler(Sampler):
     trajectories are K neighbours in this order, from place round(h (M - K)) on, where the hardness h follows the
     schedule: at h = 0 the K lowest, at h = 1 the K highest. `log_q` is not known with a random pool (how often a leaf
     comes depends on its rank among all) and 0 with the teacher's, where chance has no part. Where a row has fewer than
-    K candidates they are repeated. Reads `history`, `progress` and, where there is one, `target`.
+    K candidates they are repeated. Reads the column `history`.
 
     Args:
         teacher: a `gflowtrl.teachers.Teacher`, or any callable `histories -> (B, items)` in the catalogue's order.
@@ -114,7 +108,7 @@ class CurriculumSampler(Sampler):
 
     def __init__(
         self,
-        teacher: Teacher | Callable[[list[list[Item]]], Tensor],
+        teacher: Teacher | Callable[[Sequence[Sequence[Item]]], Any],
         pool_size: int | None = None,
         pool: str = "random",
         schedule: Sequence[tuple[float, float]] = EASY_TO_HARD,
@@ -124,16 +118,18 @@ class CurriculumSampler(Sampler):
         if self.schedule.values.shape[1] != 1 or not ((self.schedule.values >= 0) & (self.schedule.values <= 1)).all():
             raise ValueError(f"The hardness in the schedule of CurriculumSampler must be in [0, 1], got {schedule!r}.")
 
-    def sample(self, batch: Mapping[str, Any], policy: Any, num_generations: int, noise: Any) -> TrajectoryBatch:
-        hardness = float(self.schedule.at(batch)[0])
-        pool = self.pool.candidates(batch, policy.catalog, num_generations, noise)
+    def sample(
+        self, step: Step, policy: TreePolicy, reward: StepReward | None, num_generations: int, noise: Noise
+    ) -> Trajectories:
+        hardness = float(self.schedule.at(step.progress)[0])
+        pool = self.pool.candidates(step, policy.catalog, num_generations, noise)
         room = ((pool >= 0).sum(1, keepdim=True) - num_generations).clamp(min=0)
         first = (hardness * room + 0.5).long()  # a half rounds up; torch.round would take it to the even number
         width = min(num_generations, pool.shape[1])
         chosen = pool.gather(1, first + torch.arange(width, device=pool.device))
         leaves = _filled_to(chosen, num_generations)
         known = self.pool.kind == "teacher"
-        return one_source(leaves, torch.zeros(leaves.shape, device=leaves.device) if known else None)
+        return Trajectories.of_one_source(leaves, torch.zeros(leaves.shape, device=leaves.device) if known else None)
 
 
 class LowConfidenceSampler(Sampler):
@@ -141,7 +137,7 @@ class LowConfidenceSampler(Sampler):
 
     What the teacher recommends and the policy does not is where there is most to learn. Costs one forward of the
     policy with a branch per candidate. Nothing is drawn, so `log_q` is 0; the least probable come first. Where a row
-    has fewer than K candidates they are repeated. Reads `history` and, where there is one, `target`.
+    has fewer than K candidates they are repeated. Reads the column `history`.
 
     Args:
         teacher: a `gflowtrl.teachers.Teacher`, or any callable `histories -> (B, items)` in the catalogue's order.
@@ -150,28 +146,20 @@ class LowConfidenceSampler(Sampler):
 
     source_names = ("low_confidence",)
 
-    def __init__(self, teacher: Teacher | Callable[[list[list[Item]]], Tensor], pool_size: int | None = None):
+    def __init__(self, teacher: Teacher | Callable[[Sequence[Sequence[Item]]], Any], pool_size: int | None = None):
         self.pool = CandidatePool(teacher, "teacher", pool_size, "LowConfidenceSampler")
 
-    def sample(self, batch: Mapping[str, Any], policy: Any, num_generations: int, noise: Any) -> TrajectoryBatch:
-        pool = self.pool.candidates(batch, policy.catalog, num_generations, noise)
-        with torch.no_grad(), _without_dropout(policy.model):
-            log_pi = policy.score(batch["prompts"], pool.clamp(min=0)).trajectory_log_probs
+    def sample(
+        self, step: Step, policy: TreePolicy, reward: StepReward | None, num_generations: int, noise: Noise
+    ) -> Trajectories:
+        pool = self.pool.candidates(step, policy.catalog, num_generations, noise)
+        with torch.no_grad(), evaluation_mode(policy.model):
+            log_pi = policy.score(step.prompts, pool.clamp(min=0)).trajectory_log_probs
         order = log_pi.masked_fill(pool < 0, torch.inf).argsort(dim=1, stable=True)[:, :num_generations]
         leaves = _filled_to(pool.gather(1, order), num_generations)
-        return one_source(leaves, torch.zeros(leaves.shape, device=leaves.device))
+        return Trajectories.of_one_source(leaves, torch.zeros(leaves.shape, device=leaves.device))
 
 
 def _filled_to(leaves: Tensor, count: int) -> Tensor:
     """`(B, n <= count)` leaves, -1 at the end of a row for missing ones, repeated in turn to `(B, count)`."""
     return fill_missing(torch.nn.functional.pad(leaves, (0, count - leaves.shape[1]), value=-1))[0]
-
-
-@contextmanager
-def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Sampler, TrajectoryBatch, check_share, check_state, over_processes
+from gflowtrl.data import Step
+from gflowtrl.policy import Noise, TreePolicy
+from gflowtrl.rewards import StepReward
+
+from .base import Feedback, Sampler, Trajectories, check_share, check_state, over_processes
 from .basic import (
     CollaborativeSampler,
     FunctionSampler,
@@ -67,22 +71,24 @@ class MixtureSampler(Sampler):
             counts[i] += 1
         return counts
 
-    def sample(self, batch: Mapping[str, Any], policy: Any, num_generations: int, noise: Any) -> TrajectoryBatch:
+    def sample(
+        self, step: Step, policy: TreePolicy, reward: StepReward | None, num_generations: int, noise: Noise
+    ) -> Trajectories:
         drawn, first_source = [], 0
         for (name, sampler), count in zip(self.samplers.items(), self.allocate(num_generations), strict=True):
             if count:
-                part = sampler.sample(batch, policy, count, _OwnStream(noise, name))
-                drawn.append(TrajectoryBatch(part.leaves, part.source + first_source, part.log_q))
+                part = sampler.sample(step, policy, reward, count, noise.named(name))
+                drawn.append(Trajectories(part.leaves, part.source + first_source, part.log_q))
             first_source += len(sampler.source_names)
         known = all(part.log_q is not None for part in drawn)
-        return TrajectoryBatch(
+        return Trajectories(
             torch.cat([part.leaves for part in drawn], 1),
             torch.cat([part.source for part in drawn], 1),
             torch.cat([part.log_q for part in drawn], 1) if known else None,
         )
 
     # ------------------------------------------------------------------------------------------------ handed to parts
-    def observe(self, batch: Mapping[str, Any], trajectories: TrajectoryBatch, feedback: Mapping[str, Tensor]) -> None:
+    def observe(self, step: Step, trajectories: Trajectories, feedback: Feedback) -> None:
         """Tells every source of its own trajectories, or of all where it `observes_group`."""
         first_source = 0
         for sampler in self.samplers.values():
@@ -90,12 +96,9 @@ class MixtureSampler(Sampler):
             first_source += len(sampler.source_names)
             if not sampler.observes_group:
                 own = _own(told.source, sampler)[0].nonzero()[:, 0]  # the same places in every row
-                told = TrajectoryBatch(
-                    told.leaves[:, own], told.source[:, own], None if told.log_q is None else told.log_q[:, own]
-                )
-                heard = {name: values[:, own] for name, values in feedback.items()}
+                told, heard = told.columns(own), heard.columns(own)
             if told.leaves.shape[1]:
-                sampler.observe(batch, told, heard)
+                sampler.observe(step, told, heard)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {
@@ -108,8 +111,8 @@ class MixtureSampler(Sampler):
         own = {name: {} for name in self.samplers}
         for entry, tensor in state.items():
             # A name may itself hold a slash: the longest that fits is meant.
-            owner = max((name for name in own if entry.startswith(f"{name}/")), key=len, default=None)
-            if owner is None:
+            owner = max((name for name in own if entry.startswith(f"{name}/")), key=len, default="")
+            if not owner:
                 check_state(self, state, self.state_dict())
             own[owner][entry.removeprefix(f"{owner}/")] = tensor
         for name, sampler in self.samplers.items():
@@ -148,9 +151,11 @@ class ScheduledMixtureSampler(MixtureSampler):
         pairs = [(progress, row) for (progress, _), row in zip(points, rows, strict=True)]
         self.schedule = Schedule(pairs, "ScheduledMixtureSampler")
 
-    def sample(self, batch: Mapping[str, Any], policy: Any, num_generations: int, noise: Any) -> TrajectoryBatch:
-        self.weights = self.schedule.at(batch).tolist()
-        return super().sample(batch, policy, num_generations, noise)
+    def sample(
+        self, step: Step, policy: TreePolicy, reward: StepReward | None, num_generations: int, noise: Noise
+    ) -> Trajectories:
+        self.weights = self.schedule.at(step.progress).tolist()
+        return super().sample(step, policy, reward, num_generations, noise)
 
     def metrics(self) -> dict[str, float]:
         """The parts' metrics, and `weight/SOURCE`, the shares of the last step."""
@@ -197,19 +202,15 @@ class AdaptiveMixtureSampler(MixtureSampler):
         self.residuals = torch.zeros(0, dtype=torch.float64)  # running mean of each source; empty: not measured yet
         self._set_weights()
 
-    def observe(self, batch: Mapping[str, Any], trajectories: TrajectoryBatch, feedback: Mapping[str, Tensor]) -> None:
-        if feedback.get("residual") is None:
-            raise ValueError(
-                "AdaptiveMixtureSampler needs the residual in the feedback of a step: train with a reward."
-            )
-        measured = self._measured(trajectories.source, feedback["residual"].double())
+    def observe(self, step: Step, trajectories: Trajectories, feedback: Feedback) -> None:
+        measured = self._measured(trajectories.source, feedback.residual.double())
         known = ~measured.isnan()
         if known.any():
             measured = torch.where(known, measured, measured[known].mean())
             past = self.residuals if len(self.residuals) else measured
             self.residuals = self.decay * past + (1 - self.decay) * measured
             self._set_weights()
-        super().observe(batch, trajectories, feedback)
+        super().observe(step, trajectories, feedback)
 
     def _measured(self, source: Tensor, residual: Tensor) -> Tensor:
         """Mean residual of each source over the step's trajectories on all processes: `(m,)`, NaN for none."""
@@ -249,21 +250,8 @@ class AdaptiveMixtureSampler(MixtureSampler):
         return {**super().metrics(), **_shares(self), **{f"residual/{name}": value for name, value in residuals}}
 
 
-class _OwnStream:
-    """Noise whose purposes carry the source's name."""
-
-    def __init__(self, noise: Any, name: str):
-        self._noise, self._name = noise, name
-
-    def uniform(self, purpose: str, num: int, depth: int = 0) -> Tensor:
-        return self._noise.uniform(f"{self._name}/{purpose}", num, depth)
-
-    def uniform_at(self, purpose: str, index: Tensor, depth: int = 0) -> Tensor:
-        return self._noise.uniform_at(f"{self._name}/{purpose}", index, depth)
-
-
-def _renumbered(trajectories: TrajectoryBatch, first_source: int) -> TrajectoryBatch:
-    return TrajectoryBatch(trajectories.leaves, trajectories.source - first_source, trajectories.log_q)
+def _renumbered(trajectories: Trajectories, first_source: int) -> Trajectories:
+    return Trajectories(trajectories.leaves, trajectories.source - first_source, trajectories.log_q)
 
 
 def _own(source: Tensor, sampler: Sampler) -> Tensor:

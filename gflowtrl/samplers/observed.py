@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .base import Sampler, TrajectoryBatch
-from .basic import device_of, one_source
+from gflowtrl.data import Step
+from gflowtrl.policy import Noise, TreePolicy
+from gflowtrl.rewards import StepReward
+
+from .base import Sampler, Trajectories
 
 
 if TYPE_CHECKING:
@@ -38,48 +41,40 @@ class InteractionLogSampler(Sampler):
             raise TypeError(f"column of InteractionLogSampler is the name of a dataset column, got {column!r}.")
         self.column = column
 
-    def sample(self, batch: Mapping[str, Any], policy: Any, num_generations: int, noise: Any) -> TrajectoryBatch:
-        if self.column not in batch:
-            raise ValueError(
-                f"InteractionLogSampler needs the dataset column {self.column!r}, a list of items for each row; the "
-                f"batch has {sorted(batch)}. Name another one with column=..., or choose another sampler."
-            )
-        target = _targets(batch, policy.catalog)
-        log = distinct_sorted(leaf_rows(policy.catalog, batch[self.column]).to(device_of(batch)), target)
+    def sample(
+        self, step: Step, policy: TreePolicy, reward: StepReward | None, num_generations: int, noise: Noise
+    ) -> Trajectories:
+        rows = step.column(self.column, "InteractionLogSampler")
+        log = distinct_sorted(leaf_rows(policy.catalog, rows).to(step.device), step.target_leaves)
         counts = (log >= 0).sum(1, keepdim=True)
-        if target is None and (counts == 0).any():
-            row = int((counts[:, 0] == 0).nonzero()[0])
-            raise ValueError(
-                f"Row {row} has an empty list in the column {self.column!r}, and the batch has no target to take "
-                f"instead. Leave such rows out, or give the dataset a column 'target'."
-            )
-        if target is not None:
-            log = torch.cat([log, log.new_full((len(log), 1), -1)], 1)
-            log[:, 0] = torch.where(counts[:, 0] == 0, target, log[:, 0])
+        log = torch.cat([log, log.new_full((len(log), 1), -1)], 1)
+        log[:, 0] = torch.where(counts[:, 0] == 0, step.target_leaves, log[:, 0])
         # Distinct leaves stand at the left, so a row's numbers do not depend on the longest log of the batch.
         keys = noise.uniform("interaction_log", log.shape[1]).to(log.device).masked_fill(log < 0, 2.0)
         shuffled = log.gather(1, keys.argsort(1))
         place = torch.arange(num_generations, device=log.device) % counts.clamp(min=1)
         log_q = -counts.clamp(min=1).float().log().expand(-1, num_generations)
-        return one_source(shuffled.gather(1, place), log_q.contiguous())
+        return Trajectories.of_one_source(shuffled.gather(1, place), log_q.contiguous())
 
 
 class UnobservedSampler(Sampler):
     """All leaves alike that are neither the target's nor any history item's, with replacement (GFlowGR's "random").
 
     A draw is a rank among the allowed leaves, moved past the forbidden ones below it: no rejection, no table of all
-    leaves. Reads the columns `history` and, where there is one, `target`.
+    leaves. Reads the column `history`.
     """
 
     source_names = ("unobserved",)
 
-    def sample(self, batch: Mapping[str, Any], policy: Any, num_generations: int, noise: Any) -> TrajectoryBatch:
-        forbidden = observed_leaves(batch, policy.catalog, "UnobservedSampler")
+    def sample(
+        self, step: Step, policy: TreePolicy, reward: StepReward | None, num_generations: int, noise: Noise
+    ) -> Trajectories:
+        forbidden = observed_leaves(step, policy.catalog, "UnobservedSampler")
         allowed = count_allowed(forbidden, policy.catalog.tree.num_leaves, "UnobservedSampler")
         uniforms = noise.uniform("unobserved", num_generations).to(forbidden.device)
         ranks = torch.minimum((uniforms * allowed[:, None]).long(), allowed[:, None] - 1)
         log_q = -allowed.float().log()[:, None].expand(-1, num_generations)
-        return one_source(skip_forbidden(ranks, forbidden), log_q.contiguous())
+        return Trajectories.of_one_source(skip_forbidden(ranks, forbidden), log_q.contiguous())
 
 
 # ---------------------------------------------------------------------------------------------------- sets of leaves
@@ -105,13 +100,10 @@ def distinct_sorted(leaves: Tensor, without: Tensor | None = None) -> Tensor:
     return leaves.masked_fill(leaves == nothing, -1)
 
 
-def observed_leaves(batch: Mapping[str, Any], catalog: ItemCatalog, sampler: str) -> Tensor:
+def observed_leaves(step: Step, catalog: ItemCatalog, sampler: str) -> Tensor:
     """Leaves of history and target: `(B, W)` distinct, ascending, padded with -1."""
-    if "history" not in batch:
-        raise ValueError(f"{sampler} needs the dataset column 'history'; the batch has {sorted(batch)}.")
-    leaves = leaf_rows(catalog, batch["history"]).to(device_of(batch))
-    target = _targets(batch, catalog)
-    return distinct_sorted(leaves if target is None else torch.cat([leaves, target[:, None]], 1))
+    leaves = leaf_rows(catalog, step.column("history", sampler)).to(step.device)
+    return distinct_sorted(torch.cat([leaves, step.target_leaves[:, None]], 1))
 
 
 def count_allowed(forbidden: Tensor, num_leaves: int, sampler: str) -> Tensor:
@@ -157,9 +149,3 @@ def distinct_ranks(sizes: Tensor, uniforms: Tensor) -> Tensor:
         taken = (chosen[:, :step] == drawn[:, None]).any(1)
         chosen[:, step] = torch.where(step < wanted, torch.where(taken, highest, drawn), -1)
     return chosen
-
-
-def _targets(batch: Mapping[str, Any], catalog: ItemCatalog) -> Tensor | None:
-    if "target_leaf" in batch:
-        return batch["target_leaf"].to(device_of(batch))
-    return catalog.leaf_of(batch["target"]).to(device_of(batch)) if "target" in batch else None

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from gflowtrl.data import Step
+from gflowtrl.policy import Noise, TreePolicy
+from gflowtrl.rewards import StepReward, draw_leaves
+
 from .base import (
+    Feedback,
     Sampler,
-    TrajectoryBatch,
+    Trajectories,
     check_count,
     check_positive,
     check_share,
     check_state,
-    draw_leaves,
     over_processes,
 )
-from .basic import OnPolicySampler, device_of
+from .basic import OnPolicySampler
 
 
 class ReplaySampler(Sampler):
@@ -78,17 +81,19 @@ class ReplaySampler(Sampler):
         return math.ceil(self.capacity / 2)
 
     # ---------------------------------------------------------------------------------------------------------- draw
-    def sample(self, batch: Mapping[str, Any], policy: Any, num_generations: int, noise: Any) -> TrajectoryBatch:
-        device = device_of(batch)
-        stored, log_rewards = (tensor.to(device) for tensor in self._buffers(_row_ids(batch)))
+    def sample(
+        self, step: Step, policy: TreePolicy, reward: StepReward | None, num_generations: int, noise: Noise
+    ) -> Trajectories:
+        device = step.device
+        stored, log_rewards = (tensor.to(device) for tensor in self._buffers(step.row_ids.tolist()))
         met = (stored >= 0).any(1, keepdim=True)
         drawn, log_q = self._replay(stored, log_rewards, noise.uniform("replay", num_generations).to(device))
         source = torch.where(met, 0, 1).expand(-1, num_generations).contiguous()
         # If one process asks the fallback all do: it may call the model, and sharded engines wait for each other.
         if not over_processes((~met).any().long()):
-            return TrajectoryBatch(drawn, source, log_q)
-        other = self.fallback.sample(batch, policy, num_generations, noise)
-        return TrajectoryBatch(
+            return Trajectories(drawn, source, log_q)
+        other = self.fallback.sample(step, policy, reward, num_generations, noise)
+        return Trajectories(
             torch.where(met, drawn, other.leaves),
             source,
             None if other.log_q is None else torch.where(met, log_q, other.log_q),
@@ -117,11 +122,9 @@ class ReplaySampler(Sampler):
 
     # --------------------------------------------------------------------------------------------------------- learn
     @torch.no_grad()
-    def observe(self, batch: Mapping[str, Any], trajectories: TrajectoryBatch, feedback: Mapping[str, Tensor]) -> None:
-        if feedback.get("log_rewards") is None:
-            raise ValueError("ReplaySampler needs log_rewards in the feedback of a step: train with a reward.")
-        ids = _row_ids(batch)
-        leaves, log_rewards = trajectories.leaves.cpu(), feedback["log_rewards"].float().cpu()
+    def observe(self, step: Step, trajectories: Trajectories, feedback: Feedback) -> None:
+        ids = step.row_ids.tolist()
+        leaves, log_rewards = trajectories.leaves.cpu(), feedback.log_rewards.float().cpu()
         replayed = trajectories.source.cpu() == 0
         for places in _distinct_rounds(ids):
             rows = [ids[place] for place in places]
@@ -167,12 +170,6 @@ class ReplaySampler(Sampler):
     def metrics(self) -> dict[str, float]:
         """`prompts` with a buffer, and the mean number of `trajectories` in it."""
         return {"prompts": float(len(self._slots)), "trajectories": self._stored / max(len(self._slots), 1)}
-
-
-def _row_ids(batch: Mapping[str, Any]) -> list[int]:
-    if "row_id" not in batch:
-        raise ValueError(f"ReplaySampler knows prompts by the column 'row_id'; the batch has {sorted(batch)}.")
-    return torch.as_tensor(batch["row_id"]).tolist()
 
 
 def _distinct_rounds(ids: list[int]) -> Iterator[list[int]]:

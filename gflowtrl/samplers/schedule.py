@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
@@ -32,19 +31,12 @@ class Schedule:
                 f"The progress of the points in the schedule of {owner} must ascend within 0 to 1, got "
                 f"{self.progress}."
             )
-        self.owner = owner
 
-    def at(self, batch: Mapping[str, Any]) -> np.ndarray:
-        """The value at `batch["progress"]`: `(n,)` float64."""
-        if "progress" not in batch:
-            raise ValueError(
-                f"{self.owner} follows batch['progress'], the share of the training that is done, in [0, 1). The "
-                f"trainer puts it there; the batch has {sorted(batch)}."
-            )
-        now = float(batch["progress"])
-        after = int(np.searchsorted(self.progress, now, side="right"))
+    def at(self, progress: float) -> np.ndarray:
+        """The value at this progress, the share of the training that is done, in [0, 1): `(n,)` float64."""
+        after = int(np.searchsorted(self.progress, progress, side="right"))
         if after in (0, len(self.progress)):
             return self.values[min(after, len(self.progress) - 1)]
         start, end = self.progress[after - 1 : after + 1]
-        share = (now - start) / (end - start)
+        share = (progress - start) / (end - start)
         return (1 - share) * self.values[after - 1] + share * self.values[after]

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gflowtrl.catalog.files import write_atomically
+from gflowtrl.data.step import Step
 
 
 Item = int | str
@@ -179,29 +180,38 @@ def as_teacher(teacher: Teacher | Callable[[Sequence[History]], Any], items: Seq
     )
 
 
-def teacher_scores(teacher: Teacher, batch: Mapping[str, Any]) -> Tensor:
-    """`teacher.score(batch["history"])`, computed once a batch: `(B, len(teacher.items))`.
+def teacher_scores(teacher: Teacher, step: Step, owner: str) -> Tensor:
+    """The teacher's scores of the step's histories, computed once per step: `(B, len(teacher.items))` float32.
 
-    Rewards and samplers that share a teacher share its scores through the memo `batch["cache"]`, even where the
-    teacher is reordered or part of a mixture. Without a cache the scores are simply computed.
+    Rewards and samplers that share a teacher share its scores, even where the teacher is reordered or part of a
+    mixture. Reads the column `history`.
+
+    Args:
+        teacher: whose scores.
+        step: whose histories.
+        owner: what has this teacher, for errors.
+
+    Raises:
+        ValueError: there is no column `history`, or the scores have another shape.
     """
+    histories = step.column("history", owner)
 
     def compute(part: Teacher) -> Tensor:
         if hasattr(part, "combine"):
             return part.combine(lookup)
         with torch.no_grad():
-            return part.score(batch["history"])
+            return part.score(histories)
 
     def lookup(part: Teacher) -> Tensor:
-        cache = batch.get("cache")
-        if cache is None:
-            return compute(part)
-        key = ("teacher_scores", id(part))
-        if key not in cache:
-            cache[key] = (part, compute(part))  # the teacher is kept with its scores, so that its id stays its own
-        return cache[key][1]
+        return step.once(part, "scores", lambda: compute(part))
 
-    return lookup(teacher)
+    scores, shape = lookup(teacher).float(), (len(step), len(teacher.items))
+    if scores.shape != shape:
+        raise ValueError(
+            f"{owner}: its teacher returned scores of shape {tuple(scores.shape)}; it must return {shape}: one row "
+            f"per history, one column per item."
+        )
+    return scores
 
 
 @torch.no_grad()

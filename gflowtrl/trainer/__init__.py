@@ -4,6 +4,8 @@ from .apao import APAOConfig, APAOTrainer
 from .evaluation import RankingEvaluationMixin, compare_with_rewards, rank_rows
 from .gflownet_config import GFlowNetConfig
 from .gflownet_trainer import GFlowNetTrainer
+from .tree_policy_config import TreePolicyConfig
+from .tree_policy_trainer import TreePolicyTrainer
 
 
 __all__ = [
@@ -12,6 +14,8 @@ __all__ = [
     "GFlowNetConfig",
     "GFlowNetTrainer",
     "RankingEvaluationMixin",
+    "TreePolicyConfig",
+    "TreePolicyTrainer",
     "compare_with_rewards",
     "rank_rows",
 ]

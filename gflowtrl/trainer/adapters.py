@@ -6,17 +6,24 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import str_to_bool
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils.other import TrainableTokensWrapper
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.policy import merge_tied_embeddings, whole_models
 from gflowtrl.policy.modules import mix_in
+
+
+if TYPE_CHECKING:
+    WrapperBase = TrainableTokensWrapper
+else:
+    WrapperBase = object  # mixed into wrappers
 
 
 def add_adapters(
@@ -34,7 +41,7 @@ def add_adapters(
         catalog: whose tokens.
         train_item_tokens: False leaves the embeddings frozen.
     """
-    config = copy.deepcopy(peft_config)
+    config: Any = copy.deepcopy(peft_config)
     if train_item_tokens and hasattr(config, "trainable_token_indices") and not _has_its_own_way(config, model):
         tokens = catalog.tree.tokens.tolist()
         names = embedding_names(model)
@@ -50,13 +57,13 @@ def add_adapters(
     return adapted
 
 
-class _TiedTokens:
+class _TiedTokens(WrapperBase):
     """Mixed into PEFT's wrapper of tied embeddings: until it is sharded, it says that its weight is that of the others
     (it would give a new tensor at each look), so that accelerate shards all that share it together."""
 
     @property
     def weight(self) -> Tensor:
-        layer = self.token_adapter
+        layer: Any = self.token_adapter
         return (
             layer.get_merged_weights(self.active_adapters) if isinstance(self, FSDPModule) else layer.base_layer.weight
         )
@@ -75,7 +82,7 @@ def _tie_wrappers(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _gathered(tables: list[nn.Parameter]) -> Iterator[None]:
+def _gathered(tables: list[Any]) -> Iterator[None]:
     """Makes what ZeRO-3 has split whole for a while."""
     split = [table for table in tables if hasattr(table, "ds_id")]
     if not split:
@@ -99,7 +106,7 @@ def embedding_names(model: PreTrainedModel) -> list[str]:
     return [names[id(module)] for module in modules]
 
 
-def _has_its_own_way(config: PeftConfig, model: PreTrainedModel) -> bool:
+def _has_its_own_way(config: Any, model: PreTrainedModel) -> bool:
     if config.trainable_token_indices is not None:
         return True
     last = {name.rpartition(".")[2] for name in embedding_names(model)}

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from .gflownet_config import GFlowNetConfig
-from .gflownet_trainer import GFlowNetTrainer
+from gflowtrl.losses.common import check_number
+from gflowtrl.losses.prefix_weights import VARIANTS
+from gflowtrl.samplers import Sampler
+
+from .tree_policy_config import TreePolicyConfig, check_choice
+from .tree_policy_trainer import TreePolicyTrainer
 
 
 METHODS = ("pointwise", "pairwise")
 
 
 @dataclass
-class APAOConfig(GFlowNetConfig):
+class APAOConfig(TreePolicyConfig):
     r"""
     Configuration of [`APAOTrainer`]: cross entropy + beta * sum over prefixes of w_m L_m (arXiv 2603.02730).
 
-    What it has beside [`GFlowNetConfig`], whose fields of trajectories, losses and rewards it sets itself:
+    What it has beside [`TreePolicyConfig`], whose fields of trajectories and losses it sets itself:
 
     Parameters:
         method (`str`, *optional*, defaults to `"pointwise"`):
@@ -30,25 +35,30 @@ class APAOConfig(GFlowNetConfig):
             Weight of the prefix losses. The paper's best for pointwise are .3 (T5) and .4 (Llama) on Office, .1 and .3
             on Beauty; for pairwise .2 and .1 (T5).
         num_negatives (`int`, *optional*, defaults to `100`):
-            Negatives a prompt, of `"pairwise"`.
+            Negatives per prompt, of `"pairwise"`.
         prefix_eta (`float`, *optional*, defaults to `1e-4`):
             How fast the weights w_m follow L_m; the paper tries 5e-6 to 5e-4.
         prefix_variant (`str`, *optional*, defaults to `"paper"`):
-            `"2025"` and `"kdd"` are the authors' releases, which differ from the paper. Their ids end with a token of
-            its own, ours do not.
+            `"2025"` and `"kdd"` are the authors' releases, which differ from the paper ([`losses.PrefixWeights`]).
+            Their ids end with a token of its own, ours do not.
         label_space (`str`, *optional*, defaults to `"vocabulary"`):
             Probabilities over the whole vocabulary as in the paper, or over the children in the `"tree"`, our variant.
+        loss_kwargs (`dict[str, dict]` or `str`, *optional*):
+            Cross entropy is the mean over an id's tokens; `{"sft": {"token_mean": False}}` for their sum.
     """
 
     method: str = field(default="pointwise", metadata={"help": "Prefix losses.", "choices": list(METHODS)})
     beta: float = field(default=0.3, metadata={"help": "Weight of the prefix losses."})
-    num_negatives: int = field(default=100, metadata={"help": "Negatives a prompt, of `pairwise`."})
+    num_negatives: int = field(default=100, metadata={"help": "Negatives per prompt, of `pairwise`."})
+    prefix_eta: float = field(default=1e-4, metadata={"help": "How fast prefix weights follow their losses."})
+    prefix_variant: str = field(
+        default="paper", metadata={"help": "Form of the prefix losses.", "choices": list(VARIANTS)}
+    )
     label_space: str = field(
         default="vocabulary",
         metadata={"help": "Probabilities of the losses on the target.", "choices": ["tree", "vocabulary"]},
     )
     loss_type: list[str] | None = field(default=None, metadata={"help": "Follows from `method`."})
-    sft_reduction: str = field(default="mean", metadata={"help": "Over the tokens of an id, in cross entropy."})
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -61,17 +71,25 @@ class APAOConfig(GFlowNetConfig):
         if self.loss_type not in (None, losses):
             raise ValueError(
                 f"loss_type is {self.loss_type!r}, but APAO's follows from method. For prefix losses beside a balance "
-                f"loss use GFlowNetTrainer with loss_type=['exact_flow', 'prefix_{self.method}']."
+                f"loss use GFlowNetTrainer with loss_type=['exact_flow', {losses[1]!r}]."
             )
+        check_number("prefix_eta", self.prefix_eta, zero=True)
+        check_choice(self, "prefix_variant", VARIANTS)
         self.loss_type, self.loss_weights = losses, [1.0, self.beta]
         self.num_generations = 1 + self.num_negatives if self.method == "pairwise" else 1
         super().__post_init__()
+        if losses[1] in (self.loss_kwargs or {}):
+            raise ValueError(f"loss_kwargs has options for {losses[1]!r}; set prefix_eta and prefix_variant instead.")
+
+    def loss_options(self, name: str) -> dict[str, Any]:
+        own = {"token_mean": True} if name == "sft" else {"eta": self.prefix_eta, "variant": self.prefix_variant}
+        return own | super().loss_options(name)
 
 
-class APAOTrainer(GFlowNetTrainer):
+class APAOTrainer(TreePolicyTrainer):
     """Aligns a generative recommender with beam search (APAO, arXiv 2603.02730).
 
-    A `GFlowNetTrainer` without rewards: evaluation, checkpoints, adapters and sharding are the same, and
+    Nothing is rewarded; evaluation, checkpoints, adapters and sharding are those of every `TreePolicyTrainer`, and
     `per_device_train_batch_size` counts prompts. All negatives of a prompt are scored in the prompt's one forward.
 
     Args:
@@ -79,7 +97,7 @@ class APAOTrainer(GFlowNetTrainer):
         args: the configuration.
         sampler: where the negatives of `method="pairwise"` come from, as for `GFlowNetTrainer`; by default uniform.
         **options: `train_dataset`, `eval_dataset`, `processing_class`, `catalog`, `peft_config`, ...; see
-            `GFlowNetTrainer`. There are no `reward_funcs` and no `ref_model`.
+            `TreePolicyTrainer`. There are no `reward_funcs` and no `ref_model`.
 
     Example:
         ```python
@@ -92,7 +110,11 @@ class APAOTrainer(GFlowNetTrainer):
     _name = "APAO"
 
     def __init__(
-        self, model: str | PreTrainedModel, args: APAOConfig | None = None, sampler: Any = None, **options: Any
+        self,
+        model: str | PreTrainedModel,
+        args: APAOConfig | None = None,
+        sampler: str | Mapping | Sampler | Callable | None = None,
+        **options: Any,
     ):
         refused = {"reward_funcs", "ref_model"} & options.keys()
         if refused:
@@ -100,4 +122,4 @@ class APAOTrainer(GFlowNetTrainer):
         args = APAOConfig("apao-output") if args is None else args
         if not isinstance(args, APAOConfig):
             raise TypeError(f"args is a {type(args).__name__}, but APAOTrainer needs an APAOConfig.")
-        super().__init__(model, args=args, sampler=sampler, **options)
+        super().__init__(model, args, sampler=sampler, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
@@ -17,14 +17,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from gflowtrl.policy.modules import copy_whole
 
 
-class CompleteCheckpointsMixin:
+if TYPE_CHECKING:
+    from transformers import Trainer as TrainerBase
+else:
+    TrainerBase = object  # mixed into trainers
+
+
+class CompleteCheckpointsMixin(TrainerBase):
     """For any `transformers.Trainer`: the Trainer's state is written when every process has written all else, and
     `train(resume_from_checkpoint=True)` takes the newest checkpoint that has it."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
         """Train; `resume_from_checkpoint` is a folder, or True for the last complete one in `args.output_dir`."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(
                     f"resume_from_checkpoint is True, but {self.args.output_dir} holds no complete checkpoint. "
@@ -38,7 +44,7 @@ class CompleteCheckpointsMixin:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if not load_into_shards(self.model, self.state.best_model_checkpoint):
+        if not load_into_shards(self.model, str(self.state.best_model_checkpoint)):
             super()._load_best_model()
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -46,7 +52,7 @@ class CompleteCheckpointsMixin:
         self.accelerator.wait_for_everyone()  # after it the first process writes the state
 
 
-def load_into_shards(model: nn.Module, directory: str | os.PathLike) -> bool:
+def load_into_shards(model: Any, directory: str | os.PathLike) -> bool:
     """Load a checkpoint's weights into a model that FSDP2 has sharded, in all processes, one tensor after another.
 
     accelerate's own way stumbles over embeddings that several modules share, wrapped by PEFT or not.
@@ -60,8 +66,8 @@ def load_into_shards(model: nn.Module, directory: str | os.PathLike) -> bool:
     """
     if not isinstance(model, FSDPModule):
         return False
-    adapted = isinstance(model, PeftModel)
-    own = get_peft_model_state_dict(model) if adapted else model.state_dict()  # views of the parameters
+    sharded, adapted = cast(nn.Module, model), isinstance(model, PeftModel)
+    own = get_peft_model_state_dict(model) if adapted else sharded.state_dict()  # views of the parameters
     files = sorted(Path(directory).glob("adapter_model*.safetensors" if adapted else "model*.safetensors"))
     for file in files:
         with safe_open(file, "pt") as saved:

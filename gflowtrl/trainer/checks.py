@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from gflowtrl.catalog import ItemCatalog
-from gflowtrl.data import PromptEncoder
+from gflowtrl.data import PromptEncoder, check_column_names
 
 
 REQUIRED_COLUMNS = ("row_id", "history", "target")
@@ -27,7 +29,8 @@ def check_model(model: PreTrainedModel, catalog: ItemCatalog, max_shared_prompts
             f"encoder sees the whole prompt at once, so that none is the beginning of another. Leave it at 1."
         )
     # Adapters may have wrapped the table, whose own weight an engine may have split.
-    known = next(m.num_embeddings for m in model.get_input_embeddings().modules() if hasattr(m, "num_embeddings"))
+    tables: list[Any] = [m for m in model.get_input_embeddings().modules() if hasattr(m, "num_embeddings")]
+    known = tables[0].num_embeddings
     if known < catalog.tree.num_tokens:
         raise ValueError(
             f"The catalogue uses token {catalog.tree.num_tokens - 1}, but the model embeds only {known} tokens. Call "
@@ -76,6 +79,7 @@ def check_rows(rows: Dataset | None, catalog: ItemCatalog) -> None:
             f"The dataset has no column {', '.join(missing)} (it has {', '.join(rows.column_names)}). "
             f"gflowtrl.data.leave_one_out makes such rows."
         )
+    check_column_names(rows.column_names)
     if not len(rows):
         raise ValueError("The dataset has no rows.")
     known, met = set(catalog.items), set()

@@ -13,11 +13,12 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction
 
 from gflowtrl.catalog import ItemCatalog
-from gflowtrl.data import GroupCollator, PromptEncoder
+from gflowtrl.data import GroupCollator, PromptEncoder, Step
 from gflowtrl.metrics import binned_by_target, jensen_shannon, summarise, total_variation
 from gflowtrl.policy import TreePolicy, make_policy
-from gflowtrl.rewards import RewardFusion
+from gflowtrl.rewards import CompositeReward
 
+from .checkpoints import TrainerBase
 from .reference import ReferencePrior
 
 
@@ -25,7 +26,7 @@ from .reference import ReferencePrior
 LOGGED_METRICS = ("recall", "ndcg", "coverage", "entropy", "gini", "long_tail")
 
 
-class RankingEvaluationMixin:
+class RankingEvaluationMixin(TrainerBase):
     """Gives any `transformers.Trainer` (also TRL's SFTTrainer) ranking and breadth metrics of constrained beam search.
 
     Call `set_up_ranking` after the constructor. `evaluate()` then takes rows `{"row_id", "history", "target", ...}`
@@ -71,14 +72,17 @@ class RankingEvaluationMixin:
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None):
         """The evaluation rows, longest histories first (less padding, and memory runs out at once or never)."""
+        rows: Any = eval_dataset
         if not isinstance(eval_dataset, Dataset):
-            eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
-        if eval_dataset is None:
+            own_rows: Any = self.eval_dataset
+            rows = own_rows if eval_dataset is None else own_rows[eval_dataset]
+        if rows is None:
             raise ValueError("There is nothing to evaluate on; give the trainer an eval_dataset, or evaluate() rows.")
         own, self.data_collator = self.data_collator, self._ranking_collator
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False  # nobody is left out
         try:
-            return super().get_eval_dataloader(by_length(eval_dataset)[0])
+            ordered: Any = by_length(rows)[0]
+            return super().get_eval_dataloader(ordered)
         finally:
             self.data_collator, self.args.dataloader_drop_last = own, drop_last
 
@@ -87,9 +91,9 @@ class RankingEvaluationMixin:
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Ranked leaves `(B, beams)` as predictions, target leaves `(B,)` as labels; there is no loss."""
-        inputs = self._prepare_inputs(inputs)
-        leaves, _ = make_policy(model, self._catalog).beam_search(inputs["prompts"], self._num_beams)
-        return None, leaves, self._catalog.leaf_of(inputs["target"]).to(leaves.device)
+        batch: Any = self._prepare_inputs(inputs)
+        leaves, _ = make_policy(model, self._catalog).beam_search(batch["prompts"], self._num_beams)
+        return None, leaves, self._catalog.leaf_of(batch["columns"]["target"]).to(leaves.device)
 
     def _ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         leaves, targets = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
@@ -134,7 +138,7 @@ def rank_rows(
 @torch.no_grad()
 def compare_with_rewards(
     policy: TreePolicy,
-    rewards: RewardFusion,
+    rewards: CompositeReward,
     encoder: PromptEncoder,
     rows: Dataset,
     batch_size: int = 16,
@@ -169,10 +173,11 @@ def compare_with_rewards(
     for start in tqdm(range(0, len(rows), batch_size), desc="Comparing with R / Z", disable=not progress):
         batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
         batch["prompts"] = {name: value.to(device) for name, value in batch["prompts"].items()}
-        probs = policy.leaf_log_probs(batch["prompts"]).double().exp()
-        log_target = rewards.leaf_log_rewards(batch).double().to(probs.device)
+        step = Step.from_batch(batch, policy.catalog)
+        probs = policy.leaf_log_probs(step.prompts).double().exp()
+        log_target = rewards.dense(step).result.log_rewards.double()
         if prior is not None:
-            log_target = log_target + prior.score_all(policy.model, batch["prompts"])
+            log_target = log_target + prior.score_all(policy.model, step.prompts)
         target = log_target.softmax(1)
         part = {"total_variation": total_variation(probs, target), "jensen_shannon": jensen_shannon(probs, target)}
         found.append(part | (binned_by_target(probs, target) if bins else {}))

@@ -1,14 +1,74 @@
-"""What the folder of a saved recommender says of its items, for the trainer that goes on from it."""
+"""What a trainer is made of, given by its parts or by the folder of a saved recommender."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gflowtrl.catalog import ItemCatalog
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.catalog.catalog import CATALOG_FILE
-from gflowtrl.recommender import read_details
+from gflowtrl.data import PromptEncoder
+from gflowtrl.policy import load_backbone
+from gflowtrl.recommender import read_details, read_encoder
+
+from .tree_policy_config import TreePolicyConfig
+
+
+def model_kwargs(args: TreePolicyConfig) -> dict[str, Any]:
+    """`model_init_kwargs`, empty where there are none."""
+    return args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model and what belongs to it; what was not given is that of the model's folder, where it has one."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    catalog: ItemCatalog
+    encoder: PromptEncoder
+    item_titles: Mapping[Item, str] | None
+    item_counts: Tensor | None
+
+    @classmethod
+    def resolve(
+        cls,
+        model: str | PreTrainedModel,
+        args: TreePolicyConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
+        catalog: ItemCatalog | None,
+        encoder: PromptEncoder | None,
+        item_titles: Mapping[Item, str] | None,
+        item_counts: Tensor | None,
+    ) -> Parts:
+        """From a trainer's arguments; a name or folder is loaded.
+
+        Raises:
+            ValueError: arguments that contradict each other, or lack where there is no folder.
+        """
+        if isinstance(model, str):
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
+            catalog = catalog or ItemCatalog.from_pretrained(model)
+            if encoder is None:
+                encoder = read_encoder(model, catalog, tokenizer)
+                encoder.max_history_items = args.max_history_items or encoder.max_history_items
+            known = folder_details(model, catalog)
+            item_titles = known.get("titles") if item_titles is None else item_titles
+            item_counts = known.get("item_counts") if item_counts is None else item_counts
+            model = load_backbone(model, **model_kwargs(args))
+        elif args.model_init_kwargs:
+            raise ValueError("model_init_kwargs was given, but the model is built already; pass its name or folder.")
+        if tokenizer is None or catalog is None:
+            raise ValueError("processing_class and catalog are needed where the model is not given by its folder.")
+        if encoder is None:
+            encoder = PromptEncoder(catalog, tokenizer, args.max_history_items or 20)
+        return cls(model, tokenizer, catalog, encoder, item_titles, item_counts)
 
 
 def folder_details(directory: str, catalog: ItemCatalog) -> dict[str, Any]:

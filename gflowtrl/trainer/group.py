@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import torch
 from rich.console import Console
@@ -14,9 +14,10 @@ from rich.table import Table
 from torch import Tensor
 
 from gflowtrl.catalog import Item, ItemCatalog
+from gflowtrl.data import Step
 from gflowtrl.policy import StepScores
-from gflowtrl.rewards import RewardResult
-from gflowtrl.samplers import TrajectoryBatch
+from gflowtrl.rewards import RewardResult, StepReward
+from gflowtrl.samplers import Trajectories
 
 from .weighting import effective_number
 
@@ -26,44 +27,56 @@ class Group:
     """What one step knows about its prompts and their trajectories.
 
     Attributes:
-        batch: prompts and dataset columns.
-        trajectories, scores: what was drawn, and what the policy says about it.
-        rewards: where there are rewards; `log_rewards` is log R of the target, the prior included.
-        log_prior, prior_weight: `(B, K)` the prior's part of it and the exponent of pi_ref, where there is a reference
-            model.
-        flows: log F of any nodes `(B, ...) -> (B, ...)`, under `exact_flow`.
+        step: prompts and dataset columns.
+        drawn: the sampler's K trajectories.
+        leaves: `(B, K)` those that were scored, or `(B, 1 + K)` with the observed target before them.
+        all_scores: what the policy says about `leaves`.
+        reward: R of the step's prompts, where there are rewards; the prior is part of it.
+        rewards: R of the drawn trajectories.
+        log_z: `(B,)` the true log Z(x), where a loss knows every flow.
         weights: `(B, K)` of mean 1 within a prompt, where trajectories are weighted.
+        prior_weight: exponent of the reference model in the target.
     """
 
-    batch: dict[str, Any]
-    trajectories: TrajectoryBatch
-    scores: StepScores
+    step: Step
+    drawn: Trajectories
+    leaves: Tensor
+    all_scores: StepScores
+    reward: StepReward | None = None
     rewards: RewardResult | None = None
-    log_prior: Tensor | None = None
-    prior_weight: float = 0.0
-    flows: Callable[[Tensor], Tensor] | None = None
+    log_z: Tensor | None = None
     weights: Tensor | None = None
+    prior_weight: float = 0.0
 
-    def residuals(self) -> tuple[Tensor, Tensor]:
+    @cached_property
+    def scores(self) -> StepScores:
+        """Of the drawn trajectories."""
+        first = self.leaves.shape[1] - self.drawn.leaves.shape[1]
+        return self.all_scores.of_trajectories(slice(first, None))
+
+    @cached_property
+    def target(self) -> StepScores:
+        """Of the observed target, where a loss needs it."""
+        return self.all_scores.of_trajectories(slice(0, 1))
+
+    def residuals(self, log_rewards: Tensor) -> tuple[Tensor, Tensor]:
         """`(B,)` the best known log Z (true, learned or VarGrad's), `(B, K)` sizes of log Z + log pi - log R."""
-        balance = self.rewards.log_rewards - self.scores.trajectory_log_probs
-        log_z = balance.mean(1)
-        if self.flows is not None:
-            log_z = self.flows(torch.zeros_like(self.trajectories.leaves[:, :1]))[:, 0]  # of the root
-        elif self.scores.log_z is not None:
-            log_z = self.scores.log_z
+        balance = log_rewards - self.scores.trajectory_log_probs
+        log_z = self.log_z if self.log_z is not None else self.scores.log_z
+        if log_z is None:
+            log_z = balance.mean(1)
         return log_z, (log_z[:, None] - balance).abs()
 
 
 @torch.no_grad()
-def group_metrics(group: Group, sources: Sequence[str]) -> dict[str, Tensor]:
+def group_metrics(group: Group, sources: Sequence[str]) -> dict[str, Tensor | float]:
     """What the log says of a group; `sources` are the sampler's."""
-    scores, leaves, source = group.scores, group.trajectories.leaves, group.trajectories.source
+    scores, leaves, source = group.scores, group.drawn.leaves, group.drawn.source
     log_pi = scores.trajectory_log_probs
     child = scores.child_log_probs
     entropy = -(child.exp() * child.masked_fill(child == -torch.inf, 0.0)).sum((-2, -1))
     ordered = leaves.sort(1).values
-    metrics = {
+    metrics: dict[str, Tensor | float] = {
         "policy_entropy": entropy.mean(),
         "unique_items": 1.0 + (ordered[:, 1:] != ordered[:, :-1]).sum(1).float().mean(),
         "log_pi": log_pi.mean(),
@@ -79,11 +92,11 @@ def group_metrics(group: Group, sources: Sequence[str]) -> dict[str, Tensor]:
             own = source == index
             metrics[f"sampler/{name}/share"] = own.float().mean()
             metrics[f"sampler/{name}/reward"] = group.rewards.rewards[own].mean()
-    if group.log_prior is not None:
-        metrics["log_pi_ref"] = group.log_prior.mean() / group.prior_weight
+    if group.rewards.log_prior is not None:
+        metrics["log_pi_ref"] = group.rewards.log_prior.mean() / group.prior_weight
     if group.weights is not None:
         metrics["effective_generations"] = effective_number(group.weights).mean()
-    log_z, residual = group.residuals()
+    log_z, residual = group.residuals(group.rewards.log_rewards)
     return metrics | {"log_z": log_z.mean(), "residual": residual.mean()}
 
 
@@ -103,14 +116,14 @@ def print_group(
     def named(item: Item) -> str:
         return escape(f"{item} ({titles[item]})" if item in titles else str(item))
 
-    history, target = group.batch["history"][0], group.batch["target"][0]
+    history, target = group.step.columns["history"][0], group.step.columns["target"][0]
     table = Table(title=f"Step {step}", caption=f"history: {', '.join(map(named, history))}\ntarget: {named(target)}")
     table.add_column("items", overflow="fold", min_width=16)
     table.add_column("semantic id", no_wrap=True)
     for heading in ("probability", "log pi", "log R", "reward"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("source", no_wrap=True)
-    leaves, log_pi = group.trajectories.leaves[0], group.scores.trajectory_log_probs[0]
+    leaves, log_pi = group.drawn.leaves[0], group.scores.trajectory_log_probs[0]
     order = (log_pi if group.rewards is None else group.rewards.log_rewards[0]).argsort(descending=True, stable=True)
     for place in order.tolist():
         leaf, rewarded = int(leaves[place]), ["", ""]
@@ -119,6 +132,6 @@ def print_group(
         table.add_row(
             ", ".join(map(named, catalog.items_of(leaf))), catalog.leaf_text(leaf),
             f"{log_pi[place].exp():.3g}", f"{log_pi[place]:.3f}", *rewarded,
-            sources[int(group.trajectories.source[0, place])],
+            sources[int(group.drawn.source[0, place])],
         )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 160).print(table)

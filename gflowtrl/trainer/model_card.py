@@ -16,7 +16,7 @@ from gflowtrl.policy.modules import innermost
 
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from .evaluation import RankingEvaluationMixin
 
 
 LIBRARY = "gflowtrl"
@@ -122,7 +122,7 @@ class CardFacts:
     base: dict[str, Any] | None = None
 
 
-def write_model_card(trainer: Trainer, directory: str | os.PathLike) -> None:
+def write_model_card(trainer: RankingEvaluationMixin, directory: str | os.PathLike) -> None:
     """Write what this model is, how it was trained and its last evaluation into `directory/README.md`."""
     write_card(card_facts(trainer), directory)
 
@@ -135,13 +135,14 @@ def write_card(facts: CardFacts, directory: str | os.PathLike) -> None:
     write_text(directory / "README.md", str(card))
 
 
-def card_facts(trainer: Trainer) -> CardFacts:
+def card_facts(trainer: RankingEvaluationMixin) -> CardFacts:
     """What a trainer with `set_up_ranking` knows about its model."""
     args, state = trainer.args, trainer.state
     step = state.global_step
     if args.load_best_model_at_end and state.best_global_step and not trainer.is_in_train:
         step = state.best_global_step  # training has ended, and these are the weights that were loaded back
-    model = innermost(trainer.accelerator.unwrap_model(trainer.model))
+    unwrapped: Any = trainer.accelerator.unwrap_model(trainer.model)
+    model: Any = innermost(unwrapped)
     evaluations = [log for log in state.log_history if log["step"] <= step and "eval_runtime" in log]
     results = []
     if evaluations:
@@ -149,7 +150,7 @@ def card_facts(trainer: Trainer) -> CardFacts:
         results.append({"split": "validation", "step": last["step"], "metrics": shown_metrics(last)})
     base = base_model(model.config.name_or_path)
     return CardFacts(
-        name=Path(args.output_dir).name or type(trainer).__name__,
+        name=Path(str(args.output_dir)).name or type(trainer).__name__,
         architecture=type(model).__name__.removeprefix("FSDP"),  # which FSDP2 puts before it
         auto_class="AutoModelForSeq2SeqLM" if model.config.is_encoder_decoder else "AutoModelForCausalLM",
         trainer=type(trainer).__name__,
@@ -210,7 +211,7 @@ def _front_matter(facts: CardFacts) -> ModelCardData:
         for result in facts.results
         for name, value in result["metrics"].items()
     ]  # fmt: skip
-    licence = base.licence if base else {}
+    licence: dict[str, Any] = base.licence if base else {}
     return ModelCardData(
         library_name=LIBRARY,
         tags=tags,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,10 +12,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
 from gflowtrl.catalog import ItemCatalog
-from gflowtrl.policy import TreePolicy, load_backbone, make_policy
+from gflowtrl.policy import Prompts, TreePolicy, load_backbone, make_policy
+from gflowtrl.policy.modules import evaluation_mode
 
 from .checks import check_model
 
@@ -36,8 +37,9 @@ class ReferencePrior:
     """
 
     def __init__(self, weight: float, catalog: ItemCatalog, model: PreTrainedModel | None = None):
-        self.weight, self.catalog, self.model = weight, catalog, model
-        self._accelerator: Accelerator | None = None
+        self.weight, self.catalog = weight, catalog
+        self.model: Any = model  # engines wrap it
+        self._accelerator: Accelerator
         if model is not None:
             check_model(model, catalog)
             model.requires_grad_(False).eval()
@@ -55,19 +57,19 @@ class ReferencePrior:
             self.model = accelerator.prepare_model(self.model, evaluation_mode=True)
 
     @torch.no_grad()
-    def score(self, trained: nn.Module, prompts: Mapping[str, Tensor], leaves: Tensor) -> Tensor:
+    def score(self, trained: nn.Module, prompts: Prompts, leaves: Tensor) -> Tensor:
         """The prior of `leaves (B, K)`, by one packed forward: `(B, K)`. `trained` is the model in training."""
         with self._policy(trained) as policy:
             return self.weight * policy.score(prompts, leaves).trajectory_log_probs
 
     @torch.no_grad()
-    def token_log_probs(self, trained: nn.Module, prompts: Mapping[str, Tensor], leaves: Tensor) -> Tensor:
+    def token_log_probs(self, trained: nn.Module, prompts: Prompts, leaves: Tensor) -> Tensor:
         """log pi_ref of the tokens of `leaves (B, K)`, over the tree and without the weight: `(B, K, L)`."""
         with self._policy(trained) as policy:
             return policy.score(prompts, leaves).log_probs
 
     @torch.no_grad()
-    def score_all(self, trained: nn.Module, prompts: Mapping[str, Tensor]) -> Tensor:
+    def score_all(self, trained: nn.Module, prompts: Prompts) -> Tensor:
         """The prior of all leaves: `(B, N)`."""
         with self._policy(trained) as policy:
             return self.weight * policy.leaf_log_probs(prompts)
@@ -77,13 +79,9 @@ class ReferencePrior:
         if self.model is not None:
             yield make_policy(self.model, self.catalog)
             return
-        training = trained.training
-        trained.eval()
-        try:
-            with self._accelerator.unwrap_model(trained).disable_adapter():
-                yield make_policy(trained, self.catalog)
-        finally:
-            trained.train(training)
+        adapted: Any = self._accelerator.unwrap_model(trained)
+        with evaluation_mode(trained), adapted.disable_adapter():
+            yield make_policy(trained, self.catalog)
 
 
 def build_prior(
@@ -135,5 +133,5 @@ def _copy(model: PreTrainedModel) -> PreTrainedModel:
         return copy.deepcopy(model)
     other = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
     for own, copied in zip(model.parameters(), other.parameters(), strict=True):
-        copied.ds_tensor.copy_(own.ds_tensor)
+        getattr(copied, "ds_tensor").copy_(getattr(own, "ds_tensor"))  # noqa: B009 - DeepSpeed's attribute
     return other

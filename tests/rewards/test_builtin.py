@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from gflowtrl.catalog import ItemCatalog
-from gflowtrl.data import SyntheticShop, build_tokenizer, leave_one_out
+from gflowtrl.data import Step, SyntheticShop, build_tokenizer, leave_one_out
 from gflowtrl.data.interactions import CLICKED, PURCHASED, SHOWN
 from gflowtrl.policy import make_policy as make_policy_of
 from gflowtrl.rewards import (
     CollaborativeReward,
+    CompositeReward,
     GroundTruthReward,
     InteractionReward,
     LikelihoodReward,
-    RewardFusion,
     TokenSimilarityReward,
 )
 from tests.rewards.world import (
@@ -20,10 +20,10 @@ from tests.rewards.world import (
     TOKENIZER,
     TableTeacher,
     all_leaves,
-    make_batch,
     make_catalog,
     make_policy,
     make_seq2seq,
+    make_step,
     make_title_reward,
 )  # fmt: skip
 
@@ -49,34 +49,34 @@ BUILT_IN = {
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_three_forms_agree(name, reduction):
     """Over items, over leaves, and called as TRL would: the same numbers for every row and leaf."""
-    catalog, batch = make_catalog(), make_batch()
-    leaves = all_leaves(catalog, batch)
+    catalog, step = make_catalog(), make_step()
+    leaves = all_leaves(catalog, step)
     reward = BUILT_IN[name](catalog).bind(catalog, TOKENIZER, reduction)
-    over_leaves = reward.score_leaves(batch, leaves)
+    over_leaves = reward.score_leaves(step, leaves)
     assert over_leaves.std() > 0.2 * over_leaves.mean() > 0
-    torch.testing.assert_close(catalog.fold_items(reward.score_items(batch), reduction), over_leaves)
+    torch.testing.assert_close(catalog.fold_items(reward.score_items(step), reduction), over_leaves)
 
     def plain(**keywords):
         return reward(**keywords)
 
-    as_list = RewardFusion(plain, catalog, TOKENIZER, leaf_reduction=reduction).log_rewards(make_batch(), leaves)
-    as_tensor = RewardFusion(reward, catalog, leaf_reduction=reduction).log_rewards(make_batch(), leaves)
+    as_list = CompositeReward(plain, catalog, TOKENIZER, leaf_reduction=reduction).of(make_step()).score(leaves)
+    as_tensor = CompositeReward(reward, catalog, leaf_reduction=reduction).of(make_step()).score(leaves)
     torch.testing.assert_close(as_list.parts["plain"], as_tensor.parts[reward.__name__], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(as_list.log_rewards, as_tensor.log_rewards, atol=1e-4, rtol=1e-4)
 
 
 def test_ground_truth_marks_the_targets_leaf():
-    catalog, batch = make_catalog(), make_batch()
-    scores = GroundTruthReward().bind(catalog).score_items(batch)
-    assert [catalog.items[i] for i in scores.argmax(1)] == batch["target"]
+    catalog, step = make_catalog(), make_step()
+    scores = GroundTruthReward().bind(catalog).score_items(step)
+    assert [catalog.items[i] for i in scores.argmax(1)] == step.columns["target"]
     assert scores.sum(1).tolist() == [1, 1, 1, 1]
 
 
 def test_collaborative_is_the_softmax_of_the_corrected_scores():
-    catalog, batch, teacher = make_catalog(), make_batch(), TableTeacher()
+    catalog, step, teacher = make_catalog(), make_step(), TableTeacher()
     counts = [float(i) for i in range(len(catalog))]
     reward = CollaborativeReward(teacher, 0.5, 0.3, counts).bind(catalog)
-    score = teacher.score(batch["history"])
+    score = teacher.score(step.columns["history"])
     for j, item in enumerate(catalog.items):
         column = (score[:, teacher.items.index(item)] - 0.3 * torch.tensor(counts[j] + 1).log()) / 0.5
         log_z = torch.logsumexp(
@@ -85,59 +85,65 @@ def test_collaborative_is_the_softmax_of_the_corrected_scores():
                 for k, other in enumerate(catalog.items)
             ]), 0,
         )  # fmt: skip
-        torch.testing.assert_close(reward.score_items(batch)[:, j], (column - log_z).exp())
+        torch.testing.assert_close(reward.score_items(step)[:, j], (column - log_z).exp())
 
 
 def test_teacher_is_asked_once_a_batch_by_all_who_share_it():
-    catalog, batch, teacher = make_catalog(), make_batch(), TableTeacher()
+    catalog, step, teacher = make_catalog(), make_step(), TableTeacher()
     sharp, flat = (CollaborativeReward(teacher, t).bind(catalog) for t in (0.5, 5.0))
-    assert sharp.score_items(batch).max() > flat.score_items(batch).max()
+    assert sharp.score_items(step).max() > flat.score_items(step).max()
     assert teacher.calls == 1
 
 
 def test_any_callable_is_a_teacher():
-    catalog, batch = make_catalog(), make_batch()
+    catalog, step = make_catalog(), make_step()
     reward = CollaborativeReward(lambda histories: torch.eye(9)[: len(histories)].tolist()).bind(catalog)
-    assert reward.score_items(batch).argmax(1).tolist() == [0, 1, 2, 3]
+    assert reward.score_items(step).argmax(1).tolist() == [0, 1, 2, 3]
 
 
 def test_min_max_by_hand():
     """Each row from 0 to 1, corrected for popularity before, sharpened after; equal scores prefer nothing."""
-    catalog, batch, teacher = make_catalog(), make_batch(), TableTeacher()
+    catalog, step, teacher = make_catalog(), make_step(), TableTeacher()
     counts = [float(i * i) for i in range(len(catalog))]
     reward = CollaborativeReward(teacher, 1.0, 0.5, counts, normalization="min_max", exponent=3.0).bind(catalog)
     order = [teacher.items.index(item) for item in catalog.items]
-    for row, score in zip(reward.score_items(batch), teacher.score(batch["history"])[:, order], strict=True):
+    for row, score in zip(reward.score_items(step), teacher.score(step.columns["history"])[:, order], strict=True):
         score = score - 0.5 * (torch.tensor(counts) + 1).log()
         torch.testing.assert_close(row, ((score - score.min()) / (score.max() - score.min())) ** 3)
         assert row.min() == 0 and row.max() == 1
     flat = CollaborativeReward(lambda histories: torch.full((len(histories), 9), -3.0), normalization="min_max")
-    assert (flat.bind(catalog).score_items(batch) == 1).all()
+    assert (flat.bind(catalog).score_items(step) == 1).all()
 
 
 def test_a_teachers_nan_is_reported_under_min_max():
     broken = CollaborativeReward(lambda histories: torch.full((len(histories), 9), torch.nan), normalization="min_max")
     with pytest.raises(ValueError, match="'collaborative' returned nan for row 0"):
-        RewardFusion(broken, make_catalog()).leaf_log_rewards(make_batch())
+        CompositeReward(broken, make_catalog()).dense(make_step())
 
 
 def test_interaction_levels_by_hand():
     """Bought 10, clicked 1, the higher level of an item that is there twice, the target its own; all else 0."""
-    catalog, batch = make_catalog(), make_batch()
+    catalog, step = make_catalog(), make_step()
     expected = [{"apple": 10, "fig": 1, "quince": 1}, {"date": 10}, {"pear": 10, "nut": 10}, {"quince": 10, "kiwi": 1}]
-    scores = InteractionReward().bind(catalog).score_items(batch)
+    scores = InteractionReward().bind(catalog).score_items(step)
     for row, worth in zip(scores, expected, strict=True):
         assert row.tolist() == [worth.get(item, 0) for item in catalog.items]
-    levels = InteractionReward((0, 1, 5), target=None).bind(catalog).score_items(batch)
+    levels = InteractionReward((0, 1, 5), target=None).bind(catalog).score_items(step)
     assert levels[:, catalog.items.index("quince")].tolist() == [1, 0, 0, 0]
     assert levels[0, catalog.items.index("apple")] == 5  # bought
     assert levels[1].sum() == 1 and levels[1, catalog.items.index("date")] == 1  # the target, clicked
-    empty = {"session_items": [[]], "session_levels": [[]]}
+    empty = make_step((0,), session_items=[[]], session_levels=[[]])
     assert InteractionReward(target=None).bind(catalog).score_items(empty).tolist() == [[0] * 9]
     leaf = catalog.leaf_of(["apple"])[None]  # of apple and quince
-    row = {name: batch[name][:1] for name in ("session_items", "session_levels", "target")}
+    row = step.rows(slice(0, 1))
     for reduction, value in (("sum", 11), ("max", 10)):
         assert InteractionReward().bind(catalog, None, reduction).score_leaves(row, leaf).item() == value
+
+
+def whole(rows, catalog):
+    """All rows as one step, without prompts."""
+    columns = rows[:]
+    return Step({}, torch.tensor(columns["row_id"]), catalog.leaf_of(columns["target"]), columns)
 
 
 def test_interaction_reads_the_shops_sessions():
@@ -145,7 +151,7 @@ def test_interaction_reads_the_shops_sessions():
     data, _ = SyntheticShop(seed=1, n_users=30, n_items=20, min_users_shown=5).generate()
     rows = leave_one_out(data).train
     catalog = ItemCatalog.from_semantic_ids(data.semantic_ids, build_tokenizer(data.semantic_ids))
-    scores = InteractionReward().bind(catalog).score_items(rows[:])
+    scores = InteractionReward().bind(catalog).score_items(whole(rows, catalog))
     met = set()
     for row, score in zip(rows, scores, strict=True):
         levels = dict(zip(row["session_items"], row["session_levels"], strict=True))
@@ -157,13 +163,13 @@ def test_interaction_reads_the_shops_sessions():
 
 
 def test_token_similarity_by_hand():
-    catalog, batch = make_catalog(), make_batch()
-    leaves = all_leaves(catalog, batch)
+    catalog, step = make_catalog(), make_step()
+    leaves = all_leaves(catalog, step)
     every, prefix, share = (
-        TokenSimilarityReward(**options).bind(catalog).score_leaves(batch, leaves)
+        TokenSimilarityReward(**options).bind(catalog).score_leaves(step, leaves)
         for options in ({}, {"prefix": True}, {"normalise": True})
     )
-    for row, target in enumerate(batch["target"]):
+    for row, target in enumerate(step.columns["target"]):
         own = SEMANTIC_IDS[target]
         for leaf in range(catalog.tree.num_leaves):
             other = SEMANTIC_IDS[catalog.items_of(leaf)[0]]
@@ -177,15 +183,15 @@ def test_token_similarity_by_hand():
 
 def test_likelihood_is_the_frozen_policys_probability():
     """Dropout is off, no graph is built, and a model in training stays in training."""
-    catalog, batch = make_catalog(), make_batch()
+    catalog, step = make_catalog(), make_step()
     policy = make_policy(catalog)
-    expected = policy.leaf_log_probs(batch["prompts"]).exp()
+    expected = policy.leaf_log_probs(step.prompts).exp()
     for layer in policy.model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     policy.model.train()
     policy.model.lm_head.eval()
     reward = LikelihoodReward(policy).bind(catalog)
-    scores = reward.score_leaves(batch, all_leaves(catalog, batch))
+    scores = reward.score_leaves(step, all_leaves(catalog, step))
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(scores.sum(1), torch.ones(4))
     assert not scores.requires_grad
@@ -194,45 +200,45 @@ def test_likelihood_is_the_frozen_policys_probability():
 
 @pytest.mark.parametrize("make", [make_policy, lambda catalog: make_policy_of(make_seq2seq(), catalog)])
 def test_likelihood_of_the_policy_in_training(make):
-    """It is that of the policy in the batch as it is now, without gradient, dropout or a change of mode; for leaves
-    that the trainer has scored already it is looked up."""
-    catalog, batch = make_catalog(), make_batch()
-    policy, leaves = make(catalog), all_leaves(catalog, batch)
+    """It is that of the policy as it is now, without gradient, dropout or a change of mode; where the trainer has
+    scored the leaves already it is taken from there."""
+    catalog, step = make_catalog(), make_step()
+    policy, leaves = make(catalog), all_leaves(catalog, step)
     reward = LikelihoodReward()
-    fusion = RewardFusion([GroundTruthReward(), reward], catalog)
-    assert fusion.sampled_only == ["likelihood"] and not fusion.can_score_all
+    composite = CompositeReward([GroundTruthReward(), reward], catalog)
+    assert composite.sampled_only == ["likelihood"] and not composite.can_score_all
     policy.model.train()
     for _ in range(2):
-        expected = policy.leaf_log_probs(batch["prompts"]).exp()
-        scores = reward.score_leaves({**batch, "policy": policy}, leaves)
+        expected = policy.leaf_log_probs(step.prompts).exp()
+        scores = composite.of(step, policy).score(leaves).parts["likelihood"]
         torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
         assert not scores.requires_grad and policy.model.training
-        torch.testing.assert_close(catalog.fold_items(reward.score_items({**batch, "policy": policy})), expected)
         with torch.no_grad():
             for parameter in policy.model.parameters():
                 parameter.mul_(0.8)
     known = torch.rand(leaves.shape).log().requires_grad_()
-    scored = {**batch, "policy_leaves": leaves, "policy_log_probs": known}
-    assert torch.equal(reward.score_leaves(scored, leaves), known.detach().exp())
-    result = fusion.log_rewards(scored, leaves)
-    assert torch.equal(result.parts["likelihood"], known.detach().exp()) and not result.log_rewards.requires_grad
-    with pytest.raises(ValueError, match="batch has no 'policy'. GFlowNetTrainer puts it there"):
-        reward.score_leaves({**scored, "policy_leaves": leaves.clone()}, leaves)
+    assert torch.equal(reward.score_leaves(step, leaves, known), known.detach().exp())
+    for asked in (None, policy):
+        result = composite.of(step, asked).score(leaves, known)
+        assert torch.equal(result.parts["likelihood"], known.detach().exp()) and not result.log_rewards.requires_grad
+    with pytest.raises(ValueError, match="under the policy in training, which nobody has given. GFlowNetTrainer does"):
+        composite.of(step).score(leaves)
+    with pytest.raises(ValueError, match="under the policy in training, which nobody has given"):
+        reward.score_items(step)
 
 
 @pytest.mark.parametrize(("beta", "transform"), [(1.0, "power"), (2.0, "power"), (1.0, "exp")])
 def test_what_the_policys_own_likelihood_does_to_the_fixed_point(beta, transform):
     """Iterating pi <- R(pi) / Z: with exponent 1 the sum leads to r / Z as without the term, else to a sharper one."""
-    catalog, batch = make_catalog(), make_batch()
-    leaves = all_leaves(catalog, batch)
+    catalog, step = make_catalog(), make_step()
+    leaves = all_leaves(catalog, step)
     teacher = CollaborativeReward(TableTeacher())
-    without = RewardFusion(teacher, catalog, floor=0.0, beta=beta, transform=transform)
-    fusion = RewardFusion([teacher, LikelihoodReward()], catalog, floor=0.0, beta=beta, transform=transform)
-    target = without.log_rewards(batch, leaves).log_rewards.log_softmax(1)
+    without = CompositeReward(teacher, catalog, floor=0.0, beta=beta, transform=transform)
+    composite = CompositeReward([teacher, LikelihoodReward()], catalog, floor=0.0, beta=beta, transform=transform)
+    target = without.of(step).log(leaves).log_softmax(1)
     log_pi = torch.full_like(target, 1 / 8).log()
     for _ in range(200):
-        scored = {**batch, "policy_leaves": leaves, "policy_log_probs": log_pi}
-        log_pi = fusion.log_rewards(scored, leaves).log_rewards.log_softmax(1)
+        log_pi = composite.of(step).log(leaves, log_pi).log_softmax(1)
     entropy, own = (-(p.exp() * p).sum(1) for p in (log_pi, target))
     if beta == 1 and transform == "power":
         torch.testing.assert_close(log_pi, target, atol=1e-5, rtol=1e-5)
@@ -258,11 +264,11 @@ def test_completions_of_a_plain_trl_trainer():
 
 
 def test_mistakes_are_explained():
-    catalog, batch = make_catalog(), make_batch()
+    catalog, step = make_catalog(), make_step()
     with pytest.raises(ValueError, match=r"'ground_truth' does not know the catalogue yet; call bind"):
-        GroundTruthReward().score_items(batch)
+        GroundTruthReward().score_items(step)
     with pytest.raises(ValueError, match="'ground_truth' needs the dataset column 'target'"):
-        GroundTruthReward().bind(catalog).score_items({"history": [["fig"]]})
+        GroundTruthReward().bind(catalog).score_items(make_step(without=["target"]))
     with pytest.raises(ValueError, match="temperature of CollaborativeReward must be > 0, got 0"):
         CollaborativeReward(TableTeacher(), temperature=0)
     with pytest.raises(ValueError, match="needs item_counts"):
@@ -280,8 +286,8 @@ def test_mistakes_are_explained():
     broken = TableTeacher()
     broken.table = broken.table[:, :4]
     broken.items = list(catalog.items)
-    with pytest.raises(ValueError, match=r"teacher of reward 'collaborative' returned scores of shape \(4, 4\)"):
-        CollaborativeReward(broken).bind(catalog).score_items(batch)
+    with pytest.raises(ValueError, match=r"Reward 'collaborative': its teacher returned scores of shape \(4, 4\)"):
+        CollaborativeReward(broken).bind(catalog).score_items(step)
 
 
 @pytest.mark.parametrize(
@@ -315,6 +321,7 @@ def test_interaction_values_are_checked(options, message):
     ],
 )
 def test_bad_sessions_are_explained(changes, message):
-    batch = {name: value for name, value in {**make_batch(), **changes}.items() if value is not None}
+    given = {name: value for name, value in changes.items() if value is not None}
+    step = make_step(without=changes.keys() - given.keys(), **given)
     with pytest.raises(ValueError, match=message):
-        InteractionReward().bind(make_catalog()).score_items(batch)
+        InteractionReward().bind(make_catalog()).score_items(step)

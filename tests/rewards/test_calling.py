@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gflowtrl.rewards import RewardFusion
-from tests.rewards.world import SEMANTIC_IDS, TOKENIZER, make_batch, make_catalog
+from gflowtrl.rewards import CompositeReward
+from tests.rewards.world import TOKENIZER, make_catalog, make_step
 
 
 def leaves_of(*names):
@@ -18,7 +18,7 @@ LEAVES = leaves_of("date", "apple", "fig", "fig", "pear", "nut", "kiwi", "lime")
 
 
 def fuse(*rewards):
-    return RewardFusion(list(rewards), make_catalog(), TOKENIZER)
+    return CompositeReward(list(rewards), make_catalog(), TOKENIZER)
 
 
 def test_keywords():
@@ -32,7 +32,7 @@ def test_keywords():
         return [1.0] * 8
 
     state = SimpleNamespace(global_step=3)
-    result = fuse(reward).log_rewards(make_batch() | {"target_leaf": torch.zeros(4)}, LEAVES, trainer_state=state)
+    result = fuse(reward).of(make_step(), trainer_state=state).score(LEAVES)
     assert seen["prompts"][0] == seen["prompts"][1] == "<bos> <a_1> <b_1> <c_2>"
     assert seen["prompts"][2] == "<bos> <a_2> <b_2> <c_1> <a_3> <b_1>"
     assert seen["completions"][:2] == ["<a_3> <b_1>", "<a_1> <b_1> <c_1>"]
@@ -68,13 +68,13 @@ def test_async_rewards_run_concurrently():
         async def __call__(self, completions, **_):
             return [float(len(text.split())) for text in completions]
 
-    fusion = fuse(waiting("a", "b"), waiting("b", "a"), Scorer())
-    result = fusion.log_rewards(make_batch(), LEAVES)
+    composite = fuse(waiting("a", "b"), waiting("b", "a"), Scorer())
+    result = composite.of(make_step()).score(LEAVES)
     assert result.rewards.tolist() == [[7, 8], [8, 8], [8, 8], [8, 8]]
     assert result.parts["Scorer"][0].tolist() == [2, 3]
 
     async def notebook():
-        return fusion.log_rewards(make_batch(), LEAVES).rewards
+        return composite.of(make_step()).score(LEAVES).rewards
 
     assert torch.equal(asyncio.run(notebook()), result.rewards)
     assert len(set(loops)) == 1  # open connections of a reward survive from step to step
@@ -89,13 +89,5 @@ def test_an_exception_says_which_reward_raised_it(asynchronous):
         raise KeyError("price")
 
     with pytest.raises(KeyError) as caught:
-        fuse(later if asynchronous else plain).log_rewards(make_batch(), LEAVES)
+        fuse(later if asynchronous else plain).of(make_step()).score(LEAVES)
     assert f"'{'later' if asynchronous else 'plain'}'" in caught.value.__notes__[0]
-
-
-def test_a_column_with_a_reserved_name():
-    def reward(**_):
-        return [1.0] * 8
-
-    with pytest.raises(ValueError, match="dataset column 'items' has the name of an argument of rewards; rename it"):
-        fuse(reward).log_rewards(make_batch() | {"items": list(SEMANTIC_IDS)[:4]}, LEAVES)

@@ -4,14 +4,14 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gflowtrl.rewards import RewardFusion
+from gflowtrl.rewards import CompositeReward
 from gflowtrl.rewards.title_likelihood import TEMPLATE, TitleLikelihoodReward
 from tests.rewards.world import (
     TITLES,
     all_leaves,
-    make_batch,
     make_catalog,
     make_seq2seq,
+    make_step,
     make_title_reward,
     text_tokenizer,
 )
@@ -35,15 +35,16 @@ def naive(model, history, item, words=16, items=10, normalise="mean"):
 @pytest.mark.parametrize("normalise", ["mean", "sum"])
 def test_it_is_the_score_of_the_full_text(batch_size, normalise):
     """Ragged titles and histories, chunks of rows and of titles, dropout off: the naive score of all pairs."""
-    catalog, batch = make_catalog(), make_batch()
+    catalog, step = make_catalog(), make_step()
     reward = make_title_reward(normalise=normalise, batch_size=batch_size, max_history_items=2, max_title_words=3)
     expected = torch.tensor([
-        [naive(reward.model, history, item, 3, 2, normalise) for item in catalog.items] for history in batch["history"]
+        [naive(reward.model, history, item, 3, 2, normalise) for item in catalog.items]
+        for history in step.columns["history"]
     ])  # fmt: skip
     reward.model.train()
     for layer in reward.model.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    scores = reward.bind(catalog).score_items(batch)
+    scores = reward.bind(catalog).score_items(step)
     torch.testing.assert_close(scores, expected, atol=1e-6, rtol=1e-4)
     assert (scores > 0).all() and (scores <= 1).all() and not scores.requires_grad and reward.model.training
 
@@ -51,21 +52,21 @@ def test_it_is_the_score_of_the_full_text(batch_size, normalise):
 def test_learned_positions_and_titles_of_one_word():
     """GPT-2 knows where a token stands from `position_ids` alone; titles of one token need no second forward."""
     torch.manual_seed(0)
-    tokenizer, catalog, batch = text_tokenizer(), make_catalog(), make_batch()
+    tokenizer, catalog, step = text_tokenizer(), make_catalog(), make_step()
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3
     )
     model = GPT2LMHeadModel(config).eval()
     for words in (16, 1):
         reward = TitleLikelihoodReward(model, tokenizer, TITLES, max_title_words=words).bind(catalog)
-        scores = reward.score_items(batch)
-        for row, history in enumerate(batch["history"]):
+        scores = reward.score_items(step)
+        for row, history in enumerate(step.columns["history"]):
             expected = [naive(model, history, item, words) for item in catalog.items]
             assert scores[row].tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_only_drawn_titles_are_read_and_each_once(monkeypatch):
-    catalog, batch = make_catalog(), make_batch()
+    catalog, step = make_catalog(), make_step()
     reward, read = make_title_reward().bind(catalog), []
     forward = reward.model.forward
 
@@ -73,10 +74,10 @@ def test_only_drawn_titles_are_read_and_each_once(monkeypatch):
         read.append(kwargs["input_ids"].shape)
         return forward(*args, **kwargs)
 
-    every = reward.score_leaves(batch, all_leaves(catalog, batch))
+    every = reward.score_leaves(step, all_leaves(catalog, step))
     monkeypatch.setattr(reward.model, "forward", counting)
     leaves = catalog.leaf_of(["plum", "kiwi", "plum", "plum"]).expand(4, -1)
-    torch.testing.assert_close(reward.score_leaves(batch, leaves), every.gather(1, leaves))
+    torch.testing.assert_close(reward.score_leaves(step, leaves), every.gather(1, leaves))
     assert [shape[0] for shape in read] == [4]  # one prompt a row, and titles of one word need no more
 
 
@@ -84,10 +85,10 @@ def test_all_items_only_on_request():
     """At every step it would read a title per item and row, so that exact flows have to ask for it."""
     catalog = make_catalog()
     for all_items in (False, True):
-        fusion = RewardFusion(make_title_reward(all_items=all_items), catalog)
-        assert fusion.can_score_all == fusion.scores_all(1) == all_items
+        composite = CompositeReward(make_title_reward(all_items=all_items), catalog)
+        assert composite.can_score_all == all_items
     with pytest.raises(ValueError, match="'title_likelihood' cannot score all items"):
-        RewardFusion(make_title_reward(), catalog).leaf_log_rewards(make_batch())
+        CompositeReward(make_title_reward(), catalog).dense(make_step())
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_bad_models_and_titles():
         TitleLikelihoodReward(model, tokenizer, {**TITLES, "apple": " ", "nut": None}).bind(catalog)
     reward = make_title_reward().bind(catalog)
     with pytest.raises(ValueError, match="no title of item 'soap', which is in a history"):
-        reward.score_items({**make_batch(), "history": [["soap"]] * 4})
+        reward.score_items(make_step(history=[["soap"]] * 4))
     reward.model.config.max_position_embeddings = 20
     with pytest.raises(ValueError, match=r"take \d+ tokens, but the model has 20 positions; lower max_history_items"):
-        reward.score_items(make_batch())
+        reward.score_items(make_step())

@@ -7,13 +7,13 @@ import pytest
 import torch
 from datasets import Dataset
 
-from gflowtrl.data import PromptEncoder
+from gflowtrl.data import PromptEncoder, Step
 from gflowtrl.rewards import (
     CollaborativeReward,
+    CompositeReward,
     GroundTruthReward,
     InteractionReward,
     LikelihoodReward,
-    RewardFusion,
     TokenSimilarityReward,
     fit_reward_weights,
     one_step_back,
@@ -32,9 +32,9 @@ class Table:
         self.table = table / table.sum(1, keepdim=True) if normalised else table
         self.asked = []
 
-    def score_items(self, batch):
-        self.asked.append(set(batch))
-        return self.table[[ITEMS.index(history[-1]) for history in batch["history"]]]
+    def score_items(self, step):
+        self.asked.append(set(step.columns))
+        return self.table[[ITEMS.index(history[-1]) for history in step.columns["history"]]]
 
 
 def rows(targets, count=60) -> Dataset:
@@ -63,9 +63,9 @@ def objective(rewards, data, floor=1e-3, column="target"):
     """Weights -> mean log of R(held-out) / Z, one row and one leaf after the other."""
     catalog, known = make_catalog(), []
     for row in data:
-        batch = {name: [row[name]] for name in ("history", "target")}
-        batch |= {"prompts": {"input_ids": torch.zeros(1, 1, dtype=torch.long)}, "cache": {}}
-        parts = RewardFusion(rewards, catalog, transform="exp").score_all(batch).parts.values()
+        columns = {name: [row[name]] for name in ("history", "target")}
+        step = Step({}, torch.zeros(1, dtype=torch.long), catalog.leaf_of(columns["target"]), columns)
+        parts = CompositeReward(rewards, catalog, transform="exp").dense(step).result.parts.values()
         leaf = int(catalog.leaf_of([row[column]]))
         known.append([(float(part[0, leaf] + floor * part.mean()), float(part.sum())) for part in parts])
 
@@ -123,7 +123,7 @@ def test_rewards_do_not_see_what_they_are_judged_by():
     catalog, table = make_catalog(), Table(1)
     data = rows(drawn_from(table.table))
     fit([table, CollaborativeReward(TableTeacher()), LikelihoodReward(make_policy(catalog))], data.select(range(9)))
-    assert set.union(*table.asked) == {"row_id", "history", "prompts", "cache"}
+    assert set.union(*table.asked) == {"row_id", "history"}
     for reward, column in ((GroundTruthReward(), "target"), (InteractionReward(), "session_items")):
         with pytest.raises(ValueError, match=f"needs the dataset column '{column}'") as caught:
             fit([table, reward], data)
@@ -153,8 +153,8 @@ class Constant:
     def __init__(self, value):
         self.value = value
 
-    def score_items(self, batch):
-        return torch.full((len(batch["history"]), 9), self.value)
+    def score_items(self, step):
+        return torch.full((len(step), 9), self.value)
 
 
 @pytest.mark.parametrize(

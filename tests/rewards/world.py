@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from gflowtrl.catalog import ItemCatalog
-from gflowtrl.data import build_tokenizer
+from gflowtrl.data import Step, build_tokenizer
 from gflowtrl.policy import CausalTreePolicy
 from gflowtrl.rewards import TitleLikelihoodReward
 from gflowtrl.rewards.title_likelihood import TEMPLATE
@@ -81,25 +81,39 @@ def make_title_reward(**options) -> TitleLikelihoodReward:
     return TitleLikelihoodReward(tiny_model(len(tokenizer), seed=3), tokenizer, TITLES, **options)
 
 
-def make_batch(rows=(0, 1, 2, 3)) -> dict:
-    """What the trainer hands to rewards and samplers."""
+def make_step(rows=(0, 1, 2, 3), without=(), progress=0.0, **columns) -> Step:
+    """What the trainer hands to rewards and samplers.
+
+    Args:
+        rows: which of four; a number may come twice.
+        without: names of columns to leave out; without "target" the target leaves are hidden as well.
+        progress: of the training.
+        columns: more columns, or others than the usual ones.
+    """
     histories = [["fig"], ["pear", "date"], ["nut", "plum", "lime"], ["kiwi", "quince"]]
     targets = ["apple", "date", "pear", "quince"]
-    sessions = {name: [column[i] for i in rows] for name, column in SESSIONS.items()}
     texts = [
         " ".join(["<bos>", *(token for item in history for token in SEMANTIC_IDS[item])]) for history in histories
     ]
     prompts = TOKENIZER([texts[i] for i in rows], add_special_tokens=False, padding=True, return_tensors="pt")
-    return {
-        "prompts": {name: prompts[name] for name in ("input_ids", "attention_mask")},
-        "row_id": torch.tensor([10 + i for i in rows]),
+    known = {
+        "row_id": [10 + i for i in rows],
         "history": [histories[i] for i in rows],
         "target": [targets[i] for i in rows],
         "budget": [float(i) for i in rows],
-        **sessions,
-        "cache": {},
+        **{name: [column[i] for i in rows] for name, column in SESSIONS.items()},
     }
+    kept = {name: values for name, values in (known | columns).items() if name not in without}
+    row_ids = torch.tensor(known["row_id"])
+    hidden = torch.full_like(row_ids, -1)
+    return Step(
+        prompts={name: prompts[name] for name in ("input_ids", "attention_mask")},
+        row_ids=row_ids,
+        target_leaves=make_catalog().leaf_of(kept["target"]) if "target" in kept else hidden,
+        columns=kept,
+        progress=progress,
+    )
 
 
-def all_leaves(catalog: ItemCatalog, batch: dict) -> torch.Tensor:
-    return torch.arange(catalog.tree.num_leaves).expand(len(batch["row_id"]), -1).contiguous()
+def all_leaves(catalog: ItemCatalog, step: Step) -> torch.Tensor:
+    return torch.arange(catalog.tree.num_leaves).expand(len(step), -1).contiguous()

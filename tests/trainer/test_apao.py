@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from gflowtrl.trainer.prefixes import PrefixWeights
 
 from gflowtrl import APAOConfig, APAOTrainer, GFlowNetTrainer, Recommender
-from gflowtrl.trainer.prefixes import PrefixWeights
 from tests.tiny import tiny_model, tiny_seq2seq
 
 from .world import TOKENIZER, losses, make_catalog, make_rows

@@ -6,10 +6,10 @@ import re
 
 import pytest
 import torch
+from gflowtrl.trainer.base import BaseConfig
 from trl import TrlParser
 
 from gflowtrl import GFlowNetConfig
-from gflowtrl.trainer.base import BaseConfig
 
 
 OWN = [field for field in dataclasses.fields(GFlowNetConfig) if field.name in GFlowNetConfig.__annotations__]

@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 import torch
+from gflowtrl.trainer.sampler_state import load_sampler, save_sampler
 from safetensors.torch import load_file
 
 from gflowtrl.samplers import Sampler, TrajectoryBatch, UniformSampler
-from gflowtrl.trainer.sampler_state import load_sampler, save_sampler
 
 from .test_step import CATALOG, LEAVES, WEIGHTS, rewards, true_rewards
 from .world import losses, make_trainer, weights

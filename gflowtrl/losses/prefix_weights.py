@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gflowtrl.losses.common import real_steps
+from .common import check_number, real_steps
 
 
 VARIANTS = ("paper", "2025", "kdd")
-FILE = "prefix_weights.safetensors"
 
 
 class PrefixWeights:
@@ -29,20 +25,22 @@ class PrefixWeights:
 
     Args:
         depth: L.
+        reduce_sum: adds up a tensor over all processes.
         eta: rate of adaptation; 0 keeps the first weights.
         variant: one of the three.
-        total: adds up a tensor over all processes.
+
+    Raises:
+        ValueError: a negative rate, or an unknown variant.
 
     References:
         Adaptive Prefix-Aware Optimization for Generative Recommendation, KDD 2026, arXiv 2603.02730.
     """
 
-    def __init__(
-        self, depth: int, eta: float, variant: str, total: Callable[[Tensor], Tensor] = lambda tensor: tensor
-    ):
+    def __init__(self, depth: int, reduce_sum: Callable[[Tensor], Tensor], eta: float = 1e-4, variant: str = "paper"):
+        check_number("eta", eta, zero=True)
         if variant not in VARIANTS:
-            raise ValueError(f"prefix_variant is {variant!r}; choose one of {', '.join(map(repr, VARIANTS))}.")
-        self.eta, self.variant, self._total = eta, variant, total
+            raise ValueError(f"variant is {variant!r}; choose one of {', '.join(map(repr, VARIANTS))}.")
+        self.eta, self.variant, self._reduce_sum = eta, variant, reduce_sum
         uniform = torch.zeros(depth) if variant == "paper" else None
         self._log_weights: Tensor | None = uniform if uniform is None else uniform.log_softmax(0)
         self._pending = torch.zeros(2, depth)
@@ -57,7 +55,7 @@ class PrefixWeights:
         """
         real = real_steps(lengths, losses.shape[1])
         sums = torch.stack([losses.detach().float().masked_fill(~real, 0.0).sum(0), real.float().sum(0)])
-        sums = self._total(sums)
+        sums = self._reduce_sum(sums)
         self._pending = self._pending.to(sums) + sums
         means = sums[0] / sums[1].clamp(min=1)
         if self.variant == "2025":
@@ -95,20 +93,3 @@ class PrefixWeights:
                 f"up to {self._pending.shape[1]}."
             )
         self._log_weights = weights
-
-
-def save_prefix_weights(weights: Mapping[str, PrefixWeights], directory: str | os.PathLike) -> None:
-    """Into a checkpoint, those of every loss; no file where there are none."""
-    state = {f"{name}.{key}": value for name, own in weights.items() for key, value in own.state_dict().items()}
-    if state:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        save_file(state, Path(directory, FILE))
-
-
-def load_prefix_weights(weights: Mapping[str, PrefixWeights], directory: str | os.PathLike) -> None:
-    """What `save_prefix_weights` wrote; without a file they stay as new."""
-    file = Path(directory, FILE)
-    state = load_file(file) if file.is_file() else {}
-    for name, own in weights.items():
-        if f"{name}.log_weights" in state:
-            own.load_state_dict({"log_weights": state[f"{name}.log_weights"]})

@@ -3,58 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
 
 from gflowtrl.catalog import ItemCatalog
+from gflowtrl.data import Step
+from gflowtrl.policy import TreePolicy
+from gflowtrl.policy.modules import evaluation_mode
 
+from .base import AnyReward, Binds, ScoresItems, ScoresLeaves
 from .calling import RewardLog, call_rewards, checked_values, reward_keywords
+from .step_reward import DenseReward, RewardResult, SampledReward, StepReward, TopKReward
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class RewardResult:
-    """Rewards of some leaves, `n` a row: K trajectories, or all N leaves.
-
-    Attributes:
-        log_rewards: `(B, n)` float32, log R.
-        rewards: `(B, n)`, the weighted sum before the transform.
-        parts: each reward's own values, `(B, n)`, unweighted; NaN where a reward returned None.
-        floored_mass: scalar tensor, the share of R that lies on leaves lifted to the floor, mean over the prompts;
-            of all leaves where all are scored (then at most `floor` for beta = 1), else of the group's distinct ones.
-        metrics: means of what reward functions reported with `log_metric`.
-        extra: columns, B * K values each, reported with `log_extra`.
-    """
-
-    log_rewards: Tensor
-    rewards: Tensor
-    parts: dict[str, Tensor]
-    floored_mass: Tensor
-    metrics: dict[str, float] = field(default_factory=dict)
-    extra: dict[str, list] = field(default_factory=dict)
-
-    def gather(self, leaves: Tensor) -> RewardResult:
-        """The columns of `leaves (B, K)` of a result over all leaves."""
-        return replace(
-            self,
-            log_rewards=self.log_rewards.gather(1, leaves),
-            rewards=self.rewards.gather(1, leaves),
-            parts={name: values.gather(1, leaves) for name, values in self.parts.items()},
-        )
-
-
 # A test for bad values: where it fails (B, n), the values to show, and the sentence that explains it.
 _Check = tuple[Tensor, Tensor, str]
 
 
-class RewardFusion:
+class CompositeReward:
     """Combines rewards: `r = sum of weights[i] * r_i`, then
 
     - `transform="power"`: `log R = beta * log max(r, floor * mean of r over the prompt's leaves)`, r >= 0;
@@ -66,7 +41,7 @@ class RewardFusion:
 
     Args:
         reward_funcs: one reward or a list: callables with TRL's signature (sync or async), or objects with
-            `score_items(batch) -> (B, items)` or `score_leaves(batch, leaves) -> (B, K)`.
+            `score_items(step) -> (B, items)` or `score_leaves(step, leaves) -> (B, K)`.
         catalog: the items.
         tokenizer: turns prompts into text; only plain callables need it.
         weights: one number per reward (default 1 each); >= 0 under "power". Weight 0 logs a reward without using it.
@@ -74,8 +49,10 @@ class RewardFusion:
         beta: exponent, or inverse temperature; > 0.
         floor: share of the prompt's mean reward, in [0, 1); with 0 every reward must be positive.
         leaf_reduction: how values of items become one of their leaf, reward by reward: "sum" or "max".
-        max_elements: largest table (prompts x leaves) that is made where only drawn leaves are asked for; beyond it
-            they are scored by themselves, and the floor follows the group's mean. None: no limit.
+        max_elements: largest table (prompts x leaves) that `of` makes. None: no limit.
+        top_items: where a table would be larger, so many leaves of each prompt keep their own reward, and the others
+            share the rest of the mass evenly; None: drawn leaves are scored by themselves, and the floor follows the
+            group's mean.
 
     Raises:
         ValueError: bad options; when used, a reward of the wrong shape, NaN or infinite values, a negative one under
@@ -85,7 +62,7 @@ class RewardFusion:
 
     def __init__(
         self,
-        reward_funcs: Callable | Sequence[Callable],
+        reward_funcs: AnyReward | Sequence[AnyReward],
         catalog: ItemCatalog,
         tokenizer: PreTrainedTokenizerBase | None = None,
         weights: Sequence[float] | None = None,
@@ -94,19 +71,23 @@ class RewardFusion:
         floor: float = 1e-3,
         leaf_reduction: str = "sum",
         max_elements: int | None = None,
+        top_items: int | None = None,
     ):
-        funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        several = isinstance(reward_funcs, list | tuple)
+        funcs: list[AnyReward] = list(reward_funcs) if several else [cast(AnyReward, reward_funcs)]
         self.weights = [1.0] * len(funcs) if weights is None else [float(weight) for weight in weights]
         _check_options(funcs, self.weights, transform, beta, floor, leaf_reduction)
-        self.rewards = dict(zip(_names(funcs), funcs, strict=True))
+        self.rewards: dict[str, AnyReward] = dict(zip(_names(funcs), funcs, strict=True))
         self.catalog, self.tokenizer = catalog, tokenizer
         self.transform, self.beta, self.floor, self.leaf_reduction = transform, beta, floor, leaf_reduction
-        self.max_elements = max_elements
+        self.max_elements, self.top_items = max_elements, top_items
         for name, reward in self.rewards.items():
-            if hasattr(reward, "bind"):
+            if isinstance(reward, Binds):
                 reward.bind(catalog, tokenizer, leaf_reduction)
             elif not _is_tensor_reward(reward) and tokenizer is None:
-                raise ValueError(f"Reward {name!r} is a plain callable; RewardFusion needs the tokenizer to call it.")
+                raise ValueError(
+                    f"Reward {name!r} is a plain callable, which is called with text: give the tokenizer."
+                )
 
     @property
     def names(self) -> list[str]:
@@ -123,68 +104,123 @@ class RewardFusion:
         """Names of the rewards that score drawn leaves only, not all items."""
         return [name for name, reward in self.rewards.items() if not _scores_items(reward)]
 
-    def scores_all(self, batch_size: int) -> bool:
-        """Whether R is known on all leaves for so many prompts: rewards can score them, and the table is allowed."""
-        fits = self.max_elements is None or batch_size * self.catalog.tree.num_leaves <= self.max_elements
-        return self.can_score_all and fits
+    @property
+    def reads_policy(self) -> bool:
+        """Whether a reward is the likelihood under the policy in training."""
+        return any(getattr(reward, "reads_policy", False) for reward in self.rewards.values())
 
-    def leaf_log_rewards(self, batch: dict[str, Any]) -> Tensor:
-        """log R of all leaves: `(B, N)`, computed once per batch."""
-        return self.score_all(batch).log_rewards
+    def of(self, step: Step, policy: TreePolicy | None = None, trainer_state: Any = None) -> StepReward:
+        """R of a step's prompts, of as many leaves as rewards and `max_elements` allow.
+
+        Args:
+            step: the prompts and their columns.
+            policy: in training; a reward that is its likelihood may have to ask it.
+            trainer_state: handed to plain reward functions.
+        """
+        fits = self.max_elements is None or len(step) * self.catalog.tree.num_leaves <= self.max_elements
+        if self.can_score_all and fits:
+            return self.dense(step)
+        if self.can_score_all and self.top_items is not None:
+            tables = (self.dense(step.rows(rows)).result.log_rewards for rows in self.chunks(step))
+            exact = partial(self.score_in_chunks, step)
+            return TopKReward.best_of(tables, self.top_items, self.catalog.tree, exact)
+
+        score = partial(self.score_drawn, step, trainer_state=trainer_state)
+        ask = partial(_policy_log_probs, policy, step) if self.reads_policy and policy is not None else None
+        return SampledReward(score, ask)
 
     @torch.no_grad()
-    def score_all(self, batch: dict[str, Any]) -> RewardResult:
-        """Rewards of all leaves, `(B, N)`; kept in `batch["cache"]`, so that a second call costs nothing."""
+    def dense(self, step: Step) -> DenseReward:
+        """R of all leaves, computed once per step.
+
+        Raises:
+            ValueError: a reward scores drawn leaves only.
+        """
         if self.sampled_only:
             lacking = ", ".join(map(repr, self.sampled_only))
             raise ValueError(
                 f"log R of all leaves is needed, but {lacking} cannot score all items. "
-                f"Give it a method score_items(batch) -> Tensor (B, {len(self.catalog)}), or choose an objective that "
+                f"Give it a method score_items(step) -> Tensor (B, {len(self.catalog)}), or choose an objective that "
                 f"needs only sampled rewards (vargrad, say)."
             )
-        cache, key = batch.setdefault("cache", {}), ("rewards of all leaves", self)
-        if key not in cache:
-            parts = {name: self._item_scores(name, batch) for name in self.rewards}
-            cache[key] = self._combine(parts, batch, None)
-        return cache[key]
+
+        def compute() -> DenseReward:
+            parts = {name: self._item_scores(name, step) for name in self.rewards}
+            return DenseReward(self._combine(parts, step, None), self.catalog.tree)
+
+        return step.once(self, "rewards of all leaves", compute)
 
     @torch.no_grad()
-    def log_rewards(self, batch: dict[str, Any], leaves: Tensor, trainer_state: Any = None) -> RewardResult:
-        """Rewards of `leaves (B, K)`. `trainer_state` is handed to plain callables."""
-        if self.scores_all(len(leaves)):
-            return self.score_all(batch).gather(leaves)
-        log, plain = RewardLog(), {n: r for n, r in self.rewards.items() if not _is_tensor_reward(r)}
+    def score_drawn(
+        self, step: Step, leaves: Tensor, policy_log_probs: Tensor | None = None, trainer_state: Any = None
+    ) -> RewardResult:
+        """Rewards of `leaves (B, K)` by themselves; the floor follows from the mean over the group's distinct ones.
+
+        Args:
+            step: the prompts and their columns.
+            leaves: to score.
+            policy_log_probs: `(B, K)` log pi of them, for rewards that read it.
+            trainer_state: handed to plain reward functions.
+        """
+        log = RewardLog()
+        plain = {name: reward for name, reward in self.rewards.items() if not _is_tensor_reward(reward)}
         answers: dict[str, Any] = {}
-        if plain:
-            keywords = reward_keywords(batch, leaves, self.catalog, self.tokenizer)
+        if plain and self.tokenizer is not None:
+            keywords = reward_keywords(step, leaves, self.catalog, self.tokenizer)
             keywords |= {"trainer_state": trainer_state, "log_extra": log.log_extra, "log_metric": log.log_metric}
             answers = call_rewards(plain, keywords)
         parts = {}
         for name, reward in self.rewards.items():
             if name in plain:
-                parts[name] = self._listed(name, answers[name], batch, leaves)
-            elif hasattr(reward, "score_leaves"):
-                parts[name] = _shaped(name, "score_leaves", reward.score_leaves(batch, leaves), leaves.shape, leaves)
+                parts[name] = self._listed(name, answers[name], step, leaves)
+            elif isinstance(reward, ScoresLeaves):
+                known = {"policy_log_probs": policy_log_probs} if getattr(reward, "reads_policy", False) else {}
+                scores = reward.score_leaves(step, leaves, **known)
+                parts[name] = _shaped(name, "score_leaves", scores, leaves.shape, leaves)
             else:
-                parts[name] = self._item_scores(name, batch).gather(1, leaves)
-        return replace(self._combine(parts, batch, leaves), metrics=log.metrics, extra=log.extra)
+                parts[name] = self._item_scores(name, step).gather(1, leaves)
+        return replace(self._combine(parts, step, leaves), metrics=log.metrics, extra=log.extra)
+
+    @torch.no_grad()
+    def score_in_chunks(self, step: Step, leaves: Tensor, policy_log_probs: Tensor | None = None) -> RewardResult:
+        """Rewards of `leaves (B, K)` with the floor that follows from the mean over all leaves.
+
+        No table is larger than `max_elements` (one row at least).
+        """
+        chunks = self.chunks(step)
+        results = [self.dense(step.rows(rows)).score(leaves[rows]) for rows in chunks]
+        shares = [len(leaves[rows]) / len(leaves) for rows in chunks]
+        return replace(
+            results[0],
+            log_rewards=torch.cat([result.log_rewards for result in results]),
+            rewards=torch.cat([result.rewards for result in results]),
+            parts={name: torch.cat([result.parts[name] for result in results]) for name in results[0].parts},
+            floored_mass=torch.stack([s * r.floored_mass for s, r in zip(shares, results, strict=True)]).sum(),
+        )
+
+    def chunks(self, step: Step) -> list[slice]:
+        """The step's rows in slices whose table of all leaves is allowed (one row at least)."""
+        leaves = self.catalog.tree.num_leaves
+        rows = len(step) if self.max_elements is None else max(self.max_elements // leaves, 1)
+        return [slice(start, min(start + rows, len(step))) for start in range(0, len(step), rows)]
 
     # -------------------------------------------------------------------------------------------- one reward's values
-    def _item_scores(self, name: str, batch: dict[str, Any]) -> Tensor:
-        ids = batch["prompts"]["input_ids"]
-        shape = (len(ids), len(self.catalog))
-        scores = _shaped(name, "score_items", self.rewards[name].score_items(batch), shape, ids)
+    def _item_scores(self, name: str, step: Step) -> Tensor:
+        shape = (len(step), len(self.catalog))
+        reward = self.rewards[name]
+        assert isinstance(reward, ScoresItems)
+        scores = _shaped(name, "score_items", reward.score_items(step), shape, step.row_ids)
         return self.catalog.fold_items(scores, self.leaf_reduction)
 
-    def _listed(self, name: str, values: Any, batch: dict[str, Any], leaves: Tensor) -> Tensor:
+    def _listed(self, name: str, values: Any, step: Step, leaves: Tensor) -> Tensor:
         def where(i: int) -> str:
-            return self._where(batch, leaves, *divmod(i, leaves.shape[1]))
+            return self._where(step, leaves, *divmod(i, leaves.shape[1]))
 
         numbers = checked_values(name, values, leaves.numel(), where)
         return torch.tensor(numbers, dtype=torch.float32, device=leaves.device).view(leaves.shape)
 
     # ------------------------------------------------------------------------------------------------- sum, transform
-    def _combine(self, parts: dict[str, Tensor], batch: dict[str, Any], leaves: Tensor | None) -> RewardResult:
+    def _combine(self, parts: dict[str, Tensor], step: Step, leaves: Tensor | None) -> RewardResult:
         """Parts `(B, n)` to log R. `leaves` of None: the columns are all leaves."""
         checks: list[_Check] = []
         total = torch.zeros_like(next(iter(parts.values())))
@@ -207,7 +243,7 @@ class RewardFusion:
         )
         log_rewards, floored, vanishing = self._transform(total, leaves)
         checks.append(vanishing)
-        self._raise_first(checks, batch, leaves)
+        self._raise_first(checks, step, leaves)
         return RewardResult(log_rewards, total, parts, floored)
 
     def _transform(self, rewards: Tensor, leaves: Tensor | None) -> tuple[Tensor, Tensor, _Check]:
@@ -231,30 +267,35 @@ class RewardFusion:
         return log_rewards, floored, (~torch.isfinite(log_rewards), rewards, zero)
 
     # --------------------------------------------------------------------------------------------------------- errors
-    def _raise_first(self, checks: list[_Check], batch: dict[str, Any], leaves: Tensor | None) -> None:
+    def _raise_first(self, checks: list[_Check], step: Step, leaves: Tensor | None) -> None:
         """Raise the first check that fails; a good batch costs a single synchronisation for all of them."""
         if not torch.stack([mask.any() for mask, _, _ in checks]).any():
             return
         for mask, values, sentence in checks:
             if mask.any():
                 row, column = mask.nonzero()[0].tolist()
-                where = self._where(batch, leaves, row, column)
+                where = self._where(step, leaves, row, column)
                 raise ValueError(sentence.format(value=values[row, column].item(), where=where))
 
-    def _where(self, batch: dict[str, Any], leaves: Tensor | None, row: int, column: int) -> str:
+    def _where(self, step: Step, leaves: Tensor | None, row: int, column: int) -> str:
         """For example `row 3 of the batch (row_id 17), item 'B01' ('<a_1> <b_7>')`."""
-        row_id = f" (row_id {int(batch['row_id'][row])})" if "row_id" in batch else ""
         leaf = column if leaves is None else int(leaves[row, column])
         items = ", ".join(map(repr, self.catalog.items_of(leaf)))
-        return f"row {row} of the batch{row_id}, item {items} ({self.catalog.leaf_text(leaf)!r})"
+        row_id = int(step.row_ids[row])
+        return f"row {row} of the batch (row_id {row_id}), item {items} ({self.catalog.leaf_text(leaf)!r})"
 
 
-def _scores_items(reward: Any) -> bool:
-    return hasattr(reward, "score_items") and getattr(reward, "scores_all_items", True)
+def _scores_items(reward: AnyReward) -> bool:
+    return isinstance(reward, ScoresItems) and getattr(reward, "scores_all_items", True)
 
 
-def _is_tensor_reward(reward: Any) -> bool:
-    return hasattr(reward, "score_items") or hasattr(reward, "score_leaves")
+def _is_tensor_reward(reward: object) -> TypeGuard[ScoresItems | ScoresLeaves]:
+    return isinstance(reward, ScoresItems | ScoresLeaves)
+
+
+def _policy_log_probs(policy: TreePolicy, step: Step, leaves: Tensor) -> Tensor:
+    with torch.no_grad(), evaluation_mode(policy.model):
+        return policy.score(step.prompts, leaves).trajectory_log_probs
 
 
 def _shaped(name: str, method: str, scores: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:

@@ -8,8 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gflowtrl.rewards import CollaborativeReward, GroundTruthReward, RewardFusion
-from tests.rewards.world import PRICES, TOKENIZER, TableTeacher, all_leaves, make_batch, make_catalog
+from gflowtrl.policy import StatelessNoise
+from gflowtrl.rewards import (
+    CollaborativeReward,
+    CompositeReward,
+    DenseReward,
+    GroundTruthReward,
+    PosteriorReward,
+    SampledReward,
+)
+from tests.rewards.world import PRICES, TOKENIZER, TableTeacher, all_leaves, make_catalog, make_step
 
 
 class Fixed:
@@ -18,9 +26,9 @@ class Fixed:
     def __init__(self, items=None, leaves=None):
         self.calls = 0
         if items is not None:
-            self.score_items = lambda batch: self._count(items)
+            self.score_items = lambda step: self._count(items)
         if leaves is not None:
-            self.score_leaves = lambda batch, asked: self._count(leaves).gather(1, asked)
+            self.score_leaves = lambda step, asked: self._count(leaves).gather(1, asked)
 
     def _count(self, values):
         self.calls += 1
@@ -28,12 +36,12 @@ class Fixed:
 
 
 def over_leaves(values, **options):
-    """Fusion of one reward with these values on the 8 leaves, known for all of them (the collision's item gets 0)."""
+    """One reward with these values on the 8 leaves, known for all of them (the collision's item gets 0)."""
     catalog = make_catalog()
     items = torch.zeros(len(values), len(catalog))
     for leaf in range(catalog.tree.num_leaves):
         items[:, catalog.items.index(catalog.items_of(leaf)[0])] = torch.as_tensor(values)[:, leaf]
-    return RewardFusion(Fixed(items=items), catalog, **options)
+    return CompositeReward(Fixed(items=items), catalog, **options)
 
 
 TABLE = [[0, 0, 0, 0, 0, 0, 2, 6], [1, 1, 1, 1, 1, 1, 1, 9], [5, 0, 0, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6, 7, 8]]
@@ -41,9 +49,9 @@ TABLE = torch.tensor(TABLE, dtype=torch.float32)
 
 
 def test_power_with_floor_by_hand():
-    batch = make_batch()
-    fusion = over_leaves(TABLE, beta=2.0, floor=0.25, weights=[3.0])
-    result = fusion.log_rewards(batch, torch.tensor([[0, 6, 7], [0, 1, 7], [0, 1, 2], [0, 1, 2]]))
+    step = make_step()
+    composite = over_leaves(TABLE, beta=2.0, floor=0.25, weights=[3.0])
+    result = composite.of(step).score(torch.tensor([[0, 6, 7], [0, 1, 7], [0, 1, 2], [0, 1, 2]]))
     # Means of 3 r over the leaves: 3, 6, 15/8, 13.5; floors a quarter of it.
     lifted = [[0.75, 6, 18], [3, 3, 27], [15, 15 / 32, 15 / 32], [3.375, 6, 9]]
     torch.testing.assert_close(result.log_rewards, 2 * torch.tensor(lifted).log())
@@ -55,27 +63,52 @@ def test_power_with_floor_by_hand():
 
 
 def test_a_table_that_is_too_large_is_not_made():
-    catalog, batch = make_catalog(), make_batch()
+    catalog, step = make_catalog(), make_step()
     leaves = torch.tensor([[0, 6], [1, 7], [0, 2], [3, 3]])
 
-    def fusion(max_elements):
-        reward = Fixed(items=torch.rand(4, len(catalog), generator=torch.Generator().manual_seed(0)))
-        reward.score_leaves = lambda batch, asked: catalog.fold_items(reward.score_items(batch)).gather(1, asked)
-        return RewardFusion(reward, catalog, transform="exp", max_elements=max_elements)
+    def composite(max_elements, rows=4):
+        reward = Fixed(items=torch.rand(rows, len(catalog), generator=torch.Generator().manual_seed(0)))
+        reward.score_leaves = lambda step, asked: catalog.fold_items(reward.score_items(step)).gather(1, asked)
+        return CompositeReward(reward, catalog, transform="exp", max_elements=max_elements)
 
-    small, large = fusion(31), fusion(32)  # 4 prompts x 8 leaves
-    assert not small.scores_all(4) and large.scores_all(4) and small.scores_all(3)
-    batch["cache"] = {}
-    result = small.log_rewards(batch, leaves)
-    assert not batch["cache"]
-    torch.testing.assert_close(result.log_rewards, large.log_rewards(batch, leaves).log_rewards)
-    assert batch["cache"]
+    small, large = composite(31), composite(32)  # 4 prompts x 8 leaves
+    assert isinstance(small.of(step), SampledReward) and isinstance(large.of(step), DenseReward)
+    assert isinstance(composite(31, 3).of(make_step((0, 1, 2))), DenseReward)
+    assert isinstance(composite(7, 1).of(make_step((0,))), SampledReward)  # a single row may be too large
+    torch.testing.assert_close(small.of(step).log(leaves), large.of(step).log(leaves))
+    assert small.dense(step) is small.dense(step) and small.dense(step) is not large.dense(step)
+
+
+def test_flows_and_draws_need_every_leaf():
+    reward = CompositeReward(Fixed(leaves=TABLE + 1), make_catalog()).of(make_step())
+    with pytest.raises(ValueError, match="flows of nodes need the reward of every leaf.*score_items"):
+        reward.log_flows(torch.zeros(4, 1, dtype=torch.long))
+    with pytest.raises(ValueError, match="RewardSampler needs the rewards of all leaves"):
+        reward.sample(2, StatelessNoise(0).at(0, make_step().row_ids))
+
+
+def test_a_prior_is_added_to_log_r():
+    """Of every leaf: in flows and draws too. Of drawn leaves: in their rewards alone."""
+    step, leaves = make_step(), torch.tensor([[7, 0], [1, 1], [3, 2], [5, 6]])
+    dense, log_prior = over_leaves(TABLE + 1).dense(step), torch.randn(4, 8).log_softmax(1)
+    both = dense.with_prior(log_prior)
+    expected = dense.result.log_rewards + log_prior
+    root = torch.zeros(4, 1, dtype=torch.long)
+    torch.testing.assert_close(both.log_flows(root)[:, 0], expected.logsumexp(1))
+    drawn = PosteriorReward(dense, lambda asked: log_prior.gather(1, asked))
+    for reward in (both, drawn):
+        torch.testing.assert_close(reward.log(leaves), expected.gather(1, leaves))
+        torch.testing.assert_close(reward.score(leaves).log_prior, log_prior.gather(1, leaves))
+    noise = StatelessNoise(0).at(0, step.row_ids)
+    for reward, target in ((both, expected), (drawn, dense.result.log_rewards)):
+        own, log_q = reward.sample(4, noise)
+        torch.testing.assert_close(log_q, target.log_softmax(1).gather(1, own))
 
 
 def test_exp_takes_any_sign():
-    fusion = over_leaves(TABLE - 4, transform="exp", beta=0.5)
-    torch.testing.assert_close(fusion.leaf_log_rewards(make_batch()), 0.5 * (TABLE - 4))
-    assert float(fusion.score_all(make_batch()).floored_mass) == 0
+    composite = over_leaves(TABLE - 4, transform="exp", beta=0.5)
+    torch.testing.assert_close(composite.dense(make_step()).result.log_rewards, 0.5 * (TABLE - 4))
+    assert float(composite.dense(make_step()).result.floored_mass) == 0
 
 
 @settings(max_examples=30, deadline=None)
@@ -84,25 +117,25 @@ def test_exp_takes_any_sign():
     st.floats(1e-6, 0.9),
 )
 def test_floor_gives_worthless_leaves_at_most_its_share(values, floor):
-    result = over_leaves(torch.tensor(values) + 1e-30, floor=floor).score_all(make_batch())
+    result = over_leaves(torch.tensor(values) + 1e-30, floor=floor).dense(make_step()).result
     assert torch.isfinite(result.log_rewards).all()
     assert float(result.floored_mass) <= floor + 1e-5
 
 
 def test_all_leaves_are_scored_once_and_gathered():
-    catalog, batch = make_catalog(), make_batch()
+    catalog, step = make_catalog(), make_step()
     counted = Fixed(items=torch.rand(4, 9))
     rewards = [GroundTruthReward(), CollaborativeReward(TableTeacher()), counted]
-    fusion = RewardFusion(rewards, catalog, weights=[0.3, 0.7, 0.1])
-    table, leaves = fusion.leaf_log_rewards(batch), torch.tensor([[7, 0], [1, 1], [3, 2], [5, 6]])
-    result = fusion.log_rewards(batch, leaves)
-    assert fusion.can_score_all and counted.calls == 1
-    assert fusion.names == list(result.parts) == ["ground_truth", "collaborative", "Fixed"]
+    composite = CompositeReward(rewards, catalog, weights=[0.3, 0.7, 0.1])
+    table, leaves = composite.dense(step).result.log_rewards, torch.tensor([[7, 0], [1, 1], [3, 2], [5, 6]])
+    result = composite.of(step).score(leaves)
+    assert composite.can_score_all and counted.calls == 1
+    assert composite.names == list(result.parts) == ["ground_truth", "collaborative", "Fixed"]
     assert torch.equal(result.log_rewards, table.gather(1, leaves))
-    weighted = sum(w * result.parts[name] for w, name in zip([0.3, 0.7, 0.1], fusion.names, strict=True))
+    weighted = sum(w * result.parts[name] for w, name in zip([0.3, 0.7, 0.1], composite.names, strict=True))
     torch.testing.assert_close(result.rewards, weighted)
     # Scaling all weights moves log R by a constant, the floor included.
-    scaled = RewardFusion(rewards, catalog, weights=[3.0, 7.0, 1.0]).leaf_log_rewards(make_batch())
+    scaled = CompositeReward(rewards, catalog, weights=[3.0, 7.0, 1.0]).dense(make_step()).result.log_rewards
     torch.testing.assert_close(scaled, table + math.log(10))
 
 
@@ -111,15 +144,15 @@ def test_collision_adds_up_or_takes_the_best():
     items = torch.rand(4, 9) + 0.5
     leaf, pair = catalog.leaf_of(["apple"]), items[:, catalog.index_of(["apple", "quince"])]
     for reduction, expected in (("sum", pair.sum(1)), ("max", pair.amax(1))):
-        fusion = RewardFusion(Fixed(items=items), catalog, leaf_reduction=reduction)
-        torch.testing.assert_close(fusion.score_all(make_batch()).rewards[:, leaf].squeeze(1), expected)
+        composite = CompositeReward(Fixed(items=items), catalog, leaf_reduction=reduction)
+        torch.testing.assert_close(composite.dense(make_step()).result.rewards[:, leaf].squeeze(1), expected)
 
 
 def test_group_floor_uses_distinct_leaves():
     """Where not all leaves are known, a leaf drawn twice counts once."""
-    fusion = RewardFusion(Fixed(leaves=TABLE), make_catalog(), floor=0.5)
-    assert not fusion.can_score_all
-    result = fusion.log_rewards(make_batch(), torch.tensor([[7, 7, 7, 6, 0], [7] * 5, [0] * 5, [7] * 5]))
+    composite = CompositeReward(Fixed(leaves=TABLE), make_catalog(), floor=0.5)
+    assert not composite.can_score_all
+    result = composite.of(make_step()).score(torch.tensor([[7, 7, 7, 6, 0], [7] * 5, [0] * 5, [7] * 5]))
     floor = 0.5 * (6 + 2 + 0) / 3
     assert result.log_rewards[0].exp().tolist() == pytest.approx([6, 6, 6, 2, floor])
     assert float(result.floored_mass) == pytest.approx(floor / (6 + 2 + floor) / 4)  # nothing in the other three rows
@@ -135,22 +168,22 @@ def test_mixed_kinds_agree_with_all_tensors():
         pairs = zip(budget, items, strict=True)
         return [sum(prices[int(row), catalog.items.index(item)].item() for item in group) for row, group in pairs]
 
-    fast = RewardFusion([ground, collaborative, Fixed(items=prices)], catalog, weights=[1, 2, 3])
-    expected = fast.log_rewards(make_batch(), leaves).log_rewards
+    fast = CompositeReward([ground, collaborative, Fixed(items=prices)], catalog, weights=[1, 2, 3])
+    expected = fast.of(make_step()).log(leaves)
     for third in (listed, Fixed(leaves=leaf_prices)):
-        slow = RewardFusion([ground, collaborative, third], catalog, TOKENIZER, weights=[1, 2, 3])
-        torch.testing.assert_close(slow.log_rewards(make_batch(), leaves).log_rewards, expected)
+        slow = CompositeReward([ground, collaborative, third], catalog, TOKENIZER, weights=[1, 2, 3])
+        torch.testing.assert_close(slow.of(make_step()).log(leaves), expected)
 
 
 def test_one_synchronisation_a_batch(monkeypatch):
     """On an accelerator every look at a value stops the queue: one look decides all checks."""
-    fusion, batch, looks = over_leaves(TABLE + 1), make_batch(), []
+    composite, step, looks = over_leaves(TABLE + 1), make_step(), []
     for name in ("__bool__", "item", "tolist", "__float__", "__int__"):
         original = getattr(torch.Tensor, name)
         monkeypatch.setattr(
             torch.Tensor, name, lambda self, original=original, name=name: looks.append(name) or original(self)
         )
-    fusion.log_rewards(batch, torch.zeros(4, 2, dtype=torch.long))
+    composite.of(step).score(torch.zeros(4, 2, dtype=torch.long))
     assert looks == ["__bool__"]
 
 
@@ -159,7 +192,7 @@ def test_names():
         return []
 
     rewards = [cheap, functools.partial(cheap), Fixed(leaves=TABLE), Fixed(leaves=TABLE), GroundTruthReward()]
-    names = RewardFusion(rewards, make_catalog(), TOKENIZER).names
+    names = CompositeReward(rewards, make_catalog(), TOKENIZER).names
     assert names == ["cheap", "cheap_2", "Fixed", "Fixed_2", "ground_truth"]
 
 
@@ -188,20 +221,20 @@ def flawed(kind, value, row=2, column=1):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.5])
 @pytest.mark.parametrize("kind", ["list", "leaves", "items"])
 def test_bad_value_is_named_with_its_reward_and_row(kind, value):
-    fusion = RewardFusion([GroundTruthReward(), flawed(kind, value)], make_catalog(), TOKENIZER)
+    composite = CompositeReward([GroundTruthReward(), flawed(kind, value)], make_catalog(), TOKENIZER)
     item = make_catalog().items_of(5)[0]
     with pytest.raises(
         ValueError, match=rf"'broken' returned {value} for row 2 of the batch \(row_id 12\), item '{item}'"
     ):
-        fusion.log_rewards(make_batch(), LEAVES)
+        composite.of(make_step()).score(LEAVES)
 
 
 def test_negative_values_are_fine_under_exp_and_at_weight_zero():
-    batch, catalog = make_batch(), make_catalog()
-    exp = RewardFusion(flawed("list", -0.5), catalog, TOKENIZER, transform="exp")
-    assert exp.log_rewards(batch, LEAVES).log_rewards[2, 1] == -0.5
-    watched = RewardFusion([flawed("list", 1), flawed("list", -0.5)], catalog, TOKENIZER, weights=[1, 0])
-    assert watched.log_rewards(batch, LEAVES).parts["broken_2"][2, 1] == -0.5
+    step, catalog = make_step(), make_catalog()
+    exp = CompositeReward(flawed("list", -0.5), catalog, TOKENIZER, transform="exp")
+    assert exp.of(step).log(LEAVES)[2, 1] == -0.5
+    watched = CompositeReward([flawed("list", 1), flawed("list", -0.5)], catalog, TOKENIZER, weights=[1, 0])
+    assert watched.of(step).score(LEAVES).parts["broken_2"][2, 1] == -0.5
 
 
 @pytest.mark.parametrize(
@@ -217,30 +250,30 @@ def test_bad_list(answer, error, message):
         return answer
 
     with pytest.raises(error, match=message):
-        RewardFusion(broken, make_catalog(), TOKENIZER).log_rewards(make_batch(), LEAVES)
+        CompositeReward(broken, make_catalog(), TOKENIZER).of(make_step()).score(LEAVES)
 
 
 @pytest.mark.parametrize("kind", ["items", "leaves"])
 def test_bad_shape(kind):
     broken = Fixed(**{kind: torch.ones(4, 9)})
-    broken.score_leaves = lambda batch, leaves: torch.ones(4)
+    broken.score_leaves = lambda step, leaves: torch.ones(4)
     if kind == "items":
-        broken.score_items = lambda batch: torch.ones(4, 8)
+        broken.score_items = lambda step: torch.ones(4, 8)
     shapes = r"\(4, 8\); it must return a tensor of shape \(4, 9\)" if kind == "items" else r"\(4,\).*\(4, 2\)"
     with pytest.raises(ValueError, match=f"score_{kind} of reward 'Fixed' returned a tensor of shape {shapes}"):
-        RewardFusion(broken, make_catalog()).log_rewards(make_batch(), LEAVES)
+        CompositeReward(broken, make_catalog()).of(make_step()).score(LEAVES)
 
 
 @pytest.mark.parametrize("kind", ["items", "leaves"])
 def test_row_without_reward(kind):
     values = torch.ones(4, 9 if kind == "items" else 8)
     values[1] = 0
-    fusion = RewardFusion(Fixed(**{kind: values}), make_catalog())
+    composite = CompositeReward(Fixed(**{kind: values}), make_catalog())
     with pytest.raises(ValueError, match=r"row 1 of the batch \(row_id 11\).* So are all others of this row"):
-        fusion.log_rewards(make_batch(), LEAVES)
+        composite.of(make_step()).score(LEAVES)
     values[1, 1:] = 1
     with pytest.raises(ValueError, match=r"row 1 of the batch .* reward_floor is 0: set it to 1e-3"):
-        RewardFusion(Fixed(**{kind: values}), make_catalog(), floor=0.0).log_rewards(make_batch(), LEAVES * 0)
+        CompositeReward(Fixed(**{kind: values}), make_catalog(), floor=0.0).of(make_step()).score(LEAVES * 0)
 
 
 def test_none_is_skipped_unless_all_are_none():
@@ -248,23 +281,23 @@ def test_none_is_skipped_unless_all_are_none():
         return [None if b == 2 else 5.0 for b in budget]
 
     catalog = make_catalog()
-    both = RewardFusion([sometimes, Fixed(leaves=TABLE + 1)], catalog, TOKENIZER, weights=[2, 1])
-    result = both.log_rewards(make_batch(), LEAVES)
+    both = CompositeReward([sometimes, Fixed(leaves=TABLE + 1)], catalog, TOKENIZER, weights=[2, 1])
+    result = both.of(make_step()).score(LEAVES)
     assert result.rewards[2].tolist() == [1, 1] and result.rewards[0].tolist() == [11, 11]
     assert result.parts["sometimes"].isnan().tolist() == [[False] * 2, [False] * 2, [True] * 2, [False] * 2]
     with pytest.raises(ValueError, match=r"All rewards are None for row 2 of the batch \(row_id 12\)"):
-        RewardFusion(sometimes, catalog, TOKENIZER).log_rewards(make_batch(), LEAVES)
+        CompositeReward(sometimes, catalog, TOKENIZER).of(make_step()).score(LEAVES)
 
 
 def test_plain_callable_cannot_score_all():
     def cheap(**_):
         return []
 
-    fusion = RewardFusion([GroundTruthReward(), cheap], make_catalog(), TOKENIZER)
+    composite = CompositeReward([GroundTruthReward(), cheap], make_catalog(), TOKENIZER)
     with pytest.raises(ValueError, match=r"'cheap' cannot score all items. Give it a method score_items"):
-        fusion.leaf_log_rewards(make_batch())
-    with pytest.raises(ValueError, match="'cheap' is a plain callable; RewardFusion needs the tokenizer"):
-        RewardFusion(cheap, make_catalog())
+        composite.dense(make_step())
+    with pytest.raises(ValueError, match="'cheap' is a plain callable, which is called with text: give the tokenizer"):
+        CompositeReward(cheap, make_catalog())
 
 
 @pytest.mark.parametrize(
@@ -281,25 +314,25 @@ def test_plain_callable_cannot_score_all():
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
-        RewardFusion(GroundTruthReward(), make_catalog(), **options)
+        CompositeReward(GroundTruthReward(), make_catalog(), **options)
 
 
 def test_no_reward_and_no_callable():
     with pytest.raises(ValueError, match="reward_funcs is empty"):
-        RewardFusion([], make_catalog())
+        CompositeReward([], make_catalog())
     with pytest.raises(TypeError, match="A reward must be a callable .* got 'accuracy'"):
-        RewardFusion("accuracy", make_catalog())
+        CompositeReward("accuracy", make_catalog())
 
 
 def test_a_custom_reward_moves_the_target_distribution():
-    catalog, batch = make_catalog(), make_batch()
+    catalog, step = make_catalog(), make_step()
 
     def prefer_cheap(items, **_):
         return [1 / min(PRICES[item] for item in group) for group in items]
 
     def expected_price(rewards):
-        leaves = all_leaves(catalog, batch)
-        log_rewards = RewardFusion(rewards, catalog, TOKENIZER).log_rewards(make_batch(), leaves).log_rewards
+        leaves = all_leaves(catalog, step)
+        log_rewards = CompositeReward(rewards, catalog, TOKENIZER).of(make_step()).log(leaves)
         price = torch.tensor([min(PRICES[item] for item in catalog.items_of(leaf)) for leaf in range(8)])
         return (log_rewards.softmax(1) * price).sum(1).mean()
 

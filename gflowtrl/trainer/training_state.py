@@ -1,16 +1,19 @@
-"""The sampler's state in a checkpoint: one safetensors file for every process."""
+"""What a checkpoint holds beside the model and the optimizer: the sampler's state, and APAO's prefix weights."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from gflowtrl.losses.prefix_weights import PrefixWeights
 from gflowtrl.samplers import Sampler
 
 
 _STEM = "sampler"
+PREFIX_FILE = "prefix_weights.safetensors"
 
 
 def save_sampler(sampler: Sampler, directory: str | os.PathLike, process: int, processes: int) -> None:
@@ -51,3 +54,20 @@ def _file(directory: str | os.PathLike, process: int, processes: int) -> Path:
 
 def _is_of(name: str, processes: int) -> bool:
     return name in {_file("", process, processes).name for process in range(processes)}
+
+
+def save_prefix_weights(weights: Mapping[str, PrefixWeights], directory: str | os.PathLike) -> None:
+    """Into a checkpoint, those of every loss; no file where there are none."""
+    state = {f"{name}.{key}": value for name, own in weights.items() for key, value in own.state_dict().items()}
+    if state:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        save_file(state, Path(directory, PREFIX_FILE))
+
+
+def load_prefix_weights(weights: Mapping[str, PrefixWeights], directory: str | os.PathLike) -> None:
+    """What `save_prefix_weights` wrote; without a file they stay as new."""
+    file = Path(directory, PREFIX_FILE)
+    state = load_file(file) if file.is_file() else {}
+    for name, own in weights.items():
+        if f"{name}.log_weights" in state:
+            own.load_state_dict({"log_weights": state[f"{name}.log_weights"]})

@@ -1,0 +1,114 @@
+"""One micro-batch of a training step, as samplers, rewards and teachers see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from gflowtrl.catalog import ItemCatalog
+
+
+if TYPE_CHECKING:
+    from gflowtrl.policy import Prompts
+
+T = TypeVar("T")
+
+#: Arguments of a reward function that are not dataset columns (TRL's reward signature, and `items`).
+REWARD_ARGUMENTS = (
+    *("prompts", "completions", "completion_ids", "items"),
+    *("trainer_state", "log_extra", "log_metric"),
+)
+
+
+def check_column_names(names: Iterable[str]) -> None:
+    """Refuse columns that would collide with an argument of reward functions.
+
+    Raises:
+        ValueError: names the first such column and the remedy.
+    """
+    for name in names:
+        if name in REWARD_ARGUMENTS:
+            raise ValueError(
+                f"The dataset column {name!r} has the name of an argument of reward functions, so no reward could "
+                f"read it. Rename it, for example with dataset.rename_column({name!r}, 'my_{name}')."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One micro-batch of B prompts.
+
+    Attributes:
+        prompts: a left-padded batch, `input_ids` and `attention_mask`, both `(B, P)`.
+        row_ids: `(B,)` long, the dataset's number of each row. Random numbers follow from it.
+        target_leaves: `(B,)` long, the leaf of each row's target; -1 where the target is hidden.
+        columns: the dataset's columns, untouched, under their own names: lists of length B. `history` and `target`
+            are among them.
+        progress: share of the training that is done, in [0, 1).
+    """
+
+    prompts: Prompts
+    row_ids: Tensor
+    target_leaves: Tensor
+    columns: Mapping[str, list[Any]]
+    progress: float = 0.0
+    _memo: dict[tuple[int, str], tuple[object, Any]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_batch(cls, batch: Mapping[str, Any], catalog: ItemCatalog, progress: float = 0.0) -> Step:
+        """A step from a batch of `GroupCollator`. The catalogue is moved to the prompts' device.
+
+        Raises:
+            ValueError: a target is not in the catalogue.
+        """
+        device = batch["prompts"]["input_ids"].device
+        targets = catalog.to(device).leaf_of(batch["columns"]["target"])
+        return cls(batch["prompts"], batch["row_ids"].to(device), targets, batch["columns"], progress)
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+    @property
+    def device(self) -> torch.device:
+        return self.row_ids.device
+
+    def column(self, name: str, owner: str) -> list[Any]:
+        """A dataset column.
+
+        Args:
+            name: of the column.
+            owner: who needs it, for the error.
+
+        Raises:
+            ValueError: there is no such column; the message lists those that exist.
+        """
+        if name not in self.columns:
+            raise ValueError(f"{owner} needs the dataset column {name!r}; the rows have {sorted(self.columns)}.")
+        return self.columns[name]
+
+    def once(self, owner: object, name: str, compute: Callable[[], T]) -> T:
+        """`compute()`, computed the first time only. Who shares an owner and a name shares the result.
+
+        Args:
+            owner: the object that the result belongs to, told apart by identity; it is kept alive with the step.
+            name: tells apart several results of one owner.
+            compute: makes the result.
+        """
+        key = (id(owner), name)
+        if key not in self._memo:
+            self._memo[key] = (owner, compute())
+        return self._memo[key][1]
+
+    def rows(self, rows: slice) -> Step:
+        """Some rows as a step with a memo of its own. Prompts that are shared between rows become separate ones."""
+        return Step(
+            prompts={name: value[rows] for name, value in self.prompts.items() if name != "members"},
+            row_ids=self.row_ids[rows],
+            target_leaves=self.target_leaves[rows],
+            columns={name: values[rows] for name, values in self.columns.items()},
+            progress=self.progress,
+        )

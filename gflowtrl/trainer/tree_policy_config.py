@@ -1,0 +1,275 @@
+"""What the configurations of all gflowtrl trainers have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl.trainer.base_config import _BaseConfig
+
+from gflowtrl.losses import LossSpec, get_loss
+
+
+def computes_in_bf16(use_cpu: bool) -> bool:
+    """Whether training is in bf16 mixed precision where nobody says otherwise."""
+    return not use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
+def listed(value: Any) -> list:
+    """A YAML or command line value as a list: `vargrad`, `[vargrad, sft]` and `vargrad,sft` all work."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+@dataclass
+class TreePolicyConfig(_BaseConfig):
+    r"""
+    Configuration of [`TreePolicyTrainer`], beside everything in `transformers.TrainingArguments`.
+
+    `per_device_train_batch_size` counts **prompts**; each brings `num_generations` trajectories, which are never split
+    across processes.
+
+    Parameters:
+        > Parameters that control trajectories
+
+        num_generations (`int`, *optional*, defaults to `8`):
+            K, trajectories per prompt, the observed target included (N in GFlowGR, arXiv 2506.16114).
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Divides the logits while trajectories are drawn on policy. It changes what is explored, not the target.
+        epsilon (`float`, *optional*, defaults to `0.0`):
+            Probability of a uniform child at each step of an on-policy draw.
+
+        > Parameters that control the loss
+
+        loss_type (`str` or `list[str]`, *optional*, defaults to `["sft"]`):
+            One or more of the losses that `gflowtrl.losses` knows, those of `register_loss` among them.
+        loss_weights (`list[float]`, *optional*):
+            A weight for each of `loss_type`; 1 each by default.
+        loss_kwargs (`dict[str, dict]` or `str`, *optional*):
+            Options of the losses, each under its loss's name: `{"vargrad": {"huber_delta": 1.0}}`. They are the
+            parameters with a default of the loss function, and are checked when the configuration is made. On the
+            command line as JSON.
+        loss_reduction (`str`, *optional*, defaults to `"mean"`):
+            How the trajectories of a prompt are reduced: `"mean"`, or `"sum"` as in GFlowGR. Prompts are averaged.
+        label_space (`str`, *optional*, defaults to `"tree"`):
+            Of the losses on the target (`sft`, `prefix_*`): probabilities over the children in the tree, as in
+            decoding, or over the whole `"vocabulary"`, as TRL and APAO have them. Balance is always over the tree.
+
+        > Parameters that control adapters
+
+        train_item_tokens (`bool`, *optional*, defaults to `True`):
+            Under `peft_config`, train the embeddings of the catalogue's tokens too, at input and output (PEFT's
+            `trainable_token_indices`). A `peft_config` that names the embeddings itself is followed instead.
+
+        > Parameters that control data and evaluation
+
+        max_history_items (`int`, *optional*):
+            Items of the history that a prompt holds, the last ones. By default what the folder of `model` or the given
+            `prompt_encoder` says, 20 where there is neither. A value overrides the folder's, and must be the given
+            encoder's.
+        max_shared_prompts (`int`, *optional*, defaults to `1`):
+            Above 1, up to so many rows of one user are scored on one prompt, whose beginnings theirs are: the same
+            loss and gradient from fewer tokens. Causal models only. Attention over a row grows with the square of what
+            hangs on it: 6 is a fair number at K = 1, 2 at K of 4 and more. The rows of a user then come in one batch.
+        eval_num_beams (`int`, *optional*, defaults to `20`):
+            Width of the constrained beam search of `evaluate()`.
+        eval_ks (`list[int]`, *optional*, defaults to `[5, 10, 20]`):
+            Cut-offs of the evaluation's lists.
+        log_completions (`bool`, *optional*, defaults to `False`):
+            Print a group of trajectories with its rewards at every logging step.
+        model_init_kwargs (`dict` or `str`, *optional*):
+            Keyword arguments of `from_pretrained` where the model is given by name.
+
+        > Other defaults than `TrainingArguments`: learning rate 5e-4, gradient checkpointing off, bf16 only on a
+        > device that has it, `train_sampling_strategy="group_by_length"`, `remove_unused_columns=False`.
+    """
+
+    # Parameters that control trajectories
+    num_generations: int = field(default=8, metadata={"help": "Trajectories per prompt (K), the target included."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of on-policy draws."})
+    epsilon: float = field(default=0.0, metadata={"help": "Probability of a uniform step in on-policy draws."})
+
+    # Parameters that control the loss
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sft"], metadata={"help": "One or more losses that gflowtrl.losses knows."}
+    )
+    loss_weights: list[float] | None = field(default=None, metadata={"help": "A weight for each of `loss_type`."})
+    loss_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'Options under the names of their losses: {"vargrad": {"huber_delta": 1.0}}.'}
+    )
+    loss_reduction: str = field(
+        default="mean",
+        metadata={"help": "Reduction over a prompt's trajectories.", "choices": ["mean", "sum"]},
+    )
+    label_space: str = field(
+        default="tree",
+        metadata={"help": "Probabilities of the losses on the target.", "choices": ["tree", "vocabulary"]},
+    )
+
+    # Parameters that control adapters
+    train_item_tokens: bool = field(
+        default=True, metadata={"help": "Under adapters, train the embeddings of the items' tokens too."}
+    )
+
+    # Parameters that control data and evaluation
+    max_history_items: int | None = field(
+        default=None,
+        metadata={"help": "Items of the history that a prompt holds; by default the model folder's, or 20."},
+    )
+    max_shared_prompts: int = field(
+        default=1, metadata={"help": "Rows of one user that a causal model computes on one prompt; 1: none."}
+    )
+    eval_num_beams: int = field(default=20, metadata={"help": "Beam width of evaluate()."})
+    eval_ks: list[int] = field(default_factory=lambda: [5, 10, 20], metadata={"help": "Cut-offs of evaluate()."})
+    log_completions: bool = field(default=False, metadata={"help": "Print a group of trajectories when logging."})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of from_pretrained where the model is given by name."}
+    )
+
+    # Other defaults than TrainingArguments
+    learning_rate: float = field(default=5e-4, metadata={"help": "The initial learning rate of the policy."})
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Trade compute for memory; off unless asked for, unlike in TRL."}
+    )
+    bf16: bool | None = field(
+        default=None, metadata={"help": "bfloat16 mixed precision; by default where the device has it."}
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "Order of the training rows: histories of like length together, or plain random.",
+            "choices": ["group_by_length", "random", "sequential", "batch_rebalance"],
+        },
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: rewards see all columns."})
+
+    _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "loss_kwargs"]
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and computes_in_bf16(self.use_cpu)
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False  # pinning without a device only warns
+        self._check_unused()
+        super().__post_init__()
+        self.loss_type = [str(name) for name in listed(self.loss_type)]
+        self.eval_ks = [int(k) for k in listed(self.eval_ks)]
+        if self.loss_weights is not None:
+            self.loss_weights = [float(weight) for weight in listed(self.loss_weights)]
+        self._check_losses()
+        self._check_loss_kwargs()
+        self._check_numbers()
+
+    @property
+    def losses(self) -> dict[str, LossSpec]:
+        """What `loss_type` names."""
+        return {name: get_loss(name) for name in self.loss_type}
+
+    @property
+    def weight_of(self) -> dict[str, float]:
+        """The weight of each loss."""
+        return dict(zip(self.loss_type, self.loss_weights or [], strict=True))
+
+    def loss_options(self, name: str) -> dict[str, Any]:
+        """What is set of the options of one of the losses."""
+        return dict(self.loss_kwargs.get(name, {})) if isinstance(self.loss_kwargs, dict) else {}
+
+    def _check_unused(self) -> None:
+        """Arguments of the Trainer that these trainers would stumble over, or not look at."""
+        if self.batch_eval_metrics:
+            raise ValueError("batch_eval_metrics is True, but breadth is a property of all lists; leave it False.")
+        if not self.eval_do_concat_batches:
+            raise ValueError("eval_do_concat_batches is False, but metrics are of all lists together; leave it True.")
+        if "inputs" in self.include_for_metrics:
+            raise ValueError("include_for_metrics names 'inputs', but metrics are of lists and targets; leave it out.")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would drop histories and targets; leave it False.")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}, but no loss of gflowtrl smooths labels: it "
+                f"would change nothing. Leave it at 0."
+            )
+
+    def _check_losses(self) -> None:
+        if not self.loss_type:
+            raise ValueError("loss_type is empty; name at least one loss, for example ['vargrad'].")
+        if self.loss_weights is None:
+            self.loss_weights = [1.0] * len(self.loss_type)
+        if len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(
+                f"loss_weights has {len(self.loss_weights)} entries and loss_type {len(self.loss_type)} "
+                f"({', '.join(self.loss_type)}); give one weight for each loss."
+            )
+        if not all(map(math.isfinite, self.loss_weights)) or not any(self.loss_weights):
+            raise ValueError(f"loss_weights is {self.loss_weights}; weights must be finite and not all 0.")
+        if len(self.losses) < len(self.loss_type):
+            raise ValueError(f"loss_type {self.loss_type} names a loss twice; name it once, with its whole weight.")
+        for name, loss in self.losses.items():
+            if self.num_generations < loss.min_generations:
+                raise ValueError(
+                    f"num_generations is {self.num_generations}, but the loss {name!r} needs at least "
+                    f"{loss.min_generations} trajectories per prompt. Raise num_generations or choose another "
+                    f"loss_type."
+                )
+        if self.label_space == "vocabulary" and not any(loss.any_label_space for loss in self.losses.values()):
+            raise ValueError(
+                f"label_space is 'vocabulary', but the losses {self.loss_type} are always over the tree; only sft and "
+                f"the prefix losses can be over the vocabulary. Leave it out."
+            )
+
+    def _check_loss_kwargs(self) -> None:
+        example = "{'vargrad': {'huber_delta': 1.0}}"
+        if self.loss_kwargs is None:
+            return
+        if not isinstance(self.loss_kwargs, dict):
+            raise TypeError(f"loss_kwargs is {self.loss_kwargs!r}; give options under loss names, like {example}.")
+        for name, options in self.loss_kwargs.items():
+            if name not in self.loss_type:
+                raise ValueError(
+                    f"loss_kwargs has options for {name!r}, but loss_type is {self.loss_type}: they would change "
+                    f"nothing. Leave them out or add the loss."
+                )
+            if not isinstance(options, dict):
+                raise TypeError(f"loss_kwargs[{name!r}] is {options!r}; give options by name, like {example}.")
+            try:
+                get_loss(name).check_options(options)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"loss_kwargs[{name!r}]: {error}") from None
+
+    def _check_numbers(self) -> None:
+        check_choice(self, "loss_reduction", ("mean", "sum"))
+        check_choice(self, "label_space", ("tree", "vocabulary"))
+        check_positive(self, "temperature")
+        if self.num_generations < 1:
+            raise ValueError(f"num_generations is {self.num_generations}; at least 1 trajectory per prompt is needed.")
+        if not 0 <= self.epsilon <= 1:
+            raise ValueError(f"epsilon is {self.epsilon}; it is a probability and must lie in [0, 1].")
+        if not self.eval_ks or min(self.eval_ks) < 1:
+            raise ValueError(f"eval_ks is {self.eval_ks}; give list lengths of at least 1, for example [5, 10].")
+        if self.eval_num_beams < max(self.eval_ks):
+            raise ValueError(
+                f"eval_num_beams is {self.eval_num_beams}, but eval_ks asks for lists of {max(self.eval_ks)}. "
+                f"Raise eval_num_beams or shorten eval_ks."
+            )
+        if self.max_history_items is not None and self.max_history_items < 1:
+            raise ValueError(f"max_history_items is {self.max_history_items}; a prompt needs at least 1 item.")
+        if self.max_shared_prompts < 1:
+            raise ValueError(
+                f"max_shared_prompts is {self.max_shared_prompts}; give at least 1, which shares nothing."
+            )
+
+
+def check_choice(args: TreePolicyConfig, name: str, choices: Sequence[str]) -> None:
+    """Raise a ValueError unless a field holds one of its choices."""
+    if getattr(args, name) not in choices:
+        raise ValueError(f"{name} is {getattr(args, name)!r}; choose {' or '.join(map(repr, choices))}.")
+
+
+def check_positive(args: TreePolicyConfig, name: str) -> None:
+    """Raise a ValueError unless a field is a finite number above 0."""
+    if not 0 < getattr(args, name) < math.inf:
+        raise ValueError(f"{name} is {getattr(args, name)}; it must be greater than 0, and finite.")

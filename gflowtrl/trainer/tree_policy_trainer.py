@@ -1,0 +1,414 @@
+"""`TreePolicyTrainer`: what all trainers share. Draw, score, evaluate, write checkpoints and model cards."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import PeftConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from trl.trainer.base_trainer import _BaseTrainer
+
+from gflowtrl.catalog import Item, ItemCatalog
+from gflowtrl.data import GroupCollator, PrefixGroupedEpochSampler, PromptEncoder, Step, prefix_groups
+from gflowtrl.losses import LossInputs, LossSpec, PrefixWeights
+from gflowtrl.policy import (
+    StatelessNoise,
+    StepScores,
+    TreePolicy,
+    attach_flow_heads,
+    make_policy,
+    merge_tied_embeddings,
+)
+from gflowtrl.policy.heads import is_head, load_heads, split_heads
+from gflowtrl.recommender import write_recommender_files
+from gflowtrl.rewards import StepReward
+from gflowtrl.samplers import Sampler, Trajectories, build_sampler, validate_trajectories
+
+from .adapters import add_adapters
+from .checkpoints import CompleteCheckpointsMixin
+from .checks import check_encoder, check_model, check_rows, check_trainable, item_counts_of
+from .evaluation import RankingEvaluationMixin, history_lengths
+from .folder import Parts
+from .group import Group, group_metrics, print_group
+from .model_card import write_model_card
+from .training_state import load_prefix_weights, load_sampler, save_prefix_weights, save_sampler
+from .tree_policy_config import TreePolicyConfig
+
+
+logger = logging.getLogger(__name__)
+HEADS_FILE = "flow_heads.safetensors"
+
+
+class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseTrainer):
+    """Trains a generative recommender, read as a policy on the prefix tree, by losses on drawn trajectories.
+
+    For every prompt K trajectories are drawn by the sampler, scored by the policy in one packed forward together with
+    the observed target, and handed to the losses of `args.loss_type`. Derives from the base class of TRL's SFTTrainer
+    and DPOTrainer (telemetry is off), with their argument names; **one difference**: `per_device_train_batch_size`
+    counts prompts, not completions. `GFlowNetTrainer` adds rewards, `APAOTrainer` is the method of APAO.
+
+    Args:
+        model: a causal language model or an encoder-decoder, or the name or folder of one.
+        args: the configuration.
+        train_dataset, eval_dataset: rows `{"row_id", "history", "target", ...}` as `gflowtrl.data.leave_one_out` makes
+            them; further columns reach samplers and rewards.
+        processing_class: the tokenizer; by default that of `model`'s folder.
+        catalog: the items; by default that of `model`'s folder.
+        sampler: where trajectories come from: a name (`"on_policy"`, `"uniform"`, ...), a mixture
+            `{"ground_truth": 1, "on_policy": 3}`, or a `Sampler`. By default the observed target, with uniform
+            negatives where a loss needs some.
+        peft_config: a PEFT configuration; adapters are trained instead of the model, and with them the embeddings of
+            the items' tokens (`args.train_item_tokens`).
+        item_counts: `(items,)` training interactions in the order of `catalog.items`, for the breadth metrics; by
+            default those of `model`'s folder, else counted in the training targets.
+        item_titles: what items are called, for the answers of the saved recommender and for `log_completions`; by
+            default those of `model`'s folder.
+        prompt_encoder: what makes prompts of histories; by default that of `model`'s folder, else the plain one
+            (`gflowtrl.data.TextPromptEncoder` writes prompts in words).
+        callbacks, optimizers: as in `transformers.Trainer`.
+
+    Raises:
+        ValueError, TypeError: something does not fit together; found before any training time is spent.
+    """
+
+    loss_is_scaled_for_ga = False  # our losses are means over a micro-batch; the Trainer divides by the accumulation
+    args: TreePolicyConfig
+    model: nn.Module
+    train_dataset: Dataset | None
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: TreePolicyConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        catalog: ItemCatalog | None = None,
+        sampler: str | Mapping | Sampler | Callable | None = None,
+        peft_config: PeftConfig | None = None,
+        item_counts: Tensor | None = None,
+        item_titles: Mapping[Item, str] | None = None,
+        prompt_encoder: PromptEncoder | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+    ):
+        args = TreePolicyConfig("gflowtrl-output") if args is None else args
+        parts = Parts.resolve(model, args, processing_class, catalog, prompt_encoder, item_titles, item_counts)
+        check_model(parts.model, parts.catalog, args.max_shared_prompts)
+        check_trainable(parts.model, peft_config is not None)
+        check_encoder(parts.encoder, parts.catalog, args.max_shared_prompts, args.max_history_items)
+        self.losses: dict[str, LossSpec] = args.losses
+        # L_m over the vocabulary, and cross entropy, are of the target; balance is always over the tree.
+        self._vocabulary = args.label_space == "vocabulary"
+        self._set_up_objective(parts, args, peft_config is not None)
+        self.num_generations = args.num_generations
+        sampler = self._default_sampler(args) if sampler is None else sampler
+        self.sampler = build_sampler(sampler, temperature=args.temperature, epsilon=args.epsilon)
+        for dataset in [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]:
+            check_rows(dataset, parts.catalog)
+        self.noise = StatelessNoise(args.seed)
+        self._encoder, self._item_titles = parts.encoder, parts.item_titles
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._metric_sums: dict[str, list[Tensor | float]] = defaultdict(lambda: [0.0, 0.0])
+        super().__init__(
+            model=self._trained_model(parts, args, peft_config),
+            args=args,
+            data_collator=GroupCollator(parts.encoder, args.max_shared_prompts),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=parts.tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.prefix_weights: dict[str, PrefixWeights] = {}
+        for name, loss in self.losses.items():
+            weights = loss.make_prefix_weights(parts.catalog.tree.max_depth, self._reduce_sum, args.loss_options(name))
+            if weights is not None:
+                self.prefix_weights[name] = weights
+        counts = item_counts_of(train_dataset, parts.catalog) if parts.item_counts is None else parts.item_counts
+        self.set_up_ranking(parts.catalog, parts.encoder, counts, args.eval_num_beams, args.eval_ks)
+        if self.is_world_process_zero():
+            prompts = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            logger.info(
+                f"{type(self).__name__}: {prompts} prompts per step (per_device_train_batch_size counts prompts), "
+                f"{self.num_generations} trajectories each, loss {' + '.join(args.loss_type)}."
+            )
+
+    def _set_up_objective(self, parts: Parts, args: TreePolicyConfig, adapted: bool) -> None:
+        """Before the model is changed: what else the losses need; here they must need nothing else."""
+        needy = [name for name, loss in self.losses.items() if loss.needs_rewards or loss.needs_reference]
+        if needy:
+            raise ValueError(f"The loss {needy[0]!r} needs rewards or a reference model; use GFlowNetTrainer.")
+
+    def _default_sampler(self, args: TreePolicyConfig) -> str | dict[str, float]:
+        """The sampler where none is given; losses on the target alone need one trajectory only."""
+        if any(loss.uses_negatives for loss in self.losses.values()):
+            return {"ground_truth": 1, "uniform": args.num_generations - 1}
+        self.num_generations = 1
+        return "ground_truth"
+
+    def _trained_model(self, parts: Parts, args: TreePolicyConfig, peft_config: PeftConfig | None) -> nn.Module:
+        """The model with adapters and flow heads, where they are asked for."""
+        model: Any = parts.model
+        set_seed(args.seed)  # heads and adapters begin at random
+        if peft_config is None:
+            merge_tied_embeddings(model)
+        else:
+            model = add_adapters(model, peft_config, parts.catalog, args.train_item_tokens)
+        if any(loss.needs_flow_heads for loss in self.losses.values()):
+            # After the adapters, which would freeze or adapt the head.
+            attach_flow_heads(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        return model
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent anywhere."""
+
+    # ---------------------------------------------------------------------------------------------------------- step
+    def training_step(self, *args, **kwargs) -> Tensor:
+        """Forward and backward of a micro-batch; records how long it and its parts took."""
+        with self._timed("step"):
+            loss = super().training_step(*args, **kwargs)
+        self.record({f"seconds/{part}": seconds for part, seconds in self._seconds.items()})
+        self._seconds.clear()
+        if self.accelerator.sync_gradients:
+            for weights in self.prefix_weights.values():
+                weights.step()
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Reward, draw, score, group, balance. Returns the loss, a mean over the micro-batch's prompts."""
+        step = Step.from_batch(inputs, self._catalog, self._progress())
+        policy = make_policy(model, self._catalog)
+        reward = self._reward(step, policy)
+        drawn = self._draw(step, policy, reward)
+        leaves, scores = self._score(step, policy, drawn)
+        group = self._group(step, drawn, leaves, scores, reward)
+        loss = self._balance(group)
+        self._observe(group)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _progress(self) -> float:
+        """The share of the training that is done, in [0, 1)."""
+        return self.state.global_step / self.state.max_steps if self.state.max_steps else 0.0
+
+    def _reward(self, step: Step, policy: TreePolicy) -> StepReward | None:
+        """R of the step's prompts; None where nothing is rewarded."""
+        return None
+
+    def _draw(self, step: Step, policy: TreePolicy, reward: StepReward | None) -> Trajectories:
+        noise = self.noise.at(self.state.global_step, step.row_ids)
+        with self._timed("sample"):
+            drawn = self.sampler.sample(step, policy, reward, self.num_generations, noise)
+            validate_trajectories(drawn, len(step), self.num_generations, self._catalog.tree.num_leaves)
+        return drawn
+
+    def _score(self, step: Step, policy: TreePolicy, drawn: Trajectories) -> tuple[Tensor, StepScores]:
+        """Score the drawn leaves, with the target before them where a loss needs it and they do not begin with it."""
+        leaves = drawn.leaves
+        with self._timed("score"):
+            needed = any(loss.uses_target for loss in self.losses.values())
+            if needed and not torch.equal(leaves[:, 0], step.target_leaves):
+                leaves = torch.cat([step.target_leaves[:, None], leaves], 1)
+            return leaves, policy.score(step.prompts, leaves, self._vocabulary)
+
+    def _group(
+        self, step: Step, drawn: Trajectories, leaves: Tensor, scores: StepScores, reward: StepReward | None
+    ) -> Group:
+        """All that the losses may ask for."""
+        return Group(step, drawn, leaves, scores, reward)
+
+    def _balance(self, group: Group) -> Tensor:
+        """The weighted sum of the losses."""
+        total = torch.zeros((), device=group.leaves.device)
+        for name, loss in self.losses.items():
+            per_trajectory = loss(self._inputs(loss, group), **self.args.loss_options(name))
+            if name in self.prefix_weights:
+                per_trajectory = self._over_prefixes(name, per_trajectory, group.target.lengths[:, 0])
+            if group.weights is not None and not loss.uses_target:
+                per_trajectory = per_trajectory * group.weights
+            reduced = per_trajectory.sum(1) if self.args.loss_reduction == "sum" else per_trajectory.mean(1)
+            value = reduced.mean()
+            self.record({f"loss/{name}": value})
+            total = total + self.args.weight_of[name] * value
+        return total
+
+    def _inputs(self, loss: LossSpec, group: Group) -> LossInputs:
+        """The tensors of a loss: of the drawn trajectories, of the target, or of the target and its negatives."""
+        scores = group.scores
+        if loss.uses_target:
+            scores = group.all_scores if loss.uses_negatives else group.target
+        log_probs, tree = scores.log_probs, self._catalog.tree
+        if loss.any_label_space and scores.vocabulary_log_probs is not None:
+            log_probs = scores.vocabulary_log_probs
+        prefixes = loss.prefix_weights is not None and loss.uses_negatives
+        return LossInputs(
+            log_probs=log_probs,
+            lengths=scores.lengths,
+            child_log_probs=scores.child_log_probs,
+            leaves=group.leaves,
+            log_z=scores.log_z,
+            log_flows=scores.log_flows,
+            ref_log_probs=scores.ref_log_probs,
+            prefix_nodes=tree.walk(group.leaves)[:, :, 1:] if prefixes else None,
+            nodes_per_depth=log_probs.new_tensor(tree.nodes_per_depth, dtype=torch.long) if prefixes else None,
+        )
+
+    def _over_prefixes(self, name: str, losses: Tensor, lengths: Tensor) -> Tensor:
+        """The weighted sum over the target's prefixes, `(B, L) -> (B, 1)`."""
+        weights = self.prefix_weights[name].weigh(losses, lengths)
+        for m, (loss, prefix_weight) in enumerate(zip(losses.mean(0), weights, strict=True), 1):
+            self.record({f"{name}/loss_{m}": loss, f"{name}/weight_{m}": prefix_weight})
+        return (losses * weights).sum(1, keepdim=True)
+
+    @torch.no_grad()
+    def _observe(self, group: Group) -> None:
+        """Log the group, and what the sampler reports."""
+        self.record(group_metrics(group, self.sampler.source_names))
+        self.record({f"sampler/{name}": value for name, value in self.sampler.metrics().items()})
+        if self.args.log_completions:
+            self._last_group = group
+
+    def _reduce_sum(self, tensor: Tensor) -> Tensor:
+        total = self.accelerator.reduce(tensor, "sum")
+        assert isinstance(total, Tensor)
+        return total
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        """Add up the seconds of a part of the step, as the host sees them."""
+        start = time.perf_counter()
+        yield
+        self._seconds[part] += time.perf_counter() - start
+
+    # ------------------------------------------------------------------------------------------------------- metrics
+    def record(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """Add to the running means that the next log line reports; NaN is left out. Tensors stay on their device."""
+        for name, value in metrics.items():
+            value = torch.as_tensor(value, dtype=torch.float32).detach()
+            valid = torch.isfinite(value)
+            sums = self._metric_sums[name]
+            sums[0] = sums[0] + torch.where(valid, value, 0.0)
+            sums[1] = sums[1] + valid.float()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the mean of what was recorded since the last time, over all processes."""
+        sums = self._metric_sums
+        if sums and "loss" in logs:
+            # A reward may report a metric on one process only; all must add up the same ones.
+            names = sorted(set(gather_object(sorted(sums))))
+            table = torch.tensor([[float(x) for x in sums[name]] for name in names], device=self.args.device)
+            means = [total / count if count else math.nan for total, count in self._reduce_sum(table).tolist()]
+            logs = logs | dict(zip(names, means, strict=True))
+            sums.clear()
+        super().log(logs, start_time)
+        if self.args.log_completions and "loss" in logs and self.is_world_process_zero():
+            sources, step = self.sampler.source_names, self.state.global_step
+            print_group(self._last_group, self._catalog, sources, step, self._item_titles)
+
+    # ------------------------------------------------------------------------------------------------ order of rows
+    def _get_train_sampler(self, train_dataset: Any = None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if dataset is None or self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        longest = self._encoder.max_history_items
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        lengths = history_lengths(dataset).clamp(max=longest)
+        if self.args.max_shared_prompts == 1:
+            return LengthGroupedEpochSampler(lengths, batch, seed)
+        groups = prefix_groups(dataset["history"], longest, self.args.max_shared_prompts)
+        return PrefixGroupedEpochSampler(groups, lengths[[group[0] for group in groups]].tolist(), batch, seed)
+
+    # --------------------------------------------------------------------------------------------------- checkpoints
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Write a complete recommender; flow heads go into their own file, so that `AutoModel` loads in silence."""
+        output_dir = output_dir or str(self.args.output_dir)
+        state_dict, heads = split_heads(self.model.state_dict() if state_dict is None else state_dict)
+        # DeepSpeed hands over a copy of a tied weight under each of its names; it is saved under the first.
+        for name, first in getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", {}).items():
+            if first in state_dict:
+                state_dict.pop(name, None)
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        if heads:
+            save_file({name: value.contiguous().cpu() for name, value in heads.items()}, Path(output_dir, HEADS_FILE))
+        write_recommender_files(output_dir, self._encoder, self._item_counts, self._item_titles)
+        write_model_card(self, output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        save_sampler(self.sampler, output_dir, self.args.process_index, self.args.world_size)
+        if self.args.should_save:
+            save_prefix_weights(self.prefix_weights, output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_sampler(self.sampler, checkpoint, self.args.process_index, self.args.world_size)
+            load_prefix_weights(self.prefix_weights, checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        model = self.model if model is None else model
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_heads(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_heads(str(self.state.best_model_checkpoint), self.model)
+
+    def _load_heads(self, directory: str, model) -> None:
+        file = Path(directory, HEADS_FILE)
+        if file.is_file() and not self.is_deepspeed_enabled:  # whose own checkpoint holds them
+            load_heads(model, load_file(file))
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """The heads are not in the model's own file: not a thing to warn of."""
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if not is_head(name)]
+        super()._issue_warnings_after_load(load_result)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+        """Write `README.md` into the output folder (called by `push_to_hub`)."""
+        if self.is_world_process_zero():
+            os.makedirs(str(self.args.output_dir), exist_ok=True)
+            write_model_card(self, str(self.args.output_dir))
+
+    def card_settings(self) -> dict[str, Any]:
+        """What the model card says about the training."""
+        settings = {"prompts per step": super().card_settings()["rows per step"]}
+        settings["losses"] = ", ".join(f"{weight:g} x {name}" for name, weight in self.args.weight_of.items())
+        return settings
+
+    def card_methods(self) -> list[str]:
+        """Whose methods these are: keys of `model_card.PAPERS`."""
+        found = {"balance": any(loss.needs_log_rewards for loss in self.losses.values())}
+        found["prefix"] = bool(self.prefix_weights)
+        return [method for method, used in found.items() if used]
+
+
+class LengthGroupedEpochSampler(PrefixGroupedEpochSampler):
+    """Rows in random order, rows of like length together, as a function of (seed, epoch): every row its own group.
+
+    transformers' own length grouping draws from the global generator, whose state at the beginning of an epoch is lost
+    when a run is interrupted; this one repeats the epoch's order.
+
+    Args:
+        lengths: `(rows,)`.
+        batch_size, seed, spread: as for `PrefixGroupedEpochSampler`.
+    """
+
+    def __init__(self, lengths: Tensor, batch_size: int, seed: int, spread: int = 50):
+        super().__init__([[row] for row in range(len(lengths))], lengths.tolist(), batch_size, seed, spread)
