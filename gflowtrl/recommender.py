@@ -327,7 +327,6 @@ class Recommender:
                 raise ValueError(f"allowed_items holds {item!r}, which is not in the catalogue.")
         return allowed
 
-    # ---------------------------------------------------------------------------------------------------- explaining
     @torch.no_grad()
     def explain(self, history: Sequence[Item], item: Item) -> Explanation:
         """Why `item` is where it is in the list of this history: its path, and what the teacher says.
