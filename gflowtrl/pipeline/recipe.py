@@ -419,8 +419,8 @@ def load_recipe(path: str | Path, arguments: Sequence[str] = ()) -> Recipe:
     Args:
         path: the YAML file. Its field `base` may name another one, seen from its folder, or one that comes with the
             library, of which it tells the differences.
-        arguments: `--section.field value`, `--rewards.0.weight .5`, `--data_dir DIR`; an option that is no field of
-            the recipe itself goes to `gflownet` (`--learning_rate 1e-3`), as with TRL's scripts. Values are YAML.
+        arguments: `--section.field value`, `--rewards.0.weight .5`, `--data_dir DIR`. Options of `gflownet` may leave
+            out the section: `--learning_rate 1e-3`, `--loss_kwargs.vargrad.huber_delta 1`. Values are YAML.
     """
     path = Path(path)
     content = _on_its_base(path)
@@ -431,11 +431,10 @@ def load_recipe(path: str | Path, arguments: Sequence[str] = ()) -> Recipe:
         first = name.split(".")[0]
         if first in known:
             set_option(content, name, value)
-        elif "." in name:
-            check_names([first], known)
-        else:
-            check_names([name], {*known, *_gflownet_fields()})
+        elif first in (gflownet := _gflownet_fields()):
             set_option(content, f"gflownet.{name}", value)
+        else:
+            check_names([first], known if "." in name else {*known, *gflownet})
     return Recipe(**content)
 
 
