@@ -56,7 +56,8 @@ class Step:
     target_leaves: Tensor
     columns: Mapping[str, list[Any]]
     progress: float = 0.0
-    _memo: dict[tuple[int, str], tuple[object, Any]] = field(default_factory=dict, repr=False)
+    # Not an argument, so that dataclasses.replace makes a step that computes anew.
+    _memo: dict[tuple[int, str], tuple[object, Any]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, Any], catalog: ItemCatalog, progress: float = 0.0) -> Step:

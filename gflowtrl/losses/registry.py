@@ -102,7 +102,7 @@ class LossSpec:
         unknown = [name for name in self.inputs if name not in known]
         if unknown:
             raise ValueError(
-                f"The loss {self.function.__name__!r} has the parameter {unknown[0]!r} without a default, which is no "
+                f"The loss {_name(self.function)!r} has the parameter {unknown[0]!r} without a default, which is no "
                 f"tensor of a step; those are {', '.join(known)}. Give an option a default."
             )
 
@@ -115,7 +115,7 @@ class LossSpec:
         tensors = {name: getattr(inputs, name) for name in self.inputs}
         missing = [name for name, tensor in tensors.items() if tensor is None]
         if missing:
-            raise ValueError(f"The loss {self.function.__name__!r} needs {', '.join(missing)}, which was not given.")
+            raise ValueError(f"The loss {_name(self.function)!r} needs {', '.join(missing)}, which was not given.")
         return self.function(**tensors, **{name: v for name, v in options.items() if name in _defaults(self.function)})
 
     @property
@@ -219,7 +219,7 @@ def register_loss(name: str, spec: LossSpec | Callable[..., Tensor]) -> None:
     spec = spec if isinstance(spec, LossSpec) else LossSpec(spec)
     taken = LOSSES.get(name)
     if taken is not None and _identity(taken.function) != _identity(spec.function):  # a notebook may define it again
-        raise ValueError(f"There is already a loss {name!r}, {taken.function.__qualname__}; choose another name.")
+        raise ValueError(f"There is already a loss {name!r}, {_identity(taken.function)[1]}; choose another name.")
     LOSSES[name] = spec
 
 
@@ -242,8 +242,13 @@ def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not Parameter.empty}
 
 
-def _identity(function: Callable[..., Tensor]) -> tuple[str, str]:
-    return function.__module__, function.__qualname__
+def _name(function: Callable[..., Tensor]) -> str:
+    return getattr(function, "__name__", repr(function))
+
+
+def _identity(function: Callable[..., Tensor]) -> tuple[str, object]:
+    # What has no name, a functools.partial for example, is the same as itself only.
+    return function.__module__, getattr(function, "__qualname__", function)
 
 
 register_loss("trajectory_balance", trajectory_balance)

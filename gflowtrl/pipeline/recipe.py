@@ -288,17 +288,19 @@ def load_recipe(path: str | Path, arguments: Sequence[str] = ()) -> Recipe:
     Args:
         path: the YAML file. Its field `base` may name another one, seen from its folder, or one that comes with the
             library, of which it tells the differences.
-        arguments: `--section.field value`, `--rewards.0.weight .5`, `--data_dir DIR`; an option that is no field of
-            the recipe itself goes to `gflownet` (`--learning_rate 1e-3`), as with TRL's scripts. Values are YAML.
+        arguments: `--section.field value`, `--rewards.0.weight .5`, `--data_dir DIR`. Options of `gflownet` may leave
+            out the section: `--learning_rate 1e-3`, `--loss_kwargs.vargrad.huber_delta 1`. Values are YAML.
     """
     path = Path(path)
     content = {"name": path.stem, **_on_its_base(path), "folder": str(path.resolve().parent)}
     known = [name for name in field_names(Recipe) if name != "folder"]
     check_names(content.keys() - {"folder"}, known)
+    gflownet = field_names(GFlowNetConfig)
     for name, value in parse_options(arguments).items():
         section, dot, _ = name.partition(".")
         if section not in known:
-            check_names([section], known if dot else {*known, *field_names(GFlowNetConfig)})
+            if section not in gflownet:
+                check_names([section], known if dot else {*known, *gflownet})
             name = f"gflownet.{name}"
         set_option(content, name, value)
     return Recipe(**content)

@@ -191,7 +191,7 @@ class GFlowNetTrainer(TreePolicyTrainer):
         return replace(
             inputs,
             log_rewards=group.rewards.log_rewards,
-            advantages=normalized(group.rewards.rewards),
+            advantages=normalized(group.rewards.rewards) if "advantages" in loss.inputs else None,
             child_target_log_probs=None if flows is None else normalized_flows(flows),
         )
 

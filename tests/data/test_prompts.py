@@ -65,10 +65,10 @@ def test_collator_keeps_every_column(small_shop):
     encoder = PromptEncoder(ItemCatalog.from_semantic_ids(data.semantic_ids, tokenizer), tokenizer)
     rows = leave_one_out(data).train.to_list()[:3]
     batch = GroupCollator(encoder)(rows)
-    assert batch.keys() == {"prompts", *rows[0]}
-    assert batch["row_id"].tolist() == [row["row_id"] for row in rows] and batch["row_id"].dtype == torch.long
+    assert batch.keys() == {"prompts", "row_ids", "columns"} and batch["columns"].keys() == rows[0].keys()
+    assert batch["row_ids"].tolist() == [row["row_id"] for row in rows] and batch["row_ids"].dtype == torch.long
     for column in ("user", "history", "target", "session_items", "session_levels"):
-        assert batch[column] == [row[column] for row in rows]
+        assert batch["columns"][column] == [row[column] for row in rows]
     expected = encoder([row["history"] for row in rows])
     assert all(batch["prompts"][name].equal(expected[name]) for name in expected)
     with pytest.raises(ValueError, match="no column 'row_id'.*remove_unused_columns=False"):

@@ -83,7 +83,8 @@ def build(
         "gradient_accumulation_steps": case.accumulation, "gradient_checkpointing": case.checkpointing,
         "train_dataset": make_rows(48), "sampler": {"ground_truth": 1, "on_policy": 3},
         "eval_dataset": make_rows(7, 1, 500), "per_device_eval_batch_size": 2, "peft_config": adapters_of(case),
-        "ref_weight": 0.5 * case.reference, "prefix_eta": 0.3,
+        "ref_weight": 0.5 * case.reference,
+        "loss_kwargs": {"prefix_pairwise": {"eta": 0.3}} if "prefix_pairwise" in case.loss else None,
     }  # fmt: skip
     # exact_flow needs the reward of every item
     given = rewards[:2] if case.loss == "exact_flow" else rewards

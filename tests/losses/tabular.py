@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gflowtrl.catalog import PrefixTree
-from gflowtrl.losses import flow_targets
+from gflowtrl.losses import normalized_flows
 
 
 def random_tree(seed: int, num_paths: int = 40, depth: int = 4, branching: int = 4) -> PrefixTree:
@@ -46,7 +46,7 @@ class TabularPolicy:
         return {
             "log_probs": child_log_probs.masked_fill(~taken, 0.0).sum(-1),
             "child_log_probs": child_log_probs,
-            "child_target_log_probs": flow_targets(log_flows, children),
+            "child_target_log_probs": normalized_flows(self._at(log_flows, children)),
             "lengths": self.tree.leaf_lengths[leaves],
             "log_rewards": log_flows.gather(1, self.tree.leaf_nodes()[leaves]),
             "log_flows": self.flows_of(leaves, log_flows if learned is None else learned),
@@ -61,6 +61,11 @@ class TabularPolicy:
         steps = torch.arange(self.tree.max_depth)
         inner = steps < self.tree.leaf_lengths[leaves][..., None]
         return values.gather(1, states.clamp(min=0).flatten(1)).view(states.shape).masked_fill(~inner, 0.0)
+
+    @staticmethod
+    def _at(values: Tensor, nodes: Tensor) -> Tensor:
+        """`values (B, M)` of any nodes `(B, ...)`, -inf for node -1."""
+        return values.gather(1, nodes.clamp(min=0).flatten(1)).view(nodes.shape).masked_fill(nodes < 0, -torch.inf)
 
     def leaf_log_probs(self) -> Tensor:
         """`(B, N)`, every leaf scored."""

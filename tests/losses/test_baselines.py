@@ -58,7 +58,7 @@ def test_grpos_gradient_is_the_policy_gradient():
     reference, _, _ = some(4)
     advantages = torch.randn(2, 4, dtype=torch.double)
     leaf = log_probs.clone().requires_grad_()
-    grpo(leaf, reference, lengths, advantages, kl_coef=0.2).sum().backward()
+    grpo(leaf, reference, lengths, advantages, beta=0.2).sum().backward()
     for row in range(2):
         for k in range(4):
             for step in range(3):

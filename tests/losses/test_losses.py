@@ -10,17 +10,19 @@ from torch import Tensor
 
 from gflowtrl.losses import (
     LOSSES,
+    LossInputs,
     contrastive_balance,
     detailed_balance,
     exact_flow,
-    flow_targets,
     get_loss,
+    normalized_flows,
     sft,
     subtrajectory_balance,
     trajectory_balance,
     vargrad,
 )
 from gflowtrl.losses.common import penalty
+from gflowtrl.rewards import DenseReward, RewardResult
 from tests.losses.tabular import TabularPolicy, random_tree
 
 
@@ -59,7 +61,7 @@ class Problem:
         learned: Tensor | None = None, **options,
     ) -> Tensor:  # fmt: skip
         """`learned (B, M)`: the flow head's log F of every node."""
-        return LOSSES[name]({**policy.score(leaves, self.log_flows, learned), "log_z": log_z}, **options)
+        return LOSSES[name](LossInputs(**policy.score(leaves, self.log_flows, learned), log_z=log_z), **options)
 
 
 @pytest.fixture(params=SEEDS)
@@ -83,7 +85,7 @@ def test_loss_and_gradient_are_zero_at_the_target_and_nowhere_else(problem, name
     assert loss.shape == problem.all_leaves.shape
     assert loss.abs().max() < 1e-20 or (name == "exact_flow" and loss.abs().max() < 1e-13)
     spec = LOSSES[name]
-    parameters = [ideal.logits] + [log_z] * spec.log_z + [flows] * spec.log_flows
+    parameters = [ideal.logits] + [log_z] * spec.needs_log_z + [flows] * spec.needs_log_flows
     for gradient in torch.autograd.grad(loss.sum(), parameters):
         assert gradient.abs().max() < 1e-12
 
@@ -178,9 +180,10 @@ def test_exact_flow_under_the_target_is_the_divergence_over_leaves(problem, impo
     assert ours.isfinite().all() and ours.allclose(theirs, atol=1e-12)
 
 
-def test_flow_targets_are_ratios_of_flows(problem):
+def test_normalized_flows_are_ratios_of_flows(problem):
     children = problem.random_policy().children_of(problem.all_leaves)
-    targets = flow_targets(problem.log_flows, children)
+    result = RewardResult(problem.log_rewards, problem.log_rewards.exp(), {}, torch.zeros(()))
+    targets = normalized_flows(DenseReward(result, problem.tree).log_flows(children))
     parents = problem.tree.walk(problem.all_leaves)[..., :-1]
     for b, k, step, c in torch.nonzero(children >= 0)[::7].tolist():
         flows = problem.log_flows[b]
@@ -191,7 +194,7 @@ def test_flow_targets_are_ratios_of_flows(problem):
 
 # ---------------------------------------------------------------------------------------------- padding and gradients
 #: What needs scores and rewards only; test_prefix.py and test_baselines.py have the rest.
-ON_SCORES = sorted(name for name, loss in LOSSES.items() if loss.balances or name in ("sft", "msl"))
+ON_SCORES = sorted(name for name, loss in LOSSES.items() if loss.needs_log_rewards or name in ("sft", "msl"))
 
 
 @pytest.mark.parametrize("name", ON_SCORES)
@@ -203,7 +206,7 @@ def test_padding_more_steps_and_children_changes_nothing(problem, name):
     for key in ("child_log_probs", "child_target_log_probs"):
         padded[key] = torch.nn.functional.pad(tensors[key], (0, 3, 0, 2), value=-torch.inf)
     padded["log_flows"] = torch.nn.functional.pad(tensors["log_flows"], (0, 2), value=7.0)
-    assert LOSSES[name](padded).allclose(LOSSES[name](tensors))
+    assert LOSSES[name](LossInputs(**padded)).allclose(LOSSES[name](LossInputs(**tensors)))
 
 
 @pytest.mark.parametrize("name", ON_SCORES)
@@ -215,8 +218,8 @@ def test_gradients_are_those_of_the_value(name):
         return problem.loss(name, TabularPolicy(problem.tree, logits), leaves, log_z, flows)
 
     logits = problem.randn(PROMPTS, problem.tree.num_nodes).requires_grad_()
-    log_z = problem.randn(PROMPTS).requires_grad_(LOSSES[name].log_z)
-    flows = problem.randn(PROMPTS, problem.tree.num_nodes).requires_grad_(LOSSES[name].log_flows)
+    log_z = problem.randn(PROMPTS).requires_grad_(LOSSES[name].needs_log_z)
+    flows = problem.randn(PROMPTS, problem.tree.num_nodes).requires_grad_(LOSSES[name].needs_log_flows)
     if name == "vargrad":  # its mean carries no gradient, so only the mean over the group is the value's gradient
         assert torch.autograd.gradcheck(lambda *inputs: loss(*inputs).mean(1), (logits, log_z, flows))
     else:
@@ -254,7 +257,14 @@ def test_huber_by_hand():
 # ---------------------------------------------------------------------------------------------- registry and bad input
 def test_the_registry_states_what_each_loss_needs():
     needs = {
-        n: (s.log_z, s.log_flows, s.all_leaf_rewards, s.min_generations, s.rewards, s.on_target)
+        n: (
+            s.needs_log_z,
+            s.needs_log_flows,
+            s.needs_all_rewards,
+            s.min_generations,
+            s.needs_rewards,
+            s.uses_target,
+        )
         for n, s in LOSSES.items()
     }
     assert needs == {
@@ -271,13 +281,15 @@ def test_the_registry_states_what_each_loss_needs():
         "sdpo": (False, False, False, 2, False, True),
         "grpo": (False, False, False, 2, True, False),
     }
-    assert {n for n, s in LOSSES.items() if s.reference} == {"sdpo", "grpo"}
-    assert {n for n, s in LOSSES.items() if s.balances} == {n for n, s in LOSSES.items() if s.rewards} - {"grpo"}
-    assert {n for n, s in LOSSES.items() if s.heads} == {
+    assert {n for n, s in LOSSES.items() if s.needs_reference} == {"sdpo", "grpo"}
+    rewarded = {n for n, s in LOSSES.items() if s.needs_rewards}
+    assert {n for n, s in LOSSES.items() if s.needs_log_rewards} == rewarded - {"grpo"}
+    assert {n for n, s in LOSSES.items() if s.needs_flow_heads} == {
         "trajectory_balance", "detailed_balance", "subtrajectory_balance",
     }  # fmt: skip
-    assert LOSSES["subtrajectory_balance"].options == ("lam", "huber_delta")
-    assert LOSSES["contrastive_balance"].options == ("delta",)
+    assert {n for n, s in LOSSES.items() if s.uses_negatives} == {"prefix_pairwise", "sdpo"}
+    assert tuple(LOSSES["subtrajectory_balance"].options) == ("lam", "huber_delta")
+    assert tuple(LOSSES["contrastive_balance"].options) == ("delta",)
 
 
 def test_an_unknown_loss_is_answered_with_the_known_ones():
@@ -314,8 +326,8 @@ def test_shapes_that_would_broadcast_are_refused():
 
 def test_a_missing_tensor_and_a_bad_delta_are_named():
     with pytest.raises(ValueError, match="'trajectory_balance' needs log_z"):
-        LOSSES["trajectory_balance"]({"log_probs": torch.zeros(1, 1, 1), "log_rewards": torch.zeros(1, 1)})
-    with pytest.raises(ValueError, match="huber_delta is 0"):
+        LOSSES["trajectory_balance"](LossInputs(torch.zeros(1, 1, 1), torch.ones(1, 1), log_rewards=torch.zeros(1, 1)))
+    with pytest.raises(ValueError, match="The Huber delta is 0; it must be a finite number above 0"):
         penalty(torch.zeros(1), 0)
     for lam in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"lam is {lam}"):
@@ -342,7 +354,7 @@ def test_learning_reaches_the_target_from_a_uniform_policy(name):
 
     untrained = total_variation()
     for _ in range(steps):
-        if LOSSES[name].on_target:  # supervised: what was observed is drawn from the target
+        if LOSSES[name].uses_target:  # supervised: what was observed is drawn from the target
             leaves = draw(problem.target.exp(), 64)
         else:
             leaves = torch.cat([draw(torch.ones_like(problem.target), 8), draw(policy.leaf_log_probs().exp(), 8)], 1)
@@ -355,7 +367,7 @@ def test_learning_reaches_the_target_from_a_uniform_policy(name):
     assert untrained > 0.5 and trained < 0.05
     if name == "trajectory_balance":
         assert log_z.allclose(problem.log_z, atol=0.05)
-    if LOSSES[name].log_flows:  # log F is learned as well, at every state that is not a leaf
+    if LOSSES[name].needs_log_flows:  # log F is learned as well, at every state that is not a leaf
         inner = problem.tree.num_children > 0
         assert (flows - problem.log_flows)[:, inner].abs().max() < 0.3
 

@@ -43,7 +43,7 @@ def test_both_are_their_formulas(seed, num_generations, ragged, scaled):
     log_probs = -3 * torch.rand(*nodes.shape, generator=generator, dtype=torch.double)
     per_depth = torch.tensor(tree.nodes_per_depth)
     pointwise = prefix_pointwise(log_probs[:, :1], lengths[:, :1])
-    pairwise = prefix_pairwise(log_probs, lengths, nodes, per_depth, scaled)
+    pairwise = prefix_pairwise(log_probs, lengths, nodes, per_depth, "2025" if scaled else "paper")
     for row in range(3):
         paths = [tree.paths[leaf][: tree.leaf_lengths[leaf]].tolist() for leaf in leaves[row].tolist()]
         steps = log_probs[row].tolist()

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from gflowtrl.data import GroupCollator, Step
 from gflowtrl.pipeline import run
 from gflowtrl.pipeline.materials import prepare
 from gflowtrl.pipeline.models import build_model
@@ -19,9 +20,9 @@ from gflowtrl.pipeline.signals import (
 )
 from gflowtrl.pipeline.stage import Workshop
 from gflowtrl.rewards import (
+    CompositeReward,
     InteractionReward,
     LikelihoodReward,
-    RewardFusion,
     TitleLikelihoodReward,
     TokenSimilarityReward,
 )
@@ -34,6 +35,10 @@ from .micro import micro_recipe
 CODE = (
     "def cheap(items, item_features, **columns):\n    return [-item_features[group[0]]['price'] for group in items]\n"
 )
+
+
+def step_of(materials, rows):
+    return Step.from_batch(GroupCollator(materials.encoder)(rows.to_list()), materials.catalog)
 
 
 def test_a_mixture_fits_each_part_once(tmp_path):
@@ -100,18 +105,19 @@ def test_rewards_named_in_a_recipe_are_those_of_the_library(tmp_path):
         TitleLikelihoodReward(reader, tokenizer, titles, max_title_words=4),
     ]
     rows = materials.splits.train.select(range(4))
-    batch = rows[:] | {"prompts": materials.encoder(rows["history"]), "cache": {}}
-    leaves = torch.arange(6).expand(4, -1).contiguous()
-    batch |= {"policy_leaves": leaves, "policy_log_probs": torch.randn(4, 6)}
+    step = step_of(materials, rows)
+    leaves, policy_log_probs = torch.arange(6).expand(4, -1).contiguous(), torch.randn(4, 6)
     for own, other in zip(built, expected, strict=True):
         one, two = (
-            RewardFusion(reward, materials.catalog, materials.tokenizer, transform="exp").log_rewards(batch, leaves)
+            CompositeReward(reward, materials.catalog, materials.tokenizer, transform="exp")
+            .of(step)
+            .score(leaves, policy_log_probs)
             for reward in (own, other)
         )
         torch.testing.assert_close(one.rewards, two.rewards)
     scores = teacher.score(rows["history"])
     share = (scores - scores.amin(1, keepdim=True)) / (scores.amax(1, keepdim=True) - scores.amin(1, keepdim=True))
-    torch.testing.assert_close(built[2].score_items(batch), share**4)
+    torch.testing.assert_close(built[2].score_items(step), share**4)
 
 
 def test_titles_and_their_reader_are_part_of_the_key(tmp_path):
@@ -181,10 +187,10 @@ def test_learned_weights_are_fitted_to_validation_targets_and_trained_with(tmp_p
     functions = build_rewards(workshop, materials, teacher, tmp_path)
     weights = final_weights(workshop, materials, functions)
     rows = materials.splits.validation
-    batch = {"history": rows["history"], "target": rows["target"], "prompts": materials.encoder(rows["history"])}
-    leaves = materials.catalog.leaf_of(rows["target"])[:, None]
-    both = RewardFusion(functions[1:], materials.catalog, floor=0.0)
-    parts = torch.stack(list(both.log_rewards(batch, leaves).parts.values()), -1).double().squeeze(1)
+    step = step_of(materials, rows)
+    both = CompositeReward(functions[1:], materials.catalog, floor=0.0)
+    result = both.of(step).score(step.target_leaves[:, None])
+    parts = torch.stack(list(result.parts.values()), -1).double().squeeze(1)
     parts += 1e-3 / materials.catalog.tree.num_leaves
     shares = torch.linspace(0, 1, 1001, dtype=torch.double)
     likelihood = (parts @ torch.stack([shares, 1 - shares])).log().mean(0)

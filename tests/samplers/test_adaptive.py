@@ -1,6 +1,7 @@
 """Mixtures whose shares change, what a mixture hands to its parts, and samplers by name and options."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,16 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gflowtrl.data import Step
 from gflowtrl.policy import StatelessNoise
 from gflowtrl.samplers import (
     SAMPLERS,
     AdaptiveMixtureSampler,
+    Feedback,
     MixtureSampler,
     OnPolicySampler,
     ReplaySampler,
     Sampler,
     ScheduledMixtureSampler,
-    TrajectoryBatch,
+    Trajectories,
     UniformSampler,
     build_sampler,
     mixture,
@@ -27,20 +30,21 @@ from gflowtrl.samplers.schedule import Schedule
 
 
 POLICY = SimpleNamespace(catalog=SimpleNamespace(tree=SimpleNamespace(num_leaves=50)))
-BATCH = {
-    "prompts": {"input_ids": torch.zeros(2, 1, dtype=torch.long)},
-    "row_id": torch.tensor([4, 9]),
-    "target_leaf": torch.tensor([1, 2]),
-}
+STEP = Step(
+    prompts={"input_ids": torch.zeros(2, 1, dtype=torch.long)},
+    row_ids=torch.tensor([4, 9]),
+    target_leaves=torch.tensor([1, 2]),
+    columns={},
+)
 
 
-def draw(sampler, num, progress=None, step=0):
-    batch = BATCH if progress is None else BATCH | {"progress": progress}
-    return sampler.sample(batch, POLICY, num, StatelessNoise(42).at(step, BATCH["row_id"]))
+def draw(sampler, num, progress=0.0, step=0):
+    noise = StatelessNoise(42).at(step, STEP.row_ids)
+    return sampler.sample(replace(STEP, progress=progress), POLICY, None, num, noise)
 
 
 def feedback_of(values):
-    return {"log_rewards": values, "residual": values, "log_pi": -values}
+    return Feedback(log_rewards=values, residual=values, log_pi=-values)
 
 
 # ----------------------------------------------------------------------------------------------------------- schedules
@@ -48,7 +52,7 @@ def test_schedule_is_piecewise_linear():
     schedule = Schedule([(0.2, (0, 4)), (0.6, (2, 4)), (0.6, (10, 0)), (1.0, (10, 1))], "x")
     table = {0.0: (0, 4), 0.2: (0, 4), 0.3: (0.5, 4), 0.5: (1.5, 4), 0.6: (10, 0), 0.8: (10, 0.5), 1.0: (10, 1)}
     for progress, expected in table.items():
-        assert schedule.at({"progress": progress}).tolist() == pytest.approx(expected), progress
+        assert schedule.at(progress).tolist() == pytest.approx(expected), progress
 
 
 def test_scheduled_shares():
@@ -78,7 +82,7 @@ def adaptive(floor=0.1, decay=0.5, weights=(1, 1, 1)):
 def tell(sampler, source, residual):
     source = torch.as_tensor(source)
     residual = torch.as_tensor(residual, dtype=torch.float32).expand(source.shape)
-    sampler.observe(BATCH, TrajectoryBatch(torch.zeros_like(source), source), feedback_of(residual))
+    sampler.observe(STEP, Trajectories(torch.zeros_like(source), source), feedback_of(residual))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -160,7 +164,7 @@ def test_resume():
         drawn = []
         for step in steps:
             group = draw(sampler, 9, step=step)
-            sampler.observe(BATCH, group, feedback_of((group.leaves * (group.source + 1)).float() / 10))
+            sampler.observe(STEP, group, feedback_of((group.leaves * (group.source + 1)).float() / 10))
             drawn.append(group.leaves)
         return drawn
 
@@ -186,11 +190,11 @@ class Listener(Sampler):
     def __init__(self, names=("listener",), whole=False):
         self.source_names, self.observes_group, self.heard = names, whole, []
 
-    def sample(self, batch, policy, num_generations, noise):
+    def sample(self, step, policy, reward, num_generations, noise):
         source = torch.arange(num_generations).remainder(len(self.source_names)).expand(2, -1)
-        return TrajectoryBatch(torch.zeros_like(source), source, torch.zeros(source.shape))
+        return Trajectories(torch.zeros_like(source), source, torch.zeros(source.shape))
 
-    def observe(self, batch, trajectories, feedback):
+    def observe(self, step, trajectories, feedback):
         self.heard.append((trajectories, feedback))
 
     def state_dict(self):
@@ -210,7 +214,7 @@ def test_a_mixture_tells_each_source_of_its_own_trajectories():
     drawn = draw(sampler, 8)
     assert drawn.source.tolist() == [[0, 0, 2, 3, 2, 3, 4, 4]] * 2
     values = torch.arange(16.0).view(2, 8)
-    sampler.observe(BATCH, drawn, feedback_of(values))
+    sampler.observe(STEP, drawn, feedback_of(values))
     assert not idle.heard
     expected = {"one": (one, slice(0, 2), 0), "two": (two, slice(2, 6), 2), "group": (group, slice(0, 8), 4)}
     for listener, columns, first in expected.values():
@@ -218,8 +222,8 @@ def test_a_mixture_tells_each_source_of_its_own_trajectories():
         assert torch.equal(trajectories.source, drawn.source[:, columns] - first)
         assert torch.equal(trajectories.leaves, drawn.leaves[:, columns])
         assert trajectories.log_q.shape == trajectories.leaves.shape
-        assert torch.equal(feedback["residual"], values[:, columns])
-        assert torch.equal(feedback["log_pi"], -values[:, columns])
+        assert torch.equal(feedback.residual, values[:, columns])
+        assert torch.equal(feedback.log_pi, -values[:, columns])
     assert sampler.metrics() == {
         "one/calls": 1.0, "idle/calls": 0.0, "inner/two/calls": 1.0, "inner/group/calls": 1.0,
     }  # fmt: skip
@@ -231,7 +235,7 @@ def test_a_mixture_tells_each_source_of_its_own_trajectories():
 
 def test_samplers_without_a_memory_have_no_state():
     sampler = MixtureSampler({"uniform": 1, "ground_truth": 1})
-    sampler.observe(BATCH, draw(sampler, 4), feedback_of(torch.zeros(2, 4)))
+    sampler.observe(STEP, draw(sampler, 4), feedback_of(torch.zeros(2, 4)))
     assert sampler.state_dict() == {} and sampler.metrics() == {}
     sampler.load_state_dict({})
 
@@ -316,12 +320,10 @@ def test_uses_teacher(spec, expected):
         (lambda: ScheduledMixtureSampler([(0, {"beam": 0})]), "weights of a mixture must be"),
         (lambda: ScheduledMixtureSampler([(0.5, {"beam": 1}), (0.1, {"beam": 2})]), "must ascend within 0 to 1"),
         (lambda: ScheduledMixtureSampler([(0, {"beam": 1})], {"x": UniformSampler()}), "never names the source 'x'"),
-        (lambda: draw(ScheduledMixtureSampler([(0, {"uniform": 1})]), 2), r"follows batch\['progress'\]"),
         (lambda: adaptive(weights=(1, 0, 1)), "weights of AdaptiveMixtureSampler must be > 0"),
         (lambda: adaptive(floor=0.4), r"floor of AdaptiveMixtureSampler with 3 sources must be in \[0, 0.333333\)"),
         (lambda: adaptive(floor=-1), r"floor of AdaptiveMixtureSampler must be in \[0, 1\], got -1"),
         (lambda: adaptive(decay=1), "would never learn"),
-        (lambda: adaptive().observe(BATCH, draw(adaptive(), 3), {}), "needs the residual in the feedback"),
         (lambda: adaptive().load_state_dict({}), r"AdaptiveMixtureSampler has the entries \[\], but \['residuals'\]"),
         (lambda: adaptive().load_state_dict({"residuals": torch.ones(2)}), "has 2 sources, this one has 3"),
         (lambda: MixtureSampler({"uniform": 1}).load_state_dict({"y/x": torch.ones(1)}), "entries .'y/x'., but"),

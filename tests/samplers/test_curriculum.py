@@ -1,10 +1,12 @@
 """Samplers that choose by a teacher's or the policy's opinion, against sorting everything by hand."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from gflowtrl.data import Step
 from gflowtrl.policy import StatelessNoise
 from gflowtrl.samplers import (
     BeamSampler,
@@ -14,23 +16,23 @@ from gflowtrl.samplers import (
     StochasticBeamSampler,
     validate_trajectories,
 )  # fmt: skip
-from tests.rewards.world import TableTeacher, make_batch, make_catalog, make_policy
+from tests.rewards.world import TableTeacher, make_catalog, make_policy, make_step
 from tests.tiny import catalog_of, random_paths
 
 
-def draw(sampler, num, rows=(0, 1, 2, 3), step=0, policy=None, **more):
-    batch = make_batch(rows) | more
+def draw(sampler, num, rows=(0, 1, 2, 3), step_number=0, policy=None, progress=0.0):
+    step = make_step(rows, progress=progress)
     policy = policy or SimpleNamespace(catalog=make_catalog())
-    drawn = sampler.sample(batch, policy, num, StatelessNoise(42).at(step, batch["row_id"]))
+    drawn = sampler.sample(step, policy, None, num, StatelessNoise(42).at(step_number, step.row_ids))
     validate_trajectories(drawn, len(rows), num, 8)
     return drawn
 
 
 def unobserved_by_score(row):
     """Unobserved leaves from the teacher's worst to its best; a leaf of two items counts its better one."""
-    catalog, batch, teacher = make_catalog(), make_batch((row,)), TableTeacher()
-    scores = dict(zip(teacher.items, teacher.score(batch["history"])[0].tolist(), strict=True))
-    seen = set(catalog.leaf_of([*batch["history"][0], *batch["target"]]).tolist())
+    catalog, columns, teacher = make_catalog(), make_step((row,)).columns, TableTeacher()
+    scores = dict(zip(teacher.items, teacher.score(columns["history"])[0].tolist(), strict=True))
+    seen = set(catalog.leaf_of([*columns["history"][0], *columns["target"]]).tolist())
     best = {leaf: max(scores[item] for item in catalog.items_of(leaf)) for leaf in range(8)}
     return sorted(set(range(8)) - seen, key=best.get)
 
@@ -47,11 +49,11 @@ def test_window_moves_from_the_easiest_to_the_hardest_of_the_pool(progress, expe
 
 def test_everything_as_the_pool():
     """A pool of all unobserved leaves is the same however it is drawn."""
-    for step, progress in enumerate((0.0, 0.4, 0.9)):
+    for step_number, progress in enumerate((0.0, 0.4, 0.9)):
         for row in range(4):
             order = unobserved_by_score(row)
             first = round(progress * (len(order) - 2))
-            drawn = draw(CurriculumSampler(TableTeacher(), 8), 2, (row,), step, progress=progress)
+            drawn = draw(CurriculumSampler(TableTeacher(), 8), 2, (row,), step_number, progress=progress)
             assert drawn.leaves[0].tolist() == order[first : first + 2]
             assert drawn.log_q is None
 
@@ -59,22 +61,19 @@ def test_everything_as_the_pool():
 def big_world(rows=40):
     catalog = catalog_of(random_paths(200, depth=3, codes=7))
     table = torch.randn(rows, 200, generator=torch.Generator().manual_seed(0))
-    batch = {
-        "prompts": {"input_ids": torch.zeros(rows, 1, dtype=torch.long)},
-        "history": [[row, row + 1] for row in range(rows)],
-        "target": list(range(100, 100 + rows)),
-    }
-    return catalog, batch, lambda histories: table[[history[0] for history in histories]]
+    columns = {"history": [[row, row + 1] for row in range(rows)], "target": list(range(100, 100 + rows))}
+    step = Step({}, torch.arange(rows), catalog.leaf_of(columns["target"]), columns)
+    return catalog, step, lambda histories: table[[history[0] for history in histories]]
 
 
 def test_scores_rise_with_the_progress():
     """Mean scores of the K of 2 K + 1 random candidates: those of order statistics of a normal distribution."""
-    catalog, batch, teacher = big_world()
+    catalog, step, teacher = big_world()
     sampler, means = CurriculumSampler(teacher), []
-    scores = catalog.fold_items(teacher(batch["history"]))
+    scores = catalog.fold_items(teacher(step.columns["history"]))
     for progress in (0.0, 0.25, 0.5, 0.75, 1 - 1e-9):
-        noise = StatelessNoise(0).at(3, torch.arange(40))
-        drawn = sampler.sample(batch | {"progress": progress}, SimpleNamespace(catalog=catalog), 4, noise).leaves
+        noise, policy = StatelessNoise(0).at(3, step.row_ids), SimpleNamespace(catalog=catalog)
+        drawn = sampler.sample(replace(step, progress=progress), policy, None, 4, noise).leaves
         assert all(len(set(row)) == 4 for row in drawn.tolist())
         for row, leaves in enumerate(drawn):
             assert not set(leaves.tolist()) & set(catalog.leaf_of([row, row + 1, 100 + row]).tolist())
@@ -118,7 +117,7 @@ def test_low_confidence_takes_what_the_policy_doubts():
     drawn = draw(LowConfidenceSampler(TableTeacher(), 4), 2, policy=policy)
     assert policy.model.training
     policy.model.eval()
-    log_probs = policy.leaf_log_probs(make_batch()["prompts"])
+    log_probs = policy.leaf_log_probs(make_step().prompts)
     for row in range(4):
         pool = unobserved_by_score(row)[-4:]
         assert drawn.leaves[row].tolist() == sorted(pool, key=lambda leaf: log_probs[row, leaf].item())[:2]  # noqa: B023
@@ -131,7 +130,7 @@ def test_low_confidence_takes_what_the_policy_doubts():
 # --------------------------------------------------------------------------------------------------------------- beams
 def test_beam_is_the_top_of_the_exact_distribution():
     policy = make_policy(make_catalog())
-    best = policy.leaf_log_probs(make_batch()["prompts"]).argsort(1, descending=True)
+    best = policy.leaf_log_probs(make_step().prompts).argsort(1, descending=True)
     drawn = draw(BeamSampler(), 8, policy=policy)
     assert torch.equal(drawn.leaves, best) and not drawn.log_q.any()
     assert torch.equal(draw(BeamSampler(), 11, policy=policy).leaves, torch.cat([best, best[:, :3]], 1))
@@ -140,11 +139,11 @@ def test_beam_is_the_top_of_the_exact_distribution():
 def test_stochastic_beam_gives_distinct_leaves_and_their_inclusion():
     """The Horvitz-Thompson estimate of a mean under the policy is right on average over rows."""
     policy, values = make_policy(make_catalog()), torch.arange(8.0)
-    prompts = make_batch((1,))["prompts"]
+    prompts = make_step((1,)).prompts
     log_pi = policy.leaf_log_probs(prompts)[0]
-    batch = {"prompts": {name: tensor.expand(600, -1) for name, tensor in prompts.items()}}
-    noise = StatelessNoise(42).at(0, torch.arange(600))
-    drawn = StochasticBeamSampler().sample(batch, policy, 3, noise)
+    many = {name: tensor.expand(600, -1) for name, tensor in prompts.items()}
+    step = Step(many, torch.arange(600), torch.full((600,), -1), {})
+    drawn = StochasticBeamSampler().sample(step, policy, None, 3, StatelessNoise(42).at(0, step.row_ids))
     assert all(len(set(leaves)) == 3 for leaves in drawn.leaves.tolist()) and (drawn.log_q <= 0).all()
     estimates = ((log_pi[drawn.leaves] - drawn.log_q).exp() * values[drawn.leaves]).sum(1)
     error = estimates.std() / len(estimates) ** 0.5
@@ -186,12 +185,8 @@ def test_beams_in_a_mixture():
         (lambda: CurriculumSampler(TableTeacher(), schedule="linear"), "must be a list of pairs"),
         (lambda: CurriculumSampler(TableTeacher(), schedule=[[0, 2]]), r"hardness .* must be in \[0, 1\]"),
         (lambda: CurriculumSampler(TableTeacher(), schedule=[[0, [0, 1]]]), r"hardness .* must be in \[0, 1\]"),
-        (lambda: draw(CurriculumSampler(TableTeacher()), 2), r"follows batch\['progress'\]"),
-        (
-            lambda: draw(CurriculumSampler(TableTeacher(), 2), 3, progress=0.0),
-            "give 3 trajectories, but its pool",
-        ),
-        (lambda: draw(CurriculumSampler(lambda h: torch.zeros(4, 2)), 2, progress=0.0), r"shape \(4, 2\)"),
+        (lambda: draw(CurriculumSampler(TableTeacher(), 2), 3), "give 3 trajectories, but its pool"),
+        (lambda: draw(CurriculumSampler(lambda h: torch.zeros(4, 2)), 2), r"shape \(4, 2\)"),
         (lambda: StochasticBeamSampler(0), "temperature of StochasticBeamSampler must be > 0, got 0"),
         (lambda: StochasticBeamSampler("warm"), "temperature of StochasticBeamSampler must be > 0, got 'warm'"),
     ],

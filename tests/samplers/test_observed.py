@@ -9,20 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from gflowtrl.data import Step
 from gflowtrl.policy import StatelessNoise
 from gflowtrl.samplers import InteractionLogSampler, UnobservedSampler, validate_trajectories
 from gflowtrl.samplers.observed import distinct_ranks, distinct_sorted, leaf_rows, skip_forbidden
-from tests.rewards.world import make_batch, make_catalog
+from tests.rewards.world import make_catalog, make_step
 from tests.tiny import catalog_of, random_paths
 
 
 SESSIONS = [["pear", "date", "pear", "lime"], ["quince", "date", "nut", "plum", "kiwi", "fig"], ["pear"], []]
 
 
-def draw(sampler, num, rows=(0, 1, 2, 3), step=0, **columns):
+def draw(sampler, num, rows=(0, 1, 2, 3), step_number=0, **columns):
     catalog = make_catalog()
-    batch = make_batch(rows) | {"session_items": [SESSIONS[i] for i in rows]} | columns
-    drawn = sampler.sample(batch, SimpleNamespace(catalog=catalog), num, StatelessNoise(42).at(step, batch["row_id"]))
+    step = make_step(rows, **{"session_items": [SESSIONS[i] for i in rows], **columns})
+    noise = StatelessNoise(42).at(step_number, step.row_ids)
+    drawn = sampler.sample(step, SimpleNamespace(catalog=catalog), None, num, noise)
     validate_trajectories(drawn, len(rows), num, 8)
     return drawn
 
@@ -77,13 +79,10 @@ def test_subsets_are_uniform():
 @given(catalogues())
 def test_unobserved_follows_its_distribution(world):
     catalog, rows = world
-    batch = {
-        "prompts": {"input_ids": torch.zeros(len(rows), 1, dtype=torch.long)},
-        "history": [row[:-1] for row in rows],
-        "target": [row[-1] for row in rows],
-    }
-    noise = StatelessNoise(7).at(0, torch.arange(len(rows)))
-    drawn = UnobservedSampler().sample(batch, SimpleNamespace(catalog=catalog), 3000, noise)
+    columns = {"history": [row[:-1] for row in rows], "target": [row[-1] for row in rows]}
+    step = Step({}, torch.arange(len(rows)), catalog.leaf_of(columns["target"]), columns)
+    noise = StatelessNoise(7).at(0, step.row_ids)
+    drawn = UnobservedSampler().sample(step, SimpleNamespace(catalog=catalog), None, 3000, noise)
     for number, row in enumerate(rows):
         allowed = sorted(set(range(len(catalog))) - set(catalog.leaf_of(row).tolist()))
         counts = torch.bincount(drawn.leaves[number], minlength=len(catalog))
@@ -100,10 +99,9 @@ def test_unobserved_knows_leaves_not_items():
 
 
 def test_unobserved_without_targets():
-    batch = make_batch()
-    del batch["target"]
-    noise = StatelessNoise(42).at(0, batch["row_id"])
-    drawn = UnobservedSampler().sample(batch, SimpleNamespace(catalog=make_catalog()), 500, noise)
+    step = make_step(without=("target",))
+    noise = StatelessNoise(42).at(0, step.row_ids)
+    drawn = UnobservedSampler().sample(step, SimpleNamespace(catalog=make_catalog()), None, 500, noise)
     assert set(drawn.leaves[0].tolist()) == set(range(8)) - leaves_of(["fig"])
 
 
@@ -111,7 +109,7 @@ def test_unobserved_without_targets():
 @pytest.mark.parametrize("num", [1, 2, 3, 7, 12])
 def test_interaction_log_takes_everything_before_it_repeats(num):
     drawn = draw(InteractionLogSampler(), num)
-    targets = make_batch()["target"]
+    targets = make_step().columns["target"]
     for row, session in enumerate(SESSIONS):
         log = leaves_of(session) - leaves_of(targets[row : row + 1]) or leaves_of(targets[row : row + 1])
         counts = torch.bincount(drawn.leaves[row], minlength=8)
@@ -122,9 +120,11 @@ def test_interaction_log_takes_everything_before_it_repeats(num):
 
 def test_interaction_log_orders_are_uniform():
     """Over 600 rows with the second log each of its five leaves comes first, and second, equally often."""
-    batch = {"prompts": make_batch((1,))["prompts"], "target": ["date"] * 600, "session_items": [SESSIONS[1]] * 600}
-    noise = StatelessNoise(42).at(0, torch.arange(600))
-    drawn = InteractionLogSampler().sample(batch, SimpleNamespace(catalog=make_catalog()), 2, noise)
+    catalog = make_catalog()
+    targets, columns = catalog.leaf_of(["date"] * 600), {"session_items": [SESSIONS[1]] * 600}
+    step = Step({}, torch.arange(600), targets, columns)
+    noise = StatelessNoise(42).at(0, step.row_ids)
+    drawn = InteractionLogSampler().sample(step, SimpleNamespace(catalog=catalog), None, 2, noise)
     for leaves in drawn.leaves.unbind(1):
         counts = leaves.unique(return_counts=True)[1]
         assert len(counts) == 5 and stats.chisquare(counts).pvalue > 1e-3
@@ -140,28 +140,22 @@ def test_interaction_log_reads_another_column():
 def test_a_row_draws_the_same_in_any_batch(sampler, rows):
     whole, part = draw(sampler, 6), draw(sampler, 6, rows)
     assert torch.equal(part.leaves, whole.leaves[list(rows)]) and torch.equal(part.log_q, whole.log_q[list(rows)])
-    other = [draw(sampler, 6, step=step).leaves for step in (0, 1)]
+    other = [draw(sampler, 6, step_number=number).leaves for number in (0, 1)]
     assert not torch.equal(*other)
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
 def test_mistakes_are_explained():
     policy = SimpleNamespace(catalog=make_catalog())
-    batch = make_batch()
-    batch.pop("session_items")
-    noise = StatelessNoise(42).at(0, batch["row_id"])
-    with pytest.raises(ValueError, match="needs the dataset column 'session_items', a list of items for each row"):
-        InteractionLogSampler().sample(batch, policy, 1, noise)
+    noise = StatelessNoise(42).at(0, make_step().row_ids)
+    with pytest.raises(ValueError, match="InteractionLogSampler needs the dataset column 'session_items'; the rows h"):
+        InteractionLogSampler().sample(make_step(without=("session_items",)), policy, None, 1, noise)
     with pytest.raises(TypeError, match="column of InteractionLogSampler is the name of a dataset column, got 3"):
         InteractionLogSampler(3)
-    without = {name: values for name, values in batch.items() if name != "target"}
-    with pytest.raises(ValueError, match="Row 3 has an empty list in the column 'session_items'"):
-        InteractionLogSampler().sample(without | {"session_items": SESSIONS}, policy, 1, noise)
     with pytest.raises(ValueError, match="UnobservedSampler needs the dataset column 'history'"):
-        UnobservedSampler().sample({"prompts": batch["prompts"]}, policy, 1, noise)
+        UnobservedSampler().sample(make_step(without=("history",)), policy, None, 1, noise)
     with pytest.raises(ValueError, match="History and target of row 1 hold all 8 leaves of the catalogue"):
-        UnobservedSampler().sample(
-            batch | {"history": [["fig"], policy.catalog.items, ["fig"], ["fig"]]}, policy, 1, noise
-        )
+        step = make_step(history=[["fig"], policy.catalog.items, ["fig"], ["fig"]])
+        UnobservedSampler().sample(step, policy, None, 1, noise)
     with pytest.raises(ValueError, match="Item 'melon' is not in the catalogue"):
-        UnobservedSampler().sample(batch | {"history": [["melon"]] * 4}, policy, 1, noise)
+        UnobservedSampler().sample(make_step(history=[["melon"]] * 4), policy, None, 1, noise)

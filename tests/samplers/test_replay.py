@@ -10,14 +10,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
+from gflowtrl.data import Step
 from gflowtrl.policy import StatelessNoise
 from gflowtrl.samplers import (
+    Feedback,
     FunctionSampler,
     GroundTruthSampler,
     MixtureSampler,
     OnPolicySampler,
     ReplaySampler,
-    TrajectoryBatch,
+    Trajectories,
     UniformSampler,
     validate_trajectories,
 )
@@ -27,22 +29,26 @@ NUM_LEAVES = 12
 POLICY = SimpleNamespace(catalog=SimpleNamespace(tree=SimpleNamespace(num_leaves=NUM_LEAVES)))
 
 
-def batch_of(ids):
-    ids = list(ids)
-    return {"prompts": {"input_ids": torch.zeros(len(ids), 1, dtype=torch.long)}, "row_id": torch.tensor(ids)}
+def step_of(ids):
+    ids = torch.tensor(list(ids))
+    return Step({"input_ids": torch.zeros(len(ids), 1, dtype=torch.long)}, ids, torch.full_like(ids, -1), {})
+
+
+def feedback_of(log_rewards):
+    return Feedback(log_rewards, residual=log_rewards.abs(), log_pi=log_rewards)
 
 
 def observe(sampler, ids, leaves, log_rewards, source=1):
     leaves = torch.as_tensor(leaves)
     source = torch.as_tensor(source).expand(leaves.shape)
-    feedback = {"log_rewards": torch.as_tensor(log_rewards, dtype=torch.float32)}
-    sampler.observe(batch_of(ids), TrajectoryBatch(leaves, source), feedback)
+    feedback = feedback_of(torch.as_tensor(log_rewards, dtype=torch.float32))
+    sampler.observe(step_of(ids), Trajectories(leaves, source), feedback)
 
 
-def draw(sampler, num, ids, step=0):
-    batch = batch_of(ids)
-    drawn = sampler.sample(batch, POLICY, num, StatelessNoise(42).at(step, batch["row_id"]))
-    validate_trajectories(drawn, len(batch["row_id"]), num, NUM_LEAVES)
+def draw(sampler, num, ids, step_number=0):
+    step = step_of(ids)
+    drawn = sampler.sample(step, POLICY, None, num, StatelessNoise(42).at(step_number, step.row_ids))
+    validate_trajectories(drawn, len(step), num, NUM_LEAVES)
     return drawn
 
 
@@ -159,14 +165,15 @@ def test_prompts_that_were_never_met_go_to_the_fallback():
     sampler = ReplaySampler(4, fallback=UniformSampler())
     observe(sampler, [1, 2], [[3], [5]], [[0.0], [-math.inf]])
     drawn = draw(sampler, 50, [6, 1, 2])
-    alone = UniformSampler().sample(batch_of([6, 1, 2]), POLICY, 50, StatelessNoise(42).at(0, torch.tensor([6, 1, 2])))
+    step = step_of([6, 1, 2])
+    alone = UniformSampler().sample(step, POLICY, None, 50, StatelessNoise(42).at(0, step.row_ids))
     assert drawn.source.tolist() == [[1] * 50, [0] * 50, [1] * 50]
     assert torch.equal(drawn.leaves[[0, 2]], alone.leaves[[0, 2]]) and (drawn.leaves[1] == 3).all()
     assert torch.equal(drawn.log_q[[0, 2]], alone.log_q[[0, 2]]) and not drawn.log_q[1].any()
 
 
 def test_the_fallback_is_asked_only_when_needed():
-    def never(batch, policy, num_generations, noise):
+    def never(step, policy, reward, num_generations, noise):
         raise AssertionError("every prompt was met")
 
     sampler = ReplaySampler(4, fallback=FunctionSampler(never))
@@ -183,7 +190,7 @@ def test_a_row_draws_the_same_in_any_batch(ids):
     whole, part = draw(sampler, 8, every), draw(sampler, 8, ids)
     rows = [every.index(i) for i in ids]
     assert torch.equal(part.leaves, whole.leaves[rows]) and torch.equal(part.log_q, whole.log_q[rows])
-    assert not torch.equal(draw(sampler, 8, every, step=1).leaves, whole.leaves)
+    assert not torch.equal(draw(sampler, 8, every, step_number=1).leaves, whole.leaves)
 
 
 # ------------------------------------------------------------------------------------------------------------ mixtures
@@ -200,7 +207,7 @@ def train(sampler, steps):
         ids = [(step * 3 + i) % 6 for i in range(3)]
         drawn = draw(sampler, 6, ids, step)
         rewards = torch.sin(drawn.leaves * 1.7 + torch.tensor(ids)[:, None])
-        sampler.observe(batch_of(ids), drawn, {"log_rewards": rewards, "residual": rewards.abs(), "log_pi": rewards})
+        sampler.observe(step_of(ids), drawn, feedback_of(rewards))
         history.append(drawn)
     return history
 
@@ -254,11 +261,6 @@ def test_an_empty_buffer_round_trips(tmp_path):
         (lambda: ReplaySampler(3).load_state_dict({}), r"has the entries \[\], but .* written with another sampler"),
         (lambda: ReplaySampler(3).load_state_dict(ReplaySampler(4).state_dict()), "holds 4 .* but capacity is 3"),
         (lambda: GroundTruthSampler().load_state_dict(ReplaySampler(4).state_dict()), "state of GroundTruthSampler"),
-        (lambda: ReplaySampler().sample({"prompts": batch_of([1])["prompts"]}, POLICY, 1, None), "column 'row_id'"),
-        (
-            lambda: ReplaySampler().observe(batch_of([1]), TrajectoryBatch(torch.zeros(1, 1), torch.zeros(1, 1)), {}),
-            "needs log_rewards in the feedback",
-        ),
     ],
 )
 def test_mistakes_are_explained(make, message):

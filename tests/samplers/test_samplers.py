@@ -1,6 +1,7 @@
 """Samplers follow their distribution, know its log-probability, and depend on nothing but the row."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,13 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from gflowtrl.policy import StatelessNoise
-from gflowtrl.rewards import CollaborativeReward
+from gflowtrl.rewards import (
+    CollaborativeReward,
+    DenseReward,
+    RewardResult,
+    SampledReward,
+    draw_leaves,
+)
 from gflowtrl.samplers import (
     CollaborativeSampler,
     FunctionSampler,
@@ -17,35 +24,35 @@ from gflowtrl.samplers import (
     MixtureSampler,
     OnPolicySampler,
     RewardSampler,
-    TrajectoryBatch,
+    Trajectories,
     UniformSampler,
     build_sampler,
-    draw_leaves,
     validate_trajectories,
 )  # fmt: skip
-from tests.rewards.world import TableTeacher, make_batch, make_catalog, make_policy
+from tests.rewards.world import TableTeacher, make_catalog, make_policy, make_step
 
 
 LOG_REWARDS = torch.randn(4, 8, generator=torch.Generator().manual_seed(3))
 
 
-def batch_of(rows=(0, 1, 2, 3)):
-    return make_batch(rows) | {"leaf_log_rewards": LOG_REWARDS[list(rows)]}
+def reward_of(rows=(0, 1, 2, 3)):
+    log_rewards = LOG_REWARDS[list(rows)]
+    return DenseReward(RewardResult(log_rewards, log_rewards.exp(), {}, torch.zeros(())), make_catalog().tree)
 
 
-def draw(sampler, num, rows=(0, 1, 2, 3), step=5, policy=None):
-    batch = batch_of(rows)
+def draw(sampler, num, rows=(0, 1, 2, 3), step_number=5, policy=None):
+    step = make_step(rows)
     policy = policy or make_policy(make_catalog())
-    drawn = sampler.sample(batch, policy, num, StatelessNoise(42).at(step, batch["row_id"]))
+    drawn = sampler.sample(step, policy, reward_of(rows), num, StatelessNoise(42).at(step_number, step.row_ids))
     validate_trajectories(drawn, len(rows), num, 8)
     return drawn
 
 
 def distributions():
     """Sampler and its exact distribution over leaves (4, 8)."""
-    catalog, batch = make_catalog(), batch_of()
-    items = CollaborativeReward(TableTeacher(), 0.6).bind(catalog).score_items(batch)
-    policy = make_policy(catalog).leaf_log_probs(batch["prompts"]).exp()
+    catalog, step = make_catalog(), make_step()
+    items = CollaborativeReward(TableTeacher(), 0.6).bind(catalog).score_items(step)
+    policy = make_policy(catalog).leaf_log_probs(step.prompts).exp()
     return {
         "collaborative": (CollaborativeSampler(TableTeacher(), 0.6), catalog.fold_items(items)),
         "uniform": (UniformSampler(), torch.full((4, 8), 1 / 8)),
@@ -77,10 +84,10 @@ def test_on_policy_hands_its_options_on():
 
 def test_ground_truth():
     drawn = draw(GroundTruthSampler(), 2)
-    expected = make_catalog().leaf_of(batch_of()["target"])
+    expected = make_catalog().leaf_of(make_step().columns["target"])
     assert torch.equal(drawn.leaves, expected[:, None].expand(4, 2)) and not drawn.log_q.any()
-    given_leaf = {**batch_of(), "target_leaf": torch.tensor([4, 5, 6, 7])}
-    assert GroundTruthSampler().sample(given_leaf, None, 1, None).leaves.flatten().tolist() == [4, 5, 6, 7]
+    given_leaf = replace(make_step(), target_leaves=torch.tensor([4, 5, 6, 7]))
+    assert GroundTruthSampler().sample(given_leaf, None, None, 1, None).leaves.flatten().tolist() == [4, 5, 6, 7]
 
 
 def everything():
@@ -105,7 +112,7 @@ def test_a_row_draws_the_same_in_any_batch(rows):
 def test_steps_and_rows_differ():
     first = draw(everything(), 36).leaves
     assert torch.equal(first, draw(everything(), 36).leaves)
-    assert not torch.equal(first, draw(everything(), 36, step=6).leaves)
+    assert not torch.equal(first, draw(everything(), 36, step_number=6).leaves)
     uniform = draw(UniformSampler(), 36).leaves
     assert len(uniform.unique(dim=0)) == 4
 
@@ -155,7 +162,7 @@ def test_sources_are_told_apart_nested_ones_too():
     assert sampler.source_names == ("ground_truth", "never", "wide/uniform", "wide/ground_truth", "on_policy")
     drawn = draw(sampler, 8)
     assert drawn.source.tolist() == [[0, 0, 2, 2, 3, 3, 4, 4]] * 4
-    target = make_catalog().leaf_of(batch_of()["target"])[:, None]
+    target = make_catalog().leaf_of(make_step().columns["target"])[:, None]
     assert (drawn.leaves[:, [0, 1, 4, 5]] == target).all()
     assert not drawn.log_q[:, [0, 1, 4, 5]].any()
     torch.testing.assert_close(drawn.log_q[:, 2:4], torch.full((4, 2), -math.log(8)))
@@ -167,7 +174,7 @@ def test_two_sources_of_one_kind_do_not_repeat_each_other():
 
 
 def test_log_q_is_unknown_if_one_source_does_not_know_it():
-    def mine(batch, policy, num_generations, noise):
+    def mine(step, policy, reward, num_generations, noise):
         return torch.zeros(4, num_generations, dtype=torch.long)
 
     sampler = build_sampler({"uniform": 1, "mine": [mine, 1]})
@@ -201,8 +208,11 @@ def test_build_sampler():
         (lambda: OnPolicySampler(0.0), "temperature of OnPolicySampler must be > 0"),
         (lambda: OnPolicySampler(epsilon=1.5), r"epsilon of OnPolicySampler must be in \[0, 1\], got 1.5"),
         (lambda: RewardSampler(-1), "temperature of RewardSampler must be > 0"),
-        (lambda: RewardSampler().sample(make_batch(), None, 1, None), "needs the rewards of all leaves"),
-        (lambda: GroundTruthSampler().sample({}, None, 1, None), "needs the dataset column 'target'"),
+        (
+            lambda: RewardSampler().sample(make_step(), None, SampledReward(lambda *_: None), 1, None),
+            "needs the rewards of all leaves",
+        ),
+        (lambda: RewardSampler().sample(make_step(), None, None, 1, None), "there is no reward; give reward_funcs"),
     ],
 )
 def test_mistakes_are_explained(make, message):
@@ -235,19 +245,19 @@ GOOD = torch.tensor([[0, 1, 7], [2, 2, 3]])
     ],
 )
 def test_bad_trajectories(leaves, source, log_q, message):
-    validate_trajectories(TrajectoryBatch(GOOD, GOOD, torch.zeros(2, 3)), 2, 3, 8)
+    validate_trajectories(Trajectories(GOOD, GOOD, torch.zeros(2, 3)), 2, 3, 8)
     with pytest.raises(ValueError, match=message):
-        validate_trajectories(TrajectoryBatch(leaves, source, log_q), 2, 3, 8)
+        validate_trajectories(Trajectories(leaves, source, log_q), 2, 3, 8)
 
 
 def test_something_else_than_trajectories():
-    with pytest.raises(TypeError, match="returned list; it must return a TrajectoryBatch"):
+    with pytest.raises(TypeError, match="returned list; it must return a Trajectories"):
         validate_trajectories([[0, 1]], 1, 2, 8)
     with pytest.raises(TypeError, match="returned leaves as list; it must be a tensor"):
-        validate_trajectories(TrajectoryBatch([[0, 1]], torch.zeros(1, 2)), 1, 2, 8)
+        validate_trajectories(Trajectories([[0, 1]], torch.zeros(1, 2)), 1, 2, 8)
 
     def mine(*_):
         return [[0]]
 
     with pytest.raises(TypeError, match="sampler 'mine' returned list"):
-        FunctionSampler(mine).sample({}, None, 1, None)
+        FunctionSampler(mine).sample(make_step(), None, None, 1, None)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from gflowtrl.data import Step
 from gflowtrl.teachers import (
     EASE,
     MixtureTeacher,
@@ -31,6 +32,10 @@ def all_kinds():
     ease, popularity = EASE.fit(SEQUENCES, ITEMS, rows), Popularity.fit(SEQUENCES, ITEMS)
     sasrec = SASRec(ITEMS, max_history_items=3, width=8)
     return [ease, popularity, sasrec, MixtureTeacher({ease: 1.0, MixtureTeacher({sasrec: 1.0, popularity: 2.0}): 0.5})]
+
+
+def step_of(histories):
+    return Step({}, torch.arange(len(histories)), torch.full((len(histories),), -1), {"history": histories})
 
 
 class Counting:
@@ -145,15 +150,15 @@ def test_as_teacher_aligns_and_wraps():
         as_teacher(3, ITEMS)
 
 
-def test_scores_are_computed_once_a_batch():
+def test_scores_are_computed_once_per_step():
     teacher, popularity = Counting(), Popularity.fit(SEQUENCES, ITEMS)
     mixture, reordered = MixtureTeacher({teacher: 1.0, popularity: 1.0}), as_teacher(teacher, ITEMS[::-1])
-    batch = {"history": SEQUENCES, "cache": {}}
+    step = step_of(SEQUENCES)
     for wanted in (teacher, mixture, reordered, mixture, teacher):
-        torch.testing.assert_close(teacher_scores(wanted, batch), wanted.score(SEQUENCES))
-    assert teacher.calls == 1 + 5  # one for the batch, five by the direct calls it is compared with
-    teacher_scores(teacher, {"history": SEQUENCES, "cache": {}})
-    teacher_scores(teacher, {"history": SEQUENCES})
+        torch.testing.assert_close(teacher_scores(wanted, step), wanted.score(SEQUENCES))
+    assert teacher.calls == 1 + 5  # one for the step, five by the direct calls it is compared with
+    teacher_scores(teacher, step_of(SEQUENCES))
+    teacher_scores(teacher, step.rows(slice(2)))
     assert teacher.calls == 1 + 5 + 2
 
 

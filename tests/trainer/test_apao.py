@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from gflowtrl.trainer.prefixes import PrefixWeights
 
 from gflowtrl import APAOConfig, APAOTrainer, GFlowNetTrainer, Recommender
+from gflowtrl.losses import PrefixWeights
 from tests.tiny import tiny_model, tiny_seq2seq
 
 from .world import TOKENIZER, losses, make_catalog, make_rows
@@ -47,17 +47,20 @@ def steps_by_hand(model, encoder, history, leaf: int) -> list[float]:
 @pytest.mark.parametrize("model", [tiny_model, tiny_seq2seq])
 def test_the_loss_is_the_papers_over_the_whole_vocabulary(tmp_path, model, method):
     """Most of the vocabulary is no item's, and some states leave no choice: these count too."""
-    chosen = lambda batch, policy, k, noise: (batch["row_id"][:, None] * 3 + torch.arange(k)) % CATALOG.tree.num_leaves  # noqa: E731
+
+    def chosen(step, policy, reward, k, noise):
+        return (step.row_ids[:, None] * 3 + torch.arange(k)) % CATALOG.tree.num_leaves
+
     options = {"sampler": chosen} if method == "pairwise" else {}
     trainer = make_apao(tmp_path, model(4 * len(TOKENIZER)), method=method, beta=0.7, **options)
     trainer.model.eval()
     batch = next(iter(trainer.get_train_dataloader()))
-    expected = 0.0
-    for row, (history, target) in enumerate(zip(batch["history"], batch["target"], strict=True)):
+    columns, expected = batch["columns"], 0.0
+    for row, (history, target) in enumerate(zip(columns["history"], columns["target"], strict=True)):
         leaf = int(CATALOG.leaf_of([target]))
         own = steps_by_hand(trainer.model, trainer._encoder, history, leaf)
         expected -= sum(own) / len(own)
-        group = (batch["row_id"][row] * 3 + torch.arange(6)) % CATALOG.tree.num_leaves if method == "pairwise" else []
+        group = (batch["row_ids"][row] * 3 + torch.arange(6)) % CATALOG.tree.num_leaves if method == "pairwise" else []
         for m in range(1, len(own) + 1):
             if method == "pointwise":
                 term = -sum(own[:m]) / m
@@ -71,7 +74,7 @@ def test_the_loss_is_the_papers_over_the_whole_vocabulary(tmp_path, model, metho
                 term = math.log1p(sum(competing.values()) / math.exp(sum(own[:m])))
             expected += 0.7 * term / CATALOG.tree.max_depth
     loss = trainer.compute_loss(trainer.model, batch).item()
-    assert loss == pytest.approx(expected / len(batch["target"]), rel=1e-4)
+    assert loss == pytest.approx(expected / len(columns["target"]), rel=1e-4)
 
 
 def by_hand(variant: str, eta: float, steps: list[list[list[float]]]) -> list[list[float]]:
@@ -97,12 +100,12 @@ def test_the_weights_are_their_formulas(variant):
     generator = torch.Generator().manual_seed(0)
     batches = 4 * torch.rand(5, 6, 3, generator=generator)
     expected = by_hand(variant, 0.8, batches.tolist())
-    weights = PrefixWeights(3, 0.8, variant)
+    weights = PrefixWeights(3, torch.clone, 0.8, variant)
     lengths = torch.full((6,), 3)
     for losses_of_step, hand in zip(batches, expected, strict=True):
         assert weights.weigh(losses_of_step, lengths).tolist() == pytest.approx(hand, rel=1e-5)
         weights.step()
-    again = PrefixWeights(3, 0.8, variant)
+    again = PrefixWeights(3, torch.clone, 0.8, variant)
     if weights.state_dict():
         again.load_state_dict(weights.state_dict())
     more = torch.rand(4, 3)
@@ -110,7 +113,7 @@ def test_the_weights_are_their_formulas(variant):
 
 
 def test_micro_batches_adapt_once_a_step_and_short_ids_have_no_long_prefixes():
-    whole, parts = PrefixWeights(2, 1.0, "paper"), PrefixWeights(2, 1.0, "paper")
+    whole, parts = PrefixWeights(2, torch.clone, 1.0, "paper"), PrefixWeights(2, torch.clone, 1.0, "paper")
     losses_of_step, lengths = torch.tensor([[1.0, 3.0], [2.0, 0.0], [5.0, 1.0]]), torch.tensor([2, 1, 2])
     whole.weigh(losses_of_step, lengths)
     for rows in (slice(0, 1), slice(1, 3)):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gflowtrl.data import Step
 from gflowtrl.policy import make_policy
 from gflowtrl.rewards import GroundTruthReward, RankPenaltyReward
 from tests.distributed.cases import Case, adapters_of
@@ -54,7 +55,8 @@ def test_the_reference_stays_as_the_model_was(tmp_path):
 def test_a_rank_penalty_by_hand():
     reward = RankPenaltyReward().bind(CATALOG)
     target = CATALOG.items_of(5)[0]
-    found = reward.score_leaves({"target": [target, target]}, torch.tensor([[7, 5, 1], [7, 2, 1]]))
+    step = Step({}, torch.arange(2), torch.full((2,), -1), {"target": [target, target]})
+    found = reward.score_leaves(step, torch.tensor([[7, 5, 1], [7, 2, 1]]))
     shares = [1 / torch.log2(torch.tensor(i + 2.0)) for i in range(3)]
     torch.testing.assert_close(found[0], torch.tensor([-shares[0] / sum(shares), 1.0, -shares[2] / sum(shares)]))
     assert found[1].tolist() == [0.0, 0.0, 0.0]

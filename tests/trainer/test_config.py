@@ -6,13 +6,22 @@ import re
 
 import pytest
 import torch
-from gflowtrl.trainer.base import BaseConfig
 from trl import TrlParser
 
 from gflowtrl import GFlowNetConfig
+from gflowtrl.trainer import APAOConfig, TreePolicyConfig
 
 
-OWN = [field for field in dataclasses.fields(GFlowNetConfig) if field.name in GFlowNetConfig.__annotations__]
+OWN = [
+    field
+    for field in dataclasses.fields(GFlowNetConfig)
+    if field.name in GFlowNetConfig.__annotations__ | TreePolicyConfig.__annotations__
+]
+#: Documented as other defaults than those of `TrainingArguments`, in one paragraph.
+OTHER_DEFAULTS = (
+    *("learning_rate", "train_sampling_strategy", "remove_unused_columns"),
+    *("gradient_checkpointing", "bf16"),
+)
 
 
 @pytest.mark.parametrize("given", ["sft,vargrad", ["sft", "vargrad"], ("sft", "vargrad")])
@@ -43,7 +52,9 @@ def test_the_command_line_wins_over_yaml(tmp_path):
 
 
 def test_it_comes_back_from_its_own_dictionary(tmp_path):
-    config = GFlowNetConfig(str(tmp_path), loss_type="sft,vargrad", loss_weights=[1, 2], huber_delta=3.0)
+    config = GFlowNetConfig(
+        str(tmp_path), loss_type="sft,vargrad", loss_weights=[1, 2], loss_kwargs={"vargrad": {"huber_delta": 3.0}}
+    )
     again = GFlowNetConfig(**{field.name: config.to_dict()[field.name] for field in OWN}, output_dir=str(tmp_path))
     assert [getattr(again, field.name) for field in OWN] == [getattr(config, field.name) for field in OWN]
 
@@ -55,12 +66,14 @@ def test_defaults_suit_a_small_machine(tmp_path):
     assert config.dataloader_pin_memory is False and config.remove_unused_columns is False
 
 
-def test_every_field_is_documented_with_its_default():
-    text = GFlowNetConfig.__doc__
-    for field in OWN:
+@pytest.mark.parametrize("config", [TreePolicyConfig, GFlowNetConfig, APAOConfig])
+def test_every_field_is_documented_with_its_default(config):
+    text = config.__doc__
+    own = [field for field in dataclasses.fields(config) if field.name in config.__annotations__]
+    for field in own:
         assert field.metadata.get("help"), f"{field.name} has no help text"
         assert "%" not in field.metadata["help"].replace("%%", ""), field.name
-        if field.name in ("learning_rate", "train_sampling_strategy", "remove_unused_columns"):
+        if field.name in OTHER_DEFAULTS:
             assert field.name.replace("_", " ") in text or field.name in text
             continue
         line = re.search(rf"^\s+{field.name} \((.*)\):$", text, re.M)
@@ -71,4 +84,4 @@ def test_every_field_is_documented_with_its_default():
             assert ast.literal_eval(stated) == default, (
                 f"{field.name}: the docstring says {stated}, the field {default}"
             )
-    assert issubclass(GFlowNetConfig, BaseConfig)
+    assert issubclass(config, TreePolicyConfig) and own

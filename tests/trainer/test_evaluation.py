@@ -179,8 +179,8 @@ def test_the_reference_model_is_a_part_of_the_target(tmp_path):
 class Nothing:
     """The same reward for every leaf."""
 
-    def score_items(self, batch):
-        return 1 / trainer_catalog.leaf_sizes[trainer_catalog.item_leaf].expand(len(batch["row_id"]), -1)
+    def score_items(self, step):
+        return 1 / trainer_catalog.leaf_sizes[trainer_catalog.item_leaf].expand(len(step), -1)
 
 
 trainer_catalog = make_catalog()

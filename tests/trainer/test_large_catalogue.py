@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from gflowtrl.rewards import CollaborativeReward, GroundTruthReward
-from gflowtrl.trainer import gflownet_trainer
+from gflowtrl.rewards import CollaborativeReward, CompositeReward, GroundTruthReward
 
 from .world import losses, make_trainer, teacher
 
@@ -38,18 +37,18 @@ def test_all_leaves_as_the_best_ones_are_the_exact_flows(tmp_path):
 
 def test_few_best_leaves_are_the_flows_of_the_levelled_reward(tmp_path, monkeypatch):
     """The loss of the first step by brute force: the reward of all but three leaves made alike by hand."""
-    seen = []
-    original = gflownet_trainer.top_rewards
-    monkeypatch.setattr(gflownet_trainer, "top_rewards", lambda *a: seen.append((a[1], original(*a))) or seen[-1][1])
+    seen, original = [], CompositeReward.of
+    monkeypatch.setattr(
+        CompositeReward, "of", lambda self, step, *a: seen.append((step, original(self, step, *a))) or seen[-1][1]
+    )
     with pytest.warns(UserWarning, match="only the exact_top_items=3 best leaves"):
         trainer = make_trainer(
             tmp_path, rewards(), loss_type="exact_flow", max_exact_elements=50, exact_top_items=3, max_steps=1
         )
     trainer.train()
-    batch, top = seen[0]
-    table = trainer.rewards.__class__(rewards(), trainer._catalog, trainer.processing_class).leaf_log_rewards(
-        {**batch, "cache": {}}
-    )
+    step, top = seen[0]
+    whole = CompositeReward(rewards(), trainer._catalog, trainer.processing_class)
+    table = original(whole, step).result.log_rewards
     best = torch.zeros_like(table, dtype=torch.bool).scatter(1, table.topk(3, 1).indices, True)
     assert torch.equal(best.nonzero()[:, 1].view(-1, 3), top.leaves)
     rest = table.exp().masked_fill(best, 0.0).sum(1, keepdim=True) / 20
@@ -57,4 +56,4 @@ def test_few_best_leaves_are_the_flows_of_the_levelled_reward(tmp_path, monkeypa
     assert trainer.state.log_history[0]["log_z"] == pytest.approx(levelled.logsumexp(1).mean().item(), rel=1e-5)
     nodes = torch.arange(trainer._catalog.tree.num_nodes).expand(len(table), -1)
     flows = trainer._catalog.tree.log_flows(levelled)
-    torch.testing.assert_close(top.log_flows(trainer._catalog.tree, nodes), flows, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(top.log_flows(nodes), flows, atol=1e-5, rtol=1e-5)

@@ -7,11 +7,13 @@ import torch
 from peft import LoraConfig
 
 from gflowtrl import CausalTreePolicy
+from gflowtrl.data import Step
 from gflowtrl.losses import LOSSES
+from gflowtrl.policy import Noise, StatelessNoise
 from gflowtrl.rewards import CollaborativeReward, GroundTruthReward, Reward
 from tests.tiny import tiny_model, tiny_seq2seq
 
-from .test_step import CATALOG, LEAVES, first_batch, fixed_leaves, rewards
+from .test_step import CATALOG, LEAVES, first_batch, first_step, fixed_leaves, rewards
 from .world import TOKENIZER, make_trainer, teacher, weights
 
 
@@ -19,8 +21,12 @@ WEIGHT = 0.7
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
 
-def leaf_log_probs(model, batch: dict) -> torch.Tensor:
-    return CausalTreePolicy(model.eval(), CATALOG).leaf_log_probs(batch["prompts"])
+def leaf_log_probs(model, step: Step) -> torch.Tensor:
+    return CausalTreePolicy(model.eval(), CATALOG).leaf_log_probs(step.prompts)
+
+
+def fixed_noise(step: Step) -> Noise:
+    return StatelessNoise(0).at(0, step.row_ids)
 
 
 class PerLeaf(Reward):
@@ -30,8 +36,8 @@ class PerLeaf(Reward):
         super().__init__("per_leaf")
         self.function = function
 
-    def score_items(self, batch):
-        return self.function(batch)[:, self.catalog.item_leaf]
+    def score_items(self, step):
+        return self.function(step)[:, self.catalog.item_leaf]
 
 
 def noisy(model):
@@ -46,10 +52,10 @@ def test_the_prior_times_the_reward_is_the_fixed_point(tmp_path, loss_type):
     """With log R = log pi - weight * log pi_ref + c the policy is its own target: no loss and no gradient."""
     model, ref_model = tiny_model(len(TOKENIZER)), tiny_model(len(TOKENIZER), seed=1)
     frozen = copy.deepcopy(model)
-    reward = PerLeaf(lambda batch: leaf_log_probs(frozen, batch) - WEIGHT * leaf_log_probs(ref_model, batch) + 1.5)
+    reward = PerLeaf(lambda step: leaf_log_probs(frozen, step) - WEIGHT * leaf_log_probs(ref_model, step) + 1.5)
     options = {"loss_type": loss_type, "reward_transform": "exp", "leaf_reduction": "max", "sampler": fixed_leaves}
     trainer = make_trainer(tmp_path, reward, model, ref_model=ref_model, ref_weight=WEIGHT, **options)
-    if LOSSES[loss_type].heads:
+    if LOSSES[loss_type].needs_flow_heads:
         torch.nn.init.constant_(trainer.model.flow_heads.outer.bias, 1.5)
     loss = trainer.compute_loss(trainer.model, first_batch(trainer))
     assert abs(loss.item()) < 1e-6
@@ -70,16 +76,17 @@ def test_the_prior_changes_log_r_by_log_pi_ref_alone(tmp_path, loss_type):
     for trainer in (plain, prior):
         trainer.compute_loss(trainer.model, batch)
         groups.append(trainer._last_group)
-    log_ref = leaf_log_probs(ref_model, batch)
-    leaves = groups[0].trajectories.leaves
+    log_ref = leaf_log_probs(ref_model, groups[0].step)
+    leaves = groups[0].drawn.leaves
     change = groups[1].rewards.log_rewards - groups[0].rewards.log_rewards
     torch.testing.assert_close(change, WEIGHT * log_ref.gather(1, leaves), rtol=0, atol=1e-4)
     assert torch.equal(groups[1].rewards.rewards, groups[0].rewards.rewards)  # the reward itself is what it was
-    change = groups[1].batch["leaf_log_rewards"] - groups[0].batch["leaf_log_rewards"]
     if loss_type == "exact_flow":  # every leaf's, or the flows of the states would not be those of the target
+        change = groups[1].reward.result.log_rewards - groups[0].reward.result.log_rewards
         torch.testing.assert_close(change, WEIGHT * log_ref, rtol=0, atol=1e-4)
-    else:
-        assert not change.any()
+    else:  # a sampler that draws by reward draws by R alone
+        first, second = (group.reward.sample(16, fixed_noise(group.step)) for group in groups)
+        assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
 def test_without_a_reference_it_is_the_model_before_training_and_stays_so(tmp_path):
@@ -117,7 +124,7 @@ def test_the_reference_may_be_given_by_its_folder_and_be_of_the_other_kind(tmp_p
 
 def test_under_adapters_the_reference_is_the_base_model(tmp_path):
     base = noisy(tiny_model(len(TOKENIZER)))
-    expected = leaf_log_probs(copy.deepcopy(base), batch := first_batch(make_trainer(tmp_path, rewards())))
+    expected = leaf_log_probs(copy.deepcopy(base), step := first_step(make_trainer(tmp_path, rewards())))
     trainer = make_trainer(
         tmp_path, rewards(), base, peft_config=LoraConfig(**LORA), ref_weight=WEIGHT, loss_type="trajectory_balance"
     )
@@ -128,11 +135,11 @@ def test_under_adapters_the_reference_is_the_base_model(tmp_path):
     model = trainer.model.train()
     leaves = torch.arange(LEAVES).expand(8, -1)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
-    torch.testing.assert_close(trainer.prior.score(model, batch["prompts"], leaves), WEIGHT * expected)
-    torch.testing.assert_close(trainer.prior.score_all(model, batch["prompts"]), WEIGHT * expected)
+    torch.testing.assert_close(trainer.prior.score(model, step.prompts, leaves), WEIGHT * expected)
+    torch.testing.assert_close(trainer.prior.score_all(model, step.prompts), WEIGHT * expected)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
     assert all(module.training for module in model.modules())
-    assert (leaf_log_probs(model, batch) - expected).abs().max() > 0.1
+    assert (leaf_log_probs(model, step) - expected).abs().max() > 0.1
     start = weights(trainer)
     trainer.train()
     moved = {name for name, value in weights(trainer).items() if not torch.equal(value, start[name])}

@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 import torch
-from gflowtrl.trainer.sampler_state import load_sampler, save_sampler
 from safetensors.torch import load_file
 
-from gflowtrl.samplers import Sampler, TrajectoryBatch, UniformSampler
+from gflowtrl.samplers import Sampler, Trajectories, UniformSampler
+from gflowtrl.trainer.training_state import load_sampler, save_sampler
 
 from .test_step import CATALOG, LEAVES, WEIGHTS, rewards, true_rewards
 from .world import losses, make_trainer, weights
@@ -23,16 +23,16 @@ class Counting(Sampler):
         self.residual = torch.zeros(LEAVES)
         self.seen: list[dict] = []
 
-    def sample(self, batch, policy, num_generations, noise):
+    def sample(self, step, policy, reward, num_generations, noise):
         order = (self.counts + self.residual + 0.01 * torch.arange(LEAVES)).argsort()
-        leaves = order[(batch["row_id"][:, None] + torch.arange(num_generations)) % LEAVES]
-        return TrajectoryBatch(leaves, torch.zeros_like(leaves))
+        leaves = order[(step.row_ids[:, None] + torch.arange(num_generations)) % LEAVES]
+        return Trajectories.of_one_source(leaves)
 
-    def observe(self, batch, trajectories, feedback):
+    def observe(self, step, trajectories, feedback):
         leaves = trajectories.leaves.flatten()
         self.counts += torch.bincount(leaves, minlength=LEAVES)
-        self.residual.index_add_(0, leaves, feedback["residual"].flatten())
-        self.seen.append({"batch": batch, "leaves": trajectories.leaves, **feedback})
+        self.residual.index_add_(0, leaves, feedback.residual.flatten())
+        self.seen.append({"step": step, "leaves": trajectories.leaves, **vars(feedback)})
 
     def state_dict(self):
         return {"counts": self.counts, "residual": self.residual}
@@ -51,9 +51,9 @@ def test_it_hears_of_the_progress_and_of_what_became_of_its_trajectories(tmp_pat
         per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=4,
     )  # fmt: skip
     trainer.train()
-    assert [told["batch"]["progress"] for told in sampler.seen] == [0, 0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
+    assert [told["step"].progress for told in sampler.seen] == [0, 0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
     first = sampler.seen[0]
-    expected = true_rewards(first["batch"]).log().gather(1, first["leaves"])
+    expected = true_rewards(first["step"]).log().gather(1, first["leaves"])
     torch.testing.assert_close(first["log_rewards"], expected, rtol=1e-4, atol=1e-4)
     # The head begins at log Z = 0.
     torch.testing.assert_close(first["residual"], (first["log_pi"] - expected).abs(), rtol=1e-4, atol=1e-4)
@@ -70,7 +70,7 @@ def test_the_residual_is_to_the_true_log_z_where_it_is_known(tmp_path):
     )
     trainer.train()
     told = sampler.seen[0]
-    log_rewards = true_rewards(told["batch"]).log()
+    log_rewards = true_rewards(told["step"]).log()
     expected = log_rewards.logsumexp(1)[:, None] + told["log_pi"] - log_rewards.gather(1, told["leaves"])
     torch.testing.assert_close(told["residual"], expected.abs(), rtol=1e-4, atol=1e-4)
 

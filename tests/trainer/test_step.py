@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from gflowtrl import CausalTreePolicy
+from gflowtrl.data import Step
 from gflowtrl.losses import LOSSES
 from gflowtrl.policy import make_policy
 from gflowtrl.rewards import CollaborativeReward, GroundTruthReward
-from gflowtrl.samplers import TrajectoryBatch
+from gflowtrl.samplers import Trajectories
 from tests.tiny import tiny_model, tiny_seq2seq
 
 from .world import ITEMS, SEMANTIC_IDS, TOKENIZER, losses, make_catalog, make_trainer, teacher, weights
@@ -30,9 +31,9 @@ def rewards() -> list:
     return [GroundTruthReward(), CollaborativeReward(teacher)]
 
 
-def fixed_leaves(batch, policy, num_generations, noise):
+def fixed_leaves(step, policy, reward, num_generations, noise):
     """Any leaves, a function of the row alone, of which at least two differ."""
-    first = batch["row_id"][:, None] * 7
+    first = step.row_ids[:, None] * 7
     return (first + torch.arange(num_generations) ** 2) % LEAVES
 
 
@@ -40,13 +41,17 @@ def first_batch(trainer) -> dict:
     return next(iter(trainer.get_train_dataloader()))
 
 
-def true_rewards(batch: dict) -> torch.Tensor:
+def first_step(trainer) -> Step:
+    return Step.from_batch(first_batch(trainer), CATALOG)
+
+
+def true_rewards(step: Step) -> torch.Tensor:
     """R of every leaf, from the definition: items' rewards added up per leaf, weighted, floored."""
-    likes = teacher(batch["history"]).softmax(1)
+    likes = teacher(step.columns["history"]).softmax(1)
     total = torch.zeros(len(likes), LEAVES)
     for item in ITEMS:
         leaf = int(CATALOG.leaf_of([item]))
-        chosen = torch.tensor([float(target == item) for target in batch["target"]])
+        chosen = torch.tensor([float(target == item) for target in step.columns["target"]])
         total[:, leaf] += WEIGHTS[0] * chosen + WEIGHTS[1] * likes[:, ITEMS.index(item)]
     return torch.maximum(total, FLOOR * total.mean(1, keepdim=True))
 
@@ -101,21 +106,21 @@ def huber(size: float) -> float:
     return size**2 if abs(size) <= 1 else 2 * abs(size) - 1
 
 
-def expected_loss(name: str, batch: dict, log_pi: torch.Tensor, leaves: torch.Tensor) -> float:
+def expected_loss(name: str, step: Step, log_pi: torch.Tensor, leaves: torch.Tensor) -> float:
     """The paper's formula on the exact leaf distribution `log_pi (B, N)`."""
-    reward = true_rewards(batch)
+    reward = true_rewards(step)
     surplus = (log_pi - reward.log()).gather(1, leaves)
     if name == "msl":  # at temperature 1
         name = "sft"
     if name == "sft":
-        return -log_pi.gather(1, CATALOG.leaf_of(batch["target"])[:, None]).mean().item()
+        return -log_pi.gather(1, CATALOG.leaf_of(step.columns["target"])[:, None]).mean().item()
     if name == "sdpo":  # the policy is its own reference still, so that every margin is 0
-        targets = CATALOG.leaf_of(batch["target"])[:, None]
+        targets = CATALOG.leaf_of(step.columns["target"])[:, None]
         return (1 + (leaves != targets).sum(1).double()).log().mean().item()
     if name == "grpo":
         return 0.0  # advantages have mean 0, and the divergence begins at 0
     if name.startswith("prefix_"):
-        rows = zip(log_pi.exp(), CATALOG.leaf_of(batch["target"]).tolist(), leaves.tolist(), strict=True)
+        rows = zip(log_pi.exp(), CATALOG.leaf_of(step.columns["target"]).tolist(), leaves.tolist(), strict=True)
         values = [prefix_loss(pi, target, row if name == "prefix_pairwise" else None) for pi, target, row in rows]
         return sum(values) / len(values)
     if name == "vargrad":
@@ -142,13 +147,14 @@ def test_the_loss_is_the_formula_on_the_exact_distribution(tmp_path, loss_type, 
         tmp_path, rewards(), model(len(TOKENIZER)), loss_type=loss_type, reward_weights=WEIGHTS, reward_floor=FLOOR,
         sampler=fixed_leaves,
     )  # fmt: skip
-    if LOSSES[loss_type].heads:
+    if LOSSES[loss_type].needs_flow_heads:
         torch.nn.init.constant_(trainer.model.flow_heads.outer.bias, LOG_Z)
     batch = first_batch(trainer)
-    log_pi = make_policy(trainer.model, CATALOG).leaf_log_probs(batch["prompts"])
+    step = Step.from_batch(batch, CATALOG)
+    log_pi = make_policy(trainer.model, CATALOG).leaf_log_probs(step.prompts)
     torch.testing.assert_close(log_pi.exp().sum(1), torch.ones(8))
-    leaves = fixed_leaves(batch, None, 4, None)
-    expected = expected_loss(loss_type, batch, log_pi, leaves)
+    leaves = fixed_leaves(step, None, None, 4, None)
+    expected = expected_loss(loss_type, step, log_pi, leaves)
     assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert expected > 0.1 or loss_type == "grpo"
 
@@ -270,15 +276,16 @@ def test_exact_flow_logs_the_true_log_z(tmp_path):
     seen, step = [], trainer.compute_loss
     trainer.compute_loss = lambda model, batch, **k: seen.append(batch) or step(model, batch, **k)
     logs = logged(trainer)
-    expected = [true_rewards(batch).sqrt().sum(1).log().mean().item() for batch in seen]
+    steps = [Step.from_batch(batch, CATALOG) for batch in seen]
+    expected = [true_rewards(step).sqrt().sum(1).log().mean().item() for step in steps]
     assert [log["log_z"] for log in logs] == pytest.approx(expected, rel=1e-4)
     assert max(expected) - min(expected) > 1e-2
 
 
 def test_the_seconds_of_a_part_add_up(tmp_path):
-    def slow(batch):
+    def slow(step):
         time.sleep(0.02)
-        return torch.ones(len(batch["row_id"]), len(ITEMS))
+        return torch.ones(len(step), len(ITEMS))
 
     trainer = make_trainer(tmp_path, SimpleNamespace(__name__="slow", score_items=slow), max_steps=1)
     (log,) = logged(trainer)
@@ -320,15 +327,18 @@ def test_log_completions_prints_a_group_best_first(tmp_path, capsys):
     assert "target: " in printed and "Step 1" in printed
 
 
-def test_a_sampler_is_asked_with_the_batch_the_step_and_the_rows(tmp_path):
+def test_a_sampler_is_asked_with_the_step_its_rewards_and_noise_of_the_rows(tmp_path):
     draws = []
 
-    def watched(batch, policy, num_generations, noise):
-        assert {"prompts", "history", "target", "target_leaf", "leaf_log_rewards"} <= set(batch)
-        torch.testing.assert_close(batch["leaf_log_rewards"], true_rewards(batch).log(), rtol=1e-4, atol=1e-4)
+    def watched(step, policy, reward, num_generations, noise):
+        assert {"row_id", "history", "target"} == set(step.columns) and {"input_ids"} < set(step.prompts)
+        assert step.row_ids.tolist() == step.columns["row_id"]
+        assert torch.equal(step.target_leaves, CATALOG.leaf_of(step.columns["target"]))
+        every = torch.arange(LEAVES).expand(len(step), -1)
+        torch.testing.assert_close(reward.log(every), true_rewards(step).log(), rtol=1e-4, atol=1e-4)
         draws.append(noise.uniform("mine", num_generations))
-        leaves = fixed_leaves(batch, policy, num_generations, noise)
-        return TrajectoryBatch(leaves, torch.zeros_like(leaves))
+        leaves = fixed_leaves(step, policy, reward, num_generations, noise)
+        return Trajectories.of_one_source(leaves)
 
     trainer = make_trainer(
         tmp_path, rewards(), reward_weights=WEIGHTS, sampler=watched, num_train_epochs=2, max_steps=-1

@@ -32,7 +32,8 @@ def test_every_parameter_moves(tmp_path, loss_type, model):
     trainer.train()
     still = [name for name, value in weights(trainer).items() if torch.equal(value, before[name])]
     assert not still, f"Parameters {still} have not changed."
-    assert any("flow_heads" in name for name in before) == any(LOSSES[name].heads for name in loss_type.split(","))
+    headed = any(LOSSES[name].needs_flow_heads for name in loss_type.split(","))
+    assert any("flow_heads" in name for name in before) == headed
 
 
 def test_the_head_has_a_learning_rate_of_its_own(tmp_path):
@@ -113,10 +114,10 @@ def test_rows_come_in_another_order_every_epoch_each_once(tmp_path):
     step = trainer.compute_loss
     trainer.compute_loss = lambda model, batch, **k: seen.append(batch) or step(model, batch, **k)
     trainer.train()
-    order = torch.cat([batch["row_id"] for batch in seen]).view(3, 20)
+    order = torch.cat([batch["row_ids"] for batch in seen]).view(3, 20)
     assert all(sorted(epoch) == list(range(100, 120)) for epoch in order.tolist())
     assert len({tuple(epoch) for epoch in order.tolist()}) == 3
-    lengths = [[len(history) for history in batch["history"]] for batch in seen]
+    lengths = [[len(history) for history in batch["columns"]["history"]] for batch in seen]
     spread = [max(batch) - min(batch) for batch in lengths if len(batch) == 8]
     assert sum(spread) / len(spread) < 6  # of 8 in a random batch, nearly always
 

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gflowtrl.data import Step
 from gflowtrl.losses import LOSSES, contrastive_balance, trajectory_balance, vargrad
 from gflowtrl.policy import make_policy
-from gflowtrl.samplers import Sampler, TrajectoryBatch
+from gflowtrl.samplers import Sampler, Trajectories
 from gflowtrl.trainer.weighting import effective_number, source_table, weights_by_reward, weights_by_source
 from tests.losses.tabular import TabularPolicy, random_tree
 
@@ -23,9 +24,9 @@ class ThreeSources(Sampler):
 
     source_names = ("a", "b", "c")
 
-    def sample(self, batch, policy, num_generations, noise):
-        leaves = fixed_leaves(batch, policy, num_generations, noise)
-        return TrajectoryBatch(leaves, SOURCES.expand_as(leaves))
+    def sample(self, step, policy, reward, num_generations, noise):
+        leaves = fixed_leaves(step, policy, reward, num_generations, noise)
+        return Trajectories(leaves, SOURCES.expand_as(leaves))
 
 
 def test_by_source_by_hand():
@@ -56,7 +57,7 @@ def test_weights_are_positive_of_mean_one_and_blind_to_the_scale(seed, count, sh
     assert weights_by_source(7 * table, source).allclose(weights_by_source(table, source))
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].balances])
+@pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].needs_log_rewards])
 def test_weights_keep_the_fixed_point(name):
     tree = random_tree(0)
     generator = torch.Generator().manual_seed(0)
@@ -109,13 +110,14 @@ def test_the_trainer_weighs_balance_losses_and_not_sft(tmp_path, weighting, redu
     batch = first_batch(trainer)
     loss = trainer.compute_loss(trainer.model, batch).item()
     group = trainer._last_group
-    leaves, scores = group.trajectories.leaves, group.scores
-    log_rewards = true_rewards(batch).log().gather(1, leaves)
+    leaves, scores = group.drawn.leaves, group.scores
+    step = Step.from_batch(batch, CATALOG)
+    log_rewards = true_rewards(step).log().gather(1, leaves)
     share = torch.tensor([1.0, 4.0, 4.0, 1.0]) / 10 if weighting == "source" else log_rewards.softmax(1)
     each = trajectory_balance(scores.log_probs, log_rewards, scores.log_z)
     balance = (share * each).sum(1).mean() * (4 if reduction == "sum" else 1)
-    target = CATALOG.leaf_of(batch["target"])[:, None]
-    sft = -make_policy(trainer.model, CATALOG).leaf_log_probs(batch["prompts"]).gather(1, target).mean()
+    target = CATALOG.leaf_of(step.columns["target"])[:, None]
+    sft = -make_policy(trainer.model, CATALOG).leaf_log_probs(step.prompts).gather(1, target).mean()
     assert loss == pytest.approx((sft + balance).item(), rel=1e-4)
     assert not torch.allclose(share.expand_as(each), torch.full_like(each, 0.25))
 

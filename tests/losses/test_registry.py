@@ -1,0 +1,216 @@
+"""Losses by name: a user's own among them, and the options that each has."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from gflowtrl.losses import LOSSES, LossInputs, LossSpec, get_loss, register_loss, sft, vargrad
+from gflowtrl.rewards import GroundTruthReward
+from tests.trainer.world import losses, make_trainer
+
+
+@pytest.fixture(autouse=True)
+def restored_registry():
+    """What a test registers is gone afterwards."""
+    before = dict(LOSSES)
+    yield
+    LOSSES.clear()
+    LOSSES.update(before)
+
+
+DEFAULTS = {
+    "temperature": 0.5, "epsilon": 0.25, "seed": 3, "delta": 2.0, "lam": 0.75, "weight_decay": 0.125,
+    "learning_rate": 7.0, "beta": 5.0, "num_generations": 11,
+}  # fmt: skip
+calls = []  # the options of every call
+
+
+def greedy(
+    log_probs, log_rewards, temperature=0.5, epsilon=0.25, seed=3, delta=2.0, lam=0.75, weight_decay=0.125,
+    learning_rate=7.0, beta=5.0, num_generations=11,
+):  # fmt: skip
+    """All names that the trainer's configuration, or another loss, has too."""
+    given = locals()
+    calls.append({name: given[name] for name in DEFAULTS})
+    return lam * vargrad(log_probs, log_rewards)
+
+
+# ------------------------------------------------------------------------------------------------------- a user's loss
+def test_a_users_loss_keeps_its_own_defaults(tmp_path):
+    """Whatever the configuration calls by the same names."""
+    register_loss("greedy", LossSpec(greedy, min_generations=2))
+    settings = {
+        "temperature": 1.75, "seed": 42, "epsilon": 0.0625, "weight_decay": 0.01, "learning_rate": 0.02,
+        "num_generations": 4, "max_steps": 2,
+    }  # fmt: skip
+
+    def train(folder, **options):
+        calls.clear()
+        trainer = make_trainer(tmp_path / folder, [GroundTruthReward()], **settings, **options)
+        assert all(getattr(trainer.args, name) == value for name, value in settings.items())
+        calls.clear()  # the check of the options calls the loss once
+        trainer.train()
+        return trainer
+
+    own = train("own", loss_type="greedy")
+    assert calls == [DEFAULTS] * 2
+    chosen = {"seed": 9, "temperature": 0.1}
+    train("chosen", loss_type="greedy", loss_kwargs={"greedy": chosen})
+    assert calls == [DEFAULTS | chosen] * 2
+    vargrad_alone = train("vargrad", loss_type="vargrad", loss_weights=[0.75])
+    assert losses(own) == pytest.approx(losses(vargrad_alone), rel=1e-6)
+
+
+def test_options_of_one_loss_do_not_reach_another(tmp_path):
+    register_loss("greedy", LossSpec(greedy, min_generations=2))
+    calls.clear()
+    trainer = make_trainer(
+        tmp_path, [GroundTruthReward()], loss_type=["greedy", "contrastive_balance", "subtrajectory_balance"],
+        loss_kwargs={"contrastive_balance": {"delta": 0.5}, "subtrajectory_balance": {"lam": 0.25}}, max_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    assert calls == [DEFAULTS]
+    message = r"loss_kwargs\['greedy'\]: There is no option 'huber_delta'; there are: temperature, epsilon, seed"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, [GroundTruthReward()], loss_type="greedy", loss_kwargs={"greedy": {"huber_delta": 1.0}})
+
+
+def test_needs_follow_from_the_parameters():
+    def mine(log_probs, log_z, log_flows, ref_log_probs, child_target_log_probs, advantages, scale=1.0):
+        return log_probs.sum(-1)
+
+    register_loss("mine", mine)
+    spec = get_loss("mine")
+    assert spec == LossSpec(mine) and spec.min_generations == 1 and not spec.uses_target and not spec.uses_negatives
+    assert spec.inputs == ("log_probs", "log_z", "log_flows", "ref_log_probs", "child_target_log_probs", "advantages")
+    assert spec.options == {"scale": 1.0}
+    assert spec.needs_log_z and spec.needs_log_flows and spec.needs_flow_heads and spec.needs_reference
+    assert spec.needs_all_rewards and spec.needs_log_rewards and spec.needs_rewards
+    nothing = LossSpec(sft)
+    needs = [name for name in dir(LossSpec) if name.startswith("needs_")]
+    assert len(needs) == 7 and not any(getattr(nothing, name) for name in needs)
+
+
+def test_a_name_is_taken_once():
+    def first(log_probs):
+        return log_probs.sum(-1)
+
+    def second(log_probs):
+        return -log_probs.sum(-1)
+
+    register_loss("mine", first)
+    with pytest.raises(ValueError, match="already a loss 'mine', .*first; choose another name"):
+        register_loss("mine", second)
+    with pytest.raises(ValueError, match="already a loss 'sft', sft; choose another name"):
+        register_loss("sft", LossSpec(first))
+    assert get_loss("mine").function is first and get_loss("sft").function is sft
+    register_loss("theirs", second)
+    assert get_loss("theirs").function is second
+
+
+def test_the_same_function_may_come_again():
+    """As in a notebook whose cell runs twice: the new definition counts."""
+
+    def define(sign):
+        def mine(log_probs):
+            return sign * log_probs.sum(-1)
+
+        return mine
+
+    one, two = define(1), define(2)
+    for function in (one, one, two):
+        register_loss("mine", LossSpec(function, min_generations=2))
+        assert get_loss("mine") == LossSpec(function, min_generations=2)
+    register_loss("vargrad", LossSpec(vargrad, min_generations=2))
+
+
+def test_what_has_no_name_may_be_a_loss():
+    huber = partial(vargrad, huber_delta=1.0)
+    register_loss("huber", huber)
+    register_loss("huber", huber)
+    assert get_loss("huber").options == {"huber_delta": 1.0}
+    inputs = LossInputs(torch.randn(2, 3, 2), torch.full((2, 3), 2), log_rewards=torch.randn(2, 3))
+    expected = vargrad(inputs.log_probs, inputs.log_rewards, huber_delta=1.0)
+    assert torch.equal(get_loss("huber")(inputs), expected)
+    with pytest.raises(ValueError, match=r"already a loss 'huber', functools.partial\(.*; choose another name"):
+        register_loss("huber", partial(vargrad, huber_delta=2.0))
+    with pytest.raises(ValueError, match=r"The loss 'functools.partial\(.*' needs log_rewards, which was not given"):
+        get_loss("huber")(LossInputs(inputs.log_probs, inputs.lengths))
+    with pytest.raises(ValueError, match="has the parameter 'histories' without a default"):
+        register_loss("other", partial(lambda log_probs, histories, scale: log_probs, scale=1.0))
+
+
+def test_a_parameter_that_no_step_has_is_refused():
+    def mine(log_probs, margin, scale=1.0):
+        return log_probs.sum(-1)
+
+    message = "The loss 'mine' has the parameter 'margin' without a default, which is no tensor of a step; those are "
+    with pytest.raises(ValueError, match=message + "log_probs, .*nodes_per_depth. Give an option a default"):
+        register_loss("mine", mine)
+    assert "mine" not in LOSSES
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+def good_options():
+    return {
+        "trajectory_balance": {"huber_delta": 0.5}, "vargrad": {"huber_delta": None},
+        "contrastive_balance": {"delta": None}, "detailed_balance": {"huber_delta": 2},
+        "subtrajectory_balance": {"lam": 0.5, "huber_delta": 1.0}, "exact_flow": {}, "sft": {"token_mean": True},
+        "prefix_pointwise": {"eta": 0.0, "variant": "kdd"}, "prefix_pairwise": {"eta": 1e-4, "variant": "2025"},
+        "msl": {"temperature": 0.7}, "sdpo": {"beta": 1}, "grpo": {"beta": 0.0},
+    }  # fmt: skip
+
+
+def test_every_loss_takes_its_options():
+    assert good_options().keys() == LOSSES.keys()
+    for name, options in good_options().items():
+        LOSSES[name].check_options(options)
+        LOSSES[name].check_options({})
+        assert options.keys() <= LOSSES[name].options.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vargrad", {"huber": 1.0}, "no option 'huber'; there are: huber_delta"),
+        ("vargrad", {"log_rewards": 1.0}, "no option 'log_rewards'; there are: huber_delta"),
+        ("exact_flow", {"huber_delta": 1.0}, "no option 'huber_delta'; there are: none"),
+        ("prefix_pairwise", {"reduce_sum": 1}, "no option 'reduce_sum'; there are: eta, variant"),
+        ("vargrad", {"huber_delta": 0}, "The Huber delta is 0; it must be a finite number above 0"),
+        ("contrastive_balance", {"delta": -1.0}, "is -1.0; it must be a finite number above 0"),
+        ("subtrajectory_balance", {"lam": 0.0}, "lam is 0.0"),
+        ("msl", {"temperature": 0}, "temperature is 0; it must be"),
+        ("sdpo", {"beta": "high"}, "beta is 'high'; it must be"),
+        ("grpo", {"beta": -1e-3}, "beta is -0.001; it must be a finite number of at least 0"),
+        ("prefix_pointwise", {"eta": -1.0}, "eta is -1.0; it must be"),
+        ("prefix_pairwise", {"variant": "2024"}, "variant is '2024'; choose one of 'paper', '2025', 'kdd'"),
+    ],
+)
+def test_bad_options_are_named(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        LOSSES[name].check_options(options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("sft", {"token_mean": 1}), ("sft", {"token_mean": "no"}), ("grpo", {"beta": True})]
+)
+def test_a_truth_value_is_no_number(name, options):
+    ((option, value),) = options.items()
+    with pytest.raises(TypeError, match=f"{option} is {value!r}, but it must be like its default"):
+        LOSSES[name].check_options(options)
+
+
+def test_what_a_users_loss_says_of_its_options_is_heard():
+    """The check calls the loss, on a group of the size that it needs."""
+
+    def picky(log_probs, lengths, scale=1.0):
+        if scale > 2:
+            raise ValueError("scale is too large; give at most 2.")
+        assert log_probs.shape[1] >= 3 and lengths.shape == log_probs.shape[:2]
+        return scale * log_probs.sum(-1)
+
+    spec = LossSpec(picky, min_generations=3)
+    spec.check_options({"scale": 2})
+    with pytest.raises(ValueError, match="scale is too large"):
+        spec.check_options({"scale": 3})
