@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 
-def penalty(residual: Tensor, huber_delta: float | None = None) -> Tensor:
+def penalty(residual: Tensor, huber_delta: float | None = None, name: str = "huber_delta") -> Tensor:
     """Squared residual; with `huber_delta` only up to that size and linear beyond, with the same slope at the joint.
 
     Scaled so that a large `huber_delta` is the squared residual: `r^2` where `|r| <= delta`, else
     `delta * (2 |r| - delta)`.
 
     Raises:
-        ValueError: `huber_delta` is not a positive number.
+        ValueError: `huber_delta`, which the caller calls `name`, is not a positive number.
     """
     if huber_delta is None:
         return residual.square()
-    check_number("The Huber delta", huber_delta)
+    check_number(name, huber_delta)
     size = residual.abs()
     return torch.where(size <= huber_delta, residual.square(), huber_delta * (2 * size - huber_delta))
 

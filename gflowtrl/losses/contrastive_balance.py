@@ -41,4 +41,4 @@ def contrastive_balance(log_probs: Tensor, log_rewards: Tensor, delta: float | N
         )
     surplus = log_probs.sum(-1) - log_rewards
     residuals = surplus[:, :, None] - surplus[:, None, :]
-    return penalty(residuals, delta).sum(-1) / (num_generations - 1)  # i = j adds 0
+    return penalty(residuals, delta, "delta").sum(-1) / (num_generations - 1)  # i = j adds 0

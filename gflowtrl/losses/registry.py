@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from inspect import Parameter, signature
 from typing import Any
@@ -54,23 +55,13 @@ class LossInputs:
     nodes_per_depth: Tensor | None = None
 
     @classmethod
-    def zeros(cls, num_generations: int = 2) -> LossInputs:
-        """Inputs of the right shapes: one prompt, ids of one token."""
-        group = torch.zeros(1, num_generations, 1)
-        return cls(
-            log_probs=group,
-            lengths=torch.ones(1, num_generations, dtype=torch.long),
-            child_log_probs=group[..., None],
-            leaves=torch.arange(num_generations)[None],
-            log_rewards=group[..., 0],
-            advantages=group[..., 0],
-            child_target_log_probs=group[..., None],
-            log_z=torch.zeros(1),
-            log_flows=group,
-            ref_log_probs=group,
-            prefix_nodes=torch.arange(num_generations)[None, :, None],
-            nodes_per_depth=torch.full((1,), num_generations),
-        )
+    def zeros(cls, num_generations: int) -> LossInputs:
+        """Of the right shapes, to try options on: one prompt, ids of one token."""
+        shape = (1, num_generations, 1, 1)
+        dimensions = {"log_z": 1, "nodes_per_depth": 1, "child_log_probs": 4, "child_target_log_probs": 4}
+        dimensions |= dict.fromkeys(("lengths", "leaves", "log_rewards", "advantages"), 2)
+        tensors = {entry.name: torch.zeros(shape[: dimensions.get(entry.name, 3)]) for entry in fields(cls)}
+        return cls(**tensors | {"lengths": torch.ones(shape[:2], dtype=torch.long)})
 
 
 @dataclass(frozen=True)
@@ -156,7 +147,8 @@ class LossSpec:
                 1, torch.clone, **{n: v for n, v in options.items() if n in _defaults(self.prefix_weights)}
             )
         count = 1 if self.uses_target and not self.uses_negatives else max(self.min_generations, 2)
-        self(LossInputs.zeros(count), **options)
+        with suppress(IndexError, RuntimeError):  # a user's loss may want longer ids than these
+            self(LossInputs.zeros(count), **options)
 
     @property
     def needs_log_z(self) -> bool:

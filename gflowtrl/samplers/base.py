@@ -94,8 +94,7 @@ class Sampler(ABC):
             step: what `sample` got.
             trajectories: what `sample` returned. In a mixture `source` counts from this sampler's first source, so its
                 own trajectories are those with `0 <= source < len(source_names)`.
-            feedback: tensors `(B, K)` without gradient: `"log_rewards"`; `"log_pi"`, the policy's log-probabilities;
-                `"residual"`, the absolute value of log Z + log pi - log R.
+            feedback: their log R, residuals and log pi, `(B, K)` each, without gradient.
         """
 
     def state_dict(self) -> dict[str, Tensor]:

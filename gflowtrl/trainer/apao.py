@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from gflowtrl.losses.common import check_number
 from gflowtrl.losses.prefix_weights import VARIANTS
 from gflowtrl.samplers import Sampler
 
-from .tree_policy_config import TreePolicyConfig, check_choice
+from .tree_policy_config import TreePolicyConfig, option
 from .tree_policy_trainer import TreePolicyTrainer
 
 
@@ -43,38 +41,33 @@ class APAOConfig(TreePolicyConfig):
             Their ids end with a token of its own, ours do not.
         label_space (`str`, *optional*, defaults to `"vocabulary"`):
             Probabilities over the whole vocabulary as in the paper, or over the children in the `"tree"`, our variant.
+        loss_type (`list[str]`, *optional*):
+            Follows from `method`; nothing else is taken.
         loss_kwargs (`dict[str, dict]` or `str`, *optional*):
             Cross entropy is the mean over an id's tokens; `{"sft": {"token_mean": False}}` for their sum.
     """
 
-    method: str = field(default="pointwise", metadata={"help": "Prefix losses.", "choices": list(METHODS)})
-    beta: float = field(default=0.3, metadata={"help": "Weight of the prefix losses."})
-    num_negatives: int = field(default=100, metadata={"help": "Negatives per prompt, of `pairwise`."})
-    prefix_eta: float = field(default=1e-4, metadata={"help": "How fast prefix weights follow their losses."})
-    prefix_variant: str = field(
-        default="paper", metadata={"help": "Form of the prefix losses.", "choices": list(VARIANTS)}
-    )
-    label_space: str = field(
-        default="vocabulary",
-        metadata={"help": "Probabilities of the losses on the target.", "choices": ["tree", "vocabulary"]},
-    )
-    loss_type: list[str] | None = field(default=None, metadata={"help": "Follows from `method`."})
+    method: str = option("pointwise", "Prefix losses.", list(METHODS))
+    beta: float = option(0.3, "Weight of the prefix losses.")
+    num_negatives: int = option(100, "Negatives per prompt, of `pairwise`.")
+    prefix_eta: float = option(1e-4, "How fast prefix weights follow their losses.")
+    prefix_variant: str = option("paper", "Form of the prefix losses.", list(VARIANTS))
+    label_space: str = option("vocabulary", "Probabilities of the losses on the target.", ["tree", "vocabulary"])
+    loss_type: list[str] | None = option(None, "Follows from `method`.")
+
+    _bounds = TreePolicyConfig._bounds | {
+        "beta": "a finite number of at least 0",
+        "num_negatives": "at least 1",
+        "prefix_eta": "a finite number of at least 0",
+    }
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f"method is {self.method!r}; choose {' or '.join(map(repr, METHODS))}.")
-        if not 0 <= self.beta < math.inf:
-            raise ValueError(f"beta is {self.beta}; it must be a number of at least 0.")
-        if self.num_negatives < 1:
-            raise ValueError(f"num_negatives is {self.num_negatives}; pairwise losses need at least 1.")
         losses = ["sft", f"prefix_{self.method}"]
         if self.loss_type not in (None, losses):
             raise ValueError(
                 f"loss_type is {self.loss_type!r}, but APAO's follows from method. For prefix losses beside a balance "
                 f"loss use GFlowNetTrainer with loss_type=['exact_flow', {losses[1]!r}]."
             )
-        check_number("prefix_eta", self.prefix_eta, zero=True)
-        check_choice(self, "prefix_variant", VARIANTS)
         self.loss_type, self.loss_weights = losses, [1.0, self.beta]
         self.num_generations = 1 + self.num_negatives if self.method == "pairwise" else 1
         super().__post_init__()

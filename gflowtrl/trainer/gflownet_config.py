@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from .tree_policy_config import TreePolicyConfig, check_choice, check_positive, listed
+from .tree_policy_config import TreePolicyConfig, listed, option
 
 
 @dataclass
@@ -64,54 +64,45 @@ class GFlowNetConfig(TreePolicyConfig):
     """
 
     # Parameters that control the loss
-    loss_type: list[str] = field(
-        default_factory=lambda: ["vargrad"],
-        metadata={
-            "help": "One or more of vargrad, contrastive_balance, trajectory_balance, detailed_balance, "
-            "subtrajectory_balance, exact_flow, sft, prefix_pointwise, prefix_pairwise, msl, sdpo, grpo."
-        },
+    loss_type: list[str] = option(
+        ["vargrad"],
+        "One or more of vargrad, contrastive_balance, trajectory_balance, detailed_balance, "
+        "subtrajectory_balance, exact_flow, sft, prefix_pointwise, prefix_pairwise, msl, sdpo, grpo.",
     )
-    log_z_learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of the flow head."})
-    trajectory_weighting: str | None = field(
-        default=None,
-        metadata={"help": "Weights of a prompt's trajectories in balance losses.", "choices": ["source", "reward"]},
+    log_z_learning_rate: float = option(1e-2, "Learning rate of the flow head.")
+    trajectory_weighting: str | None = option(
+        None, "Weights of a prompt's trajectories in balance losses.", ["source", "reward"]
     )
-    source_weights: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Weight of each source of the sampler, 1 where none is given."}
+    source_weights: dict[str, Any] | str | None = option(
+        None, "Weight of each source of the sampler, 1 where none is given."
     )
 
     # Parameters that control the reward
-    reward_weights: list[float] | None = field(default=None, metadata={"help": "A weight for each reward function."})
-    reward_transform: str = field(
-        default="power",
-        metadata={"help": "From combined reward to log R.", "choices": ["power", "exp"]},
-    )
-    reward_beta: float = field(default=1.0, metadata={"help": "Exponent (power) or inverse temperature (exp) of R."})
-    reward_floor: float = field(
-        default=1e-3, metadata={"help": "Least reward under `power`, as a share of the prompt's mean reward."}
-    )
-    leaf_reduction: str = field(
-        default="sum",
-        metadata={"help": "A leaf's reward from its items' rewards.", "choices": ["sum", "max"]},
-    )
-    max_exact_elements: int = field(
-        default=50_000_000, metadata={"help": "Largest table of rewards, prompts x leaves, of a micro-batch."}
-    )
-    exact_top_items: int = field(
-        default=1000, metadata={"help": "Leaves with a reward of their own where that table would be too large."}
-    )
+    reward_weights: list[float] | None = option(None, "A weight for each reward function.")
+    reward_transform: str = option("power", "From combined reward to log R.", ["power", "exp"])
+    reward_beta: float = option(1.0, "Exponent (power) or inverse temperature (exp) of R.")
+    reward_floor: float = option(1e-3, "Least reward under `power`, as a share of the prompt's mean reward.")
+    leaf_reduction: str = option("sum", "A leaf's reward from its items' rewards.", ["sum", "max"])
+    max_exact_elements: int = option(50_000_000, "Largest table of rewards, prompts x leaves, of a micro-batch.")
+    exact_top_items: int = option(1000, "Leaves with a reward of their own where that table would be too large.")
 
     # Parameters that control the reference model
-    ref_weight: float = field(default=0.0, metadata={"help": "Exponent of the reference model in the target."})
+    ref_weight: float = option(0.0, "Exponent of the reference model in the target.")
 
     _VALID_DICT_FIELDS = TreePolicyConfig._VALID_DICT_FIELDS + ["source_weights"]
+    _bounds = TreePolicyConfig._bounds | {
+        "log_z_learning_rate": "a finite number greater than 0",
+        "reward_beta": "a finite number greater than 0",
+        "reward_floor": "in [0, 1)",
+        "exact_top_items": "at least 1",
+        "ref_weight": "a finite number of at least 0",
+    }
 
     def __post_init__(self):
         super().__post_init__()
         if self.reward_weights is not None:
             self.reward_weights = [float(weight) for weight in listed(self.reward_weights)]
         self._check_weighting()
-        self._check_rewards()
 
     @property
     def weight_per_source(self) -> dict[str, float]:
@@ -128,10 +119,6 @@ class GFlowNetConfig(TreePolicyConfig):
                     f"{name} is {getattr(self, name)!r}, but no loss of {self.loss_type} balances rewards: it would "
                     f"change nothing. Leave it out or add a balance loss to loss_type."
                 )
-        if self.trajectory_weighting not in (None, "source", "reward"):
-            raise ValueError(
-                f"trajectory_weighting is {self.trajectory_weighting!r}; choose 'source', 'reward' or None."
-            )
         if (self.trajectory_weighting == "source") != bool(self.source_weights):
             raise ValueError(
                 f"trajectory_weighting is {self.trajectory_weighting!r} and source_weights {self.source_weights}; "
@@ -143,15 +130,3 @@ class GFlowNetConfig(TreePolicyConfig):
                     f"The weight of source {name!r} is {weight!r}; it must be a number greater than 0. Leave a source "
                     f"out of the sampler to do without it."
                 )
-
-    def _check_rewards(self) -> None:
-        check_choice(self, "reward_transform", ("power", "exp"))
-        check_choice(self, "leaf_reduction", ("sum", "max"))
-        check_positive(self, "reward_beta")
-        check_positive(self, "log_z_learning_rate")
-        if not 0 <= self.ref_weight < math.inf:
-            raise ValueError(f"ref_weight is {self.ref_weight}; it must be a number of at least 0 (0: no reference).")
-        if not 0 <= self.reward_floor < 1:
-            raise ValueError(f"reward_floor is {self.reward_floor}; it is a share and must lie in [0, 1).")
-        if self.exact_top_items < 1:
-            raise ValueError(f"exact_top_items is {self.exact_top_items}; at least 1 leaf must keep its reward.")

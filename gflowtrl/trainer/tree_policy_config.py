@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 import torch
 from trl.trainer.base_config import _BaseConfig
@@ -23,6 +23,24 @@ def listed(value: Any) -> list:
     if isinstance(value, str):
         return [part.strip() for part in value.split(",")]
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    """A field of a configuration, with what the command line says about it."""
+    metadata = {"help": help} | ({} if choices is None else {"choices": list(choices)})
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+#: What a number may be, by how an error says it.
+_BOUNDS: dict[str, Callable[[float], bool]] = {
+    "a finite number greater than 0": lambda value: 0 < value < math.inf,
+    "a finite number of at least 0": lambda value: 0 <= value < math.inf,
+    "at least 1": lambda value: value >= 1,
+    "in [0, 1]": lambda value: 0 <= value <= 1,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+}
 
 
 @dataclass
@@ -89,65 +107,55 @@ class TreePolicyConfig(_BaseConfig):
     """
 
     # Parameters that control trajectories
-    num_generations: int = field(default=8, metadata={"help": "Trajectories per prompt (K), the target included."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of on-policy draws."})
-    epsilon: float = field(default=0.0, metadata={"help": "Probability of a uniform step in on-policy draws."})
+    num_generations: int = option(8, "Trajectories per prompt (K), the target included.")
+    temperature: float = option(1.0, "Temperature of on-policy draws.")
+    epsilon: float = option(0.0, "Probability of a uniform step in on-policy draws.")
 
     # Parameters that control the loss
-    loss_type: list[str] = field(
-        default_factory=lambda: ["sft"], metadata={"help": "One or more losses that gflowtrl.losses knows."}
+    loss_type: list[str] = option(["sft"], "One or more losses that gflowtrl.losses knows.")
+    loss_weights: list[float] | None = option(None, "A weight for each of `loss_type`.")
+    loss_kwargs: dict[str, Any] | str | None = option(
+        None, 'Options under the names of their losses: {"vargrad": {"huber_delta": 1.0}}.'
     )
-    loss_weights: list[float] | None = field(default=None, metadata={"help": "A weight for each of `loss_type`."})
-    loss_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": 'Options under the names of their losses: {"vargrad": {"huber_delta": 1.0}}.'}
-    )
-    loss_reduction: str = field(
-        default="mean",
-        metadata={"help": "Reduction over a prompt's trajectories.", "choices": ["mean", "sum"]},
-    )
-    label_space: str = field(
-        default="tree",
-        metadata={"help": "Probabilities of the losses on the target.", "choices": ["tree", "vocabulary"]},
-    )
+    loss_reduction: str = option("mean", "Reduction over a prompt's trajectories.", ["mean", "sum"])
+    label_space: str = option("tree", "Probabilities of the losses on the target.", ["tree", "vocabulary"])
 
     # Parameters that control adapters
-    train_item_tokens: bool = field(
-        default=True, metadata={"help": "Under adapters, train the embeddings of the items' tokens too."}
-    )
+    train_item_tokens: bool = option(True, "Under adapters, train the embeddings of the items' tokens too.")
 
     # Parameters that control data and evaluation
-    max_history_items: int | None = field(
-        default=None,
-        metadata={"help": "Items of the history that a prompt holds; by default the model folder's, or 20."},
+    max_history_items: int | None = option(
+        None, "Items of the history that a prompt holds; by default the model folder's, or 20."
     )
-    max_shared_prompts: int = field(
-        default=1, metadata={"help": "Rows of one user that a causal model computes on one prompt; 1: none."}
-    )
-    eval_num_beams: int = field(default=20, metadata={"help": "Beam width of evaluate()."})
-    eval_ks: list[int] = field(default_factory=lambda: [5, 10, 20], metadata={"help": "Cut-offs of evaluate()."})
-    log_completions: bool = field(default=False, metadata={"help": "Print a group of trajectories when logging."})
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments of from_pretrained where the model is given by name."}
+    max_shared_prompts: int = option(1, "Rows of one user that a causal model computes on one prompt; 1: none.")
+    eval_num_beams: int = option(20, "Beam width of evaluate().")
+    eval_ks: list[int] = option([5, 10, 20], "Cut-offs of evaluate().")
+    log_completions: bool = option(False, "Print a group of trajectories when logging.")
+    model_init_kwargs: dict[str, Any] | str | None = option(
+        None, "Keyword arguments of from_pretrained where the model is given by name."
     )
 
     # Other defaults than TrainingArguments
-    learning_rate: float = field(default=5e-4, metadata={"help": "The initial learning rate of the policy."})
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Trade compute for memory; off unless asked for, unlike in TRL."}
+    learning_rate: float = option(5e-4, "The initial learning rate of the policy.")
+    gradient_checkpointing: bool | None = option(
+        None, "Trade compute for memory; off unless asked for, unlike in TRL."
     )
-    bf16: bool | None = field(
-        default=None, metadata={"help": "bfloat16 mixed precision; by default where the device has it."}
+    bf16: bool | None = option(None, "bfloat16 mixed precision; by default where the device has it.")
+    train_sampling_strategy: str = option(
+        "group_by_length",
+        "Order of the training rows: histories of like length together, or plain random.",
+        ["group_by_length", "random", "sequential", "batch_rebalance"],
     )
-    train_sampling_strategy: str = field(
-        default="group_by_length",
-        metadata={
-            "help": "Order of the training rows: histories of like length together, or plain random.",
-            "choices": ["group_by_length", "random", "sequential", "batch_rebalance"],
-        },
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: rewards see all columns."})
+    remove_unused_columns: bool = option(False, "Must stay False: rewards see all columns.")
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "loss_kwargs"]
+    _bounds: ClassVar[dict[str, str]] = {
+        "num_generations": "at least 1",
+        "temperature": "a finite number greater than 0",
+        "epsilon": "in [0, 1]",
+        "max_history_items": "at least 1",
+        "max_shared_prompts": "at least 1",
+    }
 
     def __post_init__(self):
         if self.bf16 is None:
@@ -160,9 +168,9 @@ class TreePolicyConfig(_BaseConfig):
         self.eval_ks = [int(k) for k in listed(self.eval_ks)]
         if self.loss_weights is not None:
             self.loss_weights = [float(weight) for weight in listed(self.loss_weights)]
+        self._check_values()
         self._check_losses()
         self._check_loss_kwargs()
-        self._check_numbers()
 
     @property
     def losses(self) -> dict[str, LossSpec]:
@@ -240,14 +248,18 @@ class TreePolicyConfig(_BaseConfig):
             except (TypeError, ValueError) as error:
                 raise type(error)(f"loss_kwargs[{name!r}]: {error}") from None
 
-    def _check_numbers(self) -> None:
-        check_choice(self, "loss_reduction", ("mean", "sum"))
-        check_choice(self, "label_space", ("tree", "vocabulary"))
-        check_positive(self, "temperature")
-        if self.num_generations < 1:
-            raise ValueError(f"num_generations is {self.num_generations}; at least 1 trajectory per prompt is needed.")
-        if not 0 <= self.epsilon <= 1:
-            raise ValueError(f"epsilon is {self.epsilon}; it is a probability and must lie in [0, 1].")
+    def _check_values(self) -> None:
+        """Each field by itself: one of its choices, within its bounds."""
+        for entry in fields(self):
+            if entry.name in _BaseConfig.__dataclass_fields__:
+                continue  # transformers checks its own
+            value, choices = getattr(self, entry.name), entry.metadata.get("choices")
+            if choices is not None and value is not None and value not in choices:
+                raise ValueError(f"{entry.name} is {value!r}; choose {' or '.join(map(repr, choices))}.")
+        for name, bound in self._bounds.items():
+            value = getattr(self, name)
+            if value is not None and not _BOUNDS[bound](value):
+                raise ValueError(f"{name} is {value!r}; it must be {bound}.")
         if not self.eval_ks or min(self.eval_ks) < 1:
             raise ValueError(f"eval_ks is {self.eval_ks}; give list lengths of at least 1, for example [5, 10].")
         if self.eval_num_beams < max(self.eval_ks):
@@ -255,21 +267,3 @@ class TreePolicyConfig(_BaseConfig):
                 f"eval_num_beams is {self.eval_num_beams}, but eval_ks asks for lists of {max(self.eval_ks)}. "
                 f"Raise eval_num_beams or shorten eval_ks."
             )
-        if self.max_history_items is not None and self.max_history_items < 1:
-            raise ValueError(f"max_history_items is {self.max_history_items}; a prompt needs at least 1 item.")
-        if self.max_shared_prompts < 1:
-            raise ValueError(
-                f"max_shared_prompts is {self.max_shared_prompts}; give at least 1, which shares nothing."
-            )
-
-
-def check_choice(args: TreePolicyConfig, name: str, choices: Sequence[str]) -> None:
-    """Raise a ValueError unless a field holds one of its choices."""
-    if getattr(args, name) not in choices:
-        raise ValueError(f"{name} is {getattr(args, name)!r}; choose {' or '.join(map(repr, choices))}.")
-
-
-def check_positive(args: TreePolicyConfig, name: str) -> None:
-    """Raise a ValueError unless a field is a finite number above 0."""
-    if not 0 < getattr(args, name) < math.inf:
-        raise ValueError(f"{name} is {getattr(args, name)}; it must be greater than 0, and finite.")

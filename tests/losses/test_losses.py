@@ -327,7 +327,7 @@ def test_shapes_that_would_broadcast_are_refused():
 def test_a_missing_tensor_and_a_bad_delta_are_named():
     with pytest.raises(ValueError, match="'trajectory_balance' needs log_z"):
         LOSSES["trajectory_balance"](LossInputs(torch.zeros(1, 1, 1), torch.ones(1, 1), log_rewards=torch.zeros(1, 1)))
-    with pytest.raises(ValueError, match="The Huber delta is 0; it must be a finite number above 0"):
+    with pytest.raises(ValueError, match="huber_delta is 0; it must be a finite number above 0"):
         penalty(torch.zeros(1), 0)
     for lam in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"lam is {lam}"):

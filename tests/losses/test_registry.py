@@ -177,7 +177,7 @@ def test_every_loss_takes_its_options():
         ("vargrad", {"log_rewards": 1.0}, "no option 'log_rewards'; there are: huber_delta"),
         ("exact_flow", {"huber_delta": 1.0}, "no option 'huber_delta'; there are: none"),
         ("prefix_pairwise", {"reduce_sum": 1}, "no option 'reduce_sum'; there are: eta, variant"),
-        ("vargrad", {"huber_delta": 0}, "The Huber delta is 0; it must be a finite number above 0"),
+        ("vargrad", {"huber_delta": 0}, "huber_delta is 0; it must be a finite number above 0"),
         ("contrastive_balance", {"delta": -1.0}, "is -1.0; it must be a finite number above 0"),
         ("subtrajectory_balance", {"lam": 0.0}, "lam is 0.0"),
         ("msl", {"temperature": 0}, "temperature is 0; it must be"),
