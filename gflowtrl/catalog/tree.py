@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,15 +31,11 @@ class PrefixTree:
             that is a prefix of another one (generation could not know where to stop).
     """
 
-    # The tensors that `to` moves. Node and leaf numbers are stored in 32 bits: half the memory, 2 billion nodes.
-    _TENSORS = (
-        "paths", "leaf_lengths", "leaf_of_row", "node_token", "parent", "first_child", "num_children",
-        "first_leaf", "leaf_count", "path_nodes", "tokens", "_token_place", "_child_keys",
-    )  # fmt: skip
+    # Node and leaf numbers are stored in 32 bits: half the memory, 2 billion nodes.
 
     def __init__(self, token_paths: Tensor):
         paths = _checked(token_paths)
-        order = _lexicographic_order(paths)
+        order = torch.from_numpy(np.lexsort(paths.T.flip(0).numpy()))  # stable, and the last key counts most
         paths = paths[order]
         self.leaf_of_row = torch.empty(len(paths), dtype=torch.int32)
         self.leaf_of_row[order] = torch.arange(len(paths), dtype=torch.int32)
@@ -83,10 +80,8 @@ class PrefixTree:
         self.leaf_count = torch.cat(counts).to(torch.int32)
         parent = self.parent[1:].long()
         self.num_children = torch.bincount(parent, minlength=self.num_nodes).to(torch.int32)
-        self.first_child = torch.full((self.num_nodes,), -1, dtype=torch.int32)
-        first = torch.ones(len(parent), dtype=torch.bool)
-        first[1:] = parent[1:] != parent[:-1]
-        self.first_child[parent[first]] = (torch.nonzero(first).squeeze(1) + 1).to(torch.int32)
+        first_child = self.num_children.cumsum(0) - self.num_children + 1  # children are numbered in their parents' order
+        self.first_child = torch.where(self.num_children > 0, first_child, -1).to(torch.int32)
         self._child_keys = parent * self.num_tokens + self.node_token[1:].long()
         used = torch.zeros(self.num_tokens, dtype=torch.bool)
         used[self.node_token[1:].long()] = True
@@ -132,8 +127,9 @@ class PrefixTree:
 
     def to(self, device: torch.device | str) -> PrefixTree:
         """Move all tensors to `device`, in place."""
-        for name in self._TENSORS:
-            setattr(self, name, getattr(self, name).to(device))
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
         return self
 
     def step(self, nodes: Tensor, tokens: Tensor) -> Tensor:
@@ -164,7 +160,10 @@ class PrefixTree:
         Returns:
             tokens and child nodes, both `(..., C)`, sorted by token.
         """
-        offsets = torch.arange(self.max_children[depth], device=nodes.device)
+        return self._children(nodes, self.max_children[depth])
+
+    def _children(self, nodes: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        offsets = torch.arange(width, device=nodes.device)
         safe = nodes.clamp(min=0)
         count = torch.where(nodes >= 0, self.num_children[safe], 0)
         child_nodes = torch.where(offsets < count[..., None], self.first_child[safe][..., None] + offsets, -1)
@@ -178,13 +177,9 @@ class PrefixTree:
                 f"vocab_size is {vocab_size}, but the catalogue uses token {self.num_tokens - 1}. "
                 f"Resize the model's embeddings to the tokenizer's length."
             )
-        count = torch.where(nodes >= 0, self.num_children[nodes.clamp(min=0)], 0)
-        offsets = torch.arange(max(int(count.max()), 1), device=nodes.device)
-        valid = offsets < count[..., None]
-        child = torch.where(valid, self.first_child[nodes.clamp(min=0)][..., None] + offsets, 0)
-        tokens = torch.where(valid, self.node_token[child].long(), vocab_size)
+        tokens, _ = self._children(nodes, max(self.max_children))
         mask = torch.zeros(*nodes.shape, vocab_size + 1, dtype=torch.bool, device=nodes.device)
-        return mask.scatter_(-1, tokens, True)[..., :vocab_size]
+        return mask.scatter_(-1, torch.where(tokens >= 0, tokens, vocab_size), True)[..., :vocab_size]
 
     def walk(self, leaves: Tensor) -> Tensor:
         """Nodes on the way to each leaf: `(...,) -> (..., L + 1)`, root first, -1 after a shorter id's end."""
@@ -265,11 +260,3 @@ def _checked(token_paths: Tensor) -> Tensor:
     if len(holes):
         raise ValueError(f"Row {int(holes[0])} of token_paths has a token after padding; pad with -1 at the right.")
     return paths[:, : int(present.sum(1).max())]
-
-
-def _lexicographic_order(paths: Tensor) -> Tensor:
-    """Rows in lexicographic order: stable sorts from the last column to the first (least significant digit first)."""
-    order = torch.arange(len(paths))
-    for column in range(paths.shape[1] - 1, -1, -1):
-        order = order[torch.sort(paths[order, column], stable=True).indices]
-    return order

@@ -70,7 +70,7 @@ def test_bad_input_is_named(catalog, tmp_path):
         ItemCatalog.from_semantic_ids({"sock": "<a_1><b_0>"}, tokenizer)
     with pytest.raises(ValueError, match="is a prefix of"):
         ItemCatalog.from_semantic_ids({"x": ("<a_1>",), "y": ("<a_1>", "<b_0>")}, tokenizer)
-    with pytest.raises(ValueError, match="'x' stands twice"):
+    with pytest.raises(ValueError, match="'x' is given twice"):
         ItemCatalog(["x", "x"], [("a",), ("b",)], torch.tensor([[1], [2]]))
     with pytest.raises(FileNotFoundError, match="catalog.json is missing"):
         ItemCatalog.from_pretrained(tmp_path)
