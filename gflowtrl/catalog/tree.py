@@ -37,16 +37,17 @@ class PrefixTree:
         paths = _checked(token_paths)
         order = torch.from_numpy(np.lexsort(paths.T.flip(0).numpy()))  # stable, and the last key counts most
         paths = paths[order]
+        self._check_prefix_free(paths, order)
         self.leaf_of_row = torch.empty(len(paths), dtype=torch.int32)
         self.leaf_of_row[order] = torch.arange(len(paths), dtype=torch.int32)
         self.paths = paths.to(torch.int32)
         self.leaf_lengths = (paths >= 0).sum(1)
         self.num_leaves, self.max_depth = paths.shape
         self.num_tokens = int(paths.max()) + 1
-        self._build(paths, order)
+        self._build(paths)
 
     # ------------------------------------------------------------------------------------------------ construction
-    def _build(self, paths: Tensor, order: Tensor) -> None:
+    def _build(self, paths: Tensor) -> None:
         """Number the nodes level by level. `paths` is sorted, so a new node begins where the prefix changes."""
         num_leaves, depth = paths.shape
         changed = torch.zeros(num_leaves, dtype=torch.bool)
@@ -70,7 +71,6 @@ class PrefixTree:
             ends = torch.cat([starts[1:], torch.tensor([num_leaves])])
             counts.append(ends[torch.searchsorted(starts, begin)] - begin)
             level_start.append(level_start[-1] + len(begin))
-        self._check_prefix_free(paths, path_nodes, order, torch.cat(counts))
         self.path_nodes = path_nodes
         self.level_start = level_start  # nodes of depth d are level_start[d] ... level_start[d + 1] - 1
         self.num_nodes = level_start[-1]
@@ -80,7 +80,8 @@ class PrefixTree:
         self.leaf_count = torch.cat(counts).to(torch.int32)
         parent = self.parent[1:].long()
         self.num_children = torch.bincount(parent, minlength=self.num_nodes).to(torch.int32)
-        first_child = self.num_children.cumsum(0) - self.num_children + 1  # children are numbered in their parents' order
+        # Children are numbered in the order of their parents.
+        first_child = self.num_children.cumsum(0) - self.num_children + 1
         self.first_child = torch.where(self.num_children > 0, first_child, -1).to(torch.int32)
         self._child_keys = parent * self.num_tokens + self.node_token[1:].long()
         used = torch.zeros(self.num_tokens, dtype=torch.bool)
@@ -95,23 +96,21 @@ class PrefixTree:
         ]
 
     @staticmethod
-    def _check_prefix_free(paths: Tensor, path_nodes: Tensor, order: Tensor, leaf_count: Tensor) -> None:
-        lengths = (paths >= 0).sum(1)
-        end_nodes = path_nodes.gather(1, lengths[:, None]).squeeze(1).long()
-        shared = torch.nonzero(leaf_count[end_nodes] > 1).squeeze(1)
-        if not len(shared):
+    def _check_prefix_free(paths: Tensor, order: Tensor) -> None:
+        # -1 sorts before every token: an equal or longer path with the same beginning comes next.
+        continued = ((paths[:-1] == paths[1:]) | (paths[:-1] < 0)).all(1).nonzero()
+        if not len(continued):
             return
-        i = int(shared[0])
-        other = i + 1  # -1 sorts before every token: an equal or longer path with the same beginning comes next
-        short = paths[i, : lengths[i]]
-        rows = f"rows {int(order[i])} and {int(order[other])}"
-        if lengths[i] == lengths[other]:
+        i = int(continued[0])
+        short, other = (path[path >= 0].tolist() for path in paths[i : i + 2])
+        rows = f"rows {int(order[i])} and {int(order[i + 1])}"
+        if short == other:
             raise ValueError(
-                f"Token path {short.tolist()} stands twice ({rows}). Paths of a PrefixTree must be distinct; items "
+                f"Token path {short} stands twice ({rows}). Paths of a PrefixTree must be distinct; items "
                 f"that share an id are merged by ItemCatalog.from_semantic_ids."
             )
         raise ValueError(
-            f"Token path {short.tolist()} is a prefix of {paths[other, : lengths[other]].tolist()} ({rows}), so "
+            f"Token path {short} is a prefix of {other} ({rows}), so "
             f"generation could not tell where the shorter id ends. Give ids of equal length or add an end token."
         )
 
