@@ -8,10 +8,10 @@ from collections.abc import Sequence
 Item = int | str
 
 
-def index_items(items: Sequence[Item]) -> dict[Item, int]:
-    """The position of each item. Raises a ValueError that names an item which is given twice."""
+def index_items(items: Sequence[Item], what: str = "Item") -> dict[Item, int]:
+    """The position of each item, or user. Raises a ValueError that names one which is given twice."""
     index = {item: position for position, item in enumerate(items)}
     if len(index) < len(items):
         twice = next(item for position, item in enumerate(items) if index[item] != position)
-        raise ValueError(f"Item {twice!r} is given twice. Give every item once.")
+        raise ValueError(f"{what} {twice!r} is given twice. Give every one once.")
     return index

@@ -88,9 +88,7 @@ def _grown(given: argparse.Namespace, folder: Path, data: Any) -> tuple[Any, int
     from gflowtrl.semantic_ids import ItemTokenizer, load_vectors
 
     tokenizer = ItemTokenizer.from_pretrained(folder)
-    if tokenizer.features is None:
-        tokenizer.features = given.features
-    elif given.features not in (None, tokenizer.features):
+    if given.features not in (None, tokenizer.features):
         raise ValueError(
             f"The item tokenizer in {folder} was made with --features {' '.join(tokenizer.features)}, but "
             f"{' '.join(given.features)} is given. Leave --features out."

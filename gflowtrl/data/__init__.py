@@ -14,7 +14,6 @@ from .formats import (
 from .interactions import CLICKED, PURCHASED, SHOWN, Event, InteractionData, k_core
 from .prompts import GroupCollator, PromptEncoder, TargetCollator, sft_dataset
 from .readers import read_folder, read_interactions, read_letter, write_folder
-from .recommender_files import read_encoder, write_encoder
 from .sharing import PrefixGroupedEpochSampler, prefix_groups, prompt_members
 from .splits import Splits, Window, leave_one_out, user_windows
 from .step import Step, check_column_names
@@ -57,13 +56,11 @@ __all__ = [
     "prefix_groups",
     "prepare",
     "prompt_members",
-    "read_encoder",
     "read_folder",
     "read_interactions",
     "read_letter",
     "sft_dataset",
     "text_sft_dataset",
     "user_windows",
-    "write_encoder",
     "write_folder",
 ]

@@ -76,17 +76,13 @@ def read_encoder(
     """The encoder of a saved recommender: the same tokens, whatever the tokenizer has become since.
 
     It is the plain one where the folder says nothing.
-
-    Raises:
-        ValueError: a format of a later version.
     """
     file = Path(directory, RECOMMENDER_FILE)
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    kind = settings.get("prompt_format", "plain")
-    if kind == "plain":
-        return PromptEncoder(catalog, tokenizer, settings.get("max_history_items", 20))
-    if kind != "text":
-        raise ValueError(f"{directory} has prompts of the format {kind!r}, which this version does not know.")
+    if not file.is_file():
+        return PromptEncoder(catalog, tokenizer)
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if settings["prompt_format"] == "plain":
+        return PromptEncoder(catalog, tokenizer, settings["max_history_items"])
     table = load_file(Path(directory, TABLE_FILE))["tokens"]
     return TextPromptEncoder.from_saved(settings, table, catalog, tokenizer)
 

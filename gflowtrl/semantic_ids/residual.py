@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,19 +101,6 @@ def nearest_codes(latents: Tensor, codebooks: Tensor) -> Tensor:
     return torch.stack(codes, dim=1)
 
 
-class Clusters(NamedTuple):
-    """Centroids (num_codes, D), and which of them each vector has, long (N,)."""
-
-    centroids: Tensor
-    labels: Tensor
-
-
-def k_means(vectors: Tensor, num_codes: int, seed: int) -> Clusters:
-    """scikit-learn's k-means on float32 vectors (N, D), one start by k-means++."""
-    fitted = KMeans(num_codes, n_init=1, random_state=seed).fit(vectors.numpy())
-    return Clusters(torch.from_numpy(fitted.cluster_centers_), torch.from_numpy(fitted.labels_).long())
-
-
 class ResidualKMeans(ResidualQuantizer):
     """Residual k-means (RQ-KMeans; QARM, arXiv 2411.11739): k-means on the vectors, then on what is left over, ...
 
@@ -132,12 +119,13 @@ class ResidualKMeans(ResidualQuantizer):
         residual = self.check_vectors(vectors)
         codebooks, codes = [], []
         for _ in range(self.num_levels):
-            clusters = k_means(residual, self.num_codes, self.config["seed"])
+            k_means = KMeans(self.num_codes, n_init=1, random_state=self.config["seed"]).fit(residual.numpy())
+            centroids, labels = torch.from_numpy(k_means.cluster_centers_), torch.from_numpy(k_means.labels_).long()
             if self.config["balanced"]:
-                clusters = balance(residual, clusters.centroids)
-            residual = residual - clusters.centroids[clusters.labels]
-            codebooks.append(clusters.centroids)
-            codes.append(clusters.labels)
+                centroids, labels = balance(residual, centroids)
+            residual = residual - centroids[labels]
+            codebooks.append(centroids)
+            codes.append(labels)
         self.codebooks = torch.stack(codebooks)
         return torch.stack(codes, dim=1) if self.config["balanced"] else self.encode(vectors)
 
@@ -149,19 +137,22 @@ class ResidualKMeans(ResidualQuantizer):
         return self.quantized(codes)
 
 
-def balance(vectors: Tensor, centroids: Tensor) -> Clusters:
+def balance(vectors: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Clusters of at most ceil(N / codes) vectors: assigned within this limit, each centroid the mean of its own.
 
     Args:
         vectors: (N, D).
         centroids: (codes, D), of k-means.
+
+    Returns:
+        Centroids (codes, D), and which of them each vector has, long (N,).
     """
     for _ in range(BALANCING_ROUNDS):
         labels = assign_within(torch.cdist(vectors, centroids), math.ceil(len(vectors) / len(centroids)))
         sums = torch.zeros_like(centroids).index_add_(0, labels, vectors)
         sizes = torch.bincount(labels, minlength=len(centroids))[:, None]
         centroids = torch.where(sizes > 0, sums / sizes.clamp(min=1), centroids)
-    return Clusters(centroids, labels)
+    return centroids, labels
 
 
 def assign_within(distances: Tensor, capacity: int) -> Tensor:

@@ -159,8 +159,8 @@ def test_missing_files_are_named(tmp_path):
     ("changes", "message"),
     [
         ({"users": [0]}, "1 users but 2 sequences"),
-        ({"users": [0, 0]}, "user 0 is there twice"),
-        ({"items": [1, 2, 2]}, "item 2 is there twice"),
+        ({"users": [0, 0]}, "user 0 is given twice"),
+        ({"items": [1, 2, 2]}, "item 2 is given twice"),
         ({"items": [1]}, "user 1 took item 2, which is not in the catalogue"),
         ({"semantic_ids": {1: ("a",), 2: ("b",), 3: ("c",)}}, "id for item 3, which is not in the catalogue"),
         ({"users": [0, "1"]}, "all whole numbers or all strings"),

@@ -104,7 +104,7 @@ def test_options_reach_the_server_and_ctrl_c_is_a_way_to_stop(monkeypatch):
         given.extend(arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["gflowtrl.serving.command"], "serve", stopped)
+    monkeypatch.setattr("gflowtrl.serving.server.serve", stopped)
     assert main(["--model", "folder", "--port", "81", "--max_batch", "7", "--max_k", "9", "--threads", "2"]) == 0
     folder, host, port, limits, threads = given
     assert (folder, host, port, threads) == ("folder", "127.0.0.1", 81, 2)
