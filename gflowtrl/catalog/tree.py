@@ -54,8 +54,7 @@ class PrefixTree:
         changed[0] = True
         path_nodes = torch.full((num_leaves, depth + 1), -1, dtype=torch.int32)
         path_nodes[:, 0] = 0
-        tokens, parents, firsts, counts = [torch.tensor([-1])], [torch.tensor([-1])], [torch.tensor([0])], []
-        counts.append(torch.tensor([num_leaves]))
+        tokens, parents, firsts = [torch.tensor([-1])], [torch.tensor([-1])], [torch.tensor([0])]
         level_start = [0, 1]
         for level in range(depth):
             column = paths[:, level]
@@ -66,10 +65,6 @@ class PrefixTree:
             tokens.append(column[begin])
             parents.append(path_nodes[begin, level].long())
             firsts.append(begin)
-            # A node's leaves end where the next prefix begins, whether or not that one still has a token here.
-            starts = torch.nonzero(changed).squeeze(1)
-            ends = torch.cat([starts[1:], torch.tensor([num_leaves])])
-            counts.append(ends[torch.searchsorted(starts, begin)] - begin)
             level_start.append(level_start[-1] + len(begin))
         self.path_nodes = path_nodes
         self.level_start = level_start  # nodes of depth d are level_start[d] ... level_start[d + 1] - 1
@@ -77,7 +72,7 @@ class PrefixTree:
         self.node_token = torch.cat(tokens).to(torch.int32)
         self.parent = torch.cat(parents).to(torch.int32)
         self.first_leaf = torch.cat(firsts).to(torch.int32)
-        self.leaf_count = torch.cat(counts).to(torch.int32)
+        self.leaf_count = torch.bincount(path_nodes[path_nodes >= 0]).to(torch.int32)
         parent = self.parent[1:].long()
         self.num_children = torch.bincount(parent, minlength=self.num_nodes).to(torch.int32)
         # Children are numbered in the order of their parents.

@@ -96,9 +96,8 @@ class TextPromptEncoder(PromptEncoder):
                     f"chat is True, but the tokenizer {type(tokenizer).__name__} has no chat template; set "
                     f"tokenizer.chat_template, or chat=False."
                 )
-            messages = [{"role": "user", "content": text}]
-            if self.format.system is not None:
-                messages.insert(0, {"role": "system", "content": self.format.system})
+            said = {"system": self.format.system, "user": text}
+            messages = [{"role": role, "content": words} for role, words in said.items() if words is not None]
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         before, _, behind = text.partition("{history}")
         return before, behind

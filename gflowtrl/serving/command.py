@@ -49,22 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     known = Limits()
     parser.add_argument("--model", required=True, help="folder of a recommender, or its name on the Hub")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=_port, default=8000, help="port to listen on; 0 takes a free one")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
     parser.add_argument("--max_batch", type=int, default=known.max_batch, help="histories decoded together")
     parser.add_argument("--max_wait_ms", type=float, default=known.max_wait_ms, help="how long one waits for others")
     parser.add_argument("--max_queue", type=int, default=known.max_queue, help="requests waiting; more get a 503")
     parser.add_argument("--max_k", type=int, default=known.max_k, help="longest list")
-    parser.add_argument("--threads", type=_count, help="of torch")
+    parser.add_argument("--threads", type=int, help="of torch")
     return parser
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text} is no port; give a number from 0 to 65535")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number of at least 1")
-    return int(text)

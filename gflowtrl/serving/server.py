@@ -34,11 +34,16 @@ def serve(
         threads: of torch; by default what torch chooses.
 
     Raises:
+        ValueError: a port that is none, or no thread.
         ImportError: FastAPI or uvicorn is not installed.
         FileNotFoundError: the folder or one of its files is missing.
         OSError: the address cannot be listened on, as when another process does.
     """
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port is {port}; give a number from 0 to 65535.")
     if threads is not None:
+        if threads < 1:
+            raise ValueError(f"threads is {threads}; give a number of at least 1.")
         torch.set_num_threads(threads)
     with _bound(host, port) as address:  # before the model is loaded, which can take long
         device = "cuda" if torch.cuda.is_available() else "cpu"
