@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -11,9 +11,6 @@ from typing import Any
 from gflowtrl.catalog import Item
 
 from .interactions import CLICKED, PURCHASED, SHOWN, Event, InteractionData
-
-
-ItemMaker = Callable[[str, Path], Item]
 
 
 def read_interactions(path: str | Path, with_ids: bool = True) -> InteractionData:
@@ -62,9 +59,9 @@ def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
     file, features = path / "items.jsonl", {}
     if file.is_file():
         features = {item: {k: v for k, v in row.items() if k != "item"} for _, item, row in _rows(file, "item")}
-    make_item = _item_maker(sequences, features)
+    numbers = _are_numbers(chain(chain.from_iterable(sequences), features))
     ids_file = path / "semantic_ids.json"
-    semantic_ids = _read_semantic_ids(ids_file, make_item) if with_ids and ids_file.is_file() else None
+    semantic_ids = _read_semantic_ids(ids_file, numbers) if with_ids and ids_file.is_file() else None
     about = _read_about(path / "dataset.json")
     events = _read_events(path / "events.jsonl", users) if (path / "events.jsonl").is_file() else None
     return InteractionData(
@@ -102,15 +99,17 @@ def read_letter(path: str | Path, with_ids: bool = True) -> InteractionData:
             names = ", ".join(file.name for file in found)
             raise ValueError(f"{path} holds several data sets ({names}). Give the path without '.inter.json'.")
         path = path / (found[0].name.removesuffix(".inter.json") if found else "X")
-    inter_file, index_file, item_file = (path.with_name(f"{path.name}.{part}.json") for part in _LETTER_PARTS)
+    inter_file, index_file, item_file = (
+        path.with_name(f"{path.name}.{part}.json") for part in ("inter", "index", "item")
+    )
     by_user = _read_object(_require(inter_file))
     users: list[Item] = list(by_user)
     if all(_is_number(user) for user in by_user):
         users = [int(user) for user in by_user]
     sequences = [_items(items, f"{inter_file}: user {user}") for user, items in by_user.items()]
-    make_item = _item_maker(sequences, ())
-    semantic_ids = _read_semantic_ids(index_file, make_item) if with_ids and index_file.is_file() else None
-    features = _read_features(item_file, make_item) if item_file.is_file() else {}
+    numbers = _are_numbers(chain.from_iterable(sequences))
+    semantic_ids = _read_semantic_ids(index_file, numbers) if with_ids and index_file.is_file() else None
+    features = _read_features(item_file, numbers) if item_file.is_file() else {}
     return InteractionData(
         name=path.name,
         users=users,
@@ -145,7 +144,6 @@ def write_folder(data: InteractionData, path: str | Path) -> None:
         _write_lines(path / "events.jsonl", map(_event_row, data.users, data.events))
 
 
-_LETTER_PARTS = ("inter", "index", "item")
 _LEAST_ID, _GREATEST_ID = -(2**63), 2**63 - 1  # what fits into the int64 columns of the splits
 
 
@@ -188,21 +186,20 @@ def _read_events(file: Path, users: list[Item]) -> list[list[Event]]:
     return [rows.get(user, []) for user in users]
 
 
-def _read_semantic_ids(file: Path, make_item: ItemMaker) -> dict[Item, tuple[str, ...]]:
-    ids = {}
-    for key, tokens in _read_object(file).items():
+def _read_semantic_ids(file: Path, numbers: bool) -> dict[Item, tuple[str, ...]]:
+    ids = _read_by_item(file, numbers)
+    for item, tokens in ids.items():
         if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
-            raise ValueError(f"{file}: the semantic id of item {key} must be a list of at least one string.")
-        ids[make_item(key, file)] = tuple(tokens)
-    return ids
+            raise ValueError(f"{file}: the semantic id of item {item} must be a list of at least one string.")
+    return {item: tuple(tokens) for item, tokens in ids.items()}
 
 
-def _read_features(file: Path, make_item: ItemMaker) -> dict[Item, dict[str, Any]]:
-    content = _read_object(file)
-    for key, row in content.items():
+def _read_features(file: Path, numbers: bool) -> dict[Item, dict[str, Any]]:
+    features = _read_by_item(file, numbers)
+    for item, row in features.items():
         if not isinstance(row, dict):
-            raise ValueError(f"{file}: the features of item {key} must be a JSON object.")
-    return {make_item(key, file): row for key, row in content.items()}
+            raise ValueError(f"{file}: the features of item {item} must be a JSON object.")
+    return features
 
 
 def _json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -273,17 +270,18 @@ def _items(items: Any, where: str) -> list[Item]:
     return [_checked_id(item, "item", where) for item in items]
 
 
-def _item_maker(sequences: Sequence[Sequence[Item]], described: Iterable[Item]) -> ItemMaker:
-    """How a JSON key (always a string) becomes an item: a whole number where the items are whole numbers."""
-    if any(type(item) is str for item in chain(chain.from_iterable(sequences), described)):
-        return lambda key, file: key
+def _read_by_item(file: Path, numbers: bool) -> dict[Item, Any]:
+    """A JSON object with items as keys, which JSON has as strings: whole numbers where those of the sequences are."""
+    content = _read_object(file)
+    if not numbers:
+        return content
+    if strange := [key for key in content if not _is_number(key)]:
+        raise ValueError(f"{file}: {strange[0]!r} is no item: the items of the sequences are whole numbers.")
+    return {int(key): value for key, value in content.items()}
 
-    def number(key: str, file: Path) -> int:
-        if not _is_number(key):
-            raise ValueError(f"{file}: {key!r} is no item: the items of the sequences are whole numbers.")
-        return int(key)
 
-    return number
+def _are_numbers(items: Iterable[Item]) -> bool:
+    return not any(type(item) is str for item in items)
 
 
 def _is_number(text: str) -> bool:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,6 @@ from .texts import FEATURES, item_texts
 from .vectors import as_vectors
 
 
-logger = logging.getLogger(__name__)
 DESCRIPTION_FILE, TENSOR_FILE = "item_tokenizer.json", "item_tokenizer.safetensors"
 EMBEDDERS = {kind.__name__: kind for kind in (TfidfEmbedder, SentenceTransformerEmbedder)}
 QUANTIZERS = {kind.__name__: kind for kind in (ResidualKMeans, RQVAE)}
