@@ -20,6 +20,7 @@ DEPARTMENTS = ("Garden", "Kitchen", "Music", "Office", "Outdoor", "Pets", "Toys"
 SHELVES = ("Basics", "Care", "Decoration", "Electronics", "Gifts", "Refills", "Storage", "Tools")
 
 
+@dataclass(eq=False, repr=False)
 class ShopTruth:
     """What only an evaluation may know about a synthetic shop. No `InteractionData`, row or dataset refers to it.
 
@@ -31,19 +32,16 @@ class ShopTruth:
         liked: bool (users, items); the user's preference is more than `liked_ratio` times uniform, 1 / items.
     """
 
-    def __init__(
-        self,
-        users: list[Item],
-        items: list[Item],
-        preference: Tensor,
-        shown: Tensor,
-        consumed: Tensor,
-        liked_ratio: float = 2.0,
-    ):
-        self.users, self.items = users, items
-        self.preference, self.shown, self.consumed = preference, shown, consumed
-        self.liked = preference > liked_ratio / len(items)
-        self._row_of = {user: row for row, user in enumerate(users)}
+    users: list[Item]
+    items: list[Item]
+    preference: Tensor
+    shown: Tensor
+    consumed: Tensor
+    liked_ratio: float = 2.0
+
+    def __post_init__(self):
+        self.liked = self.preference > self.liked_ratio / len(self.items)
+        self._row_of = {user: row for row, user in enumerate(self.users)}
 
     def per_user(self, user_ids: Sequence[Item], item_probs: Tensor) -> dict[str, Tensor]:
         """The figures of `evaluate` for each user: name -> float64 (U,)."""
