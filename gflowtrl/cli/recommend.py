@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import warnings
@@ -72,17 +71,14 @@ def _seed(seed: int, chunk: int) -> int:
 
 def _known(recommender: Any, rows: list[dict[str, Any]], places: list[str]) -> list[list]:
     """The items of the histories that the recommender knows; what it cannot use is told by its line in the file."""
-    catalog, histories = recommender.catalog, [row["history"] for row in rows]
-    pairs = zip(histories, places, strict=True)
-    strange = [(item, place) for history, place in pairs for item in history if item not in catalog]
-    if strange:
-        item, place = strange[0]
+    known, unknown = recommender.catalog.known_items(row["history"] for row in rows)
+    if unknown:
+        row, item = unknown[0]
         warnings.warn(
-            f"{len(strange)} items of the histories are not in the catalogue and were left out; the first is {item!r} "
-            f"({place}).",
+            f"{len(unknown)} items of the histories are not in the catalogue and were left out; the first is {item!r} "
+            f"({places[row]}).",
             stacklevel=2,
         )
-    known = [[item for item in history if item in catalog] for history in histories]
     if recommender.item_counts is None and [] in known:
         raise ValueError(
             f"{places[known.index([])]}: the history is empty or holds no known item, and the recommender holds no "
@@ -92,7 +88,7 @@ def _known(recommender: Any, rows: list[dict[str, Any]], places: list[str]) -> l
 
 
 def _shown(one: Any) -> dict[str, Any]:
-    shown = {"item": one.item, "probability": math.exp(one.log_prob)}
+    shown = {"item": one.item, "probability": one.probability}
     return shown if one.title is None else {**shown, "title": one.title}
 
 
