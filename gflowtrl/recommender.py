@@ -49,6 +49,7 @@ class Recommendation:
 
     @property
     def probability(self) -> float:
+        """The exponential of `log_prob`."""
         return math.exp(self.log_prob)
 
 

@@ -60,7 +60,6 @@ class Worker:
         self._queue: list[Job] = []
         self._changed = threading.Condition()
         self._stopping = True
-        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin to work; a worker that was stopped can be started again."""
@@ -70,16 +69,15 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """Take no more jobs, finish those that are queued, and return when all is done."""
+        """Take no more jobs, finish those that are queued, and return when all is done. The worker must have been started."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
+        self._thread.join()
 
     @property
     def ready(self) -> bool:
-        return not self._stopping and self._thread is not None and self._thread.is_alive()
+        return not self._stopping and self._thread.is_alive()
 
     @property
     def queue_length(self) -> int:

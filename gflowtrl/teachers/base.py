@@ -226,22 +226,13 @@ def top_items(
     k: int,
     *,
     max_history_items: int | None = 20,
-    exclude_seen: bool = False,
     batch_size: int = BATCH,
 ) -> Tensor:
     """The `k` best items of each history: item *indices* (columns of the teacher), LongTensor `(U, k)`, best first.
 
-    Histories are cut to their last `max_history_items`. `exclude_seen` drops the items of the cut history; it is meant
-    for applications, never for a benchmark table.
+    Histories are cut to their last `max_history_items`. Items of the history are among the candidates.
     """
-    index = {item: column for column, item in enumerate(teacher.items)} if exclude_seen else {}
-    k, lists = min(k, len(teacher.items)), []
     cut = [list(history)[-max_history_items:] if max_history_items else list(history) for history in histories]
-    for start in range(0, len(cut), batch_size):
-        batch = cut[start : start + batch_size]
-        scores = teacher.score(batch)
-        if exclude_seen:
-            seen = [(row, index[item]) for row, history in enumerate(batch) for item in history]
-            scores = scores.index_put(tuple(torch.tensor(seen, device=scores.device).T), scores.new_tensor(-torch.inf))
-        lists.append(scores.topk(k).indices.cpu())
+    k, starts = min(k, len(teacher.items)), range(0, len(cut), batch_size)
+    lists = [teacher.score(cut[start : start + batch_size]).topk(k).indices.cpu() for start in starts]
     return torch.cat(lists) if lists else torch.empty(0, k, dtype=torch.long)

@@ -58,6 +58,12 @@ def test_save_and_load(catalog, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["catalog.json"]
 
 
+def test_unknown_items_are_left_out_and_told_with_their_rows(catalog):
+    known, unknown = catalog.known_items(iter([["hat", "sock", "cap", "hat"], [], [7, "sock"]]))
+    assert known == [["hat", "cap", "hat"], [], []]
+    assert unknown == [(0, "sock"), (2, 7), (2, "sock")]
+
+
 def test_bad_input_is_named(catalog, tmp_path):
     tokenizer = build_tokenizer(IDS)
     with pytest.raises(ValueError, match="'sock' is not in the catalogue"):
