@@ -69,7 +69,7 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """Take no more jobs, finish those that are queued, and return when all is done. The worker must have been started."""
+        """Take no more jobs, finish those that are queued, and return when all is done; after `start` only."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
