@@ -83,6 +83,10 @@ def read_encoder(
     settings = json.loads(file.read_text(encoding="utf-8"))
     if settings["prompt_format"] == "plain":
         return PromptEncoder(catalog, tokenizer, settings["max_history_items"])
+    if settings["prompt_format"] != "text":
+        raise ValueError(
+            f"{file} has prompts of a format that this version does not know: {settings['prompt_format']!r}."
+        )
     table = load_file(Path(directory, TABLE_FILE))["tokens"]
     return TextPromptEncoder.from_saved(settings, table, catalog, tokenizer)
 

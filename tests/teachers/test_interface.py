@@ -155,10 +155,10 @@ def test_scores_are_computed_once_per_step():
     mixture, reordered = MixtureTeacher({teacher: 1.0, popularity: 1.0}), as_teacher(teacher, ITEMS[::-1])
     step = step_of(SEQUENCES)
     for wanted in (teacher, mixture, reordered, mixture, teacher):
-        torch.testing.assert_close(teacher_scores(wanted, step), wanted.score(SEQUENCES))
+        torch.testing.assert_close(teacher_scores(wanted, step, "The test"), wanted.score(SEQUENCES))
     assert teacher.calls == 1 + 5  # one for the step, five by the direct calls it is compared with
-    teacher_scores(teacher, step_of(SEQUENCES))
-    teacher_scores(teacher, step.rows(slice(2)))
+    teacher_scores(teacher, step_of(SEQUENCES), "The test")
+    teacher_scores(teacher, step.rows(slice(2)), "The test")
     assert teacher.calls == 1 + 5 + 2
 
 
