@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -19,15 +17,13 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gflowtrl.catalog import Item, ItemCatalog
-from gflowtrl.catalog.files import write_text
-from gflowtrl.data import PromptEncoder, load_encoder, save_encoder
+from gflowtrl.data import PromptEncoder
+from gflowtrl.data.recommender_files import read_details, read_encoder, write_recommender_files
 from gflowtrl.policy import Noise, StatelessNoise, load_backbone, make_policy
 from gflowtrl.policy.heads import split_heads
 from gflowtrl.teachers import TeacherModule, load_teacher
 
 
-RECOMMENDER_FILE = "recommender_config.json"
-DETAILS_FILE = "item_details.json"
 TEACHER_FOLDER = "teacher"
 ENUMERATED = 4096  # of so few allowed items all probabilities are computed, where lists are drawn
 ENUMERATED_TOGETHER = 256
@@ -50,6 +46,11 @@ class Recommendation:
     item: Item
     log_prob: float
     title: str | None = None
+
+    @property
+    def probability(self) -> float:
+        """The exponential of `log_prob`."""
+        return math.exp(self.log_prob)
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,8 @@ class Recommender:
             FileNotFoundError: the folder or one of its files is missing.
         """
         directory = local_copy(directory)
-        catalog, tokenizer = ItemCatalog.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+        catalog = ItemCatalog.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
         return cls(
             load_backbone(directory, **model_kwargs),
             tokenizer,
@@ -177,7 +179,6 @@ class Recommender:
         temperature: float = 1.0,
         seed: int = 0,
         allowed_items: Iterable[Item] | None = None,
-        places: Sequence[str] | None = None,
     ) -> list[list[Recommendation]]:
         """Recommend `k` items for each history.
 
@@ -197,7 +198,6 @@ class Recommender:
             seed: with `"sample"`: the same seed gives the same lists. Each history draws by its place in
                 `histories`, whatever the batch size.
             allowed_items: recommend these only (in stock, say). Probabilities stay those among all items.
-            places: what messages call each history, `row 0` and so on if not given; lines of a file, say.
 
         Raises:
             ValueError: k or batch_size below 1, or num_beams below k; an unknown strategy; a temperature that is not
@@ -205,13 +205,12 @@ class Recommender:
                 the recommender holds no counts.
             TypeError: a history is no list of items.
         """
-        _check_request(k, num_beams, batch_size, strategy, temperature)
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; decode at least 1 history at a time.")
         request = _Request(k, num_beams, exclude_seen, strategy, temperature, seed, self._allowed(allowed_items))
-        histories = list(histories)
-        places = [f"row {row}" for row in range(len(histories))] if places is None else places
-        known = self._known(histories, places)
+        known = self._known(list(histories))
         warm = [row for row, history in enumerate(known) if history]
-        results = {row: self._popular(row, places[row], request) for row in range(len(known)) if not known[row]}
+        results = {row: self._popular(row, request) for row, history in enumerate(known) if not history}
         for start in range(0, len(warm), batch_size):
             rows = warm[start : start + batch_size]
             results.update(zip(rows, self._decoded(rows, [known[row] for row in rows], request), strict=True))
@@ -219,19 +218,17 @@ class Recommender:
 
     def _decoded(self, rows: list[int], histories: list[list[Item]], request: _Request) -> list[list[Recommendation]]:
         """The lists of histories, none of them empty, whose places in the request are `rows`."""
-        device = next(self.model.parameters()).device
-        prompts = {name: value.to(device) for name, value in self.encoder(histories).items()}
+        prompts = self._prompts(histories)
         beams = request.num_beams or (max(20, request.k) if request.strategy == "beam" else request.k)
         if request.exclude_seen:
             beams += max(len(set(history)) for history in histories)
         if request.strategy == "beam":
             nodes = None
             if request.allowed is not None:
-                self.catalog.to(device)
                 nodes = self.catalog.tree.ways_to(self.catalog.leaf_of(sorted(request.allowed)))
             leaves, log_probs = self.policy.beam_search(prompts, beams, nodes)
             return self._lists(histories, leaves, log_probs, request)
-        noise = StatelessNoise(request.seed).at(0, torch.tensor(rows, device=device))
+        noise = StatelessNoise(request.seed).at(0, torch.tensor(rows, device=self.model.device))
         if request.allowed is not None and len(request.allowed) <= ENUMERATED:
             return self._lists(histories, *self._drawn_among(prompts, noise, request), request)
         while True:
@@ -243,13 +240,16 @@ class Recommender:
                 return lists
             beams = min(4 * beams, self.catalog.tree.num_leaves)
 
+    def _prompts(self, histories: list[list[Item]]) -> dict[str, Tensor]:
+        """Prompts where the model is, and the catalogue too."""
+        self.catalog.to(self.model.device)
+        return {name: value.to(self.model.device) for name, value in self.encoder(histories).items()}
+
     @torch.no_grad()
     def _drawn_among(self, prompts: dict[str, Tensor], noise: Noise, request: _Request) -> tuple[Tensor, Tensor]:
         """All allowed leaves `(B, n)` in the order of a draw without replacement (Gumbel), and their log-probabilities
         under the tempered policy."""
-        device = prompts["input_ids"].device
-        self.catalog.to(device)
-        leaves = self.catalog.leaf_of(sorted(request.allowed)).to(device).unique()
+        leaves = self.catalog.leaf_of(sorted(request.allowed)).unique()
         log_probs = []
         for part in leaves.split(ENUMERATED_TOGETHER):
             scores = self.policy.score(prompts, part.expand(len(noise), -1))
@@ -269,52 +269,52 @@ class Recommender:
         """The first `k` items of ranked leaves `(B, n)`."""
         results = []
         for history, row, values in zip(histories, leaves.tolist(), log_probs.tolist(), strict=True):
-            seen = set(history) if request.exclude_seen else set()
-            found = (
-                Recommendation(item, value, self.titles.get(item))
-                for leaf, value in zip(row, values, strict=True)
-                if leaf >= 0
-                for item in self.catalog.items_of(leaf)
-                if item not in seen and (request.allowed is None or item in request.allowed)
-            )
-            results.append(list(islice(found, request.k)))
+            ranked = ((leaf, value) for leaf, value in zip(row, values, strict=True) if leaf >= 0)
+            items = ((item, value) for leaf, value in ranked for item in self.catalog.items_of(leaf))
+            results.append(self._list(items, request, set(history) if request.exclude_seen else set()))
         return results
 
-    def _popular(self, row: int, place: str, request: _Request) -> list[Recommendation]:
+    def _list(
+        self, ranked: Iterable[tuple[Item, float]], request: _Request, seen: Collection[Item] = ()
+    ) -> list[Recommendation]:
+        """The first `k` of ranked items and log-probabilities that may be recommended."""
+        found = (
+            Recommendation(item, log_prob, self.titles.get(item))
+            for item, log_prob in ranked
+            if item not in seen and (request.allowed is None or item in request.allowed)
+        )
+        return list(islice(found, request.k))
+
+    def _popular(self, row: int, request: _Request) -> list[Recommendation]:
         """For a user of whom nothing is known: what was taken most often, or a draw in proportion to it."""
         if self.item_counts is None:
             raise ValueError(
-                f"The history in {place} is empty or holds no known item, and the recommender holds no counts of "
-                f"training interactions to recommend by. Leave it out, or give Recommender(item_counts=...)."
+                f"The history in row {row} is empty or holds no known item, and the recommender holds no counts of "
+                f"training interactions to recommend by. Leave the row out, or give Recommender(item_counts=...)."
             )
         log_probs = (self.item_counts.double() + 1).log().log_softmax(0)
         order = log_probs / request.temperature
         if request.strategy == "sample":
             noise = StatelessNoise(request.seed).at(0, torch.tensor([row]))
             order = order - (-noise.uniform("cold", len(order))[0].log()).log()
-        items = self.catalog.items
-        ranked = order.argsort(descending=True, stable=True).tolist()
-        allowed = (place for place in ranked if request.allowed is None or items[place] in request.allowed)
-        return [
-            Recommendation(items[place], float(log_probs[place]), self.titles.get(items[place]))
-            for place in islice(allowed, request.k)
-        ]
+        ranked = order.argsort(descending=True, stable=True)
+        items = (self.catalog.items[index] for index in ranked.tolist())
+        return self._list(zip(items, log_probs[ranked].tolist(), strict=True), request)
 
-    def _known(self, histories: Sequence[Sequence[Item]], places: Sequence[str]) -> list[list[Item]]:
+    def _known(self, histories: Sequence[Sequence[Item]]) -> list[list[Item]]:
         """Histories without items that are not in the catalogue, of which a warning tells."""
-        unknown = []
-        for place, history in zip(places, histories, strict=True):
+        for row, history in enumerate(histories):
             if isinstance(history, str) or not isinstance(history, Sequence):
-                raise TypeError(f"The history in {place} is {history!r}; give a list of items for each user.")
-            unknown += [(place, item) for item in history if item not in self.catalog]
+                raise TypeError(f"The history in row {row} is {history!r}; give a list of items for each user.")
+        known, unknown = self.catalog.known_items(histories)
         if unknown:
-            place, item = unknown[0]
+            row, item = unknown[0]
             warnings.warn(
                 f"{len(unknown)} items of the histories are not in the catalogue and were left out; the first is "
-                f"{item!r} in {place}.",
+                f"{item!r} in row {row}.",
                 stacklevel=3,
             )
-        return [[item for item in history if item in self.catalog] for history in histories]
+        return known
 
     def _allowed(self, items: Iterable[Item] | None) -> frozenset[Item] | None:
         if items is None:
@@ -322,11 +322,11 @@ class Recommender:
         allowed = frozenset(items)
         if not allowed:
             raise ValueError("allowed_items is empty, so that nothing can be recommended; leave it out to allow all.")
-        for item in allowed:
-            if item not in self.catalog:
-                raise ValueError(f"allowed_items holds {item!r}, which is not in the catalogue.")
+        if unknown := self.catalog.known_items([allowed])[1]:
+            raise ValueError(f"allowed_items holds {unknown[0][1]!r}, which is not in the catalogue.")
         return allowed
 
+    # ---------------------------------------------------------------------------------------------------- explaining
     @torch.no_grad()
     def explain(self, history: Sequence[Item], item: Item) -> Explanation:
         """Why `item` is where it is in the list of this history: its path, and what the teacher says.
@@ -334,15 +334,12 @@ class Recommender:
         Raises:
             ValueError: the item is not in the catalogue, or the history has no known item.
         """
-        (known,) = self._known([history], ["row 0"])
+        (known,) = self._known([history])
         if not known:
             raise ValueError(
                 "The history holds no known item, so the policy was not asked: the list is by popularity."
             )
-        device = next(self.model.parameters()).device
-        prompts = {name: value.to(device) for name, value in self.encoder([known]).items()}
-        self.catalog.to(device)
-        leaf = self.catalog.leaf_of([item]).to(device)
+        prompts, leaf = self._prompts([known]), self.catalog.leaf_of([item])
         scores, path = self.policy.score(prompts, leaf[None]), self.catalog.tree.walk(leaf)[0]
         place = self.catalog.index_of([item])[0]
         steps = []
@@ -363,7 +360,10 @@ class Recommender:
         return float(mine), 1 + int((probs > mine).sum())
 
 
-class _Request(NamedTuple):
+@dataclass(frozen=True)
+class _Request:
+    """What `recommend` is asked for, checked."""
+
     k: int
     num_beams: int | None
     exclude_seen: bool
@@ -372,20 +372,20 @@ class _Request(NamedTuple):
     seed: int
     allowed: frozenset[Item] | None
 
-
-def _check_request(k: int, num_beams: int | None, batch_size: int, strategy: str, temperature: float) -> None:
-    if k < 1:
-        raise ValueError(f"k is {k}; ask for at least 1 item.")
-    if num_beams is not None and num_beams < k:
-        raise ValueError(f"num_beams is {num_beams}, but {k} items are asked for; use at least {k} beams.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; decode at least 1 history at a time.")
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy is {strategy!r}; use one of {', '.join(map(repr, STRATEGIES))}.")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; it divides the logits and must be positive.")
-    if strategy == "beam" and temperature != 1.0:
-        raise ValueError(f"temperature is {temperature}, but strategy 'beam' draws nothing; use strategy='sample'.")
+    def __post_init__(self):
+        k, num_beams, strategy, temperature = self.k, self.num_beams, self.strategy, self.temperature
+        if k < 1:
+            raise ValueError(f"k is {k}; ask for at least 1 item.")
+        if num_beams is not None and num_beams < k:
+            raise ValueError(f"num_beams is {num_beams}, but {k} items are asked for; use at least {k} beams.")
+        if strategy not in STRATEGIES:
+            raise ValueError(f"strategy is {strategy!r}; use one of {', '.join(map(repr, STRATEGIES))}.")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature is {temperature}; it divides the logits and must be positive.")
+        if strategy == "beam" and temperature != 1.0:
+            raise ValueError(
+                f"temperature is {temperature}, but strategy 'beam' draws nothing; use strategy='sample'."
+            )
 
 
 def local_copy(directory: str | os.PathLike) -> Path:
@@ -403,48 +403,3 @@ def local_copy(directory: str | os.PathLike) -> Path:
         except (OSError, ValueError) as error:  # the Hub's own errors are of these kinds
             raise FileNotFoundError(f"{directory} is not a folder, and the Hub does not give it: {error}") from error
     raise FileNotFoundError(f"{directory} is not a folder; give the folder of a saved recommender, or its Hub name.")
-
-
-def write_recommender_files(
-    directory: str | os.PathLike,
-    encoder: PromptEncoder,
-    item_counts: Tensor | None = None,
-    titles: Mapping[Item, str] | None = None,
-) -> None:
-    """What makes a language model's folder a recommender: the catalogue, how prompts are made, and where they are
-    known the items' titles and how often each was taken in training."""
-    encoder.catalog.save_pretrained(directory)
-    settings = save_encoder(encoder, directory)
-    write_text(Path(directory, RECOMMENDER_FILE), json.dumps(settings, indent=2, ensure_ascii=False))
-    details: dict[str, list] = {}
-    if item_counts is not None:
-        details["counts"] = item_counts.tolist()
-    if titles:
-        details["titles"] = [titles.get(item) for item in encoder.catalog.items]
-    if details:
-        write_text(Path(directory, DETAILS_FILE), json.dumps(details, indent=2, ensure_ascii=False))
-
-
-def read_details(directory: Path, catalog: ItemCatalog) -> dict[str, Any]:
-    """`titles` and `item_counts` of a recommender's folder, those that it has, in the order of its catalogue."""
-    file = directory / DETAILS_FILE
-    details = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    for name, values in details.items():
-        if len(values) != len(catalog):
-            raise ValueError(f"{file} has {name} of {len(values)} items, but the catalogue has {len(catalog)}.")
-    found: dict[str, Any] = {}
-    if "counts" in details:
-        found["item_counts"] = torch.tensor(details["counts"])
-    if "titles" in details:
-        pairs = zip(catalog.items, details["titles"], strict=True)
-        found["titles"] = {item: title for item, title in pairs if title is not None}
-    return found
-
-
-def read_encoder(
-    directory: str | os.PathLike, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase
-) -> PromptEncoder:
-    """The encoder of a saved recommender; the plain one where the folder says nothing."""
-    file = Path(directory, RECOMMENDER_FILE)
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return load_encoder(settings, directory, catalog, tokenizer)

@@ -1,6 +1,7 @@
 """The catalogue: items, their token paths and the prefix tree over them. No model and no trainer here."""
 
-from .catalog import Item, ItemCatalog
+from .catalog import ItemCatalog
+from .items import Item
 from .tree import PrefixTree
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from .files import write_text
+from .items import Item, index_items
 from .tree import PrefixTree
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Item = int | str
 logger = logging.getLogger(__name__)
 CATALOG_FILE = "catalog.json"
 
@@ -44,10 +44,7 @@ class ItemCatalog:
                 f"{len(self.items)} items, {len(self.semantic_ids)} semantic ids and {len(item_token_ids)} rows of "
                 f"token numbers were given; there must be one of each per item."
             )
-        self._index = {item: i for i, item in enumerate(self.items)}
-        if len(self._index) < len(self.items):
-            repeated = next(item for i, item in enumerate(self.items) if self._index[item] != i)
-            raise ValueError(f"Item {repeated!r} stands twice in the catalogue; every item may have one semantic id.")
+        self._index = index_items(self.items)
         self.item_token_ids = item_token_ids.long()
         paths, row = torch.unique(self.item_token_ids, dim=0, return_inverse=True)
         self.tree = PrefixTree(paths)
@@ -71,7 +68,6 @@ class ItemCatalog:
         if not semantic_ids:
             raise ValueError("semantic_ids is empty; the catalogue needs at least one item.")
         texts = sorted({token for tokens in semantic_ids.values() for token in tokens})
-        unknown = getattr(tokenizer, "unk_token_id", None)
         numbers = dict(zip(texts, tokenizer.convert_tokens_to_ids(texts), strict=True))
         for item, tokens in semantic_ids.items():
             if not tokens:
@@ -81,7 +77,7 @@ class ItemCatalog:
                     f"The semantic id of item {item!r} is the text {tokens!r}; give a list of its tokens."
                 )
             for token in tokens:
-                if numbers[token] is None or numbers[token] == unknown:
+                if numbers[token] in (None, tokenizer.unk_token_id):
                     raise ValueError(
                         f"The tokenizer does not know token {token!r} of item {item!r}. Build it with "
                         f"gflowtrl.data.build_tokenizer or add the tokens with gflowtrl.data.add_item_tokens."
@@ -127,6 +123,12 @@ class ItemCatalog:
                 f"Item {error.args[0]!r} is not in the catalogue of {len(self)} items (its items look like "
                 f"{self.items[0]!r}). Remove it from the data or give it a semantic id."
             ) from None
+
+    def known_items(self, histories: Iterable[Sequence[Item]]) -> tuple[list[list[Item]], list[tuple[int, Item]]]:
+        """Histories without the items that are not in the catalogue, and those items, each with the row it is in."""
+        histories = list(histories)
+        unknown = [(row, item) for row, history in enumerate(histories) for item in history if item not in self]
+        return [[item for item in history if item in self] for history in histories], unknown
 
     def leaf_of(self, items: Sequence[Item]) -> Tensor:
         """Leaf of each item: `(n,)`."""
@@ -177,13 +179,11 @@ class ItemCatalog:
     # ------------------------------------------------------------------------------------------------ saving, loading
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write `catalog.json` (items, token texts, token numbers) into `directory`, atomically."""
-        path = Path(directory) / CATALOG_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
         numbers = {}
         for tokens, row in zip(self.semantic_ids, self.item_token_ids.tolist(), strict=True):
             numbers.update(zip(tokens, row, strict=False))
         content = {"items": self.items, "semantic_ids": self.semantic_ids, "token_ids": numbers}
-        write_text(path, json.dumps(content))
+        write_text(Path(directory, CATALOG_FILE), json.dumps(content))
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> ItemCatalog:

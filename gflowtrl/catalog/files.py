@@ -9,8 +9,12 @@ from typing import Any
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[Path], Any]) -> None:
-    """Lets `write` fill a file beside `path`, which then takes its name; one that is not finished is removed."""
+    """Let `write` fill a file next to `path`, which then takes its name; an unfinished one is removed.
+
+    The folder is made where it is missing.
+    """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(partial)
@@ -20,5 +24,5 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], Any]) -> N
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes text atomically, in UTF-8."""
+    """Write text atomically, in UTF-8."""
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,34 +31,30 @@ class PrefixTree:
             that is a prefix of another one (generation could not know where to stop).
     """
 
-    # The tensors that `to` moves. Node and leaf numbers are stored in 32 bits: half the memory, 2 billion nodes.
-    _TENSORS = (
-        "paths", "leaf_lengths", "leaf_of_row", "node_token", "parent", "first_child", "num_children",
-        "first_leaf", "leaf_count", "path_nodes", "tokens", "_token_place", "_child_keys",
-    )  # fmt: skip
+    # Node and leaf numbers are stored in 32 bits: half the memory, 2 billion nodes.
 
     def __init__(self, token_paths: Tensor):
         paths = _checked(token_paths)
-        order = _lexicographic_order(paths)
+        order = torch.from_numpy(np.lexsort(paths.T.flip(0).numpy()))  # stable, and the last key counts most
         paths = paths[order]
+        self._check_prefix_free(paths, order)
         self.leaf_of_row = torch.empty(len(paths), dtype=torch.int32)
         self.leaf_of_row[order] = torch.arange(len(paths), dtype=torch.int32)
         self.paths = paths.to(torch.int32)
         self.leaf_lengths = (paths >= 0).sum(1)
         self.num_leaves, self.max_depth = paths.shape
         self.num_tokens = int(paths.max()) + 1
-        self._build(paths, order)
+        self._build(paths)
 
     # ------------------------------------------------------------------------------------------------ construction
-    def _build(self, paths: Tensor, order: Tensor) -> None:
+    def _build(self, paths: Tensor) -> None:
         """Number the nodes level by level. `paths` is sorted, so a new node begins where the prefix changes."""
         num_leaves, depth = paths.shape
         changed = torch.zeros(num_leaves, dtype=torch.bool)
         changed[0] = True
         path_nodes = torch.full((num_leaves, depth + 1), -1, dtype=torch.int32)
         path_nodes[:, 0] = 0
-        tokens, parents, firsts, counts = [torch.tensor([-1])], [torch.tensor([-1])], [torch.tensor([0])], []
-        counts.append(torch.tensor([num_leaves]))
+        tokens, parents, firsts = [torch.tensor([-1])], [torch.tensor([-1])], [torch.tensor([0])]
         level_start = [0, 1]
         for level in range(depth):
             column = paths[:, level]
@@ -68,25 +65,19 @@ class PrefixTree:
             tokens.append(column[begin])
             parents.append(path_nodes[begin, level].long())
             firsts.append(begin)
-            # A node's leaves end where the next prefix begins, whether or not that one still has a token here.
-            starts = torch.nonzero(changed).squeeze(1)
-            ends = torch.cat([starts[1:], torch.tensor([num_leaves])])
-            counts.append(ends[torch.searchsorted(starts, begin)] - begin)
             level_start.append(level_start[-1] + len(begin))
-        self._check_prefix_free(paths, path_nodes, order, torch.cat(counts))
         self.path_nodes = path_nodes
         self.level_start = level_start  # nodes of depth d are level_start[d] ... level_start[d + 1] - 1
         self.num_nodes = level_start[-1]
         self.node_token = torch.cat(tokens).to(torch.int32)
         self.parent = torch.cat(parents).to(torch.int32)
         self.first_leaf = torch.cat(firsts).to(torch.int32)
-        self.leaf_count = torch.cat(counts).to(torch.int32)
+        self.leaf_count = torch.bincount(path_nodes[path_nodes >= 0]).to(torch.int32)
         parent = self.parent[1:].long()
         self.num_children = torch.bincount(parent, minlength=self.num_nodes).to(torch.int32)
-        self.first_child = torch.full((self.num_nodes,), -1, dtype=torch.int32)
-        first = torch.ones(len(parent), dtype=torch.bool)
-        first[1:] = parent[1:] != parent[:-1]
-        self.first_child[parent[first]] = (torch.nonzero(first).squeeze(1) + 1).to(torch.int32)
+        # Children are numbered in the order of their parents.
+        first_child = self.num_children.cumsum(0) - self.num_children + 1
+        self.first_child = torch.where(self.num_children > 0, first_child, -1).to(torch.int32)
         self._child_keys = parent * self.num_tokens + self.node_token[1:].long()
         used = torch.zeros(self.num_tokens, dtype=torch.bool)
         used[self.node_token[1:].long()] = True
@@ -100,23 +91,21 @@ class PrefixTree:
         ]
 
     @staticmethod
-    def _check_prefix_free(paths: Tensor, path_nodes: Tensor, order: Tensor, leaf_count: Tensor) -> None:
-        lengths = (paths >= 0).sum(1)
-        end_nodes = path_nodes.gather(1, lengths[:, None]).squeeze(1).long()
-        shared = torch.nonzero(leaf_count[end_nodes] > 1).squeeze(1)
-        if not len(shared):
+    def _check_prefix_free(paths: Tensor, order: Tensor) -> None:
+        # -1 sorts before every token: an equal or longer path with the same beginning comes next.
+        continued = ((paths[:-1] == paths[1:]) | (paths[:-1] < 0)).all(1).nonzero()
+        if not len(continued):
             return
-        i = int(shared[0])
-        other = i + 1  # -1 sorts before every token: an equal or longer path with the same beginning comes next
-        short = paths[i, : lengths[i]]
-        rows = f"rows {int(order[i])} and {int(order[other])}"
-        if lengths[i] == lengths[other]:
+        i = int(continued[0])
+        short, other = (path[path >= 0].tolist() for path in paths[i : i + 2])
+        rows = f"rows {int(order[i])} and {int(order[i + 1])}"
+        if short == other:
             raise ValueError(
-                f"Token path {short.tolist()} stands twice ({rows}). Paths of a PrefixTree must be distinct; items "
+                f"Token path {short} stands twice ({rows}). Paths of a PrefixTree must be distinct; items "
                 f"that share an id are merged by ItemCatalog.from_semantic_ids."
             )
         raise ValueError(
-            f"Token path {short.tolist()} is a prefix of {paths[other, : lengths[other]].tolist()} ({rows}), so "
+            f"Token path {short} is a prefix of {other} ({rows}), so "
             f"generation could not tell where the shorter id ends. Give ids of equal length or add an end token."
         )
 
@@ -132,8 +121,9 @@ class PrefixTree:
 
     def to(self, device: torch.device | str) -> PrefixTree:
         """Move all tensors to `device`, in place."""
-        for name in self._TENSORS:
-            setattr(self, name, getattr(self, name).to(device))
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
         return self
 
     def step(self, nodes: Tensor, tokens: Tensor) -> Tensor:
@@ -164,7 +154,10 @@ class PrefixTree:
         Returns:
             tokens and child nodes, both `(..., C)`, sorted by token.
         """
-        offsets = torch.arange(self.max_children[depth], device=nodes.device)
+        return self._children(nodes, self.max_children[depth])
+
+    def _children(self, nodes: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        offsets = torch.arange(width, device=nodes.device)
         safe = nodes.clamp(min=0)
         count = torch.where(nodes >= 0, self.num_children[safe], 0)
         child_nodes = torch.where(offsets < count[..., None], self.first_child[safe][..., None] + offsets, -1)
@@ -178,13 +171,9 @@ class PrefixTree:
                 f"vocab_size is {vocab_size}, but the catalogue uses token {self.num_tokens - 1}. "
                 f"Resize the model's embeddings to the tokenizer's length."
             )
-        count = torch.where(nodes >= 0, self.num_children[nodes.clamp(min=0)], 0)
-        offsets = torch.arange(max(int(count.max()), 1), device=nodes.device)
-        valid = offsets < count[..., None]
-        child = torch.where(valid, self.first_child[nodes.clamp(min=0)][..., None] + offsets, 0)
-        tokens = torch.where(valid, self.node_token[child].long(), vocab_size)
+        tokens, _ = self._children(nodes, max(self.max_children))
         mask = torch.zeros(*nodes.shape, vocab_size + 1, dtype=torch.bool, device=nodes.device)
-        return mask.scatter_(-1, tokens, True)[..., :vocab_size]
+        return mask.scatter_(-1, torch.where(tokens >= 0, tokens, vocab_size), True)[..., :vocab_size]
 
     def walk(self, leaves: Tensor) -> Tensor:
         """Nodes on the way to each leaf: `(...,) -> (..., L + 1)`, root first, -1 after a shorter id's end."""
@@ -265,11 +254,3 @@ def _checked(token_paths: Tensor) -> Tensor:
     if len(holes):
         raise ValueError(f"Row {int(holes[0])} of token_paths has a token after padding; pad with -1 at the right.")
     return paths[:, : int(present.sum(1).max())]
-
-
-def _lexicographic_order(paths: Tensor) -> Tensor:
-    """Rows in lexicographic order: stable sorts from the last column to the first (least significant digit first)."""
-    order = torch.arange(len(paths))
-    for column in range(paths.shape[1] - 1, -1, -1):
-        order = order[torch.sort(paths[order, column], stable=True).indices]
-    return order

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -67,10 +67,9 @@ def _answer(given: argparse.Namespace, allowed: list | None, lines: IO[str], out
     with tqdm(disable=not sys.stderr.isatty(), unit=" histories", file=sys.stderr) as progress:
         # A row draws by its place in the file: the seed of a chunk is a function of its number.
         for number, chunk in enumerate(iter(lambda: list(islice(rows, CHUNK)), [])):
-            places, read = zip(*chunk, strict=True)
-            histories, seed = [row["history"] for row in read], _seed(given.seed, number)
-            answers = recommender.recommend(histories, seed=seed, places=places, **options)
-            for row, found in zip(read, answers, strict=True):
+            seed = _seed(given.seed, number)
+            answers = recommender.recommend(_known(recommender, chunk), seed=seed, **options)
+            for (_, row), found in zip(chunk, answers, strict=True):
                 answer = {**row, "recommendations": [_shown(one) for one in found]}
                 out.write(json.dumps(answer, ensure_ascii=False) + "\n")
             progress.update(len(chunk))
@@ -85,8 +84,26 @@ def _seed(seed: int, chunk: int) -> int:
     return int(np.random.SeedSequence([seed % 2**64, chunk]).generate_state(1, np.uint64)[0])
 
 
+def _known(recommender: Any, rows: list[tuple[str, dict[str, Any]]]) -> list[list]:
+    """The items of the histories that the recommender knows; what it cannot use is told by its line in the file."""
+    known, unknown = recommender.catalog.known_items(row["history"] for _, row in rows)
+    if unknown:
+        row, item = unknown[0]
+        warnings.warn(
+            f"{len(unknown)} items of the histories are not in the catalogue and were left out; the first is {item!r} "
+            f"({rows[row][0]}).",
+            stacklevel=2,
+        )
+    if recommender.item_counts is None and [] in known:
+        raise ValueError(
+            f"{rows[known.index([])][0]}: the history is empty or holds no known item, and the recommender holds no "
+            "counts of training interactions to recommend by. Leave the line out."
+        )
+    return known
+
+
 def _shown(one: Any) -> dict[str, Any]:
-    shown = {"item": one.item, "probability": math.exp(one.log_prob)}
+    shown = {"item": one.item, "probability": one.probability}
     return shown if one.title is None else {**shown, "title": one.title}
 
 

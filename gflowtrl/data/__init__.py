@@ -18,7 +18,7 @@ from .sharing import PrefixGroupedEpochSampler, prefix_groups, prompt_members
 from .splits import Splits, Window, leave_one_out, user_windows
 from .step import Step, check_column_names
 from .synthetic_shop import ShopTruth, SyntheticShop
-from .text_prompts import PromptFormat, TextPromptEncoder, load_encoder, save_encoder, text_sft_dataset
+from .text_prompts import PromptFormat, TextPromptEncoder, text_sft_dataset
 from .tokenization import add_item_tokens, build_tokenizer, check_round_trip
 
 
@@ -53,14 +53,12 @@ __all__ = [
     "extract_zip",
     "k_core",
     "leave_one_out",
-    "load_encoder",
     "prefix_groups",
     "prepare",
     "prompt_members",
     "read_folder",
     "read_interactions",
     "read_letter",
-    "save_encoder",
     "sft_dataset",
     "text_sft_dataset",
     "user_windows",

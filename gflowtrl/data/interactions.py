@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gflowtrl.catalog import Item
+from gflowtrl.catalog.items import index_items
 
 
 #: Levels of an `Event`, ordered by how much they say about a user's taste.
@@ -62,9 +63,7 @@ class InteractionData:
         _check_unique(self.items, f"{self.name}: item")
         known = set(self.items)
         for user, sequence in zip(self.users, self.sequences, strict=True):
-            if not known.issuperset(sequence):
-                item = next(item for item in sequence if item not in known)
-                raise ValueError(f"{self.name}: user {user!r} took item {item!r}, which is not in the catalogue.")
+            self._check_known(user, "took", sequence, known)
         if self.semantic_ids is not None:
             self.semantic_ids = _in_item_order(self.semantic_ids, self.items, self.name)
         if self.events is not None:
@@ -75,14 +74,17 @@ class InteractionData:
             raise ValueError(f"{self.name}: {len(self.users)} users but {len(self.events)} event lists were given.")
         known = set(self.items)
         for user, sequence, events in zip(self.users, self.sequences, self.events, strict=True):
-            if not known.issuperset(event.item for event in events):
-                item = next(event.item for event in events if event.item not in known)
-                raise ValueError(f"{self.name}: user {user!r} was shown item {item!r}, which is not in the catalogue.")
+            self._check_known(user, "was shown", [event.item for event in events], known)
             if [event.item for event in events if event.level >= CLICKED] != list(sequence):
                 raise ValueError(
                     f"{self.name}: the clicks and purchases in the events of user {user!r} are not the user's "
                     "sequence, in order. Make the sequence from the events, or leave the events out."
                 )
+
+    def _check_known(self, user: Item, what: str, items: list[Item], known: set[Item]) -> None:
+        if not known.issuperset(items):
+            item = next(item for item in items if item not in known)
+            raise ValueError(f"{self.name}: user {user!r} {what} item {item!r}, which is not in the catalogue.")
 
     @property
     def num_interactions(self) -> int:
@@ -159,10 +161,7 @@ def _check_unique(values: Sequence[Item], what: str) -> None:
     if not (kinds <= {int} or kinds <= {str}):
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise ValueError(f"{what} ids must be all whole numbers or all strings, but these kinds were found: {names}.")
-    if len(set(values)) != len(values):
-        seen: set[Item] = set()
-        twice = next(value for value in values if value in seen or seen.add(value))
-        raise ValueError(f"{what} {twice!r} is there twice. Every id may be given once.")
+    index_items(values, what)
 
 
 def _in_item_order(semantic_ids, items: list[Item], name: str) -> dict[Item, tuple[str, ...]]:

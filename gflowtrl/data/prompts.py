@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from gflowtrl.catalog import Item, ItemCatalog
 
 from .sharing import prompt_members
-from .splits import user_windows
+from .splits import ragged, user_windows
 from .step import check_column_names
 
 
@@ -172,15 +172,13 @@ def sft_dataset(
     windows = user_windows(sequences, max_history_items)
     if not windows:
         raise ValueError("No sequence has two items or more, so there is nothing to predict from a history.")
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     tokens, row, place = item_tokens(catalog, [window.items for window in windows])
     first_target = torch.tensor([window.first_target for window in windows])
-    labels = torch.where(place >= first_target[row], tokens, IGNORED_LABEL)
-    count = torch.bincount(row, minlength=len(windows))
-    starts = (count + len(bos)).cumsum(0) - count - len(bos)
-    columns = {"input_ids": tokens, "labels": labels}
-    for name, values in columns.items():
-        flat = np.full(len(tokens) + len(bos) * len(windows), bos[0] if bos and name == "input_ids" else IGNORED_LABEL)
-        flat[(torch.arange(len(tokens)) + (row + 1) * len(bos)).numpy()] = values.numpy()
-        columns[name] = pa.ListArray.from_arrays(pa.array([*starts.tolist(), len(flat)], pa.int32()), pa.array(flat))
-    return Dataset(pa.table(columns))
+    labels = torch.where(place >= first_target[row], tokens, IGNORED_LABEL).numpy()
+    inputs, lengths = tokens.numpy(), torch.bincount(row, minlength=len(windows)).numpy()
+    if tokenizer.bos_token_id is not None:
+        starts = lengths.cumsum() - lengths
+        inputs, labels = np.insert(inputs, starts, tokenizer.bos_token_id), np.insert(labels, starts, IGNORED_LABEL)
+        lengths = lengths + 1
+    columns = {"input_ids": inputs, "labels": labels}
+    return Dataset(pa.table({name: ragged(pa.array(values), lengths) for name, values in columns.items()}))

@@ -1,7 +1,8 @@
 """Readers: the folder format of this library and the LETTER / APAO triple. docs/data.md describes both."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from gflowtrl.catalog import Item
 
-from .interactions import CLICKED, PURCHASED, Event, InteractionData
+from .interactions import CLICKED, PURCHASED, SHOWN, Event, InteractionData
 
 
 def read_interactions(path: str | Path, with_ids: bool = True) -> InteractionData:
@@ -50,17 +51,17 @@ def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
             message names the file and the line, or the user or item.
     """
     path = Path(path)
-    users, sequences = _read_sequences(_require(path / "sequences.jsonl"))
-    features: dict[Item, dict[str, Any]] = {}
-    if (path / "items.jsonl").is_file():
-        for where, row in _json_lines(path / "items.jsonl"):
-            item = _identifier(row, "item", where)
-            if item in features:
-                raise ValueError(f"{where}: item {item!r} was described in an earlier line. Keep one of the two.")
-            features[item] = {key: value for key, value in row.items() if key != "item"}
-    make_item = _item_maker(sequences, features)
+    file = _require(path / "sequences.jsonl")
+    by_user = {user: _items(row.get("items"), f"{where}: user {user!r}") for where, user, row in _rows(file, "user")}
+    if not by_user:
+        raise ValueError(f"{file} is empty. It needs one line per user.")
+    users, sequences = list(by_user), list(by_user.values())
+    file, features = path / "items.jsonl", {}
+    if file.is_file():
+        features = {item: {k: v for k, v in row.items() if k != "item"} for _, item, row in _rows(file, "item")}
+    numbers = _are_numbers(chain(chain.from_iterable(sequences), features))
     ids_file = path / "semantic_ids.json"
-    semantic_ids = _read_semantic_ids(ids_file, make_item) if with_ids and ids_file.is_file() else None
+    semantic_ids = _read_semantic_ids(ids_file, numbers) if with_ids and ids_file.is_file() else None
     about = _read_about(path / "dataset.json")
     events = _read_events(path / "events.jsonl", users) if (path / "events.jsonl").is_file() else None
     return InteractionData(
@@ -98,15 +99,17 @@ def read_letter(path: str | Path, with_ids: bool = True) -> InteractionData:
             names = ", ".join(file.name for file in found)
             raise ValueError(f"{path} holds several data sets ({names}). Give the path without '.inter.json'.")
         path = path / (found[0].name.removesuffix(".inter.json") if found else "X")
-    inter_file, index_file, item_file = (path.with_name(f"{path.name}.{part}.json") for part in _LETTER_PARTS)
+    inter_file, index_file, item_file = (
+        path.with_name(f"{path.name}.{part}.json") for part in ("inter", "index", "item")
+    )
     by_user = _read_object(_require(inter_file))
     users: list[Item] = list(by_user)
     if all(_is_number(user) for user in by_user):
         users = [int(user) for user in by_user]
-    sequences = [_item_list(items, f"{inter_file}: user {user}") for user, items in by_user.items()]
-    make_item = _item_maker(sequences, ())
-    semantic_ids = _read_semantic_ids(index_file, make_item) if with_ids and index_file.is_file() else None
-    features = _read_features(item_file, make_item) if item_file.is_file() else {}
+    sequences = [_items(items, f"{inter_file}: user {user}") for user, items in by_user.items()]
+    numbers = _are_numbers(chain.from_iterable(sequences))
+    semantic_ids = _read_semantic_ids(index_file, numbers) if with_ids and index_file.is_file() else None
+    features = _read_features(item_file, numbers) if item_file.is_file() else {}
     return InteractionData(
         name=path.name,
         users=users,
@@ -127,7 +130,8 @@ def write_folder(data: InteractionData, path: str | Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     pairs = zip(data.users, data.sequences, strict=True)
     _write_lines(path / "sequences.jsonl", ({"user": user, "items": items} for user, items in pairs))
-    _write_lines(path / "items.jsonl", map(_item_row, data.items, map(data.item_features.get, data.items)))
+    rows = ({"item": item} | data.item_features.get(item, {}) | {"item": item} for item in data.items)
+    _write_lines(path / "items.jsonl", rows)
     about = {"name": data.name, "synthetic": data.synthetic}
     about |= {key: text for key in ("license", "source") if (text := getattr(data, key)) is not None}
     (path / "dataset.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
@@ -140,7 +144,6 @@ def write_folder(data: InteractionData, path: str | Path) -> None:
         _write_lines(path / "events.jsonl", map(_event_row, data.users, data.events))
 
 
-_LETTER_PARTS = ("inter", "index", "item")
 _LEAST_ID, _GREATEST_ID = -(2**63), 2**63 - 1  # what fits into the int64 columns of the splits
 
 
@@ -150,16 +153,15 @@ def _require(file: Path) -> Path:
     return file
 
 
-def _read_sequences(file: Path) -> tuple[list[Item], list[list[Item]]]:
-    rows: dict[Item, list[Item]] = {}
+def _rows(file: Path, key: str) -> Iterator[tuple[str, Item, dict[str, Any]]]:
+    """The objects of a file of JSON lines, each with its place and the id under `key`, which no two may share."""
+    seen: set[Item] = set()
     for where, row in _json_lines(file):
-        user = _identifier(row, "user", where)
-        if user in rows:
-            raise ValueError(f"{where}: user {user!r} has an earlier line. Put all items of a user in one line.")
-        rows[user] = _item_list(row.get("items"), f"{where}: user {user!r}")
-    if not rows:
-        raise ValueError(f"{file} is empty. It needs one line a user.")
-    return list(rows), list(rows.values())
+        found = _checked_id(row.get(key), key, where)
+        if found in seen:
+            raise ValueError(f"{where}: {key} {found!r} has an earlier line. Put all that is known of it in one line.")
+        seen.add(found)
+        yield where, found, row
 
 
 def _read_about(file: Path) -> dict[str, Any]:
@@ -172,50 +174,43 @@ def _read_about(file: Path) -> dict[str, Any]:
 
 def _read_events(file: Path, users: list[Item]) -> list[list[Event]]:
     rows: dict[Item, list[Event]] = {}
-    for where, row in _json_lines(file):
-        user = _identifier(row, "user", where)
+    for where, user, row in _rows(file, "user"):
         columns = [row.get(key) for key in ("sessions", "items", "levels")]
-        if user in rows:
-            raise ValueError(f"{where}: user {user!r} has an earlier line. Put all events of a user in one line.")
         if not all(isinstance(column, list) for column in columns) or len({*map(len, columns)}) != 1:
             raise ValueError(f"{where}: 'sessions', 'items' and 'levels' must be three lists of one length.")
         rows[user] = [Event(*event) for event in zip(*columns, strict=True)]
-        if any(event.level not in (0, CLICKED, PURCHASED) for event in rows[user]):
+        if any(event.level not in (SHOWN, CLICKED, PURCHASED) for event in rows[user]):
             raise ValueError(f"{where}: a level must be 0 (shown), 1 (clicked) or 2 (purchased).")
-    unknown = rows.keys() - set(users)
-    if unknown:
+    if unknown := rows.keys() - set(users):
         raise ValueError(f"{file}: user {min(unknown)!r} has events but no line in sequences.jsonl.")
     return [rows.get(user, []) for user in users]
 
 
-def _read_semantic_ids(file: Path, make_item) -> dict[Item, tuple[str, ...]]:
-    ids = {}
-    for key, tokens in _read_object(file).items():
+def _read_semantic_ids(file: Path, numbers: bool) -> dict[Item, tuple[str, ...]]:
+    ids = _read_by_item(file, numbers)
+    for item, tokens in ids.items():
         if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
-            raise ValueError(f"{file}: the semantic id of item {key} must be a list of at least one string.")
-        ids[make_item(key, file)] = tuple(tokens)
-    return ids
+            raise ValueError(f"{file}: the semantic id of item {item} must be a list of at least one string.")
+    return {item: tuple(tokens) for item, tokens in ids.items()}
 
 
-def _read_features(file: Path, make_item) -> dict[Item, dict[str, Any]]:
-    content = _read_object(file)
-    for key, row in content.items():
+def _read_features(file: Path, numbers: bool) -> dict[Item, dict[str, Any]]:
+    features = _read_by_item(file, numbers)
+    for item, row in features.items():
         if not isinstance(row, dict):
-            raise ValueError(f"{file}: the features of item {key} must be a JSON object.")
-    return {make_item(key, file): row for key, row in content.items()}
+            raise ValueError(f"{file}: the features of item {item} must be a JSON object.")
+    return features
 
 
-def _json_lines(file: Path) -> Iterator[tuple[str, dict]]:
+def _json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with _utf8(file), file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
             where = f"{file}, line {number}"
             try:
-                row = json_object(line)
+                if line.strip():
+                    yield where, json_object(line)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}. Mend the line or take it out.") from None
-            yield where, row
 
 
 @contextmanager
@@ -226,12 +221,18 @@ def _utf8(file: Path) -> Iterator[None]:
         raise ValueError(f"{file} is no text in UTF-8 ({error}). Unpack it, or save it as UTF-8.") from None
 
 
-def json_object(line: str) -> dict[str, Any]:
-    """One line of a `.jsonl` file. A ValueError says what it is instead of a JSON object, without a full stop."""
+def json_object(text: str, **options: Any) -> dict[str, Any]:
+    """One JSON object. A ValueError says what the text is instead of one, without a full stop.
+
+    Args:
+        text: a line of a `.jsonl` file, or a whole file.
+        **options: of `json.loads`.
+    """
     try:
-        row = json.loads(line)
+        row = json.loads(text, **options)
     except json.JSONDecodeError as error:
-        raise ValueError(f"no JSON ({error.msg}, column {error.colno})") from None
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise ValueError(f"no JSON ({error.msg}, {line}column {error.colno})") from None
     if not isinstance(row, dict):
         raise ValueError(f"a JSON object is needed, not {type(row).__name__}")
     return row
@@ -240,65 +241,47 @@ def json_object(line: str) -> dict[str, Any]:
 def _read_object(file: Path) -> dict[str, Any]:
     """One JSON object. A key that is there twice is an error (the json module would silently keep the last)."""
 
-    def unique(pairs):
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"{file}: {twice!r} is there twice. Keep one of the two.")
-        return found
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if repeated := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+            raise ValueError(f"{repeated[0]!r} is there twice")
+        return dict(pairs)
 
     with _utf8(file):
         text = file.read_text(encoding="utf-8-sig")
     try:
-        content = json.loads(text, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
+        return json_object(text, object_pairs_hook=unique)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}. Mend or replace the file.") from None
+
+
+def _checked_id(value: Any, what: str, where: str) -> Item:
+    if type(value) not in (int, str):  # bool is an int to isinstance
+        raise ValueError(f"{where}: {what!r} must be a whole number or a string, but it is {value!r}.")
+    if type(value) is int and not _LEAST_ID <= value <= _GREATEST_ID:
         raise ValueError(
-            f"{file}, line {error.lineno}: no JSON ({error.msg}, column {error.colno}). Mend or replace the file."
-        ) from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: one JSON object is needed, not {type(content).__name__}. Replace the file.")
-    return content
+            f"{where}: {what} {value} does not fit into 64 bits with a sign. Write all such ids as strings."
+        )
+    return value
 
 
-def _identifier(row: dict, key: str, where: str) -> Item:
-    if type(row.get(key)) not in (int, str):  # bool is an int to isinstance
-        raise ValueError(f"{where}: {key!r} must be a whole number or a string, but it is {row.get(key)!r}.")
-    if type(row[key]) is int and not _LEAST_ID <= row[key] <= _GREATEST_ID:
-        raise _too_great(f"{where}: {key}", row[key])
-    return row[key]
-
-
-def _item_list(items: Any, where: str) -> list[Item]:
+def _items(items: Any, where: str) -> list[Item]:
     if not isinstance(items, list) or not items:
         raise ValueError(f"{where} has no items: a list with at least one item is needed.")
-    wrong = [
-        item
-        for item in items
-        if type(item) is not str and not (type(item) is int and _LEAST_ID <= item <= _GREATEST_ID)
-    ]
-    if wrong:
-        if type(wrong[0]) is int:
-            raise _too_great(f"{where}: item", wrong[0])
-        raise ValueError(f"{where}: an item must be a whole number or a string, but one is {wrong[0]!r}.")
-    return items
+    return [_checked_id(item, "item", where) for item in items]
 
 
-def _too_great(what: str, number: int) -> ValueError:
-    return ValueError(f"{what} {number} does not fit into 64 bits with a sign. Write all such ids as strings.")
+def _read_by_item(file: Path, numbers: bool) -> dict[Item, Any]:
+    """A JSON object with items as keys, which JSON has as strings: whole numbers where those of the sequences are."""
+    content = _read_object(file)
+    if not numbers:
+        return content
+    if strange := [key for key in content if not _is_number(key)]:
+        raise ValueError(f"{file}: {strange[0]!r} is no item: the items of the sequences are whole numbers.")
+    return {int(key): value for key, value in content.items()}
 
 
-def _item_maker(sequences: Sequence[Sequence[Item]], described):
-    """How a JSON key (always a string) becomes an item: a whole number where the items are whole numbers."""
-    if any(type(item) is str for item in chain(chain.from_iterable(sequences), described)):
-        return lambda key, file: key
-
-    def number(key: str, file: Path) -> int:
-        if not _is_number(key):
-            raise ValueError(f"{file}: {key!r} is no item: the items of the sequences are whole numbers.")
-        return int(key)
-
-    return number
+def _are_numbers(items: Iterable[Item]) -> bool:
+    return not any(type(item) is str for item in items)
 
 
 def _is_number(text: str) -> bool:
@@ -306,23 +289,18 @@ def _is_number(text: str) -> bool:
     return text.removeprefix("-").isdecimal() and len(text) <= 20 and _LEAST_ID <= int(text) <= _GREATEST_ID
 
 
-def _all_items(sequences, features, semantic_ids) -> list[Item]:
+def _all_items(sequences: list[list[Item]], features: dict, semantic_ids: dict | None) -> list[Item]:
     items = {*chain.from_iterable(sequences), *features, *(semantic_ids or ())}
-    kinds = {type(item).__name__ for item in items}
-    if len(kinds) > 1:
+    if len({type(item) for item in items}) > 1:
         raise ValueError("Items must be all whole numbers or all strings, but there are both.")
     return sorted(items)
 
 
-def _item_row(item: Item, features: dict[str, Any] | None) -> dict[str, Any]:
-    return {"item": item} | (features or {}) | {"item": item}
-
-
-def _event_row(user: Item, events: list[Event]) -> dict[str, Any]:
-    sessions, items, levels = map(list, zip(*events, strict=True)) if events else ([], [], [])
+def _event_row(user: Item, log: list[Event]) -> dict[str, Any]:
+    sessions, items, levels = ([event[column] for event in log] for column in range(3))
     return {"user": user, "sessions": sessions, "items": items, "levels": levels}
 
 
-def _write_lines(file: Path, rows) -> None:
+def _write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     with file.open("w", encoding="utf-8") as out:
         out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -80,7 +80,7 @@ def leave_one_out(data: InteractionData, max_history_items: int | None = 20) -> 
         columns = {
             "row_id": pa.array(targets),
             "user": user_ids.take(pa.array(user_of[targets])),
-            "history": _ragged(item_ids.take(pa.array(flat[ranges(starts, targets)])), targets - starts),
+            "history": ragged(item_ids.take(pa.array(flat[ranges(starts, targets)])), targets - starts),
             "target": item_ids.take(pa.array(flat[targets])),
         }
         if data.events is not None:
@@ -126,7 +126,8 @@ def user_windows(sequences: Sequence[Sequence[Item]], max_items: int = 20) -> li
     return windows
 
 
-def _ragged(values: pa.Array, lengths: np.ndarray) -> pa.ListArray:
+def ragged(values: pa.Array, lengths: np.ndarray) -> pa.ListArray:
+    """A column of lists, which follow each other in `values`."""
     return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *lengths], dtype=np.int32)), values)
 
 
@@ -151,8 +152,8 @@ def _session_columns(
         lengths.append(len(session))
     item_type = pa.array(data.items).type
     return {
-        "session_items": _ragged(pa.array(items, item_type), np.array(lengths)),
-        "session_levels": _ragged(pa.array(levels, pa.int64()), np.array(lengths)),
+        "session_items": ragged(pa.array(items, item_type), np.array(lengths)),
+        "session_levels": ragged(pa.array(levels, pa.int64()), np.array(lengths)),
     }
 
 

@@ -20,6 +20,7 @@ DEPARTMENTS = ("Garden", "Kitchen", "Music", "Office", "Outdoor", "Pets", "Toys"
 SHELVES = ("Basics", "Care", "Decoration", "Electronics", "Gifts", "Refills", "Storage", "Tools")
 
 
+@dataclass(eq=False, repr=False)
 class ShopTruth:
     """What only an evaluation may know about a synthetic shop. No `InteractionData`, row or dataset refers to it.
 
@@ -31,19 +32,16 @@ class ShopTruth:
         liked: bool (users, items); the user's preference is more than `liked_ratio` times uniform, 1 / items.
     """
 
-    def __init__(
-        self,
-        users: list[Item],
-        items: list[Item],
-        preference: Tensor,
-        shown: Tensor,
-        consumed: Tensor,
-        liked_ratio: float = 2.0,
-    ):
-        self.users, self.items = users, items
-        self.preference, self.shown, self.consumed = preference, shown, consumed
-        self.liked = preference > liked_ratio / len(items)
-        self._row_of = {user: row for row, user in enumerate(users)}
+    users: list[Item]
+    items: list[Item]
+    preference: Tensor
+    shown: Tensor
+    consumed: Tensor
+    liked_ratio: float = 2.0
+
+    def __post_init__(self):
+        self.liked = self.preference > self.liked_ratio / len(self.items)
+        self._row_of = {user: row for row, user in enumerate(self.users)}
 
     def per_user(self, user_ids: Sequence[Item], item_probs: Tensor) -> dict[str, Tensor]:
         """The figures of `evaluate` for each user: name -> float64 (U,)."""
@@ -158,7 +156,7 @@ class SyntheticShop:
         quality = rng.standard_normal(self.n_items)
         preference = self._preferences(rng, department, shelf, quality)
         users, items = list(range(self.n_users)), list(range(self.n_items))
-        events = self._simulate(rng, preference, quality)
+        events, shown, consumed = self._simulate(rng, preference, quality)
         features, semantic_ids = self._describe(rng, department, shelf)
         data = InteractionData(
             name="synthetic_shop",
@@ -170,8 +168,8 @@ class SyntheticShop:
             synthetic=True,
             events=events,
         )
-        shown, consumed = (_mask(events, self.n_items, level) for level in (SHOWN, CLICKED))
-        return data, ShopTruth(users, items, torch.from_numpy(preference), shown, consumed, self.liked_ratio)
+        truth = (torch.from_numpy(values) for values in (preference, shown, consumed))
+        return data, ShopTruth(users, items, *truth, self.liked_ratio)
 
     def _preferences(self, rng, department, shelf, quality) -> np.ndarray:
         """(users, items), rows sum to 1: user's mixture of interests x interest's distribution over items."""
@@ -186,8 +184,14 @@ class SyntheticShop:
         mixture = rng.dirichlet(np.full(self.interests, self.concentration), size=self.n_users)
         return mixture @ tastes
 
-    def _simulate(self, rng, preference: np.ndarray, quality: np.ndarray) -> list[list[Event]]:
-        """Play all sessions, all users at once; per user the events in order."""
+    def _simulate(
+        self, rng, preference: np.ndarray, quality: np.ndarray
+    ) -> tuple[list[list[Event]], np.ndarray, np.ndarray]:
+        """Play all sessions, all users at once.
+
+        Returns:
+            For each user the events in order; which items were shown and which were taken, bool (users, items).
+        """
         shape = preference.shape
         rho = self.popularity_quality
         luck = rng.standard_normal(self.n_items)
@@ -219,7 +223,7 @@ class SyntheticShop:
         events: list[list[Event]] = [[] for _ in range(self.n_users)]
         for who, *event in zip(*(column[order].tolist() for column in (user, number, item, level)), strict=True):
             events[who].append(Event(*event))
-        return events
+        return events, times_shown > 0, taken
 
     def _discovery(self, rng, sessions: np.ndarray) -> np.ndarray:
         """(users, items): the session in which the user meets the item whatever its popularity, -1 for none."""
@@ -246,10 +250,3 @@ def _name(names: tuple[str, ...], index: int) -> str:
 
 def _normalize(weights: Tensor) -> Tensor:
     return weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-
-
-def _mask(events: list[list[Event]], n_items: int, level: int) -> Tensor:
-    mask = torch.zeros(len(events), n_items, dtype=torch.bool)
-    for row, log in enumerate(events):
-        mask[row, [event.item for event in log if event.level >= level]] = True
-    return mask

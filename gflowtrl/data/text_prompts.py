@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
@@ -18,9 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from gflowtrl.catalog import Item, ItemCatalog
 
 from .prompts import IGNORED_LABEL, PromptEncoder
-
-
-TABLE_FILE = "item_prompts.safetensors"
 
 
 @dataclass(frozen=True)
@@ -102,9 +96,8 @@ class TextPromptEncoder(PromptEncoder):
                     f"chat is True, but the tokenizer {type(tokenizer).__name__} has no chat template; set "
                     f"tokenizer.chat_template, or chat=False."
                 )
-            messages = [{"role": "user", "content": text}]
-            if self.format.system is not None:
-                messages.insert(0, {"role": "system", "content": self.format.system})
+            said = {"system": self.format.system, "user": text}
+            messages = [{"role": role, "content": words} for role, words in said.items() if words is not None]
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         before, _, behind = text.partition("{history}")
         return before, behind
@@ -133,7 +126,7 @@ class TextPromptEncoder(PromptEncoder):
         catalog: ItemCatalog,
         tokenizer: PreTrainedTokenizerBase,
     ) -> Self:
-        """From what `save_encoder` wrote, without titles and without tokenising anything."""
+        """From what `write_encoder` wrote, without titles and without tokenising anything."""
         if len(table) != len(catalog):
             raise ValueError(f"The saved prompts are of {len(table)} items, but the catalogue has {len(catalog)}.")
         encoder = cls.__new__(cls)
@@ -161,28 +154,3 @@ def text_sft_dataset(histories: Sequence[Sequence[Item]], targets: Sequence[Item
             columns["input_ids"].append(prompt + written)
             columns["labels"].append([IGNORED_LABEL] * len(prompt) + written)
     return Dataset.from_dict(columns)
-
-
-def save_encoder(encoder: PromptEncoder, directory: str | os.PathLike) -> dict[str, Any]:
-    """What `load_encoder` needs: settings to be written as JSON, and for text prompts a file of the items' tokens."""
-    settings: dict[str, Any] = {"max_history_items": encoder.max_history_items, "prompt_format": "plain"}
-    if isinstance(encoder, TextPromptEncoder):
-        settings |= {"prompt_format": "text", **asdict(encoder.format), "head": encoder.head, "tail": encoder.tail}
-        save_file({"tokens": encoder.table.int()}, Path(directory, TABLE_FILE))
-    return settings
-
-
-def load_encoder(
-    settings: Mapping[str, Any], directory: str | os.PathLike, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase
-) -> PromptEncoder:
-    """The encoder that `save_encoder` saved: the same tokens, whatever the tokenizer has become since.
-
-    Raises:
-        ValueError: a format of a later version.
-    """
-    kind = settings.get("prompt_format", "plain")
-    if kind == "plain":
-        return PromptEncoder(catalog, tokenizer, settings.get("max_history_items", 20))
-    if kind != "text":
-        raise ValueError(f"{directory} has prompts of the format {kind!r}, which this version does not know.")
-    return TextPromptEncoder.from_saved(settings, load_file(Path(directory, TABLE_FILE))["tokens"], catalog, tokenizer)

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gflowtrl.catalog import Item
@@ -86,7 +85,8 @@ def _begin_near_titles(
     """See `add_item_tokens`; items without a title do not count."""
     items = [item for item in semantic_ids if str(titles.get(item) or "").split()]
     words = tokenizer([f" {titles[item]}" for item in items], add_special_tokens=False)["input_ids"]
-    for table in _tables(model):
+    embeddings = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    for table in dict.fromkeys(embeddings):  # one where they are tied
         vocabulary = torch.ones(len(table), dtype=torch.bool)
         vocabulary[[tokenizer.convert_tokens_to_ids(token) for token in new]] = False
         vocabulary[len(tokenizer) :] = False
@@ -103,12 +103,6 @@ def _begin_near_titles(
             near = near - near.mean(0)
             near = near * (known.std(0).norm() / near.norm(dim=1).mean().clamp(min=1e-6)) + known.mean(0)
             table[[tokenizer.convert_tokens_to_ids(token) for token in holders]] = near.to(table)
-
-
-def _tables(model: PreTrainedModel) -> list[Tensor]:
-    """The embeddings of tokens at input and output, one where they are tied."""
-    found = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
-    return found[:1] if found[0] is found[1] else found
 
 
 def check_round_trip(tokenizer: PreTrainedTokenizerBase, semantic_ids: Mapping[Item, Sequence[str]]) -> None:

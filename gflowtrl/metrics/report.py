@@ -2,19 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
+
+from gflowtrl.catalog import ItemCatalog
 
 from .breadth import breadth_metrics
 from .ranking import DEFAULT_KS, item_ranking_metrics, leaf_ranking_metrics
 from .statistics import rank_summary
-
-
-class _Catalog(Protocol):
-    leaf_sizes: Tensor
-
-    def expand_leaves(self, leaves: Tensor, k: int) -> Tensor: ...
 
 
 @dataclass
@@ -36,7 +31,7 @@ class RankingReport:
 def summarise(
     leaf_lists: Tensor,
     target_leaves: Tensor,
-    catalog: _Catalog,
+    catalog: ItemCatalog,
     item_counts: Tensor,
     ks: Sequence[int] = DEFAULT_KS,
 ) -> RankingReport:
@@ -46,7 +41,7 @@ def summarise(
         leaf_lists: LongTensor `(U, R)`, best first, -1 for "none". R must reach the largest cut-off (or the number of
             leaves), else the figures at that cut-off would be too low in silence.
         target_leaves: LongTensor `(U,)`.
-        catalog: an `ItemCatalog`; each leaf is expanded to all its items for the breadth metrics.
+        catalog: each leaf is expanded to all its items for the breadth metrics.
         item_counts: `(n_items,)`, training interactions, in the order of `catalog.items`.
         ks: cut-offs.
     """

@@ -1,6 +1,6 @@
 """Rewards: what makes a recommendation good, and how several opinions become one `log R`."""
 
-from .base import Reward
+from .base import AnyReward, Reward, ScoresItems, ScoresLeaves
 from .collaborative import CollaborativeReward
 from .composite import CompositeReward
 from .ground_truth import GroundTruthReward
@@ -14,6 +14,7 @@ from .weights import LearnedWeights, fit_reward_weights, one_step_back
 
 
 __all__ = [
+    "AnyReward",
     "CollaborativeReward",
     "CompositeReward",
     "DenseReward",
@@ -26,6 +27,8 @@ __all__ = [
     "Reward",
     "RewardResult",
     "SampledReward",
+    "ScoresItems",
+    "ScoresLeaves",
     "StepReward",
     "TitleLikelihoodReward",
     "TokenSimilarityReward",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import torch
@@ -41,8 +41,8 @@ class Binds(Protocol):
     def bind(self, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase | None, leaf_reduction: str) -> Any: ...
 
 
-#: TRL's reward signature, sync or async, or tensors.
-RewardFunction = Callable[..., Any]
+#: TRL's reward signature, sync or async.
+RewardFunction = Callable[..., list[float | None] | Awaitable[list[float | None]]]
 AnyReward = RewardFunction | ScoresItems | ScoresLeaves
 
 

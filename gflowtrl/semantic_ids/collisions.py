@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -80,45 +81,38 @@ def _reassign(codes: Tensor, vectors: Tensor | np.ndarray, quantizer: ResidualQu
     latents = quantizer.latents(vectors)
     misfit = (latents - quantizer.quantized(codes)).norm(dim=1)
     paths = [tuple(path) for path in codes.tolist()]
-    used = _UsedIds(map(tuple, taken.tolist()), quantizer)
+    below: Counter[tuple[int, ...]] = Counter()  # ids in use below each prefix
+
+    def use(path: Sequence[int]) -> None:
+        below.update(tuple(path[:depth]) for depth in range(len(path) + 1))
+
+    def full(prefix: tuple[int, ...]) -> bool:
+        return below[prefix] >= quantizer.num_codes ** (quantizer.num_levels - len(prefix))
+
+    for path in taken.tolist():
+        use(path)
     moving = []
     for row in misfit.argsort(stable=True).tolist():
-        if used.has(paths[row]):
+        if paths[row] in below:
             moving.append(row)
         else:
-            used.add(paths[row])
+            use(paths[row])
     for row in moving:  # only now: an item must not move to where another one wants to stay
-        paths[row] = used.nearest_free(latents[row], paths[row])
-        used.add(paths[row])
+        paths[row] = _nearest_free(latents[row], paths[row], quantizer, full)
+        use(paths[row])
     return torch.tensor(paths, dtype=torch.long).reshape(codes.shape)
 
 
-class _UsedIds:
-    """How many ids below each prefix are in use."""
-
-    def __init__(self, paths, quantizer: ResidualQuantizer) -> None:
-        self.quantizer = quantizer
-        self.below: Counter[tuple[int, ...]] = Counter()
-        for path in paths:
-            self.add(path)
-
-    def add(self, path: tuple[int, ...]) -> None:
-        self.below.update(path[:depth] for depth in range(len(path) + 1))
-
-    def has(self, path: tuple[int, ...]) -> bool:
-        return self.below[path] > 0
-
-    def full(self, prefix: tuple[int, ...]) -> bool:
-        return self.below[prefix] >= self.quantizer.num_codes ** (self.quantizer.num_levels - len(prefix))
-
-    def nearest_free(self, latent: Tensor, path: tuple[int, ...]) -> tuple[int, ...]:
-        """A free id that shares as long a prefix with `path` as possible, each further level the nearest with room."""
-        prefix = path[:-1]
-        while self.full(prefix):
-            prefix = prefix[:-1]
-        while len(prefix) < len(path):
-            left = latent - self.quantizer.quantized(torch.tensor([prefix], dtype=torch.long))
-            distances = (left - self.quantizer.codebooks[len(prefix)]).norm(dim=1)
-            nearest = distances.argsort(stable=True).tolist()
-            prefix = next((*prefix, code) for code in nearest if not self.full((*prefix, code)))
-        return prefix
+def _nearest_free(
+    latent: Tensor, path: tuple[int, ...], quantizer: ResidualQuantizer, full: Callable[[tuple[int, ...]], bool]
+) -> tuple[int, ...]:
+    """A free id that shares as long a prefix with `path` as possible, each further level the nearest with room."""
+    prefix = path[:-1]
+    while full(prefix):
+        prefix = prefix[:-1]
+    while len(prefix) < len(path):
+        left = latent - quantizer.quantized(torch.tensor([prefix], dtype=torch.long))
+        distances = (left - quantizer.codebooks[len(prefix)]).norm(dim=1)
+        nearest = distances.argsort(stable=True).tolist()
+        prefix = next((*prefix, code) for code in nearest if not full((*prefix, code)))
+    return prefix

@@ -102,7 +102,8 @@ def quality_report(
             relative_mse = float(error / spread)
     counts = [torch.bincount(column).double() for column in codes.T]
     used = [int((count > 0).sum()) for count in counts]
-    prefixes = torch.stack([_prefix_numbers(codes[:, : level + 1]) for level in range(codes.shape[1])], dim=1)
+    lengths = range(1, codes.shape[1] + 1)
+    prefixes = torch.stack([codes[:, :length].unique(dim=0, return_inverse=True)[1] for length in lengths], dim=1)
     return QualityReport(
         items=len(codes),
         colliding_items=int(colliding(codes).sum()),
@@ -139,10 +140,6 @@ def _shared_with_neighbours(prefixes: Tensor, vectors: Tensor) -> list[float]:
 def _same_by_chance(numbers: Tensor) -> float:
     sizes = torch.bincount(numbers).double()
     return float((sizes * (sizes - 1)).sum() / (len(numbers) * (len(numbers) - 1)))
-
-
-def _prefix_numbers(codes: Tensor) -> Tensor:
-    return codes.unique(dim=0, return_inverse=True)[1]
 
 
 def _numbered(ids: Mapping[Item, Sequence[str]]) -> Tensor:

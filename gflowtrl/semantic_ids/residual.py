@@ -3,7 +3,8 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ ROWS = 65_536  # encoded at a time: a block of distances to 256 codes is 64 MiB
 BALANCING_ROUNDS = 3  # the first is a fifth worse in error than the third on Amazon Beauty, further ones gain little
 
 
+@dataclass(eq=False)
 class ResidualQuantizer(ABC):
     """Writes a vector as one code a level: each level's code is the nearest to what the levels before it left over.
 
@@ -26,14 +28,19 @@ class ResidualQuantizer(ABC):
         config: the constructor's arguments.
     """
 
-    def __init__(self, **config: Any) -> None:
-        self.config = config
-        self.num_levels, self.num_codes = config["num_levels"], config["num_codes"]
+    num_levels: int = 3
+    num_codes: int = 256
+
+    def __post_init__(self) -> None:
         self.codebooks: Tensor | None = None
         if not 1 <= self.num_levels <= 25:
             raise ValueError(f"num_levels must be 1 to 25 (levels are named by letters), not {self.num_levels}.")
         if self.num_codes < 2:
             raise ValueError(f"num_codes must be at least 2, but {self.num_codes} was given.")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @abstractmethod
     def fit_encode(self, vectors: Tensor | np.ndarray) -> Tensor:
@@ -101,19 +108,7 @@ def nearest_codes(latents: Tensor, codebooks: Tensor) -> Tensor:
     return torch.stack(codes, dim=1)
 
 
-class Clusters(NamedTuple):
-    """Centroids (num_codes, D), and which of them each vector has, long (N,)."""
-
-    centroids: Tensor
-    labels: Tensor
-
-
-def k_means(vectors: Tensor, num_codes: int, seed: int) -> Clusters:
-    """scikit-learn's k-means on float32 vectors (N, D), one start by k-means++."""
-    fitted = KMeans(num_codes, n_init=1, random_state=seed).fit(vectors.numpy())
-    return Clusters(torch.from_numpy(fitted.cluster_centers_), torch.from_numpy(fitted.labels_).long())
-
-
+@dataclass(eq=False)
 class ResidualKMeans(ResidualQuantizer):
     """Residual k-means (RQ-KMeans; QARM, arXiv 2411.11739): k-means on the vectors, then on what is left over, ...
 
@@ -125,21 +120,22 @@ class ResidualKMeans(ResidualQuantizer):
         seed: of k-means.
     """
 
-    def __init__(self, num_levels: int = 3, num_codes: int = 256, balanced: bool = False, seed: int = 0) -> None:
-        super().__init__(num_levels=num_levels, num_codes=num_codes, balanced=balanced, seed=seed)
+    balanced: bool = False
+    seed: int = 0
 
     def fit_encode(self, vectors: Tensor | np.ndarray) -> Tensor:
         residual = self.check_vectors(vectors)
         codebooks, codes = [], []
         for _ in range(self.num_levels):
-            clusters = k_means(residual, self.num_codes, self.config["seed"])
-            if self.config["balanced"]:
-                clusters = balance(residual, clusters.centroids)
-            residual = residual - clusters.centroids[clusters.labels]
-            codebooks.append(clusters.centroids)
-            codes.append(clusters.labels)
+            k_means = KMeans(self.num_codes, n_init=1, random_state=self.seed).fit(residual.numpy())
+            centroids, labels = torch.from_numpy(k_means.cluster_centers_), torch.from_numpy(k_means.labels_).long()
+            if self.balanced:
+                centroids, labels = balance(residual, centroids)
+            residual = residual - centroids[labels]
+            codebooks.append(centroids)
+            codes.append(labels)
         self.codebooks = torch.stack(codebooks)
-        return torch.stack(codes, dim=1) if self.config["balanced"] else self.encode(vectors)
+        return torch.stack(codes, dim=1) if self.balanced else self.encode(vectors)
 
     def latents(self, vectors: Tensor | np.ndarray) -> Tensor:
         self.check_fitted()
@@ -149,19 +145,22 @@ class ResidualKMeans(ResidualQuantizer):
         return self.quantized(codes)
 
 
-def balance(vectors: Tensor, centroids: Tensor) -> Clusters:
+def balance(vectors: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Clusters of at most ceil(N / codes) vectors: assigned within this limit, each centroid the mean of its own.
 
     Args:
         vectors: (N, D).
         centroids: (codes, D), of k-means.
+
+    Returns:
+        Centroids (codes, D), and which of them each vector has, long (N,).
     """
     for _ in range(BALANCING_ROUNDS):
         labels = assign_within(torch.cdist(vectors, centroids), math.ceil(len(vectors) / len(centroids)))
         sums = torch.zeros_like(centroids).index_add_(0, labels, vectors)
         sizes = torch.bincount(labels, minlength=len(centroids))[:, None]
         centroids = torch.where(sizes > 0, sums / sizes.clamp(min=1), centroids)
-    return Clusters(centroids, labels)
+    return centroids, labels
 
 
 def assign_within(distances: Tensor, capacity: int) -> Tensor:

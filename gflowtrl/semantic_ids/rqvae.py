@@ -1,6 +1,7 @@
 """The residual-quantised autoencoder of TIGER."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -56,6 +57,7 @@ def revive_dead_codes(codebooks: Tensor, latents: Tensor, used: Tensor, generato
     return int((~used).sum())
 
 
+@dataclass(eq=False)
 class RQVAE(ResidualQuantizer):
     """RQ-VAE (Lee et al., CVPR 2022; TIGER, arXiv 2305.05065): an autoencoder whose bottleneck is semantic ids.
 
@@ -73,25 +75,19 @@ class RQVAE(ResidualQuantizer):
         seed: of weights, batches, k-means and re-seeding.
     """
 
-    def __init__(
-        self,
-        num_levels: int = 3,
-        num_codes: int = 256,
-        latent_dim: int = 64,
-        hidden_dims: Sequence[int] = (256,),
-        steps: int = 4000,
-        batch_size: int = 256,
-        learning_rate: float = 2e-3,
-        commitment: float = 0.25,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            num_levels=num_levels, num_codes=num_codes, latent_dim=latent_dim, hidden_dims=list(hidden_dims),
-            steps=steps, batch_size=batch_size, learning_rate=learning_rate, commitment=commitment, seed=seed,
-        )  # fmt: skip
+    latent_dim: int = 64
+    hidden_dims: Sequence[int] = (256,)
+    steps: int = 4000
+    batch_size: int = 256
+    learning_rate: float = 2e-3
+    commitment: float = 0.25
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("latent_dim", "steps", "batch_size", "learning_rate"):
-            if self.config[name] <= 0:
-                raise ValueError(f"{name} must be above 0, but {self.config[name]} was given.")
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, but {getattr(self, name)} was given.")
         self.network: nn.ModuleDict | None = None
         self.center = self.scale = torch.zeros(())
 
@@ -99,30 +95,30 @@ class RQVAE(ResidualQuantizer):
         vectors = self.check_vectors(vectors)
         self.center = vectors.mean(0)
         self.scale = (vectors - self.center).square().mean().sqrt().clamp(min=1e-12)
-        generator = torch.Generator().manual_seed(self.config["seed"])
+        generator = torch.Generator().manual_seed(self.seed)
         self._build(vectors.shape[1])
         inputs = (vectors - self.center) / self.scale
-        first = ResidualKMeans(self.num_levels, self.num_codes, seed=self.config["seed"])
+        first = ResidualKMeans(self.num_levels, self.num_codes, seed=self.seed)
         with torch.no_grad():
             self.codebooks = first.fit(self.network["encoder"](inputs)).codebooks
         self._train(inputs, generator)
         return self.encode(vectors)
 
     def _build(self, dim: int) -> None:
-        widths = [dim, *self.config["hidden_dims"], self.config["latent_dim"]]
+        widths = [dim, *self.hidden_dims, self.latent_dim]
         with torch.random.fork_rng(devices=[]):  # layers are drawn from torch's own generator
-            torch.manual_seed(self.config["seed"])
+            torch.manual_seed(self.seed)
             self.network = nn.ModuleDict({"encoder": _mlp(widths), "decoder": _mlp(widths[::-1])})
 
     def _train(self, inputs: Tensor, generator: torch.Generator) -> None:
         codebooks = nn.Parameter(self.codebooks)
-        optimizer = torch.optim.AdamW([*self.network.parameters(), codebooks], lr=self.config["learning_rate"])
-        steps, used = self.config["steps"], torch.zeros(codebooks.shape[:2], dtype=torch.bool)
-        progress = trange(1, steps + 1, desc="RQ-VAE", leave=False)
+        optimizer = torch.optim.AdamW([*self.network.parameters(), codebooks], lr=self.learning_rate)
+        used = torch.zeros(codebooks.shape[:2], dtype=torch.bool)
+        progress = trange(1, self.steps + 1, desc="RQ-VAE", leave=False)
         for step in progress:
-            batch = inputs[torch.randint(len(inputs), (self.config["batch_size"],), generator=generator)]
+            batch = inputs[torch.randint(len(inputs), (self.batch_size,), generator=generator)]
             latents = self.network["encoder"](batch)
-            quantized = quantize(latents, codebooks, self.config["commitment"])
+            quantized = quantize(latents, codebooks, self.commitment)
             error = F.mse_loss(self.network["decoder"](quantized.latents), batch)
             optimizer.zero_grad()
             (error + quantized.loss).backward()
@@ -130,7 +126,7 @@ class RQVAE(ResidualQuantizer):
             used[torch.arange(self.num_levels), quantized.codes] = True
             if step % REVIVE_EVERY == 0:
                 progress.set_postfix(error=f"{error.item():.4f}", dead=int((~used).sum()))
-                if step < steps * 3 // 4:
+                if step < self.steps * 3 // 4:
                     revive_dead_codes(codebooks.data, latents.detach(), used, generator)
                 used.zero_()
         self.codebooks = codebooks.detach()

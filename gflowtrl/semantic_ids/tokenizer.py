@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gflowtrl.catalog import Item
-from gflowtrl.catalog.files import write_atomically
+from gflowtrl.catalog.files import write_atomically, write_text
+from gflowtrl.catalog.items import index_items
 from gflowtrl.data import InteractionData
 
 from .collisions import POLICIES, resolve_collisions
@@ -22,10 +22,9 @@ from .embedders import Embedder, SentenceTransformerEmbedder, TfidfEmbedder
 from .residual import ResidualKMeans, ResidualQuantizer
 from .rqvae import RQVAE
 from .texts import FEATURES, item_texts
-from .vectors import as_vectors, index_of
+from .vectors import as_vectors
 
 
-logger = logging.getLogger(__name__)
 DESCRIPTION_FILE, TENSOR_FILE = "item_tokenizer.json", "item_tokenizer.safetensors"
 EMBEDDERS = {kind.__name__: kind for kind in (TfidfEmbedder, SentenceTransformerEmbedder)}
 QUANTIZERS = {kind.__name__: kind for kind in (ResidualKMeans, RQVAE)}
@@ -43,8 +42,7 @@ class ItemTokenizer:
         features: what makes an item's text, where interaction data are given; `FEATURES` where nothing is said.
 
     Attributes:
-        features: the same, kept for `add`. `None` in a tokenizer that an earlier version saved, which did not keep
-            them; `FEATURES` are used then.
+        features: the same, kept for `add`.
         items: the items that have an id, those of `fit` first.
         codes: long (items, levels), row i for `items[i]`; the token of code c at level 0 is `<a_c>`.
     """
@@ -61,7 +59,7 @@ class ItemTokenizer:
         self.quantizer = ResidualKMeans() if quantizer is None else quantizer
         self.embedder = embedder
         self.collisions = collisions
-        self.features: list[str] | None = list(FEATURES if features is None else features)
+        self.features = list(FEATURES if features is None else features)
         self.items: list[Item] = []
         self.codes = torch.empty((0, self.num_levels), dtype=torch.long)
 
@@ -86,7 +84,6 @@ class ItemTokenizer:
             ValueError: if numbers of rows differ, an item is there twice, vectors hold NaN, or there are fewer items
                 than codes a level.
         """
-        self.features = list(FEATURES) if self.features is None else self.features
         items, rows = _items_and_rows(source, items, (), self.features)
         if not isinstance(rows, Tensor | np.ndarray):
             self.embedder = TfidfEmbedder() if self.embedder is None else self.embedder
@@ -147,22 +144,19 @@ class ItemTokenizer:
         """Writes `item_tokenizer.safetensors` and `item_tokenizer.json`, each atomically, the latter last."""
         if not self.items:
             raise RuntimeError("This ItemTokenizer knows no items yet. Call fit() before save_pretrained().")
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        tensors = {"codes": self.codes}
+        tensor_file, tensors = Path(directory, TENSOR_FILE), {"codes": self.codes}
         parts = {"quantizer": self.quantizer} | ({} if self.embedder is None else {"embedder": self.embedder})
         for part, owner in parts.items():
             tensors |= {f"{part}/{name}": tensor.contiguous() for name, tensor in owner.state().items()}
-        write_atomically(directory / TENSOR_FILE, lambda path: save_file(tensors, path))
+        write_atomically(tensor_file, lambda path: save_file(tensors, path))
         description = {
             "collisions": self.collisions,
             "features": self.features,
-            "tensors_sha256": _digest(directory / TENSOR_FILE),
+            "tensors_sha256": _digest(tensor_file),
             **{part: {"class": type(owner).__name__, "config": owner.config} for part, owner in parts.items()},
             "items": self.items,
         }
-        text = json.dumps(description, ensure_ascii=False)
-        write_atomically(directory / DESCRIPTION_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(Path(directory, DESCRIPTION_FILE), json.dumps(description, ensure_ascii=False))
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> "ItemTokenizer":
@@ -189,26 +183,25 @@ class ItemTokenizer:
             return classes[saved["class"]].from_state(saved["config"], own)
 
         embedder = part("embedder", EMBEDDERS) if "embedder" in description else None
-        tokenizer = cls(part("quantizer", QUANTIZERS), embedder, description["collisions"])
-        tokenizer.features = description.get("features")  # an earlier version did not keep them
+        tokenizer = cls(part("quantizer", QUANTIZERS), embedder, description["collisions"], description["features"])
         tokenizer.items, tokenizer.codes = description["items"], tensors["codes"]
         return tokenizer
 
 
 def _items_and_rows(
-    source: Source, items: Sequence[Item] | None, known: Sequence[Item], features: Sequence[str] | None
+    source: Source, items: Sequence[Item] | None, known: Sequence[Item], features: Sequence[str]
 ) -> tuple[list[Item], Sequence[str] | Tensor | np.ndarray]:
     """The items, checked, and one text or vector for each."""
     if isinstance(source, InteractionData):
         if items is None:
             old = set(known)
             items = [item for item in source.items if item not in old]
-        rows = item_texts(source, FEATURES if features is None else features, items) if items else []
+        rows = item_texts(source, features, items) if items else []
     elif items is None:
         raise ValueError("Texts and vectors need items, the list of what they are of.")
     else:
         rows = source if isinstance(source, Tensor | np.ndarray) else list(source)
-    index = index_of(items)
+    index = index_items(items)
     if len(rows) != len(index):
         raise ValueError(f"There are {len(index)} items but {len(rows)} texts or vectors; give one for each item.")
     other = next((item for item in items if known and isinstance(item, str) != isinstance(known[0], str)), None)

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,8 @@ from sklearn.decomposition import TruncatedSVD
 from torch import Tensor
 
 from gflowtrl.catalog import Item
+from gflowtrl.catalog.items import index_items
+from gflowtrl.data.interactions import flatten
 
 
 logger = logging.getLogger(__name__)
@@ -81,16 +82,17 @@ def cooccurrence_vectors(
     Raises:
         ValueError: if an item is given twice or is missing in `items`, or no user took two items.
     """
-    index = index_of(items)
-    rows = np.repeat(np.arange(len(train_sequences)), [len(sequence) for sequence in train_sequences])
+    index = index_items(items)
     try:
-        columns = np.array([index[item] for item in chain.from_iterable(train_sequences)], dtype=np.int64)
+        columns, starts = flatten(train_sequences, index)
     except KeyError as error:
         raise ValueError(
             f"Item {error.args[0]!r} of the sequences is not among the {len(items)} items. Give the whole catalogue."
         ) from None
     ones = np.ones(len(columns), dtype=np.float32)
-    taken = sp.csr_matrix((ones, (rows, columns)), shape=(len(train_sequences), len(items))).sign()
+    taken = sp.csr_matrix((ones, columns, starts), shape=(len(train_sequences), len(items)))
+    taken.sum_duplicates()
+    taken = taken.sign()
     information = _positive_pmi((taken.T @ taken).tocoo())
     if information.nnz == 0 or len(items) < 3:
         raise ValueError("No two items occur together more than by chance; collaborative vectors need such pairs.")
@@ -119,15 +121,6 @@ def combine_vectors(text: Tensor, collaborative: Tensor, weight: float = 0.5) ->
     text = as_vectors(text)
     collaborative = as_vectors(collaborative, rows=len(text))
     return torch.cat([F.normalize(text) * (1 - weight) ** 0.5, F.normalize(collaborative) * weight**0.5], dim=1)
-
-
-def index_of(items: Sequence[Item]) -> dict[Item, int]:
-    """Item to its place; an item that is given twice is an error that names it."""
-    index = {item: place for place, item in enumerate(items)}
-    if len(index) < len(items):
-        twice = next(item for place, item in enumerate(items) if index[item] != place)
-        raise ValueError(f"Item {twice!r} is given twice. Give every item once.")
-    return index
 
 
 def _positive_pmi(pairs: sp.coo_matrix) -> sp.csr_matrix:

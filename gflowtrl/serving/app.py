@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi.exceptions import RequestValidationError, StarletteHTTPException
 from fastapi.responses import JSONResponse
 
 import gflowtrl
@@ -17,7 +18,7 @@ from gflowtrl.recommender import Recommender
 
 from . import checks
 from .batching import Failed, Job, Unavailable, Worker
-from .gate import Gate, path_below_prefix
+from .gate import Gate
 from .limits import Limits
 from .messages import ExplainAnswer, ExplainRequest, Health, Problem, RecommendAnswer, RecommendRequest, sentence
 from .metrics import CONTENT_TYPE, Metrics
@@ -66,14 +67,15 @@ def create_app(recommender: Recommender, limits: Limits | None = None) -> FastAP
         checks.check_allowed(asked.allowed_items, recommender.catalog)
         histories, warnings = checks.known_items(asked.histories, recommender)
         work = partial(recommender.recommend, **asked.model_dump(exclude={"histories"}))
-        return RecommendAnswer.of(await ask(work, histories, batch_key(asked, histories)), warnings)
+        found = await ask(work, histories, batch_key(asked, histories))
+        return RecommendAnswer(recommendations=found, warnings=warnings)
 
     @app.post("/explain", responses=PROBLEMS)
     async def explain(asked: ExplainRequest) -> ExplainAnswer:
         """Why an item is where it is in the list of a history."""
         history, warnings = checks.known_to_explain(asked, limits, recommender.catalog)
         (found,) = await ask(lambda rows: [recommender.explain(*row) for row in rows], [(history, asked.item)], None)
-        return ExplainAnswer.of(found, warnings)
+        return ExplainAnswer(**vars(found), probability=math.exp(found.log_prob), warnings=warnings)
 
     @app.get("/health", responses={503: {"model": Health}})
     async def health(response: Response) -> Health:
@@ -126,19 +128,16 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def malformed(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         status = 400 if first["type"] == "json_invalid" else 422
-        return JSONResponse({"detail": sentence(MODELS[path_below_prefix(request.scope)], first)}, status)
+        return JSONResponse({"detail": sentence(MODELS[request.scope["route"].path], first)}, status)
 
-    @app.exception_handler(400)  # a body that breaks JSON's reader: not UTF-8, nested too deeply
-    async def unreadable(request: Request, _: Exception) -> Response:
-        return JSONResponse({"detail": "The body cannot be read as JSON; send a JSON object in UTF-8."}, 400)
-
-    @app.exception_handler(404)
-    async def nowhere(request: Request, _: Exception) -> Response:
-        text = f"There is nothing at this path; use POST {', '.join(MODELS)} or GET {', '.join(PATHS[len(MODELS) :])}."
-        return JSONResponse({"detail": text}, 404)
-
-    @app.exception_handler(405)
-    async def other_method(request: Request, error: HTTPException) -> Response:
+    @app.exception_handler(StarletteHTTPException)
+    async def refused(request: Request, error: StarletteHTTPException) -> Response:
+        posted, got = ", ".join(MODELS), ", ".join(PATHS[len(MODELS) :])
         allowed = (error.headers or {}).get("Allow", "")
-        text = f"This path does not answer to {request.method}; use {allowed}."
-        return JSONResponse({"detail": text}, 405, headers=error.headers)
+        texts = {  # of FastAPI's own refusals; 400 is a body that breaks JSON's reader: not UTF-8, nested too deeply
+            400: "The body cannot be read as JSON; send a JSON object in UTF-8.",
+            404: f"There is nothing at this path; use POST {posted} or GET {got}.",
+            405: f"This path does not answer to {request.method}; use {allowed}.",
+        }
+        text = texts.get(error.status_code, error.detail)
+        return JSONResponse({"detail": text}, error.status_code, headers=error.headers)

@@ -60,7 +60,6 @@ class Worker:
         self._queue: list[Job] = []
         self._changed = threading.Condition()
         self._stopping = True
-        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin to work; a worker that was stopped can be started again."""
@@ -70,16 +69,15 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """Take no more jobs, finish those that are queued, and return when all is done."""
+        """Take no more jobs, finish those that are queued, and return when all is done; after `start` only."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
+        self._thread.join()
 
     @property
     def ready(self) -> bool:
-        return not self._stopping and self._thread is not None and self._thread.is_alive()
+        return not self._stopping and self._thread.is_alive()
 
     @property
     def queue_length(self) -> int:
@@ -112,25 +110,18 @@ class Worker:
     def _next(self) -> list[Job] | None:
         """The next batch, taken out of the queue; None when the worker is to stop and nothing is left."""
         with self._changed:
-            while not self._queue:
-                if self._stopping:
-                    return None
-                self._changed.wait()
+            self._changed.wait_for(lambda: self._queue or self._stopping)
+            if not self._queue:
+                return None
             first = self._queue[0]
-            deadline = first.queued_at + self._limits.max_wait_ms / 1000
-            while True:
-                batch, full = self._joining(first)
-                left = deadline - time.monotonic()
-                others_wait = len(batch) < len(self._queue)
-                if full or others_wait or self._stopping or left <= 0:
-                    break
-                self._changed.wait(left)
-            taken = set(batch)
-            self._queue = [job for job in self._queue if job not in taken]
+            left = first.queued_at + self._limits.max_wait_ms / 1000 - time.monotonic()
+            self._changed.wait_for(lambda: self._stopping or self._joining(first)[1], left)
+            batch, _ = self._joining(first)
+            self._queue = [job for job in self._queue if job not in batch]
             return batch
 
     def _joining(self, first: Job) -> tuple[list[Job], bool]:
-        """The jobs that can be done with the first one, itself included, and whether no other one could join."""
+        """The jobs that can be done with the first one, itself included, and whether waiting for more is of no use."""
         if first.key is None:
             return [first], True
         batch, rows = [], 0
@@ -141,7 +132,7 @@ class Worker:
             if batch and rows > self._limits.max_batch:
                 return batch, True
             batch.append(job)
-        return batch, rows >= self._limits.max_batch
+        return batch, rows >= self._limits.max_batch or len(batch) < len(self._queue)
 
     def _do(self, batch: list[Job]) -> None:
         rows = [row for job in batch for row in job.rows]

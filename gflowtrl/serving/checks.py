@@ -80,11 +80,10 @@ def _check_length(name: str, history: Sequence[Item], limits: Limits) -> None:
 
 def _split(name: str, history: Sequence[Item], catalog: ItemCatalog) -> tuple[list[Item], list[str]]:
     """The known items, and a sentence about the unknown ones where there are any."""
-    unknown = [item for item in history if item not in catalog]
+    (known,), unknown = catalog.known_items([history])
     if not unknown:
-        return list(history), []
-    some = ", ".join(map(shown, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
-    known = [item for item in history if item in catalog]
+        return known, []
+    some = ", ".join(shown(item) for _, item in unknown[:5]) + (", ..." if len(unknown) > 5 else "")
     return known, [f"{name}: items that are not in {_the(catalog)} were left out: {some}."]
 
 

@@ -18,21 +18,14 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
-def path_below_prefix(scope: dict[str, Any]) -> str:
-    """The path as the application's own routes have it, without the prefix (ASGI's `root_path`) that it is served
-    below or mounted at."""
-    path, prefix = scope["path"], scope.get("root_path", "")
-    return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
-
-
 class Gate:
     """ASGI middleware.
 
     Args:
         app: what is behind it.
         metrics: gets path, status and seconds of each request.
-        paths: those, without a prefix, that are counted under their own name; others are counted as "other", so that
-            clients cannot make new series.
+        paths: of the routes that are counted under their own name; others are counted as "other", so that clients
+            cannot make new series.
         max_body_bytes: of a longer body is said that it is too long.
     """
 
@@ -42,7 +35,7 @@ class Gate:
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        start, status, path = time.perf_counter(), 0, path_below_prefix(scope)
+        start, status = time.perf_counter(), 0
 
         async def noting(message: dict[str, Any]) -> None:
             nonlocal status
@@ -54,14 +47,13 @@ class Gate:
         except Exception:
             logger.exception("%s %s could not be answered.", scope["method"], scope["path"])
             if not status:
-                problem = {
-                    "detail": "The request could not be answered because of a fault in the server; see its log."
-                }
-                await JSONResponse(problem, 500)(scope, receive, noting)
+                text = "The request could not be answered because of a fault in the server; see its log."
+                await JSONResponse({"detail": text}, 500)(scope, receive, noting)
         finally:
             if status:  # else the client went away
-                seconds = time.perf_counter() - start
-                self.metrics.count_request(path if path in self.paths else "other", status, seconds)
+                path = getattr(scope.get("route"), "path", None)
+                path = path if path in self.paths else "other"
+                self.metrics.count_request(path, status, time.perf_counter() - start)
 
     def _bounded(self, receive: Receive) -> Receive:
         size = 0

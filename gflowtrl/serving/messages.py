@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictInt, StrictStr
-
-from gflowtrl.recommender import Explanation, Recommendation
 
 
 Item = StrictInt | StrictStr
@@ -47,26 +43,22 @@ class ExplainRequest(Request):
     item: Annotated[Item, Field(description=f"an item, {ITEM}")]
 
 
-class RecommendedItem(BaseModel):
+class Answer(BaseModel):
+    model_config = ConfigDict(from_attributes=True)  # made of what the recommender returns
+
+
+class RecommendedItem(Answer):
     item: Item
     title: str | None
     probability: FiniteFloat
 
 
-class RecommendAnswer(BaseModel):
+class RecommendAnswer(Answer):
     recommendations: list[list[RecommendedItem]]
     warnings: list[str]
 
-    @classmethod
-    def of(cls, lists: list[list[Recommendation]], warnings: list[str]) -> RecommendAnswer:
-        found = [
-            [RecommendedItem(item=one.item, title=one.title, probability=math.exp(one.log_prob)) for one in ranked]
-            for ranked in lists
-        ]
-        return cls(recommendations=found, warnings=warnings)
 
-
-class ExplainedStep(BaseModel):
+class ExplainedStep(Answer):
     token: str
     probability: FiniteFloat
     rank: int
@@ -79,11 +71,6 @@ class ExplainAnswer(RecommendedItem):
     teacher_probability: FiniteFloat | None
     teacher_rank: int | None
     warnings: list[str]
-
-    @classmethod
-    def of(cls, found: Explanation, warnings: list[str]) -> ExplainAnswer:
-        content = asdict(found)
-        return cls(probability=math.exp(content.pop("log_prob")), warnings=warnings, **content)
 
 
 class Health(BaseModel):

@@ -1,7 +1,7 @@
 """What a teacher is, and what all teachers share: item lookup, saving, loading, memoised scoring."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -9,15 +9,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gflowtrl.catalog.files import write_atomically
+from gflowtrl.catalog import Item
+from gflowtrl.catalog.files import write_atomically, write_text
+from gflowtrl.catalog.items import index_items
 from gflowtrl.data.step import Step
 
 
-Item = int | str
 History = Sequence[Item]
 
 CONFIG_FILE = "teacher.json"
 TENSOR_FILE = "teacher.safetensors"
+BATCH = 512  # histories scored together
 
 
 @runtime_checkable
@@ -54,9 +56,7 @@ class TeacherModule(nn.Module):
         super().__init__()
         self.items = list(items)
         self.config = config
-        self._index = {item: index for index, item in enumerate(self.items)}
-        if len(self._index) != len(self.items):
-            raise ValueError("The items given to a teacher contain duplicates; give every item once.")
+        self._index = index_items(self.items)
 
     def score(self, histories: Sequence[History]) -> Tensor:
         """Scores all items: `B` histories (oldest item first) to a float tensor `(B, len(items))`."""
@@ -79,6 +79,13 @@ class TeacherModule(nn.Module):
                 ) from None
         return encoded
 
+    def scored(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of rows (`"history"`, `"target"`): scores `(B, len(items))`, and columns of the targets `(B,)`."""
+        for start in range(0, len(rows), BATCH):
+            batch = rows[start : start + BATCH]
+            targets = torch.tensor(self.encode([[row["target"]] for row in batch]), device=self.device).flatten()
+            yield self.score([row["history"] for row in batch]), targets
+
     def description(self) -> dict[str, Any]:
         return {"class": type(self).__name__, "config": self.config}
 
@@ -89,12 +96,10 @@ class TeacherModule(nn.Module):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes `teacher.safetensors` and `teacher.json`, each atomically, the latter last."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         description = json.dumps({**self.description(), "items": self.items}, ensure_ascii=False)
-        write_atomically(directory / TENSOR_FILE, lambda path: save_file(tensors, path))
-        write_atomically(directory / CONFIG_FILE, lambda path: path.write_text(description, encoding="utf-8"))
+        write_atomically(Path(directory, TENSOR_FILE), lambda path: save_file(tensors, path))
+        write_text(Path(directory, CONFIG_FILE), description)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "TeacherModule":
@@ -221,22 +226,13 @@ def top_items(
     k: int,
     *,
     max_history_items: int | None = 20,
-    exclude_seen: bool = False,
-    batch_size: int = 512,
+    batch_size: int = BATCH,
 ) -> Tensor:
     """The `k` best items of each history: item *indices* (columns of the teacher), LongTensor `(U, k)`, best first.
 
-    Histories are cut to their last `max_history_items`. `exclude_seen` drops the items of the cut history; it is meant
-    for applications, never for a benchmark table.
+    Histories are cut to their last `max_history_items`. Items of the history are among the candidates.
     """
-    index = {item: column for column, item in enumerate(teacher.items)} if exclude_seen else {}
-    k, lists = min(k, len(teacher.items)), []
     cut = [list(history)[-max_history_items:] if max_history_items else list(history) for history in histories]
-    for start in range(0, len(cut), batch_size):
-        batch = cut[start : start + batch_size]
-        scores = teacher.score(batch)
-        if exclude_seen:
-            seen = [(row, index[item]) for row, history in enumerate(batch) for item in history]
-            scores = scores.index_put(tuple(torch.tensor(seen, device=scores.device).T), scores.new_tensor(-torch.inf))
-        lists.append(scores.topk(k).indices.cpu())
+    k, starts = min(k, len(teacher.items)), range(0, len(cut), batch_size)
+    lists = [teacher.score(cut[start : start + batch_size]).topk(k).indices.cpu() for start in starts]
     return torch.cat(lists) if lists else torch.empty(0, k, dtype=torch.long)

@@ -3,10 +3,9 @@
 import hashlib
 import json
 import logging
-import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from .base import CONFIG_FILE, TeacherModule
@@ -33,15 +32,14 @@ def fit_cached(fit: Callable[[], TeacherModule], directory: str | Path, key: Any
     folder = Path(directory) / fingerprint(key)
     if not (folder / CONFIG_FILE).is_file():
         teacher = fit()
-        partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-        try:
-            teacher.save_pretrained(partial)
-            partial.rename(folder)
-        except OSError:
-            if not (folder / CONFIG_FILE).is_file():  # else another process was faster, with the same teacher
-                raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{folder.name}.", dir=directory) as partial:
+            teacher.save_pretrained(Path(partial, "teacher"))
+            try:
+                Path(partial, "teacher").rename(folder)
+            except OSError:
+                if not (folder / CONFIG_FILE).is_file():  # else another process was faster, with the same teacher
+                    raise
     else:
         logger.info("Loading the cached teacher of %s.", folder)
     return TeacherModule.from_pretrained(folder)

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import History, Item, TeacherModule
+from gflowtrl.catalog import Item
+
+from .base import History, TeacherModule
 
 
 class EASE(TeacherModule):
@@ -62,17 +64,13 @@ class EASE(TeacherModule):
         weights.fill_diagonal_(0.0)
         teacher.weights.copy_(weights)
         if rows := list(validation or []):
-            teacher.config["temperature"] = teacher._best_temperature(rows)
+            grid = cls.temperature_grid
+            fits = [
+                torch.stack([-F.cross_entropy(scores / value, targets, reduction="sum") for value in grid])
+                for scores, targets in teacher.scored(rows)
+            ]
+            teacher.config["temperature"] = grid[int(sum(fits).argmax())]
         return teacher
-
-    def _best_temperature(self, rows: Sequence[Mapping[str, Any]], batch_size: int = 512) -> float:
-        grid, total = self.temperature_grid, torch.zeros(len(self.temperature_grid))
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            scores = self.score([row["history"] for row in batch])
-            targets = torch.tensor(self.encode([[row["target"]] for row in batch])).flatten()
-            total += torch.stack([-F.cross_entropy(scores / value, targets, reduction="sum") for value in grid])
-        return grid[int(total.argmax())]
 
 
 class Popularity(TeacherModule):

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import History, Item, Teacher, TeacherModule, as_teacher, build_teacher
+from gflowtrl.catalog import Item
+
+from .base import History, Teacher, TeacherModule, as_teacher, build_teacher
 
 
 class MixtureTeacher(TeacherModule):

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .base import History, Item, TeacherModule
+from gflowtrl.catalog import Item
+
+from .base import History, TeacherModule
 
 
 class Block(nn.Module):
@@ -172,12 +174,9 @@ class SASRec(TeacherModule):
             total, count = total + loss.item() * len(targets), count + len(targets)
         return total / count
 
-    def _ndcg(self, rows: Sequence[Mapping[str, Any]], k: int = 10, batch_size: int = 512) -> float:
+    def _ndcg(self, rows: Sequence[Mapping[str, Any]], k: int = 10) -> float:
         total = 0.0
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            scores = self.score([row["history"] for row in batch])
-            targets = torch.tensor(self.encode([[row["target"]] for row in batch]), device=scores.device)
-            rank = 1 + (scores > scores.gather(1, targets)).sum(1)
+        for scores, targets in self.scored(rows):
+            rank = 1 + (scores > scores.gather(1, targets[:, None])).sum(1)
             total += torch.where(rank <= k, 1 / torch.log2(rank + 1.0), 0.0).sum().item()
         return total / len(rows)

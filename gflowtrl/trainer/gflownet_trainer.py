@@ -19,7 +19,7 @@ from gflowtrl.data import PromptEncoder, Step
 from gflowtrl.losses import LossInputs, LossSpec, normalized_flows
 from gflowtrl.policy import StepScores, TreePolicy
 from gflowtrl.policy.heads import is_head
-from gflowtrl.rewards import CompositeReward, DenseReward, PosteriorReward, StepReward
+from gflowtrl.rewards import AnyReward, CompositeReward, DenseReward, PosteriorReward, StepReward
 from gflowtrl.samplers import Feedback, Sampler, Trajectories
 
 from .folder import Parts, model_kwargs
@@ -69,13 +69,12 @@ class GFlowNetTrainer(TreePolicyTrainer):
 
     _tag_names = ["gflowtrl", "gflownet"]
     _name = "GFlowNet"
-
     args: GFlowNetConfig
 
     def __init__(
         self,
         model: str | PreTrainedModel,
-        reward_funcs: Callable | Sequence[Callable] | None = None,
+        reward_funcs: AnyReward | Sequence[AnyReward] | None = None,
         args: GFlowNetConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
@@ -252,7 +251,7 @@ def normalized(rewards: Tensor) -> Tensor:
 
 
 def composite_reward(
-    reward_funcs: Callable | Sequence[Callable],
+    reward_funcs: AnyReward | Sequence[AnyReward],
     args: GFlowNetConfig,
     catalog: ItemCatalog,
     tokenizer: PreTrainedTokenizerBase,

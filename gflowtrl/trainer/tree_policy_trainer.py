@@ -179,8 +179,9 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseT
     # ---------------------------------------------------------------------------------------------------------- step
     def training_step(self, *args, **kwargs) -> Tensor:
         """Forward and backward of a micro-batch; records how long it and its parts took."""
-        with self._timed("step"):
-            loss = super().training_step(*args, **kwargs)
+        start = time.perf_counter()
+        loss = super().training_step(*args, **kwargs)
+        self._seconds["step"] = time.perf_counter() - start
         self.record({f"seconds/{part}": seconds for part, seconds in self._seconds.items()})
         self._seconds.clear()
         if self.accelerator.sync_gradients:
@@ -288,10 +289,11 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseT
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
-        """Add up the seconds of a part of the step, as the host sees them."""
-        start = time.perf_counter()
+        """Add up the seconds of a part of the step, as the host sees them, without those of parts inside of it."""
+        start, before = time.perf_counter(), sum(self._seconds.values())
         yield
-        self._seconds[part] += time.perf_counter() - start
+        inside = sum(self._seconds.values()) - before
+        self._seconds[part] += time.perf_counter() - start - inside
 
     # ------------------------------------------------------------------------------------------------------- metrics
     def record(self, metrics: Mapping[str, Tensor | float]) -> None:

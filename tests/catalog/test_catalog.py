@@ -58,6 +58,12 @@ def test_save_and_load(catalog, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["catalog.json"]
 
 
+def test_unknown_items_are_left_out_and_told_with_their_rows(catalog):
+    known, unknown = catalog.known_items(iter([["hat", "sock", "cap", "hat"], [], [7, "sock"]]))
+    assert known == [["hat", "cap", "hat"], [], []]
+    assert unknown == [(0, "sock"), (2, 7), (2, "sock")]
+
+
 def test_bad_input_is_named(catalog, tmp_path):
     tokenizer = build_tokenizer(IDS)
     with pytest.raises(ValueError, match="'sock' is not in the catalogue"):
@@ -70,7 +76,7 @@ def test_bad_input_is_named(catalog, tmp_path):
         ItemCatalog.from_semantic_ids({"sock": "<a_1><b_0>"}, tokenizer)
     with pytest.raises(ValueError, match="is a prefix of"):
         ItemCatalog.from_semantic_ids({"x": ("<a_1>",), "y": ("<a_1>", "<b_0>")}, tokenizer)
-    with pytest.raises(ValueError, match="'x' stands twice"):
+    with pytest.raises(ValueError, match="'x' is given twice"):
         ItemCatalog(["x", "x"], [("a",), ("b",)], torch.tensor([[1], [2]]))
     with pytest.raises(FileNotFoundError, match="catalog.json is missing"):
         ItemCatalog.from_pretrained(tmp_path)

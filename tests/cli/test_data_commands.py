@@ -111,6 +111,8 @@ def test_new_items_are_read_by_the_features_of_the_fit(tmp_path, capsys):
     assert main(add) == 0 and main([*add, "--features", "name"]) == 0
     after = read_interactions(tmp_path).semantic_ids
     assert len(after) == 24 and after.items() >= before.items() and after[21] == before[9]  # the same words
+    file = tmp_path / "item_tokenizer" / "item_tokenizer.json"
+    assert json.loads(file.read_text())["features"] == ["name"]
 
 
 def test_ids_stay_where_numbers_become_strings(tmp_path, capsys):

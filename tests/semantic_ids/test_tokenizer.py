@@ -82,11 +82,6 @@ def test_new_items_are_read_by_the_features_of_the_fit(catalogue, tmp_path):
     moved = {item: {**known, "categories": "green ink"} for item, known in catalogue.item_features.items()}
     added = loaded.add(replace(catalogue, item_features=moved))
     assert added[110] == tokenizer.semantic_ids[30]  # the same title
-
-    description = json.loads((tmp_path / "item_tokenizer.json").read_text())
-    del description["features"]  # as an earlier version saved it
-    (tmp_path / "item_tokenizer.json").write_text(json.dumps(description))
-    assert ItemTokenizer.from_pretrained(tmp_path).features is None
     assert len(ItemTokenizer.from_pretrained(tmp_path).add(catalogue)) == 20
 
 

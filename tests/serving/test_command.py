@@ -75,9 +75,9 @@ def test_a_real_server_answers_and_a_shutdown_answers_what_waits(folder, monkeyp
     [
         (["--model", "/nowhere/at/all"], "error: /nowhere/at/all is not a folder; give the folder of a saved"),
         ([], "error: the following arguments are required: --model"),
-        (["--model", "x", "--port", "99999"], "error: argument --port: 99999 is no port; give a number from 0"),
-        (["--model", "x", "--port", "http"], "error: argument --port: http is no port"),
-        (["--model", "x", "--threads", "0"], "error: argument --threads: 0 is no number of at least 1"),
+        (["--model", "x", "--port", "99999"], "error: port is 99999; give a number from 0 to 65535."),
+        (["--model", "x", "--port", "http"], "error: argument --port: invalid int value: 'http'"),
+        (["--model", "x", "--threads", "0"], "error: threads is 0; give a number of at least 1."),
         (["--model", "x", "--max_k", "0"], "error: max_k is 0; it must be at least 1."),
         (["--model", "x", "--max_wait_ms", "-1"], "error: max_wait_ms is -1.0; give milliseconds"),
         (["--model", "x", "--host", "300.1.1.1"], "error: 300.1.1.1:8000 cannot be listened on"),
@@ -104,7 +104,7 @@ def test_options_reach_the_server_and_ctrl_c_is_a_way_to_stop(monkeypatch):
         given.extend(arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["gflowtrl.serving.command"], "serve", stopped)
+    monkeypatch.setattr("gflowtrl.serving.server.serve", stopped)
     assert main(["--model", "folder", "--port", "81", "--max_batch", "7", "--max_k", "9", "--threads", "2"]) == 0
     folder, host, port, limits, threads = given
     assert (folder, host, port, threads) == ("folder", "127.0.0.1", 81, 2)

@@ -167,7 +167,7 @@ def test_bad_input_is_named():
             teacher.score([["tea"], ["cup", "gnu"]])
     with pytest.raises(ValueError, match="History 1 is empty"):
         teachers[0].score([["tea"], []])
-    with pytest.raises(ValueError, match="duplicates"):
+    with pytest.raises(ValueError, match="given twice"):
         Popularity(["tea", "tea"])
     with pytest.raises(ValueError, match="two or more items"):
         SASRec.fit([["tea"]], ITEMS)
