@@ -90,7 +90,11 @@ def _train(arguments: Sequence[str], command: str) -> int:
         if given.num_processes < 1:
             raise ValueError(f"--num_processes is {given.num_processes}; give a whole number of at least 1.")
         launcher = [*launcher, "--num_processes", str(given.num_processes)]
-    return _launch([*launcher, "--module", "gflowtrl", "train", "--config", str(file), *options])
+    if not torch.accelerator.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # --cpu would start one process, whatever --num_processes says
+    words = [*launcher, "--module", "gflowtrl", "train", "--config", str(file), *options]
+    launch_command(launch_command_parser().parse_args(words))  # as TRL's own command does it
+    return 0
 
 
 def _run(recipe: Recipe) -> int:
@@ -113,14 +117,6 @@ def _run(recipe: Recipe) -> int:
         return 130
     if recipe.data_dir is None and is_main:
         print(OTHER_DATA)
-    return 0
-
-
-def _launch(words: list[str]) -> int:
-    """`accelerate launch`, as TRL's own command does it."""
-    if not torch.accelerator.is_available():
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # --cpu would start one process, whatever --num_processes says
-    launch_command(launch_command_parser().parse_args(words))
     return 0
 
 

@@ -6,17 +6,12 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import datasets
-import numpy
 import torch
-import transformers
-import trl
 
-import gflowtrl
 from gflowtrl.metrics import group_means, paired_bootstrap, popularity_groups
 
 from .evaluation import per_user
@@ -29,7 +24,7 @@ from .stage import Stage, write_json
 TITLES = {"teacher": "Teacher", "sft": "SFT", "control": "SFT continued (control)", "gflownet": "GFlowNet"}
 #: What the results take over from the record of a training.
 KEPT = ("steps", "rows_per_step", "best_step", "seconds", "reward_weights")
-PACKAGES = (gflowtrl, torch, transformers, trl, accelerate, datasets, numpy)
+PACKAGES = ("gflowtrl", "torch", "transformers", "trl", "accelerate", "datasets", "numpy")
 
 
 def collect(
@@ -67,6 +62,7 @@ def collect(
             training = trained[method].record
             methods[method] |= {name: training[name] for name in KEPT if name in training}
             methods[method]["model"] = str(trained[method].folder / "model")
+    versions = {name: import_module(name).__version__ for name in PACKAGES}
     results = {
         "recipe": recipe.as_dict(),
         "data": {
@@ -78,7 +74,10 @@ def collect(
         },
         "methods": methods,
         "seconds": dict(seconds),
-        "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: import_module(name).__version__ for name in PACKAGES},
+        },
         "machine": {
             "platform": platform.platform(),
             "cpus": os.cpu_count(),
