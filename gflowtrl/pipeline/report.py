@@ -74,10 +74,7 @@ def collect(
         },
         "methods": methods,
         "seconds": dict(seconds),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: import_module(name).__version__ for name in PACKAGES},
-        },
+        "versions": {"python": platform.python_version(), **versions},
         "machine": {
             "platform": platform.platform(),
             "cpus": os.cpu_count(),
