@@ -5,14 +5,13 @@
         --config recipes/gflowgr_office_llama.yaml --data_dir DIR      # your data, in the format of docs/data.md
 
 Each field of the recipe is an option (`--help` lists them): `--seed 43`, `--gflownet.learning_rate 1e-3`. After Ctrl-C
-the same command continues where it stopped.
+the same command continues where it stopped. The command `gflowtrl train` is the same.
 """
 
 import sys
-from pathlib import Path
 
-from gflowtrl.pipeline import main
+from gflowtrl.cli.train import main
 
 
 if __name__ == "__main__":
-    sys.exit(main(default_recipe=Path(__file__).parents[1] / "recipes" / "quickstart.yaml"))
+    sys.exit(main(sys.argv[1:]))

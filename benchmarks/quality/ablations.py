@@ -8,10 +8,10 @@ the row "lambda 0". Runs that are kept in benchmarks/results/quality/ are not re
 ablation-STUDY.png for each study. (Replay is no row: within 300 steps no prompt comes twice.)
 """
 
-import argparse
-
 from matplotlib.figure import Figure
-from office import COLUMNS, KEPT, kept_run
+from office import COLUMNS, KEPT, kept_run, make_parser, places
+
+from gflowtrl.pipeline.report import aligned
 
 
 STEPS = 300
@@ -76,11 +76,11 @@ STUDIES: dict[str, dict[str, list[str]]] = {
 
 
 def table(study: str, records: dict[str, dict]) -> str:
-    lines = [f"| {study} | " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * len(COLUMNS) + "|"]
+    lines = [[study, *COLUMNS]]
     for name, record in records.items():
         metrics = record["methods"]["gflownet"]["metrics"]
-        lines.append(f"| {name} | " + " | ".join(f"{metrics[column]:.4f}" for column in COLUMNS) + " |")
-    return "\n".join(lines)
+        lines.append([name, *(f"{metrics[column]:.4f}" for column in COLUMNS)])
+    return aligned(lines)
 
 
 def plot(study: str, records: dict[str, dict]) -> None:
@@ -97,20 +97,17 @@ def plot(study: str, records: dict[str, dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", required=True, help="the folder of the data")
-    parser.add_argument("--output_dir", default="outputs/office_llama", help="where stages are kept")
+    parser = make_parser(__doc__)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--studies", nargs="+", choices=list(STUDIES), default=list(STUDIES))
     given = parser.parse_args()
-    places = ["--data_dir", given.data_dir, "--output_dir", given.output_dir, "--seed", str(given.seed)]
     for study in given.studies:
         records = {}
         for number, (name, options) in enumerate(STUDIES[study].items()):
             # Each study holds the paper's configuration itself; it is run once.
             stem = f"{study}-{number}" if options else "paper"
             file = KEPT / f"ablation-{stem}-seed{given.seed}.json"
-            records[name] = kept_run("gflowgr_paper", [*places, *SCHEDULE, *options], file)
+            records[name] = kept_run("gflowgr_paper", [*places(given, given.seed), *SCHEDULE, *options], file)
         print(f"\n{table(study, records)}\n", flush=True)
         plot(study, records)
 

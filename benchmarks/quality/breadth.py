@@ -6,14 +6,13 @@ Teacher, SFT and control are shared with benchmarks/quality/office.py through --
 benchmarks/results/quality/ are not repeated. Prints a table, sorted by coverage, and draws breadth.png beside them.
 """
 
-import argparse
-
 import torch
 from matplotlib.figure import Figure
-from office import COLUMNS, KEPT, ROOT, kept_run
+from office import COLUMNS, KEPT, ROOT, kept_run, make_parser, places
 
 from gflowtrl.pipeline import load_recipe
 from gflowtrl.pipeline.materials import prepare
+from gflowtrl.pipeline.report import aligned
 from gflowtrl.pipeline.signals import fit_teacher
 from gflowtrl.pipeline.stage import Workshop
 
@@ -46,10 +45,10 @@ def table(records: dict[str, dict]) -> str:
     first = next(iter(records.values()))["methods"]
     rows = {"Teacher": first["teacher"], "SFT": first["sft"], "SFT continued (control)": first["control"]}
     rows |= {name: record["methods"]["gflownet"] for name, record in records.items()}
-    lines = ["| reward | " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * len(COLUMNS) + "|"]
+    lines = [["reward", *COLUMNS]]
     for name, entry in sorted(rows.items(), key=lambda row: -row[1]["metrics"]["coverage@10"]):
-        lines.append(f"| {name} | " + " | ".join(f"{entry['metrics'][column]:.4f}" for column in COLUMNS) + " |")
-    return "\n".join(lines)
+        lines.append([name, *(f"{entry['metrics'][column]:.4f}" for column in COLUMNS)])
+    return aligned(lines)
 
 
 def particular(recipe_options: list[str]) -> str:
@@ -60,14 +59,14 @@ def particular(recipe_options: list[str]) -> str:
     recipe = load_recipe(ROOT / "recipes" / "gflowgr_office_llama.yaml", recipe_options)
     materials, workshop = prepare(recipe), Workshop(recipe.output_dir, quiet=True)
     histories = materials.splits.validation["history"]
-    lines = ["| teacher | temperature | mean entropy | mutual information |", "|---|---:|---:|---:|"]
+    lines = [["teacher", "temperature", "mean entropy", "mutual information"]]
     for spec in (recipe.teacher, {"type": "ease"}):
         scores = fit_teacher(workshop, materials, spec).score(histories).detach()
         for temperature in (0.7, 1.0, 1.5):
             probs = (scores / temperature).softmax(1)
             entropy, of_mean = torch.special.entr(probs).sum(1).mean(), torch.special.entr(probs.mean(0)).sum()
-            lines.append(f"| {spec['type']} | {temperature} | {entropy:.2f} | {of_mean - entropy:.2f} |")
-    return "\n".join(lines)
+            lines.append([spec["type"], str(temperature), f"{entropy:.2f}", f"{of_mean - entropy:.2f}"])
+    return aligned(lines)
 
 
 def plot(records: dict[str, dict]) -> None:
@@ -98,20 +97,18 @@ def plot(records: dict[str, dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", required=True, help="the folder of the data")
-    parser.add_argument("--output_dir", default="outputs/office_llama", help="where stages are kept")
+    parser = make_parser(__doc__)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     given = parser.parse_args()
-    places = ["--data_dir", given.data_dir, "--output_dir", given.output_dir, "--seed", str(given.seed)]
+    options = places(given, given.seed)
     records = {}
     for name in given.settings:
         file = KEPT / f"breadth-{list(SETTINGS).index(name)}-seed{given.seed}.json"
-        records[name] = kept_run("gflowgr_office_llama", [*places, *SETTINGS[name]], file)
+        records[name] = kept_run("gflowgr_office_llama", [*options, *SETTINGS[name]], file)
         print(f"\n{table(records)}\n")
     plot(records)
-    print(particular(places))
+    print(particular(options))
 
 
 if __name__ == "__main__":

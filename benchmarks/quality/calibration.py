@@ -8,13 +8,14 @@ and the policy does not: there even a perfect policy stays about the target's sh
 --output_dir, or made where they are not finished. Records kept in benchmarks/results/quality/ are not made again.
 """
 
-import argparse
 import json
 from dataclasses import replace
 
-from office import KEPT, ROOT, settings, spread
+from office import KEPT, ROOT, make_parser, places, settings
 
 from gflowtrl.pipeline import Recipe, load_recipe, run
+from gflowtrl.pipeline.comparison import spread
+from gflowtrl.pipeline.report import aligned
 
 
 METHODS = {"sft": "SFT", "control": "SFT continued", "gflownet": "GFlowNet"}
@@ -39,28 +40,24 @@ def measure(recipe: Recipe, count: int) -> dict:
 
 def table(records: dict[str, list[dict]]) -> str:
     columns = [(part, name) for part in ("training", "test") for name in ("total_variation", "jensen_shannon")]
-    lines = ["| recipe | policy | " + " | ".join(f"{n.replace('_', ' ')}, {part}" for part, n in columns) + " |"]
-    lines.append("|---|---" + "|---:" * len(columns) + "|")
+    lines = [["recipe", "policy", *(f"{name.replace('_', ' ')}, {part}" for part, name in columns)]]
     for name, seeds in records.items():
         for method, title in METHODS.items():
             cells = [spread([r["methods"][method][part][n] for r in seeds], digits=3) for part, n in columns]
-            lines.append(f"| {name} | {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            lines.append([name, title, *cells])
+    return aligned(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", required=True, help="the folder of the data")
+    parser = make_parser(__doc__)
     parser.add_argument("--recipes", nargs="+", default=[str(ROOT / "recipes" / "gflowgr_office_llama.yaml")])
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
-    parser.add_argument("--output_dir", default="outputs/office_llama", help="where stages are kept")
     parser.add_argument("--rows", type=int, default=64, help="rows of either part")
     given = parser.parse_args()
     records: dict[str, list[dict]] = {}
     for path in given.recipes:
         for seed in given.seeds:
-            places = ["--data_dir", given.data_dir, "--output_dir", given.output_dir, "--seed", str(seed)]
-            recipe = load_recipe(path, places)
+            recipe = load_recipe(path, places(given, seed))
             file = KEPT / f"calibration-{recipe.name}-seed{seed}.json"
             kept = json.loads(file.read_text()) if file.is_file() else {}
             if settings(kept.get("recipe", {})) != settings(recipe.as_dict()) or kept.get("rows") != given.rows:

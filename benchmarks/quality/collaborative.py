@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from gflowtrl.data import InteractionData, Splits, leave_one_out, read_interactions
 from gflowtrl.metrics import RankingReport, summarise_items
+from gflowtrl.pipeline.report import aligned
 from gflowtrl.teachers import EASE, Popularity, top_items
 
 
@@ -112,9 +113,8 @@ def main() -> None:
             "setting": best, "validation_ndcg@10": tried, "metrics": rows.measure(fitted[best], "test").metrics
         }  # fmt: skip
     columns = [f"{name}@{k}" for k in KS for name in ("recall", "ndcg")] + ["coverage@10", "dgu@10", "mgu@10"]
-    print("| method | setting | " + " | ".join(columns) + " |\n|---|---" + "|---:" * len(columns) + "|")
-    for method, entry in found.items():
-        print(f"| {method} | {entry['setting']} | " + " | ".join(f"{entry['metrics'][c]:.4f}" for c in columns) + " |")
+    lines = [[m, entry["setting"], *(f"{entry['metrics'][c]:.4f}" for c in columns)] for m, entry in found.items()]
+    print(aligned([["method", "setting", *columns], *lines]))
     if given.out is not None:
         content = {"date": date.today().isoformat(), **environment(), "data": rows.data.summary(), "methods": found}
         given.out.parent.mkdir(parents=True, exist_ok=True)

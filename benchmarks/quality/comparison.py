@@ -8,19 +8,20 @@ distribution of some test users (`gflowtrl.metrics.prefix_metrics`) and kept too
 the vocabulary, continued for as many steps.
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from office import KEPT, ROOT, difference, gains, kept_run, spread
+from office import KEPT, ROOT, difference, gains, kept_run, make_parser, places
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from gflowtrl.metrics import prefix_metrics
 from gflowtrl.pipeline import load_recipe, run
+from gflowtrl.pipeline.comparison import spread
 from gflowtrl.pipeline.materials import Materials, prepare
+from gflowtrl.pipeline.report import aligned
 from gflowtrl.policy import load_backbone, make_policy
 
 
@@ -93,7 +94,7 @@ def kept_prefixes(path: Path, options: list[str], file: Path, users: int, shared
     return content["methods"]
 
 
-def lines(runs: dict[str, dict[int, tuple[Path, dict]]], costs: dict[str, dict]) -> Iterator[str]:
+def lines(runs: dict[str, dict[int, tuple[Path, dict]]], costs: dict[str, dict]) -> Iterator[list[str]]:
     """The table's rows; `runs` has the record's file and the prefix metrics of each seed, by recipe."""
     titles = {path.stem: title for path, title in RECIPES.items()}
     everywhere = max(len(by_seed) for by_seed in runs.values())
@@ -121,15 +122,13 @@ def lines(runs: dict[str, dict[int, tuple[Path, dict]]], costs: dict[str, dict])
             title = SHARED.get(method) or titles.get(name, name)
             if len(seeds) < everywhere:
                 title += f" (seed {', '.join(map(str, by_seed))})"
-            yield f"| {title} | " + " | ".join(cells) + " |"
+            yield [title, *cells]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", required=True, help="the folder of the data")
+    parser = make_parser(__doc__)
     parser.add_argument("--recipes", nargs="+", type=Path, default=list(RECIPES), help="cross_entropy among them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
-    parser.add_argument("--output_dir", default="outputs/office_llama", help="where stages are kept")
     parser.add_argument("--prefix", default="office", help="beginning of the names of the kept files")
     parser.add_argument("--kept_only", action="store_true", help="train nothing, leave out what is not there yet")
     parser.add_argument("--prefix_seeds", nargs="*", type=int, help="seeds whose prefixes are measured (default: all)")
@@ -141,11 +140,11 @@ def main() -> None:
     runs: dict[str, dict[int, tuple[Path, dict]]] = {}
     for seed in given.seeds:
         for number, path in enumerate(given.recipes):
-            places = ["--data_dir", given.data_dir, "--output_dir", given.output_dir, "--seed", str(seed)]
-            name = load_recipe(path, [*places, *others]).name
+            where = places(given, seed)
+            name = load_recipe(path, [*where, *others]).name
             file = KEPT / f"{given.prefix}-{name}-seed{seed}.json"
             # What all share is run and measured with the first one only.
-            options = [*places, *others] if number == 0 else [*places, "--stages", "sft", "gflownet", *others]
+            options = [*where, *others] if number == 0 else [*where, "--stages", "sft", "gflownet", *others]
             if given.kept_only:
                 if not file.is_file():
                     continue
@@ -158,8 +157,7 @@ def main() -> None:
     headings = ["method", *COLUMNS, *SURVIVAL.values(), "s an epoch", "peak MB"]
     headings += [f"{metric} - cross entropy" for metric in ("recall@10", "ndcg@10")]
     print(f"\n{len(given.seeds)} seed(s), test split; prefixes of {given.users} users, seeds {measured}:\n")
-    print("| " + " | ".join(headings) + " |\n|---" + "|---:" * (len(headings) - 1) + "|")
-    print("\n".join(lines(runs, costs)))
+    print(aligned([headings, *lines(runs, costs)]))
 
 
 if __name__ == "__main__":

@@ -9,17 +9,17 @@ the items of their histories replaced by random ones, the same for every method.
 means new to the training part, not of the last month.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from office import KEPT, ROOT
+from office import KEPT, ROOT, make_parser, places
 
 from gflowtrl.metrics import leaf_ranking_metrics, paired_bootstrap
 from gflowtrl.pipeline import load_recipe, run
 from gflowtrl.pipeline.materials import Materials, prepare
+from gflowtrl.pipeline.report import aligned, interval_text
 from gflowtrl.policy import StatelessNoise, load_backbone, make_policy
 from gflowtrl.trainer import rank_rows
 
@@ -75,31 +75,26 @@ def conditions(materials: Materials, models: dict[str, str]) -> list[dict]:
 
 
 def table(records: list[dict]) -> str:
-    lines = [f"| condition | users | {' | '.join(f'{m} {x}' for x in METRICS for m in (*METHODS, 'difference'))} |"]
-    lines.append("|---" + "|---:" * (1 + len(METRICS) * (len(METHODS) + 1)) + "|")
+    lines = [["condition", "users", *(f"{what} {metric}" for metric in METRICS for what in (*METHODS, "difference"))]]
     for record in records:
         cells = []
         for metric in METRICS:
             values = record.get(metric)
             if values is None:
                 cells += [""] * (len(METHODS) + 1)
-                continue
-            cells += [f"{values[method]:.4f}" for method in METHODS]
-            interval = values["gflownet - control"]
-            cells.append(f"{interval['mean_difference']:+.4f} [{interval['low']:+.4f}, {interval['high']:+.4f}]")
-        lines.append(f"| {record['condition']} | {record['users']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            else:
+                means = [f"{values[method]:.4f}" for method in METHODS]
+                cells += [*means, interval_text(values["gflownet - control"])]
+        lines.append([record["condition"], str(record["users"]), *cells])
+    return aligned(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", required=True, help="the folder of the data")
+    parser = make_parser(__doc__)
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "gflowgr_office_llama.yaml")
-    parser.add_argument("--output_dir", default="outputs/office_llama", help="where stages are kept")
     parser.add_argument("--seed", type=int, default=42)
     given = parser.parse_args()
-    places = ["--data_dir", given.data_dir, "--output_dir", given.output_dir, "--seed", str(given.seed)]
-    recipe = load_recipe(given.recipe, places)
+    recipe = load_recipe(given.recipe, places(given, given.seed))
     materials = prepare(recipe)
     results = run(recipe, materials, quiet=True)
     records = conditions(materials, {method: results["methods"][method]["model"] for method in METHODS})

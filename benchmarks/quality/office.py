@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from gflowtrl.metrics import paired_bootstrap
 from gflowtrl.pipeline import Recipe, load_recipe, run
-from gflowtrl.pipeline.report import TITLES
+from gflowtrl.pipeline.comparison import spread
+from gflowtrl.pipeline.report import TITLES, aligned, interval_text
 
 
 ROOT = Path(__file__).parents[2]
@@ -30,13 +31,11 @@ COLUMNS += [f"{name}@10" for name in ("coverage", "entropy", "dgu", "mgu", "long
 
 
 def settings(recipe: dict) -> dict:
-    """What a kept run must agree with: the recipe without the places of this machine and without what else was run or
-    measured."""
-    kept = {name: value for name, value in recipe.items() if name not in ("output_dir", "data_dir", "stages")}
-    if "evaluation" in kept:
-        others = kept["evaluation"].items()
-        kept["evaluation"] = {name: value for name, value in others if name != "calibration_rows"}
-    return kept
+    """What a kept run must agree with: the recipe without the places of this machine, without what else was run or
+    measured, and without what is not set."""
+    left_out = ("output_dir", "data_dir", "stages", "calibration_rows")
+    kept = {name: settings(value) if name == "evaluation" else value for name, value in recipe.items()}
+    return {name: value for name, value in kept.items() if name not in left_out and value not in (None, {})}
 
 
 def keep(results: dict, recipe: Recipe, file: Path) -> None:
@@ -98,50 +97,50 @@ def rows_of(runs: dict[str, list[Path]]) -> dict[str, list[tuple[dict, dict, dic
 def table(runs: dict[str, list[Path]]) -> str:
     """Markdown: mean ± standard deviation over seeds, and the difference to the control of as many steps with its 95 %
     interval over users, each user's figures averaged over the seeds first."""
-    lines = ["| method | " + " | ".join(COLUMNS) + " | minutes | recall@10 - control | ndcg@10 - control |"]
-    lines.append("|---" + "|---:" * (len(COLUMNS) + 3) + "|")
+    metrics = ("recall@10", "ndcg@10")
+    lines = [["method", *COLUMNS, "minutes", *(f"{name} - control" for name in metrics)]]
     for title, seeds in rows_of(runs).items():
         cells = [spread([entry["metrics"][name] for entry, _, _ in seeds]) for name in COLUMNS]
-        cells.append(spread([entry.get("seconds", float("nan")) / 60 for entry, _, _ in seeds], digits=1))
-        for name in ("recall@10", "ndcg@10"):
-            if any(control is None for _, _, control in seeds):
-                cells.append("")
-                continue
-            cells.append(difference([gain for _, gain, _ in seeds], [control for _, _, control in seeds], name))
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        seconds = [entry["seconds"] for entry, _, _ in seeds if "seconds" in entry]
+        cells.append(spread([value / 60 for value in seconds], digits=1) if len(seconds) == len(seeds) else "")
+        ours, controls = [gain for _, gain, _ in seeds], [control for _, _, control in seeds]
+        cells += ["" if None in controls else difference(ours, controls, name) for name in metrics]
+        lines.append([title, *cells])
+    return aligned(lines)
 
 
 def difference(ours: list[dict], theirs: list[dict], metric: str) -> str:
     """Mean with its 95 % interval over users, each user's figures averaged over the seeds first."""
     ours, theirs = (torch.stack([one[metric] for one in runs]).mean(0) for runs in (ours, theirs))
-    interval = paired_bootstrap(ours, theirs)
-    return f"{interval['mean_difference']:+.4f} [{interval['low']:+.4f}, {interval['high']:+.4f}]"
+    return interval_text(paired_bootstrap(ours, theirs))
 
 
-def spread(values: list[float], digits: int = 4) -> str:
-    tensor = torch.tensor(values, dtype=torch.double)
-    if tensor.isnan().any():
-        return ""
-    mean = f"{tensor.mean():.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {tensor.std():.{digits}f}"
+def places(given: argparse.Namespace, seed: int) -> list[str]:
+    """The command line of a recipe that says where data and stages are, and the seed."""
+    return ["--data_dir", given.data_dir, "--output_dir", given.output_dir, "--seed", str(seed)]
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the places that all these scripts need."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", required=True, help="the folder of the data")
+    parser.add_argument("--output_dir", default="outputs/office_llama", help="where stages are kept")
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", required=True, help="the folder of the data")
+    parser = make_parser(__doc__)
     parser.add_argument("--recipes", nargs="+", default=[str(ROOT / "recipes" / f"{name}.yaml") for name in RECIPES])
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
-    parser.add_argument("--output_dir", default="outputs/office_llama", help="where stages are kept")
     parser.add_argument("--prefix", default="office", help="beginning of the names of the kept files")
     given, others = parser.parse_known_args()
     runs: dict[str, list[Path]] = {}
     for seed in given.seeds:
         for path in given.recipes:
-            places = ["--data_dir", given.data_dir, "--output_dir", given.output_dir, "--seed", str(seed)]
-            name = load_recipe(path, [*places, *others]).name
+            options = [*places(given, seed), *others]
+            name = load_recipe(path, options).name
             file = KEPT / f"{given.prefix}-{name}-seed{seed}.json"
-            beam = kept_run(path, [*places, *others], file)["recipe"]["evaluation"]["num_beams"]
+            beam = kept_run(path, options, file)["recipe"]["evaluation"]["num_beams"]
             runs.setdefault(name, []).append(file)
     print(f"\n{len(given.seeds)} seed(s), test split, beam {beam}:\n\n{table(runs)}")
 

@@ -7,12 +7,11 @@ shop with seed 0, so on none of these. Runs that are kept in benchmarks/results/
 """
 
 import argparse
-import json
 
-from office import KEPT, ROOT, keep, settings, spread
+from office import KEPT, kept_run
 
-from gflowtrl.pipeline import load_recipe, run
-from gflowtrl.pipeline.report import TITLES
+from gflowtrl.pipeline.comparison import spread
+from gflowtrl.pipeline.report import TITLES, aligned
 
 
 COLUMNS = ["unseen_liked_mass", "total_variation", "recall@10", "ndcg@10", "coverage@10", "long_tail@10"]
@@ -20,15 +19,16 @@ COLUMNS = ["unseen_liked_mass", "total_variation", "recall@10", "ndcg@10", "cove
 
 def table(records: list[dict]) -> str:
     """Markdown: mean ± standard deviation over the seeds, and the ratio to the control, seed by seed."""
-    lines = ["| method | " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * len(COLUMNS) + "|"]
+    lines = [["method", *COLUMNS]]
     for method, title in TITLES.items():
         values = [spread([record["methods"][method]["metrics"][name] for record in records]) for name in COLUMNS]
-        lines.append(f"| {title} | " + " | ".join(values) + " |")
+        lines.append([title, *values])
+    text = aligned(lines)
     for name in COLUMNS[:2]:
         pairs = [[record["methods"][m]["metrics"][name] for m in ("gflownet", "control")] for record in records]
         ratios = ", ".join(f"{ours / theirs:.2f}" for ours, theirs in pairs)
-        lines.append(f"\n{name}, GFlowNet / control: {ratios}")
-    return "\n".join(lines)
+        text += f"\n\n{name}, GFlowNet / control: {ratios}"
+    return text
 
 
 def main() -> None:
@@ -39,11 +39,7 @@ def main() -> None:
     records = []
     for seed in given.seeds:
         options = ["--output_dir", given.output_dir, "--seed", str(seed), "--data.shop.seed", str(seed)]
-        recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", options)
-        file = KEPT / f"shop-seed{seed}.json"
-        if not (file.is_file() and settings(json.loads(file.read_text())["recipe"]) == settings(recipe.as_dict())):
-            keep(run(recipe), recipe, file)
-        records.append(json.loads(file.read_text()))
+        records.append(kept_run("quickstart", options, KEPT / f"shop-seed{seed}.json"))
     print(f"\nSYNTHETIC data, {len(records)} seed(s):\n\n{table(records)}")
 
 

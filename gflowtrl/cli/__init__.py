@@ -1,9 +1,8 @@
-"""The `gflowtrl` command: one word for each thing that the library does. Each is a module here with a `main`."""
+"""The `gflowtrl` command: one word for each thing that the library does."""
 
 from __future__ import annotations
 
 import os
-import select
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -11,7 +10,7 @@ from importlib import import_module
 import gflowtrl
 
 
-#: Name to what `--help` says; the module of that name is imported when it is asked for.
+#: Name to what `--help` says. A command's module, imported when it is asked for, has a `main`.
 COMMANDS = {
     "prepare": "a data folder from a raw dump (Amazon, MovieLens, RecBole, CSV, ...)",
     "tokenize": "semantic ids for the items of a data folder",
@@ -35,11 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = _run(words)
         sys.stdout.flush()
-    except BrokenPipeError:
-        if not _stdout_is_closed():
-            raise
+        return code
+    except BrokenPipeError:  # nobody reads what is printed any more (`gflowtrl ... | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return code
 
 
 def _run(words: list[str]) -> int:
@@ -52,17 +50,10 @@ def _run(words: list[str]) -> int:
     if words[0] not in COMMANDS:
         print(f"error: {words[0]!r} is no command of gflowtrl; it has {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    return import_module(f".{words[0]}", __name__).main(words[1:])
-
-
-def _stdout_is_closed() -> bool:
-    """Whether nobody reads what is printed any more (`gflowtrl ... | head`); nothing more is printed then."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    closed = any(event & select.POLLERR for _, event in poll.poll(0))
-    if closed:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return closed
+    if words[0] in ("teacher", "sft"):  # parts of what `train` does
+        return import_module(".train", __name__).main(words[1:], words[0])
+    module = "gflowtrl.serving.command" if words[0] == "serve" else f".{words[0]}"
+    return import_module(module, __name__).main(words[1:])
 
 
 def usage() -> str:

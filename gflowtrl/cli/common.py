@@ -6,15 +6,15 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as those of the commands are."""
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are those of the commands: `guarded` prints them as one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}. {self.prog} --help says what it takes.\n")
+        raise ValueError(f"{message}. {self.prog} --help says what it takes.")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -24,56 +24,42 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def make_parser(name: str, description: str) -> argparse.ArgumentParser:
+def make_parser(name: str, description: str) -> Parser:
     """A parser with `--config` and `--json`."""
-    parser = _Parser(prog=f"gflowtrl {name}", description=description, formatter_class=_Formatter, allow_abbrev=False)
+    parser = Parser(prog=f"gflowtrl {name}", description=description, formatter_class=_Formatter, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with options; the command line overrides it")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     """Options of the command line over those of `--config`.
 
     Raises:
-        ValueError: the file has an option that the command has not, or a value of the wrong kind.
+        ValueError: an option that the command does not have, one that is missing, or a value of the wrong kind.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
     first.add_argument("--config")
-    config = first.parse_known_args(arguments)[0].config
+    config, words = first.parse_known_args(arguments)[0].config, []
     if config is not None:
         from gflowtrl.pipeline.configuration import check_names, read_yaml
 
+        actions = {name.lstrip("-"): a for a in parser._actions for name in (a.dest, *a.option_strings)}
         content = read_yaml(config)
-        known = {
-            name: action
-            for action in parser._actions
-            for name in (action.dest, *(option.lstrip("-") for option in action.option_strings))
-        }
-        check_names(content, known.keys() - {"h", "help", "config"}, config)
-        for name in content.keys() & {action.dest for action in parser._actions if not action.option_strings}:
-            _set_positional(known[name], content.pop(name))
-        # As words of a command line, so that they are checked as such; those that follow win.
-        arguments = [*_as_words(content, known), *arguments]
-    return parser.parse_args(arguments)
+        check_names(content, actions.keys() - {"h", "help", "config"}, config)
+        words = [word for name, value in content.items() for word in _as_words(actions[name], value)]
+    return parser.parse_args([*words, *arguments])
 
 
-def _set_positional(action: argparse.Action, value: Any) -> None:
-    """A list that stands on the command line without an option's name: the file's where the command line has none."""
-    if value is not None:
-        action.nargs, action.required = "*", False
-        action.default = list(map(str, value if isinstance(value, list) else [value]))
-
-
-def _as_words(content: Mapping[str, Any], actions: Mapping[str, argparse.Action]) -> list[str]:
-    words = []
-    for name, value in content.items():
-        flag = actions[name].option_strings[-1]
-        if isinstance(value, bool):
-            words += [flag] if value else []
-        elif value is not None:
-            words += [flag, *map(str, value if isinstance(value, list) else [value])]
-    return words
+def _as_words(action: argparse.Action, value: Any) -> list[str]:
+    """An option of a file as words of a command line, so that it is checked as such; those that follow win."""
+    if value is None or value is False:
+        return []
+    values = list(map(str, value if isinstance(value, list) else [value]))
+    if not action.option_strings:  # a list without an option's name: the file's where the command line has none
+        action.nargs, action.required, action.default = "*", False, values
+        return []
+    return [action.option_strings[-1], *(values if value is not True else [])]
 
 
 def guarded(work: Callable[[], int | None]) -> int:
@@ -107,5 +93,6 @@ def _sentence(error: Exception) -> str:
     return f"{error.filename} cannot be used: {error.strerror}."
 
 
-def print_json(content: Any) -> None:
-    print(json.dumps(content, ensure_ascii=False))
+def show(given: argparse.Namespace, content: Any, text: str) -> None:
+    """Prints the result: `content` as JSON where `--json` is given, else `text`."""
+    print(json.dumps(content, ensure_ascii=False) if given.json else text)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .common import guarded, make_parser, parse, print_json
+from .common import guarded, make_parser, parse, show
 
 
 AGAINST = "SFT continued"
@@ -24,11 +24,11 @@ def main(arguments: Sequence[str]) -> int:
 
 def _compare(given: argparse.Namespace) -> None:
     from gflowtrl.pipeline.comparison import compared_rows, difference, find_results, plot_comparison
-    from gflowtrl.pipeline.report import aligned
+    from gflowtrl.pipeline.report import aligned, interval_text
 
     rows = compared_rows(find_results(given.runs))
     metrics = [f"{name}@{given.k}" for name in ("recall", "ndcg", "coverage", "gini", "dgu", "mgu")]
-    measured = rows[0].entries[0]["metrics"]
+    measured = next(iter(rows[0].entries.values()))["metrics"]
     if metrics[0] not in measured:
         raise ValueError(f"The runs have no {metrics[0]}; choose --k among their evaluation.ks.")
     other = next((row for row in rows if row.title.startswith(given.against)), None)
@@ -36,22 +36,13 @@ def _compare(given: argparse.Namespace) -> None:
         raise ValueError(f"--against {given.against!r} begins no row's title: {', '.join(row.title for row in rows)}.")
     differences = [{m: difference(row, other, m) for m in metrics[:2]} if other else {} for row in rows]
     if given.plot is not None:
-        shown = {row.title: found[metrics[1]] for row, found in zip(rows, differences, strict=True)}
-        shown = {title: found for title, found in shown.items() if found}
+        shown = {row.title: d[metrics[1]] for row, d in zip(rows, differences, strict=True) if d.get(metrics[1])}
         plot_comparison(rows, metrics[1], metrics[2], given.plot, shown, other.title if other else "")
-    if given.json:
-        shown = [
-            {"title": row.title, "seeds": row.seeds, "metrics": {m: row.mean(m) for m in measured}} for row in rows
-        ]
-        print_json([one | {"differences": found} for one, found in zip(shown, differences, strict=True)])
-        return
+    content, lines = [], []
+    for row, found in zip(rows, differences, strict=True):
+        means = {metric: row.mean(metric) for metric in measured}
+        content.append({"title": row.title, "seeds": list(row.entries), "metrics": means, "differences": found})
+        intervals = [interval_text(one) if one else "" for one in found.values()]
+        lines.append([row.title, str(len(row.entries)), *map(row.spread, metrics), *intervals])
     columns = ["method", "seeds", *metrics, *(f"{m} - {other.title}" for m in metrics[:2] if other)]
-    lines = [
-        [row.title, str(len(row.seeds)), *map(row.spread, metrics), *map(_interval, found.values())]
-        for row, found in zip(rows, differences, strict=True)
-    ]
-    print(aligned([columns, *lines]))
-
-
-def _interval(found: dict[str, float] | None) -> str:
-    return "" if found is None else f"{found['mean_difference']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+    show(given, content, aligned([columns, *lines]))

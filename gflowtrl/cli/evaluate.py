@@ -6,14 +6,16 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .common import guarded, make_parser, parse, print_json
+from .common import guarded, make_parser, parse, show
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
     parser = make_parser("evaluate", "Measures a saved recommender by constrained beam search.")
-    parser.add_argument("--model", help="folder of the recommender (the `model` of a training stage), or its Hub name")
-    parser.add_argument("--data_dir", help="folder of the data (docs/data.md)")
+    parser.add_argument(
+        "--model", required=True, help="folder of the recommender (the `model` of a training stage), or its Hub name"
+    )
+    parser.add_argument("--data_dir", required=True, help="folder of the data (docs/data.md)")
     parser.add_argument("--split", choices=["validation", "test"], default="test", help="which targets")
     parser.add_argument("--ks", type=int, nargs="+", default=[5, 10, 20], help="cut-offs of the metrics")
     parser.add_argument("--num_beams", type=int, default=20, help="width of the beam search")
@@ -23,9 +25,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _evaluate(given: argparse.Namespace) -> None:
-    for name in ("model", "data_dir"):
-        if getattr(given, name) is None:
-            raise ValueError(f"--{name} is missing.")
+    import torch
+
     from gflowtrl.data import leave_one_out, read_interactions
     from gflowtrl.metrics import summarise
     from gflowtrl.pipeline.report import aligned
@@ -45,27 +46,16 @@ def _evaluate(given: argparse.Namespace) -> None:
     rows = getattr(splits, given.split)
     leaves = rank_rows(recommender.policy, recommender.encoder, rows, given.num_beams, given.batch_size, progress=True)
     catalog = recommender.catalog.to("cpu")
-    counts = splits.item_counts if catalog.items == data.items else _in_order(splits.item_counts, data.items, catalog)
-    report = summarise(leaves.cpu(), catalog.leaf_of(rows["target"]), catalog, counts, given.ks)
+    counts = dict(zip(data.items, splits.item_counts.tolist(), strict=True))
+    item_counts = torch.tensor([counts.get(item, 0) for item in catalog.items])
+    report = summarise(leaves.cpu(), catalog.leaf_of(rows["target"]), catalog, item_counts, given.ks)
     found = {"model": str(given.model), "split": given.split, "users": len(rows), "num_beams": given.num_beams}
     found |= {"metrics": report.metrics, "standard_errors": report.standard_errors}
     if given.output is not None:
         given.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(given.output, found)
-    if given.json:
-        print_json(found)
-        return
     shown = [name for name in report.metrics if name.split("@")[0] in ("recall", "ndcg", "mrr", "coverage", "gini")]
-    rows_shown = [[n, f"{report.metrics[n]:.4f}", _spread(report.standard_errors.get(n))] for n in shown]
-    print(f"{data.summary()}; {given.split} split, {len(rows):,} users, beam {given.num_beams}\n")
-    print(aligned([["metric", "value", "standard error"], *rows_shown]))
-
-
-def _in_order(counts, items, catalog):
-    """Counts of the data's items in the order of the catalogue, 0 for those that the data has not."""
-    by_item = dict(zip(items, counts.tolist(), strict=True))
-    return counts.new_tensor([by_item.get(item, 0) for item in catalog.items])
-
-
-def _spread(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    errors = {name: f"{error:.4f}" for name, error in report.standard_errors.items()}
+    lines = [[name, f"{report.metrics[name]:.4f}", errors.get(name, "")] for name in shown]
+    about = f"{data.summary()}; {given.split} split, {len(rows):,} users, beam {given.num_beams}"
+    show(given, found, f"{about}\n\n{aligned([['metric', 'value', 'standard error'], *lines])}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from .common import guarded, make_parser, parse, print_json
+from .common import guarded, make_parser, parse, show
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--items", "--meta", nargs="+", metavar="FILE", help="what is known about the items, likewise")
     parser.add_argument("--download", metavar="NAME", help="a public data set in the place of files; --raw takes them")
     parser.add_argument("--raw", metavar="DIR", default="raw", help="folder for downloaded files")
-    parser.add_argument("--out", metavar="DIR", help="the folder to write")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--k_core", type=int, default=5, help="least interactions of users and items; 0 for no filter")
     parser.add_argument("--min_rating", type=float, help="lowest rating that counts as an interaction")
     parser.add_argument("--duplicates", default="first", help="which of a user's interactions with an item stays: "
@@ -56,29 +56,23 @@ def _prepare(given: argparse.Namespace) -> None:
     from gflowtrl.data.formats.downloads import source_of
     from gflowtrl.data.formats.output import check_target
 
-    if given.out is None:
-        raise ValueError("--out is missing: the folder to write.")
+    format, interactions, items = given.format, given.interactions, given.items
     if given.download is not None:
-        if given.format or given.interactions or given.items:
+        if format or interactions or items:
             raise ValueError("--download brings its own files and format; leave --format and the files out.")
         check_target(Path(given.out), given.overwrite)  # before hours of downloading
         format, interactions, items = download(given.download, given.raw)
         given.source = source_of(given.download) if given.source is None else given.source
-    else:
-        format, interactions, items = given.format, given.interactions, given.items
-        if format is None or interactions is None:
-            missing = "--format" if format is None else "--interactions"
-            raise ValueError(f"{missing} is missing. Formats are {', '.join(RAW_FORMATS)}; or use --download NAME.")
+    elif format is None or interactions is None:
+        missing = "--format" if format is None else "--interactions"
+        raise ValueError(f"{missing} is missing. Formats are {', '.join(RAW_FORMATS)}; or use --download NAME.")
     _, report = prepare(
         format, interactions, items, given.out, columns=_columns(given), k_core=given.k_core or None,
         min_rating=given.min_rating, duplicates=given.duplicates, max_malformed=given.max_malformed,
         encoding=given.encoding, max_description_characters=given.max_description_characters, name=given.name,
         license=given.license, source=given.source, overwrite=given.overwrite,
     )  # fmt: skip
-    if given.json:
-        print_json(asdict(report))
-        return
-    print(f"{report.summary()}\n\nWritten to {given.out}.{_next(Path(given.out))}")
+    show(given, asdict(report), f"{report.summary()}\n\nWritten to {given.out}.{_next(Path(given.out))}")
 
 
 def _next(out: Path) -> str:

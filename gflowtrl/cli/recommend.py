@@ -7,7 +7,8 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
         "recommend",
         'Recommends for each line of a file: {"history": [5, 9]} with any further fields, which are kept, or [5, 9].',
     )
-    parser.add_argument("--model", help="folder of the recommender, or its Hub name")
+    parser.add_argument("--model", required=True, help="folder of the recommender, or its Hub name")
     parser.add_argument("--input", default="-", help="file of histories, a line each; - is standard input")
     parser.add_argument("--output", default="-", help="file of answers, a line each; - is standard output")
     parser.add_argument("-k", "--k", type=int, default=10, help="length of the lists")
@@ -38,26 +39,40 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _recommend(given: argparse.Namespace) -> None:
-    if given.model is None:
-        raise ValueError("--model is missing.")
+    from gflowtrl.catalog.files import write_atomically
+
+    allowed = _allowed(given.allowed_items)
+    with open(os.dup(0) if given.input == "-" else given.input, encoding="utf-8-sig") as lines:
+        if given.output == "-":
+            return _answer(given, allowed, lines, sys.stdout)
+
+        def fill(partial: Path) -> None:
+            with partial.open("w", encoding="utf-8") as out:
+                _answer(given, allowed, lines, out)
+
+        Path(given.output).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(given.output, fill)
+
+
+def _answer(given: argparse.Namespace, allowed: list | None, lines: IO[str], out: IO[str]) -> None:
     from tqdm.auto import tqdm
 
     from gflowtrl.recommender import Recommender
 
     options = {name: getattr(given, name) for name in ("k", "strategy", "temperature", "num_beams", "batch_size")}
-    options |= {"exclude_seen": given.exclude_seen, "allowed_items": _allowed(given.allowed_items)}
-    with _reading(given.input) as lines, _Writing(given.output) as out:
-        recommender = Recommender.from_pretrained(given.model)
-        progress = tqdm(disable=not sys.stderr.isatty(), unit=" histories", file=sys.stderr)
+    options |= {"exclude_seen": given.exclude_seen, "allowed_items": allowed}
+    recommender = Recommender.from_pretrained(given.model)
+    numbered = ((f"{given.input}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip())
+    rows = ((place, _row(line, place)) for place, line in numbered)
+    with tqdm(disable=not sys.stderr.isatty(), unit=" histories", file=sys.stderr) as progress:
         # A row draws by its place in the file: the seed of a chunk is a function of its number.
-        for number, (rows, places) in enumerate(_chunks(lines, given.input)):
-            histories = _known(recommender, rows, places)
-            answers = recommender.recommend(histories, seed=_seed(given.seed, number), **options)
-            for row, found in zip(rows, answers, strict=True):
-                out.write(json.dumps({**row, "recommendations": [_shown(one) for one in found]}, ensure_ascii=False))
-                out.write("\n")
-            progress.update(len(rows))
-        progress.close()
+        for number, chunk in enumerate(iter(lambda: list(islice(rows, CHUNK)), [])):
+            seed = _seed(given.seed, number)
+            answers = recommender.recommend(_known(recommender, chunk), seed=seed, **options)
+            for (_, row), found in zip(chunk, answers, strict=True):
+                answer = {**row, "recommendations": [_shown(one) for one in found]}
+                out.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            progress.update(len(chunk))
 
 
 def _seed(seed: int, chunk: int) -> int:
@@ -69,19 +84,19 @@ def _seed(seed: int, chunk: int) -> int:
     return int(np.random.SeedSequence([seed % 2**64, chunk]).generate_state(1, np.uint64)[0])
 
 
-def _known(recommender: Any, rows: list[dict[str, Any]], places: list[str]) -> list[list]:
+def _known(recommender: Any, rows: list[tuple[str, dict[str, Any]]]) -> list[list]:
     """The items of the histories that the recommender knows; what it cannot use is told by its line in the file."""
-    known, unknown = recommender.catalog.known_items(row["history"] for row in rows)
+    known, unknown = recommender.catalog.known_items(row["history"] for _, row in rows)
     if unknown:
         row, item = unknown[0]
         warnings.warn(
             f"{len(unknown)} items of the histories are not in the catalogue and were left out; the first is {item!r} "
-            f"({places[row]}).",
+            f"({rows[row][0]}).",
             stacklevel=2,
         )
     if recommender.item_counts is None and [] in known:
         raise ValueError(
-            f"{places[known.index([])]}: the history is empty or holds no known item, and the recommender holds no "
+            f"{rows[known.index([])][0]}: the history is empty or holds no known item, and the recommender holds no "
             "counts of training interactions to recommend by. Leave the line out."
         )
     return known
@@ -92,30 +107,13 @@ def _shown(one: Any) -> dict[str, Any]:
     return shown if one.title is None else {**shown, "title": one.title}
 
 
-def _chunks(lines: IO[str], name: str) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
-    """Rows, and where each stands."""
-    rows: list[dict[str, Any]] = []
-    places: list[str] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        places.append(f"{name}, line {number}")
-        rows.append(_row(line, places[-1]))
-        if len(rows) == CHUNK:
-            yield rows, places
-            rows, places = [], []
-    if rows:
-        yield rows, places
-
-
 def _row(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: no JSON ({error.msg}, column {error.colno}).") from None
-    row = {"history": row} if isinstance(row, list) else row
-    history = row.get("history") if isinstance(row, dict) else None
-    if not isinstance(history, list) or any(type(item) not in (int, str) for item in history):
+    row = row if isinstance(row, dict) else {"history": row}
+    if not _are_items(row.get("history")):
         raise ValueError(
             f'{where}: a list of items or {{"history": [...]}} is needed, items being numbers or strings.'
         )
@@ -130,34 +128,10 @@ def _allowed(file: str | None) -> list | None:
         content = json.loads(text.decode("utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{file} must hold a JSON list of items in UTF-8, but it is no JSON ({error}).") from None
-    if not isinstance(content, list) or any(type(item) not in (int, str) for item in content):
+    if not _are_items(content):
         raise ValueError(f"{file} must hold a JSON list of items, numbers or strings.")
     return content
 
 
-def _reading(name: str) -> IO[str]:
-    return open(os.dup(0) if name == "-" else name, encoding="utf-8-sig")
-
-
-class _Writing:
-    """Standard output, or a file that takes its name only when all is written."""
-
-    def __init__(self, name: str):
-        self.path = None if name == "-" else Path(name)
-
-    def __enter__(self) -> IO[str]:
-        if self.path is None:
-            return sys.stdout
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.scratch = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        self.file = self.scratch.open("w", encoding="utf-8")
-        return self.file
-
-    def __exit__(self, kind: type | None, *_: Any) -> None:
-        if self.path is None:
-            return
-        self.file.close()
-        if kind is None:
-            os.replace(self.scratch, self.path)
-        else:
-            self.scratch.unlink()
+def _are_items(content: Any) -> bool:
+    return isinstance(content, list) and all(type(item) in (int, str) for item in content)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .common import guarded, make_parser, parse, print_json
+from .common import guarded, make_parser, parse, show
 
 
 IDS_FILE = "semantic_ids.json"
@@ -17,7 +18,7 @@ IDS_FILE = "semantic_ids.json"
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
     parser = make_parser("tokenize", "Gives the items of a data folder semantic ids (docs/semantic_ids.md).")
-    parser.add_argument("--data_dir", help="the data folder; its semantic_ids.json is written")
+    parser.add_argument("--data_dir", required=True, help="the data folder; its semantic_ids.json is written")
     parser.add_argument(
         "--tokenizer", help="folder for the item tokenizer; by default item_tokenizer in the data folder"
     )
@@ -47,27 +48,25 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _tokenize(given: argparse.Namespace) -> None:
-    if given.data_dir is None:
-        raise ValueError("--data_dir is missing.")
+    from gflowtrl.catalog.files import write_text
     from gflowtrl.semantic_ids import quality_report
 
     data = _read(given.data_dir)
     ids_file = Path(given.data_dir, IDS_FILE)
     folder = Path(given.tokenizer or Path(given.data_dir, "item_tokenizer"))
+    there = next((file for file in (ids_file, folder / "item_tokenizer.json") if file.is_file()), None)
     if given.add:
         tokenizer, new = _grown(given, folder, data)
-        tokenizer.save_pretrained(folder)
-        _write(ids_file, tokenizer)
-        _say(given, {"new_items": new}, f"{new} new items have ids; those of the others have not changed.")
-        return
-    there = next((file for file in (ids_file, folder / "item_tokenizer.json") if file.is_file()), None)
-    if there is not None and not given.overwrite:
+        content, text = {"new_items": new}, f"{new} new items have ids; those of the others have not changed."
+    elif there is not None and not given.overwrite:
         raise ValueError(f"{there} is there. Use --add to give new items ids, or --overwrite to replace them all.")
-    tokenizer, vectors = _fitted(given, data)
-    report = quality_report(tokenizer, vectors)
+    else:
+        tokenizer, vectors = _fitted(given, data)
+        report = quality_report(tokenizer, vectors)
+        content, text = report.as_dict(), f"{report}\n\nIds in {ids_file}; the tokenizer, for new items, in {folder}."
     tokenizer.save_pretrained(folder)
-    _write(ids_file, tokenizer)
-    _say(given, report.as_dict(), f"{report}\n\nIds in {ids_file}; the tokenizer, for new items, in {folder}.")
+    write_text(ids_file, json.dumps({str(item): ids for item, ids in tokenizer.semantic_ids.items()}) + "\n")
+    show(given, content, text)
 
 
 def _read(data_dir: str) -> Any:
@@ -111,60 +110,30 @@ def usual_codes(num_items: int) -> int:
 
 def _fitted(given: argparse.Namespace, data: Any) -> tuple[Any, Any]:
     """The tokenizer and the vectors that it was fitted on."""
-    from gflowtrl.semantic_ids import RQVAE, ItemTokenizer, ResidualKMeans, item_texts
-
-    codes = usual_codes(len(data.items)) if given.codes is None else given.codes
-    if given.quantizer == "rqvae":
-        quantizer = RQVAE(given.levels, codes, seed=given.seed)
-    else:
-        quantizer = ResidualKMeans(given.levels, codes, balanced=given.quantizer == "balanced", seed=given.seed)
-    if given.vectors is not None or given.collaborative:
-        vectors = _vectors(given, data)
-        tokenizer = ItemTokenizer(quantizer, collisions=given.collisions, features=given.features)
-        return tokenizer.fit(vectors, data.items), vectors
-    embedder = _embedder(given)
-    texts = item_texts(data, **_features(given))
-    tokenizer = ItemTokenizer(quantizer, embedder, given.collisions, given.features)
-    return tokenizer.fit(texts, data.items), embedder.embed(texts)
-
-
-def _vectors(given: argparse.Namespace, data: Any) -> Any:
+    from gflowtrl import semantic_ids as library
     from gflowtrl.data import leave_one_out
-    from gflowtrl.semantic_ids import combine_vectors, cooccurrence_vectors, item_texts, load_vectors
 
     if not 0 <= given.collaborative <= 1:
         raise ValueError(f"--collaborative is {given.collaborative}; it is a share from 0 to 1.")
-    collaborative = text = None
-    if given.collaborative:
-        collaborative = cooccurrence_vectors(leave_one_out(data).train_sequences, data.items, seed=given.seed)
+    codes = usual_codes(len(data.items)) if given.codes is None else given.codes
+    kinds = {"kmeans": library.ResidualKMeans, "rqvae": library.RQVAE}
+    kind = kinds.get(given.quantizer) or partial(library.ResidualKMeans, balanced=True)
+    quantizer = kind(given.levels, codes, seed=given.seed)
+    vectors = None
     if given.vectors is not None:
-        text = load_vectors(given.vectors, data.items)
+        vectors = library.load_vectors(given.vectors, data.items)
     elif given.collaborative < 1:
-        texts = item_texts(data, **_features(given))
-        text = _embedder(given).fit(texts).embed(texts)
-    if text is None or collaborative is None:
-        return collaborative if text is None else text
-    return combine_vectors(text, collaborative, given.collaborative)
-
-
-def _embedder(given: argparse.Namespace) -> Any:
-    from gflowtrl.semantic_ids import SentenceTransformerEmbedder, TfidfEmbedder
-
-    return TfidfEmbedder(seed=given.seed) if given.embedder == "tfidf" else SentenceTransformerEmbedder(given.embedder)
-
-
-def _features(given: argparse.Namespace) -> dict[str, Any]:
-    return {} if given.features is None else {"features": given.features}
-
-
-def _write(file: Path, tokenizer: Any) -> None:
-    from gflowtrl.catalog.files import write_text
-
-    write_text(file, json.dumps({str(item): ids for item, ids in tokenizer.semantic_ids.items()}) + "\n")
-
-
-def _say(given: argparse.Namespace, content: dict[str, Any], text: str) -> None:
-    if given.json:
-        print_json(content)
-    else:
-        print(text)
+        if given.embedder == "tfidf":
+            embedder = library.TfidfEmbedder(seed=given.seed)
+        else:
+            embedder = library.SentenceTransformerEmbedder(given.embedder)
+        texts = library.item_texts(data, **({} if given.features is None else {"features": given.features}))
+        if not given.collaborative:  # the embedder is kept with the tokenizer, for new items
+            tokenizer = library.ItemTokenizer(quantizer, embedder, given.collisions, given.features)
+            return tokenizer.fit(texts, data.items), embedder.embed(texts)
+        vectors = embedder.fit(texts).embed(texts)
+    if given.collaborative:
+        together = library.cooccurrence_vectors(leave_one_out(data).train_sequences, data.items, seed=given.seed)
+        vectors = together if vectors is None else library.combine_vectors(vectors, together, given.collaborative)
+    tokenizer = library.ItemTokenizer(quantizer, collisions=given.collisions, features=given.features)
+    return tokenizer.fit(vectors, data.items), vectors

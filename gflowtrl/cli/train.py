@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import get_type_hints
 
-from .common import guarded
+import torch
+from accelerate import PartialState
+from accelerate.commands.launch import launch_command, launch_command_parser
+
+from gflowtrl.pipeline import Recipe, load_recipe, run
+from gflowtrl.pipeline.configuration import find_file, known_files, recipe_folder
+from gflowtrl.pipeline.memory import keep_freed_memory
+
+from .common import Parser, guarded
 
 
 USAGE = """\
@@ -15,9 +26,10 @@ usage: gflowtrl {command} [--config RECIPE] [--data_dir DIR] [--section.field VA
 {what}
 RECIPE is a file or the name of one that comes with the library: {recipes}.
 An accelerate configuration is a file or one of {engines} (docs/distributed.md).
-A run that was interrupted goes on when it is started again.
+Without a recipe: quickstart, on the SYNTHETIC shop. A run that was interrupted goes on when it is started again.
 
-Every field of the recipe is an option. Values are YAML: --gflownet.loss_type vargrad sft, --rewards.0.weight 0.5.
+Every field of the recipe is an option. Values are YAML: --gflownet.loss_type vargrad sft, --rewards.0.weight 0.5,
+--sampler '{{ground_truth: 1, on_policy: 3}}'.
 
 {fields}
 """
@@ -26,84 +38,100 @@ WHAT = {
     "sft": "Trains a generative recommender by supervised fine-tuning: the first half of `gflowtrl train`.",
     "teacher": "Fits the collaborative teacher of a recipe and measures its recommendations.",
 }
+OTHER_DATA = """
+This was a SYNTHETIC shop. For data of your own, a dump of Amazon or MovieLens or a table (docs/command.md):
+  gflowtrl prepare --format FORMAT --interactions FILE --items FILE --out DIR
+  gflowtrl tokenize --data_dir DIR
+  gflowtrl train --config gflowgr_office_llama --data_dir DIR"""
 
+ENGINES = "accelerate_configs"  # the folder of the configurations that come with the library
 #: All that accelerate asks for where there is no configuration of its own.
 PLAIN = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
 def main(arguments: Sequence[str], command: str = "train") -> int:
-    """Runs the stages of a recipe; `command` says which: all of them, `sft` or `teacher`."""
-    words = list(arguments)
-    if {"-h", "--help"} & set(words):
+    """Runs the stages of a recipe.
+
+    Args:
+        arguments: `--config RECIPE`, how to start processes, and the recipe's fields.
+        command: which stages: all of them, `sft` or `teacher`.
+
+    Returns:
+        The exit code: 0, 2 for bad input (one line says what), 130 after Ctrl-C (one line says how to go on).
+    """
+    if {"-h", "--help"} & set(arguments):
         print(help_text(command))
         return 0
-    return guarded(lambda: _train(words, command))
+    return guarded(lambda: _train(arguments, command))
 
 
-def _train(words: list[str], command: str) -> int:
-    from gflowtrl.pipeline import load_recipe
-    from gflowtrl.pipeline import main as run_recipe
-    from gflowtrl.pipeline.configuration import find_accelerate_config, find_recipe
-
+def _train(arguments: Sequence[str], command: str) -> int:
+    parser = Parser(prog=f"gflowtrl {command}", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default="quickstart")
+    parser.add_argument("--num_processes", type=int)
+    parser.add_argument("--accelerate_config")
+    given, options = parser.parse_known_args(arguments)
     if command != "train":
-        if any(word.partition("=")[0] == "--stages" for word in words):
+        if any(word.partition("=")[0] == "--stages" for word in options):
             raise ValueError(
                 f"gflowtrl {command} decides the stages itself; leave --stages out, or use gflowtrl train."
             )
-        words += ["--stages", command]
-    processes, words = _take(words, "--num_processes")
-    engine, words = _take(words, "--accelerate_config")
-    config, words = _take(words, "--config")
-    recipe = find_recipe(config or "quickstart")
-    fields, words = words, ["--config", str(recipe), *words]
-    if processes in (None, "1") and engine is None:
-        return run_recipe(words, program=f"gflowtrl {command}")
-    launcher = PLAIN if engine is None else ["--config_file", str(find_accelerate_config(engine))]
-    if processes is not None:
-        if not processes.isdecimal() or int(processes) < 1:
-            raise ValueError(f"--num_processes is {processes!r}; give a whole number of at least 1.")
-        launcher = [*launcher, "--num_processes", processes]
-    load_recipe(recipe, fields)  # a mistake is told here, once, and not by every process
-    return _launch(launcher, words)
+        options += ["--stages", command]
+    file = find_file(given.config, recipe_folder())
+    recipe = load_recipe(file, options)  # a mistake is told here, once, and not by every process
+    if given.num_processes in (None, 1) and given.accelerate_config is None:
+        return _run(recipe)
+    launcher = PLAIN
+    if given.accelerate_config is not None:
+        folder = recipe_folder() / ENGINES
+        engine = find_file(given.accelerate_config, folder, "accelerate configuration")
+        launcher = ["--config_file", str(engine)]
+    if given.num_processes is not None:
+        if given.num_processes < 1:
+            raise ValueError(f"--num_processes is {given.num_processes}; give a whole number of at least 1.")
+        launcher = [*launcher, "--num_processes", str(given.num_processes)]
+    return _launch([*launcher, "--module", "gflowtrl", "train", "--config", str(file), *options])
 
 
-def _launch(launcher: list[str], words: list[str]) -> int:
-    """`accelerate launch`, as TRL's own command does it."""
-    import torch
-    from accelerate.commands.launch import launch_command, launch_command_parser
-
-    if not torch.accelerator.is_available():
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # --cpu would start one process, whatever --num_processes says
-    given = launch_command_parser().parse_args([*launcher, "--module", "gflowtrl", "train", *words])
+def _run(recipe: Recipe) -> int:
+    """Runs the recipe in this process, one of several where a launcher has started it."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    is_main = os.environ.get("RANK", "0") == "0"
+    keep_freed_memory()
     try:
-        launch_command(given)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
+        run(recipe)
+        # The run ended with a barrier, so no thread of the backend still holds a tensor of ours: one that did would
+        # abort the interpreter's exit ("terminate called without an active exception").
+        PartialState().destroy_process_group()
+    except KeyboardInterrupt:
+        if is_main:
+            print(
+                f"\nInterrupted. Finished stages and checkpoints are in {recipe.output_dir}; start the same command "
+                f"again to continue.",
+                file=sys.stderr,
+            )
+        return 130
+    if recipe.data_dir is None and is_main:
+        print(OTHER_DATA)
     return 0
 
 
-def _take(words: list[str], option: str) -> tuple[str | None, list[str]]:
-    """The value of an option, and the words without it."""
-    for place, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if name != option:
-            continue
-        if equals:
-            return value, words[:place] + words[place + 1 :]
-        if place + 1 == len(words) or words[place + 1].startswith("--"):
-            raise ValueError(f"{option} needs a value.")
-        return words[place + 1], words[:place] + words[place + 2 :]
-    return None, words
+def _launch(words: list[str]) -> int:
+    """`accelerate launch`, as TRL's own command does it."""
+    if not torch.accelerator.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # --cpu would start one process, whatever --num_processes says
+    launch_command(launch_command_parser().parse_args(words))
+    return 0
 
 
 def help_text(command: str) -> str:
-    from gflowtrl.pipeline.configuration import accelerate_folder, recipe_folder
-    from gflowtrl.pipeline.recipe import describe
-
-    def names(folder) -> str:
-        return ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-
+    lines, hints = [], get_type_hints(Recipe)
+    for entry in fields(Recipe):
+        if "help" in entry.metadata:
+            lines.append(f"  --{entry.name:<18} {entry.metadata['help']}")
+        for inner in fields(hints[entry.name]) if is_dataclass(hints[entry.name]) else ():
+            lines.append(f"  --{f'{entry.name}.{inner.name}':<18} {inner.metadata['help']}")
     return USAGE.format(
-        command=command, what=WHAT[command], fields=describe(), recipes=names(recipe_folder()),
-        engines=names(accelerate_folder()),
+        command=command, what=WHAT[command], fields="\n".join(lines), recipes=", ".join(known_files(recipe_folder())),
+        engines=", ".join(known_files(recipe_folder() / ENGINES)),
     )  # fmt: skip

@@ -1,8 +1,7 @@
 """The main job in stages, configured by recipes, resumable: teacher, SFT, its control, GFlowNet, test, report."""
 
-from .command import main
 from .job import run
 from .recipe import Recipe, load_recipe
 
 
-__all__ = ["Recipe", "load_recipe", "main", "run"]
+__all__ = ["Recipe", "load_recipe", "run"]

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from huggingface_hub import get_local_safetensors_metadata
-from torch import Tensor, cat
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from gflowtrl.metrics import reliability_curve
-from gflowtrl.policy import TreePolicy, load_backbone, make_policy, whole_models
+from gflowtrl.policy import make_policy
 from gflowtrl.rewards import CompositeReward
 from gflowtrl.teachers import TeacherModule
 from gflowtrl.trainer import compare_with_rewards
 from gflowtrl.trainer.gflownet_trainer import composite_reward
 from gflowtrl.trainer.reference import ReferencePrior
 
-from .materials import Materials, measured_users
+from .materials import Materials
+from .models import trained_model
 from .signals import build_rewards
-from .stage import Record, Stage, Workshop
+from .stage import Record, Stage, Workshop, if_set
 
 
 ROWS = 64
@@ -46,15 +47,15 @@ def measure_calibration(
         (`metrics.reliability_curve`). Or `"left_out"`, why there is nothing of this; or None where the recipe wants
         none or has no rewards.
     """
-    wanted = materials.recipe.evaluation.calibration_rows
-    if wanted == 0 or "gflownet" not in trained or not trained["gflownet"].record["reward_weights"]:
+    measure = materials.recipe.evaluation
+    if measure.calibration_rows == 0 or "gflownet" not in trained or not trained["gflownet"].record["reward_weights"]:
         return None
     # Not more than are measured elsewhere: evaluation.users says that measuring is expensive.
-    count = min(wanted or ROWS, len(materials.test))
-    found = None if wanted else _too_much(workshop, materials, trained, count)
+    count = min(measure.calibration_rows or ROWS, len(materials.test))
+    found = None if measure.calibration_rows else _too_much(workshop, materials, trained, count)
     if found is None:
         inputs = {method: stage.fingerprint for method, stage in trained.items()}
-        stage = workshop.stage("calibration", {"of": inputs, "rows": count, **measured_users(materials.recipe)})
+        stage = workshop.stage("calibration", {"of": inputs, "rows": count, **if_set(users=measure.users)})
         rows = {"training": some(materials.splits.train, count), "test": some(materials.test, count)}
 
         def work(folder: Path) -> Record:
@@ -62,9 +63,8 @@ def measure_calibration(
             if not rewards.can_score_all:
                 lacking = ", ".join(map(repr, rewards.sampled_only))
                 return {"left_out": f"{lacking} scores drawn items only, so that R / Z over all items is not known."}
-            methods = {
-                method: _compared(workshop, materials, s, rewards, prior, rows) for method, s in trained.items()
-            }
+            compare = partial(compare_with_rewards, rewards=rewards, encoder=materials.encoder, prior=prior)
+            methods = {method: _compared(compare, materials, stage, rows) for method, stage in trained.items()}
             target = "R / Z" if prior is None else f"pi_ref^{prior.weight:g} R / Z"
             return {"rows": count, "leaves": materials.catalog.tree.num_leaves, "target": target, "methods": methods}
 
@@ -83,10 +83,9 @@ def some(rows: Dataset, count: int) -> Dataset:
 def _too_much(workshop: Workshop, materials: Materials, trained: Mapping[str, Stage], count: int) -> Record | None:
     """Why nobody should wait for it unasked: a whole distribution costs a token at every fork of the tree."""
     forks = int((materials.catalog.tree.leaf_count > 1).sum())
-    counted = get_local_safetensors_metadata(trained["gflownet"].folder / "model").parameter_count
-    parameters = sum(counted.values())
-    work = 2 * count * len(trained) * forks * parameters
-    if work <= AFFORDABLE.get(workshop.state.device.type, AFFORDABLE["other"]):
+    parameters = sum(get_local_safetensors_metadata(trained["gflownet"].folder / "model").parameter_count.values())
+    affordable = AFFORDABLE.get(workshop.state.device.type, AFFORDABLE["other"])
+    if 2 * count * len(trained) * forks * parameters <= affordable:
         return None
     return {
         "left_out": f"{2 * count} rows x {len(trained)} policies x {forks:,} forks of the tree x {parameters:,} "
@@ -100,51 +99,27 @@ def _target(
 ) -> tuple[CompositeReward, ReferencePrior | None]:
     """R as the GFlowNet stage was trained with, and the SFT model where the target holds it too."""
     args = materials.recipe.training_arguments("gflownet", workshop.root)
-    sft_model = trained["sft"].folder / "model"
-    rewards = build_rewards(workshop, materials, teacher, sft_model)
+    rewards = build_rewards(workshop, materials, teacher, trained["sft"].folder / "model")
     args.reward_weights = trained["gflownet"].record["reward_weights"]
     fusion = composite_reward(rewards, args, materials.catalog, materials.tokenizer)
     if not args.ref_weight:
         return fusion, None
-    return fusion, ReferencePrior(args.ref_weight, materials.catalog, _loaded(workshop, sft_model))
-
-
-def _loaded(workshop: Workshop, folder: Path) -> PreTrainedModel:
-    with whole_models():
-        return load_backbone(folder).to(workshop.state.device).eval()
+    return fusion, ReferencePrior(args.ref_weight, materials.catalog, trained_model(trained["sft"]))
 
 
 def _compared(
-    workshop: Workshop,
-    materials: Materials,
-    trained: Stage,
-    rewards: CompositeReward,
-    prior: ReferencePrior | None,
-    rows: Mapping[str, Dataset],
-) -> dict[str, Any]:
-    policy = make_policy(_loaded(workshop, trained.folder / "model"), materials.catalog)
+    compare: Callable[..., dict[str, Tensor]], materials: Materials, trained: Stage, rows: Mapping[str, Dataset]
+) -> Record:
+    """The model of a stage against R / Z on each part of the rows; of these, each process takes its share."""
+    policy, state = make_policy(trained_model(trained), materials.catalog), trained.workshop.state
     found = {}
     for part, some_rows in rows.items():
-        values = _together(workshop, materials, policy, rewards, prior, some_rows)
+        mine = some_rows.shard(state.num_processes, state.process_index, contiguous=True)
+        # There may be fewer rows than processes.
+        measured = compare(policy, rows=mine, progress=False, bins=True) if len(mine) else {}
+        shares = [share for share in gather_object([measured]) if share]
+        values = {name: torch.cat([share[name] for share in shares]) for name in shares[0]}
         means = {name: float(values[name].mean()) for name in ("total_variation", "jensen_shannon")}
         found[part] = means | {"reliability": reliability_curve(values)}
     materials.catalog.to("cpu")
     return found
-
-
-def _together(
-    workshop: Workshop,
-    materials: Materials,
-    policy: TreePolicy,
-    rewards: CompositeReward,
-    prior: ReferencePrior | None,
-    rows: Dataset,
-) -> dict[str, Tensor]:
-    """`compare_with_rewards`, each process its share of the rows, in every process."""
-    mine = rows.select(range(workshop.state.process_index, len(rows), workshop.state.num_processes))
-    part = {}
-    if len(mine):  # there may be fewer rows than processes
-        options = {"progress": False, "bins": True, "prior": prior}
-        part = compare_with_rewards(policy, rewards, materials.encoder, mine, **options)
-    parts = [one for one in gather_object([part]) if one]
-    return {name: cat([one[name] for one in parts]) for name in parts[0]}

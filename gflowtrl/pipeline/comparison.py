@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
+from statistics import fmean, stdev
 from textwrap import fill
 from typing import Any
 
@@ -20,7 +21,7 @@ from .evaluation import PER_USER_FILE
 from .plots import DPI, plot_differences
 from .recipe import SCHEDULE
 from .report import TITLES
-from .training import COSMETIC
+from .training import essential
 
 
 RESULTS_FILE = "results.json"
@@ -37,22 +38,23 @@ class ComparedRow:
 
     Attributes:
         title: what the table calls it, no two rows alike.
-        entries: its record in `results.json`, one a seed.
-        seeds: the seeds, in the same order.
+        entries: its record in `results.json` by seed.
     """
 
     title: str
-    entries: list[dict[str, Any]] = field(default_factory=list)
-    seeds: list[int] = field(default_factory=list)
+    entries: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def mean(self, metric: str) -> float:
-        return sum(entry["metrics"][metric] for entry in self.entries) / len(self.entries)
+        return fmean(entry["metrics"][metric] for entry in self.entries.values())
 
-    def spread(self, metric: str, digits: int = 4) -> str:
-        """Mean, and standard deviation where there are several seeds."""
-        values = torch.tensor([entry["metrics"][metric] for entry in self.entries], dtype=torch.double)
-        text = f"{values.mean():.{digits}f}"
-        return text if len(values) == 1 else f"{text} ± {values.std():.{digits}f}"
+    def spread(self, metric: str) -> str:
+        return spread([entry["metrics"][metric] for entry in self.entries.values()])
+
+
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """Mean, and standard deviation where there are several values."""
+    mean = f"{fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {stdev(values):.{digits}f}"
 
 
 def find_results(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
@@ -67,9 +69,8 @@ def find_results(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
     """
     files: dict[Path, None] = {}
     for path in map(Path, paths):
-        found = [path] if path.is_file() else sorted(path.glob(f"report-*/{RESULTS_FILE}"))
-        if not found and (path / RESULTS_FILE).is_file():
-            found = [path / RESULTS_FILE]
+        inside = sorted(path.glob(f"report-*/{RESULTS_FILE}")) or list(path.glob(RESULTS_FILE))
+        found = [path] if path.is_file() else inside
         if not found:
             raise FileNotFoundError(f"{path} holds no {RESULTS_FILE} of a run; give the output_dir of a recipe.")
         files |= dict.fromkeys(file.resolve() for file in found)
@@ -102,7 +103,7 @@ def compared_rows(results: Sequence[Mapping[str, Any]]) -> list[ComparedRow]:
         ValueError: the runs are of different data, or were measured differently.
     """
     _check_measured_alike(results)
-    rows: dict[str, list[ComparedRow]] = {}  # by method and setting
+    rows: dict[tuple[str, str], list[ComparedRow]] = {}  # by method and setting
     titles: set[str] = set()
     known: set[str] = set()
     for result in results:
@@ -111,31 +112,30 @@ def compared_rows(results: Sequence[Mapping[str, Any]]) -> list[ComparedRow]:
             if entry["folder"] in known:
                 continue
             known.add(entry["folder"])
-            alike = rows.setdefault(json.dumps([method, _setting(method, recipe, entry)], sort_keys=True), [])
-            row = next((row for row in alike if recipe["seed"] not in row.seeds), None)
+            setting = json.dumps(_setting(method, recipe, entry), sort_keys=True)
+            alike = rows.setdefault((method, setting), [])
+            row = next((row for row in alike if recipe["seed"] not in row.entries), None)
             if row is None:
                 row = ComparedRow(_free_title(method, recipe, entry, titles))
                 titles.add(row.title)
                 alike.append(row)
-            row.entries.append(entry)
-            row.seeds.append(recipe["seed"])
-    order = list(TITLES)
-    return [row for key in sorted(rows, key=lambda key: order.index(json.loads(key)[0])) for row in rows[key]]
+            row.entries[recipe["seed"]] = entry
+    return [row for title in TITLES for (method, _), alike in rows.items() if method == title for row in alike]
 
 
 def _check_measured_alike(results: Sequence[Mapping[str, Any]]) -> None:
-    for name, value in (
-        ("data", lambda r: r["data"]["fingerprint"]),
-        ("evaluation.ks", lambda r: r["recipe"]["evaluation"]["ks"]),
-        ("evaluation.num_beams", lambda r: r["recipe"]["evaluation"].get("num_beams")),
-        ("evaluation.users", lambda r: r["data"].get("test_users", r["recipe"]["evaluation"].get("users"))),
-    ):
-        for one, other in pairwise(results):
-            if value(one) != value(other):
-                raise ValueError(
-                    f"{_named(one)} and {_named(other)} differ in {name}, so that their figures cannot stand in one "
-                    f"table; compare only runs that are alike in it."
-                )
+    values = {
+        "data": lambda r: r["data"]["fingerprint"],
+        "evaluation.ks": lambda r: r["recipe"]["evaluation"]["ks"],
+        "evaluation.num_beams": lambda r: r["recipe"]["evaluation"]["num_beams"],
+        "evaluation.users": lambda r: r["data"]["test_users"],
+    }
+    for (one, other), (name, value) in product(pairwise(results), values.items()):
+        if value(one) != value(other):
+            raise ValueError(
+                f"{_named(one)} and {_named(other)} differ in {name}, so that their figures cannot stand in one "
+                f"table; compare only runs that are alike in it."
+            )
 
 
 def _named(result: Mapping[str, Any]) -> str:
@@ -144,16 +144,12 @@ def _named(result: Mapping[str, Any]) -> str:
 
 def _setting(method: str, recipe: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
     """All that a method's figures depend on, apart from data, evaluation and seed."""
-    names = SETTINGS.get(method, recipe.keys() - NO_SETTING - {"control"})
-    found = {name: recipe[name] for name in names if recipe.get(name)}
+    found = {name: recipe[name] for name in SETTINGS.get(method, recipe.keys() - NO_SETTING - {"control"})}
     if method == "control":
-        schedule = {name: value for name, value in recipe.get("gflownet", {}).items() if name in SCHEDULE}
-        found["control"] = {**recipe.get("control", {}), **schedule}
-    for name, section in found.items():
-        if isinstance(section, Mapping):
-            found[name] = {field: value for field, value in section.items() if field not in COSMETIC}
-    steps = {"steps": entry["steps"]} if method == "control" else {}  # as the title says
-    return found | steps | {"rows_per_step": entry.get("rows_per_step")}  # which grow with the processes
+        schedule = {name: value for name, value in recipe["gflownet"].items() if name in SCHEDULE}
+        found |= {"control": recipe["control"] | schedule, "steps": entry["steps"]}  # as the title says
+    found |= {name: essential(section) for name, section in found.items() if isinstance(section, Mapping)}
+    return found | {"rows_per_step": entry.get("rows_per_step")}  # which grow with the processes
 
 
 def _free_title(method: str, recipe: Mapping[str, Any], entry: Mapping[str, Any], taken: set[str]) -> str:
@@ -170,12 +166,12 @@ def _free_title(method: str, recipe: Mapping[str, Any], entry: Mapping[str, Any]
 def difference(row: ComparedRow, other: ComparedRow, metric: str) -> dict[str, float] | None:
     """Paired bootstrap over users of `row` minus `other`, each user's figures averaged over the seeds that both have;
     None where they share none, or the users' figures are not there any more."""
-    seeds = [seed for seed in row.seeds if seed in other.seeds]
+    seeds = row.entries.keys() & other.entries.keys()
     if not seeds or row is other:
         return None
     means = []
     for one in (row, other):
-        files = [Path(one.entries[one.seeds.index(seed)]["folder"], PER_USER_FILE) for seed in seeds]
+        files = [Path(one.entries[seed]["folder"], PER_USER_FILE) for seed in seeds]
         if not all(file.is_file() for file in files):
             return None
         means.append(torch.stack([load_file(file)[metric].double() for file in files]).mean(0))
@@ -204,7 +200,7 @@ def plot_comparison(
     figure = Figure(figsize=(7 * panels, 4.5 + 0.15 * len(rows)), layout="constrained")
     axes, *beside = figure.subplots(1, panels, squeeze=False)[0]
     for number, row in enumerate(rows):
-        values = torch.tensor([[e["metrics"][name] for name in (breadth, accuracy)] for e in row.entries])
+        values = torch.tensor([[e["metrics"][name] for name in (breadth, accuracy)] for e in row.entries.values()])
         error = values.std(0).tolist() if len(values) > 1 else [0.0, 0.0]
         x, y = values.mean(0).tolist()
         marker, color = "os^Dv<>PX*"[number % 10], f"C{number % 10}"

@@ -9,6 +9,7 @@ import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,31 +67,24 @@ def recipe_folder() -> Path:
     return (known or shares)[0]
 
 
-def accelerate_folder() -> Path:
-    """Where the configurations of accelerate are that come with the library."""
-    return recipe_folder() / "accelerate_configs"
+def known_files(folder: Path) -> dict[str, Path]:
+    """The YAML files of a folder, by name."""
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
-def find_recipe(name: str | Path, base_of: Path | None = None) -> Path:
-    """A recipe's file: the file itself, or the one of that name that comes with the library.
+def find_file(name: str | Path, folder: Path, what: str = "recipe", base_of: Path | None = None) -> Path:
+    """A recipe's file, or a configuration of accelerate's: the file itself, or the one of that name in `folder`.
 
     Args:
         name: the file or the name.
+        folder: `recipe_folder()`, or that of the configurations of accelerate inside it.
+        what: what the message calls it.
         base_of: the recipe whose `base` it is; then the file is seen from that one's folder.
 
     Raises:
         FileNotFoundError: there is neither; the message lists the names.
     """
-    return _find(name, recipe_folder(), "recipe", base_of)
-
-
-def find_accelerate_config(name: str | Path) -> Path:
-    """A configuration of accelerate by file, or by name as `zero2`; errors as for `find_recipe`."""
-    return _find(name, accelerate_folder(), "accelerate configuration")
-
-
-def _find(name: str | Path, folder: Path, what: str, base_of: Path | None = None) -> Path:
-    known = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    known = known_files(folder)
     file = Path(name) if base_of is None else base_of.parent / str(name)
     if file.is_file():
         return file
@@ -144,19 +138,20 @@ def parse_options(arguments: Sequence[str]) -> dict[str, Any]:
 
 def set_option(tree: Any, path: str, value: Any) -> None:
     """Sets `a.b.0.c` in nested dictionaries and lists, in place. Missing dictionaries are made."""
-    *parents, last = path.split(".")
-    for number, key in enumerate(parents):
-        where = ".".join(parents[: number + 1])
-        tree = tree[_place(tree, key, where)] if isinstance(tree, list) else tree.setdefault(key, {})
+    keys = path.split(".")
+    for number, key in enumerate(keys, 1):
         if not isinstance(tree, dict | list):
+            where = ".".join(keys[: number - 1])
             raise ValueError(f"--{path} cannot be set: {where} is the value {tree!r} and has no fields.")
-    tree[_place(tree, last, path) if isinstance(tree, list) else last] = value
-
-
-def _place(values: list, key: str, where: str) -> int:
-    if not key.isdecimal() or int(key) >= len(values):
-        raise ValueError(f"--{where} cannot be set: it is a list with the places 0 to {len(values) - 1}.")
-    return int(key)
+        if isinstance(tree, list):
+            if not key.isdecimal() or int(key) >= len(tree):
+                where = ".".join(keys[:number])
+                raise ValueError(f"--{where} cannot be set: it is a list with the places 0 to {len(tree) - 1}.")
+            key = int(key)
+        if number == len(keys):
+            tree[key] = value
+        else:
+            tree = tree[key] if isinstance(tree, list) else tree.setdefault(key, {})
 
 
 def check_names(given: Iterable[str], known: Iterable[str], where: str = "") -> None:
@@ -170,9 +165,14 @@ def check_names(given: Iterable[str], known: Iterable[str], where: str = "") -> 
             raise ValueError(f"There is no field {prefix + str(name)!r}. {remedy}")
 
 
+def field_names(kind: type) -> list[str]:
+    """The fields of a dataclass that its constructor takes."""
+    return [entry.name for entry in fields(kind) if entry.init]
+
+
 def check_types(kind: type, values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """`values` for the fields of the dataclass `kind`, each checked against its annotation; one value for a list is
-    made a list of one, as on the command line of TRL."""
+    made a list of one, as on the command line of TRL, and fields of a section are made a section."""
     hints = typing.get_type_hints(kind)
     return {name: _fit(hints[name], value, f"{where}.{name}" if where else name) for name, value in values.items()}
 
@@ -181,7 +181,10 @@ _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def _fit(hint: Any, value: Any, where: str) -> Any:
-    choices = typing.get_args(hint) if _is_union(hint) else (hint,)
+    if is_dataclass(hint):
+        return _fit_section(hint, value, where)
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    choices = typing.get_args(hint) if is_union else (hint,)
     plain = [typing.get_origin(choice) or choice for choice in choices]
     if value is None and type(None) in plain:
         return None
@@ -192,13 +195,16 @@ def _fit(hint: Any, value: Any, where: str) -> Any:
     checkable = [kind for kind in plain if kind in _NAMES]
     if len(checkable) < len([kind for kind in plain if kind is not type(None)]):
         return value  # an annotation that says more than these kinds: the class itself checks
-    if float in checkable and type(value) is int:
-        return value
-    if type(value) not in checkable:
+    if type(value) not in checkable and not (float in checkable and type(value) is int):
         kinds = " or ".join(_NAMES[kind] for kind in checkable)
         raise TypeError(f"{where} must be {kinds}, but it is {value!r}.")
     return value
 
 
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+def _fit_section(kind: type, value: Any, where: str) -> Any:
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{where} must be fields with values, but it is {value!r}.")
+    check_names(value, field_names(kind), where)
+    return kind(**check_types(kind, value, where))

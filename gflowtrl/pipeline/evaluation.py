@@ -13,12 +13,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gflowtrl.metrics import RankingReport, summarise, summarise_items
-from gflowtrl.policy import TreePolicy, load_backbone, make_policy, whole_models
+from gflowtrl.policy import make_policy
 from gflowtrl.teachers import TeacherModule, top_items
 from gflowtrl.trainer import rank_rows
 
-from .materials import Materials, measured_users
-from .stage import Record, Stage, Workshop
+from .materials import Materials
+from .models import trained_model
+from .stage import Record, Stage, Workshop, if_set
 
 
 PER_USER_FILE = "per_user.safetensors"
@@ -26,18 +27,14 @@ PER_USER_FILE = "per_user.safetensors"
 
 def measure_policy(workshop: Workshop, materials: Materials, trained: Stage) -> Stage:
     """Constrained beam search over the test split by the model of a training stage; each process takes its share of
-    the users, and the first one puts them together."""
+    the users."""
 
-    def work(folder: Path) -> Record:
-        with whole_models():
-            model = load_backbone(trained.folder / "model").to(workshop.state.device).eval()
-        policy, measure = make_policy(model, materials.catalog), materials.recipe.evaluation
-        rows, encoder = materials.test, materials.encoder
-        progress = workshop.is_main and not workshop.quiet
-        leaves = _ranked_together(workshop, policy, materials, progress)
-        if not workshop.is_main:
-            materials.catalog.to("cpu")
-            return {}
+    def recommend() -> tuple[RankingReport, Tensor, Callable[[list], Tensor]]:
+        model, rows, measure = trained_model(trained), materials.test, materials.recipe.evaluation
+        policy, encoder, state = make_policy(model, materials.catalog), materials.encoder, workshop.state
+        mine = rows.shard(state.num_processes, state.process_index, contiguous=True)
+        ranked = rank_rows(policy, encoder, mine, measure.num_beams, measure.batch_size, workshop.shows_progress)
+        leaves = torch.cat(gather_object([ranked]))
         targets = materials.catalog.leaf_of(rows["target"]).cpu()
         materials.catalog.to("cpu")
         report = summarise(leaves, targets, materials.catalog, materials.item_counts, measure.ks)
@@ -47,42 +44,23 @@ def measure_policy(workshop: Workshop, materials: Materials, trained: Stage) -> 
             leaf_probs = policy.leaf_log_probs(prompts).exp() / materials.catalog.leaf_sizes
             return leaf_probs[:, materials.catalog.item_leaf].cpu()
 
-        return _record(materials, folder, report, leaves, distribution, progress)
+        return report, leaves, distribution
 
-    return _run(workshop, materials, trained.name, trained.fingerprint, work, main_only=False)
-
-
-def _ranked_together(workshop: Workshop, policy: TreePolicy, materials: Materials, progress: bool) -> Tensor:
-    """`rank_rows` of the test split, in every process: `(rows, num_beams)`."""
-    rows, measure, count = materials.test, materials.recipe.evaluation, workshop.state.num_processes
-    mine = rows.select(range(workshop.state.process_index, len(rows), count))
-    part = rank_rows(policy, materials.encoder, mine, measure.num_beams, measure.batch_size, progress)
-    ranked = torch.empty(len(rows), measure.num_beams, dtype=part.dtype)
-    for place, leaves in enumerate(gather_object([part])):
-        ranked[place::count] = leaves
-    return ranked
+    return _test(workshop, materials, trained.name, trained.fingerprint, recommend, main_only=False)
 
 
 def measure_teacher(workshop: Workshop, materials: Materials, teacher: TeacherModule, key: Any) -> Stage:
     """The teacher's own recommendations on the test split; `key` is what the teacher depends on."""
 
-    def work(folder: Path) -> Record:
-        rows, measure, cut = (
-            materials.test,
-            materials.recipe.evaluation,
-            materials.recipe.data.max_history_items,
-        )
-        items = top_items(teacher, rows["history"], max(measure.num_beams, *measure.ks), max_history_items=cut)
+    def recommend() -> tuple[RankingReport, Tensor, Callable[[list], Tensor]]:
+        rows, measure, longest = materials.test, materials.recipe.evaluation, materials.encoder.max_history_items
+        items = top_items(teacher, rows["history"], max(measure.num_beams, *measure.ks), max_history_items=longest)
         targets = materials.catalog.index_of(rows["target"])
         report = summarise_items(items, targets, materials.item_counts, measure.ks)
         leaves = materials.catalog.item_leaf.cpu()[items]
+        return report, leaves, lambda histories: teacher.score(histories).softmax(-1).cpu()
 
-        def distribution(histories: list) -> Tensor:
-            return teacher.score(histories).softmax(-1).cpu()
-
-        return _record(materials, folder, report, leaves, distribution, not workshop.quiet)
-
-    return _run(workshop, materials, "teacher", key, work, main_only=True)
+    return _test(workshop, materials, "teacher", key, recommend, main_only=True)
 
 
 def per_user(stage: Stage) -> dict[str, Tensor]:
@@ -90,36 +68,31 @@ def per_user(stage: Stage) -> dict[str, Tensor]:
     return load_file(stage.folder / PER_USER_FILE)
 
 
-def _run(
-    workshop: Workshop, materials: Materials, method: str, key: Any, work: Callable[[Path], Record], main_only: bool
+def _test(
+    workshop: Workshop, materials: Materials, method: str, key: Any, recommend: Callable[[], tuple], main_only: bool
 ) -> Stage:
-    recipe = materials.recipe
-    measure = {"num_beams": recipe.evaluation.num_beams, "ks": recipe.evaluation.ks, **measured_users(recipe)}
-    stage = workshop.stage(f"test-{method}", {"data": materials.fingerprint, "of": key, "evaluation": measure})
-    stage.run(f"recommending to {len(materials.test):,} test users", work, main_only)
+    """The stage that keeps what `recommend` finds: a report, ranked leaves, and the distribution over all items."""
+    rows, measure = materials.test, materials.recipe.evaluation
+
+    @torch.no_grad()
+    def work(folder: Path) -> Record:
+        report, leaves, distribution = recommend()
+        if not workshop.is_main:
+            return {}
+        tensors = {**report.per_user, "row_id": torch.tensor(rows["row_id"]), "leaves": leaves.int()}
+        metrics = dict(report.metrics)
+        if materials.truth is not None:
+            parts = range(0, len(rows), measure.batch_size)
+            bar = tqdm(parts, desc="Comparing with the truth", disable=not workshop.shows_progress)
+            probs = [distribution(rows[start : start + measure.batch_size]["history"]) for start in bar]
+            truth = materials.truth.per_user(rows["user"], torch.cat(probs))
+            tensors |= truth
+            metrics |= {name: float(values.mean()) for name, values in truth.items()}
+        own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        save_file(own, folder / PER_USER_FILE)
+        return {"users": len(rows), "metrics": metrics, "standard_errors": report.standard_errors}
+
+    inputs = {"num_beams": measure.num_beams, "ks": measure.ks, **if_set(users=measure.users)}
+    stage = workshop.stage(f"test-{method}", {"data": materials.fingerprint, "of": key, "evaluation": inputs})
+    stage.run(f"recommending to {len(rows):,} test users", work, main_only)
     return stage
-
-
-@torch.no_grad()
-def _record(
-    materials: Materials,
-    folder: Path,
-    report: RankingReport,
-    leaves: Tensor,
-    distribution: Callable[[list], Tensor],
-    progress: bool,
-) -> Record:
-    rows, metrics = materials.test, dict(report.metrics)
-    tensors = {**report.per_user, "row_id": torch.tensor(rows["row_id"]), "leaves": leaves.int()}
-    if materials.truth is not None:
-        histories, size = rows["history"], materials.recipe.evaluation.batch_size
-        starts = tqdm(range(0, len(histories), size), desc="Comparing with the truth", disable=not progress)
-        probs = torch.cat([distribution(histories[start : start + size]) for start in starts])
-        truth = materials.truth.per_user(rows["user"], probs)
-        tensors |= truth
-        metrics |= {name: float(values.mean()) for name, values in truth.items()}
-    save_file(
-        {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
-        folder / PER_USER_FILE,
-    )
-    return {"users": len(rows), "metrics": metrics, "standard_errors": report.standard_errors}

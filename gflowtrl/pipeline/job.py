@@ -18,7 +18,7 @@ from .materials import Materials, prepare
 from .recipe import Recipe
 from .signals import check_signals, fit_teacher, teacher_key
 from .stage import Stage, Workshop
-from .training import add_test_results, refresh_details, train_control, train_gflownet, train_sft
+from .training import train_control, train_gflownet, train_sft, update_model_folder
 
 
 def run(
@@ -39,37 +39,37 @@ def run(
     """
     materials = materials or prepare(recipe)
     check_signals(materials)
-    workshop = Workshop(recipe.output_dir, quiet)
+    workshop = Workshop(recipe.output_dir, quiet, callbacks)
     workshop.say(materials.data.summary())
     wanted = recipe.stages
     trained: dict[str, Stage] = {}
     tested: dict[str, Stage] = {}
 
-    teacher = used = None
-    if "teacher" in wanted or ("gflownet" in wanted and needs_teacher(recipe)):
+    uses_own = "gflownet" in wanted and needs_teacher(recipe)
+    teacher, teacher_seconds = None, 0.0
+    if "teacher" in wanted or uses_own:
         teacher = fit_teacher(workshop, materials, recipe.teacher)
+        teacher_seconds = sum(workshop.seconds.values())  # of its stages, which are the first: several of a mixture
         key = teacher_key(recipe, materials, recipe.teacher)
         tested["teacher"] = measure_teacher(workshop, materials, teacher, key)
-    if {"sft", "control", "gflownet"} & set(wanted):
-        sft = trained["sft"] = train_sft(workshop, materials, callbacks)
+    used = teacher if uses_own else None
+    if {*wanted} - {"teacher"}:
+        sft = trained["sft"] = train_sft(workshop, materials)
     if "control" in wanted:
-        trained["control"] = train_control(workshop, materials, sft, callbacks)
+        trained["control"] = train_control(workshop, materials, sft)
     if "gflownet" in wanted:
-        used = teacher if needs_teacher(recipe) else None
-        trained["gflownet"] = train_gflownet(workshop, materials, sft, used, callbacks)
+        trained["gflownet"] = train_gflownet(workshop, materials, sft, used)
     tested |= {method: measure_policy(workshop, materials, stage) for method, stage in trained.items()}
-
     calibration = measure_calibration(workshop, materials, trained, used)
-
-    results = report.collect(materials, trained, tested, workshop.seconds, calibration)
+    results = report.collect(materials, trained, tested, workshop.seconds, teacher_seconds, calibration)
     if workshop.is_main:
         own = workshop.root / f"report-{recipe.name}-{fingerprint(recipe.as_dict())[:8]}"
         logs = {method: stage.record["log"] for method, stage in trained.items()}
         for folder in (own, workshop.root):
             report.write(results, logs, folder)
         for method, stage in trained.items():
-            refresh_details(stage, materials)
-            add_test_results(stage, results["methods"][method]["metrics"], results["data"]["test_users"])
+            metrics = results["methods"][method]["metrics"]
+            update_model_folder(stage, materials, metrics, results["data"]["test_users"])
         workshop.say(
             f"\n{report.text(results)}\n\nresults.json, report.md and the models are in {Path(workshop.root)}."
         )

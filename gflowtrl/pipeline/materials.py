@@ -110,7 +110,11 @@ def prepare(recipe: Recipe) -> Materials:
             f"--data_dir {recipe.data_dir}` makes it; or give each item a list of tokens there (docs/data.md)."
         )
     splits = leave_one_out(data, recipe.data.max_history_items)
-    tokenizer = _tokenizer(recipe, data)
+    if recipe.model.get("model_name_or_path") is None:
+        tokenizer = build_tokenizer(data.semantic_ids)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(**recipe.pretrained)
+        add_item_tokens(tokenizer, data.semantic_ids)
     catalog = ItemCatalog.from_semantic_ids(data.semantic_ids, tokenizer)
     content = {
         "section": asdict(recipe.data),
@@ -138,16 +142,3 @@ def files_fingerprint(folder: str | Path) -> str | None:
                 digest.update(file.read(SAMPLED))
         found.append([path.name, size, digest.hexdigest()])
     return fingerprint(found)
-
-
-def measured_users(recipe: Recipe) -> dict[str, int]:
-    """What a stage that measures depends on where not all users are measured."""
-    return {} if recipe.evaluation.users is None else {"users": recipe.evaluation.users}
-
-
-def _tokenizer(recipe: Recipe, data: InteractionData) -> PreTrainedTokenizerBase:
-    if recipe.model.get("model_name_or_path") is None:
-        return build_tokenizer(data.semantic_ids)
-    tokenizer = AutoTokenizer.from_pretrained(**recipe.pretrained)
-    add_item_tokens(tokenizer, data.semantic_ids)
-    return tokenizer

@@ -22,7 +22,8 @@ from gflowtrl.policy import load_backbone, whole_models
 from gflowtrl.policy.causal import check_causal
 
 from .materials import Materials
-from .recipe import QUANTISATION, Recipe, local_folder
+from .recipe import QUANTISATION, Recipe
+from .stage import Stage
 
 
 def build_model(materials: Materials, quantised: bool = True) -> PreTrainedModel:
@@ -36,15 +37,14 @@ def build_model(materials: Materials, quantised: bool = True) -> PreTrainedModel
     set_seed(materials.recipe.seed)
     recipe, options = materials.recipe, dict(materials.recipe.model)
     if name := options.pop("model_name_or_path", None):
-        near = options.pop("new_tokens", "random") == "titles"
+        titles = materials.titles if options.pop("new_tokens", "random") == "titles" else None
         options = {key: value for key, value in options.items() if key not in QUANTISATION}
-        options |= _quantised(recipe) if quantised else {}
-        model = load_backbone(local_folder(recipe.folder, name), **options)
+        options |= quantization(recipe) if quantised else {}
+        model = load_backbone(recipe.local(name), **options)
         if not model.config.is_encoder_decoder:
             check_causal(model)  # before SFT, which would not notice
         # The tokenizer as it was before item tokens, so that they are new, and begin as new ones.
         tokenizer = AutoTokenizer.from_pretrained(**recipe.pretrained)
-        titles = materials.titles if near else None
         add_item_tokens(tokenizer, materials.data.semantic_ids, model, titles)
         return model
     tokenizer = materials.tokenizer
@@ -59,9 +59,10 @@ def build_model(materials: Materials, quantised: bool = True) -> PreTrainedModel
     return AutoModelForSeq2SeqLM.from_config(config)
 
 
-def continued_model(recipe: Recipe, folder: Path) -> PreTrainedModel:
-    """The model that an earlier stage has left in `folder`, to be trained on."""
-    return load_backbone(folder, **_quantised(recipe))
+def trained_model(stage: Stage) -> PreTrainedModel:
+    """The model that a training stage has left, whole, to be measured."""
+    with whole_models():
+        return load_backbone(stage.folder / "model").to(stage.workshop.state.device).eval()
 
 
 def save_merged(base: Callable[[], PreTrainedModel], adapters: Path, folder: Path) -> None:
@@ -71,7 +72,7 @@ def save_merged(base: Callable[[], PreTrainedModel], adapters: Path, folder: Pat
     merged.save_pretrained(folder)
 
 
-def _quantised(recipe: Recipe) -> dict[str, Any]:
+def quantization(recipe: Recipe) -> dict[str, Any]:
     """TRL's fields of quantised loading, as `from_pretrained` takes them."""
     given = {name: recipe.model[name] for name in QUANTISATION if name in recipe.model}
     if not given:

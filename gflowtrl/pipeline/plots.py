@@ -4,11 +4,14 @@ the policies are to R / Z."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from .sections import primary_cutoff
 
 
 #: A method looks the same in all pictures.
@@ -35,8 +38,7 @@ def plot_run(
         titles: what methods are called.
         folder: where to.
     """
-    ks = results["recipe"]["evaluation"]["ks"]
-    k = 10 if 10 in ks else max(ks)
+    k = primary_cutoff(results["recipe"]["evaluation"]["ks"])
     recipe, synthetic = results["recipe"]["name"], results["data"]["synthetic"]
     name = f"{recipe}: SYNTHETIC data" if synthetic else f"{recipe}: test split"
     methods = results["methods"]
@@ -83,9 +85,8 @@ def _accuracy_against_breadth(methods: Mapping[str, Any], titles: Mapping[str, s
         x, y = entry["metrics"][f"coverage@{k}"], entry["metrics"][f"ndcg@{k}"]
         error = 1.96 * entry["standard_errors"][f"ndcg@{k}"]
         axes.errorbar(x, y, error, label=titles[method], linestyle="none", capsize=3, **STYLES[method])
-    axes.set(xlabel=f"coverage@{k}", ylabel=f"NDCG@{k} (bars: 95 %)")
     axes.margins(0.15)
-    axes.legend(fontsize="small")
+    _name(axes, f"coverage@{k}", f"NDCG@{k} (bars: 95 %)")
     return figure
 
 
@@ -104,14 +105,11 @@ def _metrics(
         color = STYLES[method]["color"]
         axes.bar(places, heights, width, yerr=errors, capsize=2, label=titles[method], color=color)
     axes.set_xticks(range(len(names)), names)
-    axes.set_ylabel("mean over users (bars: 95 %)")
-    axes.legend(fontsize="small")
+    _name(axes, "", "mean over users (bars: 95 %)")
     for other in beside:
         plot_differences(other, {NAMES.get(name, name): found for name, found in differences.items()})
-        other.set(
-            xlabel="GFlowNet - control, 95 % interval over users (filled: without 0)",
-            title="Difference to the control",
-        )
+        other.set_xlabel("GFlowNet - control, 95 % interval over users (filled: without 0)")
+        other.set_title("Difference to the control")
     return figure
 
 
@@ -120,8 +118,7 @@ def _by_popularity(methods: Mapping[str, Any], titles: Mapping[str, str], k: int
     for method, entry in methods.items():
         values = [float("nan") if mean is None else mean for mean in entry["recall_by_popularity"]]
         axes.plot(range(1, len(values) + 1), values, label=titles[method], **STYLES[method])
-    axes.set(xlabel="popularity of the target: groups of equal interactions, 1 the rarest items", ylabel=f"Recall@{k}")
-    axes.legend(fontsize="small")
+    _name(axes, "popularity of the target: groups of equal interactions, 1 the rarest items", f"Recall@{k}")
     return figure
 
 
@@ -132,22 +129,20 @@ def _training(logs: Mapping[str, list[dict]], titles: Mapping[str, str], chosen:
         parts = sorted({key for entry in log for key in entry if key.startswith("loss/")})
         color = STYLES[method]["color"]
         left.plot(*_series(log, "loss"), label=titles[method], color=color)
-        for key, line in zip(parts if len(parts) > 1 else [], ("--", ":", "-.") * len(parts), strict=False):
+        for key, line in zip(parts if len(parts) > 1 else [], cycle(("--", ":", "-.")), strict=False):
             label = f"{titles[method]}, {key.removeprefix('loss/')}"
             left.plot(*_series(log, key), label=label, linestyle=line, color=color)
         right.plot(*_series(log, chosen), label=titles[method], **STYLES[method])
-    left.set(xlabel="step of the stage", ylabel="loss (of each stage its own)")
-    right.set(xlabel="step of the stage", ylabel=f"{chosen.removeprefix('eval_')}, validation")
-    for axes in (left, right):
-        axes.legend(fontsize="small")
+    _name(left, "step of the stage", "loss (of each stage its own)")
+    _name(right, "step of the stage", f"{chosen.removeprefix('eval_')}, validation")
     return figure
 
 
 def _calibration(calibration: Mapping[str, Any], titles: Mapping[str, str]) -> Figure:
     """Reliability diagrams: what the policies give to the leaves of which R / Z wants so and so much."""
-    parts = ("training", "test")
-    figure, all_axes = _figure(11, len(parts))
-    for part, axes in zip(parts, all_axes, strict=True):
+    figure, all_axes = _figure(11, 2)
+    target = calibration["target"]
+    for part, axes in zip(("training", "test"), all_axes, strict=True):
         wanted = []
         for method, entry in calibration["methods"].items():
             curve, distance = entry[part]["reliability"], entry[part]["total_variation"]
@@ -155,24 +150,16 @@ def _calibration(calibration: Mapping[str, Any], titles: Mapping[str, str]) -> F
             axes.plot(curve["target"], curve["policy"], label=label, markersize=4, **STYLES[method])
             wanted += curve["target"]
         ends = [min(wanted), max(wanted)]
-        axes.plot(
-            ends,
-            ends,
-            color="black",
-            linestyle="--",
-            linewidth=1,
-            label=f"{calibration['target']} itself: TV 0",
-            zorder=0,
-        )
-        axes.set(
-            xscale="log",
-            yscale="log",
-            xlabel=f"{calibration['target']} of a leaf",
-            ylabel="mean probability of the policy",
-        )
+        axes.plot(ends, ends, "k--", linewidth=1, label=f"{target} itself: TV 0", zorder=0)
+        axes.loglog()
         axes.set_title(f"{calibration['rows']} {part} rows, all {calibration['leaves']:,} leaves")
-        axes.legend(fontsize="small")
+        _name(axes, f"{target} of a leaf", "mean probability of the policy")
     return figure
+
+
+def _name(axes: Axes, x: str, y: str) -> None:
+    axes.set(xlabel=x, ylabel=y)
+    axes.legend(fontsize="small")
 
 
 def _figure(width: float, panels: int = 1) -> tuple[Figure, list[Axes]]:

@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from transformers import AutoConfig, Seq2SeqTrainingArguments
+from transformers.models.auto import CONFIG_MAPPING
 from transformers.utils import is_bitsandbytes_available
-from trl import ModelConfig
+from trl import ModelConfig, SFTConfig
 
 from gflowtrl.data import PromptFormat, SyntheticShop
-from gflowtrl.rewards import (
-    CollaborativeReward,
-    GroundTruthReward,
-    InteractionReward,
-    LikelihoodReward,
-    RankPenaltyReward,
-    TitleLikelihoodReward,
-    TokenSimilarityReward,
-)
-from gflowtrl.rewards.title_likelihood import check_title_options
-from gflowtrl.samplers import build_sampler
-from gflowtrl.teachers import EASE, MixtureTeacher, Popularity, SASRec
+from gflowtrl.losses import get_loss
+from gflowtrl.samplers import Sampler, build_sampler
+from gflowtrl.trainer import GFlowNetConfig
+from gflowtrl.trainer.tree_policy_config import computes_in_bf16
+from gflowtrl.trainer.weighting import source_table
 
-from .checks import check_evaluation, check_gflownet
-from .configuration import check_names, check_types, find_recipe, merged, parse_options, read_yaml, set_option
+from .configuration import (
+    check_names,
+    check_types,
+    field_names,
+    find_file,
+    merged,
+    parse_options,
+    read_yaml,
+    recipe_folder,
+    set_option,
+)
+from .sections import DataSection, EvaluationSection, setting
+from .specs import LEARNED, REWARDS, TEACHERS, check_reward, check_teacher
 
 
 #: Stages that a recipe may choose among, in the order in which they run; data, test and report always run.
@@ -39,19 +45,7 @@ SCHEDULE = (
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     "dataloader_drop_last",
 )
-TEACHERS = {"sasrec": SASRec, "ease": EASE, "popularity": Popularity, "mixture": MixtureTeacher}
-REWARDS = {
-    "ground_truth": GroundTruthReward,
-    "interaction": InteractionReward,
-    "token_similarity": TokenSimilarityReward,
-    "collaborative": CollaborativeReward,
-    "likelihood": LikelihoodReward,
-    "rank_penalty": RankPenaltyReward,
-    "title_likelihood": TitleLikelihoodReward,
-}
-#: The weight that validation rows decide, and the rewards they can judge: those that do not read the target.
-LEARNED = "learned"
-WEIGHABLE = ("collaborative", "likelihood", "title_likelihood")
+#: What the weights of rewards are learned for.
 FITTED_FOR = {"reward_transform": "power", "reward_beta": 1}
 #: Fields of `model` that are those of `trl.ModelConfig`: the weights that adapters stand on are held in few bits.
 QUANTISATION = (
@@ -69,36 +63,6 @@ OURS = {
     "packing": "a row holds one user's history", "max_length": "data.max_history_items cuts the rows",
     "dataset_kwargs": "rows are tokenised already",
 }  # fmt: skip
-#: Options of a reward whose values are names: the first is the default.
-REWARD_CHOICES = {"popularity": ("interactions", "impressions"), "of": ("sft", "policy")}
-
-
-def setting(default: Any, help: str) -> Any:
-    return field(default_factory=lambda: default, metadata={"help": help})
-
-
-@dataclass
-class DataSection:
-    k_core: int | None = setting(None, "drop users and items with fewer interactions; null: take the data as it is")
-    max_history_items: int = setting(20, "items of a history that models see, the last ones")
-    shop: dict = setting({}, "fields of gflowtrl.data.SyntheticShop, used where data_dir is null")
-
-
-@dataclass
-class EvaluationSection:
-    num_beams: int = setting(20, "width of the constrained beam search")
-    ks: list[int] = setting([5, 10, 20], "cut-offs of the metrics")
-    batch_size: int = setting(256, "prompts decoded together")
-    users: int | None = setting(None, "how many users are measured, chosen at random, the same in all runs; null: all")
-    bootstrap_samples: int = setting(10_000, "resamples of users for the interval of GFlowNet minus control")
-    calibration_rows: int | None = setting(
-        None, "training and test rows on which policies are compared with R/Z; null: 64 where that is quick; 0: none"
-    )
-
-    @property
-    def primary_k(self) -> int:
-        """The cut-off that chooses checkpoints and fills the table: 10, or the largest where 10 is not measured."""
-        return 10 if 10 in self.ks else max(self.ks)
 
 
 @dataclass
@@ -135,21 +99,11 @@ class Recipe:
     folder: str = field(default=".", metadata={"internal": True})  # files named in the recipe are looked up here too
 
     def __post_init__(self) -> None:
-        for name, section in SECTIONS.items():
-            values = getattr(self, name)
-            if isinstance(values, Mapping):
-                check_names(values, [entry.name for entry in fields(section)], name)
-                setattr(self, name, section(**check_types(section, values, name)))
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in SECTIONS}
-        for name, value in check_types(Recipe, plain).items():
+        for name, value in check_types(Recipe, vars(self)).items():
             setattr(self, name, value)
-        for name, section in SECTIONS.items():
-            if not isinstance(getattr(self, name), section):
-                raise TypeError(f"{name} must be fields with values, but it is {getattr(self, name)!r}.")
         check_names(self.stages, STAGES, "stages")
         if not self.stages:
             raise ValueError(f"stages is empty; choose among {', '.join(STAGES)}.")
-        check_evaluation(self.evaluation)
         if self.data_dir is None:
             check_names(self.data.shop, inspect.signature(SyntheticShop).parameters, "data.shop")
             if self.data.k_core:
@@ -160,23 +114,17 @@ class Recipe:
         for number, reward in enumerate(self.rewards):
             check_reward(reward, f"rewards.{number}")
         self._check_learned_weights()
-        if self.sampler is not None:
-            build_sampler(self.sampler, teacher=lambda histories: None)
+        sampler = None if self.sampler is None else build_sampler(self.sampler, teacher=lambda histories: None)
         self._check_schedule()
         for stage in STAGES[1:]:
             if stage in self.stages or (stage == "sft" and self.stages != ["teacher"]):  # SFT comes before both others
                 self.training_arguments(stage, Path(self.output_dir) / stage)
         if "gflownet" in self.stages:
-            check_gflownet(self)
+            self._check_gflownet(sampler)
 
     def as_dict(self) -> dict[str, Any]:
-        """All settings, without later ones that are not in use: results that were kept before still match."""
-        unused = {"folder", *(name for name in ("prompt", "peft") if not getattr(self, name))}
-        settings = {name: value for name, value in asdict(self).items() if name not in unused}
-        for name in ("users", "calibration_rows"):
-            if settings["evaluation"][name] is None:
-                del settings["evaluation"][name]
-        return settings
+        """All settings."""
+        return {name: value for name, value in asdict(self).items() if name != "folder"}
 
     @property
     def control_fields(self) -> dict[str, Any]:
@@ -187,15 +135,16 @@ class Recipe:
     def pretrained(self) -> dict[str, Any]:
         """What `from_pretrained` needs in order to find the language model, its configuration or its tokenizer."""
         where = {key: self.model[key] for key in ("gguf_file", "revision") if key in self.model}
-        name = local_folder(self.folder, self.model["model_name_or_path"])
-        return {"pretrained_model_name_or_path": name, **where}
+        return {"pretrained_model_name_or_path": self.local(self.model["model_name_or_path"]), **where}
+
+    def local(self, name: str) -> str:
+        """A model's folder that the recipe names, seen from here or from the recipe; else a name on the Hub."""
+        beside = Path(self.folder, name)
+        return str(beside) if not Path(name).is_dir() and beside.is_dir() else name
 
     @cached_property
     def encoder_decoder(self) -> bool:
         """Whether the model is one (T5, say), and not a causal language model."""
-        from transformers import AutoConfig
-        from transformers.models.auto import CONFIG_MAPPING
-
         if self.model.get("model_name_or_path"):
             return AutoConfig.from_pretrained(**self.pretrained).is_encoder_decoder
         return CONFIG_MAPPING[self.model.get("model_type", "llama")]().is_encoder_decoder
@@ -212,9 +161,6 @@ class Recipe:
 
         A stage is measured and saved once an epoch, and ends with its checkpoint of the highest validation NDCG.
         """
-        from gflowtrl.trainer import GFlowNetConfig
-        from gflowtrl.trainer.tree_policy_config import computes_in_bf16
-
         values = {
             "eval_strategy": "epoch",
             "save_strategy": "epoch",
@@ -229,9 +175,6 @@ class Recipe:
             "train_sampling_strategy": "group_by_length",
         }
         if stage == "sft":
-            from transformers import Seq2SeqTrainingArguments
-            from trl import SFTConfig
-
             kind, section = SFTConfig, self.sft
             bf16 = not section.get("fp16") and computes_in_bf16(section.get("use_cpu", False))
             values |= {"dataloader_pin_memory": torch.cuda.is_available(), "bf16": bf16}
@@ -248,7 +191,7 @@ class Recipe:
             }
             if stage == "gflownet":
                 values["reward_weights"] = self.reward_weights or None
-        check_names(section, [entry.name for entry in fields(kind) if entry.init], stage)
+        check_names(section, field_names(kind), stage)
         for name in OWNERS.keys() & section.keys():
             raise ValueError(f"{stage}.{name} is not free: the pipeline sets it from {OWNERS[name]}.")
         if stage == "sft":
@@ -257,8 +200,6 @@ class Recipe:
         return kind(output_dir=str(output_dir), seed=self.seed, **{**values, **check_types(kind, section, stage)})
 
     def _check_model(self) -> None:
-        from transformers.models.auto import CONFIG_MAPPING
-
         if "model_name_or_path" in self.model:
             if self.model.get("new_tokens", "random") not in ("random", "titles"):
                 raise ValueError(f"model.new_tokens is {self.model['new_tokens']!r}; choose 'random' or 'titles'.")
@@ -275,12 +216,12 @@ class Recipe:
     def _check_quantisation(self) -> None:
         given = {name: value for name, value in self.model.items() if name in QUANTISATION}
         check_types(ModelConfig, given, "model")
-        if not given.get("load_in_4bit") and not given.get("load_in_8bit"):
-            if given:
-                raise ValueError(f"model.{next(iter(given))} is set, but neither load_in_4bit nor load_in_8bit is.")
+        which = next((name for name in QUANTISATION[:2] if given.get(name)), None)
+        if which is None and given:
+            raise ValueError(f"model.{next(iter(given))} is set, but neither load_in_4bit nor load_in_8bit is.")
+        if which is None:
             return
         ModelConfig(**given)  # it refuses both at once
-        which = "load_in_4bit" if given.get("load_in_4bit") else "load_in_8bit"
         if not self.peft:
             raise ValueError(f"model.{which} is set, but quantised weights cannot be trained: add a section peft.")
         if not is_bitsandbytes_available():
@@ -293,8 +234,7 @@ class Recipe:
                 "model.model_name_or_path, or leave prompt out."
             )
         for name, kind in (("prompt", PromptFormat), ("peft", LoraConfig)):
-            section = getattr(self, name)
-            check_names(section, [entry.name for entry in fields(kind) if entry.init], name)
+            check_names(getattr(self, name), field_names(kind), name)
         self.prompt_format, self.peft_config  # noqa: B018  (they check their values)
 
     @property
@@ -308,12 +248,11 @@ class Recipe:
         return LoraConfig(**{"task_type": "SEQ_2_SEQ_LM" if self.encoder_decoder else "CAUSAL_LM", **self.peft})
 
     def _check_learned_weights(self) -> None:
-        changed = {name: self.gflownet.get(name, value) for name, value in FITTED_FOR.items()}
-        if any(reward.get("weight") == LEARNED for reward in self.rewards) and changed != FITTED_FOR:
-            wrong = ", ".join(
-                f"gflownet.{name}: {value}" for name, value in changed.items() if value != FITTED_FOR[name]
-            )
-            raise ValueError(f"weight: {LEARNED} is fitted for reward_transform power and reward_beta 1, not {wrong}.")
+        if not any(reward.get("weight") == LEARNED for reward in self.rewards):
+            return
+        for name, value in FITTED_FOR.items():
+            if (other := self.gflownet.get(name, value)) != value:
+                raise ValueError(f"weight: {LEARNED} is fitted for {name} {value}, not gflownet.{name}: {other}.")
 
     def _check_schedule(self) -> None:
         for name in SCHEDULE:
@@ -326,91 +265,21 @@ class Recipe:
         if "loss_type" in self.control:
             raise ValueError("The control is SFT continued on the same rows: leave control.loss_type out.")
 
-
-SECTIONS = {"data": DataSection, "evaluation": EvaluationSection}
-
-
-def local_folder(recipe_folder: str, name: str) -> str:
-    """A model's folder named in the recipe, looked up from here and from the recipe's; else a name on the Hub."""
-    beside = Path(recipe_folder, name)
-    return str(beside) if not Path(name).is_dir() and beside.is_dir() else name
-
-
-def check_teacher(spec: Any, where: str) -> None:
-    kind = spec.get("type") if isinstance(spec, Mapping) else None
-    if kind not in TEACHERS:
-        raise ValueError(f"{where}.type is {kind!r}; choose from {', '.join(TEACHERS)}.")
-    if kind != "mixture":
-        check_names(spec, {"type", "weight", *teacher_options(kind)}, where)
-        return
-    check_names(spec, {"type", "parts", "normalization"}, where)
-    if not isinstance(spec.get("parts"), list) or not spec["parts"]:
-        raise ValueError(f"{where}.parts must list the mixture's teachers, each with type, weight and options.")
-    for number, part in enumerate(spec["parts"]):
-        check_teacher(part, f"{where}.parts.{number}")
-
-
-def teacher_options(kind: str) -> set[str]:
-    """What a recipe may say of a teacher: the arguments of its `fit` that are no data."""
-    names = {*inspect.signature(TEACHERS[kind].fit).parameters}
-    if "config" in names:  # **config is handed on to the constructor
-        names |= {*inspect.signature(TEACHERS[kind]).parameters}
-    return names - {"train_sequences", "items", "validation", "device", "progress", "config", "max_history_items"}
-
-
-def check_reward(reward: Any, where: str) -> None:
-    if not isinstance(reward, Mapping) or ("type" in reward) == ("function" in reward):
-        raise ValueError(f"{where} needs either a type ({', '.join(REWARDS)}) or a function (file.py:name).")
-    _check_weight(reward, where)
-    if "function" in reward:
-        check_names(reward, ["function", "weight"], where)
-        return
-    if reward["type"] not in REWARDS:
-        raise ValueError(f"{where}.type is {reward['type']!r}; choose from {', '.join(REWARDS)}, or give a function.")
-    check_names(reward, {"type", "weight", *reward_options(reward["type"])}, where)
-    for name, choices in REWARD_CHOICES.items():
-        if name in reward and reward[name] not in choices:
-            raise ValueError(f"{where}.{name} is {reward[name]!r}; choose {' or '.join(choices)}.")
-    if reward["type"] == "title_likelihood" and not isinstance(reward.get("model"), str):
-        raise ValueError(f"{where}.model must name the language model that reads the titles: a folder, say.")
-    if "teacher" in reward:
-        check_teacher(reward["teacher"], f"{where}.teacher")
-    try:
-        _check_reward_values(reward)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{where}: {error}") from None
-
-
-def _check_weight(reward: Mapping[str, Any], where: str) -> None:
-    weight = reward.get("weight", 1.0)
-    if weight != LEARNED and not isinstance(weight, int | float):
-        raise TypeError(f"{where}.weight must be a number or {LEARNED!r}, but it is {weight!r}.")
-    if weight == LEARNED and (reward.get("type") not in WEIGHABLE or reward.get("of") == "policy"):
-        raise ValueError(
-            f"{where}.weight is {LEARNED!r}, which validation rows decide before the training. That is possible for "
-            f"{', '.join(WEIGHABLE)}, of models that are fixed and do not read the target; give a number here."
-        )
-
-
-def reward_options(kind: str) -> set[str]:
-    """What a recipe may say of a reward: the arguments of its class that the pipeline does not fill in."""
-    if kind == "likelihood":
-        return {"of"}
-    names = {*inspect.signature(REWARDS[kind]).parameters} - {"item_counts", "tokenizer", "titles"}
-    return names | {"popularity"} if kind == "collaborative" else names
-
-
-def _check_reward_values(reward: Mapping[str, Any]) -> None:
-    """Make the reward, without what takes time, for the errors of its class."""
-    named = {"type", "weight", "teacher", "model", *REWARD_CHOICES}
-    kind, options = reward["type"], {name: value for name, value in reward.items() if name not in named}
-    if kind == "title_likelihood":
-        parameters = {n: p.default for n, p in inspect.signature(TitleLikelihoodReward).parameters.items()} | options
-        check_title_options(*(parameters[name] for name in inspect.signature(check_title_options).parameters))
-    elif kind == "collaborative":
-        CollaborativeReward(None, item_counts=(), **options)
-    else:
-        REWARDS[kind](**options)
+    def _check_gflownet(self, sampler: Sampler | None) -> None:
+        """What the trainer would refuse after teacher, SFT and control have been trained."""
+        args = self.training_arguments("gflownet", self.output_dir)
+        if not self.rewards and any(get_loss(name).needs_rewards for name in args.loss_type):
+            raise ValueError(
+                f"gflownet.loss_type {args.loss_type} needs rewards, but the recipe's section rewards is empty. Add "
+                f"one, {{type: ground_truth}} for example (docs/rewards.md)."
+            )
+        if sampler is not None:
+            source_table(args.source_weights or {}, sampler.source_names)
+        if args.max_shared_prompts > 1 and self.encoder_decoder:
+            raise ValueError(
+                f"gflownet.max_shared_prompts is {args.max_shared_prompts}, but the model is an encoder-decoder: no "
+                f"prompt is the beginning of another. Leave it out."
+            )
 
 
 def load_recipe(path: str | Path, arguments: Sequence[str] = ()) -> Recipe:
@@ -423,18 +292,17 @@ def load_recipe(path: str | Path, arguments: Sequence[str] = ()) -> Recipe:
             out the section: `--learning_rate 1e-3`, `--loss_kwargs.vargrad.huber_delta 1`. Values are YAML.
     """
     path = Path(path)
-    content = _on_its_base(path)
-    content = {"name": path.stem, **content, "folder": str(path.resolve().parent)}
-    known = [entry.name for entry in fields(Recipe) if entry.name != "folder"]
+    content = {"name": path.stem, **_on_its_base(path), "folder": str(path.resolve().parent)}
+    known = [name for name in field_names(Recipe) if name != "folder"]
     check_names(content.keys() - {"folder"}, known)
+    gflownet = field_names(GFlowNetConfig)
     for name, value in parse_options(arguments).items():
-        first = name.split(".")[0]
-        if first in known:
-            set_option(content, name, value)
-        elif first in (gflownet := _gflownet_fields()):
-            set_option(content, f"gflownet.{name}", value)
-        else:
-            check_names([first], known if "." in name else {*known, *gflownet})
+        section, dot, _ = name.partition(".")
+        if section not in known:
+            if section not in gflownet:
+                check_names([section], known if dot else {*known, *gflownet})
+            name = f"gflownet.{name}"
+        set_option(content, name, value)
     return Recipe(**content)
 
 
@@ -445,25 +313,5 @@ def _on_its_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     content = read_yaml(path)
     if "base" not in content:
         return content
-    base = find_recipe(content.pop("base"), path)
+    base = find_file(content.pop("base"), recipe_folder(), base_of=path)
     return merged(_on_its_base(base, (*above, path.resolve())), content)
-
-
-def _gflownet_fields() -> list[str]:
-    from gflowtrl.trainer import GFlowNetConfig
-
-    return [entry.name for entry in fields(GFlowNetConfig) if entry.init]
-
-
-def describe() -> str:
-    """All fields of a recipe, for `--help`."""
-    lines = []
-    for entry in fields(Recipe):
-        if "help" in entry.metadata:
-            lines.append(f"  --{entry.name:<18} {entry.metadata['help']}")
-            section = SECTIONS.get(entry.name)
-            if is_dataclass(section):
-                lines += [
-                    f"  --{entry.name}.{f.name:<{18 - len(entry.name)}} {f.metadata['help']}" for f in fields(section)
-                ]
-    return "\n".join(lines)

@@ -6,23 +6,30 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import datasets
+import numpy
 import torch
+import transformers
+import trl
 
+import gflowtrl
 from gflowtrl.metrics import group_means, paired_bootstrap, popularity_groups
 
 from .evaluation import per_user
 from .materials import Materials
 from .plots import NAMES, plot_run
-from .signals import teacher_key
-from .stage import Stage, Workshop, write_json
+from .sections import primary_cutoff
+from .stage import Stage, write_json
 
 
 TITLES = {"teacher": "Teacher", "sft": "SFT", "control": "SFT continued (control)", "gflownet": "GFlowNet"}
-PACKAGES = ("gflowtrl", "torch", "transformers", "trl", "accelerate", "datasets", "numpy")
+#: What the results take over from the record of a training.
+KEPT = ("steps", "rows_per_step", "best_step", "seconds", "reward_weights")
+PACKAGES = (gflowtrl, torch, transformers, trl, accelerate, datasets, numpy)
 
 
 def collect(
@@ -30,6 +37,7 @@ def collect(
     trained: Mapping[str, Stage],
     tested: Mapping[str, Stage],
     seconds: Mapping[str, float],
+    teacher_seconds: float,
     calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything about a run as one JSON-able value.
@@ -38,6 +46,7 @@ def collect(
         trained: stages by method; the teacher, which may be several stages, is missing.
         tested: test stages by method.
         seconds: of each stage, by the name of its folder.
+        teacher_seconds: of fitting the recipe's own teacher.
         calibration: of `measure_calibration`, where there is one.
     """
     recipe, k = materials.recipe, materials.recipe.evaluation.primary_k
@@ -46,19 +55,18 @@ def collect(
     methods = {}
     for method, stage in tested.items():
         record = stage.record
-        methods[method] = {"metrics": record["metrics"], "standard_errors": record["standard_errors"]}
-        methods[method]["folder"] = str(stage.folder)
         by_group = group_means(per_user(stage)[f"recall@{k}"], groups, count)
-        methods[method]["recall_by_popularity"] = [None if mean.isnan() else float(mean) for mean in by_group]
+        methods[method] = {
+            "metrics": record["metrics"],
+            "standard_errors": record["standard_errors"],
+            "folder": str(stage.folder),
+            "recall_by_popularity": [None if mean.isnan() else float(mean) for mean in by_group],
+            "seconds": teacher_seconds,
+        }
         if method in trained:
             training = trained[method].record
-            methods[method] |= {name: training[name] for name in ("steps", "rows_per_step", "best_step", "seconds")}
-            if "reward_weights" in training:
-                methods[method]["reward_weights"] = training["reward_weights"]
+            methods[method] |= {name: training[name] for name in KEPT if name in training}
             methods[method]["model"] = str(trained[method].folder / "model")
-        elif method == "teacher":
-            names = _teacher_stages(stage.workshop, materials, recipe.teacher)
-            methods[method]["seconds"] = sum(seconds[name] for name in names)
     results = {
         "recipe": recipe.as_dict(),
         "data": {
@@ -70,7 +78,7 @@ def collect(
         },
         "methods": methods,
         "seconds": dict(seconds),
-        "versions": _versions(),
+        "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in PACKAGES}},
         "machine": {
             "platform": platform.platform(),
             "cpus": os.cpu_count(),
@@ -86,13 +94,6 @@ def collect(
     return results
 
 
-def _teacher_stages(workshop: Workshop, materials: Materials, spec: Mapping[str, Any]) -> set[str]:
-    """The folders' names of the stages that fit this teacher: of a mixture those of its parts."""
-    if spec["type"] == "mixture":
-        return set().union(*(_teacher_stages(workshop, materials, part) for part in spec["parts"]))
-    return {workshop.stage("teacher", teacher_key(materials.recipe, materials, spec)).folder.name}
-
-
 def compare(materials: Materials, first: Stage, second: Stage, k: int) -> dict[str, dict[str, float]]:
     """Paired bootstrap over test users of the difference of two methods, for each headline metric."""
     a, b = per_user(first), per_user(second)
@@ -101,35 +102,19 @@ def compare(materials: Materials, first: Stage, second: Stage, k: int) -> dict[s
     return {name: paired_bootstrap(a[name], b[name], samples=samples) for name in names}
 
 
-def columns(results: Mapping[str, Any]) -> dict[str, str]:
-    """Title to metric of the table's columns."""
+def table(results: Mapping[str, Any]) -> str:
+    """The results as a markdown table."""
     ks = results["recipe"]["evaluation"]["ks"]
-    k = 10 if 10 in ks else max(ks)
+    k = primary_cutoff(ks)
     shown = {f"Recall@{n}": f"recall@{n}" for n in sorted(ks) if n <= k}
     shown |= {f"NDCG@{k}": f"ndcg@{k}", f"coverage@{k}": f"coverage@{k}", f"entropy@{k}": f"entropy@{k}"}
     shown |= {f"Gini@{k}": f"gini@{k}", "long tail": f"long_tail@{k}"}
     if _truth_is_known(results):
         shown |= {title: name for name, title in NAMES.items()}
-    return shown
-
-
-def table(results: Mapping[str, Any]) -> str:
-    """The results as a markdown table."""
-    shown = columns(results)
     lines = [["method", *shown, "train s"]]
     for method, entry in results["methods"].items():
         values = [f"{entry['metrics'][name]:.4f}" for name in shown.values()]
-        lines.append([TITLES[method], *values, f"{entry['seconds']:.0f}" if "seconds" in entry else ""])
-    return aligned(lines)
-
-
-def calibration_table(calibration: Mapping[str, Any]) -> str:
-    """Distances of the policies to R / Z as a markdown table."""
-    shown = {"TV": "total_variation", "JS": "jensen_shannon"}
-    columns = {f"{title}, {part}": (part, name) for part in ("training", "test") for title, name in shown.items()}
-    lines = [["policy", *columns]]
-    for method, entry in calibration["methods"].items():
-        lines.append([TITLES[method], *(f"{entry[part][name]:.4f}" for part, name in columns.values())])
+        lines.append([TITLES[method], *values, f"{entry['seconds']:.0f}"])
     return aligned(lines)
 
 
@@ -141,25 +126,29 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (padded[0], rule, *padded[1:]))
 
 
+def interval_text(interval: Mapping[str, float]) -> str:
+    """Mean and 95 % interval of what `metrics.paired_bootstrap` gives."""
+    return f"{interval['mean_difference']:+.4f} [{interval['low']:+.4f}, {interval['high']:+.4f}]"
+
+
 def text(results: Mapping[str, Any]) -> str:
     """The whole report as it is printed."""
-    synthetic = results["data"]["synthetic"]
-    users = results["data"]["test_users"]
+    recipe, data = results["recipe"], results["data"]
     lines = [
-        f"Results of {results['recipe']['name']!r}, seed {results['recipe']['seed']}"
-        + (" - SYNTHETIC data, no evidence about real users" if synthetic else ""),
-        results["data"]["summary"],
+        f"Results of {recipe['name']!r}, seed {recipe['seed']}"
+        + (" - SYNTHETIC data, no evidence about real users" if data["synthetic"] else ""),
+        data["summary"],
         "",
         table(results),
         "",
-        f"Test split, {users:,} users, last item left out, all items are candidates, items already seen not removed.",
+        f"Test split, {data['test_users']:,} users, last item left out, all items are candidates, items already seen "
+        f"not removed.",
     ]
     for name, interval in results.get("gflownet_minus_control", {}).items():
         low, high = interval["low"], interval["high"]
         verdict = "no clear difference" if low <= 0 <= high else "higher" if low > 0 else "lower"
-        title = NAMES.get(name, name)
         lines.append(
-            f"GFlowNet - control, {title}: {interval['mean_difference']:+.4f}, 95 % interval "
+            f"GFlowNet - control, {NAMES.get(name, name)}: {interval['mean_difference']:+.4f}, 95 % interval "
             f"[{low:+.4f}, {high:+.4f}] (paired bootstrap over users: {verdict})."
         )
     if _truth_is_known(results):
@@ -190,11 +179,16 @@ def write(results: Mapping[str, Any], logs: Mapping[str, list[dict]], folder: Pa
 def _calibration(found: Mapping[str, Any]) -> list[str]:
     if "left_out" in found:
         return [f"Distance to R / Z left out: {found['left_out']}"]
+    parts = ("training", "test")
+    shown = [(part, name) for part in parts for name in ("total_variation", "jensen_shannon")]
+    lines = [["policy", *(f"{title}, {part}" for part in parts for title in ("TV", "JS"))]]
+    for method, entry in found["methods"].items():
+        lines.append([TITLES[method], *(f"{entry[part][name]:.4f}" for part, name in shown)])
     return [
         f"How far each policy is from {found['target']} (over all {found['leaves']:,} leaves, {found['rows']} "
         f"training and {found['rows']} test rows):",
         "",
-        calibration_table(found),
+        aligned(lines),
         "",
         "TV: total variation, 0 to 1; JS: Jensen-Shannon divergence, nats; lower is nearer. A reward that reads the "
         "target knows that of a test row, a policy does not.",
@@ -203,13 +197,3 @@ def _calibration(found: Mapping[str, Any]) -> list[str]:
 
 def _truth_is_known(results: Mapping[str, Any]) -> bool:
     return all("total_variation" in entry["metrics"] for entry in results["methods"].values())
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # run from a source tree that is not installed
-            continue
-    return found

@@ -15,10 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from gflowtrl.losses import get_loss
 from gflowtrl.policy import load_backbone, whole_models
 from gflowtrl.rewards import CollaborativeReward, LikelihoodReward, TitleLikelihoodReward, fit_reward_weights
-from gflowtrl.teachers import EASE, MixtureTeacher, Popularity, SASRec, TeacherModule, fingerprint, load_teacher
+from gflowtrl.teachers import MixtureTeacher, TeacherModule, fingerprint, load_teacher
 
 from .materials import Materials, files_fingerprint
-from .recipe import LEARNED, REWARDS, Recipe, local_folder
+from .recipe import Recipe
+from .specs import LEARNED, REWARDS, TEACHERS, fit_arguments
 from .stage import Workshop
 
 
@@ -43,19 +44,14 @@ def fit_teacher(workshop: Workshop, materials: Materials, spec: Mapping[str, Any
     stage = workshop.stage("teacher", teacher_key(materials.recipe, materials, spec))
 
     def fit(folder: Path) -> dict[str, Any]:
-        options = stage.inputs["teacher"].copy()
-        sequences, items = materials.splits.train_sequences, materials.data.items
+        options = dict(stage.inputs["teacher"])
         kind = options.pop("type")
-        if kind == "popularity":
-            teacher = Popularity.fit(sequences, items)
-        elif kind == "ease":
-            teacher = EASE.fit(sequences, items, materials.splits.validation, **options)
-        else:
-            options = {"max_history_items": materials.recipe.data.max_history_items, **options}
-            quiet = workshop.quiet
-            device = workshop.state.device
-            validation = materials.splits.validation
-            teacher = SASRec.fit(sequences, items, validation, device=device, progress=not quiet, **options)
+        offered = {
+            "validation": materials.splits.validation, "device": workshop.state.device,
+            "progress": not workshop.quiet, "max_history_items": materials.recipe.data.max_history_items,
+        }  # fmt: skip
+        options |= {name: offered[name] for name in offered.keys() & fit_arguments(kind)}
+        teacher = TEACHERS[kind].fit(materials.splits.train_sequences, materials.data.items, **options)
         teacher.save_pretrained(folder / "model")
         return {}
 
@@ -70,8 +66,32 @@ def build_rewards(workshop: Workshop, materials: Materials, teacher: TeacherModu
         teacher: of collaborative rewards that name none of their own.
         sft_model: folder of the model whose probabilities a likelihood reward gives.
     """
-    check_signals(materials)
-    return [_build_reward(workshop, materials, spec, teacher, sft_model) for spec in materials.recipe.rewards]
+    recipe = materials.recipe
+
+    def build(spec: Mapping[str, Any]) -> Callable:
+        options = {name: value for name, value in spec.items() if name not in ("type", "weight", "function")}
+        if "function" in spec:
+            function = load_function(spec["function"], recipe.folder)
+            features = materials.data.item_features
+            return functools.partial(function, item_features=features) if _takes_features(function) else function
+        if spec["type"] == "likelihood":
+            if options.get("of") == "policy":
+                return LikelihoodReward(None)
+            with whole_models():
+                return LikelihoodReward(load_backbone(sft_model))
+        if spec["type"] == "title_likelihood":
+            folder = recipe.local(options.pop("model"))
+            with whole_models():
+                model = AutoModelForCausalLM.from_pretrained(folder)
+            return TitleLikelihoodReward(model, AutoTokenizer.from_pretrained(folder), materials.titles, **options)
+        if spec["type"] == "collaborative":
+            own = options.pop("teacher", None)
+            used = teacher if own is None else fit_teacher(workshop, materials, own)
+            counts = _exposure(materials, options.pop("popularity", "interactions"))
+            return CollaborativeReward(used, item_counts=counts, **options)
+        return REWARDS[spec["type"]](**options)
+
+    return [build(spec) for spec in recipe.rewards]
 
 
 def final_weights(workshop: Workshop, materials: Materials, rewards: Sequence[Callable]) -> list[float]:
@@ -90,47 +110,15 @@ def final_weights(workshop: Workshop, materials: Materials, rewards: Sequence[Ca
         materials.tokenizer, floor=args.reward_floor or FLOOR, leaf_reduction=args.leaf_reduction,
         device=workshop.state.device,
     )  # fmt: skip
-    for i, weight in zip(learned, found.weights, strict=True):
+    shares = []
+    for i, weight, share in zip(learned, found.weights, found.shares, strict=True):
         weights[i] = weight
-    shares = ", ".join(
-        f"rewards.{i} ({recipe.rewards[i]['type']}) {s:.3f}" for i, s in zip(learned, found.shares, strict=True)
-    )
+        shares.append(f"rewards.{i} ({recipe.rewards[i]['type']}) {share:.3f}")
     workshop.say(
-        f"Learned shares of the rewards: {shares}; log-likelihood of validation targets {found.log_likelihood:.4f} "
-        f"(equal shares {found.equal_log_likelihood:.4f})."
+        f"Learned shares of the rewards: {', '.join(shares)}; log-likelihood of validation targets "
+        f"{found.log_likelihood:.4f} (equal shares {found.equal_log_likelihood:.4f})."
     )
     return weights
-
-
-def _build_reward(
-    workshop: Workshop,
-    materials: Materials,
-    spec: Mapping[str, Any],
-    teacher: TeacherModule | None,
-    sft_model: Path,
-) -> Callable:
-    options = {name: value for name, value in spec.items() if name not in ("type", "weight", "function")}
-    if "function" in spec:
-        function = load_function(spec["function"], materials.recipe.folder)
-        features = materials.data.item_features
-        return functools.partial(function, item_features=features) if _takes_features(function) else function
-    if spec["type"] == "likelihood":
-        if options.get("of") == "policy":
-            return LikelihoodReward(None)
-        with whole_models():
-            return LikelihoodReward(load_backbone(sft_model))
-    if spec["type"] == "title_likelihood":
-        folder = local_folder(materials.recipe.folder, options.pop("model"))
-        with whole_models():
-            model = AutoModelForCausalLM.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        return TitleLikelihoodReward(model, tokenizer, _titles(materials), **options)
-    if spec["type"] == "collaborative":
-        own = options.pop("teacher", None)
-        used = teacher if own is None else fit_teacher(workshop, materials, own)
-        counts = _exposure(materials, options.pop("popularity", "interactions"))
-        return CollaborativeReward(used, item_counts=counts, **options)
-    return REWARDS[spec["type"]](**options)
 
 
 def check_signals(materials: Materials) -> None:
@@ -141,53 +129,42 @@ def check_signals(materials: Materials) -> None:
             function in its file, a reward of drawn items only where a loss needs that of every leaf.
         OSError: no file of a function, no model that reads titles.
     """
-    recipe = materials.recipe
+    recipe, losses = materials.recipe, []
+    if "gflownet" in recipe.stages:
+        losses = recipe.training_arguments("gflownet", recipe.output_dir).loss_type
+    needy = next((name for name in losses if get_loss(name).needs_all_rewards), None)
     for number, spec in enumerate(recipe.rewards):
-        if spec.get("type") == "interaction" and materials.data.events is None:
+        kind = spec.get("type")
+        if kind == "interaction" and materials.data.events is None:
             raise ValueError(
                 f"{materials.data.name} has no sessions (events.jsonl), which the reward interaction reads: use "
                 f"ground_truth, with weight 10 as in GFlowGR."
             )
-        if spec.get("type") == "title_likelihood":
-            _titles(materials)
-            AutoConfig.from_pretrained(local_folder(recipe.folder, spec["model"]))
+        if kind == "title_likelihood":
+            lacking = [item for item in materials.data.items if item not in materials.titles]
+            if lacking:
+                raise ValueError(
+                    f"{materials.data.name} has no title of {len(lacking)} of {len(materials.data.items)} items "
+                    f"(items.jsonl), for example {lacking[0]!r}; the reward title_likelihood needs one for each."
+                )
+            AutoConfig.from_pretrained(recipe.local(spec["model"]))
         _exposure(materials, spec.get("popularity", "interactions"))
-        _check_scores(recipe, spec, f"rewards.{number}")
-
-
-def _check_scores(recipe: Recipe, spec: Mapping[str, Any], where: str) -> None:
-    """A function must be there, and a reward score every item where a loss needs that."""
-    every_item = {
-        "rank_penalty": False, "likelihood": spec.get("of") != "policy",
-        "title_likelihood": spec.get("all_items", False),
-    }.get(spec.get("type"), True)  # fmt: skip
-    if "function" in spec:
-        every_item = hasattr(load_function(spec["function"], recipe.folder), "score_items")
-    losses = recipe.training_arguments("gflownet", recipe.output_dir).loss_type if "gflownet" in recipe.stages else []
-    needy = [name for name in losses if get_loss(name).needs_all_rewards]
-    if needy and not every_item:
-        raise ValueError(
-            f"{where} ({spec.get('type') or spec['function']}) scores drawn items only, but {needy[0]} needs the "
-            f"reward of every item: choose another gflownet.loss_type (vargrad, say), or give the reward a method "
-            f"score_items (docs/rewards.md)."
-        )
+        if "function" in spec:
+            every_item = hasattr(load_function(spec["function"], recipe.folder), "score_items")
+        else:
+            sampled = {"likelihood": spec.get("of") == "policy", "title_likelihood": not spec.get("all_items", False)}
+            every_item = not sampled.get(kind, kind == "rank_penalty")
+        if needy and not every_item:
+            raise ValueError(
+                f"rewards.{number} ({kind or spec['function']}) scores drawn items only, but {needy} needs the reward "
+                f"of every item: choose another gflownet.loss_type (vargrad, say), or give the reward a method "
+                f"score_items (docs/rewards.md)."
+            )
 
 
 def _takes_features(function: Callable) -> bool:
     """Whether a reward function reads what is known about the items."""
     return "item_features" in inspect.signature(function).parameters
-
-
-def _titles(materials: Materials) -> dict[Any, str]:
-    titles = materials.titles
-    lacking = [item for item in materials.data.items if item not in titles]
-    if lacking:
-        count = f"{len(lacking)} of {len(materials.data.items)}"
-        raise ValueError(
-            f"{materials.data.name} has no title of {count} items (items.jsonl), for example {lacking[0]!r}; the "
-            f"reward title_likelihood needs one for each."
-        )
-    return titles
 
 
 def _exposure(materials: Materials, kind: str) -> Tensor:
@@ -211,8 +188,8 @@ def reward_key(recipe: Recipe, materials: Materials) -> list[dict[str, Any]]:
         if "teacher" in spec:
             key["teacher"] = teacher_key(recipe, materials, spec["teacher"])
         if spec.get("type") == "title_likelihood":
-            key["titles"] = fingerprint(sorted(_titles(materials).items()))
-            key["model_files"] = files_fingerprint(local_folder(recipe.folder, spec["model"]))
+            key["titles"] = fingerprint(sorted(materials.titles.items()))
+            key["model_files"] = files_fingerprint(recipe.local(spec["model"]))
         keys.append(key)
     return keys
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from transformers import TrainerCallback
 
 from gflowtrl.catalog.files import write_text
 from gflowtrl.teachers import fingerprint
@@ -21,6 +22,7 @@ CLOCK_FILE = "seconds.json"
 CHECKPOINTS = "checkpoints"  # of a training; given up when the stage is done, and not before
 
 Record = dict[str, Any]
+Work = Callable[[Path], Record]
 
 
 class Workshop:
@@ -29,21 +31,26 @@ class Workshop:
     Args:
         root: folder of all stages.
         quiet: print nothing.
+        callbacks: handed to every trainer.
     """
 
-    def __init__(self, root: str | Path, quiet: bool = False):
+    def __init__(self, root: str | Path, quiet: bool = False, callbacks: Sequence[TrainerCallback] = ()):
         self.root = Path(root)
         # The other processes wait while the first one fits a teacher, longer than the usual half hour.
         self.state = PartialState(timeout=timedelta(days=1))
-        self.quiet = quiet
+        self.quiet, self.callbacks = quiet, list(callbacks)
         self.seconds: dict[str, float] = {}  # of each stage that this run used, whenever it was done
 
     @property
     def is_main(self) -> bool:
         return self.state.is_main_process
 
+    @property
+    def shows_progress(self) -> bool:
+        return self.is_main and not self.quiet
+
     def say(self, text: str = "") -> None:
-        if self.is_main and not self.quiet:
+        if self.shows_progress:
             print(text, flush=True)
 
     def stage(self, name: str, inputs: Mapping[str, Any]) -> Stage:
@@ -72,7 +79,7 @@ class Stage:
         """What the work returned, and `seconds`, interrupted attempts included."""
         return json.loads((self.folder / DONE_FILE).read_text(encoding="utf-8"))
 
-    def run(self, title: str, work: Callable[[Path], Record], main_only: bool = False) -> Record:
+    def run(self, title: str, work: Work, main_only: bool = False) -> Record:
         """Does the work unless it is done.
 
         Args:
@@ -89,13 +96,14 @@ class Stage:
             if shop.is_main:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_json(self.folder / "inputs.json", self.inputs)
-            started, spent = time.monotonic(), self._seconds_so_far()
+            clock, started = self.folder / CLOCK_FILE, time.monotonic()
+            spent = json.loads(clock.read_text(encoding="utf-8")) if clock.is_file() else 0.0
             try:
                 record = work(self.folder)
             finally:
                 seconds = round(spent + time.monotonic() - started, 1)
                 if shop.is_main:
-                    write_json(self.folder / CLOCK_FILE, seconds)
+                    write_json(clock, seconds)
             if shop.is_main:
                 write_json(self.folder / DONE_FILE, {**record, "seconds": seconds})
             shop.say(f"[{self.name}] finished in {seconds:.0f} s")
@@ -106,9 +114,10 @@ class Stage:
         shop.seconds[self.folder.name] = record["seconds"]
         return record
 
-    def _seconds_so_far(self) -> float:
-        file = self.folder / CLOCK_FILE
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else 0.0
+
+def if_set(**inputs: Any) -> Record:
+    """Inputs that a stage depends on only where they are set."""
+    return {name: value for name, value in inputs.items() if value}
 
 
 def write_json(path: Path, content: Any) -> None:

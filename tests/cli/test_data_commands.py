@@ -209,7 +209,7 @@ def test_a_file_of_options_may_hold_what_stands_without_a_name(tmp_path, capsys)
     assert (parsed("--config", file).runs, parsed("--config", file).k) == (["a", "b"], 5)
     assert parsed("c", "--config", file).runs == ["c"]  # the command line wins
     assert (parsed("--config", file, "--k", "3", "c", "d").runs, parsed("c").k) == (["c", "d"], 10)
-    assert "unrecognized arguments: --conf" in error_of(["evaluate", "--conf", file], capsys)
+    assert "unrecognized arguments: --conf" in error_of(["compare", "a", "--conf", file], capsys)
     assert "the following arguments are required: runs" in error_of(["compare"], capsys)
     assert "a holds no results.json" in error_of(["compare", "--config", file], capsys)
 
@@ -297,13 +297,13 @@ def test_attributes_make_ids(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["prepare"], "--out is missing"),
+        (["prepare"], "are required: --out. gflowtrl prepare --help"),
         (["prepare", "--out", "x"], "--format is missing. Formats are amazon-2014"),
         (["prepare", "--out", "x", "--format", "amazon", "--reviews", "r"], "There is no format 'amazon'"),
         (["prepare", "--out", "x", "--format", "csv", "--reviews", "nowhere.csv"], "nowhere.csv is no file"),
         (["prepare", "--out", "x", "--download", "ml-1m", "--format", "csv"], "leave --format and the files out"),
         (["prepare", "--k_core", "many"], "--k_core: invalid int value: 'many'. gflowtrl prepare --help"),
-        (["tokenize"], "--data_dir is missing"),
+        (["tokenize"], "are required: --data_dir. gflowtrl tokenize --help"),
         (["tokenize", "--data_dir", "DATA"], "semantic_ids.json is there. Use --add"),
         (["tokenize", "--data_dir", "DATA", "--overwrite", "--collaborative", "2"], "a share from 0 to 1"),
         (

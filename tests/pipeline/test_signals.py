@@ -133,7 +133,6 @@ def test_titles_and_their_reader_are_part_of_the_key(tmp_path):
 
 
 def test_what_rewards_need_of_the_data_is_named(tmp_path):
-    workshop = Workshop(tmp_path, quiet=True)
     for rewards, message in (
         (REWARDS[:1], "has no sessions (events.jsonl), which the reward interaction reads"),
         (REWARDS[-1:], "has no title of 1 of 30 items (items.jsonl), for example 3"),
@@ -143,7 +142,7 @@ def test_what_rewards_need_of_the_data_is_named(tmp_path):
         materials.data.events = materials.splits.impression_counts = None
         del materials.data.item_features[3]
         with pytest.raises(ValueError, match=re.escape(message)):
-            build_rewards(workshop, materials, None, tmp_path)
+            check_signals(materials)
 
 
 def test_a_missing_reward_function_is_named(tmp_path):

@@ -1,0 +1,61 @@
+"""Sections of a recipe that have fields of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def setting(default: Any, help: str) -> Any:
+    return field(default_factory=lambda: default, metadata={"help": help})
+
+
+def primary_cutoff(ks: Sequence[int]) -> int:
+    """The cut-off that chooses checkpoints and fills the table: 10, or the largest where 10 is not measured."""
+    return 10 if 10 in ks else max(ks)
+
+
+@dataclass
+class DataSection:
+    k_core: int | None = setting(None, "drop users and items with fewer interactions; null: take the data as it is")
+    max_history_items: int = setting(20, "items of a history that models see, the last ones")
+    shop: dict = setting({}, "fields of gflowtrl.data.SyntheticShop, used where data_dir is null")
+
+
+@dataclass
+class EvaluationSection:
+    """How policies are measured.
+
+    Raises:
+        ValueError: a number is out of its range, or the beam is narrower than the lists are long.
+    """
+
+    num_beams: int = setting(20, "width of the constrained beam search")
+    ks: list[int] = setting([5, 10, 20], "cut-offs of the metrics")
+    batch_size: int = setting(256, "prompts decoded together")
+    users: int | None = setting(None, "how many users are measured, chosen at random, the same in all runs; null: all")
+    bootstrap_samples: int = setting(10_000, "resamples of users for the interval of GFlowNet minus control")
+    calibration_rows: int | None = setting(
+        None, "training and test rows on which policies are compared with R/Z; null: 64 where that is quick; 0: none"
+    )
+
+    def __post_init__(self) -> None:
+        for name, low, otherwise in (
+            ("num_beams", 1, ""), ("batch_size", 1, ""), ("bootstrap_samples", 2, ""),
+            ("users", 1, ", or null for all users"), ("calibration_rows", 0, ", which is for none"),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"evaluation.{name} is {value}; give at least {low}{otherwise}.")
+        if not self.ks or min(self.ks) < 1:
+            raise ValueError(f"evaluation.ks is {self.ks}; give lengths of lists, each at least 1.")
+        if self.num_beams < max(self.ks):
+            raise ValueError(
+                f"evaluation.num_beams is {self.num_beams}, but a list of {max(self.ks)} (evaluation.ks) needs at "
+                f"least as many beams."
+            )
+
+    @property
+    def primary_k(self) -> int:
+        return primary_cutoff(self.ks)
