@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+from gflowtrl.compat import parser_actions
+
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, as those of the commands are."""
@@ -47,11 +49,11 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
         content = read_yaml(config)
         known = {
             name: action
-            for action in parser._actions
+            for action in parser_actions(parser)
             for name in (action.dest, *(option.lstrip("-") for option in action.option_strings))
         }
         check_names(content, known.keys() - {"h", "help", "config"}, config)
-        for name in content.keys() & {action.dest for action in parser._actions if not action.option_strings}:
+        for name in content.keys() & {action.dest for action in parser_actions(parser) if not action.option_strings}:
             _set_positional(known[name], content.pop(name))
         # As words of a command line, so that they are checked as such; those that follow win.
         arguments = [*_as_words(content, known), *arguments]

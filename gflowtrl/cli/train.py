@@ -70,7 +70,8 @@ def _train(words: list[str], command: str) -> int:
 def _launch(launcher: list[str], words: list[str]) -> int:
     """`accelerate launch`, as TRL's own command does it."""
     import torch
-    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    from gflowtrl.compat import launch_command, launch_command_parser
 
     if not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # --cpu would start one process, whatever --num_processes says

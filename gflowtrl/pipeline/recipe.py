@@ -193,8 +193,7 @@ class Recipe:
     @cached_property
     def encoder_decoder(self) -> bool:
         """Whether the model is one (T5, say), and not a causal language model."""
-        from transformers import AutoConfig
-        from transformers.models.auto import CONFIG_MAPPING
+        from transformers import CONFIG_MAPPING, AutoConfig
 
         if self.model.get("model_name_or_path"):
             return AutoConfig.from_pretrained(**self.pretrained).is_encoder_decoder
@@ -257,7 +256,7 @@ class Recipe:
         return kind(output_dir=str(output_dir), seed=self.seed, **{**values, **check_types(kind, section, stage)})
 
     def _check_model(self) -> None:
-        from transformers.models.auto import CONFIG_MAPPING
+        from transformers import CONFIG_MAPPING
 
         if "model_name_or_path" in self.model:
             if self.model.get("new_tokens", "random") not in ("random", "titles"):

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import str_to_bool
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from gflowtrl.catalog import ItemCatalog
+from gflowtrl.compat import TrainableTokensWrapper
 from gflowtrl.policy import merge_tied_embeddings, whole_models
 from gflowtrl.policy.modules import mix_in
 
