@@ -16,7 +16,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 
@@ -83,6 +83,26 @@ def __getattr__(name: str) -> Any:
             f"Install a version of {library} that gflowtrl was tested with (setup.cfg); "
             f"gflowtrl/compat.py is the one file to adapt."
         ) from error
+
+
+def require(library: str, version: str, feature: str) -> None:
+    """Refuse a feature that older releases of a library compute wrongly, where all else works with them.
+
+    Args:
+        library: its name on the package index.
+        version: the first release with which the feature passes our tests.
+        feature: what needs it, as the subject of a sentence.
+
+    Raises:
+        ValueError: an older version is installed.
+    """
+    from accelerate.utils import compare_versions
+
+    if compare_versions(library, "<", version):
+        raise ValueError(
+            f"{feature} needs {library} {version} or newer, and {metadata.version(library)} is installed: "
+            f"pip install '{library}>={version}'."
+        )
 
 
 # --------------------------------------------------------------------------------------------------- transformers

@@ -25,7 +25,8 @@ from transformers.integrations import deepspeed as zero
 import gflowtrl
 from gflowtrl import APAOTrainer, GFlowNetTrainer, compat
 from gflowtrl.pipeline.training import Seq2SeqSFTStage, SFTStage
-from tests.tiny import tiny_model, tiny_seq2seq
+from gflowtrl.policy import make_policy, placement
+from tests.tiny import catalog_of, random_paths, tiny_model, tiny_seq2seq
 
 
 PACKAGE = Path(gflowtrl.__file__).parent
@@ -112,6 +113,24 @@ def test_adapter_folders_are_recognised(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ functions
+def test_a_feature_that_needs_a_newer_version_is_refused():
+    compat.require("transformers", "5.0", "Anything")
+    with pytest.raises(ValueError, match=r"^A dream needs transformers 99.1 or newer, and \d.* is installed: pip"):
+        compat.require("transformers", "99.1", "A dream")
+
+
+def test_what_older_versions_of_transformers_compute_wrongly_is_refused(monkeypatch):
+    def refuse(library, version, feature):
+        raise ValueError(f"{feature} needs {library} {version}")
+
+    catalog = catalog_of(random_paths(6))
+    models = {kind: tiny_seq2seq(40, kind) for kind in ("umt5", "bart")}
+    monkeypatch.setattr(placement, "require", refuse)
+    make_policy(models["bart"], catalog)
+    with pytest.raises(ValueError, match="encoder-decoder of kind 'umt5' needs transformers 5.18"):
+        make_policy(models["umt5"], catalog)
+
+
 def test_attention_implementation_is_what_was_asked_for():
     assert [compat.attention_implementation(tiny_model(40, attention=a).config) for a in ("sdpa", "eager")] == [
         "sdpa",

@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftModel, load_peft_weights
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from gflowtrl.compat import find_adapter_config_file, set_name_or_path, whole_models
+from gflowtrl.compat import find_adapter_config_file, require, set_name_or_path, whole_models
 
 
 # Arguments of `from_pretrained` that say where the files lie, and so hold for the configuration as for the model.
@@ -30,7 +30,8 @@ def load_backbone(name: str | os.PathLike, **model_kwargs: Any) -> PreTrainedMod
 
     Raises:
         OSError: there is no such model.
-        ValueError: the adapters are prompts (prompt tuning, say), which cannot be merged.
+        ValueError: the adapters are prompts (prompt tuning, say), which cannot be merged; or the base is quantised,
+            and the installed version of transformers would leave out the adapters' item tokens.
     """
     where = {key: model_kwargs[key] for key in _WHERE if key in model_kwargs}
     if find_adapter_config_file(name, **where) is not None:
@@ -58,6 +59,7 @@ def _load_adapted(name: str | os.PathLike, where: dict[str, Any], model_kwargs: 
     model = load_backbone(adapters.base_model_name_or_path, **options)
     _resize_embeddings(model, load_peft_weights(name, device="cpu", **where))
     if getattr(model, "hf_quantizer", None) is not None:
+        require("transformers", "5.18", "A folder of adapters on a quantised model")  # it loads the item tokens
         model.load_adapter(os.fspath(name), adapter_kwargs=where)
         return model
     frozen = {key for key, parameter in model.named_parameters() if not parameter.requires_grad}
