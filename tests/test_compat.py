@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import compare_versions
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel, Trainer
 from transformers.integrations import deepspeed as zero
@@ -221,6 +222,8 @@ def test_bitsandbytes_is_silenced_by_the_command_only():
 # ------------------------------------------------------------------------------------------------------ overrides
 @pytest.mark.parametrize(("base", "name"), OVERRIDES, ids=lambda value: value.rpartition(":")[2])
 def test_what_is_overridden_is_still_there(base, name):
+    if name == "_send_telemetry" and compare_versions("trl", "<", "1.6"):
+        pytest.skip("older releases of trl send no telemetry")
     owner, expected = base_class(base), compat.OVERRIDES[base][name]
     assert hasattr(owner, name), f"{base} has no {name} any more; what calls it, and what in gflowtrl overrides it?"
     if expected is None:
@@ -238,7 +241,7 @@ def test_overriding_methods_can_be_called_as_the_base_calls_them(trainer):
         for base, names in compat.OVERRIDES.items():
             for name in vars(cls).keys() & names.keys() if issubclass(trainer, base_class(base)) else ():
                 expected = names[name]
-                if expected is None:
+                if expected is None or not hasattr(base_class(base), name):  # the test above says so
                     continue
                 ours = parameters(vars(cls)[name])
                 assert tuple(p.name for p in ours) == expected, f"{cls.__qualname__}.{name}"
