@@ -62,6 +62,8 @@ def _load_adapted(name: str | os.PathLike, where: dict[str, Any], model_kwargs: 
         require("transformers", "5.18", "A folder of adapters on a quantised model")  # it loads the item tokens
         model.load_adapter(os.fspath(name), adapter_kwargs=where)
         return model
+    if model.config.is_encoder_decoder:
+        require("peft", "0.21.2", "Adapters on an encoder-decoder")
     frozen = {key for key, parameter in model.named_parameters() if not parameter.requires_grad}
     model = PeftModel.from_pretrained(model, name, **where).merge_and_unload()
     for key, parameter in model.named_parameters():  # PEFT has frozen all of them
