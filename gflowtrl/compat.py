@@ -121,7 +121,7 @@ def carries_adapters(model: nn.Module) -> bool:
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
-def tied_weights(model: nn.Module) -> dict[str, str]:
+def tied_weights(model: object) -> dict[str, str]:
     """Names of a model's tied weights, each with the name of the weight that it is tied to."""
     return getattr(model, "all_tied_weights_keys", None) or {}
 
