@@ -27,7 +27,7 @@ help:
 	@echo "make demo   train, fine-tune and compare a small recommender on the synthetic shop (CPU, a few minutes)"
 	@echo "make test   run the tests"
 	@echo "make test-lowest   run some of them with the oldest versions that setup.cfg allows"
-	@echo "make lint   check style and format with ruff"
+	@echo "make lint   check style and format with ruff, and the types of the core with basedpyright"
 	@echo "make docs   build the documentation into docs/_build/html, with warnings as errors"
 	@echo "make clean  remove both environments and the documentation"
 
@@ -46,6 +46,7 @@ test-lowest: $(LOWEST)/.installed
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
 
 # -E reads every page anew: what is in the library may have changed, and pages are made of it.
 docs: .venv/.docs-installed

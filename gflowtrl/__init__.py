@@ -3,12 +3,15 @@
 Public names are imported on first use, so that `import gflowtrl` costs nothing and loads neither torch nor trl.
 """
 
-import logging
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 
-# Where bitsandbytes is installed, importing PEFT makes it warn of a kernel that nothing here needs.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+if TYPE_CHECKING:  # type checkers and editors do not see what __getattr__ finds
+    from .catalog import ItemCatalog, PrefixTree
+    from .policy import CausalTreePolicy, Seq2SeqTreePolicy, make_policy
+    from .recommender import Recommender
+    from .trainer import APAOConfig, APAOTrainer, GFlowNetConfig, GFlowNetTrainer
 
 __version__ = "0.1.0.dev0"
 
@@ -25,7 +28,19 @@ _HOMES = {
     "make_policy": "policy",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = [
+    "APAOConfig",
+    "APAOTrainer",
+    "CausalTreePolicy",
+    "GFlowNetConfig",
+    "GFlowNetTrainer",
+    "ItemCatalog",
+    "PrefixTree",
+    "Recommender",
+    "Seq2SeqTreePolicy",
+    "__version__",
+    "make_policy",
+]
 
 
 def __getattr__(name: str) -> object:

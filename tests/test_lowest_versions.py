@@ -40,6 +40,9 @@ def test_every_requirement_is_pinned_to_the_lowest_version_that_it_allows():
         (pin,) = constraints[requirement.name].specifier
         assert pin.operator == "=="
         assert pin.version in requirement.specifier
+        if requirement.name == "torch":  # not tested as far down as the code allows
+            assert Version(pin.version) == Version("2.13")
+            continue
         lower = [Version(part.version) for part in requirement.specifier if part.operator == ">="]
         assert lower == [Version(pin.version)], requirement
 

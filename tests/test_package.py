@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import gflowtrl
+from gflowtrl import compat
 
 
 PACKAGE = Path(gflowtrl.__file__).parent
@@ -21,6 +22,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
 
 # DESIGN: imports go one way, from the right to the left.
 LAYERS = (
+    {"compat"},
     {"catalog"},
     {"data", "policy", "semantic_ids", "teachers"},
     {"rewards", "samplers", "losses", "metrics"},
@@ -113,9 +115,31 @@ def test_no_files_import_each_other():
 
 
 def test_trl_is_imported_by_training_code_only():
+    of_trl = {f"gflowtrl.compat.{name}" for name, (module, _) in compat.NAMES.items() if module.startswith("trl.")}
     for path in MODULES:
-        if room_of(path) not in TRAINING_ROOMS:
-            assert not [name for name in imports_of(path) if name.split(".")[0] == "trl"], path
+        if room_of(path) not in TRAINING_ROOMS | {"compat"}:  # compat imports it when one of these names is asked for
+            assert not [n for n in imports_of(path) if n.split(".")[0] == "trl" or n in of_trl], path
+
+
+def test_importing_the_package_changes_no_logger():
+    code = (
+        "import logging\n"
+        "def refuse(*_): raise AssertionError('a logger was changed')\n"
+        "logging.Logger.setLevel = logging.Logger.addHandler = logging.Logger.addFilter = refuse\n"
+        "logging.disable = logging.basicConfig = refuse\n"
+        "import gflowtrl, gflowtrl.compat, gflowtrl.cli; dir(gflowtrl)\n"
+        "named = [name for name in logging.root.manager.loggerDict if not name.startswith('gflowtrl')]\n"
+        "assert not named, named\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+def test_type_checkers_see_every_public_name():
+    (branch,) = (node for node in TREES[PACKAGE / "__init__.py"].body if isinstance(node, ast.If))
+    told = {alias.name: node.module for node in branch.body for alias in node.names}
+    assert told == gflowtrl._HOMES
+    assert gflowtrl.__all__ == sorted(gflowtrl.__all__) and set(gflowtrl.__all__) == {"__version__", *told}
+    assert (PACKAGE / "py.typed").is_file()
 
 
 def test_what_is_imported_is_required():

@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from gflowtrl.compat import parser_actions
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are those of the commands: `guarded` prints them as one line."""
@@ -44,7 +46,7 @@ def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     if config is not None:
         from gflowtrl.pipeline.configuration import check_names, read_yaml
 
-        actions = {name.lstrip("-"): a for a in parser._actions for name in (a.dest, *a.option_strings)}
+        actions = {name.lstrip("-"): a for a in parser_actions(parser) for name in (a.dest, *a.option_strings)}
         content = read_yaml(config)
         check_names(content, actions.keys() - {"h", "help", "config"}, config)
         words = [word for name, value in content.items() for word in _as_words(actions[name], value)]

@@ -10,8 +10,8 @@ from typing import get_type_hints
 
 import torch
 from accelerate import PartialState
-from accelerate.commands.launch import launch_command, launch_command_parser
 
+from gflowtrl.compat import launch_command, launch_command_parser
 from gflowtrl.pipeline import Recipe, load_recipe, run
 from gflowtrl.pipeline.configuration import find_file, known_files, recipe_folder
 from gflowtrl.pipeline.memory import keep_freed_memory

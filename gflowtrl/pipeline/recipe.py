@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig, Seq2SeqTrainingArguments
-from transformers.models.auto import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoConfig, Seq2SeqTrainingArguments
 from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, SFTConfig
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, ProgressCallback, Seq2SeqTrainer, Trainer, TrainerCallback, set_seed
 from trl import SFTTrainer
 
+from gflowtrl.compat import TrainableTokensWrapper
 from gflowtrl.data import TargetCollator, sft_dataset, text_sft_dataset
 from gflowtrl.policy import load_backbone, merge_tied_embeddings
 from gflowtrl.policy.modules import innermost

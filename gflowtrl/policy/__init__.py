@@ -3,8 +3,9 @@
 from torch import nn
 
 from gflowtrl.catalog import ItemCatalog
+from gflowtrl.compat import whole_models
 
-from .backbone import load_backbone, merge_tied_embeddings, whole_models
+from .backbone import load_backbone, merge_tied_embeddings
 from .base import Prompts, TreePolicy
 from .causal import CausalTreePolicy
 from .heads import attach_flow_heads, has_flow_heads

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-from peft import PeftConfig, PeftModel
-from peft.utils import load_peft_weights
+from peft import PeftConfig, PeftModel, load_peft_weights
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
-from transformers.integrations import deepspeed as zero
-from transformers.utils.peft_utils import find_adapter_config_file
+
+from gflowtrl.compat import find_adapter_config_file, require, set_name_or_path, whole_models
 
 
 # Arguments of `from_pretrained` that say where the files lie, and so hold for the configuration as for the model.
@@ -32,7 +30,8 @@ def load_backbone(name: str | os.PathLike, **model_kwargs: Any) -> PreTrainedMod
 
     Raises:
         OSError: there is no such model.
-        ValueError: the adapters are prompts (prompt tuning, say), which cannot be merged.
+        ValueError: the adapters are prompts (prompt tuning, say), which cannot be merged; or the base is quantised,
+            and the installed version of transformers would leave out the adapters' item tokens.
     """
     where = {key: model_kwargs[key] for key in _WHERE if key in model_kwargs}
     if find_adapter_config_file(name, **where) is not None:
@@ -60,14 +59,17 @@ def _load_adapted(name: str | os.PathLike, where: dict[str, Any], model_kwargs: 
     model = load_backbone(adapters.base_model_name_or_path, **options)
     _resize_embeddings(model, load_peft_weights(name, device="cpu", **where))
     if getattr(model, "hf_quantizer", None) is not None:
+        require("transformers", "5.18", "A folder of adapters on a quantised model")  # it loads the item tokens
         model.load_adapter(os.fspath(name), adapter_kwargs=where)
         return model
+    if model.config.is_encoder_decoder:
+        require("peft", "0.21.2", "Adapters on an encoder-decoder")
     frozen = {key for key, parameter in model.named_parameters() if not parameter.requires_grad}
     model = PeftModel.from_pretrained(model, name, **where).merge_and_unload()
     for key, parameter in model.named_parameters():  # PEFT has frozen all of them
         parameter.requires_grad_(key not in frozen)
     # The base of adapters that are put on it next: not the base below, which knows nothing of these.
-    model.name_or_path = model.config._name_or_path = os.fspath(name)
+    set_name_or_path(model, name)
     return model
 
 
@@ -91,25 +93,6 @@ def _as_if_never_quantised(model: PreTrainedModel) -> PreTrainedModel:
     plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config
     return plain.eval()
-
-
-@contextmanager
-def whole_models() -> Iterator[None]:
-    """Within, models are loaded and adapted whole in every process, where ZeRO-3 or FSDP would have them in parts.
-
-    Meant for models that no engine will take over: frozen ones, and those that are evaluated.
-    """
-    kept, efficient = zero._hf_deepspeed_config_weak_ref, os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")
-    zero.unset_hf_deepspeed_config()
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    try:
-        yield
-    finally:
-        if kept is not None and kept() is not None:
-            zero.set_hf_deepspeed_config(kept())
-        os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING")
-        if efficient is not None:
-            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = efficient
 
 
 def merge_tied_embeddings(model: PreTrainedModel) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gflowtrl.catalog import ItemCatalog, PrefixTree
+from gflowtrl.compat import attention_implementation
 
 from .branches import Branches, merge_branches, places, put
 from .heads import has_flow_heads
@@ -46,8 +47,7 @@ class TreePolicy(ABC):
     """
 
     def __init__(self, model: nn.Module, catalog: ItemCatalog):
-        config = getattr(innermost(model), "config", None)
-        implementation = getattr(config, "_attn_implementation", None) or ""
+        implementation = attention_implementation(getattr(innermost(model), "config", None))
         if "flash" in implementation:
             raise ValueError(
                 f"The model uses {implementation!r} attention, which takes no 4-D mask. Load it with "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from gflowtrl.catalog import ItemCatalog
+from gflowtrl.compat import is_stateful
 
 from .base import Prompts, TreePolicy
 from .branches import Branches
@@ -27,7 +28,7 @@ def check_causal(model: nn.Module) -> None:
             branches would see each other whatever the mask says; or its forward takes no `position_ids`.
     """
     model = innermost(model)
-    if getattr(model, "_is_stateful", False):
+    if is_stateful(model):
         reason = "carries a state from token to token, past the attention mask"
     elif "position_ids" not in forward_parameters(model):
         reason = "takes no position_ids"

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
+
+from gflowtrl.compat import TrainableTokensLayer, TrainableTokensWrapper
 
 from .modules import innermost, mix_in
 

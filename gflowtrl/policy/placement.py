@@ -21,6 +21,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gflowtrl.compat import require
+
 from .modules import innermost, mix_in
 
 
@@ -78,12 +80,14 @@ def place_branches(model: nn.Module) -> None:
     """Teach an encoder-decoder the keyword `branch_positions`, in place. A second call changes nothing.
 
     Raises:
-        ValueError: a kind of model for which nobody has checked that branches are placed exactly.
+        ValueError: a kind of model for which nobody has checked that branches are placed exactly, or one whose
+            attention in the installed version of transformers does not do what its mask says.
     """
     model = innermost(model)
     kind = model.config.model_type
     decoder = model.get_decoder() if kind in RELATIVE + ABSOLUTE else None
     if kind in RELATIVE:
+        require("transformers", "5.18", f"A tree policy on an encoder-decoder of kind {kind!r}")
         for module in list(decoder.modules()):
             if getattr(module, "has_relative_attention_bias", False) and not isinstance(module, _PlacedAttention):
                 mix_in(_PlacedAttention, module)

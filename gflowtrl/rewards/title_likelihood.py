@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from gflowtrl.catalog import Item, ItemCatalog
+from gflowtrl.compat import attention_implementation
 from gflowtrl.data import Step
 from gflowtrl.policy.modules import cache_argument, forward_parameters, model_dtype
 from gflowtrl.policy.packing import (
@@ -72,10 +73,11 @@ class TitleLikelihoodReward(Reward):
     ):
         super().__init__("title_likelihood")
         check_title_options(template, max_history_items, max_title_words, normalise, batch_size)
-        if model.config.is_encoder_decoder or "flash" in (model.config._attn_implementation or ""):
+        attention = attention_implementation(model.config)
+        if model.config.is_encoder_decoder or "flash" in attention:
             raise ValueError(
                 f"TitleLikelihoodReward reads causal language models with attn_implementation='sdpa' or 'eager', not "
-                f"{type(model).__name__} with {model.config._attn_implementation!r}."
+                f"{type(model).__name__} with {attention!r}."
             )
         self.model, self.text_tokenizer = model, tokenizer
         self.titles, self.template = titles, template

@@ -132,12 +132,12 @@ def load_teacher(directory: str | Path) -> TeacherModule:
 class CallableTeacher:
     """Any function `histories -> (B, len(items))` (tensor, array or nested lists) as a teacher."""
 
-    def __init__(self, function: Callable[[Sequence[History]], Any], items: Sequence[Item]) -> None:
+    def __init__(self, function: Callable[[list[list[Item]]], Any], items: Sequence[Item]) -> None:
         self.items = list(items)
         self.function = function
 
     def score(self, histories: Sequence[History]) -> Tensor:
-        scores = torch.as_tensor(self.function(histories), dtype=torch.float32)
+        scores = torch.as_tensor(self.function([list(history) for history in histories]), dtype=torch.float32)
         expected = (len(histories), len(self.items))
         if tuple(scores.shape) != expected:
             raise ValueError(
@@ -170,7 +170,7 @@ class ReorderedTeacher:
         return scores[:, self.columns.to(scores.device)]
 
 
-def as_teacher(teacher: Teacher | Callable[[Sequence[History]], Any], items: Sequence[Item]) -> Teacher:
+def as_teacher(teacher: Teacher | Callable[[list[list[Item]]], Any], items: Sequence[Item]) -> Teacher:
     """Makes a teacher over exactly `items`, in that order (usually `catalog.items`), of a teacher or a callable.
 
     A teacher that has these items already is returned as it is; one with another order, or with more items, is

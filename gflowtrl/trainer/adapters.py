@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import str_to_bool
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from gflowtrl.catalog import ItemCatalog
+from gflowtrl.compat import TrainableTokensWrapper, require
 from gflowtrl.policy import merge_tied_embeddings, whole_models
 from gflowtrl.policy.modules import mix_in
 
@@ -41,6 +41,8 @@ def add_adapters(
         catalog: whose tokens.
         train_item_tokens: False leaves the embeddings frozen.
     """
+    if model.config.is_encoder_decoder:
+        require("peft", "0.21.2", "Adapters on an encoder-decoder")
     config: Any = copy.deepcopy(peft_config)
     if train_item_tokens and hasattr(config, "trainable_token_indices") and not _has_its_own_way(config, model):
         tokens = catalog.tree.tokens.tolist()

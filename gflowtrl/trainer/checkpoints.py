@@ -11,9 +11,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from gflowtrl.compat import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
 from gflowtrl.policy.modules import copy_whole
 
 

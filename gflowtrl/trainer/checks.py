@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gflowtrl.catalog import ItemCatalog
+from gflowtrl.compat import carries_adapters
 from gflowtrl.data import PromptEncoder, check_column_names
 
 
@@ -41,7 +42,7 @@ def check_model(model: PreTrainedModel, catalog: ItemCatalog, max_shared_prompts
 def check_trainable(model: PreTrainedModel, new_adapters: bool) -> None:
     """Adapters that lie on a model without being merged are frozen, and lost where new ones are put in their place."""
     trainable = any(parameter.requires_grad for parameter in model.parameters())
-    if getattr(model, "_hf_peft_config_loaded", False) and (new_adapters or not trainable):
+    if carries_adapters(model) and (new_adapters or not trainable):
         raise ValueError(
             f"{type(model).__name__} carries adapters that are not merged into it, so that it cannot be trained on. "
             f"Give the folder of adapters as the model, without a quantization_config: they are merged then."

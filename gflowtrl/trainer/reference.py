@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
 from gflowtrl.catalog import ItemCatalog
+from gflowtrl.compat import empty_model_like, prepare_deepspeed, prepare_fsdp
 from gflowtrl.policy import Prompts, TreePolicy, load_backbone, make_policy
 from gflowtrl.policy.modules import evaluation_mode
 
@@ -131,7 +131,7 @@ def _copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy; of a model that ZeRO-3 has loaded in shards, one in the same shards."""
     if not any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):
         return copy.deepcopy(model)
-    other = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    other = empty_model_like(model, copy.deepcopy(model.config))
     for own, copied in zip(model.parameters(), other.parameters(), strict=True):
         getattr(copied, "ds_tensor").copy_(getattr(own, "ds_tensor"))  # noqa: B009 - DeepSpeed's attribute
     return other

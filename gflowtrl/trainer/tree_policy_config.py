@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
-from trl.trainer.base_config import _BaseConfig
 
+from gflowtrl.compat import TRLConfig
 from gflowtrl.losses import LossSpec, get_loss
 
 
@@ -44,7 +44,7 @@ _BOUNDS: dict[str, Callable[[float], bool]] = {
 
 
 @dataclass
-class TreePolicyConfig(_BaseConfig):
+class TreePolicyConfig(TRLConfig):
     r"""
     Configuration of [`TreePolicyTrainer`], beside everything in `transformers.TrainingArguments`.
 
@@ -148,7 +148,7 @@ class TreePolicyConfig(_BaseConfig):
     )
     remove_unused_columns: bool = option(False, "Must stay False: rewards see all columns.")
 
-    _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "loss_kwargs"]
+    _VALID_DICT_FIELDS = TRLConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "loss_kwargs"]
     _bounds: ClassVar[dict[str, str]] = {
         "num_generations": "at least 1",
         "temperature": "a finite number greater than 0",
@@ -251,7 +251,7 @@ class TreePolicyConfig(_BaseConfig):
     def _check_values(self) -> None:
         """Each field by itself: one of its choices, within its bounds."""
         for entry in fields(self):
-            if entry.name in _BaseConfig.__dataclass_fields__:
+            if entry.name in TRLConfig.__dataclass_fields__:
                 continue  # transformers checks its own
             value, choices = getattr(self, entry.name), entry.metadata.get("choices")
             if choices is not None and value is not None and value not in choices:

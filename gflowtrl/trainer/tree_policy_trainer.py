@@ -19,9 +19,9 @@ from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
-from trl.trainer.base_trainer import _BaseTrainer
 
 from gflowtrl.catalog import Item, ItemCatalog
+from gflowtrl.compat import TRLTrainer, tied_weights
 from gflowtrl.data import GroupCollator, PrefixGroupedEpochSampler, PromptEncoder, Step, prefix_groups
 from gflowtrl.losses import LossInputs, LossSpec, PrefixWeights
 from gflowtrl.policy import (
@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 HEADS_FILE = "flow_heads.safetensors"
 
 
-class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseTrainer):
+class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, TRLTrainer):
     """Trains a generative recommender, read as a policy on the prefix tree, by losses on drawn trajectories.
 
     For every prompt K trajectories are drawn by the sampler, scored by the policy in one packed forward together with
@@ -340,7 +340,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, _BaseT
         output_dir = output_dir or str(self.args.output_dir)
         state_dict, heads = split_heads(self.model.state_dict() if state_dict is None else state_dict)
         # DeepSpeed hands over a copy of a tied weight under each of its names; it is saved under the first.
-        for name, first in getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", {}).items():
+        for name, first in tied_weights(self.accelerator.unwrap_model(self.model)).items():
             if first in state_dict:
                 state_dict.pop(name, None)
         super()._save(output_dir, state_dict)

@@ -10,7 +10,7 @@ from gflowtrl import GFlowNetConfig, GFlowNetTrainer, Recommender
 from gflowtrl.policy import load_backbone, make_policy
 from gflowtrl.rewards import CollaborativeReward, GroundTruthReward
 from gflowtrl.trainer.adapters import add_adapters, embedding_names
-from tests.tiny import tiny_model, tiny_seq2seq
+from tests.tiny import needs_transformers, tiny_model, tiny_seq2seq
 
 from .world import TOKENIZER, make_catalog, make_rows, make_trainer, teacher, weights
 
@@ -171,6 +171,7 @@ def test_adapters_on_a_base_that_had_fewer_tokens(tmp_path, kind):
 
 def test_adapters_on_a_quantised_base_recommend_but_are_not_trained_on(tmp_path):
     pytest.importorskip("bitsandbytes")
+    needs_transformers("5.18", "adapters on a quantised model")
     folder = adapters_on(tmp_path / "base", tmp_path / "first")
     options = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     recommender = Recommender.from_pretrained(folder, **options)

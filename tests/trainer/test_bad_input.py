@@ -146,6 +146,7 @@ CONFIGURATION = [
     ({"loss_type": "sft,vargrad", "loss_weights": [1.0]}, "loss_weights has 1 entries and loss_type 2"),
     ({"loss_type": []}, "loss_type is empty"),
     ({"loss_type": "ppo"}, "no loss 'ppo'; the known losses are"),
+    ({"loss_type": "sft,vargrad,sft"}, "names a loss twice; name it once, with its whole weight"),
     ({"loss_reduction": "max"}, "loss_reduction is 'max'; choose 'mean' or 'sum'"),
     ({"reward_transform": "log"}, "reward_transform is 'log'"),
     ({"leaf_reduction": "mean"}, "leaf_reduction is 'mean'"),

@@ -85,8 +85,9 @@ def test_the_prior_changes_log_r_by_log_pi_ref_alone(tmp_path, loss_type):
         change = groups[1].reward.result.log_rewards - groups[0].reward.result.log_rewards
         torch.testing.assert_close(change, WEIGHT * log_ref, rtol=0, atol=1e-4)
     else:  # a sampler that draws by reward draws by R alone
-        first, second = (group.reward.sample(16, fixed_noise(group.step)) for group in groups)
+        first, second = (group.reward.sample(1000, fixed_noise(group.step), temperature=5.0) for group in groups)
         assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+        assert all(len(row.unique()) == LEAVES for row in first[0])
 
 
 def test_without_a_reference_it_is_the_model_before_training_and_stays_so(tmp_path):

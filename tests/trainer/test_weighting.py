@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gflowtrl.data import Step
-from gflowtrl.losses import LOSSES, contrastive_balance, trajectory_balance, vargrad
+from gflowtrl.losses import LOSSES, LossInputs, contrastive_balance, trajectory_balance, vargrad
 from gflowtrl.policy import make_policy
 from gflowtrl.samplers import Sampler, Trajectories
 from gflowtrl.trainer.weighting import effective_number, source_table, weights_by_reward, weights_by_source
@@ -65,8 +65,8 @@ def test_weights_keep_the_fixed_point(name):
     flows = tree.log_flows(log_rewards)
     policy = TabularPolicy(tree, flows.clone().requires_grad_())
     leaves = torch.randint(tree.num_leaves, (2, 6), generator=generator)
-    scores = policy.score(leaves, flows) | {"log_z": flows[:, 0]}
-    loss = (weights_by_reward(log_rewards.gather(1, leaves)) * LOSSES[name](scores)).sum()
+    inputs = LossInputs(**policy.score(leaves, flows), log_z=flows[:, 0])
+    loss = (weights_by_reward(log_rewards.gather(1, leaves)) * LOSSES[name](inputs)).sum()
     assert torch.autograd.grad(loss, policy.logits)[0].abs().max() < 1e-12
 
 
