@@ -10,8 +10,8 @@ the same command continues where it stopped. The command `gflowtrl train` is the
 
 import sys
 
-from gflowtrl.cli.train import main
+from gflowtrl.cli import main
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(["train", *sys.argv[1:]]))
