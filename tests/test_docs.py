@@ -135,7 +135,8 @@ def test_the_reference_says_where_the_names_of_gflowtrl_are_described():
 def test_choosing_has_every_loss_reward_and_sampler():
     text = (ROOT / "docs" / "choosing.md").read_text()
     tables = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
-    built_in = [name for name in rewards.__all__ if name.endswith("Reward") and name != "Reward"]
+    classes = {name: value for name in rewards.__all__ if isinstance(value := getattr(rewards, name), type)}
+    built_in = [name for name, value in classes.items() if issubclass(value, rewards.Reward) and name != "Reward"]
     for heading, names in {"Losses": LOSSES, "Rewards": built_in, "Samplers": SAMPLERS}.items():
         first = " ".join(row.split("|")[1] for row in tables[heading].splitlines() if row.startswith("|"))
         assert set(re.findall(r"`(\w+)`", first)) - {"loss_type"} == set(names), heading
