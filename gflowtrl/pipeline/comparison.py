@@ -12,7 +12,6 @@ from textwrap import fill
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 from gflowtrl.metrics import paired_bootstrap
@@ -196,6 +195,8 @@ def plot_comparison(
         differences: title of a row to what `difference` gives.
         against: the title of the row that the others are compared with.
     """
+    from matplotlib.figure import Figure  # slow to import, and rarely needed
+
     panels = 2 if differences else 1
     figure = Figure(figsize=(7 * panels, 4.5 + 0.15 * len(rows)), layout="constrained")
     axes, *beside = figure.subplots(1, panels, squeeze=False)[0]

@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 from .sections import primary_cutoff
 
@@ -163,6 +165,8 @@ def _name(axes: Axes, x: str, y: str) -> None:
 
 
 def _figure(width: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure  # slow to import, and rarely needed
+
     figure = Figure(figsize=(width, 4.5), layout="constrained")
     figure.get_layout_engine().set(wspace=0.06)
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])

@@ -5,13 +5,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
+
+
+if TYPE_CHECKING:
+    from sklearn.feature_extraction.text import TfidfVectorizer
 
 
 class Embedder(ABC):
@@ -67,6 +69,8 @@ class TfidfEmbedder(Embedder):
         Raises:
             ValueError: if fewer than three texts or two words are there to tell items apart.
         """
+        from sklearn.decomposition import TruncatedSVD  # slow to import, and rarely needed
+
         tfidf = _vectorizer()  # a loaded one would keep to the words that it has
         try:
             weights = tfidf.fit_transform(texts)
@@ -98,7 +102,9 @@ class TfidfEmbedder(Embedder):
         return embedder
 
 
-def _vectorizer() -> TfidfVectorizer:
+def _vectorizer() -> "TfidfVectorizer":
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     return TfidfVectorizer(min_df=2, sublinear_tf=True)
 
 

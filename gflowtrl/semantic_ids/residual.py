@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from .vectors import as_vectors
@@ -124,6 +123,8 @@ class ResidualKMeans(ResidualQuantizer):
     seed: int = 0
 
     def fit_encode(self, vectors: Tensor | np.ndarray) -> Tensor:
+        from sklearn.cluster import KMeans  # slow to import, and rarely needed
+
         residual = self.check_vectors(vectors)
         codebooks, codes = [], []
         for _ in range(self.num_levels):

@@ -9,7 +9,6 @@ import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from sklearn.decomposition import TruncatedSVD
 from torch import Tensor
 
 from gflowtrl.catalog import Item
@@ -82,6 +81,8 @@ def cooccurrence_vectors(
     Raises:
         ValueError: if an item is given twice or is missing in `items`, or no user took two items.
     """
+    from sklearn.decomposition import TruncatedSVD  # slow to import, and rarely needed
+
     index = index_items(items)
     try:
         columns, starts = flatten(train_sequences, index)

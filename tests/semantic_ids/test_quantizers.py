@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.cluster import KMeans
 
 from gflowtrl.semantic_ids import RQVAE, ResidualKMeans
 from gflowtrl.semantic_ids.residual import assign_within, nearest_codes
