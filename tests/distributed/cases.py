@@ -53,6 +53,12 @@ class Case:
         return "-".join(words).replace(" ", "")
 
 
+#: What every engine resumes.
+RESUMED = [
+    Case("sft,trajectory_balance", "llama"), Case("detailed_balance", "t5", adapters=True),
+    Case("vargrad", "qwen3", adapters=True), Case("vargrad", "t5"),
+]  # fmt: skip
+
 #: A sampler with a memory: a replay buffer, shares that follow the residuals, and a curriculum.
 STATEFUL = {
     "ground_truth": 1,

@@ -2,32 +2,25 @@
 
 import json
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
-from .cases import Case, dump
-from .launch import ENGINES, PROCESSES, launch
+from .cases import RESUMED
+from .launch import PROCESSES, each_engine
 
 
-CASES = [
-    Case("sft,trajectory_balance", "llama"), Case("detailed_balance", "t5", adapters=True),
-    Case("vargrad", "qwen3", adapters=True), Case("vargrad", "t5"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_it_goes_on_as_if_undisturbed(engine, tmp_path):
-    launch(engine, tmp_path, ["-m", "tests.distributed.worker", "resume", engine, str(tmp_path), dump(CASES)])
-    for case in CASES:
+@each_engine
+def test_it_goes_on_as_if_undisturbed(engine, ran):
+    started, _ = ran(engine)
+    for case in RESUMED:
         for rank in range(PROCESSES):
-            record = json.loads((tmp_path / f"resume-{case}-{rank}.json").read_text())
+            record = json.loads((started / f"resume-{case}-{rank}.json").read_text())
             assert len(record["whole"]) == 8
             assert record["resumed"] == record["whole"], case
             late = [entry for entry in record["drawn"] if entry[0] >= 4]
             assert len(late) == 4 * 4 * 4 and record["drawn_again"] == late, case
             assert len(set(record["shares"])) > 1  # the memory has a say
-        folders = [tmp_path / str(case) / name / "model" for name in ("whole", "resumed")]
+        folders = [started / f"resume-{case}" / name / "model" for name in ("whole", "resumed")]
         files = [file.name for file in folders[0].glob("*.safetensors")]
         assert len(files) == 1 + ("balance" in case.loss)
         for name in files:

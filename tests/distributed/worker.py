@@ -1,4 +1,4 @@
-"""Trains or resumes cases, one after another in one group of processes: `worker.py WHAT ENGINE FOLDER CASES`."""
+"""Trains and resumes cases, one after another in one group: `worker.py ENGINE FOLDER TRAINED RESUMED`."""
 
 import json
 import os
@@ -16,12 +16,12 @@ from .launch import ENGINES, PROCESSES
 
 
 if __name__ == "__main__":
-    what, engine, folder, cases = sys.argv[1], sys.argv[2], Path(sys.argv[3]), load(sys.argv[4])
-    for case in cases:
-        record = {"train": train, "resume": resume}[what](
-            case, folder / str(case), PROCESSES, **{"use_cpu": False, **ENGINES[engine][1]}
-        )
-        (folder / f"{what}-{case}-{PartialState().process_index}.json").write_text(json.dumps(record))
+    engine, folder = sys.argv[1], Path(sys.argv[2])
+    for what, do, cases in (("train", train, load(sys.argv[3])), ("resume", resume, load(sys.argv[4]))):
+        for case in cases:
+            own = folder / f"{what}-{case}"
+            record = do(case, own, PROCESSES, **{"use_cpu": False, **ENGINES[engine][1]})
+            Path(f"{own}-{PartialState().process_index}.json").write_text(json.dumps(record))
     # A thread of gloo that still holds the tensors of the last gathering would abort the interpreter's exit.
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()

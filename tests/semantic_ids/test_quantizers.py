@@ -18,6 +18,8 @@ def small_rqvae(**options):
 
 
 def test_residual_k_means_is_a_loop_of_k_means(vectors):
+    from sklearn.cluster import KMeans  # slow to import
+
     quantizer = ResidualKMeans(num_levels=3, num_codes=8, seed=5).fit(vectors)
     residual, codes = vectors.numpy(), []
     for level in range(3):
