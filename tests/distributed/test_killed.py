@@ -3,13 +3,12 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import yaml
 
 from tests.pipeline.micro import micro_settings
+from tests.processes import run_python
 
 from .killed import MOMENTS
 from .launch import ENGINES, ROOT, launch
@@ -32,13 +31,6 @@ def command(folder, recipe: dict, module: str = "example") -> list[str]:
     return ["-m", f"tests.distributed.{module}", "--config", str(folder / "micro.yaml")]
 
 
-def python(arguments: list[str], **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, timeout=300, env={**os.environ, **environment}, text=True,
-        capture_output=True,
-    )  # fmt: skip
-
-
 def results(folder) -> dict:
     methods = json.loads((folder / "out" / "results.json").read_text())["methods"]
     return {name: entry["metrics"] for name, entry in methods.items()}
@@ -48,7 +40,7 @@ def results(folder) -> dict:
 def undisturbed(tmp_path_factory):
     """Folder of a finished run."""
     folder = tmp_path_factory.mktemp("killed") / "whole"
-    done = python(command(folder, settings(folder, use_cpu=True)))
+    done = run_python(command(folder, settings(folder, use_cpu=True)), ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -66,10 +58,10 @@ def test_one_process(moment, undisturbed, tmp_path):
     folder = tmp_path / "run"
     begun(undisturbed, folder)
     recipe = settings(folder, use_cpu=True)
-    killed = python(command(folder, recipe, "killed"), GFLOWTRL_KILL=moment)
+    killed = run_python(command(folder, recipe, "killed"), ROOT, environment={"GFLOWTRL_KILL": moment})
     assert killed.returncode == -9, killed.stderr[-3000:]
     assert not (folder / "out" / "results.json").exists()
-    again = python(command(folder, recipe))
+    again = run_python(command(folder, recipe), ROOT)
     assert again.returncode == 0, again.stderr[-3000:]
     assert "[sft]" in again.stdout and "done before" in again.stdout
     assert ("Continuing from" in again.stdout) == (moment not in ("test",))
