@@ -2,7 +2,9 @@
 #   PYTHON          the interpreter .venv is made from:   make test PYTHON=python3.12
 #   PIP_CONSTRAINT  pip's own variable, to pin versions:  PIP_CONSTRAINT=pins.txt make demo
 #   ARGS            options of the recipe for the demo:   make demo ARGS="--sft.num_train_epochs 2 --teacher.epochs 3"
+#   JOBS            processes that tests run in:           make test JOBS=8
 PYTHON ?= python3
+JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 LOWEST := .venv-lowest
@@ -21,11 +23,16 @@ LOWEST_TESTS := tests/policy tests/test_recommender.py tests/trainer tests/data 
 	tests/pipeline/test_language_model.py tests/pipeline/test_tracking.py --ignore=tests/trainer/test_total_variation.py \
 	"tests/distributed/test_example.py::test_every_engine_gives_the_results_of_one_process[zero3]"
 
-.PHONY: help demo test test-lowest lint docs clean
+# tests/conftest.py makes a group of each file, so that its fixtures are made once.
+IN_PARALLEL := -n $(JOBS) --dist loadgroup
+
+.PHONY: help demo test test-rest test-all test-lowest lint docs clean
 
 help:
 	@echo "make demo   train, fine-tune and compare a small recommender on the synthetic shop (CPU, a few minutes)"
-	@echo "make test   run the tests"
+	@echo "make test   run the tests: every loss, reward, sampler, backbone and engine (minutes)"
+	@echo "make test-rest   run the other combinations"
+	@echo "make test-all   run both"
 	@echo "make test-lowest   run some of them with the oldest versions that setup.cfg allows"
 	@echo "make lint   check style and format with ruff, and the types of the core with basedpyright"
 	@echo "make docs   build the documentation into docs/_build/html, with warnings as errors"
@@ -38,10 +45,16 @@ demo: $(STAMP)
 		--num_cpu_threads_per_process $${OMP_NUM_THREADS:-1} examples/gflowgr_amazon.py $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_PARALLEL)
+
+test-rest: $(STAMP)
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m slow
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m ""
 
 test-lowest: $(LOWEST)/.installed
-	$(LOWEST)/bin/python -m pytest $(LOWEST_TESTS)
+	$(LOWEST)/bin/python -m pytest $(IN_PARALLEL) -m "" $(LOWEST_TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

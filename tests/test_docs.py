@@ -11,7 +11,6 @@ import importlib.util
 import json
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from pkgutil import iter_modules
@@ -23,6 +22,7 @@ from gflowtrl import rewards
 from gflowtrl.cli import COMMANDS, main
 from gflowtrl.losses import LOSSES
 from gflowtrl.samplers import SAMPLERS
+from tests.processes import run_python
 
 
 ROOT = Path(__file__).parents[1]
@@ -167,7 +167,7 @@ def run_page(name: str, folder: Path) -> str:
     page = (ROOT / "docs" / name).read_text()
     script = folder / "page.py"
     script.write_text("\n".join(code for kind, code in BLOCK.findall(page) if kind == "python"))
-    ran = subprocess.run([sys.executable, script], cwd=folder, capture_output=True, text=True, timeout=600)
+    ran = run_python([script], folder, timeout=600)
     assert ran.returncode == 0, ran.stderr[-3000:]
     return ran.stdout
 

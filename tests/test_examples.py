@@ -1,8 +1,6 @@
 """The examples that train with TRL's own trainers, on a micro shop written to a folder."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from safetensors.torch import load_file
 from gflowtrl import ItemCatalog, Recommender
 from gflowtrl.data import PromptEncoder, SyntheticShop, build_tokenizer, leave_one_out, read_interactions, write_folder
 from gflowtrl.recommender import write_recommender_files
+from tests.processes import run_python
 from tests.tiny import tiny_model
 
 
@@ -37,9 +36,9 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
 @pytest.mark.parametrize("name", ["trl_sft", "trl_dpo", "trl_grpo"])
 def test_they_train_measure_and_leave_a_recommender(name, folders, tmp_path):
     data_dir, model = folders
-    command = [sys.executable, EXAMPLES / f"{name}.py", "--data_dir", data_dir, "--model", model]
+    command = [EXAMPLES / f"{name}.py", "--data_dir", data_dir, "--model", model]
     options = ["--output_dir", tmp_path, "--max_steps", "2", "--use_cpu", "true", "--learning_rate", "0.01"]
-    ran = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
+    ran = run_python([*command, *options], tmp_path)
     assert ran.returncode == 0, ran.stderr[-3000:]
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["steps"] == 2

@@ -46,6 +46,11 @@ class Case:
         """The same training in the simplest way."""
         return Case(self.loss, self.backbone, self.adapters, self.reference)
 
+    @property
+    def combination(self) -> tuple[str, str, bool]:
+        """Loss, backbone, and whether through adapters."""
+        return self.loss, self.backbone, self.adapters
+
     def __str__(self) -> str:
         words = [self.loss.replace(",", "+"), self.backbone, "lora" if self.adapters else "full"]
         words += ["reference"] * self.reference

@@ -1,8 +1,9 @@
-"""The main job on two processes of every engine, as a user starts it, gives what one process gives."""
+"""The main job on two processes of every engine, as a user starts it, gives what one process gives.
+
+Slow, for test_invariance.py has met every engine, and test_command.py the job in two processes.
+"""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,13 @@ import yaml
 from tests.data.words import CHAT, byte_tokenizer
 from tests.pipeline.micro import micro_settings
 from tests.pipeline.test_encoder_decoder import T5
+from tests.processes import run_python
 from tests.tiny import tiny_model
 
 from .launch import ENGINES, PROCESSES, ROOT, launch
 
+
+pytestmark = pytest.mark.slow
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 COMPARED = ("recall@5", "ndcg@5", "coverage@5", "total_variation")
@@ -48,8 +52,8 @@ def metrics(folder) -> dict[tuple[str, str], float]:
 
 
 def in_one_process(folder, **changes) -> dict[tuple[str, str], float]:
-    command = recipe(folder, 1, {"use_cpu": True}, **changes)
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, timeout=300, capture_output=True)
+    done = run_python(recipe(folder, 1, {"use_cpu": True}, **changes), ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
     return metrics(folder)
 
 

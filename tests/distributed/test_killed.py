@@ -53,7 +53,13 @@ def begun(whole, folder):
             shutil.copytree(stage, folder / "out" / stage.name)
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+#: Of the moments within a checkpoint one, of those outside the first and the last; the others are slow tests.
+OFTEN = ("training", "state", "test")
+
+
+@pytest.mark.parametrize(
+    "moment", [pytest.param(moment, marks=[] if moment in OFTEN else [pytest.mark.slow]) for moment in MOMENTS]
+)
 def test_one_process(moment, undisturbed, tmp_path):
     folder = tmp_path / "run"
     begun(undisturbed, folder)
@@ -68,6 +74,7 @@ def test_one_process(moment, undisturbed, tmp_path):
     assert results(folder) == results(undisturbed)
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     """Killed while a process writes its part of a checkpoint."""
     recipes = {name: settings(tmp_path / name, **ENGINES["zero2"][1]) for name in ("whole", "run")}
