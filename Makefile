@@ -23,8 +23,8 @@ LOWEST_TESTS := tests/policy tests/test_recommender.py tests/trainer tests/data 
 	tests/pipeline/test_language_model.py tests/pipeline/test_tracking.py --ignore=tests/trainer/test_total_variation.py \
 	"tests/distributed/test_example.py::test_every_engine_gives_the_results_of_one_process[zero3]"
 
-# tests/conftest.py makes a group of each file, so that its fixtures are made once.
-IN_PARALLEL := -n $(JOBS) --dist loadgroup
+# A file's tests stay in one process, so that what they share is made once; files start in the order of their names.
+IN_PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test test-rest test-all test-lowest lint docs clean
 

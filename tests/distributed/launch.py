@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import psutil
-import pytest
 import yaml
 
 
@@ -21,11 +20,6 @@ ENGINES = {
     "zero3": ("zero3", {"ddp_backend": "gloo"}),
     "fsdp2": ("fsdp2", {}),
 }
-
-#: For tests of what an engine's one launch has left: pytest-xdist gives those of an engine to one worker.
-each_engine = pytest.mark.parametrize(
-    "engine", [pytest.param(engine, marks=pytest.mark.xdist_group(engine)) for engine in ENGINES]
-)
 
 
 def launch(engine: str, folder: Path, command: list[str], timeout: float = 600) -> str:

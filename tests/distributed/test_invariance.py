@@ -1,20 +1,22 @@
 """The same global batch gives the same training, however it is spread: one process, DDP, ZeRO-1, -2, -3, FSDP2.
 
-A launch runs all cases of an engine in one group of two processes (`ran` in conftest.py). Which cases an engine gets
-is `cases.chosen`; the slow tests run the other combinations.
+A resumed training repeats an undisturbed one in every engine. A launch trains and resumes all cases of an engine in
+one group of two processes. Which it trains is `cases.chosen`; the slow tests train the other combinations.
 """
 
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from .cases import BACKBONES, LOSSES, STEPS, Case, chosen, dump, train
-from .launch import ENGINES, PROCESSES, each_engine, launch
+from .cases import BACKBONES, LOSSES, RESUMED, STEPS, Case, chosen, dump, train
+from .launch import ENGINES, PROCESSES, launch
 
 
 WHAT_RUNS = {
@@ -84,13 +86,50 @@ def assert_same_as_alone(engine: str, folder: Path, cases: list[Case], alone) ->
         assert_same(case, records, folder / f"train-{case}" / "model", *alone(case))
 
 
-@each_engine
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, list[Case]]]:
+    """Engine to folder and cases: `chosen` trained, `RESUMED` resumed, all in one group of two processes, once."""
+
+    @cache
+    def run(engine: str) -> tuple[Path, list[Case]]:
+        folder, cases = tmp_path_factory.mktemp(engine), chosen(list(ENGINES).index(engine))
+        if engine == "ddp":
+            # Its weights adapt to the prompts of the whole step, each micro-batch of each process included.
+            cases.append(Case("sft,prefix_pairwise", accumulation=2))
+        launch(engine, folder, ["-m", "tests.distributed.worker", engine, str(folder), dump(cases), dump(RESUMED)])
+        return folder, cases
+
+    return run
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_in_two_processes(engine, ran, alone):
     folder, cases = ran(engine)
     assert_same_as_alone(engine, folder, cases, alone)
     for case in cases:  # weights that have not moved would be the same in every engine
         if "prefix" in case.loss:
             assert alone(case)[0]["prefix_weights"] != pytest.approx([1 / 3] * 3, rel=1e-2)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_resumed_training_repeats_an_undisturbed_one(engine, ran):
+    """Bit for bit: losses, draws, weights, sampler."""
+    started, _ = ran(engine)
+    for case in RESUMED:
+        for rank in range(PROCESSES):
+            record = json.loads((started / f"resume-{case}-{rank}.json").read_text())
+            assert len(record["whole"]) == 8
+            assert record["resumed"] == record["whole"], case
+            late = [entry for entry in record["drawn"] if entry[0] >= 4]
+            assert len(late) == 4 * 4 * 4 and record["drawn_again"] == late, case
+            assert len(set(record["shares"])) > 1  # the memory has a say
+        folders = [started / f"resume-{case}" / name / "model" for name in ("whole", "resumed")]
+        files = [file.name for file in folders[0].glob("*.safetensors")]
+        assert len(files) == 1 + ("balance" in case.loss)
+        for name in files:
+            whole, resumed = (load_file(folder / name) for folder in folders)
+            assert whole.keys() == resumed.keys()
+            assert all(torch.equal(value, resumed[key]) for key, value in whole.items()), case
 
 
 @pytest.mark.slow
