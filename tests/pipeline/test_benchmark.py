@@ -44,6 +44,7 @@ def base(tmp_path, monkeypatch) -> Path:
     return tmp_path / "base.yaml"
 
 
+@pytest.mark.slow
 def test_runs_are_kept_tabulated_and_not_repeated(office, base, tmp_path, monkeypatch, capsys):
     (tmp_path / "one.yaml").write_text("base: base.yaml\nname: one")
     (tmp_path / "two.yaml").write_text("base: base.yaml\nname: two\nrewards: [{type: collaborative}]")
@@ -73,6 +74,7 @@ def test_gains_follow_from_ranks(office):
     torch.testing.assert_close(gains["ndcg@10"][:3], torch.tensor([0, 1, 0.5], dtype=torch.double))
 
 
+@pytest.mark.slow
 def test_the_comparison_measures_prefixes_and_differences(office, base, tmp_path, monkeypatch, capsys):
     comparison = script("comparison", monkeypatch, tmp_path / "kept")
     (tmp_path / "ce.yaml").write_text(
