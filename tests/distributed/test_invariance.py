@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .cases import BACKBONES, LOSSES, RESUMED, STEPS, Case, chosen, dump, train
+from .cases import BACKBONES, LOSSES, RESUMED, RESUMED_TOO, STEPS, Case, chosen, dump, train
 from .launch import ENGINES, PROCESSES, launch
 
 
@@ -113,9 +113,12 @@ def test_in_two_processes(engine, ran, alone):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_resumed_training_repeats_an_undisturbed_one(engine, ran):
+    assert_resumed(ran(engine)[0], RESUMED)
+
+
+def assert_resumed(started: Path, cases: list[Case]) -> None:
     """Bit for bit: losses, draws, weights, sampler."""
-    started, _ = ran(engine)
-    for case in RESUMED:
+    for case in cases:
         for rank in range(PROCESSES):
             record = json.loads((started / f"resume-{case}-{rank}.json").read_text())
             assert len(record["whole"]) == 8
@@ -138,9 +141,10 @@ def test_every_other_combination_in_two_processes(engine, alone, tmp_path):
     met = {case.combination for case in chosen(list(ENGINES).index(engine))}
     cases = [case for case in chosen(0, every=True) if case.combination not in met]
     assert len(cases) == (len(LOSSES) - 1) * len(BACKBONES) * 2
-    command = ["-m", "tests.distributed.worker", engine, str(tmp_path), dump(cases), dump([])]
+    command = ["-m", "tests.distributed.worker", engine, str(tmp_path), dump(cases), dump(RESUMED_TOO)]
     launch(engine, tmp_path, command, timeout=3600)
     assert_same_as_alone(engine, tmp_path, cases, alone)
+    assert_resumed(tmp_path, RESUMED_TOO)
 
 
 def test_the_cases_cover_all_pairs():
