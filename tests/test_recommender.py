@@ -1,8 +1,8 @@
 """`Recommender` against brute force over all leaves, and its answers to mistakes."""
 
 import pytest
+import scipy
 import torch
-from scipy import stats
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from gflowtrl import Recommender
@@ -85,7 +85,7 @@ def test_a_sampled_list_holds_distinct_items_in_proportion(recommender):
     observed = torch.cat([counts[common], counts[~common].sum()[None]])
     wanted = torch.cat([expected[common], expected[~common].sum()[None]])
     observed, wanted = observed[wanted > 0], wanted[wanted > 0] * draws / wanted.sum()
-    assert stats.chisquare(observed.numpy(), wanted.numpy()).pvalue > 1e-3
+    assert scipy.stats.chisquare(observed.numpy(), wanted.numpy()).pvalue > 1e-3
 
 
 def test_sampled_lists_follow_the_seed_and_not_the_batch(recommender):
@@ -133,7 +133,7 @@ def test_draws_among_allowed_items_are_in_proportion(recommender, monkeypatch, e
     expected = torch.tensor([tempered[item] for item in sorted(allowed)]).softmax(0) * draws
     counts = [sum(found[0].item == item for found in lists) for item in sorted(allowed)]
     observed, wanted = torch.tensor(counts)[expected >= 5].double(), expected[expected >= 5].double()
-    assert stats.chisquare(observed.numpy(), (wanted * observed.sum() / wanted.sum()).numpy()).pvalue > 1e-3
+    assert scipy.stats.chisquare(observed.numpy(), (wanted * observed.sum() / wanted.sum()).numpy()).pvalue > 1e-3
 
 
 def test_unknown_items_are_left_out_with_a_warning(recommender):

@@ -1,8 +1,8 @@
 """The policy against the naive way: repeat the prompt, score the full sequence, mask, renormalise."""
 
 import pytest
+import scipy
 import torch
-from scipy import stats
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gflowtrl.policy import CausalTreePolicy, StatelessNoise
@@ -136,7 +136,7 @@ def test_samples_follow_the_exact_distribution(temperature, epsilon, ragged):
     observed = torch.cat([counts[keep], counts[~keep].sum()[None]]).double()
     wanted = torch.cat([expected[keep], expected[~keep].sum()[None]]).double()
     observed, wanted = observed[wanted > 0], wanted[wanted > 0]
-    assert stats.chisquare(observed.numpy(), (wanted / wanted.sum() * observed.sum()).numpy()).pvalue > 1e-3
+    assert scipy.stats.chisquare(observed.numpy(), (wanted / wanted.sum() * observed.sum()).numpy()).pvalue > 1e-3
 
 
 def test_cached_log_probabilities_equal_recomputed_ones():

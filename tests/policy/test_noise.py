@@ -1,9 +1,9 @@
 from fractions import Fraction
 
+import scipy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
 from gflowtrl.policy import StatelessNoise, inverse_cdf
 
@@ -12,7 +12,7 @@ def test_numbers_are_uniform_and_independent_of_the_batch():
     ids = torch.arange(2000)
     drawn = StatelessNoise(7).at(3, ids).uniform("policy", 50)
     assert drawn.dtype == torch.float64 and drawn.min() > 0 and drawn.max() < 1
-    assert stats.kstest(drawn.flatten().numpy(), "uniform").pvalue > 1e-3
+    assert scipy.stats.kstest(drawn.flatten().numpy(), "uniform").pvalue > 1e-3
     shuffled = torch.randperm(2000)
     assert torch.equal(StatelessNoise(7).at(3, ids[shuffled]).uniform("policy", 20), drawn[shuffled, :20])
 
@@ -69,7 +69,7 @@ def test_gumbel_numbers_follow_their_distribution():
     index = torch.arange(50).expand(2000, -1)
     drawn = noise.gumbel_at("beam", index)
     assert drawn.dtype == torch.float64 and drawn.isfinite().all()
-    assert stats.kstest(drawn.flatten().numpy(), "gumbel_r").pvalue > 1e-3
+    assert scipy.stats.kstest(drawn.flatten().numpy(), "gumbel_r").pvalue > 1e-3
     torch.testing.assert_close(drawn, -(-noise.uniform_at("beam", index).log()).log(), rtol=0, atol=1e-12)
     chosen = torch.randint(50, (2000, 3, 2), generator=torch.Generator().manual_seed(0))
     assert torch.equal(noise.gumbel_at("beam", chosen), drawn.gather(1, chosen.flatten(1)).view(2000, 3, 2))

@@ -3,9 +3,9 @@
 import copy
 
 import pytest
+import scipy
 import torch
 from peft import LoraConfig, get_peft_model
-from scipy import stats
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -132,7 +132,7 @@ def test_samples_follow_the_exact_distribution():
     expected = torch.cat([exact.exp()[keep], exact.exp()[~keep].sum()[None]]).double()
     observed, expected = observed[expected > 0], expected[expected > 0]
     expected *= observed.sum() / expected.sum()
-    assert stats.chisquare(observed.numpy(), expected.numpy()).pvalue > 1e-3
+    assert scipy.stats.chisquare(observed.numpy(), expected.numpy()).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])

@@ -3,8 +3,8 @@
 import itertools
 
 import pytest
+import scipy
 import torch
-from scipy import stats
 
 from gflowtrl.policy import CausalTreePolicy, Seq2SeqTreePolicy, StatelessNoise, StochasticBeams
 from gflowtrl.policy.stochastic_beam import conditional_gumbels, log1mexp, log_inclusion
@@ -37,7 +37,7 @@ def assert_distributed(outcomes: torch.Tensor, expected: torch.Tensor) -> None:
     observed = torch.cat([counts[common], counts[~common].sum()[None]])
     wanted = torch.cat([expected[common], expected[~common].sum()[None]]).double()
     observed, wanted = observed[wanted > 0], wanted[wanted > 0] * counts.sum() / wanted.sum()
-    assert stats.chisquare(observed.numpy(), wanted.numpy()).pvalue > 1e-3
+    assert scipy.stats.chisquare(observed.numpy(), wanted.numpy()).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("kind", [CausalTreePolicy, Seq2SeqTreePolicy])
@@ -64,7 +64,7 @@ def test_every_leaf_gets_an_independent_gumbel_number():
     policy = build(12, ragged=True)
     exact, beams = draw(policy, 400, 12)
     by_leaf = torch.zeros(beams.leaves.shape).scatter(1, beams.leaves, beams.perturbed - beams.log_probs)
-    assert stats.kstest(by_leaf.flatten().numpy(), "gumbel_r").pvalue > 1e-3
+    assert scipy.stats.kstest(by_leaf.flatten().numpy(), "gumbel_r").pvalue > 1e-3
     correlation = torch.corrcoef(by_leaf.T) - torch.eye(len(exact))
     assert float(correlation.abs().max()) < 4.5 / 400**0.5
 
