@@ -105,6 +105,7 @@ def test_the_wheel_holds_the_package_its_licence_and_its_recipes(wheel):
     assert metadata.get_payload().startswith("# gflowtrl")  # what a package index shows
 
 
+@pytest.mark.slow
 def test_the_wheel_works_where_no_source_tree_is(wheel, tmp_path):
     target, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
     elsewhere.mkdir()

@@ -22,7 +22,7 @@ ENGINES = {
 }
 
 
-def launch(engine: str, folder: Path, command: list[str], timeout: float = 600) -> str:
+def launch(engine: str, folder: Path, command: list[str], timeout: float = 1200) -> str:
     """Runs `python COMMAND` in two processes and returns what they printed; an AssertionError where they fail or take
     longer than `timeout` seconds; the first start under DeepSpeed compiles, which takes minutes on a busy machine."""
     config = yaml.safe_load((CONFIGS / f"{ENGINES[engine][0]}.yaml").read_text())
