@@ -12,6 +12,7 @@ from gflowtrl import Recommender
 from .distributed_training import run
 
 
+@pytest.mark.slow  # tests/distributed meets every engine
 def test_two_processes_are_one(tmp_path):
     one = run(tmp_path / "one", batch_size=8)
     folder = tmp_path / "two"

@@ -17,7 +17,7 @@ SETTINGS = [
     ("trajectory_balance", "llama", Setting(200, "mixture")),
     ("vargrad", "llama", Setting(200, "mixture")),
     ("detailed_balance", "llama", Setting(200, "mixture")),
-    ("exact_flow", "llama", Setting(100, "reward")),
+    pytest.param("exact_flow", "llama", Setting(100, "reward"), marks=pytest.mark.slow),
     ("exact_flow", "t5", Setting(100, "reward")),
 ]
 
