@@ -4,10 +4,10 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import scipy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
 from gflowtrl.data import Step
 from gflowtrl.policy import StatelessNoise
@@ -68,7 +68,7 @@ def test_subsets_are_uniform():
     chosen = distinct_ranks(torch.full((5000,), 5), uniforms).sort(1).values
     pairs, counts = chosen.unique(dim=0, return_counts=True)
     assert len(pairs) == 10 and (pairs[:, 0] < pairs[:, 1]).all()
-    assert stats.chisquare(counts).pvalue > 1e-3
+    assert scipy.stats.chisquare(counts).pvalue > 1e-3
     few = distinct_ranks(torch.tensor([3, 1, 7]), uniforms[:3].repeat(1, 2))
     assert sorted(few[0].tolist()) == [-1, 0, 1, 2] and few[1].tolist() == [0, -1, -1, -1]
     assert len(set(few[2].tolist())) == 4 and few[2].min() >= 0 and few[2].max() < 7
@@ -87,7 +87,7 @@ def test_unobserved_follows_its_distribution(world):
         allowed = sorted(set(range(len(catalog))) - set(catalog.leaf_of(row).tolist()))
         counts = torch.bincount(drawn.leaves[number], minlength=len(catalog))
         assert counts.sum() == counts[allowed].sum()
-        assert len(allowed) == 1 or stats.chisquare(counts[allowed]).pvalue > 1e-4
+        assert len(allowed) == 1 or scipy.stats.chisquare(counts[allowed]).pvalue > 1e-4
         torch.testing.assert_close(drawn.log_q[number], torch.full((3000,), -math.log(len(allowed))))
 
 
@@ -127,7 +127,7 @@ def test_interaction_log_orders_are_uniform():
     drawn = InteractionLogSampler().sample(step, SimpleNamespace(catalog=catalog), None, 2, noise)
     for leaves in drawn.leaves.unbind(1):
         counts = leaves.unique(return_counts=True)[1]
-        assert len(counts) == 5 and stats.chisquare(counts).pvalue > 1e-3
+        assert len(counts) == 5 and scipy.stats.chisquare(counts).pvalue > 1e-3
 
 
 def test_interaction_log_reads_another_column():

@@ -4,11 +4,11 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import scipy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from scipy import stats
 
 from gflowtrl.data import Step
 from gflowtrl.policy import StatelessNoise
@@ -139,13 +139,13 @@ def test_draws_follow_their_distribution():
     recent, by_reward = drawn.leaves[0, :split], drawn.leaves[0, split:]
     for leaves, expected in ((recent, torch.tensor([0.5, 0.5])), (by_reward, rewarded)):
         counts = torch.stack([(leaves == leaf).sum() for leaf in (2, 0)])
-        assert stats.chisquare(counts, expected.double() / expected.double().sum() * len(leaves)).pvalue > 1e-3
+        assert scipy.stats.chisquare(counts, expected.double() / expected.double().sum() * len(leaves)).pvalue > 1e-3
     recent, by_reward = drawn.leaves[1, :split], drawn.leaves[1, split:]
     counts = torch.stack([(recent == leaf).sum() for leaf in (7, 1, 5)])
-    assert counts.sum() == split and stats.chisquare(counts).pvalue > 1e-3
+    assert counts.sum() == split and scipy.stats.chisquare(counts).pvalue > 1e-3
     weights = torch.tensor([0.0, 1.0, 2.0, 3.0, 0.5]).div(2).softmax(0)
     counts = torch.stack([(by_reward == leaf).sum() for leaf in (7, 1, 5, 3, 9)])
-    assert stats.chisquare(counts, weights.double() / weights.double().sum() * 2000).pvalue > 1e-3
+    assert scipy.stats.chisquare(counts, weights.double() / weights.double().sum() * 2000).pvalue > 1e-3
     torch.testing.assert_close(drawn.log_q[1, :split], torch.full((split,), -math.log(3)))
     index = torch.tensor([[7, 1, 5, 3, 9].index(leaf) for leaf in by_reward.tolist()])
     torch.testing.assert_close(drawn.log_q[1, split:], weights.log()[index])

@@ -4,10 +4,10 @@ import math
 from dataclasses import replace
 
 import pytest
+import scipy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
 from gflowtrl.policy import StatelessNoise
 from gflowtrl.rewards import (
@@ -70,7 +70,7 @@ def test_draws_follow_the_distribution(name):
     torch.testing.assert_close(drawn.log_q, expected.log().gather(1, drawn.leaves), atol=1e-4, rtol=1e-4)
     for leaves, probabilities in zip(drawn.leaves, expected.double(), strict=True):
         counts = torch.bincount(leaves, minlength=8)
-        assert stats.chisquare(counts, num * probabilities / probabilities.sum()).pvalue > 1e-3
+        assert scipy.stats.chisquare(counts, num * probabilities / probabilities.sum()).pvalue > 1e-3
 
 
 def test_on_policy_hands_its_options_on():
