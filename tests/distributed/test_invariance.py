@@ -1,7 +1,7 @@
 """The same global batch gives the same training, however it is spread: one process, DDP, ZeRO-1, -2, -3, FSDP2.
 
 A resumed training repeats an undisturbed one in every engine. A launch trains and resumes all cases of an engine in
-one group of two processes. Which it trains is `cases.chosen`; the slow tests train the other combinations.
+one group of two processes. Which it trains is `cases.chosen`; `pytest -m exhaustive` trains all combinations.
 """
 
 import itertools
@@ -137,14 +137,18 @@ def assert_resumed(started: Path, cases: list[Case]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_every_other_combination_in_two_processes(engine, alone, tmp_path):
-    met = {case.combination for case in chosen(list(ENGINES).index(engine))}
-    cases = [case for case in chosen(0, every=True) if case.combination not in met]
-    assert len(cases) == (len(LOSSES) - 1) * len(BACKBONES) * 2
-    command = ["-m", "tests.distributed.worker", engine, str(tmp_path), dump(cases), dump(RESUMED_TOO)]
-    launch(engine, tmp_path, command, timeout=3600)
-    assert_same_as_alone(engine, tmp_path, cases, alone)
+def test_other_resumed_trainings(engine, tmp_path):
+    launch(engine, tmp_path, ["-m", "tests.distributed.worker", engine, str(tmp_path), dump([]), dump(RESUMED_TOO)])
     assert_resumed(tmp_path, RESUMED_TOO)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_combination_in_two_processes(engine, alone, tmp_path):
+    cases = chosen(0, every=True)
+    assert len(cases) == len(LOSSES) * len(BACKBONES) * 2
+    launch(engine, tmp_path, ["-m", "tests.distributed.worker", engine, str(tmp_path), dump(cases), dump([])], timeout=3600)
+    assert_same_as_alone(engine, tmp_path, cases, alone)
 
 
 def test_the_cases_cover_all_pairs():
