@@ -147,7 +147,8 @@ def test_other_resumed_trainings(engine, tmp_path):
 def test_every_combination_in_two_processes(engine, alone, tmp_path):
     cases = chosen(0, every=True)
     assert len(cases) == len(LOSSES) * len(BACKBONES) * 2
-    launch(engine, tmp_path, ["-m", "tests.distributed.worker", engine, str(tmp_path), dump(cases), dump([])], timeout=3600)
+    command = ["-m", "tests.distributed.worker", engine, str(tmp_path), dump(cases), dump([])]
+    launch(engine, tmp_path, command, timeout=3600)
     assert_same_as_alone(engine, tmp_path, cases, alone)
 
 
