@@ -1,12 +1,12 @@
 """All that gflowtrl uses of other libraries and that their documentation does not promise, in one file.
 
 When a new release of transformers, trl, peft or accelerate moves such a name, this file changes and no other;
-`tests/test_compat.py` has a test for each name and says which one is gone. Three kinds:
+`tests/test_compat.py` has a test for each name and says which one is gone. It also lists the private methods and
+attributes of base classes that our subclasses replace or call. Two kinds:
 
 - **names** (`NAMES`): classes, functions and constants under a public name, imported on first use, so that importing
   this module loads no library;
-- **functions** that read or change what a library keeps to itself, an underscore attribute of a model, say;
-- **overrides** (`OVERRIDES`): private methods and attributes of base classes that our subclasses replace or call.
+- **functions** that read or change what a library keeps to itself, an underscore attribute of a model, say.
 """
 
 from __future__ import annotations
@@ -48,25 +48,6 @@ NAMES = {
     "launch_command_parser": ("accelerate.commands.launch", "launch_command_parser"),
     "prepare_deepspeed": ("trl.models.utils", "prepare_deepspeed"),
     "prepare_fsdp": ("trl.models.utils", "prepare_fsdp"),
-}
-
-#: Base class (module:name) -> its private methods with their parameters, and private attributes with None.
-OVERRIDES: dict[str, dict[str, tuple[str, ...] | None]] = {
-    "transformers:Trainer": {
-        "_get_eval_sampler": ("eval_dataset",),
-        "_get_train_sampler": ("train_dataset",),
-        "_issue_warnings_after_load": ("load_result",),
-        "_load_best_model": (),
-        "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
-        "_load_optimizer_and_scheduler": ("checkpoint",),
-        "_prepare_inputs": ("inputs",),
-        "_save": ("output_dir", "state_dict"),
-        "_save_optimizer_and_scheduler": ("output_dir",),
-        "_save_rng_state": ("output_dir",),
-    },
-    "trl.trainer.base_trainer:_BaseTrainer": {"_name": None, "_send_telemetry": (), "_tag_names": None},
-    "transformers:TrainingArguments": {"_VALID_DICT_FIELDS": None},
-    "argparse:ArgumentDefaultsHelpFormatter": {"_get_help_string": ("action",)},
 }
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .common import check_number, expect_shape, real_steps
+from gflowtrl.checks import NOT_NEGATIVE, POSITIVE, check_number
+
+from .common import expect_shape, real_steps
 from .registry import LossSpec, register_loss
 
 
@@ -29,7 +31,7 @@ def msl(log_probs: Tensor, child_log_probs: Tensor, lengths: Tensor, temperature
     References:
         Wang et al., MSL: Not All Tokens Are What You Need for Tuning LLM as a Recommender, SIGIR 2025.
     """
-    check_number("temperature", temperature)
+    check_number("temperature", temperature, POSITIVE)
     expect_shape("child_log_probs", child_log_probs, (*log_probs.shape, child_log_probs.shape[-1]), "(B, K, L, C)")
     real = real_steps(lengths, log_probs.shape[-1])
     # Steps beyond an id's end have no children: filled before logsumexp, which has no gradient there.
@@ -57,7 +59,7 @@ def sdpo(log_probs: Tensor, ref_log_probs: Tensor, lengths: Tensor, leaves: Tens
     References:
         Chen et al., On Softmax Direct Preference Optimization for Recommendation, NeurIPS 2024.
     """
-    check_number("beta", beta)
+    check_number("beta", beta, POSITIVE)
     expect_shape("ref_log_probs", ref_log_probs, log_probs.shape, "log_probs.shape")
     expect_shape("leaves", leaves, log_probs.shape[:2], "(prompts, trajectories)")
     real = real_steps(lengths, log_probs.shape[-1])
@@ -84,7 +86,7 @@ def grpo(log_probs: Tensor, ref_log_probs: Tensor, lengths: Tensor, advantages: 
         Shao et al., DeepSeekMath, arXiv 2402.03300. With constrained beams as the group and `RankPenaltyReward` it is
         ReRe's form.
     """
-    check_number("beta", beta, zero=True)
+    check_number("beta", beta, NOT_NEGATIVE)
     expect_shape("ref_log_probs", ref_log_probs, log_probs.shape, "log_probs.shape")
     expect_shape("advantages", advantages, lengths.shape, "(prompts, trajectories)")
     ratio = (log_probs - log_probs.detach()).exp()  # 1, with the gradient of log pi

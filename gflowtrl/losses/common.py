@@ -1,11 +1,11 @@
-"""What the losses share: the residual's penalty, the mask of real steps and the check of shapes."""
+"""What the losses share: the surplus of trajectories, its penalty, the mask of real steps, the check of shapes."""
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
+
+from gflowtrl.checks import POSITIVE, check_number
 
 
 def penalty(residual: Tensor, huber_delta: float | None = None, name: str = "huber_delta") -> Tensor:
@@ -19,9 +19,26 @@ def penalty(residual: Tensor, huber_delta: float | None = None, name: str = "hub
     """
     if huber_delta is None:
         return residual.square()
-    check_number(name, huber_delta)
+    check_number(name, huber_delta, POSITIVE)
     size = residual.abs()
     return torch.where(size <= huber_delta, residual.square(), huber_delta * (2 * size - huber_delta))
+
+
+def surplus(log_probs: Tensor, log_rewards: Tensor, compared_by: str | None = None) -> Tensor:
+    """`sum_l log pi(t_l | s_l) - log R` of each trajectory: `(B, K, L), (B, K) -> (B, K)`.
+
+    Raises:
+        ValueError: the shapes do not belong together, or fewer than two trajectories per prompt where a loss
+            (`compared_by`, its name) compares them with each other.
+    """
+    batch, num_generations, _ = log_probs.shape
+    expect_shape("log_rewards", log_rewards, (batch, num_generations), "(prompts, trajectories)")
+    if compared_by is not None and num_generations < 2:
+        raise ValueError(
+            f"{compared_by} compares the trajectories of a prompt and needs at least 2 of them, got "
+            f"num_generations={num_generations}. Raise num_generations, or use trajectory_balance or exact_flow."
+        )
+    return log_probs.sum(-1) - log_rewards
 
 
 def real_steps(lengths: Tensor, num_steps: int) -> Tensor:
@@ -33,14 +50,3 @@ def expect_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str
     """Refuse a tensor that would broadcast into a wrong loss without a word."""
     if tensor.shape != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but this loss needs {meaning} = {tuple(shape)}.")
-
-
-def check_number(name: str, value: float, zero: bool = False) -> None:
-    """Refuse an option that is not a finite number above 0 (or, with `zero`, of at least 0).
-
-    Raises:
-        ValueError: names the option.
-    """
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value < 0 or (value == 0 and not zero):
-        raise ValueError(f"{name} is {value!r}; it must be a finite number {'of at least' if zero else 'above'} 0.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .common import expect_shape, penalty
+from .common import penalty, surplus
 
 
 def contrastive_balance(log_probs: Tensor, log_rewards: Tensor, delta: float | None = 1.0) -> Tensor:
@@ -32,13 +32,6 @@ def contrastive_balance(log_probs: Tensor, log_rewards: Tensor, delta: float | N
     References:
         da Silva et al., Embarrassingly parallel GFlowNets, ICML 2024 (the contrastive balance condition).
     """
-    batch, num_generations, _ = log_probs.shape
-    expect_shape("log_rewards", log_rewards, (batch, num_generations), "(prompts, trajectories)")
-    if num_generations < 2:
-        raise ValueError(
-            f"contrastive_balance compares pairs of a prompt's trajectories and needs at least 2 of them, got "
-            f"num_generations={num_generations}. Raise num_generations, or use trajectory_balance or exact_flow."
-        )
-    surplus = log_probs.sum(-1) - log_rewards
-    residuals = surplus[:, :, None] - surplus[:, None, :]
-    return penalty(residuals, delta, "delta").sum(-1) / (num_generations - 1)  # i = j adds 0
+    balance = surplus(log_probs, log_rewards, compared_by="contrastive_balance")
+    residuals = balance[:, :, None] - balance[:, None, :]
+    return penalty(residuals, delta, "delta").sum(-1) / (balance.shape[1] - 1)  # i = j adds 0

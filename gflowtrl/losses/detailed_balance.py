@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from .common import check_number, expect_shape, penalty, real_steps
+from gflowtrl.checks import POSITIVE, check_number
+
+from .common import expect_shape, penalty, real_steps
 
 
 def detailed_balance(
@@ -72,7 +74,7 @@ def subtrajectory_balance(
     References:
         Madan et al., Learning GFlowNets from partial episodes for improved convergence and stability, ICML 2023.
     """
-    check_number("lam", lam)
+    check_number("lam", lam, POSITIVE)
     potentials = _potentials(log_probs, log_flows, log_rewards, lengths)
     num_states = potentials.shape[-1]
     state = torch.arange(num_states, device=potentials.device)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gflowtrl.checks import check_choice
+
 from .common import expect_shape, real_steps
 from .prefix_weights import VARIANTS
 
@@ -59,8 +61,7 @@ def prefix_pairwise(
     """
     batch, num_generations, num_steps = log_probs.shape
     expect_shape("lengths", lengths, (batch, num_generations), "(prompts, trajectories)")
-    if variant not in VARIANTS:
-        raise ValueError(f"variant is {variant!r}; choose one of {', '.join(map(repr, VARIANTS))}.")
+    check_choice("variant", variant, VARIANTS)
     expect_shape("prefix_nodes", prefix_nodes, log_probs.shape, "log_probs.shape")
     expect_shape("nodes_per_depth", nodes_per_depth, (num_steps,), "(tokens,)")
     real = real_steps(lengths, num_steps)

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .common import check_number, real_steps
+from gflowtrl.checks import NOT_NEGATIVE, check_choice, check_number
+
+from .common import real_steps
 
 
 VARIANTS = ("paper", "2025", "kdd")
@@ -37,9 +39,8 @@ class PrefixWeights:
     """
 
     def __init__(self, depth: int, reduce_sum: Callable[[Tensor], Tensor], eta: float = 1e-4, variant: str = "paper"):
-        check_number("eta", eta, zero=True)
-        if variant not in VARIANTS:
-            raise ValueError(f"variant is {variant!r}; choose one of {', '.join(map(repr, VARIANTS))}.")
+        check_number("eta", eta, NOT_NEGATIVE)
+        check_choice("variant", variant, VARIANTS)
         self.eta, self.variant, self._reduce_sum = eta, variant, reduce_sum
         uniform = torch.zeros(depth) if variant == "paper" else None
         self._log_weights: Tensor | None = uniform if uniform is None else uniform.log_softmax(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .common import expect_shape, penalty
+from .common import penalty, surplus
 
 
 def vargrad(log_probs: Tensor, log_rewards: Tensor, huber_delta: float | None = None) -> Tensor:
@@ -36,12 +36,5 @@ def vargrad(log_probs: Tensor, log_rewards: Tensor, huber_delta: float | None = 
         Zhang et al., Robust scheduling with GFlowNets, ICLR 2023 (as a GFlowNet objective).
         Bartoldson et al., Trajectory balance with asynchrony (TBA), arXiv 2503.18929 (for language models).
     """
-    batch, num_generations, _ = log_probs.shape
-    expect_shape("log_rewards", log_rewards, (batch, num_generations), "(prompts, trajectories)")
-    if num_generations < 2:
-        raise ValueError(
-            f"vargrad compares a prompt's trajectories with their mean and needs at least 2 of them, got "
-            f"num_generations={num_generations}. Raise num_generations, or use trajectory_balance or exact_flow."
-        )
-    surplus = log_probs.sum(-1) - log_rewards
-    return penalty(surplus - surplus.mean(1, keepdim=True).detach(), huber_delta)
+    balance = surplus(log_probs, log_rewards, compared_by="vargrad")
+    return penalty(balance - balance.mean(1, keepdim=True).detach(), huber_delta)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gflowtrl.catalog import ItemCatalog, PrefixTree
+from gflowtrl.checks import COUNT, POSITIVE, SHARE, check_number
 from gflowtrl.compat import attention_implementation
 
 from .branches import Branches, merge_branches, places, put
@@ -165,8 +166,8 @@ class TreePolicy(ABC):
             leaves `(B, K)` and `log_q` `(B, K)`, their log-probability under the distribution that drew them
             (tempered, mixed), not under the policy.
         """
-        if temperature <= 0 or not 0 <= epsilon <= 1:
-            raise ValueError(f"temperature must be > 0 and epsilon in [0, 1], got {temperature} and {epsilon}.")
+        check_number("temperature", temperature, POSITIVE)
+        check_number("epsilon", epsilon, SHARE)
         tree = self._tree(prompts)
         batch = len(prompts["input_ids"])
         device = prompts["input_ids"].device
@@ -242,10 +243,8 @@ class TreePolicy(ABC):
         Returns:
             `StochasticBeams`, the largest perturbed log-probability first: the first leaf is an ordinary sample.
         """
-        if temperature <= 0 or num_generations < 1:
-            raise ValueError(
-                f"temperature must be > 0 and num_generations at least 1, got {temperature} and {num_generations}."
-            )
+        check_number("temperature", temperature, POSITIVE)
+        check_number("num_generations", num_generations, COUNT)
         device = prompts["input_ids"].device
         root = torch.zeros(len(prompts["input_ids"]), 1, dtype=torch.long, device=device)
 

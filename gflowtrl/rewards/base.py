@@ -126,6 +126,17 @@ class Reward:
             values = values / catalog.leaf_sizes.to(values.device)
         return values[:, catalog.item_leaf.to(values.device)]
 
+    def _fold_some(self, leaves: Tensor, items: Tensor, values: Tensor) -> Tensor:
+        """Rewards of `leaves (B, K)` from those of some distinct items of each row, 0 for all others: `(B, K)`.
+
+        `items (B, S)` are positions in the catalogue, padded with -1, and `values (B, S)` their rewards.
+        """
+        items, values = items.to(leaves.device), values.to(leaves.device)
+        leaf = self._bound_catalog().item_leaf.to(leaves.device)[items.clamp(min=0)]
+        there = (leaves[:, :, None] == leaf[:, None]) & (items >= 0)[:, None]
+        worth = torch.where(there, values[:, None], 0.0)
+        return worth.sum(-1) if self.leaf_reduction == "sum" else worth.amax(-1)
+
     def _leaves_of(self, completion_ids: list[list[int]]) -> Tensor:
         """Leaf that each completion spells, whatever follows it (an end token, say): `(n,)`, -1 for none."""
         tree = self._bound_catalog().tree

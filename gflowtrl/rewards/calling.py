@@ -8,7 +8,8 @@ import inspect
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -74,11 +75,8 @@ def call_rewards(functions: Mapping[str, Any], keywords: Mapping[str, Any]) -> d
     """Call all functions; those that return awaitables run concurrently. An exception gets a note with the reward."""
     results, waiting = {}, {}
     for name, function in functions.items():
-        try:
+        with _naming(name):
             result = function(**keywords)
-        except Exception as error:
-            error.add_note(f"It was raised by reward {name!r}.")
-            raise
         (waiting if inspect.isawaitable(result) else results)[name] = result
     if waiting:
         gathered = asyncio.run_coroutine_threadsafe(_gather(waiting), _event_loop()).result()
@@ -86,13 +84,20 @@ def call_rewards(functions: Mapping[str, Any], keywords: Mapping[str, Any]) -> d
     return results
 
 
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Add the reward's name to an exception."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"It was raised by reward {name!r}.")
+        raise
+
+
 async def _gather(waiting: Mapping[str, Any]) -> list[Any]:
     async def noted(name: str, awaitable: Any) -> Any:
-        try:
+        with _naming(name):
             return await awaitable
-        except Exception as error:
-            error.add_note(f"It was raised by reward {name!r}.")
-            raise
 
     return await asyncio.gather(*(noted(name, awaitable) for name, awaitable in waiting.items()))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gflowtrl.catalog import Item, ItemCatalog
+from gflowtrl.checks import NOT_NEGATIVE, POSITIVE, check_choice, check_number
 from gflowtrl.data import Step
 from gflowtrl.teachers import as_teacher, teacher_scores
 
@@ -52,13 +53,22 @@ class CollaborativeReward(Reward):
         exponent: float = 1.0,
     ):
         super().__init__("collaborative")
-        if not temperature > 0:
-            raise ValueError(f"The temperature of CollaborativeReward must be > 0, got {temperature}.")
-        if popularity_correction < 0:
-            raise ValueError(f"popularity_correction must be >= 0, got {popularity_correction}.")
+        check_number("The temperature of CollaborativeReward", temperature, POSITIVE)
+        check_number("The exponent of CollaborativeReward", exponent, POSITIVE)
+        check_number("popularity_correction", popularity_correction, NOT_NEGATIVE)
+        check_choice("normalization", normalization, ("softmax", "min_max"))
         if popularity_correction and item_counts is None:
             raise ValueError("popularity_correction needs item_counts: how often each item occurs in training.")
-        _check_normalization(normalization, temperature, exponent)
+        if normalization == "softmax" and exponent != 1:
+            raise ValueError(
+                f"The exponent {exponent} belongs to normalization='min_max'; of a softmax it is a temperature: give "
+                f"temperature={temperature / exponent:g}."
+            )
+        if normalization == "min_max" and temperature != 1:
+            raise ValueError(
+                f"normalization='min_max' does not depend on a temperature, but temperature={temperature} was given; "
+                f"use exponent to sharpen or flatten."
+            )
         self.teacher, self.temperature = teacher, temperature
         self.popularity_correction, self.item_counts = popularity_correction, item_counts
         self.normalization, self.exponent = normalization, exponent
@@ -84,23 +94,6 @@ class CollaborativeReward(Reward):
         low, high = scores.aminmax(dim=1, keepdim=True)
         # Compared for equality, so that NaN stays NaN and is reported.
         return torch.where(high == low, torch.ones_like(scores), (scores - low) / (high - low)) ** self.exponent
-
-
-def _check_normalization(normalization: str, temperature: float, exponent: float) -> None:
-    if normalization not in ("softmax", "min_max"):
-        raise ValueError(f"normalization is {normalization!r}; choose 'softmax' or 'min_max'.")
-    if not exponent > 0:
-        raise ValueError(f"The exponent of CollaborativeReward must be > 0, got {exponent}.")
-    if normalization == "softmax" and exponent != 1:
-        raise ValueError(
-            f"The exponent {exponent} belongs to normalization='min_max'; of a softmax it is a temperature: give "
-            f"temperature={temperature / exponent:g}."
-        )
-    if normalization == "min_max" and temperature != 1:
-        raise ValueError(
-            f"normalization='min_max' does not depend on a temperature, but temperature={temperature} was given; use "
-            f"exponent to sharpen or flatten."
-        )
 
 
 def _counts(counts: Mapping[Item, int] | Sequence[int] | Tensor | None, items: Sequence[Item]) -> Tensor:

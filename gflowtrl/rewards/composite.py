@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gflowtrl.catalog import ItemCatalog
+from gflowtrl.checks import POSITIVE, SHARE_BELOW_ONE, check_choice, check_number
 from gflowtrl.data import Step
 from gflowtrl.policy import TreePolicy
 from gflowtrl.policy.modules import evaluation_mode
@@ -316,9 +317,8 @@ def _first_occurrence(leaves: Tensor) -> Tensor:
 def _names(funcs: Sequence[Any]) -> list[str]:
     names: list[str] = []
     for func in funcs:
-        base = (
-            getattr(getattr(func, "func", func), "__name__", None) or type(func).__name__
-        )  # .func: functools.partial
+        named = getattr(func, "func", func)  # of a functools.partial
+        base = getattr(named, "__name__", type(func).__name__)
         taken = sum(name == base or name.startswith(f"{base}_") and name[len(base) + 1 :].isdigit() for name in names)
         names.append(f"{base}_{taken + 1}" if taken else base)
     return names
@@ -336,16 +336,12 @@ def _check_options(
         raise ValueError(f"{len(weights)} reward_weights were given for {len(funcs)} rewards; give one per reward.")
     if not all(map(math.isfinite, weights)) or not any(weights):
         raise ValueError(f"reward_weights must be finite and not all zero, got {weights}.")
-    if transform not in ("power", "exp"):
-        raise ValueError(f"reward_transform is {transform!r}; choose 'power' or 'exp'.")
+    check_choice("reward_transform", transform, ("power", "exp"))
+    check_choice("leaf_reduction", leaf_reduction, ("sum", "max"))
+    check_number("reward_beta", beta, POSITIVE)
+    check_number("reward_floor", floor, SHARE_BELOW_ONE)
     if transform == "power" and min(weights) < 0:
         raise ValueError(
             f"reward_weights {weights} hold a negative number; under reward_transform='power' they must be >= 0. Use "
             f"reward_transform='exp', which takes any sign."
         )
-    if not (beta > 0 and math.isfinite(beta)):
-        raise ValueError(f"reward_beta must be a positive number, got {beta}.")
-    if not 0 <= floor < 1:
-        raise ValueError(f"reward_floor is a share of the prompt's mean reward in [0, 1), got {floor}.")
-    if leaf_reduction not in ("sum", "max"):
-        raise ValueError(f"leaf_reduction is {leaf_reduction!r}; choose 'sum' or 'max'.")

@@ -57,11 +57,7 @@ class InteractionReward(Reward):
         return scores.scatter_(1, index % (len(catalog) + 1), values)[:, :-1]
 
     def score_leaves(self, step: Step, leaves: Tensor) -> Tensor:
-        index, values = (entry.to(leaves.device) for entry in self._graded(step))
-        leaf = self._bound_catalog().item_leaf.to(leaves.device)[index.clamp(min=0)]
-        there = (leaves[:, :, None] == leaf[:, None, :]) & (index >= 0)[:, None, :]
-        worth = torch.where(there, values[:, None, :], 0.0)
-        return worth.sum(-1) if self.leaf_reduction == "sum" else worth.amax(-1)
+        return self._fold_some(leaves, *self._graded(step))
 
     def _graded(self, step: Step) -> tuple[Tensor, Tensor]:
         """Distinct items of each row that are worth something, `(B, S)` positions padded with -1, and their values."""

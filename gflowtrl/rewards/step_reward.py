@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gflowtrl.catalog import PrefixTree
+from gflowtrl.checks import COUNT, check_number
 from gflowtrl.policy import Noise, inverse_cdf
 
 
@@ -170,8 +171,7 @@ class TopKReward(StepReward):
             k: >= 1; at most N are kept.
             tree, exact: as for the class.
         """
-        if k < 1:
-            raise ValueError(f"The number of top leaves must be at least 1, got {k}.")
+        check_number("The number of top leaves", k, COUNT)
         leaves, log_rewards, log_rest = zip(*(_top_of(table, k) for table in tables), strict=True)
         return cls(torch.cat(leaves), torch.cat(log_rewards), torch.cat(log_rest), tree, exact)
 

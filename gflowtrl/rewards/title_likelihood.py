@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from gflowtrl.catalog import Item, ItemCatalog
+from gflowtrl.checks import COUNT, check_choice, check_number
 from gflowtrl.compat import attention_implementation
 from gflowtrl.data import Step
 from gflowtrl.policy.modules import cache_argument, forward_parameters, model_dtype
@@ -106,12 +107,8 @@ class TitleLikelihoodReward(Reward):
         catalog, histories = self._bound_catalog(), step.column("history", self._owner)
         members = {leaf: catalog.index_of(catalog.items_of(leaf)).tolist() for leaf in leaves.unique().tolist()}
         rows = [list(dict.fromkeys(item for leaf in row for item in members[leaf])) for row in leaves.tolist()]
-        items = pad_sequence([torch.tensor(row) for row in rows], True, -1)
-        values = self._likelihoods(histories, items, leaves.device)
-        leaf_of = catalog.item_leaf.to(leaves.device)[items.clamp(min=0).to(leaves.device)]
-        there = (leaves[:, :, None] == leaf_of[:, None]) & (items >= 0).to(leaves.device)[:, None]
-        worth = torch.where(there, values[:, None], 0.0)
-        return worth.sum(-1) if self.leaf_reduction == "sum" else worth.amax(-1)
+        items = _padded(rows, -1)
+        return self._fold_some(leaves, items, self._likelihoods(histories, items, leaves.device))
 
     # -------------------------------------------------------------------------------------------- likelihood of titles
     def _likelihoods(self, histories: Sequence[Sequence[Item]], items: Tensor, device: torch.device) -> Tensor:
@@ -209,10 +206,8 @@ def check_title_options(
         raise ValueError(f"The template of TitleLikelihoodReward must hold {{history}}, but it is {template!r}.")
     sizes = {"max_history_items": max_history_items, "max_title_words": max_title_words, "batch_size": batch_size}
     for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name} of TitleLikelihoodReward must be at least 1, but {value} was given.")
-    if normalise not in ("mean", "sum"):
-        raise ValueError(f"normalise is {normalise!r}; choose 'mean' (per token) or 'sum' (of the whole title).")
+        check_number(f"{name} of TitleLikelihoodReward", value, COUNT)
+    check_choice("normalise", normalise, ("mean", "sum"))
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:

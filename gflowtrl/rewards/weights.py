@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from gflowtrl.catalog import Item, ItemCatalog
+from gflowtrl.checks import POSITIVE_SHARE, check_number
 from gflowtrl.data import GroupCollator, PromptEncoder, Step
 
 from .base import AnyReward
@@ -85,8 +86,7 @@ def fit_reward_weights(
         ValueError: a reward that reads the held-out positive, that is negative, or that is 0 everywhere; held-out
             positives that no reward gives anything.
     """
-    if not 0 < floor < 1:
-        raise ValueError(f"floor must lie between 0 and 1 (both excluded), got {floor}.")
+    check_number("floor", floor, POSITIVE_SHARE)
     if held_out not in rows.column_names:
         raise ValueError(f"There is no column {held_out!r} of held-out positives; the rows have {rows.column_names}.")
     if not len(rows):

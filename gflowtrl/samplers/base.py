@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,28 +115,6 @@ def check_state(sampler: Sampler, state: Mapping[str, Tensor], expected: Iterabl
             f"The saved state of {type(sampler).__name__} has the entries {sorted(state)}, but {sorted(expected)} are "
             f"needed: the checkpoint was written with another sampler. Resume with that one, or start afresh."
         )
-
-
-def check_positive(name: str, value: float, owner: str) -> None:
-    """Raise a ValueError unless an option is a number > 0."""
-    if not _is_number(value) or not 0 < value < math.inf:
-        raise ValueError(f"The {name} of {owner} must be > 0, got {value!r}.")
-
-
-def check_share(name: str, value: float, owner: str) -> None:
-    """Raise a ValueError unless an option is a number in [0, 1]."""
-    if not _is_number(value) or not 0 <= value <= 1:
-        raise ValueError(f"The {name} of {owner} must be in [0, 1], got {value!r}.")
-
-
-def check_count(name: str, value: int, owner: str) -> None:
-    """Raise a ValueError unless an option is an integer >= 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"The {name} of {owner} must be an integer >= 1, got {value!r}.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def fill_missing(leaves: Tensor, *values: Tensor) -> tuple[Tensor, ...]:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gflowtrl.checks import POSITIVE, SHARE, check_number
 from gflowtrl.data import Step
 from gflowtrl.policy import Noise, TreePolicy
 from gflowtrl.rewards import CollaborativeReward, StepReward, draw_leaves
 
-from .base import Sampler, Trajectories, check_positive, check_share
+from .base import Sampler, Trajectories
 
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ class OnPolicySampler(Sampler):
     source_names = ("on_policy",)
 
     def __init__(self, temperature: float = 1.0, epsilon: float = 0.0):
-        check_positive("temperature", temperature, "OnPolicySampler")
-        check_share("epsilon", epsilon, "OnPolicySampler")
+        check_number("The temperature of OnPolicySampler", temperature, POSITIVE)
+        check_number("The epsilon of OnPolicySampler", epsilon, SHARE)
         self.temperature, self.epsilon = temperature, epsilon
 
     def sample(
@@ -103,7 +104,7 @@ class RewardSampler(Sampler):
     source_names = ("reward",)
 
     def __init__(self, temperature: float = 1.0):
-        check_positive("temperature", temperature, "RewardSampler")
+        check_number("The temperature of RewardSampler", temperature, POSITIVE)
         self.temperature = temperature
 
     def sample(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from gflowtrl.checks import POSITIVE, check_number
 from gflowtrl.data import Step
 from gflowtrl.policy import Noise, TreePolicy
 from gflowtrl.rewards import StepReward
 
-from .base import Sampler, Trajectories, check_positive, fill_missing
+from .base import Sampler, Trajectories, fill_missing
 
 
 class BeamSampler(Sampler):
@@ -42,7 +43,7 @@ class StochasticBeamSampler(Sampler):
     source_names = ("stochastic_beam",)
 
     def __init__(self, temperature: float = 1.0):
-        check_positive("temperature", temperature, "StochasticBeamSampler")
+        check_number("The temperature of StochasticBeamSampler", temperature, POSITIVE)
         self.temperature = temperature
 
     def sample(

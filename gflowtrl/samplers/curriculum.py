@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gflowtrl.checks import COUNT, check_choice, check_number
 from gflowtrl.data import Step
 from gflowtrl.policy import Noise, TreePolicy
 from gflowtrl.policy.modules import evaluation_mode
 from gflowtrl.rewards import StepReward
 from gflowtrl.teachers import as_teacher, teacher_scores
 
-from .base import Sampler, Trajectories, check_count, fill_missing
+from .base import Sampler, Trajectories, fill_missing
 from .observed import count_allowed, distinct_ranks, observed_leaves, skip_forbidden
 from .schedule import Schedule
 
@@ -42,10 +43,9 @@ class CandidatePool:
     def __init__(
         self, teacher: Teacher | Callable[[Sequence[Sequence[Item]]], Any], kind: str, size: int | None, owner: str
     ):
-        if kind not in POOLS:
-            raise ValueError(f"The pool of {owner} is {kind!r}; choose from {', '.join(POOLS)}.")
+        check_choice(f"The pool of {owner}", kind, POOLS)
         if size is not None:
-            check_count("pool_size", size, owner)
+            check_number(f"The pool_size of {owner}", size, COUNT)
         if not callable(teacher) and not hasattr(teacher, "score"):
             raise TypeError(f"{owner} needs a teacher or a callable histories -> (B, items), got {teacher!r}.")
         self.teacher, self.kind, self.size, self.owner = teacher, kind, size, owner

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from gflowtrl.checks import SHARE, SHARE_BELOW_ONE, check_number
 from gflowtrl.data import Step
 from gflowtrl.policy import Noise, TreePolicy
 from gflowtrl.rewards import StepReward
 
-from .base import Feedback, Sampler, Trajectories, check_share, check_state, over_processes
+from .base import Feedback, Sampler, Trajectories, check_state, over_processes
 from .basic import (
     CollaborativeSampler,
     FunctionSampler,
@@ -31,6 +34,9 @@ from .replay import ReplaySampler
 from .schedule import Schedule
 
 
+T = TypeVar("T")
+
+
 class MixtureSampler(Sampler):
     """Divides the K trajectories of every prompt among several samplers.
 
@@ -40,22 +46,33 @@ class MixtureSampler(Sampler):
     mixtures; their sources are called "outer/inner", and so are the entries of state and metrics.
 
     Args:
-        sources: `{name: weight}` for samplers known by name that need nothing, or `{name: (sampler, weight)}`.
-            `build_sampler` makes one from names that need a teacher.
+        sources: `{name: weight}` for samplers known by name, or `{any name: (spec, weight)}` with what `build_sampler`
+            takes, a `Sampler` for example.
+        build: makes a sampler of a spec; by default `build_sampler` without a teacher.
     """
 
-    def __init__(self, sources: Mapping[str, float | tuple[Sampler, float]]):
-        pairs = {
-            name: entry if isinstance(entry, tuple) else (build_sampler(name), entry)
-            for name, entry in sources.items()
-        }
-        self.samplers = {name: sampler for name, (sampler, _) in pairs.items()}
+    def __init__(self, sources: Mapping[str, Any], *, build: Callable[[Any], Sampler] | None = None):
+        _check_sources(sources)
+        pairs = {name: entry if isinstance(entry, list | tuple) else (name, entry) for name, entry in sources.items()}
+        for name, pair in pairs.items():
+            if len(pair) != 2:
+                raise ValueError(
+                    f"The source {name!r} of a mixture must be a weight or a pair [spec, weight], got {pair!r}."
+                )
         self.weights = _checked_weights({name: weight for name, (_, weight) in pairs.items()})
+        self.samplers = {name: (build or build_sampler)(spec) for name, (spec, _) in pairs.items()}
         self.source_names = tuple(
             name if len(sampler.source_names) == 1 else f"{name}/{inner}"
             for name, sampler in self.samplers.items()
             for inner in sampler.source_names
         )
+
+    def _with_first_source(self) -> Iterator[tuple[Sampler, int]]:
+        """The samplers, each with the number of its first source."""
+        first_source = 0
+        for sampler in self.samplers.values():
+            yield sampler, first_source
+            first_source += len(sampler.source_names)
 
     @property
     def observes_group(self) -> bool:
@@ -74,12 +91,11 @@ class MixtureSampler(Sampler):
     def sample(
         self, step: Step, policy: TreePolicy, reward: StepReward | None, num_generations: int, noise: Noise
     ) -> Trajectories:
-        drawn, first_source = [], 0
-        for (name, sampler), count in zip(self.samplers.items(), self.allocate(num_generations), strict=True):
+        drawn, counts = [], self.allocate(num_generations)
+        for name, (sampler, first_source), count in zip(self.samplers, self._with_first_source(), counts, strict=True):
             if count:
                 part = sampler.sample(step, policy, reward, count, noise.named(name))
-                drawn.append(Trajectories(part.leaves, part.source + first_source, part.log_q))
-            first_source += len(sampler.source_names)
+                drawn.append(replace(part, source=part.source + first_source))
         known = all(part.log_q is not None for part in drawn)
         return Trajectories(
             torch.cat([part.leaves for part in drawn], 1),
@@ -90,10 +106,8 @@ class MixtureSampler(Sampler):
     # ------------------------------------------------------------------------------------------------ handed to parts
     def observe(self, step: Step, trajectories: Trajectories, feedback: Feedback) -> None:
         """Tells every source of its own trajectories, or of all where it `observes_group`."""
-        first_source = 0
-        for sampler in self.samplers.values():
-            told, heard = _renumbered(trajectories, first_source), feedback
-            first_source += len(sampler.source_names)
+        for sampler, first_source in self._with_first_source():
+            told, heard = replace(trajectories, source=trajectories.source - first_source), feedback
             if not sampler.observes_group:
                 own = _own(told.source, sampler)[0].nonzero()[:, 0]  # the same places in every row
                 told, heard = told.columns(own), heard.columns(own)
@@ -101,11 +115,7 @@ class MixtureSampler(Sampler):
                 sampler.observe(step, told, heard)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {
-            f"{name}/{entry}": tensor
-            for name, sampler in self.samplers.items()
-            for entry, tensor in sampler.state_dict().items()
-        }
+        return _flat({name: sampler.state_dict() for name, sampler in self.samplers.items()})
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         own = {name: {} for name in self.samplers}
@@ -119,11 +129,7 @@ class MixtureSampler(Sampler):
             sampler.load_state_dict(own[name])
 
     def metrics(self) -> dict[str, float]:
-        return {
-            f"{name}/{metric}": value
-            for name, sampler in self.samplers.items()
-            for metric, value in sampler.metrics().items()
-        }
+        return _flat({name: sampler.metrics() for name, sampler in self.samplers.items()})
 
 
 class ScheduledMixtureSampler(MixtureSampler):
@@ -133,21 +139,33 @@ class ScheduledMixtureSampler(MixtureSampler):
         schedule: `[(progress, {name: weight}), ...]`; a source that a point does not name has weight 0 there.
             `[(0, {"ground_truth": 1, "collaborative": 7}), (1, {"ground_truth": 1, "on_policy": 7})]` begins with
             the teacher's items and ends with the policy's.
-        sources: `{name: sampler}` for names that are no known samplers, or need something.
+        sources: `{name: spec}` for names that are not known samplers, or have options.
+        build: as for `MixtureSampler`.
     """
 
     def __init__(
-        self, schedule: Sequence[tuple[float, Mapping[str, float]]], sources: Mapping[str, Sampler] | None = None
+        self,
+        schedule: Sequence[tuple[float, Mapping[str, float]]],
+        sources: Mapping[str, Any] | None = None,
+        *,
+        build: Callable[[Any], Sampler] | None = None,
     ):
-        points = _weight_points(schedule)
-        names = _scheduled_names(points)
-        sources = {} if sources is None else dict(sources)
-        for name in sources:
+        try:
+            points = [(progress, dict(weights)) for progress, weights in schedule]
+        except (TypeError, ValueError):
+            points = []
+        if not points:
+            raise ValueError(
+                f"The schedule of ScheduledMixtureSampler must be a list of pairs [progress, {{name: weight}}], got "
+                f"{schedule!r}."
+            )
+        names = list(dict.fromkeys(name for _, weights in points for name in weights))
+        specs = dict(zip(names, names, strict=True)) | dict(_check_sources(sources or {}))
+        for name in specs:
             if name not in names:
                 raise ValueError(f"The schedule of ScheduledMixtureSampler never names the source {name!r}.")
         rows = [_checked_weights({name: weights.get(name, 0) for name in names}) for _, weights in points]
-        ready = {name: sources[name] if name in sources else build_sampler(name) for name in names}
-        super().__init__({name: (ready[name], weight) for name, weight in zip(names, rows[0], strict=True)})
+        super().__init__({name: (specs[name], w) for name, w in zip(names, rows[0], strict=True)}, build=build)
         pairs = [(progress, row) for (progress, _), row in zip(points, rows, strict=True)]
         self.schedule = Schedule(pairs, "ScheduledMixtureSampler")
 
@@ -178,26 +196,31 @@ class AdaptiveMixtureSampler(MixtureSampler):
     Residuals are summed over processes, which therefore agree on the shares.
 
     Args:
-        sources: as of `MixtureSampler`; all weights > 0.
+        sources, build: as of `MixtureSampler`; all weights > 0.
         floor: the smallest share of a source, in [0, 1 / m). One of K trajectories is sure where floor * K >= 1.
         decay: weight of the past in the running mean, in [0, 1); 0.95 forgets over about 20 steps.
     """
 
-    def __init__(self, sources: Mapping[str, float | tuple[Sampler, float]], floor: float = 0.05, decay: float = 0.95):
-        super().__init__(sources)
+    def __init__(
+        self,
+        sources: Mapping[str, Any],
+        floor: float = 0.05,
+        decay: float = 0.95,
+        *,
+        build: Callable[[Any], Sampler] | None = None,
+    ):
+        super().__init__(sources, build=build)
         count = len(self.samplers)
         if not all(self.weights):
             raise ValueError(
                 f"The weights of AdaptiveMixtureSampler must be > 0, got {self.weights}; leave unused sources out."
             )
-        check_share("floor", floor, "AdaptiveMixtureSampler")
-        check_share("decay", decay, "AdaptiveMixtureSampler")
+        check_number("The floor of AdaptiveMixtureSampler", floor, SHARE)
+        check_number("The decay of AdaptiveMixtureSampler", decay, SHARE_BELOW_ONE)
         if not floor * count < 1:
             raise ValueError(
                 f"The floor of AdaptiveMixtureSampler with {count} sources must be in [0, {1 / count:g}), got {floor}."
             )
-        if decay == 1:
-            raise ValueError("With a decay of 1 AdaptiveMixtureSampler would never learn; choose one below it.")
         self.base_weights, self.floor, self.decay = list(self.weights), floor, decay
         self.residuals = torch.zeros(0, dtype=torch.float64)  # running mean of each source; empty: not measured yet
         self._set_weights()
@@ -214,11 +237,10 @@ class AdaptiveMixtureSampler(MixtureSampler):
 
     def _measured(self, source: Tensor, residual: Tensor) -> Tensor:
         """Mean residual of each source over the step's trajectories on all processes: `(m,)`, NaN for none."""
-        sums, first_source = [], 0
-        for sampler in self.samplers.values():
+        sums = []
+        for sampler, first_source in self._with_first_source():
             own = _own(source - first_source, sampler) & residual.isfinite()
             sums.append(torch.stack([residual[own].sum(), own.double().sum()]))
-            first_source += len(sampler.source_names)
         total, count = over_processes(torch.stack(sums)).cpu().unbind(1)
         return total / count
 
@@ -250,8 +272,9 @@ class AdaptiveMixtureSampler(MixtureSampler):
         return {**super().metrics(), **_shares(self), **{f"residual/{name}": value for name, value in residuals}}
 
 
-def _renumbered(trajectories: Trajectories, first_source: int) -> Trajectories:
-    return Trajectories(trajectories.leaves, trajectories.source - first_source, trajectories.log_q)
+def _flat(parts: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
+    """The entries of all parts under "part/entry"."""
+    return {f"{name}/{entry}": value for name, entries in parts.items() for entry, value in entries.items()}
 
 
 def _own(source: Tensor, sampler: Sampler) -> Tensor:
@@ -277,21 +300,10 @@ def _checked_weights(weights: Mapping[str, float]) -> list[float]:
     return values
 
 
-def _weight_points(schedule: Any) -> list[tuple[float, Mapping[str, float]]]:
-    """A schedule's pairs of progress and weights, checked as far as `Schedule` does not."""
-    points = list(schedule) if isinstance(schedule, Sequence) and not isinstance(schedule, str) else []
-    if not points or any(
-        not isinstance(point, list | tuple) or len(point) != 2 or not isinstance(point[1], Mapping) for point in points
-    ):
-        raise ValueError(
-            f"The schedule of ScheduledMixtureSampler must be a list of pairs [progress, {{name: weight}}], got "
-            f"{schedule!r}."
-        )
-    return points
-
-
-def _scheduled_names(points: Sequence[tuple[float, Mapping[str, float]]]) -> list[str]:
-    return list(dict.fromkeys(name for _, weights in points for name in weights))
+def _check_sources(sources: Any) -> Mapping[str, Any]:
+    if not isinstance(sources, Mapping):
+        raise ValueError(f"The sources of a mixture must be names with weights or samplers, got {sources!r}.")
+    return sources
 
 
 # ----------------------------------------------------------------------------------------------------------- by name
@@ -337,21 +349,30 @@ def build_sampler(
     Raises:
         ValueError, TypeError: an unknown name or option, a bad value, a missing teacher; the error names it.
     """
-    given = {
-        "teacher": teacher, "temperature": temperature, "epsilon": epsilon, "teacher_temperature": teacher_temperature,
-    }  # fmt: skip
     if isinstance(spec, Sampler):
         return spec
-    if isinstance(spec, Mapping) and isinstance(spec.get("type"), str):
-        options = {name: value for name, value in spec.items() if name != "type"}
-        return _build_named(spec["type"], options, given)
-    if isinstance(spec, Mapping):
-        return MixtureSampler(_build_pairs(spec, given))
     if isinstance(spec, type) and issubclass(spec, Sampler):
         return spec()
+    build = partial(
+        build_sampler, teacher=teacher, temperature=temperature, epsilon=epsilon,
+        teacher_temperature=teacher_temperature,
+    )  # fmt: skip
+    if isinstance(spec, Mapping) and not isinstance(spec.get("type"), str):
+        return MixtureSampler(spec, build=build)
     if callable(spec):
         return FunctionSampler(spec)
-    return _build_named(spec, {}, given)
+    options = dict(spec) if isinstance(spec, Mapping) else {"type": spec}
+    name = options.pop("type")
+    _check_options(name, options, teacher)
+    given = {"teacher": teacher, "build": build} | {
+        "on_policy": {"temperature": temperature, "epsilon": epsilon},
+        "stochastic_beam": {"temperature": temperature},
+        "collaborative": {"temperature": teacher_temperature},
+    }.get(name, {})
+    if name == "replay":
+        options["fallback"] = build(options.get("fallback", "on_policy"))
+    parameters = inspect.signature(SAMPLERS[name]).parameters
+    return SAMPLERS[name](**{option: value for option, value in given.items() if option in parameters} | options)
 
 
 def uses_teacher(spec: Any) -> bool:
@@ -363,60 +384,19 @@ def uses_teacher(spec: Any) -> bool:
     return False
 
 
-def _build_named(name: str, options: dict[str, Any], given: Mapping[str, Any]) -> Sampler:
-    """A sampler of `SAMPLERS` with the options of a spec, over those that `build_sampler` was given."""
+def _check_options(name: object, options: Mapping[str, Any], teacher: Any) -> None:
+    """Refuse an unknown sampler, options that it does not have, and to leave out what it needs."""
     if not isinstance(name, str) or name not in SAMPLERS:
         raise ValueError(f"Unknown sampler {name!r}; known are {sorted(SAMPLERS)}.")
     parameters = inspect.signature(SAMPLERS[name]).parameters
-    known = [parameter for parameter in parameters if parameter != "teacher"]
+    known = {key: parameter.default for key, parameter in parameters.items() if key not in ("teacher", "build")}
     for option in options:
         if option not in known:
             raise ValueError(f"The sampler {name!r} has no option {option!r}; it has {', '.join(known) or 'none'}.")
-    for option in known:
-        if option not in options and parameters[option].default is inspect.Parameter.empty:
+    for option, default in known.items():
+        if option not in options and default is inspect.Parameter.empty:
             raise ValueError(f"The sampler {name!r} needs the option {option!r}.")
-    if "teacher" in parameters:
-        if given["teacher"] is None:
-            raise _MissingTeacher(
-                f"The sampler {name!r} needs a teacher: give one, or a {SAMPLERS[name].__name__}(teacher)."
-            )
-        options = {"teacher": given["teacher"], **options}
-    defaults = {
-        "on_policy": {"temperature": given["temperature"], "epsilon": given["epsilon"]},
-        "stochastic_beam": {"temperature": given["temperature"]},
-        "collaborative": {"temperature": given["teacher_temperature"]},
-    }
-    return SAMPLERS[name](**_build_inner(name, {**defaults.get(name, {}), **options}, given))
-
-
-def _build_inner(name: str, options: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options in which specs of further samplers became samplers."""
-    if name == "replay":
-        return {**options, "fallback": build_sampler(options.get("fallback", "on_policy"), **given)}
-    if name == "adaptive_mixture":
-        return {**options, "sources": _build_pairs(options["sources"], given)}
-    if name == "scheduled_mixture":
-        own = _checked_sources(options.get("sources") or {})
-        names = [*own, *_scheduled_names(_weight_points(options["schedule"]))]
-        return {**options, "sources": {inner: build_sampler(own.get(inner, inner), **given) for inner in names}}
-    return options
-
-
-def _build_pairs(sources: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, tuple[Sampler, float]]:
-    """`{name: weight}` and `{any name: [spec, weight]}` as `{name: (sampler, weight)}`."""
-    pairs = {}
-    for name, entry in _checked_sources(sources).items():
-        if isinstance(entry, list | tuple) and len(entry) != 2:
-            raise ValueError(
-                f"The source {name!r} of a mixture must be a weight or a pair [spec, weight], got {entry!r}."
-            )
-        spec, weight = entry if isinstance(entry, list | tuple) else (name, entry)
-        pairs[name] = (spec, weight)
-    _checked_weights({name: weight for name, (_, weight) in pairs.items()})
-    return {name: (build_sampler(spec, **given), weight) for name, (spec, weight) in pairs.items()}
-
-
-def _checked_sources(sources: Any) -> Mapping[str, Any]:
-    if not isinstance(sources, Mapping):
-        raise ValueError(f"The sources of a mixture must be names with weights or samplers, got {sources!r}.")
-    return sources
+    if "teacher" in parameters and teacher is None:
+        raise _MissingTeacher(
+            f"The sampler {name!r} needs a teacher: give one, or a {SAMPLERS[name].__name__}(teacher)."
+        )

@@ -8,20 +8,12 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from gflowtrl.checks import COUNT, POSITIVE, SHARE, check_number
 from gflowtrl.data import Step
 from gflowtrl.policy import Noise, TreePolicy
 from gflowtrl.rewards import StepReward, draw_leaves
 
-from .base import (
-    Feedback,
-    Sampler,
-    Trajectories,
-    check_count,
-    check_positive,
-    check_share,
-    check_state,
-    over_processes,
-)
+from .base import Feedback, Sampler, Trajectories, check_state, over_processes
 from .basic import OnPolicySampler
 
 
@@ -63,9 +55,9 @@ class ReplaySampler(Sampler):
         temperature: float = 1.0,
         fallback: Sampler | None = None,
     ):
-        check_count("capacity", capacity, "ReplaySampler")
-        check_share("recent_share", recent_share, "ReplaySampler")
-        check_positive("temperature", temperature, "ReplaySampler")
+        check_number("The capacity of ReplaySampler", capacity, COUNT)
+        check_number("The recent_share of ReplaySampler", recent_share, SHARE)
+        check_number("The temperature of ReplaySampler", temperature, POSITIVE)
         if fallback is not None and not isinstance(fallback, Sampler):
             raise TypeError(f"The fallback of ReplaySampler must be a Sampler, got {fallback!r}.")
         self.capacity, self.recent_share, self.temperature = capacity, recent_share, temperature

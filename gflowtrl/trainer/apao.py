@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from gflowtrl.checks import COUNT, NOT_NEGATIVE
 from gflowtrl.losses.prefix_weights import VARIANTS
 from gflowtrl.samplers import Sampler
 
@@ -55,11 +56,7 @@ class APAOConfig(TreePolicyConfig):
     label_space: str = option("vocabulary", "Probabilities of the losses on the target.", ["tree", "vocabulary"])
     loss_type: list[str] | None = option(None, "Follows from `method`.")
 
-    _bounds = TreePolicyConfig._bounds | {
-        "beta": "a finite number of at least 0",
-        "num_negatives": "at least 1",
-        "prefix_eta": "a finite number of at least 0",
-    }
+    _bounds = TreePolicyConfig._bounds | {"beta": NOT_NEGATIVE, "num_negatives": COUNT, "prefix_eta": NOT_NEGATIVE}
 
     def __post_init__(self):
         losses = ["sft", f"prefix_{self.method}"]

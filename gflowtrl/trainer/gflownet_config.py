@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
+
+from gflowtrl.checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE_BELOW_ONE, check_number
 
 from .tree_policy_config import TreePolicyConfig, listed, option
 
@@ -91,11 +92,11 @@ class GFlowNetConfig(TreePolicyConfig):
 
     _VALID_DICT_FIELDS = TreePolicyConfig._VALID_DICT_FIELDS + ["source_weights"]
     _bounds = TreePolicyConfig._bounds | {
-        "log_z_learning_rate": "a finite number greater than 0",
-        "reward_beta": "a finite number greater than 0",
-        "reward_floor": "in [0, 1)",
-        "exact_top_items": "at least 1",
-        "ref_weight": "a finite number of at least 0",
+        "log_z_learning_rate": POSITIVE,
+        "reward_beta": POSITIVE,
+        "reward_floor": SHARE_BELOW_ONE,
+        "exact_top_items": COUNT,
+        "ref_weight": NOT_NEGATIVE,
     }
 
     def __post_init__(self):
@@ -125,8 +126,4 @@ class GFlowNetConfig(TreePolicyConfig):
                 f"source_weights belong to trajectory_weighting='source', which needs them."
             )
         for name, weight in self.weight_per_source.items():
-            if not (isinstance(weight, int | float) and 0 < weight < math.inf):
-                raise ValueError(
-                    f"The weight of source {name!r} is {weight!r}; it must be a number greater than 0. Leave a source "
-                    f"out of the sampler to do without it."
-                )
+            check_number(f"The weight of source {name!r}", weight, POSITIVE)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
 
+from gflowtrl.checks import COUNT, POSITIVE, SHARE, Bound, check_choice, check_number
 from gflowtrl.compat import TRLConfig
 from gflowtrl.losses import LossSpec, get_loss
 
@@ -31,16 +32,6 @@ def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
-
-
-#: What a number may be, by how an error says it.
-_BOUNDS: dict[str, Callable[[float], bool]] = {
-    "a finite number greater than 0": lambda value: 0 < value < math.inf,
-    "a finite number of at least 0": lambda value: 0 <= value < math.inf,
-    "at least 1": lambda value: value >= 1,
-    "in [0, 1]": lambda value: 0 <= value <= 1,
-    "in [0, 1)": lambda value: 0 <= value < 1,
-}
 
 
 @dataclass
@@ -149,12 +140,12 @@ class TreePolicyConfig(TRLConfig):
     remove_unused_columns: bool = option(False, "Must stay False: rewards see all columns.")
 
     _VALID_DICT_FIELDS = TRLConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "loss_kwargs"]
-    _bounds: ClassVar[dict[str, str]] = {
-        "num_generations": "at least 1",
-        "temperature": "a finite number greater than 0",
-        "epsilon": "in [0, 1]",
-        "max_history_items": "at least 1",
-        "max_shared_prompts": "at least 1",
+    _bounds: ClassVar[dict[str, Bound]] = {
+        "num_generations": COUNT,
+        "temperature": POSITIVE,
+        "epsilon": SHARE,
+        "max_history_items": COUNT,
+        "max_shared_prompts": COUNT,
     }
 
     def __post_init__(self):
@@ -188,19 +179,16 @@ class TreePolicyConfig(TRLConfig):
 
     def _check_unused(self) -> None:
         """Arguments of the Trainer that these trainers would stumble over, or not look at."""
-        if self.batch_eval_metrics:
-            raise ValueError("batch_eval_metrics is True, but breadth is a property of all lists; leave it False.")
-        if not self.eval_do_concat_batches:
-            raise ValueError("eval_do_concat_batches is False, but metrics are of all lists together; leave it True.")
+        for name, needed, reason in (
+            ("batch_eval_metrics", False, "breadth is a property of all lists"),
+            ("eval_do_concat_batches", True, "metrics are of all lists together"),
+            ("remove_unused_columns", False, "that would drop histories and targets"),
+            ("label_smoothing_factor", 0, "no loss of gflowtrl smooths labels: it would change nothing"),
+        ):
+            if getattr(self, name) != needed:
+                raise ValueError(f"{name} is {getattr(self, name)}, but {reason}; leave it at {needed}.")
         if "inputs" in self.include_for_metrics:
             raise ValueError("include_for_metrics names 'inputs', but metrics are of lists and targets; leave it out.")
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns=True would drop histories and targets; leave it False.")
-        if self.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor is {self.label_smoothing_factor}, but no loss of gflowtrl smooths labels: it "
-                f"would change nothing. Leave it at 0."
-            )
 
     def _check_losses(self) -> None:
         if not self.loss_type:
@@ -254,12 +242,11 @@ class TreePolicyConfig(TRLConfig):
             if entry.name in TRLConfig.__dataclass_fields__:
                 continue  # transformers checks its own
             value, choices = getattr(self, entry.name), entry.metadata.get("choices")
-            if choices is not None and value is not None and value not in choices:
-                raise ValueError(f"{entry.name} is {value!r}; choose {' or '.join(map(repr, choices))}.")
+            if choices is not None and value is not None:
+                check_choice(entry.name, value, choices)
         for name, bound in self._bounds.items():
-            value = getattr(self, name)
-            if value is not None and not _BOUNDS[bound](value):
-                raise ValueError(f"{name} is {value!r}; it must be {bound}.")
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), bound)
         if not self.eval_ks or min(self.eval_ks) < 1:
             raise ValueError(f"eval_ks is {self.eval_ks}; give list lengths of at least 1, for example [5, 10].")
         if self.eval_num_beams < max(self.eval_ks):

@@ -184,7 +184,7 @@ def test_every_loss_takes_its_options():
         ("sdpo", {"beta": "high"}, "beta is 'high'; it must be"),
         ("grpo", {"beta": -1e-3}, "beta is -0.001; it must be a finite number of at least 0"),
         ("prefix_pointwise", {"eta": -1.0}, "eta is -1.0; it must be"),
-        ("prefix_pairwise", {"variant": "2024"}, "variant is '2024'; choose one of 'paper', '2025', 'kdd'"),
+        ("prefix_pairwise", {"variant": "2024"}, "variant is '2024'; choose 'paper' or '2025' or 'kdd'"),
     ],
 )
 def test_bad_options_are_named(name, options, message):

@@ -150,7 +150,7 @@ def test_command_line_sets_any_field(recipe_file):
         ("--rewards.0.weight much", "rewards.0.weight must be a number or 'learned'"),
         ("--rewards.0.weight learned", "rewards.0.weight is 'learned', which validation rows decide"),
         ("--rewards.1.weight learned --reward_beta 2", "not gflownet.reward_beta: 2"),
-        ("--rewards.1.temperature 0", "rewards.1: The temperature of CollaborativeReward must be > 0"),
+        ("--rewards.1.temperature 0", "rewards.1: The temperature of CollaborativeReward is 0; it must be a finite"),
         ("--rewards.1.normalization minmax", "rewards.1: normalization is 'minmax'; choose 'softmax' or 'min_max'"),
         ("--rewards.1.popularity views", "rewards.1.popularity is 'views'; choose interactions or impressions"),
         ("--rewards.1.item_counts 3", "no field 'rewards.1.item_counts'"),
@@ -163,7 +163,7 @@ def test_command_line_sets_any_field(recipe_file):
         ("--rewards.0.type title_likelihood --rewards.0.model m --rewards.0.titles t", "no field 'rewards.0.titles'"),
         (
             "--rewards.0.type title_likelihood --rewards.0.model m --rewards.0.batch_size 0",
-            "rewards.0: batch_size of TitleLikelihoodReward must be at least 1",
+            "rewards.0: batch_size of TitleLikelihoodReward is 0; it must be a whole number of at least 1",
         ),
         ("--seed soon", "seed must be a whole number, but it is 'soon'"),
         ("--sft.learning_rate fast", "sft.learning_rate must be a number"),

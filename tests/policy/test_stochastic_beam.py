@@ -138,6 +138,6 @@ def test_numbers_stay_finite_where_probabilities_do_not_differ_from_0_or_1():
 def test_refusals():
     policy, prompts = build(), ragged_prompts(2, VOCAB)
     noise = StatelessNoise(0).at(0, torch.arange(2))
-    for count, temperature in ((0, 1.0), (2, 0.0)):
-        with pytest.raises(ValueError, match="temperature must be > 0 and num_generations at least 1"):
+    for count, temperature, message in ((0, 1.0, "num_generations is 0; it must"), (2, 0.0, "temperature is 0.0; it")):
+        with pytest.raises(ValueError, match=message):
             policy.stochastic_beam_search(prompts, count, noise, temperature)

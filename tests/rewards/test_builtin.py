@@ -269,7 +269,9 @@ def test_mistakes_are_explained():
         GroundTruthReward().score_items(step)
     with pytest.raises(ValueError, match="'ground_truth' needs the dataset column 'target'"):
         GroundTruthReward().bind(catalog).score_items(make_step(without=["target"]))
-    with pytest.raises(ValueError, match="temperature of CollaborativeReward must be > 0, got 0"):
+    with pytest.raises(
+        ValueError, match="temperature of CollaborativeReward is 0.*; it must be a finite number above 0"
+    ):
         CollaborativeReward(TableTeacher(), temperature=0)
     with pytest.raises(ValueError, match="needs item_counts"):
         CollaborativeReward(TableTeacher(), popularity_correction=0.5)
@@ -277,7 +279,7 @@ def test_mistakes_are_explained():
         CollaborativeReward(TableTeacher(), popularity_correction=0.5, item_counts=[1, 2]).bind(catalog)
     with pytest.raises(ValueError, match="normalization is 'minmax'; choose 'softmax' or 'min_max'"):
         CollaborativeReward(TableTeacher(), normalization="minmax")
-    with pytest.raises(ValueError, match="exponent of CollaborativeReward must be > 0, got 0"):
+    with pytest.raises(ValueError, match="exponent of CollaborativeReward is 0.*; it must be a finite number above 0"):
         CollaborativeReward(TableTeacher(), normalization="min_max", exponent=0)
     with pytest.raises(ValueError, match="of a softmax it is a temperature: give temperature=0.5"):
         CollaborativeReward(TableTeacher(), exponent=2)

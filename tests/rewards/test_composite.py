@@ -307,8 +307,8 @@ def test_plain_callable_cannot_score_all():
         ({"weights": [0.0]}, "not all zero"),
         ({"weights": [-1.0]}, "under reward_transform='power' they must be >= 0"),
         ({"transform": "log"}, "reward_transform is 'log'"),
-        ({"beta": 0}, "reward_beta must be a positive number"),
-        ({"floor": 1.0}, "reward_floor is a share"),
+        ({"beta": 0}, "reward_beta is 0.*; it must be a finite number above 0"),
+        ({"floor": 1.0}, r"reward_floor is 1.0; it must be a number in \[0, 1\)"),
         ({"leaf_reduction": "mean"}, "leaf_reduction is 'mean'"),
     ],
 )

@@ -96,9 +96,15 @@ def test_all_items_only_on_request():
     [
         ({"template": "Next:"}, "must hold {history}, but it is 'Next:'"),
         ({"normalise": "none"}, "normalise is 'none'; choose 'mean'"),
-        ({"max_history_items": 0}, "max_history_items of TitleLikelihoodReward must be at least 1"),
-        ({"max_title_words": 0}, "max_title_words of TitleLikelihoodReward must be at least 1"),
-        ({"batch_size": 0}, "batch_size of TitleLikelihoodReward must be at least 1"),
+        (
+            {"max_history_items": 0},
+            "max_history_items of TitleLikelihoodReward is 0; it must be a whole number of at least 1",
+        ),
+        (
+            {"max_title_words": 0},
+            "max_title_words of TitleLikelihoodReward is 0; it must be a whole number of at least 1",
+        ),
+        ({"batch_size": 0}, "batch_size of TitleLikelihoodReward is 0; it must be a whole number of at least 1"),
     ],
 )
 def test_bad_options(options, message):

@@ -57,7 +57,7 @@ def test_the_best_leaves_of_a_batch():
     nodes = torch.arange(catalog.tree.num_nodes).expand(4, -1)
     torch.testing.assert_close(every.log_flows(nodes), catalog.tree.log_flows(table))
     assert every.log_rest.isneginf().all()
-    with pytest.raises(ValueError, match="number of top leaves must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="number of top leaves is 0; it must be a whole number of at least 1"):
         CompositeReward(rewards, catalog, max_elements=16, top_items=0).of(step)
 
 

@@ -165,7 +165,7 @@ class Constant:
         ([Table(1), lambda **_: []], {"tokenizer": TOKENIZER}, "cannot score all items"),
         ([Table(1), LikelihoodReward()], {}, "'likelihood' cannot score all items"),
         ([Table(1)], {"held_out": "next"}, "no column 'next' of held-out positives"),
-        ([Table(1)], {"floor": 0.0}, "floor must lie between 0 and 1"),
+        ([Table(1)], {"floor": 0.0}, r"floor is 0.0; it must be a number in \(0, 1\)"),
     ],
 )
 def test_mistakes_are_explained(rewards, options, message):

@@ -173,12 +173,9 @@ def test_beams_in_a_mixture():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (
-            lambda: CurriculumSampler(TableTeacher(), 0),
-            "pool_size of CurriculumSampler must be an integer >= 1",
-        ),
-        (lambda: CurriculumSampler(TableTeacher(), 2.5), "pool_size of CurriculumSampler must be an integer"),
-        (lambda: CurriculumSampler(TableTeacher(), pool="best"), "'best'; choose from random, teacher"),
+        (lambda: CurriculumSampler(TableTeacher(), 0), "pool_size of CurriculumSampler is 0; .* of at least 1"),
+        (lambda: CurriculumSampler(TableTeacher(), 2.5), "pool_size of CurriculumSampler is 2.5; it must be a whole"),
+        (lambda: CurriculumSampler(TableTeacher(), pool="best"), "'best'; choose 'random' or 'teacher'"),
         (lambda: CurriculumSampler(TableTeacher(), schedule=[]), "progress of the points in the schedule"),
         (lambda: CurriculumSampler(TableTeacher(), schedule=[[0.5, 0], [0.2, 1]]), r"must ascend within 0 to 1, got"),
         (lambda: CurriculumSampler(TableTeacher(), schedule=[[0, 0], [2, 1]]), "must ascend within 0 to 1"),
@@ -187,8 +184,11 @@ def test_beams_in_a_mixture():
         (lambda: CurriculumSampler(TableTeacher(), schedule=[[0, [0, 1]]]), r"hardness .* must be in \[0, 1\]"),
         (lambda: draw(CurriculumSampler(TableTeacher(), 2), 3), "give 3 trajectories, but its pool"),
         (lambda: draw(CurriculumSampler(lambda h: torch.zeros(4, 2)), 2), r"shape \(4, 2\)"),
-        (lambda: StochasticBeamSampler(0), "temperature of StochasticBeamSampler must be > 0, got 0"),
-        (lambda: StochasticBeamSampler("warm"), "temperature of StochasticBeamSampler must be > 0, got 'warm'"),
+        (
+            lambda: StochasticBeamSampler(0),
+            "temperature of StochasticBeamSampler is 0; it must be a finite number above 0",
+        ),
+        (lambda: StochasticBeamSampler("warm"), "temperature of StochasticBeamSampler is 'warm'; it must be"),
     ],
 )
 def test_mistakes_are_explained(make, message):

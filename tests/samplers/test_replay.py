@@ -255,9 +255,15 @@ def test_an_empty_buffer_round_trips(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ReplaySampler(0), "capacity of ReplaySampler must be an integer >= 1, got 0"),
-        (lambda: ReplaySampler(4, recent_share=1.5), r"recent_share of ReplaySampler must be in \[0, 1\], got 1.5"),
-        (lambda: ReplaySampler(4, temperature=-1), "temperature of ReplaySampler must be > 0, got -1"),
+        (lambda: ReplaySampler(0), "capacity of ReplaySampler is 0; it must be a whole number of at least 1"),
+        (
+            lambda: ReplaySampler(4, recent_share=1.5),
+            r"recent_share of ReplaySampler is 1.5; it must be a number in \[0, 1\]",
+        ),
+        (
+            lambda: ReplaySampler(4, temperature=-1),
+            "temperature of ReplaySampler is -1; it must be a finite number above 0",
+        ),
         (lambda: ReplaySampler(3).load_state_dict({}), r"has the entries \[\], but .* written with another sampler"),
         (lambda: ReplaySampler(3).load_state_dict(ReplaySampler(4).state_dict()), "holds 4 .* but capacity is 3"),
         (lambda: GroundTruthSampler().load_state_dict(ReplaySampler(4).state_dict()), "state of GroundTruthSampler"),

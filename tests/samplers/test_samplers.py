@@ -205,9 +205,9 @@ def test_build_sampler():
         (lambda: build_sampler("collaborative"), "'collaborative' needs a teacher"),
         (lambda: MixtureSampler({"uniform": 0}), "weights of a mixture must be >= 0, finite and not all zero"),
         (lambda: MixtureSampler({"uniform": -1, "reward": 2}), "weights of a mixture"),
-        (lambda: OnPolicySampler(0.0), "temperature of OnPolicySampler must be > 0"),
-        (lambda: OnPolicySampler(epsilon=1.5), r"epsilon of OnPolicySampler must be in \[0, 1\], got 1.5"),
-        (lambda: RewardSampler(-1), "temperature of RewardSampler must be > 0"),
+        (lambda: OnPolicySampler(0.0), "temperature of OnPolicySampler is 0.0; it must be"),
+        (lambda: OnPolicySampler(epsilon=1.5), r"epsilon of OnPolicySampler is 1.5; it must be a number in \[0, 1\]"),
+        (lambda: RewardSampler(-1), "temperature of RewardSampler is -1; it must be"),
         (
             lambda: RewardSampler().sample(make_step(), None, SampledReward(lambda *_: None), 1, None),
             "needs the rewards of all leaves",

@@ -165,7 +165,7 @@ def test_beside_a_balance_loss(tmp_path):
         ({"method": "listwise"}, "choose 'pointwise' or 'pairwise'"),
         ({"beta": -1.0}, "beta is -1.0"),
         ({"beta": float("inf")}, "beta is inf; it must be a finite number"),
-        ({"num_negatives": 0}, "num_negatives is 0; it must be at least 1"),
+        ({"num_negatives": 0}, "num_negatives is 0; it must be a whole number of at least 1"),
         ({"prefix_variant": "2024"}, "prefix_variant is '2024'"),
         ({"prefix_eta": -0.1}, "prefix_eta is -0.1"),
         ({"label_space": "items"}, "choose 'tree' or 'vocabulary'"),

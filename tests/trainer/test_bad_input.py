@@ -140,7 +140,7 @@ def test_refused_in_the_first_step(tmp_path, case):
 
 
 CONFIGURATION = [
-    ({"num_generations": 0}, "num_generations is 0; it must be at least 1"),
+    ({"num_generations": 0}, "num_generations is 0; it must be a whole number of at least 1"),
     ({"num_generations": 1}, "num_generations is 1.*'vargrad' needs at least 2"),
     ({"num_generations": 0, "loss_type": "sft"}, "num_generations is 0.*at least 1"),
     ({"loss_type": "sft,vargrad", "loss_weights": [1.0]}, "loss_weights has 1 entries and loss_type 2"),
@@ -150,7 +150,7 @@ CONFIGURATION = [
     ({"loss_reduction": "max"}, "loss_reduction is 'max'; choose 'mean' or 'sum'"),
     ({"reward_transform": "log"}, "reward_transform is 'log'"),
     ({"leaf_reduction": "mean"}, "leaf_reduction is 'mean'"),
-    ({"temperature": 0.0}, "temperature is 0.0; it must be a finite number greater than 0"),
+    ({"temperature": 0.0}, "temperature is 0.0; it must be a finite number above 0"),
     ({"reward_beta": -1.0}, "reward_beta is -1.0"),
     ({"log_z_learning_rate": math.nan}, "log_z_learning_rate is nan"),
     ({"epsilon": 1.5}, "epsilon is 1.5"),

@@ -1,0 +1,54 @@
+"""Checks of single options, so that all errors about them read alike. Any room may use them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+
+class Bound(NamedTuple):
+    """What a number may be: as an error says it, and as a test. Infinity, NaN and True are refused before it."""
+
+    meaning: str
+    holds: Callable[[Any], bool]
+
+
+def at_least(least: int) -> Bound:
+    """Whole numbers from `least` on."""
+    return Bound(f"a whole number of at least {least}", lambda value: isinstance(value, Integral) and value >= least)
+
+
+COUNT = at_least(1)
+POSITIVE = Bound("a finite number above 0", lambda value: value > 0)
+NOT_NEGATIVE = Bound("a finite number of at least 0", lambda value: value >= 0)
+SHARE = Bound("a number in [0, 1]", lambda value: 0 <= value <= 1)
+POSITIVE_SHARE = Bound("a number in (0, 1)", lambda value: 0 < value < 1)
+SHARE_BELOW_ONE = Bound("a number in [0, 1)", lambda value: 0 <= value < 1)
+
+
+def check_number(name: str, value: object, bound: Bound) -> None:
+    """Refuse an option that is not a finite number within its bound.
+
+    Args:
+        name: what the error calls the option.
+        value: what was given.
+        bound: `COUNT`, `POSITIVE`, ...
+
+    Raises:
+        ValueError: names the option, its value and the bound.
+    """
+    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not (number and bound.holds(value)):
+        raise ValueError(f"{name} is {value!r}; it must be {bound.meaning}.")
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Refuse an option that is not one of several words.
+
+    Raises:
+        ValueError: names the option, its value and the choices.
+    """
+    if value not in (known := list(choices)):
+        raise ValueError(f"{name} is {value!r}; choose {' or '.join(map(repr, known))}.")

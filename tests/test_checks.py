@@ -1,0 +1,35 @@
+"""Checks of single options."""
+
+import math
+
+import numpy as np
+import pytest
+
+from gflowtrl import checks
+
+
+@pytest.mark.parametrize(
+    ("bound", "good", "bad"),
+    [
+        (checks.COUNT, [1, 7, np.int64(2)], [0, 1.0, 2.5, -1]),
+        (checks.at_least(0), [0, 1], [-1, 0.5]),
+        (checks.POSITIVE, [1, 1e-9, np.float32(0.5)], [0, -1e-9]),
+        (checks.NOT_NEGATIVE, [0, 0.0, 3], [-1e-9]),
+        (checks.SHARE, [0, 0.5, 1], [-1e-9, 1 + 1e-9]),
+        (checks.SHARE_BELOW_ONE, [0, 0.999], [1, 1.0]),
+        (checks.POSITIVE_SHARE, [1e-9, 0.999], [0, 1]),
+    ],
+)
+def test_bounds(bound, good, bad):
+    for value in good:
+        checks.check_number("It", value, bound)
+    for value in [*bad, math.nan, math.inf, -math.inf, True, "1", None, [1]]:
+        with pytest.raises(ValueError) as error:
+            checks.check_number("It", value, bound)
+        assert str(error.value) == f"It is {value!r}; it must be {bound.meaning}."
+
+
+def test_choices():
+    checks.check_choice("It", "a", ("a", "b"))
+    with pytest.raises(ValueError, match="^It is 'c'; choose 'a' or 'b'.$"):
+        checks.check_choice("It", "c", (word for word in "ab"))
