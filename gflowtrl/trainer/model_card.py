@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,43 +36,7 @@ PAPERS = {
     ),
 }
 _SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots")  # where the Hub's cache keeps a model
-
-_TEMPLATE = """
-# A generative recommender
-
-A {architecture} that recommends one of {items:,} items by writing its semantic id ({depth} tokens at most),
-trained with gflowtrl's `{trainer}`.{base}
-
-```python
-from gflowtrl import Recommender
-
-recommender = Recommender.from_pretrained("path/to/this/folder")
-recommender.recommend([[{example!r}]], k=10)
-```
-{auto}
-## Training
-
-| | |
-|---|---|
-{settings}
-{data}
-## Evaluation
-
-{results}
-
-Constrained beam search of width {beams}, every item a candidate, items already seen not removed.
-{papers}"""
-
-_AUTO = """
-The weights alone, as any model of transformers:
-
-```python
-from transformers import {auto_class}, AutoTokenizer
-
-model = {auto_class}.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-"""
+_TEMPLATE = Path(__file__).with_name("model_card.jinja")
 
 
 @dataclass
@@ -130,8 +94,14 @@ def write_model_card(trainer: RankingEvaluationMixin, directory: str | os.PathLi
 def write_card(facts: CardFacts, directory: str | os.PathLike) -> None:
     """Write `directory/README.md`, whole or not at all."""
     directory = Path(directory)
-    alone = not (directory / "adapter_config.json").is_file()  # adapters are loaded onto what they were trained on
-    card = ModelCard(f"---\n{_front_matter(facts).to_yaml()}\n---\n{_text(facts, alone)}")
+    card = ModelCard.from_template(
+        _front_matter(facts),
+        str(_TEMPLATE),
+        **vars(facts) | {"example": repr(facts.example)},
+        alone=not (directory / "adapter_config.json").is_file(),  # adapters are loaded onto what they were trained on
+        papers=[PAPERS[method][1] for method in facts.methods],
+        metric_names=list(dict.fromkeys(name for result in facts.results for name in result["metrics"])),
+    )
     write_text(directory / "README.md", str(card))
 
 
@@ -220,49 +190,3 @@ def _front_matter(facts: CardFacts) -> ModelCardData:
         eval_results=results or None,
         **licence,
     )
-
-
-def _text(facts: CardFacts, alone: bool) -> str:
-    base = ""
-    if facts.base:
-        licence = facts.base["licence"].get("license_name") or facts.base["licence"].get("license")
-        base = f" It began as `{facts.base['name']}`, " + (
-            f"licence {licence}." if licence else "whose licence is not stated here."
-        )
-    papers = [PAPERS[method][1] for method in facts.methods]
-    return _TEMPLATE.format(
-        **{name: getattr(facts, name) for name in ("architecture", "items", "depth", "trainer", "example", "beams")},
-        base=base,
-        auto=_AUTO.format(auto_class=facts.auto_class) if alone else "",
-        settings=_table(facts.settings),
-        data=f"\n## Data\n\n| | |\n|---|---|\n{_table(_data(facts.data))}\n" if facts.data else "",
-        results=_results(facts.results),
-        papers="\n## Papers\n\n" + "\n".join(f"- {paper}" for paper in papers) + "\n" if papers else "",
-    )
-
-
-def _data(data: Mapping[str, Any]) -> dict[str, Any]:
-    name = f"{data['name']} (SYNTHETIC, no evidence about real users)" if data["synthetic"] else data["name"]
-    sizes = {kind: f"{data[kind]:,}" for kind in ("users", "items", "interactions")}
-    words = {"licence": data["license"], "source": data["source"]}
-    if data["synthetic"]:
-        return {"data": name, **sizes}
-    return {"data": name, **sizes, **{title: value or "not stated" for title, value in words.items()}}
-
-
-def _results(results: Sequence[Mapping[str, Any]]) -> str:
-    if not results:
-        return "Not evaluated yet."
-    titles = [
-        f"validation at step {r['step']}" if "step" in r else f"{r['split']}, {r['users']:,} users" for r in results
-    ]
-    names = list(dict.fromkeys(name for result in results for name in result["metrics"]))
-    lines = [["metric", *titles], ["---", *("---:" for _ in titles)]]
-    for name in names:
-        values = [result["metrics"].get(name) for result in results]
-        lines.append([name, *("" if value is None else f"{value:.4f}" for value in values)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _table(values: Mapping[str, Any]) -> str:
-    return "\n".join(f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in values.items())
