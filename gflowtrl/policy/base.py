@@ -175,6 +175,7 @@ class TreePolicy(ABC):
         log_q = torch.zeros(batch, num_generations, device=device)
         parents = torch.zeros_like(nodes)
         with self._decoding(prompts) as decoder:
+            logits = decoder.root_logits
             for depth in range(tree.max_depth):
                 if not tree.num_open[depth]:
                     break  # nowhere is anything left to choose, in no process
@@ -184,8 +185,6 @@ class TreePolicy(ABC):
                 states = put(nodes, place, width, empty=-1)
                 if depth:
                     logits = decoder.extend(tree.tokens_of(states), put(parents, place, width))
-                else:
-                    logits = decoder.root_logits
                 children, log_probs = self._distribution(logits / temperature, states, depth)
                 present = children >= 0
                 probs = log_probs.exp().double()
@@ -336,9 +335,8 @@ class TreePolicy(ABC):
                 ranks, place = flat.topk(min(width, flat.shape[1]), dim=1)
                 parents = (place // children.shape[-1]).clamp(max=count - 1)
                 missing = ranks == -torch.inf
-                totals = (
-                    torch.cat([candidates.flatten(1), totals], 1).gather(1, place).masked_fill(missing, -torch.inf)
-                )
+                totals = torch.cat([candidates.flatten(1), totals], 1).gather(1, place)
+                totals = totals.masked_fill(missing, -torch.inf)
                 nodes = torch.cat([children.flatten(1), nodes], 1).gather(1, place).masked_fill(missing, -1)
         rest = (0, width - nodes.shape[1])
         leaves = nn.functional.pad(tree.only_leaf(nodes), rest, value=-1)

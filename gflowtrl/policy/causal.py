@@ -15,7 +15,7 @@ from gflowtrl.compat import is_stateful
 
 from .base import Prompts, TreePolicy
 from .branches import Branches
-from .modules import cache_argument, forward_parameters, innermost, model_dtype
+from .modules import forward_parameters, innermost, model_dtype
 from .packing import BranchDecoder, additive, group_layout, prompt_positions, prompt_visibility
 from .sharing import shared_layout
 
@@ -84,31 +84,24 @@ class CausalDecoder(BranchDecoder):
     """Branches behind the cached prompt of a causal model."""
 
     def __init__(self, model: nn.Module, prompts: Prompts, keep: bool):
-        self.model = model
         self.mask = prompts["attention_mask"].bool()
-        self.dtype = model_dtype(model)
         self.lengths = self.mask.sum(1, keepdim=True)
-        cache = DynamicCache()
-        extra = {"logits_to_keep": 1} if keep else {}
-        output = model(
+        self.extra = {"logits_to_keep": 1} if keep else {}
+        super().__init__(model, DynamicCache(), prompts)
+
+    def _read(self, prompts: Prompts) -> Tensor:
+        return self._run(
             input_ids=prompts["input_ids"],
             attention_mask=additive(prompt_visibility(self.mask), self.dtype),
             position_ids=prompt_positions(self.mask),
-            **cache_argument(model, cache),
-            use_cache=True,
-            **extra,
-        )
-        self.root_logits = output.logits[:, -1:].float()
-        super().__init__(cache, len(self.mask), self.mask.device)
+            **self.extra,
+        ).logits
 
     def _feed(self, tokens: Tensor) -> Tensor:
         width = tokens.shape[1]
         prompt = self.mask[:, None].expand(-1, width, -1)
-        output = self.model(
+        return self._run(
             input_ids=tokens,
             attention_mask=additive(torch.cat([prompt, self.visible], 2), self.dtype),
             position_ids=(self.lengths + self.depth).expand(-1, width),
-            **cache_argument(self.model, self.cache),
-            use_cache=True,
-        )
-        return output.logits
+        ).logits

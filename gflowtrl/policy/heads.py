@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
+from transformers.utils import ModelOutput
 
 from .modules import copy_whole, mix_in
 
@@ -23,16 +23,10 @@ HEADS_ATTRIBUTE = "flow_heads"
 
 
 @dataclass
-class FlowLMOutput(CausalLMOutputWithPast):
-    """A causal model's output with `log_flows` `(B, n)` at the n `flow_positions` that were given to the forward."""
+class FlowOutput(ModelOutput):
+    """A model's logits, and `log_flows` `(B, n)` at the n `flow_positions` (of the decoder) given to the forward."""
 
-    log_flows: Tensor | None = None
-
-
-@dataclass
-class FlowSeq2SeqLMOutput(Seq2SeqLMOutput):
-    """An encoder-decoder's output with `log_flows` `(B, n)` at n `flow_positions` of the decoder."""
-
+    logits: Tensor | None = None
     log_flows: Tensor | None = None
 
 
@@ -62,11 +56,9 @@ class _FlowForward:
             return super().forward(*args, **kwargs)
         kwargs["output_hidden_states"] = True
         output = super().forward(*args, **kwargs)
-        encoder_decoder = self.config.is_encoder_decoder
-        states = output.decoder_hidden_states if encoder_decoder else output.hidden_states
+        states = output.decoder_hidden_states if self.config.is_encoder_decoder else output.hidden_states
         log_flows = getattr(self, HEADS_ATTRIBUTE)(states[-1].index_select(1, flow_positions))
-        kind = FlowSeq2SeqLMOutput if encoder_decoder else FlowLMOutput
-        return kind(logits=output.logits, log_flows=log_flows)
+        return FlowOutput(logits=output.logits, log_flows=log_flows)
 
 
 def has_flow_heads(model: nn.Module) -> bool:

@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache
+from torch import Tensor, nn
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.utils import ModelOutput
 
 from .branches import Branches
+from .modules import cache_argument, model_dtype
 
 
 def prompt_positions(attention_mask: Tensor) -> Tensor:
@@ -29,18 +31,18 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
 
-def group_visibility(attention_mask: Tensor, behind: Tensor) -> Tensor:
+def group_visibility(attention_mask: Tensor, behind: Tensor, of_prompt: Tensor | None = None) -> Tensor:
     """Who sees whom in `[prompt, S tokens behind it]`: `(B, P)`, `bool (B or 1, S, S)` -> `bool (B, P + S, P + S)`.
 
-    Everything behind the prompt sees all of it, and of the rest what `behind` says. Padding sees itself only (a row
-    that sees nothing would be NaN).
+    Everything behind the prompt sees all of it (or what `of_prompt`, `bool (B, S, P)`, says), and of the rest what
+    `behind` says. Padding sees itself only (a row that sees nothing would be NaN).
     """
     batch, prompt_length = attention_mask.shape
     total = prompt_length + behind.shape[-1]
     visible = torch.zeros(batch, total, total, dtype=torch.bool, device=attention_mask.device)
     keys = attention_mask.bool()[:, None, :]
     visible[:, :prompt_length, :prompt_length] = keys & keys.new_ones(prompt_length, prompt_length).tril()
-    visible[:, prompt_length:, :prompt_length] = keys
+    visible[:, prompt_length:, :prompt_length] = keys if of_prompt is None else keys & of_prompt
     visible[:, prompt_length:, prompt_length:] = behind
     visible.diagonal(dim1=1, dim2=2).fill_(True)
     return visible
@@ -97,18 +99,21 @@ class BranchDecoder(ABC):
         depth: how many tokens each branch has.
 
     Args:
-        cache: the cache that `_feed` fills, with the prompt in it already.
-        batch: number of prompts.
-        device: where they are.
+        model: bare or wrapped.
+        cache: an empty one, for the prompts and the branches behind them.
+        prompts: a left-padded batch.
     """
 
-    root_logits: Tensor
-
-    def __init__(self, cache: DynamicCache, batch: int, device: torch.device):
-        self.cache = cache
+    def __init__(self, model: nn.Module, cache: DynamicCache | EncoderDecoderCache, prompts: Mapping[str, Tensor]):
+        self.model, self.cache, self.dtype = model, cache, model_dtype(model)
+        self.batch, self.device = len(prompts["input_ids"]), prompts["input_ids"].device
+        self.root_logits = self._read(prompts)[:, -1:].float()
         self.cached_prompt = cache.get_seq_length()
-        self.batch, self.device = batch, device
         self.restart()
+
+    def _run(self, **inputs: object) -> ModelOutput:
+        """The model's forward on what stands behind the cache, which grows by it."""
+        return self.model(**inputs, **cache_argument(self.model, self.cache), use_cache=True)
 
     def restart(self) -> None:
         """Forget all branches; the prompt stays."""
@@ -129,6 +134,10 @@ class BranchDecoder(ABC):
         logits = self._feed(tokens)
         self.depth += 1
         return logits.float()
+
+    @abstractmethod
+    def _read(self, prompts: Mapping[str, Tensor]) -> Tensor:
+        """Run the model on the prompts: logits `(B, n, V)`, the last of which stand behind them."""
 
     @abstractmethod
     def _feed(self, tokens: Tensor) -> Tensor:

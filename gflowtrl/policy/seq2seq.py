@@ -22,7 +22,7 @@ from gflowtrl.catalog import ItemCatalog
 
 from .base import Prompts, TreePolicy
 from .branches import Branches
-from .modules import cache_argument, innermost, model_dtype
+from .modules import innermost, model_dtype
 from .packing import BranchDecoder, additive, group_visibility
 from .placement import place_branches
 
@@ -69,20 +69,15 @@ class Seq2SeqDecoder(BranchDecoder):
     """Branches behind the cached root of an encoder-decoder, whose cross-attention is cached per prompt."""
 
     def __init__(self, model: nn.Module, prompts: Prompts, start: int):
-        self.model = model
-        self.dtype = model_dtype(model)
+        self.start = start
+        super().__init__(model, EncoderDecoderCache(DynamicCache(), DynamicCache()), prompts)
+
+    def _read(self, prompts: Prompts) -> Tensor:
         tokens, self.mask = _right_padded(prompts)
-        self.both_caches = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        output = model(
-            input_ids=tokens,
-            attention_mask=self.mask,
-            decoder_input_ids=torch.full((len(tokens), 1), start, device=tokens.device),
-            **cache_argument(model, self.both_caches),
-            use_cache=True,
-        )
+        root = torch.full((len(tokens), 1), self.start, device=tokens.device)
+        output = self._run(input_ids=tokens, attention_mask=self.mask, decoder_input_ids=root)
         self.encoded = BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
-        self.root_logits = output.logits.float()
-        super().__init__(self.both_caches.self_attention_cache, len(tokens), tokens.device)
+        return output.logits
 
     def restart(self) -> None:
         super().restart()
@@ -92,16 +87,13 @@ class Seq2SeqDecoder(BranchDecoder):
         width = tokens.shape[1]
         root = self.visible.new_ones(self.batch, width, 1)
         self.positions = torch.cat([self.positions, self.positions.new_full((width,), self.depth + 1)])
-        output = self.model(
+        return self._run(
             encoder_outputs=self.encoded,
             attention_mask=self.mask,
             decoder_input_ids=tokens,
             decoder_attention_mask=additive(torch.cat([root, self.visible], 2), self.dtype),
             branch_positions=self.positions,
-            **cache_argument(self.model, self.both_caches),
-            use_cache=True,
-        )
-        return output.logits
+        ).logits
 
 
 def _right_padded(prompts: Prompts) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .branches import Branches
-from .packing import Layout, prompt_positions
+from .packing import Layout, group_visibility, prompt_positions
 
 
 def shared_layout(prompts: Mapping[str, Tensor], branches: Branches) -> Layout:
@@ -45,21 +45,14 @@ def shared_layout(prompts: Mapping[str, Tensor], branches: Branches) -> Layout:
 
 
 def _visibility(prompt_mask: Tensor, length: Tensor, present: Tensor, branches: Tensor) -> Tensor:
-    """Who sees whom, with branches `(U, C, S, S)`; padding sees itself only (a row that sees nothing would be NaN)."""
-    batch, prompt_length = prompt_mask.shape
-    count, width, device = length.shape[1], branches.shape[-1] + 1, prompt_mask.device
-    total = prompt_length + count * width
-    visible = torch.zeros(batch, total, total, dtype=torch.bool, device=device)
-    keys = prompt_mask.bool()[:, None]
-    visible[:, :prompt_length, :prompt_length] = keys & keys.new_ones(prompt_length, prompt_length).tril()
+    """Who sees whom, with branches `(U, C, S, S)`."""
+    (batch, count), width, device = length.shape, branches.shape[-1] + 1, prompt_mask.device
     # A member's branches see its whole prompt, its repeated last token all of it but the original.
     reach = length[..., None] - (torch.arange(width, device=device) == 0).long()
     reach = torch.where(present[..., None], reach, 0).flatten(1)
     rank = prompt_mask.cumsum(1) - 1
-    visible[:, prompt_length:, :prompt_length] = keys & (rank[:, None] < reach[..., None])
     # Behind the repeated token, each member sees its own branches.
     members = torch.zeros(batch, count, width, count, width, dtype=torch.bool, device=device)
     members[:, :, 1:, :, 1:].diagonal(dim1=1, dim2=3).copy_(branches.permute(0, 2, 3, 1))
-    visible[:, prompt_length:, prompt_length:] = members.reshape(batch, count * width, count * width)
-    visible.diagonal(dim1=1, dim2=2).fill_(True)
-    return visible
+    behind = members.reshape(batch, count * width, count * width)
+    return group_visibility(prompt_mask, behind, of_prompt=rank[:, None] < reach[..., None])

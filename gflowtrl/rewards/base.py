@@ -77,8 +77,13 @@ class Reward:
         self, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase | None = None, leaf_reduction: str = "sum"
     ) -> Self:
         """Tell the reward which catalogue it scores. `CompositeReward` does; do it yourself to use a reward alone."""
+        if catalog is not getattr(self, "catalog", None):
+            self._prepare(catalog)
         self.catalog, self.tokenizer, self.leaf_reduction = catalog, tokenizer, leaf_reduction
         return self
+
+    def _prepare(self, catalog: ItemCatalog) -> None:
+        """What a reward does when it is bound to another catalogue. The default does nothing."""
 
     def score_items(self, step: Step) -> Tensor:
         """Reward of every item for every row: `(B, items)`, in the order of `catalog.items`."""

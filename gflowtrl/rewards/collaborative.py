@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,6 @@ from .base import Reward
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from gflowtrl.teachers import Teacher
 
 
@@ -75,14 +73,10 @@ class CollaborativeReward(Reward):
         self._aligned: Teacher  # the teacher, its columns in the catalogue's order
         self._penalty: Tensor | None = None
 
-    def bind(
-        self, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase | None = None, leaf_reduction: str = "sum"
-    ) -> Self:
-        if catalog is not getattr(self, "catalog", None):
-            self._aligned = as_teacher(self.teacher, catalog.items)
-            if self.popularity_correction:
-                self._penalty = self.popularity_correction * torch.log1p(_counts(self.item_counts, catalog.items))
-        return super().bind(catalog, tokenizer, leaf_reduction)
+    def _prepare(self, catalog: ItemCatalog) -> None:
+        self._aligned = as_teacher(self.teacher, catalog.items)
+        if self.popularity_correction:
+            self._penalty = self.popularity_correction * torch.log1p(_counts(self.item_counts, catalog.items))
 
     def score_items(self, step: Step) -> Tensor:
         self._bound_catalog()

@@ -105,6 +105,22 @@ class CompositeReward:
         """Names of the rewards that score drawn leaves only, not all items."""
         return [name for name, reward in self.rewards.items() if not _scores_items(reward)]
 
+    def check_scores_all(self, need: str) -> None:
+        """Refuse rewards that score drawn leaves only.
+
+        Args:
+            need: what the error begins with.
+
+        Raises:
+            ValueError: names those rewards.
+        """
+        if self.sampled_only:
+            raise ValueError(
+                f"{need}, but {', '.join(map(repr, self.sampled_only))} cannot score all items. Give it a "
+                f"method score_items(step) -> Tensor (B, {len(self.catalog)}), or choose an objective that needs only "
+                f"sampled rewards (vargrad, say)."
+            )
+
     @property
     def reads_policy(self) -> bool:
         """Whether a reward is the likelihood under the policy in training."""
@@ -137,13 +153,7 @@ class CompositeReward:
         Raises:
             ValueError: a reward scores drawn leaves only.
         """
-        if self.sampled_only:
-            lacking = ", ".join(map(repr, self.sampled_only))
-            raise ValueError(
-                f"log R of all leaves is needed, but {lacking} cannot score all items. "
-                f"Give it a method score_items(step) -> Tensor (B, {len(self.catalog)}), or choose an objective that "
-                f"needs only sampled rewards (vargrad, say)."
-            )
+        self.check_scores_all("log R of all leaves is needed")
 
         def compute() -> DenseReward:
             parts = {name: self._item_scores(name, step) for name in self.rewards}

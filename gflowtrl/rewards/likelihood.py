@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +14,6 @@ from gflowtrl.policy import TreePolicy, make_policy
 from gflowtrl.policy.modules import evaluation_mode
 
 from .base import Reward
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class LikelihoodReward(Reward):
@@ -52,18 +47,14 @@ class LikelihoodReward(Reward):
         if catalog is not None:
             self.bind(catalog)
 
-    def bind(
-        self, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase | None = None, leaf_reduction: str = "sum"
-    ) -> Self:
+    def _prepare(self, catalog: ItemCatalog) -> None:
         if self.policy is None and self.model is not None:
             self.policy = make_policy(self.model, catalog)
-        return super().bind(catalog, tokenizer, leaf_reduction)
 
     def score_items(self, step: Step) -> Tensor:
         """`(B, items)`; items of one leaf share its probability, so that folding them gives it back."""
         self._bound_catalog()
-        policy = self._frozen_policy()
-        with frozen(getattr(policy, "model", None), step.device):
+        with self._frozen_policy(step.device) as policy:
             return self._items_from_leaves(policy.leaf_log_probs(step.prompts).exp())
 
     def score_leaves(self, step: Step, leaves: Tensor, policy_log_probs: Tensor | None = None) -> Tensor:
@@ -71,17 +62,18 @@ class LikelihoodReward(Reward):
         self._bound_catalog()
         if self.policy is None and policy_log_probs is not None:
             return policy_log_probs.detach().exp()
-        policy = self._frozen_policy()
-        with frozen(getattr(policy, "model", None), step.device):
+        with self._frozen_policy(step.device) as policy:
             return policy.score(step.prompts, leaves).log_probs.sum(-1).exp()
 
-    def _frozen_policy(self) -> TreePolicy:
+    @contextmanager
+    def _frozen_policy(self, device: torch.device) -> Iterator[TreePolicy]:
         if self.policy is None:
             raise ValueError(
                 f"{self._owner} without a model is the likelihood under the policy in training, which nobody has "
                 f"given. GFlowNetTrainer does; elsewhere give the reward a frozen model."
             )
-        return self.policy
+        with frozen(getattr(self.policy, "model", None), device):
+            yield self.policy
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -85,17 +85,13 @@ class TitleLikelihoodReward(Reward):
         self.max_history_items, self.max_title_words = max_history_items, max_title_words
         self.normalise, self.batch_size, self.scores_all_items = normalise, batch_size, all_items
 
-    def bind(
-        self, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase | None = None, leaf_reduction: str = "sum"
-    ) -> Self:
-        if catalog is not getattr(self, "catalog", None):
-            bare = [item for item in catalog.items if not str(self.titles.get(item) or "").split()]
-            if bare:
-                raise ValueError(
-                    f"Reward {self.__name__!r} needs the title of every item, but {len(bare)} of {len(catalog)} have "
-                    f"none, for example {bare[0]!r}."
-                )
-        return super().bind(catalog, tokenizer, leaf_reduction)
+    def _prepare(self, catalog: ItemCatalog) -> None:
+        bare = [item for item in catalog.items if not str(self.titles.get(item) or "").split()]
+        if bare:
+            raise ValueError(
+                f"Reward {self.__name__!r} needs the title of every item, but {len(bare)} of {len(catalog)} have "
+                f"none, for example {bare[0]!r}."
+            )
 
     def score_items(self, step: Step) -> Tensor:
         """`(B, items)`: as many titles as there are items, a row."""

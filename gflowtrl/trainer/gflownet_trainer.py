@@ -220,12 +220,7 @@ class GFlowNetTrainer(TreePolicyTrainer):
 
 def _check_exact(rewards: CompositeReward, args: GFlowNetConfig) -> None:
     """Every reward must score all items; where a table of all leaves is too large, say so."""
-    if not rewards.can_score_all:
-        lacking = ", ".join(map(repr, rewards.sampled_only))
-        raise ValueError(
-            f"exact_flow needs the reward of every leaf, but {lacking} scores only given completions. Give it "
-            f"a method score_items(step) -> Tensor (B, items), or use loss_type='vargrad'."
-        )
+    rewards.check_scores_all("exact_flow needs the reward of every leaf")
     leaves = rewards.catalog.tree.num_leaves
     table = args.per_device_train_batch_size * leaves
     if table <= args.max_exact_elements:

@@ -36,9 +36,9 @@ def load_sampler(sampler: Sampler, directory: str | os.PathLike, process: int, p
     if file.is_file():
         sampler.load_state_dict(load_file(file))
         return
-    saved = sorted(path.name for path in Path(directory).glob(f"{_STEM}*.safetensors"))
     # With as many processes, one whose state was empty has no file, but then none of the others is of another number.
-    others = [name for name in saved if not _is_of(name, processes)]
+    known = {_file(directory, number, processes).name for number in range(processes)}
+    others = sorted({path.name for path in Path(directory).glob(f"{_STEM}*.safetensors")} - known)
     if others:
         raise ValueError(
             f"{directory} holds the sampler's state as {', '.join(others)}, which is not that of {processes} "
@@ -50,10 +50,6 @@ def load_sampler(sampler: Sampler, directory: str | os.PathLike, process: int, p
 def _file(directory: str | os.PathLike, process: int, processes: int) -> Path:
     suffix = "" if processes == 1 else f"-{process}-of-{processes}"
     return Path(directory, f"{_STEM}{suffix}.safetensors")
-
-
-def _is_of(name: str, processes: int) -> bool:
-    return name in {_file("", process, processes).name for process in range(processes)}
 
 
 def save_prefix_weights(weights: Mapping[str, PrefixWeights], directory: str | os.PathLike) -> None:
