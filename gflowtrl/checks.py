@@ -17,7 +17,9 @@ class Bound(NamedTuple):
 
 def at_least(least: int) -> Bound:
     """Whole numbers from `least` on."""
-    return Bound(f"a whole number of at least {least}", lambda value: isinstance(value, Integral) and value >= least)
+    return Bound(
+        f"a whole number of at least {least}", lambda value: isinstance(value, Integral) and int(value) >= least
+    )
 
 
 COUNT = at_least(1)

@@ -142,10 +142,7 @@ class LossSpec:
                 raise TypeError(
                     f"{name} is {options[name]!r}, but it must be like its default {self.options[name]!r}."
                 )
-        if self.prefix_weights is not None:
-            self.prefix_weights(
-                1, torch.clone, **{n: v for n, v in options.items() if n in _defaults(self.prefix_weights)}
-            )
+        self.make_prefix_weights(1, torch.clone, options)
         count = 1 if self.uses_target and not self.uses_negatives else max(self.min_generations, 2)
         with suppress(IndexError, RuntimeError):  # a user's loss may want longer ids than these
             self(LossInputs.zeros(count), **options)

@@ -77,16 +77,15 @@ class CausalTreePolicy(TreePolicy):
         return logits.float(), flows
 
     def _decoder(self, prompts: Prompts) -> BranchDecoder:
-        return CausalDecoder(self.model, prompts, self._keep)
+        return CausalDecoder(self.model, prompts)
 
 
 class CausalDecoder(BranchDecoder):
     """Branches behind the cached prompt of a causal model."""
 
-    def __init__(self, model: nn.Module, prompts: Prompts, keep: bool):
+    def __init__(self, model: nn.Module, prompts: Prompts):
         self.mask = prompts["attention_mask"].bool()
         self.lengths = self.mask.sum(1, keepdim=True)
-        self.extra = {"logits_to_keep": 1} if keep else {}
         super().__init__(model, DynamicCache(), prompts)
 
     def _read(self, prompts: Prompts) -> Tensor:
@@ -94,14 +93,26 @@ class CausalDecoder(BranchDecoder):
             input_ids=prompts["input_ids"],
             attention_mask=additive(prompt_visibility(self.mask), self.dtype),
             position_ids=prompt_positions(self.mask),
-            **self.extra,
+            **({"logits_to_keep": 1} if "logits_to_keep" in forward_parameters(self.model) else {}),
         ).logits
 
     def _feed(self, tokens: Tensor) -> Tensor:
-        width = tokens.shape[1]
-        prompt = self.mask[:, None].expand(-1, width, -1)
+        return self.read_behind(tokens, self.visible, tokens.new_full(tokens.shape[1:], self.depth))
+
+    def read_behind(self, tokens: Tensor, visible: Tensor, steps: Tensor) -> Tensor:
+        """Run the model on tokens behind the prompts.
+
+        Args:
+            tokens: `(B, n)`; each sees its whole prompt.
+            visible: `bool (B, n, S)`, which of the S tokens behind the prompt each sees, those of this call the last.
+            steps: `(n,)` how many tokens stand between the prompt and each.
+
+        Returns:
+            logits `(B, n, V)`.
+        """
+        prompt = self.mask[:, None].expand(-1, tokens.shape[1], -1)
         return self._run(
             input_ids=tokens,
-            attention_mask=additive(torch.cat([prompt, self.visible], 2), self.dtype),
-            position_ids=(self.lengths + self.depth).expand(-1, width),
+            attention_mask=additive(torch.cat([prompt, visible], 2), self.dtype),
+            position_ids=self.lengths + steps,
         ).logits

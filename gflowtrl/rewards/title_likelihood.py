@@ -8,20 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
 
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.checks import COUNT, check_choice, check_number
 from gflowtrl.compat import attention_implementation
 from gflowtrl.data import Step
-from gflowtrl.policy.modules import cache_argument, forward_parameters, model_dtype
-from gflowtrl.policy.packing import (
-    additive,
-    group_visibility,
-    prompt_positions,
-    prompt_visibility,
-    separate_branches,
-)
+from gflowtrl.policy.causal import CausalDecoder
+from gflowtrl.policy.packing import separate_branches
 
 from .base import Reward
 from .likelihood import frozen
@@ -103,7 +96,7 @@ class TitleLikelihoodReward(Reward):
         catalog, histories = self._bound_catalog(), step.column("history", self._owner)
         members = {leaf: catalog.index_of(catalog.items_of(leaf)).tolist() for leaf in leaves.unique().tolist()}
         rows = [list(dict.fromkeys(item for leaf in row for item in members[leaf])) for row in leaves.tolist()]
-        items = _padded(rows, -1)
+        items = _padded(rows)
         return self._fold_some(leaves, items, self._likelihoods(histories, items, leaves.device))
 
     # -------------------------------------------------------------------------------------------- likelihood of titles
@@ -111,7 +104,7 @@ class TitleLikelihoodReward(Reward):
         """Likelihood of the titles of `items (B, C)`, positions padded with -1 (0 there): `(B, C)`."""
         known, place = items.unique(return_inverse=True)
         texts = [self._title(self.catalog.items[i]) if i >= 0 else "" for i in known.tolist()]
-        tokens = _padded(self._tokens([f" {text}" if text else "" for text in texts], False), -1).to(device)
+        tokens = _padded(self._tokens([f" {text}" if text else "" for text in texts], False)).to(device)
         prompts = self._tokens([self._prompt(history) for history in histories], True)
         rows = max(self.batch_size // items.shape[1], 1)
         found = []
@@ -161,33 +154,20 @@ def title_log_probs(model: nn.Module, prompts: Mapping[str, Tensor], titles: Ten
     Returns:
         `(B, C, T)`, 0 on padding; equal to scoring every full sequence by itself.
     """
-    mask, cache, dtype = prompts["attention_mask"], DynamicCache(), model_dtype(model)
-    output = model(
-        input_ids=prompts["input_ids"],
-        attention_mask=additive(prompt_visibility(mask), dtype),
-        position_ids=prompt_positions(mask),
-        **cache_argument(model, cache),
-        use_cache=True,
-        **({"logits_to_keep": 1} if "logits_to_keep" in forward_parameters(model) else {}),
-    )
-    first = output.logits[:, -1:, None].float().log_softmax(-1)
-    (batch, prompt_length), width = mask.shape, titles.shape[2] - 1
+    decoder = CausalDecoder(model, prompts)
+    first = decoder.root_logits[:, :, None].log_softmax(-1)
+    batch, width, device = len(titles), titles.shape[2] - 1, titles.device
     found = []
     for part in titles.split(chunk, 1):
         count, tokens = part.shape[1], part.clamp(min=0)
         log_probs = first.expand(-1, count, -1, -1).gather(-1, tokens[:, :, :1, None]).squeeze(-1)
         if width:
             # A title's last token predicts nothing, so it is not fed.
-            visible = group_visibility(mask, separate_branches(count, width, mask.device))[:, prompt_length:]
-            steps = torch.arange(width, device=mask.device).repeat(count)
-            logits = model(
-                input_ids=tokens[:, :, :-1].reshape(batch, -1),
-                attention_mask=additive(visible, dtype),
-                position_ids=mask.sum(1, keepdim=True) + steps,
-                **cache_argument(model, cache),
-                use_cache=True,
-            ).logits.view(batch, count, width, -1)
-            cache.crop(-count * width)
+            visible = separate_branches(count, width, device).expand(batch, -1, -1)
+            steps = torch.arange(width, device=device).repeat(count)
+            logits = decoder.read_behind(tokens[:, :, :-1].reshape(batch, -1), visible, steps)
+            logits = logits.view(batch, count, width, -1)
+            decoder.restart()
             chosen = logits.gather(-1, tokens[:, :, 1:, None]).squeeze(-1).float()
             log_probs = torch.cat([log_probs, chosen - logits.float().logsumexp(-1)], 2)
         found.append(log_probs.masked_fill(part < 0, 0.0))
@@ -206,11 +186,11 @@ def check_title_options(
     check_choice("normalise", normalise, ("mean", "sum"))
 
 
-def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, fill)
+def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, -1)
 
 
 def _left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
     """Token lists as a batch whose padding, token 0, stands at the left."""
-    ids = _padded([row[::-1] for row in rows], -1).flip(1).to(device)
+    ids = _padded([row[::-1] for row in rows]).flip(1).to(device)
     return {"input_ids": ids.clamp(min=0), "attention_mask": (ids >= 0).long()}

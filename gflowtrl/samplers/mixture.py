@@ -361,7 +361,7 @@ def build_sampler(
         return MixtureSampler(spec, build=build)
     if callable(spec):
         return FunctionSampler(spec)
-    options = dict(spec) if isinstance(spec, Mapping) else {"type": spec}
+    options: dict[str, Any] = dict(spec) if isinstance(spec, Mapping) else {"type": spec}
     name = options.pop("type")
     _check_options(name, options, teacher)
     given = {"teacher": teacher, "build": build} | {
