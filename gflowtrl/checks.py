@@ -30,20 +30,23 @@ POSITIVE_SHARE = Bound("a number in (0, 1)", lambda value: 0 < value < 1)
 SHARE_BELOW_ONE = Bound("a number in [0, 1)", lambda value: 0 <= value < 1)
 
 
-def check_number(name: str, value: object, bound: Bound) -> None:
+def check_number(name: str, value: object, bound: Bound, optional: bool = False) -> None:
     """Refuse an option that is not a finite number within its bound.
 
     Args:
         name: what the error calls the option.
         value: what was given.
         bound: `COUNT`, `POSITIVE`, ...
+        optional: None will do as well.
 
     Raises:
         ValueError: names the option, its value and the bound.
     """
+    if optional and value is None:
+        return
     number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if not (number and bound.holds(value)):
-        raise ValueError(f"{name} is {value!r}; it must be {bound.meaning}.")
+        raise ValueError(f"{name} is {value!r}; it must be {bound.meaning}{' or None' if optional else ''}.")
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:

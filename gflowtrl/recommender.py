@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gflowtrl.catalog import Item, ItemCatalog
+from gflowtrl.checks import COUNT, POSITIVE, check_choice, check_number
 from gflowtrl.data import PromptEncoder
 from gflowtrl.data.recommender_files import read_details, read_encoder, write_recommender_files
 from gflowtrl.policy import Noise, StatelessNoise, load_backbone, make_policy
@@ -205,8 +206,7 @@ class Recommender:
                 the recommender holds no counts.
             TypeError: a history is no list of items.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; decode at least 1 history at a time.")
+        check_number("batch_size", batch_size, COUNT)
         request = _Request(k, num_beams, exclude_seen, strategy, temperature, seed, self._allowed(allowed_items))
         known = self._known(list(histories))
         warm = [row for row, history in enumerate(known) if history]
@@ -374,14 +374,11 @@ class _Request:
 
     def __post_init__(self):
         k, num_beams, strategy, temperature = self.k, self.num_beams, self.strategy, self.temperature
-        if k < 1:
-            raise ValueError(f"k is {k}; ask for at least 1 item.")
+        check_number("k", k, COUNT)
+        check_choice("strategy", strategy, STRATEGIES)
+        check_number("temperature", temperature, POSITIVE)
         if num_beams is not None and num_beams < k:
             raise ValueError(f"num_beams is {num_beams}, but {k} items are asked for; use at least {k} beams.")
-        if strategy not in STRATEGIES:
-            raise ValueError(f"strategy is {strategy!r}; use one of {', '.join(map(repr, STRATEGIES))}.")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature is {temperature}; it divides the logits and must be positive.")
         if strategy == "beam" and temperature != 1.0:
             raise ValueError(
                 f"temperature is {temperature}, but strategy 'beam' draws nothing; use strategy='sample'."

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gflowtrl.catalog import Item, ItemCatalog
+from gflowtrl.checks import COUNT, check_number
 
 from .sharing import prompt_members
 from .splits import ragged, user_windows
@@ -67,8 +68,7 @@ class PromptEncoder:
     """
 
     def __init__(self, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase, max_history_items: int = 20):
-        if max_history_items < 1:
-            raise ValueError(f"max_history_items must be at least 1, but {max_history_items} was given.")
+        check_number("max_history_items", max_history_items, COUNT)
         self.catalog = catalog
         self.max_history_items = max_history_items
         self.head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]  # before the items' tokens

@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from gflowtrl.catalog import Item
+from gflowtrl.checks import COUNT, check_number
 
 from .interactions import CLICKED, Event, InteractionData, flatten, ranges
 
@@ -55,8 +56,7 @@ def leave_one_out(data: InteractionData, max_history_items: int | None = 20) -> 
     Raises:
         ValueError: if a user has fewer than 3 items, or `max_history_items` is below 1.
     """
-    if max_history_items is not None and max_history_items < 1:
-        raise ValueError(f"max_history_items must be at least 1 or None, but {max_history_items} was given.")
+    check_number("max_history_items", max_history_items, COUNT, optional=True)
     flat, offsets = flatten(data.sequences, {item: index for index, item in enumerate(data.items)})
     lengths = np.diff(offsets)
     if (lengths < 3).any():
@@ -112,8 +112,7 @@ def user_windows(sequences: Sequence[Sequence[Item]], max_items: int = 20) -> li
     which a target beyond the first window sees at least `max_items // 2` items. Sequences of fewer than two items
     give none.
     """
-    if max_items < 1:
-        raise ValueError(f"max_items must be at least 1, but {max_items} was given.")
+    check_number("max_items", max_items, COUNT)
     stride = max_items - max_items // 2
     windows = []
     for sequence in sequences:

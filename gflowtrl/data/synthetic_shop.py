@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gflowtrl.catalog import Item
+from gflowtrl.checks import POSITIVE_SHARE, at_least, check_number
 
 from .interactions import CLICKED, PURCHASED, SHOWN, Event, InteractionData
 
@@ -139,10 +140,8 @@ class SyntheticShop:
     liked_ratio: float = 2.0
 
     def __post_init__(self):
-        if not 0 < self.noise < 1:
-            raise ValueError(f"noise must lie between 0 and 1 (both excluded), but noise={self.noise} was given.")
-        if self.min_items < 3:
-            raise ValueError(f"min_items must be at least 3 (train, validation, test), not {self.min_items}.")
+        check_number("noise", self.noise, POSITIVE_SHARE)
+        check_number("min_items", self.min_items, at_least(3))  # one each to train, validate and test on
         if self.n_items <= self.min_items:
             raise ValueError(f"{self.n_items} items are too few for sequences of {self.min_items}. Raise n_items.")
         if self.min_users_shown > self.n_users:

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from gflowtrl.catalog import Item, ItemCatalog
+from gflowtrl.checks import COUNT, check_number
 
 from .prompts import IGNORED_LABEL, PromptEncoder
 
@@ -48,8 +49,7 @@ class PromptFormat:
             raise ValueError(f"item must hold {{title}} or {{semantic_id}}, but it is {self.item!r}.")
         if self.system is not None and not self.chat:
             raise ValueError("system was given, but only a chat has a system message; set chat=True.")
-        if self.max_title_words < 1:
-            raise ValueError(f"max_title_words is {self.max_title_words}; a title has at least 1 word.")
+        check_number("max_title_words", self.max_title_words, COUNT)
 
 
 class TextPromptEncoder(PromptEncoder):

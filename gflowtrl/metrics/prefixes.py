@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gflowtrl.catalog import PrefixTree
+from gflowtrl.checks import COUNT, check_number
 
 
 @torch.no_grad()
@@ -38,8 +39,7 @@ def prefix_metrics(
         Adaptive Prefix-Aware Optimization for Generative Recommendation, KDD 2026, arXiv 2603.02730, whose own bound
         with exp(L_m) in the place of exp(L_m) - 1 and without 1 / K is empty.
     """
-    if num_beams < 1:
-        raise ValueError(f"num_beams is {num_beams}; a beam search needs at least 1.")
+    check_number("num_beams", num_beams, COUNT)
     log_probs = tree.log_flows(leaf_log_probs)
     paths = tree.walk(target_leaves)
     leaf_nodes, lengths = tree.leaf_nodes(), tree.leaf_lengths

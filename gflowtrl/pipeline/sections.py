@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gflowtrl.checks import at_least, check_number
+
 
 def setting(default: Any, help: str) -> Any:
     return field(default_factory=lambda: default, metadata={"help": help})
@@ -41,13 +43,10 @@ class EvaluationSection:
     )
 
     def __post_init__(self) -> None:
-        for name, low, otherwise in (
-            ("num_beams", 1, ""), ("batch_size", 1, ""), ("bootstrap_samples", 2, ""),
-            ("users", 1, ", or null for all users"), ("calibration_rows", 0, ", which is for none"),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"evaluation.{name} is {value}; give at least {low}{otherwise}.")
+        least = {"num_beams": 1, "batch_size": 1, "bootstrap_samples": 2, "users": 1, "calibration_rows": 0}
+        for name, low in least.items():
+            optional = name in ("users", "calibration_rows")
+            check_number(f"evaluation.{name}", getattr(self, name), at_least(low), optional)
         if not self.ks or min(self.ks) < 1:
             raise ValueError(f"evaluation.ks is {self.ks}; give lengths of lists, each at least 1.")
         if self.num_beams < max(self.ks):

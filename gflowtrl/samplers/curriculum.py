@@ -44,8 +44,7 @@ class CandidatePool:
         self, teacher: Teacher | Callable[[Sequence[Sequence[Item]]], Any], kind: str, size: int | None, owner: str
     ):
         check_choice(f"The pool of {owner}", kind, POOLS)
-        if size is not None:
-            check_number(f"The pool_size of {owner}", size, COUNT)
+        check_number(f"The pool_size of {owner}", size, COUNT, optional=True)
         if not callable(teacher) and not hasattr(teacher, "score"):
             raise TypeError(f"{owner} needs a teacher or a callable histories -> (B, items), got {teacher!r}.")
         self.teacher, self.kind, self.size, self.owner = teacher, kind, size, owner

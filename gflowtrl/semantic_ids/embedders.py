@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gflowtrl.checks import COUNT, check_number
+
 
 if TYPE_CHECKING:
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -52,8 +54,7 @@ class TfidfEmbedder(Embedder):
     """
 
     def __init__(self, dim: int = 256, seed: int = 0) -> None:
-        if dim < 1:
-            raise ValueError(f"dim must be at least 1, but {dim} was given.")
+        check_number("dim", dim, COUNT)
         self.dim, self.seed = dim, seed
         self.components: Tensor | None = None
         self.tfidf = _vectorizer()

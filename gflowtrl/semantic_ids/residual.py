@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gflowtrl.checks import at_least, check_number
+
 from .vectors import as_vectors
 
 
@@ -34,8 +36,7 @@ class ResidualQuantizer(ABC):
         self.codebooks: Tensor | None = None
         if not 1 <= self.num_levels <= 25:
             raise ValueError(f"num_levels must be 1 to 25 (levels are named by letters), not {self.num_levels}.")
-        if self.num_codes < 2:
-            raise ValueError(f"num_codes must be at least 2, but {self.num_codes} was given.")
+        check_number("num_codes", self.num_codes, at_least(2))
 
     @property
     def config(self) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import trange
 
+from gflowtrl.checks import COUNT, POSITIVE, check_number
+
 from .residual import ResidualKMeans, ResidualQuantizer, nearest_codes
 from .vectors import as_vectors
 
@@ -85,9 +87,9 @@ class RQVAE(ResidualQuantizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("latent_dim", "steps", "batch_size", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, but {getattr(self, name)} was given.")
+        for name in ("latent_dim", "steps", "batch_size"):
+            check_number(name, getattr(self, name), COUNT)
+        check_number("learning_rate", self.learning_rate, POSITIVE)
         self.network: nn.ModuleDict | None = None
         self.center = self.scale = torch.zeros(())
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from gflowtrl.checks import COUNT, NOT_NEGATIVE, POSITIVE, check_number
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -34,10 +36,6 @@ class Limits:
     timeout_s: float = 30.0
 
     def __post_init__(self):
-        if not 0 <= self.max_wait_ms < float("inf"):
-            raise ValueError(f"max_wait_ms is {self.max_wait_ms}; give milliseconds, 0 or more.")
-        if not 0 < self.timeout_s < float("inf"):
-            raise ValueError(f"timeout_s is {self.timeout_s}; give seconds, more than 0.")
+        bounds = {"max_wait_ms": NOT_NEGATIVE, "timeout_s": POSITIVE}
         for field in fields(self):
-            if field.name not in ("max_wait_ms", "timeout_s") and getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name} is {getattr(self, field.name)}; it must be at least 1.")
+            check_number(field.name, getattr(self, field.name), bounds.get(field.name, COUNT))

@@ -8,6 +8,7 @@ import socket
 import torch
 import uvicorn
 
+from gflowtrl.checks import COUNT, check_number
 from gflowtrl.recommender import Recommender
 
 from .app import create_app
@@ -41,9 +42,8 @@ def serve(
     """
     if not 0 <= port <= 65535:
         raise ValueError(f"port is {port}; give a number from 0 to 65535.")
+    check_number("threads", threads, COUNT, optional=True)
     if threads is not None:
-        if threads < 1:
-            raise ValueError(f"threads is {threads}; give a number of at least 1.")
         torch.set_num_threads(threads)
     with _bound(host, port) as address:  # before the model is loaded, which can take long
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gflowtrl.catalog import Item
+from gflowtrl.checks import POSITIVE, check_choice, check_number
 
 from .base import History, Teacher, TeacherModule, as_teacher, build_teacher
 
@@ -29,10 +30,9 @@ class MixtureTeacher(TeacherModule):
     def __init__(self, teachers: Mapping[Teacher, float], normalization: str = "softmax") -> None:
         if not teachers:
             raise ValueError("A mixture needs at least one teacher; give {teacher: weight, ...}.")
-        if not all(math.isfinite(weight) and weight > 0 for weight in teachers.values()):
-            raise ValueError(f"Mixture weights must be positive numbers, but are {list(teachers.values())}.")
-        if normalization not in ("softmax", "zscore"):
-            raise ValueError(f'normalization must be "softmax" or "zscore", not {normalization!r}.')
+        for weight in teachers.values():
+            check_number("A weight of MixtureTeacher", weight, POSITIVE)
+        check_choice("normalization", normalization, ("softmax", "zscore"))
         items = next((teacher.items for teacher in teachers if isinstance(teacher, Teacher)), None)
         if items is None:
             raise TypeError("A mixture of plain callables has no items; wrap them with as_teacher(callable, items).")

@@ -299,9 +299,9 @@ def test_the_folder_appears_complete_or_not_at_all(tmp_path, monkeypatch):
         ("s3rec", {"min_rating": 3}, "has no ratings"),
         ("letter", {"min_rating": 3}, "has no ratings"),
         ("recbole", {"columns": Columns()}, "columns of format 'recbole' are fixed"),
-        ("s3rec", {"k_core": 0}, "k_core must be at least 1"),
-        ("s3rec", {"duplicates": "none"}, "duplicates must be one of first, last, keep"),
-        ("s3rec", {"max_malformed": 5}, "max_malformed is a share"),
+        ("s3rec", {"k_core": 0}, "k_core is 0; it must be a whole number of at least 1 or None"),
+        ("s3rec", {"duplicates": "none"}, "duplicates is 'none'; choose 'first' or 'last' or 'keep'"),
+        ("s3rec", {"max_malformed": 5}, "max_malformed is 5; it must be a number in"),
         ("s3rec", {"k_core": 9}, "has no 9-core"),
     ],
 )

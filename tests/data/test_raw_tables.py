@@ -365,7 +365,7 @@ def test_a_parquet_file_that_breaks_off_is_named(tmp_path):
         ("csv", {"encoding": "base64"}, "encoding 'base64'"),
         ("parquet", {"encoding": "cp1252"}, "text of format 'parquet' is UTF-8"),
         ("folder", {"encoding": "cp1252"}, "text of format 'folder' is UTF-8"),
-        ("csv", {"max_description_characters": 0}, "at least 1, or None"),
+        ("csv", {"max_description_characters": 0}, "at least 1 or None"),
     ],
 )
 def test_bad_options_of_text_are_named(tmp_path, format, options, message):

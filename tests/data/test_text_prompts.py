@@ -109,7 +109,7 @@ def test_sft_rows_are_prompt_and_answer():
         (lambda: PromptFormat(template="no place"), "must hold {history} once"),
         (lambda: PromptFormat(item="nothing"), "must hold {title} or {semantic_id}"),
         (lambda: PromptFormat(system="You are"), "only a chat has a system message"),
-        (lambda: PromptFormat(max_title_words=0), "at least 1 word"),
+        (lambda: PromptFormat(max_title_words=0), "max_title_words is 0; it must be"),
         (lambda: TextPromptEncoder(CATALOG, TOKENIZER, {1: "a"}), "3 of 4 items have none, for example 2"),
         (lambda: TextPromptEncoder(CATALOG, TOKENIZER, TITLES, PromptFormat(chat=True)), "has no chat template"),
     ],

@@ -104,7 +104,7 @@ def test_it_is_left_out_where_it_is_not_wanted_or_means_nothing(folder, capsys, 
     large = run(short_recipe(folder), quiet=True)["calibration"]
     assert list(large) == ["left_out"] and "evaluation.calibration_rows: 40 asks for it" in large["left_out"]
     assert run(short_recipe(folder, rows=2), quiet=True)["calibration"]["rows"] == 2
-    with pytest.raises(ValueError, match="give at least 0, which is for none"):
+    with pytest.raises(ValueError, match="calibration_rows is .*; it must be a whole number of at least 0 or None"):
         short_recipe(folder, rows=-1)
 
 

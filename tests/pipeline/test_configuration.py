@@ -178,7 +178,10 @@ def test_command_line_sets_any_field(recipe_file):
         ("--evaluation.num_beams 2", "evaluation.num_beams is 2, but a list of 5 (evaluation.ks) needs"),
         ("--stages sft --evaluation.num_beams 2", "evaluation.num_beams is 2"),
         ("--evaluation.ks 0 3", "evaluation.ks is [0, 3]; give lengths of lists"),
-        ("--evaluation.bootstrap_samples 1", "evaluation.bootstrap_samples is 1; give at least 2"),
+        (
+            "--evaluation.bootstrap_samples 1",
+            "evaluation.bootstrap_samples is 1; it must be a whole number of at least 2",
+        ),
         ("--evaluation.batch_size 0", "evaluation.batch_size is 0"),
         ("--stages []", "stages is empty"),
         ("--stages gflownet --sft.learning_rat 1", "Did you mean 'sft.learning_rate'"),

@@ -274,5 +274,5 @@ def test_a_sample_of_the_users_is_measured(finished, tmp_path):
         if method == "teacher":
             places = [every["row_id"].tolist().index(row) for row in own["row_id"].tolist()]
             assert torch.equal(own["leaves"], every["leaves"][places])
-    with pytest.raises(ValueError, match="give at least 1"):
+    with pytest.raises(ValueError, match="it must be a whole number of at least 1"):
         micro_recipe(tmp_path, evaluation={"users": 0})

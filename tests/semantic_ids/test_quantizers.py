@@ -150,7 +150,7 @@ def test_bad_input_is_refused(make, vectors):
         make(num_codes=4).fit(vectors[:, 0])
     with pytest.raises(ValueError, match="num_levels must be 1 to 25"):
         make(num_levels=0)
-    with pytest.raises(ValueError, match="num_codes must be at least 2"):
+    with pytest.raises(ValueError, match="num_codes is 1; it must be a whole number of at least 2"):
         make(num_codes=1)
     with pytest.raises(RuntimeError, match="Call fit"):
         make(num_codes=4).encode(vectors)
@@ -159,5 +159,5 @@ def test_bad_input_is_refused(make, vectors):
 
 
 def test_rqvae_refuses_settings_that_cannot_train():
-    with pytest.raises(ValueError, match="learning_rate must be above 0"):
+    with pytest.raises(ValueError, match="learning_rate is .*; it must be a finite number above 0"):
         RQVAE(learning_rate=0)

@@ -65,7 +65,7 @@ def test_tfidf_needs_words():
     for texts in (["", "", ""], ["lamp", "desk", "chair"], ["lamp lamp", "lamp"]):
         with pytest.raises(ValueError, match="fewer than three words"):
             TfidfEmbedder().fit(texts)
-    with pytest.raises(ValueError, match="dim must be at least 1"):
+    with pytest.raises(ValueError, match="dim is 0; it must be a whole number of at least 1"):
         TfidfEmbedder(dim=0)
 
 

@@ -139,7 +139,7 @@ def test_stopping_answers_what_is_queued_and_takes_nothing_more(desk):
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"max_k": 0}, "max_k is 0; it must be at least 1"),
+        ({"max_k": 0}, "max_k is 0; it must be a whole number of at least 1"),
         ({"max_wait_ms": -1.0}, "max_wait_ms is -1.0"),
         ({"max_wait_ms": float("nan")}, "max_wait_ms is nan"),
         ({"timeout_s": 0.0}, "timeout_s is 0.0"),

@@ -7,6 +7,8 @@ from typing import get_args
 
 import numpy as np
 
+from gflowtrl.checks import COUNT, SHARE, check_choice, check_number
+
 from ..interactions import InteractionData, core_members
 from ..readers import write_folder
 from .base import Columns, Request
@@ -168,20 +170,13 @@ def _check_arguments(format, items, columns, k_core, min_rating, duplicates, max
         raise ValueError(f"A header can be named for format 'csv' only, but the format is {format!r}. Leave it out.")
     if min_rating is not None and not (streamed and streamed.has_ratings):
         raise ValueError(f"Format {format!r} has no ratings, so min_rating={min_rating} cannot be asked for.")
-    if k_core is not None and k_core < 1:
-        raise ValueError(f"k_core must be at least 1 or None, but {k_core} was given.")
-    if duplicates not in get_args(Duplicates):
-        raise ValueError(f"duplicates must be one of {', '.join(get_args(Duplicates))}, but {duplicates!r} was given.")
-    if not 0 <= max_malformed <= 1:
-        raise ValueError(f"max_malformed is a share from 0 to 1, but {max_malformed} was given.")
+    check_number("k_core", k_core, COUNT, optional=True)
+    check_choice("duplicates", duplicates, get_args(Duplicates))
+    check_number("max_malformed", max_malformed, SHARE)
 
 
 def _check_text(format: str, encoding: str | None, max_description_characters: int | None) -> None:
-    if max_description_characters is not None and max_description_characters < 1:
-        raise ValueError(
-            f"max_description_characters must be at least 1, or None for no cut, but {max_description_characters} was "
-            "given."
-        )
+    check_number("max_description_characters", max_description_characters, COUNT, optional=True)
     if encoding is None:
         return
     if format == "parquet" or format not in STREAMED:
