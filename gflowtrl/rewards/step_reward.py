@@ -104,27 +104,28 @@ class StepReward(ABC):
         )
 
 
+@dataclass(eq=False)
 class DenseReward(StepReward):
     """R of every leaf.
 
-    Args:
+    Attributes:
         result: over all leaves, `(B, N)` each.
         tree: the leaves.
     """
 
-    def __init__(self, result: RewardResult, tree: PrefixTree):
-        self.result, self._tree = result, tree
+    result: RewardResult
+    tree: PrefixTree
 
     def with_prior(self, log_prior: Tensor) -> DenseReward:
         """R times a prior, `log_prior (B, N)`, in flows and draws too."""
-        return DenseReward(self.result.with_prior(log_prior), self._tree)
+        return DenseReward(self.result.with_prior(log_prior), self.tree)
 
     def score(self, leaves: Tensor, policy_log_probs: Tensor | None = None) -> RewardResult:
         return self.result.gather(leaves)
 
     @cached_property
     def _all_log_flows(self) -> Tensor:
-        return self._tree.log_flows(self.result.log_rewards)
+        return self.tree.log_flows(self.result.log_rewards)
 
     def log_flows(self, nodes: Tensor) -> Tensor:
         flows = self._all_log_flows.gather(1, nodes.clamp(min=0).flatten(1)).view(nodes.shape)
@@ -135,13 +136,14 @@ class DenseReward(StepReward):
         return draw_leaves(probabilities, noise.uniform("reward", num_generations))
 
 
+@dataclass(eq=False)
 class TopKReward(StepReward):
     """R of every leaf where a table of all is too large: the k best leaves one by one, the rest alike.
 
     Z is that of the full reward, and so are R on the best leaves and whatever `score` says; only for flows and draws
     is the order among the other leaves lost.
 
-    Args:
+    Attributes:
         leaves: `(B, k)` long, ascending.
         log_rewards: `(B, k)` log R of them.
         log_rest: `(B,)` log of the mean R of a leaf that is not among them; -inf where there is none.
@@ -149,16 +151,11 @@ class TopKReward(StepReward):
         exact: gives the rewards of drawn leaves `(B, K)`.
     """
 
-    def __init__(
-        self,
-        leaves: Tensor,
-        log_rewards: Tensor,
-        log_rest: Tensor,
-        tree: PrefixTree,
-        exact: Callable[[Tensor], RewardResult],
-    ):
-        self.leaves, self.log_rewards, self.log_rest = leaves, log_rewards, log_rest
-        self._tree, self._exact = tree, exact
+    leaves: Tensor
+    log_rewards: Tensor
+    log_rest: Tensor
+    tree: PrefixTree
+    exact: Callable[[Tensor], RewardResult]
 
     @classmethod
     def best_of(
@@ -176,12 +173,12 @@ class TopKReward(StepReward):
         return cls(torch.cat(leaves), torch.cat(log_rewards), torch.cat(log_rest), tree, exact)
 
     def score(self, leaves: Tensor, policy_log_probs: Tensor | None = None) -> RewardResult:
-        return self._exact(leaves)
+        return self.exact(leaves)
 
     def log_flows(self, nodes: Tensor) -> Tensor:
         # The leaves below a node are consecutive, so that their mass is a difference of two running sums.
         safe = nodes.clamp(min=0).flatten(1)
-        start, count = self._tree.first_leaf[safe].long(), self._tree.leaf_count[safe].long()
+        start, count = self.tree.first_leaf[safe].long(), self.tree.leaf_count[safe].long()
         low, high = (torch.searchsorted(self.leaves, bound.contiguous()) for bound in (start, start + count))
         peak = self.log_rewards.amax(1, keepdim=True)
         # 64 bits: a small subtree is a small difference of large sums.
@@ -196,7 +193,7 @@ class TopKReward(StepReward):
         log_best, log_rest = self.log_rewards / temperature, self.log_rest[:, None] / temperature
         peak = log_best.amax(1, keepdim=True)
         best, each = (log_best - peak).double().exp(), (log_rest - peak).double().exp()
-        size, others = best.shape[1], self._tree.num_leaves - best.shape[1]
+        size, others = best.shape[1], self.tree.num_leaves - best.shape[1]
         weights = torch.cat([best, each * others], 1)
         uniforms = noise.uniform("reward", num_generations).to(weights.device)
         choice = inverse_cdf(weights, uniforms)
@@ -211,45 +208,43 @@ class TopKReward(StepReward):
         return leaves, (log_r - peak).double().sub(total.log()).float()
 
 
+@dataclass(eq=False)
 class SampledReward(StepReward):
     """R of drawn leaves only: some reward cannot score all items, or a table of all would be too large.
 
-    Args:
-        score: gives the rewards of leaves `(B, K)`, from their log pi `(B, K)` too where a reward reads it.
-        policy_log_probs: gives log pi of leaves `(B, K)`, where a reward reads it and nobody knows it yet.
+    Attributes:
+        score_drawn: gives the rewards of leaves `(B, K)`, from their log pi `(B, K)` too where a reward reads it.
+        ask_policy: gives log pi of leaves `(B, K)`, where a reward reads it and nobody knows it yet.
     """
 
-    def __init__(
-        self,
-        score: Callable[[Tensor, Tensor | None], RewardResult],
-        policy_log_probs: Callable[[Tensor], Tensor] | None = None,
-    ):
-        self._score, self._policy_log_probs = score, policy_log_probs
+    score_drawn: Callable[[Tensor, Tensor | None], RewardResult]
+    ask_policy: Callable[[Tensor], Tensor] | None = None
 
     def score(self, leaves: Tensor, policy_log_probs: Tensor | None = None) -> RewardResult:
-        if policy_log_probs is None and self._policy_log_probs is not None:
-            policy_log_probs = self._policy_log_probs(leaves)
-        return self._score(leaves, policy_log_probs)
+        if policy_log_probs is None and self.ask_policy is not None:
+            policy_log_probs = self.ask_policy(leaves)
+        return self.score_drawn(leaves, policy_log_probs)
 
 
+@dataclass(eq=False)
 class PosteriorReward(StepReward):
     """Another reward times a prior, `log R + log prior`, where the prior is known of drawn leaves only.
 
     Draws leave the prior out.
 
-    Args:
+    Attributes:
         reward: R.
         log_prior: `(B, K)` leaves to the prior's share of log R, weighted already.
     """
 
-    def __init__(self, reward: StepReward, log_prior: Callable[[Tensor], Tensor]):
-        self._reward, self._log_prior = reward, log_prior
+    reward: StepReward
+    log_prior: Callable[[Tensor], Tensor]
 
     def score(self, leaves: Tensor, policy_log_probs: Tensor | None = None) -> RewardResult:
-        return self._reward.score(leaves, policy_log_probs).with_prior(self._log_prior(leaves))
+        return self.reward.score(leaves, policy_log_probs).with_prior(self.log_prior(leaves))
 
     def sample(self, num_generations: int, noise: Noise, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        return self._reward.sample(num_generations, noise, temperature)
+        return self.reward.sample(num_generations, noise, temperature)
 
 
 def draw_leaves(probabilities: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:

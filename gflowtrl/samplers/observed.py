@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from gflowtrl.data import Step
 from gflowtrl.policy import Noise, TreePolicy
@@ -80,11 +81,8 @@ class UnobservedSampler(Sampler):
 # ---------------------------------------------------------------------------------------------------- sets of leaves
 def leaf_rows(catalog: ItemCatalog, rows: Sequence[Sequence[Item]]) -> Tensor:
     """Lists of items as leaves: `(B, W)`, padded with -1 at the right to the longest list."""
-    lengths = torch.tensor([len(row) for row in rows], device=catalog.device)
-    present = torch.arange(max(map(len, rows), default=0), device=catalog.device) < lengths[:, None]
-    leaves = torch.full(present.shape, -1, dtype=torch.long, device=catalog.device)
-    leaves[present] = catalog.leaf_of([item for row in rows for item in row])
-    return leaves
+    index = pad_sequence([catalog.index_of(row) for row in rows], True, -1).to(catalog.device)
+    return catalog.item_leaf[index.clamp(min=0)].masked_fill(index < 0, -1)
 
 
 def distinct_sorted(leaves: Tensor, without: Tensor | None = None) -> Tensor:

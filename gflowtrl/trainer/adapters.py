@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import str_to_bool
@@ -83,17 +82,14 @@ def _tie_wrappers(model: PreTrainedModel) -> None:
             mix_in(_TiedTokens, wrapper)
 
 
-@contextmanager
-def _gathered(tables: list[Any]) -> Iterator[None]:
+def _gathered(tables: list[Any]) -> AbstractContextManager:
     """Makes what ZeRO-3 has split whole for a while."""
     split = [table for table in tables if hasattr(table, "ds_id")]
     if not split:
-        yield
-        return
+        return nullcontext()
     import deepspeed  # only where it is in use
 
-    with deepspeed.zero.GatheredParameters(split):
-        yield
+    return deepspeed.zero.GatheredParameters(split)
 
 
 def embedding_names(model: PreTrainedModel) -> list[str]:

@@ -79,7 +79,10 @@ def test_a_real_server_answers_and_a_shutdown_answers_what_waits(folder, monkeyp
         (["--model", "x", "--port", "http"], "error: argument --port: invalid int value: 'http'"),
         (["--model", "x", "--threads", "0"], "error: threads is 0; it must be a whole number of at least 1 or None."),
         (["--model", "x", "--max_k", "0"], "error: max_k is 0; it must be a whole number of at least 1."),
-        (["--model", "x", "--max_wait_ms", "-1"], "error: max_wait_ms is -1.0; it must be a finite number of at least 0"),
+        (
+            ["--model", "x", "--max_wait_ms", "-1"],
+            "error: max_wait_ms is -1.0; it must be a finite number of at least 0",
+        ),
         (["--model", "x", "--host", "300.1.1.1"], "error: 300.1.1.1:8000 cannot be listened on"),
         (["--model", "x", "--nonsense", "1"], "error: unrecognized arguments: --nonsense 1"),
     ],
