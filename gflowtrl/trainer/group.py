@@ -103,7 +103,7 @@ def group_metrics(group: Group, sources: Sequence[str]) -> dict[str, Tensor | fl
 def print_group(
     group: Group, catalog: ItemCatalog, sources: Sequence[str], step: int, titles: Mapping[Item, str] | None = None
 ) -> None:
-    """The first prompt's trajectories as a table, the best rewarded first.
+    """The first prompt's trajectories as a table, the best rewarded first, with what rewards reported by `log_extra`.
 
     Args:
         group: of the step.
@@ -123,15 +123,19 @@ def print_group(
     for heading in ("probability", "log pi", "log R", "reward"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("source", no_wrap=True)
+    extra = {} if group.rewards is None else group.rewards.extra
+    for heading in extra:
+        table.add_column(escape(heading), overflow="fold")
     leaves, log_pi = group.drawn.leaves[0], group.scores.trajectory_log_probs[0]
     order = (log_pi if group.rewards is None else group.rewards.log_rewards[0]).argsort(descending=True, stable=True)
     for place in order.tolist():
         leaf, rewarded = int(leaves[place]), ["", ""]
         if group.rewards is not None:
             rewarded = [f"{group.rewards.log_rewards[0, place]:.3f}", f"{group.rewards.rewards[0, place]:.4g}"]
+        reported = [escape(str(values[place])) if place < len(values) else "" for values in extra.values()]
         table.add_row(
             ", ".join(map(named, catalog.items_of(leaf))), catalog.leaf_text(leaf),
             f"{log_pi[place].exp():.3g}", f"{log_pi[place]:.3f}", *rewarded,
-            sources[int(group.drawn.source[0, place])],
+            sources[int(group.drawn.source[0, place])], *reported,
         )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 160).print(table)

@@ -18,7 +18,7 @@ from gflowtrl.rewards import CollaborativeReward, GroundTruthReward
 from gflowtrl.samplers import Trajectories
 from tests.tiny import tiny_model, tiny_seq2seq
 
-from .world import ITEMS, SEMANTIC_IDS, TOKENIZER, losses, make_catalog, make_trainer, teacher, weights
+from .world import ITEMS, PRICES, SEMANTIC_IDS, TOKENIZER, losses, make_catalog, make_trainer, teacher, weights
 
 
 WEIGHTS, FLOOR, LOG_Z = [0.7, 0.3], 1e-3, 0.6
@@ -325,6 +325,19 @@ def test_log_completions_prints_a_group_best_first(tmp_path, capsys):
         assert float(log_reward) == pytest.approx(math.log(float(reward)), abs=0.01)
         assert source in trainer.sampler.source_names
     assert "target: " in printed and "Step 1" in printed
+
+
+def test_log_completions_shows_what_rewards_report(tmp_path, capsys):
+    def price(items, log_extra, **columns):
+        log_extra("price [EUR]", [f"for {PRICES[at_leaf[0]]:g}" for at_leaf in items])
+        log_extra("too short", [])
+        return [PRICES[at_leaf[0]] for at_leaf in items]
+
+    make_trainer(tmp_path, price, log_completions=True, max_steps=1, num_generations=6).train()
+    printed = capsys.readouterr().out
+    assert "price [EUR]" in printed and "too short" in printed
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if "│ <" in line]
+    assert len(rows) == 6 and all(row[-2:] == [f"for {float(row[5]):g}", ""] for row in rows)
 
 
 def test_a_sampler_is_asked_with_the_step_its_rewards_and_noise_of_the_rows(tmp_path):
