@@ -96,7 +96,7 @@ def test_the_wheel_holds_the_package_its_licence_and_its_recipes(wheel):
     recipes = {str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml")}
     data = f"{NAME}.data/data/share/gflowtrl"
     about = f"{NAME}.dist-info"
-    modules.add("gflowtrl/py.typed")
+    modules |= {"gflowtrl/py.typed", "gflowtrl/trainer/model_card.jinja"}
     expected = modules | {f"{data}/{recipe}" for recipe in recipes} | {f"{about}/licenses/LICENSE"}
     assert {name for name in packed if not name.startswith(about) or name.endswith("LICENSE")} == expected
     metadata = message_from_bytes(packed[f"{about}/METADATA"])
