@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -55,6 +55,8 @@ class APAOConfig(TreePolicyConfig):
     prefix_variant: str = option("paper", "Form of the prefix losses.", list(VARIANTS))
     label_space: str = option("vocabulary", "Probabilities of the losses on the target.", ["tree", "vocabulary"])
     loss_type: list[str] | None = option(None, "Follows from `method`.")
+    loss_weights: list[float] | None = field(default=None, init=False)  # follow from beta
+    num_generations: int = field(default=1, init=False)  # follows from num_negatives
 
     _bounds = TreePolicyConfig._bounds | {"beta": NOT_NEGATIVE, "num_negatives": COUNT, "prefix_eta": NOT_NEGATIVE}
 

@@ -1,5 +1,6 @@
 """APAO: the whole loss by hand over the vocabulary, adaptive weights in plain loops, checkpoints, wrong arguments."""
 
+import dataclasses
 import math
 
 import pytest
@@ -180,3 +181,13 @@ def test_what_makes_no_sense_is_named(tmp_path, options, message):
 def test_it_takes_no_rewards(tmp_path):
     with pytest.raises(ValueError, match="has no reward_funcs"):
         APAOTrainer(tiny_model(len(TOKENIZER)), APAOConfig(str(tmp_path)), reward_funcs=[len])
+
+
+@pytest.mark.parametrize("name", ["loss_weights", "num_generations"])
+def test_what_follows_from_other_fields_is_not_taken(tmp_path, name):
+    with pytest.raises(TypeError, match=name):
+        APAOConfig(str(tmp_path), **{name: 1})
+    config = APAOConfig(str(tmp_path), method="pairwise", num_negatives=3, beta=0.2)
+    again = dataclasses.replace(config, beta=0.4, num_negatives=5)
+    assert (config.loss_weights, config.num_generations) == ([1.0, 0.2], 4)
+    assert (again.loss_weights, again.num_generations) == ([1.0, 0.4], 6)
