@@ -34,13 +34,13 @@ SIDES = {
     "batched, at most 16": ["--max_batch", "16"],
     "batching off": ["--max_batch", "1", "--max_wait_ms", "0"],
 }
-START = "import sys; from gflowtrl.serving import main; sys.exit(main())"
 
 
 @contextlib.contextmanager
 def running(folder: str, threads: int, options: Sequence[str]) -> Iterator[int]:
     """A server as a process of its own; its port."""
-    command = [sys.executable, "-c", START, "--model", folder, "--port", "0", "--threads", str(threads), *options]
+    start = [sys.executable, "-m", "gflowtrl", "serve", "--model", folder, "--port", "0"]
+    command = [*start, "--threads", str(threads), *options]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         try:
             line = server.stdout.readline()

@@ -54,8 +54,7 @@ def _run(words: list[str]) -> int:
         return 2
     if words[0] in ("teacher", "sft"):  # parts of what `train` does
         return import_module(".train", __name__).main(words[1:], words[0])
-    module = "gflowtrl.serving.command" if words[0] == "serve" else f".{words[0]}"
-    return import_module(module, __name__).main(words[1:])
+    return import_module(f".{words[0]}", __name__).main(words[1:])
 
 
 def usage() -> str:

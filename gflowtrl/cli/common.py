@@ -26,11 +26,12 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def make_parser(name: str, description: str) -> Parser:
-    """A parser with `--config` and `--json`."""
+def make_parser(name: str, description: str, prints_json: bool = True) -> Parser:
+    """A parser with `--config`, and `--json` where the command has a result to print."""
     parser = Parser(prog=f"gflowtrl {name}", description=description, formatter_class=_Formatter, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with options; the command line overrides it")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    if prints_json:
+        parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
 
 

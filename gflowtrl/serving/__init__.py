@@ -6,7 +6,7 @@ Names are imported on first use, so that this package can be imported where Fast
 from importlib import import_module
 
 
-_HOMES = {"Limits": "limits", "create_app": "app", "main": "command", "serve": "server"}
+_HOMES = {"Limits": "limits", "create_app": "app", "serve": "server"}
 _EXTRA = {"fastapi", "pydantic", "starlette", "uvicorn"}  # what the extra brings
 
 __all__ = list(_HOMES)
