@@ -12,13 +12,13 @@ from .formats import (
     prepare,
 )
 from .interactions import CLICKED, PURCHASED, SHOWN, Event, InteractionData, k_core
-from .prompts import GroupCollator, PromptEncoder, TargetCollator, sft_dataset
+from .prompts import GroupCollator, PromptEncoder, PromptFormat, TargetCollator, sft_dataset
 from .readers import read_folder, read_interactions, read_letter, write_folder
 from .sharing import PrefixGroupedEpochSampler, prefix_groups, prompt_members
 from .splits import Splits, Window, leave_one_out, user_windows
 from .step import Step, check_column_names
 from .synthetic_shop import ShopTruth, SyntheticShop
-from .text_prompts import PromptFormat, TextPromptEncoder, text_sft_dataset
+from .text_prompts import TextPromptEncoder, text_sft_dataset
 from .tokenization import add_item_tokens, build_tokenizer, check_round_trip
 
 

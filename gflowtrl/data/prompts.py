@@ -1,10 +1,11 @@
 """Histories to prompts: the one place where the plain prompt format is defined.
 
-A prompt is `[bos]` and the tokens of the last `max_history_items` items. Supervised training, fine-tuning, decoding
-and evaluation all come through `item_tokens` and so cannot differ.
+It is `[bos]` and the tokens of the last `max_history_items` items. Supervised training, fine-tuning, decoding and
+evaluation all come through `item_tokens` and so cannot differ.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -55,6 +56,40 @@ def item_tokens(
     return tokens[present], row.repeat_interleave(per_item), place.repeat_interleave(per_item)
 
 
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a history becomes text.
+
+    Attributes:
+        template: the prompt, with `{history}` where the items stand.
+        item: one item, with `{title}`, `{semantic_id}` or both; items follow each other as they are, so it ends with
+            what shall separate them. The semantic id is its tokens, joined by spaces.
+        chat: hand the template to the tokenizer's chat template as the user's message; the id is the answer.
+        system: the system message of a chat.
+        max_title_words: titles are cut to so many words.
+        untitled: what stands for a title that is missing; None: that is an error.
+
+    Raises:
+        ValueError: a template or item without its place, or a system message without a chat.
+    """
+
+    template: str = "Bought, oldest first:\n{history}Next:"
+    item: str = "{title} {semantic_id}\n"
+    chat: bool = False
+    system: str | None = None
+    max_title_words: int = 12
+    untitled: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.template.count("{history}") != 1:
+            raise ValueError(f"The template must hold {{history}} once, but it is {self.template!r}.")
+        if "{title}" not in self.item and "{semantic_id}" not in self.item:
+            raise ValueError(f"item must hold {{title}} or {{semantic_id}}, but it is {self.item!r}.")
+        if self.system is not None and not self.chat:
+            raise ValueError("system was given, but only a chat has a system message; set chat=True.")
+        check_number("max_title_words", self.max_title_words, COUNT)
+
+
 class PromptEncoder:
     """Turns histories into a left-padded batch of prompts.
 
@@ -65,15 +100,21 @@ class PromptEncoder:
         catalog: gives the token ids. Prompts are made on the CPU wherever the catalogue's tree is.
         tokenizer: gives `bos` and padding.
         max_history_items: how many items of a history, the last ones, are used.
+
+    Attributes:
+        format: of prompts in words; None for the plain ones.
+        head, tail: the tokens before and after those of the items.
+        table: `(items, W)` tokens of each item, padded with -1 at the right.
     """
 
     def __init__(self, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase, max_history_items: int = 20):
         check_number("max_history_items", max_history_items, COUNT)
         self.catalog = catalog
         self.max_history_items = max_history_items
-        self.head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]  # before the items' tokens
-        self.tail: list[int] = []  # and behind them
-        self.table = catalog.item_token_ids  # (items, W), padded with -1
+        self.head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self.tail: list[int] = []
+        self.table = catalog.item_token_ids
+        self.format: PromptFormat | None = None
         self.padding = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
 
     def __call__(self, histories: Sequence[Sequence[Item]]) -> dict[str, Tensor]:
@@ -92,18 +133,15 @@ class PromptEncoder:
                 raise ValueError(f"The history in row {row} is empty. A prompt needs at least one item: drop it.")
         cut = [history[-self.max_history_items :] for history in histories]
         tokens, row, _ = item_tokens(self.catalog, cut, self.table)
-        count = torch.bincount(row, minlength=len(histories))
-        width = len(self.head) + int(count.max()) + len(self.tail)
-        # The tokens of a row end at the tail: counted from there, column = end - (tokens still to come).
-        end = width - len(self.tail)
-        column = end - (count.cumsum(0)[row] - torch.arange(len(row)))
-        start = end - count - len(self.head)
-        input_ids = torch.full((len(histories), width), self.padding)
-        input_ids[row, column] = tokens
-        rows = torch.arange(len(histories))[:, None]
-        input_ids[rows, start[:, None] + torch.arange(len(self.head))] = torch.tensor(self.head, dtype=torch.long)
-        input_ids[:, end:] = torch.tensor(self.tail, dtype=torch.long)
-        return {"input_ids": input_ids, "attention_mask": (torch.arange(width) >= start[:, None]).long()}
+        head, tail = len(self.head), len(self.tail)
+        lengths = head + torch.bincount(row, minlength=len(histories)) + tail
+        columns = torch.arange(int(lengths.max()))
+        place = columns - (len(columns) - lengths)[:, None]  # in the prompt; negative in the padding
+        input_ids = torch.full(place.shape, self.padding)
+        input_ids[(place >= 0) & (place < head)] = torch.tensor(self.head * len(histories), dtype=torch.long)
+        input_ids[(place >= head) & (columns < len(columns) - tail)] = tokens
+        input_ids[:, len(columns) - tail :] = torch.tensor(self.tail, dtype=torch.long)
+        return {"input_ids": input_ids, "attention_mask": (place >= 0).long()}
 
 
 class GroupCollator:

@@ -17,8 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.catalog.files import write_text
 
-from .prompts import PromptEncoder
-from .text_prompts import TextPromptEncoder
+from .prompts import PromptEncoder, PromptFormat
 
 
 RECOMMENDER_FILE = "recommender_config.json"
@@ -64,7 +63,7 @@ def read_details(directory: str | os.PathLike, catalog: ItemCatalog) -> dict[str
 def write_encoder(encoder: PromptEncoder, directory: str | os.PathLike) -> None:
     """Write `recommender_config.json`, and for text prompts a file of the items' tokens, for `read_encoder`."""
     settings: dict[str, Any] = {"max_history_items": encoder.max_history_items, "prompt_format": "plain"}
-    if isinstance(encoder, TextPromptEncoder):
+    if encoder.format is not None:
         settings |= {"prompt_format": "text", **asdict(encoder.format), "head": encoder.head, "tail": encoder.tail}
         save_file({"tokens": encoder.table.int()}, Path(directory, TABLE_FILE))
     _write_json(Path(directory, RECOMMENDER_FILE), settings)
@@ -81,14 +80,20 @@ def read_encoder(
     if not file.is_file():
         return PromptEncoder(catalog, tokenizer)
     settings = json.loads(file.read_text(encoding="utf-8"))
-    if settings["prompt_format"] == "plain":
-        return PromptEncoder(catalog, tokenizer, settings["max_history_items"])
-    if settings["prompt_format"] != "text":
+    if settings["prompt_format"] not in ("plain", "text"):
         raise ValueError(
             f"{file} has prompts of a format that this version does not know: {settings['prompt_format']!r}."
         )
-    table = load_file(Path(directory, TABLE_FILE))["tokens"]
-    return TextPromptEncoder.from_saved(settings, table, catalog, tokenizer)
+    encoder = PromptEncoder(catalog, tokenizer, settings["max_history_items"])
+    if settings["prompt_format"] == "text":
+        encoder.head, encoder.tail = settings["head"], settings["tail"]
+        encoder.table = load_file(Path(directory, TABLE_FILE))["tokens"].long()
+        encoder.format = PromptFormat(**{n: settings[n] for n in PromptFormat.__dataclass_fields__ if n in settings})
+        if len(encoder.table) != len(catalog):
+            raise ValueError(
+                f"The saved prompts are of {len(encoder.table)} items, but the catalogue has {len(catalog)}."
+            )
+    return encoder
 
 
 def _write_json(file: Path, content: Any) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 
 from gflowtrl.catalog import Item
@@ -59,8 +60,7 @@ def prompt_members(
 ) -> Tensor:
     """`prefix_groups` of a batch as a tensor `(U, C)`: rows of each group, the longest first, padded with -1."""
     groups = prefix_groups(histories, max_history_items, max_size)
-    width = max(map(len, groups))
-    return torch.tensor([group + [-1] * (width - len(group)) for group in groups])
+    return pad_sequence([torch.tensor(group) for group in groups], True, -1)
 
 
 class PrefixGroupedEpochSampler(Sampler[int]):

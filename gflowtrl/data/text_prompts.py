@@ -3,53 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
 
 import torch
 from datasets import Dataset
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from gflowtrl.catalog import Item, ItemCatalog
-from gflowtrl.checks import COUNT, check_number
 
-from .prompts import IGNORED_LABEL, PromptEncoder
-
-
-@dataclass(frozen=True)
-class PromptFormat:
-    """How a history becomes text.
-
-    Attributes:
-        template: the prompt, with `{history}` where the items stand.
-        item: one item, with `{title}`, `{semantic_id}` or both; items follow each other as they are, so it ends with
-            what shall separate them. The semantic id is its tokens, joined by spaces.
-        chat: hand the template to the tokenizer's chat template as the user's message; the id is the answer.
-        system: the system message of a chat.
-        max_title_words: titles are cut to so many words.
-        untitled: what stands for a title that is missing; None: that is an error.
-
-    Raises:
-        ValueError: a template or item without its place, or a system message without a chat.
-    """
-
-    template: str = "Bought, oldest first:\n{history}Next:"
-    item: str = "{title} {semantic_id}\n"
-    chat: bool = False
-    system: str | None = None
-    max_title_words: int = 12
-    untitled: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.template.count("{history}") != 1:
-            raise ValueError(f"The template must hold {{history}} once, but it is {self.template!r}.")
-        if "{title}" not in self.item and "{semantic_id}" not in self.item:
-            raise ValueError(f"item must hold {{title}} or {{semantic_id}}, but it is {self.item!r}.")
-        if self.system is not None and not self.chat:
-            raise ValueError("system was given, but only a chat has a system message; set chat=True.")
-        check_number("max_title_words", self.max_title_words, COUNT)
+from .prompts import IGNORED_LABEL, PromptEncoder, PromptFormat
 
 
 class TextPromptEncoder(PromptEncoder):
@@ -117,23 +79,6 @@ class TextPromptEncoder(PromptEncoder):
             title = " ".join(words[: self.format.max_title_words])
             texts.append(form.replace("{semantic_id}", " ".join(tokens)).replace("{title}", title))
         return texts
-
-    @classmethod
-    def from_saved(
-        cls,
-        settings: Mapping[str, Any],
-        table: Tensor,
-        catalog: ItemCatalog,
-        tokenizer: PreTrainedTokenizerBase,
-    ) -> Self:
-        """From what `write_encoder` wrote, without titles and without tokenising anything."""
-        if len(table) != len(catalog):
-            raise ValueError(f"The saved prompts are of {len(table)} items, but the catalogue has {len(catalog)}.")
-        encoder = cls.__new__(cls)
-        PromptEncoder.__init__(encoder, catalog, tokenizer, settings["max_history_items"])
-        encoder.format = PromptFormat(**{n: settings[n] for n in PromptFormat.__dataclass_fields__ if n in settings})
-        encoder.head, encoder.tail, encoder.table = list(settings["head"]), list(settings["tail"]), table.long()
-        return encoder
 
 
 def text_sft_dataset(histories: Sequence[Sequence[Item]], targets: Sequence[Item], encoder: PromptEncoder) -> Dataset:
