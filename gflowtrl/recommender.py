@@ -180,6 +180,7 @@ class Recommender:
         temperature: float = 1.0,
         seed: int = 0,
         allowed_items: Iterable[Item] | None = None,
+        names: Sequence[str] | None = None,
     ) -> list[list[Recommendation]]:
         """Recommend `k` items for each history.
 
@@ -199,6 +200,7 @@ class Recommender:
             seed: with `"sample"`: the same seed gives the same lists. Each history draws by its place in
                 `histories`, whatever the batch size.
             allowed_items: recommend these only (in stock, say). Probabilities stay those among all items.
+            names: what errors and warnings call the histories; by default `"row 0"`, `"row 1"`, ...
 
         Raises:
             ValueError: k or batch_size below 1, or num_beams below k; an unknown strategy; a temperature that is not
@@ -208,9 +210,11 @@ class Recommender:
         """
         check_number("batch_size", batch_size, COUNT)
         request = _Request(k, num_beams, exclude_seen, strategy, temperature, seed, self._allowed(allowed_items))
-        known = self._known(list(histories))
+        histories = list(histories)
+        names = [f"row {row}" for row in range(len(histories))] if names is None else names
+        known = self._known(histories, names)
         warm = [row for row, history in enumerate(known) if history]
-        results = {row: self._popular(row, request) for row, history in enumerate(known) if not history}
+        results = {row: self._popular(row, names[row], request) for row, history in enumerate(known) if not history}
         for start in range(0, len(warm), batch_size):
             rows = warm[start : start + batch_size]
             results.update(zip(rows, self._decoded(rows, [known[row] for row in rows], request), strict=True))
@@ -285,12 +289,12 @@ class Recommender:
         )
         return list(islice(found, request.k))
 
-    def _popular(self, row: int, request: _Request) -> list[Recommendation]:
+    def _popular(self, row: int, name: str, request: _Request) -> list[Recommendation]:
         """For a user of whom nothing is known: what was taken most often, or a draw in proportion to it."""
         if self.item_counts is None:
             raise ValueError(
-                f"The history in row {row} is empty or holds no known item, and the recommender holds no counts of "
-                f"training interactions to recommend by. Leave the row out, or give Recommender(item_counts=...)."
+                f"The history in {name} is empty or holds no known item, and the recommender holds no counts of "
+                f"training interactions to recommend by. Leave it out, or give Recommender(item_counts=...)."
             )
         log_probs = (self.item_counts.double() + 1).log().log_softmax(0)
         order = log_probs / request.temperature
@@ -301,17 +305,17 @@ class Recommender:
         items = (self.catalog.items[index] for index in ranked.tolist())
         return self._list(zip(items, log_probs[ranked].tolist(), strict=True), request)
 
-    def _known(self, histories: Sequence[Sequence[Item]]) -> list[list[Item]]:
+    def _known(self, histories: Sequence[Sequence[Item]], names: Sequence[str]) -> list[list[Item]]:
         """Histories without items that are not in the catalogue, of which a warning tells."""
-        for row, history in enumerate(histories):
+        for name, history in zip(names, histories, strict=True):
             if isinstance(history, str) or not isinstance(history, Sequence):
-                raise TypeError(f"The history in row {row} is {history!r}; give a list of items for each user.")
+                raise TypeError(f"The history in {name} is {history!r}; give a list of items for each user.")
         known, unknown = self.catalog.known_items(histories)
         if unknown:
             row, item = unknown[0]
             warnings.warn(
                 f"{len(unknown)} items of the histories are not in the catalogue and were left out; the first is "
-                f"{item!r} in row {row}.",
+                f"{item!r} in {names[row]}.",
                 stacklevel=3,
             )
         return known
@@ -334,7 +338,7 @@ class Recommender:
         Raises:
             ValueError: the item is not in the catalogue, or the history has no known item.
         """
-        (known,) = self._known([history])
+        (known,) = self._known([history], ["row 0"])
         if not known:
             raise ValueError(
                 "The history holds no known item, so the policy was not asked: the list is by popularity."

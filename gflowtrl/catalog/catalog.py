@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,9 +83,7 @@ class ItemCatalog:
                         f"The tokenizer does not know token {token!r} of item {item!r}. Build it with "
                         f"gflowtrl.data.build_tokenizer or add the tokens with gflowtrl.data.add_item_tokens."
                     )
-        length = max(len(tokens) for tokens in semantic_ids.values())
-        rows = [[numbers[t] for t in tokens] + [-1] * (length - len(tokens)) for tokens in semantic_ids.values()]
-        catalog = cls(list(semantic_ids), list(semantic_ids.values()), torch.tensor(rows))
+        catalog = cls(list(semantic_ids), list(semantic_ids.values()), _numbered(semantic_ids.values(), numbers))
         merged = int((catalog.leaf_sizes - 1).sum())
         if merged:
             logger.info(
@@ -194,7 +193,11 @@ class ItemCatalog:
                 f"{path} is missing. A recommender checkpoint of gflowtrl holds it; a plain language model does not."
             )
         content = json.loads(path.read_text(encoding="utf-8"))
-        numbers, texts = content["token_ids"], content["semantic_ids"]
-        length = max(len(tokens) for tokens in texts)
-        rows = [[numbers[t] for t in tokens] + [-1] * (length - len(tokens)) for tokens in texts]
-        return cls(content["items"], texts, torch.tensor(rows))
+        texts = content["semantic_ids"]
+        return cls(content["items"], texts, _numbered(texts, content["token_ids"]))
+
+
+def _numbered(semantic_ids: Iterable[Sequence[str]], numbers: Mapping[str, int]) -> Tensor:
+    """The token numbers of ids, padded with -1 at the right."""
+    levels = zip_longest(*([numbers[token] for token in tokens] for tokens in semantic_ids), fillvalue=-1)
+    return torch.tensor(list(levels)).T.contiguous()

@@ -84,11 +84,9 @@ class PrefixTree:
         self.tokens = torch.nonzero(used).squeeze(1)
         self._token_place = torch.cumsum(used, 0) - 1
         # How many nodes of each depth lead to more than one leaf: where something is left to decide.
-        open_nodes = (self.leaf_count > 1).split([b - a for a, b in itertools.pairwise(level_start)])
-        self.num_open = [int(level.sum()) for level in open_nodes[:-1]]
-        self.max_children = [
-            int(self.num_children[level_start[d] : level_start[d + 1]].max()) for d in range(self.max_depth)
-        ]
+        sizes = [1, *self.nodes_per_depth]
+        self.num_open = [int(level.sum()) for level in (self.leaf_count > 1).split(sizes)[:-1]]
+        self.max_children = [int(level.max()) for level in self.num_children.split(sizes)[:-1]]
 
     @staticmethod
     def _check_prefix_free(paths: Tensor, order: Tensor) -> None:

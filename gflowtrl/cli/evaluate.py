@@ -52,7 +52,6 @@ def _evaluate(given: argparse.Namespace) -> None:
     found = {"model": str(given.model), "split": given.split, "users": len(rows), "num_beams": given.num_beams}
     found |= {"metrics": report.metrics, "standard_errors": report.standard_errors}
     if given.output is not None:
-        given.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(given.output, found)
     shown = [name for name in report.metrics if name.split("@")[0] in ("recall", "ndcg", "mrr", "coverage", "gini")]
     errors = {name: f"{error:.4f}" for name, error in report.standard_errors.items()}

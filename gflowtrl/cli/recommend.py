@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -50,7 +49,6 @@ def _recommend(given: argparse.Namespace) -> None:
             with partial.open("w", encoding="utf-8") as out:
                 _answer(given, allowed, lines, out)
 
-        Path(given.output).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(given.output, fill)
 
 
@@ -59,8 +57,8 @@ def _answer(given: argparse.Namespace, allowed: list | None, lines: IO[str], out
 
     from gflowtrl.recommender import Recommender
 
-    options = {name: getattr(given, name) for name in ("k", "strategy", "temperature", "num_beams", "batch_size")}
-    options |= {"exclude_seen": given.exclude_seen, "allowed_items": allowed}
+    names = ("k", "strategy", "temperature", "num_beams", "batch_size", "exclude_seen")
+    options = {name: getattr(given, name) for name in names} | {"allowed_items": allowed}
     recommender = Recommender.from_pretrained(given.model)
     numbered = ((f"{given.input}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip())
     rows = ((place, _row(line, place)) for place, line in numbered)
@@ -68,8 +66,10 @@ def _answer(given: argparse.Namespace, allowed: list | None, lines: IO[str], out
         # A row draws by its place in the file: the seed of a chunk is a function of its number.
         for number, chunk in enumerate(iter(lambda: list(islice(rows, CHUNK)), [])):
             seed = _seed(given.seed, number)
-            answers = recommender.recommend(_known(recommender, chunk), seed=seed, **options)
-            for (_, row), found in zip(chunk, answers, strict=True):
+            places, contents = zip(*chunk, strict=True)
+            histories = [content["history"] for content in contents]
+            answers = recommender.recommend(histories, seed=seed, names=places, **options)
+            for row, found in zip(contents, answers, strict=True):
                 answer = {**row, "recommendations": [_shown(one) for one in found]}
                 out.write(json.dumps(answer, ensure_ascii=False) + "\n")
             progress.update(len(chunk))
@@ -84,24 +84,6 @@ def _seed(seed: int, chunk: int) -> int:
     return int(np.random.SeedSequence([seed % 2**64, chunk]).generate_state(1, np.uint64)[0])
 
 
-def _known(recommender: Any, rows: list[tuple[str, dict[str, Any]]]) -> list[list]:
-    """The items of the histories that the recommender knows; what it cannot use is told by its line in the file."""
-    known, unknown = recommender.catalog.known_items(row["history"] for _, row in rows)
-    if unknown:
-        row, item = unknown[0]
-        warnings.warn(
-            f"{len(unknown)} items of the histories are not in the catalogue and were left out; the first is {item!r} "
-            f"({rows[row][0]}).",
-            stacklevel=2,
-        )
-    if recommender.item_counts is None and [] in known:
-        raise ValueError(
-            f"{rows[known.index([])][0]}: the history is empty or holds no known item, and the recommender holds no "
-            "counts of training interactions to recommend by. Leave the line out."
-        )
-    return known
-
-
 def _shown(one: Any) -> dict[str, Any]:
     shown = {"item": one.item, "probability": one.probability}
     return shown if one.title is None else {**shown, "title": one.title}
@@ -114,9 +96,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: no JSON ({error.msg}, column {error.colno}).") from None
     row = row if isinstance(row, dict) else {"history": row}
     if not _are_items(row.get("history")):
-        raise ValueError(
-            f'{where}: a list of items or {{"history": [...]}} is needed, items being numbers or strings.'
-        )
+        raise ValueError(f'{where}: give a list of items, numbers or strings, or {{"history": [...]}}.')
     return row
 
 

@@ -73,9 +73,7 @@ def _train(arguments: Sequence[str], command: str) -> int:
     given, options = parser.parse_known_args(arguments)
     if command != "train":
         if any(word.partition("=")[0] == "--stages" for word in options):
-            raise ValueError(
-                f"gflowtrl {command} decides the stages itself; leave --stages out, or use gflowtrl train."
-            )
+            raise ValueError(f"gflowtrl {command} decides the stages; leave --stages out, or use gflowtrl train.")
         options += ["--stages", command]
     file = find_file(given.config, recipe_folder())
     recipe = load_recipe(file, options)  # a mistake is told here, once, and not by every process

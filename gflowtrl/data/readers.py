@@ -28,14 +28,9 @@ def read_interactions(path: str | Path, with_ids: bool = True) -> InteractionDat
     if (path / "sequences.jsonl").is_file():
         return read_folder(path, with_ids)
     if path.is_dir() and not any(path.glob("*.inter.json")):
-        raise FileNotFoundError(
-            f"{path} holds neither sequences.jsonl nor X.inter.json. docs/data.md describes both formats."
-        )
+        raise FileNotFoundError(f"{path} holds neither sequences.jsonl nor X.inter.json (docs/data.md).")
     if not path.exists() and not path.with_name(f"{path.name}.inter.json").is_file():
-        raise FileNotFoundError(
-            f"There is no folder {path}. Check the path; docs/data.md says what a data folder holds, and `gflowtrl "
-            "prepare` makes one."
-        )
+        raise FileNotFoundError(f"There is no folder {path}. Check the path; `gflowtrl prepare` makes one.")
     return read_letter(path, with_ids)
 
 
@@ -258,9 +253,7 @@ def _checked_id(value: Any, what: str, where: str) -> Item:
     if type(value) not in (int, str):  # bool is an int to isinstance
         raise ValueError(f"{where}: {what!r} must be a whole number or a string, but it is {value!r}.")
     if type(value) is int and not _LEAST_ID <= value <= _GREATEST_ID:
-        raise ValueError(
-            f"{where}: {what} {value} does not fit into 64 bits with a sign. Write all such ids as strings."
-        )
+        raise ValueError(f"{where}: {what} {value} does not fit into 64 bits. Write all such ids as strings.")
     return value
 
 

@@ -81,18 +81,14 @@ def read_encoder(
         return PromptEncoder(catalog, tokenizer)
     settings = json.loads(file.read_text(encoding="utf-8"))
     if settings["prompt_format"] not in ("plain", "text"):
-        raise ValueError(
-            f"{file} has prompts of a format that this version does not know: {settings['prompt_format']!r}."
-        )
+        raise ValueError(f"{file}: this version knows no prompts of the format {settings['prompt_format']!r}.")
     encoder = PromptEncoder(catalog, tokenizer, settings["max_history_items"])
     if settings["prompt_format"] == "text":
         encoder.head, encoder.tail = settings["head"], settings["tail"]
         encoder.table = load_file(Path(directory, TABLE_FILE))["tokens"].long()
         encoder.format = PromptFormat(**{n: settings[n] for n in PromptFormat.__dataclass_fields__ if n in settings})
         if len(encoder.table) != len(catalog):
-            raise ValueError(
-                f"The saved prompts are of {len(encoder.table)} items, but the catalogue has {len(catalog)}."
-            )
+            raise ValueError(f"{TABLE_FILE} has {len(encoder.table)} items, but the catalogue has {len(catalog)}.")
     return encoder
 
 

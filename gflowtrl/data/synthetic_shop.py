@@ -51,9 +51,7 @@ class ShopTruth:
             raise ValueError(f"User {unknown[0]!r} is not in this synthetic shop.")
         probs = torch.as_tensor(item_probs).detach().cpu().double()
         if probs.shape != (len(user_ids), len(self.items)):
-            raise ValueError(
-                f"item_probs has shape {tuple(probs.shape)}; needed is ({len(user_ids)}, {len(self.items)})."
-            )
+            raise ValueError(f"item_probs must be ({len(user_ids)}, {len(self.items)}), but is {tuple(probs.shape)}.")
         bad = ~((probs >= 0).all(1) & ((probs.sum(1) - 1).abs() < 1e-3))  # False for NaN too
         if bad.any():
             raise ValueError(f"Row {int(bad.nonzero()[0])} of item_probs is no probability distribution.")

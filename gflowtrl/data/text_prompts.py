@@ -54,10 +54,7 @@ class TextPromptEncoder(PromptEncoder):
         text = self.format.template
         if self.format.chat:
             if not tokenizer.chat_template:
-                raise ValueError(
-                    f"chat is True, but the tokenizer {type(tokenizer).__name__} has no chat template; set "
-                    f"tokenizer.chat_template, or chat=False."
-                )
+                raise ValueError("chat is True, but the tokenizer has no chat template; set tokenizer.chat_template.")
             said = {"system": self.format.system, "user": text}
             messages = [{"role": role, "content": words} for role, words in said.items() if words is not None]
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

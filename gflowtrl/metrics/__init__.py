@@ -5,7 +5,7 @@ from .prefixes import prefix_metrics
 from .ranking import group_means, item_ranking_metrics, leaf_ranking_metrics
 from .reliability import binned_by_target, reliability_curve
 from .report import RankingReport, summarise, summarise_items
-from .statistics import jensen_shannon, paired_bootstrap, rank_summary, total_variation
+from .statistics import jensen_shannon, mean_and_error, paired_bootstrap, total_variation
 
 
 __all__ = [
@@ -16,10 +16,10 @@ __all__ = [
     "item_ranking_metrics",
     "jensen_shannon",
     "leaf_ranking_metrics",
+    "mean_and_error",
     "paired_bootstrap",
     "popularity_groups",
     "prefix_metrics",
-    "rank_summary",
     "reliability_curve",
     "summarise",
     "summarise_items",

@@ -9,7 +9,7 @@ from gflowtrl.catalog import ItemCatalog
 
 from .breadth import breadth_metrics
 from .ranking import DEFAULT_KS, item_ranking_metrics, leaf_ranking_metrics
-from .statistics import rank_summary
+from .statistics import mean_and_error
 
 
 @dataclass
@@ -66,10 +66,9 @@ def summarise_items(
 
 
 def _report(per_user: dict[str, Tensor], item_lists: Tensor, item_counts: Tensor, ks: Sequence[int]) -> RankingReport:
-    summary = rank_summary(per_user)
-    means = {name: summary[name] for name in per_user}
-    errors = {name: summary[f"{name}_se"] for name in per_user}
-    return RankingReport(means | breadth_metrics(item_lists, item_counts.cpu(), ks), errors, per_user)
+    summary = {name: mean_and_error(values) for name, values in per_user.items()}
+    metrics = {name: mean for name, (mean, _) in summary.items()} | breadth_metrics(item_lists, item_counts.cpu(), ks)
+    return RankingReport(metrics, {name: error for name, (_, error) in summary.items()}, per_user)
 
 
 def _check_width(lists: Tensor, available: int, ks: Sequence[int], remedy: str) -> None:

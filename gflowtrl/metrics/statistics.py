@@ -1,7 +1,5 @@
 """Comparing distributions, and saying how sure a difference is."""
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,15 +17,11 @@ def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
     return divergence.sum(-1).clamp(min=0)
 
 
-def rank_summary(per_user: Mapping[str, Tensor]) -> dict[str, float]:
-    """Per-user metrics to their means, with the standard error of each under `"<name>_se"` (NaN for one user)."""
-    summary: dict[str, float] = {}
-    for name, values in per_user.items():
-        values = values.double()
-        summary[name] = values.mean().item()
-        spread = values.std().item() if len(values) > 1 else float("nan")
-        summary[f"{name}_se"] = spread / len(values) ** 0.5
-    return summary
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean of per-user values `(U,)`, and its standard error (NaN for one user)."""
+    values = values.double()
+    spread = values.std().item() if len(values) > 1 else float("nan")
+    return values.mean().item(), spread / len(values) ** 0.5
 
 
 def paired_bootstrap(
@@ -44,10 +38,7 @@ def paired_bootstrap(
         `"mean_difference"`, `"low"`, `"high"`. The difference is significant where the interval excludes 0.
     """
     if a.shape != b.shape or a.dim() != 1 or not len(a):
-        raise ValueError(
-            f"A paired bootstrap needs two vectors over the same users, but got shapes {tuple(a.shape)} and "
-            f"{tuple(b.shape)}."
-        )
+        raise ValueError(f"a and b must be of the same users, but have shapes {tuple(a.shape)} and {tuple(b.shape)}.")
     difference = (a.double() - b.double()).cpu().numpy()
     # Users with the same difference are interchangeable: a resample is a multinomial draw over the distinct values.
     values, counts = np.unique(difference, return_counts=True)

@@ -131,10 +131,7 @@ def _check_measured_alike(results: Sequence[Mapping[str, Any]]) -> None:
     }
     for (one, other), (name, value) in product(pairwise(results), values.items()):
         if value(one) != value(other):
-            raise ValueError(
-                f"{_named(one)} and {_named(other)} differ in {name}, so that their figures cannot stand in one "
-                f"table; compare only runs that are alike in it."
-            )
+            raise ValueError(f"{_named(one)} and {_named(other)} differ in {name}; compare runs that are alike in it.")
 
 
 def _named(result: Mapping[str, Any]) -> str:

@@ -124,9 +124,7 @@ def parse_options(arguments: Sequence[str]) -> dict[str, Any]:
     while words:
         word = words.pop(0)
         if not word.startswith("--") or word == "--":
-            raise ValueError(
-                f"{word!r} is no option; options look like --data_dir DIR or --gflownet.learning_rate 1e-3."
-            )
+            raise ValueError(f"{word!r} is no option; give --data_dir DIR or --gflownet.learning_rate 1e-3, say.")
         name, equals, text = word[2:].partition("=")
         values = [text] if equals else []
         while not equals and words and not words[0].startswith("--"):

@@ -206,9 +206,7 @@ class Recipe:
             return
         kind = self.model.get("model_type", "llama")
         if kind not in CONFIG_MAPPING:
-            raise ValueError(
-                f"model.model_type is {kind!r}, which transformers does not know; 'llama' is a fair start."
-            )
+            raise ValueError(f"model.model_type {kind!r} is unknown to transformers; 'llama' is a fair start.")
         ours = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}  # the tokenizer decides them
         check_names(self.model, {"model_type", *inspect.signature(CONFIG_MAPPING[kind]).parameters} - ours, "model")
 
@@ -228,10 +226,7 @@ class Recipe:
 
     def _check_adapters(self) -> None:
         if self.prompt and "model_name_or_path" not in self.model:
-            raise ValueError(
-                "prompt is set, but a model from scratch knows no words: name a language model as "
-                "model.model_name_or_path, or leave prompt out."
-            )
+            raise ValueError("prompt is set, but a model from scratch knows no words: set model.model_name_or_path.")
         for name, kind in (("prompt", PromptFormat), ("peft", LoraConfig)):
             check_names(getattr(self, name), field_names(kind), name)
         self.prompt_format, self.peft_config  # noqa: B018  (they check their values)

@@ -50,10 +50,7 @@ class EvaluationSection:
         if not self.ks or min(self.ks) < 1:
             raise ValueError(f"evaluation.ks is {self.ks}; give lengths of lists, each at least 1.")
         if self.num_beams < max(self.ks):
-            raise ValueError(
-                f"evaluation.num_beams is {self.num_beams}, but a list of {max(self.ks)} (evaluation.ks) needs at "
-                f"least as many beams."
-            )
+            raise ValueError(f"evaluation.num_beams is {self.num_beams}; evaluation.ks needs at least {max(self.ks)}.")
 
     @property
     def primary_k(self) -> int:

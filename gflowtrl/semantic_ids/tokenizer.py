@@ -172,9 +172,7 @@ class ItemTokenizer:
                 raise FileNotFoundError(f"There is no saved ItemTokenizer in {directory}: {file.name} is missing.")
         description = json.loads(description_file.read_text(encoding="utf-8"))
         if description["tensors_sha256"] != _digest(tensor_file):
-            raise ValueError(
-                f"The two files of the ItemTokenizer in {directory} are of different saves. Save it again."
-            )
+            raise ValueError(f"The files of the ItemTokenizer in {directory} are of different saves. Save it again.")
         tensors = load_file(tensor_file)
 
         def part(name: str, classes: dict[str, type]) -> Any:

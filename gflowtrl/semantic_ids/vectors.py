@@ -35,9 +35,7 @@ def as_vectors(vectors: Tensor | np.ndarray, rows: int | None = None, dim: int |
     broken = ~vectors.isfinite().all(1)
     if broken.any():
         row = int(broken.nonzero()[0])
-        raise ValueError(
-            f"{int(broken.sum())} item vectors hold NaN or infinity, the first is row {row}. Repair them."
-        )
+        raise ValueError(f"{int(broken.sum())} item vectors are not finite, the first in row {row}. Repair them.")
     return vectors
 
 

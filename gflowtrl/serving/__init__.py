@@ -20,6 +20,4 @@ def __getattr__(name: str) -> object:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _EXTRA:
             raise
-        raise ImportError(
-            f"Serving needs {error.name}, which is not installed. Run: pip install gflowtrl[serve]"
-        ) from error
+        raise ImportError(f"Serving needs {error.name}. Run: pip install gflowtrl[serve]") from error

@@ -141,8 +141,7 @@ class CallableTeacher:
         expected = (len(histories), len(self.items))
         if tuple(scores.shape) != expected:
             raise ValueError(
-                f"The teacher function returned scores of shape {tuple(scores.shape)}, but {expected} is needed: one "
-                "row a history, one column an item of the catalogue."
+                f"The teacher function must return (histories, items) {expected}, not {tuple(scores.shape)}."
             )
         return scores
 
@@ -157,8 +156,7 @@ class ReorderedTeacher:
         missing = [item for item in self.items if item not in index]
         if missing:
             raise ValueError(
-                f"The teacher does not know {len(missing)} items of the catalogue, for example {missing[0]!r}; fit "
-                "it with the whole catalogue as its `items`."
+                f"The teacher does not know {len(missing)} items, {missing[0]!r} for one; fit it with all."
             )
         self.columns = torch.tensor([index[item] for item in self.items])
 

@@ -120,7 +120,7 @@ def test_single_stages_run_alone(home, capsys):
     assert main(["teacher", *options]) == 0
     assert {folder.name.split("-")[0] for folder in (home / "alone").glob("*-*")} == {"teacher", "test", "report"}
     assert main(["sft", *options, "--stages", "teacher"]) == 2
-    assert "decides the stages itself" in capsys.readouterr().err
+    assert "decides the stages; leave --stages out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -198,13 +198,13 @@ def test_recommend_names_the_line_of_the_file(home, results, capsys, monkeypatch
     answers = [json.loads(line) for line in told.out.splitlines()]
     assert [answer["history"] for answer in answers] == [line for line in lines if line]
     warned = "warning: 1 items of the histories are not in the catalogue and were left out; the first is 987654321"
-    assert f"{warned} ({file}, line 7)." in told.err
+    assert f"{warned} in {file}, line 7." in told.err
 
     shutil.copytree(model, tmp_path / "bare")
     (tmp_path / "bare" / "item_details.json").unlink()  # with the counts that strangers are recommended by
     file.write_text("\n".join(json.dumps(line) for line in [[item], [item], [item], [123456789]]))
     assert main([*words, "--model", str(tmp_path / "bare")]) == 2
-    assert f"{file}, line 4: the history is empty or holds no known item" in capsys.readouterr().err
+    assert f"The history in {file}, line 4 is empty or holds no known item" in capsys.readouterr().err
 
 
 def test_neighbouring_seeds_draw_different_lists(home, results, capsys, monkeypatch, tmp_path):

@@ -106,7 +106,7 @@ def test_evaluate_by_hand():
     ("users", "probs", "message"),
     [
         (["w"], [[0.5, 0.5]], "User 'w' is not in this synthetic shop"),
-        (["u"], [[0.5, 0.5, 0.0]], r"shape \(1, 3\); needed is \(1, 2\)"),
+        (["u"], [[0.5, 0.5, 0.0]], r"must be \(1, 2\), but is \(1, 3\)"),
         (["u"], [[0.5, 0.4]], "Row 0 of item_probs is no probability"),
         (["u"], [[float("nan"), 0.4]], "Row 0 of item_probs is no probability"),
         (["u"], [[1.5, -0.5]], "Row 0 of item_probs is no probability"),

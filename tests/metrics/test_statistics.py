@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gflowtrl.metrics import jensen_shannon, paired_bootstrap, rank_summary, total_variation
+from gflowtrl.metrics import jensen_shannon, mean_and_error, paired_bootstrap, total_variation
 
 
 @given(st.integers(0, 10_000), st.integers(1, 12))
@@ -80,7 +80,7 @@ def test_bootstrap_refuses_different_users():
         paired_bootstrap(torch.rand(3), torch.rand(4))
 
 
-def test_rank_summary():
-    summary = rank_summary({"recall@5": torch.tensor([1.0, 0.0, 0.0, 1.0])})
-    assert summary["recall@5"] == 0.5
-    assert summary["recall@5_se"] == pytest.approx(math.sqrt(1 / 3) / 2)
+def test_mean_and_error():
+    mean, error = mean_and_error(torch.tensor([1.0, 0.0, 0.0, 1.0]))
+    assert mean == 0.5
+    assert error == pytest.approx(math.sqrt(1 / 3) / 2)

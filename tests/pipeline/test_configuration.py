@@ -175,7 +175,7 @@ def test_command_line_sets_any_field(recipe_file):
         ("--control.loss_type vargrad", "leave control.loss_type out"),
         ("--gflownet.output_dir x", "gflownet.output_dir is not free"),
         ("--data.k_core 5", "the synthetic shop is taken as it is"),
-        ("--evaluation.num_beams 2", "evaluation.num_beams is 2, but a list of 5 (evaluation.ks) needs"),
+        ("--evaluation.num_beams 2", "evaluation.num_beams is 2; evaluation.ks needs at least 5"),
         ("--stages sft --evaluation.num_beams 2", "evaluation.num_beams is 2"),
         ("--evaluation.ks 0 3", "evaluation.ks is [0, 3]; give lengths of lists"),
         (

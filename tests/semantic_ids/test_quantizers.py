@@ -144,7 +144,7 @@ def test_bad_input_is_refused(make, vectors):
         make(num_codes=201).fit(vectors)
     broken = vectors.clone()
     broken[3, 1] = math.nan
-    with pytest.raises(ValueError, match="1 item vectors hold NaN or infinity, the first is row 3"):
+    with pytest.raises(ValueError, match="1 item vectors are not finite, the first in row 3"):
         make(num_codes=4).fit(broken)
     with pytest.raises(ValueError, match=r"their shape is \(200,\)"):
         make(num_codes=4).fit(vectors[:, 0])

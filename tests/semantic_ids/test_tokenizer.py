@@ -99,7 +99,7 @@ def test_bad_input_is_refused(catalogue, vectors):
         make().fit(vectors, [5, *range(199)])
     with pytest.raises(ValueError, match="need items"):
         make().fit(vectors)
-    with pytest.raises(ValueError, match="1 item vectors hold NaN"):
+    with pytest.raises(ValueError, match="1 item vectors are not finite"):
         make().fit(torch.cat([vectors, torch.full((1, 12), math.nan)]), list(range(201)))
     with pytest.raises(ValueError, match="200 items cannot have different ids"):
         make().fit(vectors, list(range(200)))

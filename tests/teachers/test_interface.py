@@ -140,11 +140,11 @@ def test_as_teacher_aligns_and_wraps():
     wanted = [8, "cup", "tea"]
     aligned = as_teacher(popularity, wanted).score(SEQUENCES)
     assert torch.equal(aligned, popularity.score(SEQUENCES)[:, [5, 1, 0]])
-    with pytest.raises(ValueError, match="does not know 1 items .* 'gnu'"):
+    with pytest.raises(ValueError, match="does not know 1 items, 'gnu' for one"):
         as_teacher(popularity, ["tea", "gnu"])
     wrapped = as_teacher(lambda histories: [[1, 2]] * len(histories), ["tea", "cup"])
     assert wrapped.score([["tea"], ["cup"]]).tolist() == [[1, 2], [1, 2]]
-    with pytest.raises(ValueError, match=r"shape \(2, 2\), but \(2, 3\) is needed"):
+    with pytest.raises(ValueError, match=r"\(2, 3\), not \(2, 2\)"):
         as_teacher(lambda histories: [[1, 2]] * len(histories), ["tea", "cup", "pot"]).score([["tea"], ["cup"]])
     with pytest.raises(TypeError, match="int is neither"):
         as_teacher(3, ITEMS)
