@@ -12,9 +12,7 @@ from .common import guarded, make_parser, parse, show
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
     parser = make_parser("evaluate", "Measures a saved recommender by constrained beam search.")
-    parser.add_argument(
-        "--model", required=True, help="folder of the recommender (the `model` of a training stage), or its Hub name"
-    )
+    parser.add_argument("--model", required=True, help="folder of a recommender, or its name on the Hub")
     parser.add_argument("--data_dir", required=True, help="folder of the data (docs/data.md)")
     parser.add_argument("--split", choices=["validation", "test"], default="test", help="which targets")
     parser.add_argument("--ks", type=int, nargs="+", default=[5, 10, 20], help="cut-offs of the metrics")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 
 from .common import guarded, make_parser, parse, show
@@ -13,40 +14,27 @@ from .common import guarded, make_parser, parse, show
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
     parser = make_parser("prepare", "Writes the data folder that training reads from a raw dump (docs/data.md).")
-    parser.add_argument(
-        "--format", help="amazon-2014, amazon-2018, amazon-2023, movielens, recbole, letter, s3rec, ..."
-    )
-    parser.add_argument(
-        "--interactions", "--reviews", nargs="+", metavar="FILE", help="the interactions, plain or gzipped, one file "
-        "or several"
-    )  # fmt: skip
+    parser.add_argument("--format", help="amazon-2014, -2018 or -2023, movielens, recbole, letter, s3rec, csv, ...")
+    parser.add_argument("--interactions", "--reviews", nargs="+", metavar="FILE", help="files, plain or gzipped")
     parser.add_argument("--items", "--meta", nargs="+", metavar="FILE", help="what is known about the items, likewise")
     parser.add_argument("--download", metavar="NAME", help="a public data set in the place of files; --raw takes them")
     parser.add_argument("--raw", metavar="DIR", default="raw", help="folder for downloaded files")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--k_core", type=int, default=5, help="least interactions of users and items; 0 for no filter")
     parser.add_argument("--min_rating", type=float, help="lowest rating that counts as an interaction")
-    parser.add_argument("--duplicates", default="first", help="which of a user's interactions with an item stays: "
-                        "first, last, or keep")  # fmt: skip
+    parser.add_argument("--duplicates", default="first", help="which of a user and an item stay: first, last or keep")
     parser.add_argument("--max_description_characters", type=int, default=1000, help="longer descriptions are cut")
-    parser.add_argument(
-        "--max_malformed", type=float, default=0.01, help="share of malformed lines that is put up with"
-    )
+    parser.add_argument("--max_malformed", type=float, default=0.01, help="tolerated share of malformed lines")
     parser.add_argument("--encoding", help="of the files' text, cp1252 for example; by default that of the format")
     parser.add_argument("--name", help="what reports call the data; by default the name of the folder")
     parser.add_argument("--license", metavar="TEXT", help="the terms of the data, in words of your own")
     parser.add_argument("--source", metavar="TEXT", help="where the data come from; a download says it by itself")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a data folder that is there; its item tokenizer stays"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a data folder, but not its item tokenizer")
     for column, default in (("user", "user_id"), ("item", "item_id"), ("time", "timestamp"), ("rating", "rating")):
         parser.add_argument(f"--{column}_column", help=f"of csv, jsonl and parquet; {default} if not given"
                             + (", none where the file is in order of time" if column == "time" else ""))  # fmt: skip
     parser.add_argument("--title_column", help="of the items in csv, jsonl and parquet; title if not given")
-    parser.add_argument(
-        "--header", nargs="+", metavar="COLUMN", help="of a csv whose first line is data: names of its columns, in "
-        "their order"
-    )  # fmt: skip
+    parser.add_argument("--header", nargs="+", metavar="COLUMN", help="columns of a csv whose first line is data")
     parser.add_argument("--items_header", nargs="+", metavar="COLUMN", help="the same for a csv of items")
     return guarded(lambda: _prepare(parse(parser, arguments)))
 
@@ -56,22 +44,17 @@ def _prepare(given: argparse.Namespace) -> None:
     from gflowtrl.data.formats.downloads import source_of
     from gflowtrl.data.formats.output import check_target
 
-    format, interactions, items = given.format, given.interactions, given.items
     if given.download is not None:
-        if format or interactions or items:
+        if given.format or given.interactions or given.items:
             raise ValueError("--download brings its own files and format; leave --format and the files out.")
         check_target(Path(given.out), given.overwrite)  # before hours of downloading
-        format, interactions, items = download(given.download, given.raw)
+        given.format, given.interactions, given.items = download(given.download, given.raw)
         given.source = source_of(given.download) if given.source is None else given.source
-    elif format is None or interactions is None:
-        missing = "--format" if format is None else "--interactions"
+    elif given.format is None or given.interactions is None:
+        missing = "--format" if given.format is None else "--interactions"
         raise ValueError(f"{missing} is missing. Formats are {', '.join(RAW_FORMATS)}; or use --download NAME.")
-    _, report = prepare(
-        format, interactions, items, given.out, columns=_columns(given), k_core=given.k_core or None,
-        min_rating=given.min_rating, duplicates=given.duplicates, max_malformed=given.max_malformed,
-        encoding=given.encoding, max_description_characters=given.max_description_characters, name=given.name,
-        license=given.license, source=given.source, overwrite=given.overwrite,
-    )  # fmt: skip
+    given.columns, given.k_core = _columns(given), given.k_core or None
+    _, report = prepare(**{name: getattr(given, name) for name in signature(prepare).parameters})
     show(given, asdict(report), f"{report.summary()}\n\nWritten to {given.out}.{_next(Path(given.out))}")
 
 

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> int:
         "recommend",
         'Recommends for each line of a file: {"history": [5, 9]} with any further fields, which are kept, or [5, 9].',
     )
-    parser.add_argument("--model", required=True, help="folder of the recommender, or its Hub name")
+    parser.add_argument("--model", required=True, help="folder of a recommender, or its name on the Hub")
     parser.add_argument("--input", default="-", help="file of histories, a line each; - is standard input")
     parser.add_argument("--output", default="-", help="file of answers, a line each; - is standard output")
     parser.add_argument("-k", "--k", type=int, default=10, help="length of the lists")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +18,15 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
     parser = make_parser("tokenize", "Gives the items of a data folder semantic ids (docs/semantic_ids.md).")
     parser.add_argument("--data_dir", required=True, help="the data folder; its semantic_ids.json is written")
-    parser.add_argument(
-        "--tokenizer", help="folder for the item tokenizer; by default item_tokenizer in the data folder"
-    )
-    parser.add_argument(
-        "--features",
-        nargs="+",
-        help="what makes an item's text; title, brand, categories, attributes and description if not given, and with "
-        "--add those of the saved tokenizer",
-    )
-    parser.add_argument(
-        "--embedder", default="tfidf", help="tfidf, or a sentence-transformers model by name or folder"
-    )
+    parser.add_argument("--tokenizer", help="folder of the item tokenizer; by default DATA_DIR/item_tokenizer")
+    parser.add_argument("--features", nargs="+", help="of the items' text; by default title, brand, categories, "
+                        "attributes and description, or with --add the saved tokenizer's")  # fmt: skip
+    parser.add_argument("--embedder", default="tfidf", help="tfidf, or a sentence-transformers model (name or folder)")
     parser.add_argument("--vectors", metavar="FILE", help=".npy or .safetensors with a vector an item, in their order")
-    parser.add_argument(
-        "--collaborative", type=float, default=0.0, metavar="SHARE", help="share of co-occurrence vectors, 0 to 1"
-    )
+    parser.add_argument("--collaborative", type=float, default=0.0, help="share of co-occurrence vectors, 0 to 1")
     parser.add_argument("--quantizer", choices=["kmeans", "balanced", "rqvae"], default="kmeans", help="to codes")
     parser.add_argument("--levels", type=int, default=3, help="tokens an id")
-    parser.add_argument(
-        "--codes", type=int, help="tokens a level; 256 if not given, fewer where there are fewer than 1,024 items"
-    )
+    parser.add_argument("--codes", type=int, help="tokens a level; by default 256, fewer below 1,024 items")
     parser.add_argument("--collisions", default="reassign", help="reassign, level (one more level) or keep")
     parser.add_argument("--seed", type=int, default=0, help="of clustering and training")
     parser.add_argument("--add", action="store_true", help="keep the ids that are there, give new items theirs")
@@ -112,13 +99,15 @@ def _fitted(given: argparse.Namespace, data: Any) -> tuple[Any, Any]:
     """The tokenizer and the vectors that it was fitted on."""
     from gflowtrl import semantic_ids as library
     from gflowtrl.data import leave_one_out
+    from gflowtrl.semantic_ids.texts import FEATURES
 
     if not 0 <= given.collaborative <= 1:
         raise ValueError(f"--collaborative is {given.collaborative}; it is a share from 0 to 1.")
     codes = usual_codes(len(data.items)) if given.codes is None else given.codes
-    kinds = {"kmeans": library.ResidualKMeans, "rqvae": library.RQVAE}
-    kind = kinds.get(given.quantizer) or partial(library.ResidualKMeans, balanced=True)
-    quantizer = kind(given.levels, codes, seed=given.seed)
+    if given.quantizer == "rqvae":
+        quantizer = library.RQVAE(given.levels, codes, seed=given.seed)
+    else:
+        quantizer = library.ResidualKMeans(given.levels, codes, given.quantizer == "balanced", given.seed)
     vectors = None
     if given.vectors is not None:
         vectors = library.load_vectors(given.vectors, data.items)
@@ -127,7 +116,7 @@ def _fitted(given: argparse.Namespace, data: Any) -> tuple[Any, Any]:
             embedder = library.TfidfEmbedder(seed=given.seed)
         else:
             embedder = library.SentenceTransformerEmbedder(given.embedder)
-        texts = library.item_texts(data, **({} if given.features is None else {"features": given.features}))
+        texts = library.item_texts(data, given.features or FEATURES)
         if not given.collaborative:  # the embedder is kept with the tokenizer, for new items
             tokenizer = library.ItemTokenizer(quantizer, embedder, given.collisions, given.features)
             return tokenizer.fit(texts, data.items), embedder.embed(texts)

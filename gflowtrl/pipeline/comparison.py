@@ -149,11 +149,8 @@ def _setting(method: str, recipe: Mapping[str, Any], entry: Mapping[str, Any]) -
 
 
 def _free_title(method: str, recipe: Mapping[str, Any], entry: Mapping[str, Any], taken: set[str]) -> str:
-    title = TITLES[method]
-    if method == "gflownet":
-        title += f": {recipe['name']}"
-    elif method == "control":
-        title += f", {entry['steps']} steps"
+    details = {"gflownet": f": {recipe['name']}", "control": f", {entry.get('steps')} steps"}
+    title = TITLES[method] + details.get(method, "")
     while title in taken:
         title += "'"
     return title

@@ -51,16 +51,16 @@ QUANTISATION = (
     *("load_in_4bit", "load_in_8bit"),
     *("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
 )
-#: Fields of training arguments that the pipeline fills in, and from what.
+#: Fields of training arguments that the pipeline fills in, and what they follow from.
 OWNERS = {
     "output_dir": "output_dir", "seed": "seed", "reward_weights": "the weight of each entry of rewards",
     "max_history_items": "data.max_history_items", "model_init_kwargs": "model",
     "eval_num_beams": "evaluation.num_beams", "eval_ks": "evaluation.ks",
 }  # fmt: skip
-#: Fields of `trl.SFTConfig` for what is done already when the trainer gets the rows, and by whom.
-OURS = {
-    "packing": "a row holds one user's history", "max_length": "data.max_history_items cuts the rows",
-    "dataset_kwargs": "rows are tokenised already",
+#: Those of `trl.SFTConfig` besides, for what is done already when the trainer gets the rows.
+OWNERS_OF_SFT = OWNERS | {
+    "packing": "the rows, one per user", "max_length": "data.max_history_items, which cuts the rows",
+    "dataset_kwargs": "the rows, which are tokenised already",
 }  # fmt: skip
 
 
@@ -191,11 +191,9 @@ class Recipe:
             if stage == "gflownet":
                 values["reward_weights"] = self.reward_weights or None
         check_names(section, field_names(kind), stage)
-        for name in OWNERS.keys() & section.keys():
-            raise ValueError(f"{stage}.{name} is not free: the pipeline sets it from {OWNERS[name]}.")
-        if stage == "sft":
-            for name in OURS.keys() & section.keys():
-                raise ValueError(f"sft.{name} would have no effect: {OURS[name]}.")
+        owners = OWNERS_OF_SFT if stage == "sft" else OWNERS
+        for name in owners.keys() & section.keys():
+            raise ValueError(f"{stage}.{name} cannot be set: it follows from {owners[name]}.")
         return kind(output_dir=str(output_dir), seed=self.seed, **{**values, **check_types(kind, section, stage)})
 
     def _check_model(self) -> None:

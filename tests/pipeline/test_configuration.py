@@ -173,7 +173,7 @@ def test_command_line_sets_any_field(recipe_file):
         ("--stages sft gflow", "Did you mean 'stages.gflownet'"),
         ("--control.num_train_epochs 9", "the control takes exactly the GFlowNet's steps"),
         ("--control.loss_type vargrad", "leave control.loss_type out"),
-        ("--gflownet.output_dir x", "gflownet.output_dir is not free"),
+        ("--gflownet.output_dir x", "gflownet.output_dir cannot be set: it follows from output_dir"),
         ("--data.k_core 5", "the synthetic shop is taken as it is"),
         ("--evaluation.num_beams 2", "evaluation.num_beams is 2; evaluation.ks needs at least 5"),
         ("--stages sft --evaluation.num_beams 2", "evaluation.num_beams is 2"),
@@ -194,8 +194,8 @@ def test_command_line_sets_any_field(recipe_file):
         ("--control.max_history_items 3", "it from data.max_history_items"),
         ("--gflownet.eval_ks 3", "it from evaluation.ks"),
         ("--gflownet.model_init_kwargs {dtype: float32}", "it from model"),
-        ("--sft.packing true", "sft.packing would have no effect"),
-        ("--sft.max_length 9", "sft.max_length would have no effect: data.max_history_items"),
+        ("--sft.packing true", "sft.packing cannot be set"),
+        ("--sft.max_length 9", "sft.max_length cannot be set: it follows from data.max_history_items"),
     ],
 )
 def test_mistakes_are_found_before_any_work(recipe_file, option, message):
