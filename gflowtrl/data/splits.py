@@ -1,7 +1,10 @@
 """Leave-one-out splits, and the windows of one-row-per-user supervised fine-tuning."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -135,20 +138,19 @@ def _session_columns(
 ) -> dict[str, pa.Array]:
     hidden_tail = {TRAIN: 2, VALIDATION: 1, TEST: 0}[split]
     items, levels, lengths = [], [], []
-    last_row = None
-    for row, position in zip(rows.tolist(), positions.tolist(), strict=True):
-        if row != last_row:
-            sequence, log, last_row = data.sequences[row], data.events[row], row
-            hidden = set(sequence[len(sequence) - hidden_tail :])
-            taken = [event.session for event in log if event.level >= CLICKED]
-            by_session: dict[int, list[Event]] = {}
-            for event in log:
-                if event.item not in hidden:
-                    by_session.setdefault(event.session, []).append(event)
-        session = by_session.get(taken[position], [])
-        items += [event.item for event in session]
-        levels += [event.level for event in session]
-        lengths.append(len(session))
+    for row, targets in groupby(zip(rows.tolist(), positions.tolist(), strict=True), itemgetter(0)):
+        sequence, log = data.sequences[row], data.events[row]
+        hidden = set(sequence[len(sequence) - hidden_tail :])
+        taken = [event.session for event in log if event.level >= CLICKED]
+        by_session: defaultdict[int, list[Event]] = defaultdict(list)
+        for event in log:
+            if event.item not in hidden:
+                by_session[event.session].append(event)
+        for _, position in targets:
+            session = by_session[taken[position]]
+            items += [event.item for event in session]
+            levels += [event.level for event in session]
+            lengths.append(len(session))
     item_type = pa.array(data.items).type
     return {
         "session_items": ragged(pa.array(items, item_type), np.array(lengths)),

@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 from gflowtrl.metrics import paired_bootstrap
 
 from .evaluation import PER_USER_FILE
-from .plots import DPI, plot_differences
+from .plots import DPI, TITLES, plot_differences
 from .recipe import SCHEDULE
-from .report import TITLES
 from .training import essential
 
 

@@ -16,12 +16,11 @@ from gflowtrl.metrics import group_means, paired_bootstrap, popularity_groups
 
 from .evaluation import per_user
 from .materials import Materials
-from .plots import NAMES, plot_run
+from .plots import NAMES, TITLES, plot_run
 from .sections import primary_cutoff
 from .stage import Stage, write_json
 
 
-TITLES = {"teacher": "Teacher", "sft": "SFT", "control": "SFT continued (control)", "gflownet": "GFlowNet"}
 #: What the results take over from the record of a training.
 KEPT = ("steps", "rows_per_step", "best_step", "seconds", "reward_weights")
 PACKAGES = ("gflowtrl", "torch", "transformers", "trl", "accelerate", "datasets", "numpy")
@@ -167,7 +166,7 @@ def write(results: Mapping[str, Any], logs: Mapping[str, list[dict]], folder: Pa
         folder: where to.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    plot_run(results, logs, TITLES, folder)
+    plot_run(results, logs, folder)
     (folder / "report.md").write_text(text(results) + "\n", encoding="utf-8")
     write_json(folder / "results.json", results)
 

@@ -27,9 +27,9 @@ class Embedder(ABC):
 
     config: dict[str, Any]
 
-    @abstractmethod
     def fit(self, texts: Sequence[str]) -> "Embedder":
-        """Learns what is to be learned from the catalogue's texts."""
+        """Learns what is to be learned from the catalogue's texts, if anything."""
+        return self
 
     @abstractmethod
     def embed(self, texts: Sequence[str]) -> Tensor:
@@ -136,9 +136,6 @@ class SentenceTransformerEmbedder(Embedder):
             ) from error
         self.config = {"name_or_folder": name}
         self.model = library.SentenceTransformer(name)
-
-    def fit(self, texts: Sequence[str]) -> "SentenceTransformerEmbedder":
-        return self
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         vectors = self.model.encode(list(texts), convert_to_tensor=True, normalize_embeddings=True)

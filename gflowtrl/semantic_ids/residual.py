@@ -55,13 +55,14 @@ class ResidualQuantizer(ABC):
         self.fit_encode(vectors)
         return self
 
-    @abstractmethod
     def latents(self, vectors: Tensor | np.ndarray) -> Tensor:
-        """Vectors (N, D) to the space of the codebooks, (N, latent dim)."""
+        """Vectors (N, D) to the space of the codebooks, (N, latent dim); by default that of the vectors."""
+        self.check_fitted()
+        return as_vectors(vectors, dim=self.codebooks.shape[2])
 
-    @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (N, num_levels) to vectors (N, D)."""
+        return self.quantized(codes)
 
     @torch.no_grad()
     def encode(self, vectors: Tensor | np.ndarray) -> Tensor:
@@ -138,13 +139,6 @@ class ResidualKMeans(ResidualQuantizer):
             codes.append(labels)
         self.codebooks = torch.stack(codebooks)
         return torch.stack(codes, dim=1) if self.balanced else self.encode(vectors)
-
-    def latents(self, vectors: Tensor | np.ndarray) -> Tensor:
-        self.check_fitted()
-        return as_vectors(vectors, dim=self.codebooks.shape[2])
-
-    def decode(self, codes: Tensor) -> Tensor:
-        return self.quantized(codes)
 
 
 def balance(vectors: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
