@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .files import write_text
-from .items import Item, index_items
+from .items import Item, ItemIndex
 from .tree import PrefixTree
 
 
@@ -45,7 +45,7 @@ class ItemCatalog:
                 f"{len(self.items)} items, {len(self.semantic_ids)} semantic ids and {len(item_token_ids)} rows of "
                 f"token numbers were given; there must be one of each per item."
             )
-        self._index = index_items(self.items)
+        self._index = ItemIndex(self.items)
         self.item_token_ids = item_token_ids.long()
         paths, row = torch.unique(self.item_token_ids, dim=0, return_inverse=True)
         self.tree = PrefixTree(paths)
@@ -115,13 +115,7 @@ class ItemCatalog:
 
     def index_of(self, items: Sequence[Item]) -> Tensor:
         """Positions of items in `items`: `(n,)`, on the CPU. Raises a ValueError that names an unknown item."""
-        try:
-            return torch.tensor([self._index[item] for item in items], dtype=torch.long)
-        except KeyError as error:
-            raise ValueError(
-                f"Item {error.args[0]!r} is not in the catalogue of {len(self)} items (its items look like "
-                f"{self.items[0]!r}). Remove it from the data or give it a semantic id."
-            ) from None
+        return torch.tensor([self._index[item] for item in items], dtype=torch.long)
 
     def known_items(self, histories: Iterable[Sequence[Item]]) -> tuple[list[list[Item]], list[tuple[int, Item]]]:
         """Histories without the items that are not in the catalogue, and those items, each with the row it is in."""

@@ -81,8 +81,7 @@ def _train(arguments: Sequence[str], command: str) -> int:
         return _run(recipe)
     launcher = PLAIN
     if given.accelerate_config is not None:
-        folder = recipe_folder() / ENGINES
-        engine = find_file(given.accelerate_config, folder, "accelerate configuration")
+        engine = find_file(given.accelerate_config, recipe_folder() / ENGINES, "accelerate configuration")
         launcher = ["--config_file", str(engine)]
     if given.num_processes is not None:
         if given.num_processes < 1:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gflowtrl.catalog import Item
-from gflowtrl.catalog.items import index_items
+from gflowtrl.catalog.items import ItemIndex
 
 
 #: Levels of an `Event`, ordered by how much they say about a user's taste.
@@ -110,8 +110,7 @@ def k_core(data: InteractionData, k: int = 5) -> InteractionData:
     """
     if k < 1:
         raise ValueError(f"k_core needs k >= 1, but k={k} was given.")
-    item_index = {item: index for index, item in enumerate(data.items)}
-    flat, offsets = flatten(data.sequences, item_index)
+    flat, offsets = flatten(data.sequences, data.items)
     user_of = np.repeat(np.arange(len(data.users)), np.diff(offsets))
     keep = core_members(user_of, flat, k)
     if not keep.any():
@@ -142,10 +141,11 @@ def core_members(user_of: np.ndarray, item_of: np.ndarray, k: int) -> np.ndarray
         keep[np.flatnonzero(keep)] = enough
 
 
-def flatten(sequences: Sequence[Sequence[Item]], item_index: dict[Item, int]) -> tuple[np.ndarray, np.ndarray]:
+def flatten(sequences: Sequence[Sequence[Item]], items: Sequence[Item]) -> tuple[np.ndarray, np.ndarray]:
     """All sequences end to end as item indices, int64 (T,), and where each begins and ends, int64 (len + 1,)."""
     offsets = np.cumsum([0, *map(len, sequences)], dtype=np.int64)
-    flat = np.fromiter((item_index[item] for item in chain.from_iterable(sequences)), np.int64, count=offsets[-1])
+    index = ItemIndex(items)
+    flat = np.fromiter((index[item] for item in chain.from_iterable(sequences)), np.int64, count=offsets[-1])
     return flat, offsets
 
 
@@ -161,7 +161,7 @@ def _check_unique(values: Sequence[Item], what: str) -> None:
     if not (kinds <= {int} or kinds <= {str}):
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise ValueError(f"{what} ids must be all whole numbers or all strings, but these kinds were found: {names}.")
-    index_items(values, what)
+    ItemIndex(values, what)
 
 
 def _in_item_order(semantic_ids, items: list[Item], name: str) -> dict[Item, tuple[str, ...]]:

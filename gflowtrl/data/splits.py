@@ -60,7 +60,7 @@ def leave_one_out(data: InteractionData, max_history_items: int | None = 20) -> 
         ValueError: if a user has fewer than 3 items, or `max_history_items` is below 1.
     """
     check_number("max_history_items", max_history_items, COUNT, optional=True)
-    flat, offsets = flatten(data.sequences, {item: index for index, item in enumerate(data.items)})
+    flat, offsets = flatten(data.sequences, data.items)
     lengths = np.diff(offsets)
     if (lengths < 3).any():
         row = int(np.argmax(lengths < 3))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gflowtrl.catalog import Item
 from gflowtrl.catalog.files import write_atomically, write_text
-from gflowtrl.catalog.items import index_items
+from gflowtrl.catalog.items import ItemIndex
 from gflowtrl.data import InteractionData
 
 from .collisions import POLICIES, resolve_collisions
@@ -199,7 +199,7 @@ def _items_and_rows(
         raise ValueError("Texts and vectors need items, the list of what they are of.")
     else:
         rows = source if isinstance(source, Tensor | np.ndarray) else list(source)
-    index = index_items(items)
+    index = ItemIndex(items)
     if len(rows) != len(index):
         raise ValueError(f"There are {len(index)} items but {len(rows)} texts or vectors; give one for each item.")
     other = next((item for item in items if known and isinstance(item, str) != isinstance(known[0], str)), None)

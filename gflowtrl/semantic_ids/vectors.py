@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gflowtrl.catalog import Item
-from gflowtrl.catalog.items import index_items
 from gflowtrl.data.interactions import flatten
 
 
@@ -81,13 +80,7 @@ def cooccurrence_vectors(
     """
     from sklearn.decomposition import TruncatedSVD  # slow to import, and rarely needed
 
-    index = index_items(items)
-    try:
-        columns, starts = flatten(train_sequences, index)
-    except KeyError as error:
-        raise ValueError(
-            f"Item {error.args[0]!r} of the sequences is not among the {len(items)} items. Give the whole catalogue."
-        ) from None
+    columns, starts = flatten(train_sequences, items)
     ones = np.ones(len(columns), dtype=np.float32)
     taken = sp.csr_matrix((ones, columns, starts), shape=(len(train_sequences), len(items)))
     taken.sum_duplicates()

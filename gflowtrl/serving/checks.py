@@ -15,16 +15,10 @@ from .messages import ExplainRequest, RecommendRequest, shown
 
 def check_limits(asked: RecommendRequest, limits: Limits) -> None:
     """Refuses what is more than this server takes on, and a temperature for a strategy that has none."""
-    if asked.k > limits.max_k:
-        raise HTTPException(422, f"k is {shown(asked.k)}, but this server allows at most {limits.max_k}.")
-    if len(asked.histories) > limits.max_histories:
-        raise HTTPException(
-            422,
-            f"histories holds {len(asked.histories)}, but this server allows at most {limits.max_histories} in a "
-            f"request; ask in several.",
-        )
+    _check_at_most("k is", asked.k, limits.max_k)
+    _check_at_most("histories holds", len(asked.histories), limits.max_histories, " in a request; ask in several")
     for row, history in enumerate(asked.histories):
-        _check_length(f"histories[{row}]", history, limits)
+        _check_at_most(f"histories[{row}] holds", len(history), limits.max_history_items, " items; send the latest")
     if asked.strategy == "beam" and asked.temperature != 1.0:
         raise HTTPException(
             422, f'temperature is {asked.temperature}, but strategy "beam" draws nothing; use strategy "sample".'
@@ -58,7 +52,7 @@ def known_items(histories: list[list[Item]], recommender: Recommender) -> tuple[
 
 def known_to_explain(asked: ExplainRequest, limits: Limits, catalog: ItemCatalog) -> tuple[list[Item], list[str]]:
     """The history without items that are not in the catalogue, and what was left out."""
-    _check_length("history", asked.history, limits)
+    _check_at_most("history holds", len(asked.history), limits.max_history_items, " items; send the latest")
     if asked.item not in catalog:
         raise HTTPException(422, f"item is {shown(asked.item)}, which is not in {_the(catalog)}.")
     known, warnings = _split("history", asked.history, catalog)
@@ -69,13 +63,9 @@ def known_to_explain(asked: ExplainRequest, limits: Limits, catalog: ItemCatalog
     return known, warnings
 
 
-def _check_length(name: str, history: Sequence[Item], limits: Limits) -> None:
-    if len(history) > limits.max_history_items:
-        raise HTTPException(
-            422,
-            f"{name} has {len(history)} items, but this server allows at most {limits.max_history_items}; send the "
-            f"latest ones.",
-        )
+def _check_at_most(what: str, number: int, limit: int, remedy: str = "") -> None:
+    if number > limit:
+        raise HTTPException(422, f"{what} {shown(number)}, but this server allows at most {limit}{remedy}.")
 
 
 def _split(name: str, history: Sequence[Item], catalog: ItemCatalog) -> tuple[list[Item], list[str]]:

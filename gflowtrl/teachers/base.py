@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gflowtrl.catalog import Item
 from gflowtrl.catalog.files import write_atomically, write_text
-from gflowtrl.catalog.items import index_items
+from gflowtrl.catalog.items import ItemIndex
 from gflowtrl.data.step import Step
 
 
@@ -56,7 +56,7 @@ class TeacherModule(nn.Module):
         super().__init__()
         self.items = list(items)
         self.config = config
-        self._index = index_items(self.items)
+        self._index = ItemIndex(self.items)
 
     def score(self, histories: Sequence[History]) -> Tensor:
         """Scores all items: `B` histories (oldest item first) to a float tensor `(B, len(items))`."""
@@ -68,16 +68,7 @@ class TeacherModule(nn.Module):
 
     def encode(self, histories: Iterable[History]) -> list[list[int]]:
         """Histories of items to histories of column indices; an unknown item is an error that names it."""
-        encoded = []
-        for row, history in enumerate(histories):
-            try:
-                encoded.append([self._index[item] for item in history])
-            except KeyError as error:
-                raise ValueError(
-                    f"Item {error.args[0]!r} in history {row} is unknown to the {type(self).__name__} teacher; "
-                    "fit the teacher with the whole catalogue as its `items`."
-                ) from None
-        return encoded
+        return [[self._index[item] for item in history] for history in histories]
 
     def scored(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of rows (`"history"`, `"target"`): scores `(B, len(items))`, and columns of the targets `(B,)`."""

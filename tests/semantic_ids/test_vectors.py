@@ -139,7 +139,7 @@ def test_co_occurrence_sees_who_took_what_together(catalogue, caplog):
     assert cosines[0, 8] > 0.9 and cosines[0, 1].abs() < 0.1  # users stay with a kind
     assert "8 of 120 items occur beside no other one" in caplog.text and not vectors[112:].any()
     assert vectors.equal(cooccurrence_vectors(catalogue.sequences, catalogue.items, dim=16))
-    with pytest.raises(ValueError, match="Item 8 of the sequences is not among"):
+    with pytest.raises(ValueError, match="Item 8 is not in the catalogue of 2 items"):
         cooccurrence_vectors(catalogue.sequences, [0, 1])
     with pytest.raises(ValueError, match="Item 1 is given twice"):
         cooccurrence_vectors([[1]], [1, 1])

@@ -40,7 +40,7 @@ JSON = {"content-type": "application/json"}
         ({"histories": [[1.5]]}, r"histories\[0\]\[0\] is 1.5; "),
         ({"histories": [[True]]}, r"histories\[0\]\[0\] is true; "),
         ({"histories": [["i010"]] * 7}, "histories holds 7, but this server allows at most 6"),
-        ({"histories": [["i010"], ["i010"] * 41]}, r"histories\[1\] has 41 items, .* at most 40; send the latest"),
+        ({"histories": [["i010"], ["i010"] * 41]}, r"histories\[1\] holds 41, .* at most 40 items; send the latest"),
         ({"k": 0}, "k is 0; k must be a whole number of at least 1"),
         ({"k": -3}, "k is -3; k must be a whole number of at least 1"),
         ({"k": 31}, "k is 31, but this server allows at most 30"),
@@ -93,7 +93,7 @@ def test_bodies_that_are_none_are_refused_with_a_sentence(client, content, heade
     [
         ({"item": "twin"}, "history is missing; give a list of at least one item"),
         ({"history": [], "item": "twin"}, r"history is \[\]; history must be"),
-        ({"history": ["i010"] * 41, "item": "twin"}, "history has 41 items"),
+        ({"history": ["i010"] * 41, "item": "twin"}, "history holds 41, but this server allows at most 40 items"),
         ({"history": ["?"], "item": "twin"}, r'history is \["\?"\], of which nothing is in the catalogue'),
         ({"history": HISTORY}, "item is missing; give an item, a whole number or a text"),
         ({"history": HISTORY, "item": [1]}, r"item is \[1\]; item must be an item"),

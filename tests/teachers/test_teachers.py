@@ -163,7 +163,7 @@ def test_bad_input_is_named():
     teachers = [SASRec(ITEMS, width=8), EASE(ITEMS), MixtureTeacher({EASE(ITEMS): 1.0})]
     for teacher in teachers:
         assert isinstance(teacher, Teacher)
-        with pytest.raises(ValueError, match="'gnu' in history 1 is unknown"):
+        with pytest.raises(ValueError, match="Item 'gnu' is not in the catalogue"):
             teacher.score([["tea"], ["cup", "gnu"]])
     with pytest.raises(ValueError, match="History 1 is empty"):
         teachers[0].score([["tea"], []])

@@ -124,7 +124,7 @@ def read_log(files: Iterable[tuple[Source, Parsed]], min_rating: float | None) -
 
 def log_of(data: InteractionData) -> InteractionLog:
     """The sequences of `data` as a log; their order is the order of time."""
-    items, offsets = flatten(data.sequences, {item: index for index, item in enumerate(data.items)})
+    items, offsets = flatten(data.sequences, data.items)
     users = np.repeat(np.arange(len(data.users)), np.diff(offsets))
     return InteractionLog(users, items, np.zeros(len(items)), data.users, data.items)
 
