@@ -21,7 +21,6 @@ from gflowtrl.checks import COUNT, check_number
 
 from .sharing import prompt_members
 from .splits import ragged, user_windows
-from .step import check_column_names
 
 
 IGNORED_LABEL = -100
@@ -166,7 +165,6 @@ class GroupCollator:
                     f"A row has no column {column!r} (it has {', '.join(sorted(rows[0]))}). Make rows with "
                     "leave_one_out, and set remove_unused_columns=False in the training arguments."
                 )
-        check_column_names(rows[0])
         columns = {column: [row[column] for row in rows] for column in rows[0]}
         prompts = self.encoder(columns["history"])
         if self.max_shared_prompts > 1:

@@ -107,7 +107,8 @@ class LossSpec:
         missing = [name for name, tensor in tensors.items() if tensor is None]
         if missing:
             raise ValueError(f"The loss {_name(self.function)!r} needs {', '.join(missing)}, which was not given.")
-        return self.function(**tensors, **{name: v for name, v in options.items() if name in _defaults(self.function)})
+        own = {name: value for name, value in self.fit_options(options).items() if name in _defaults(self.function)}
+        return self.function(**tensors, **own)
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -129,23 +130,42 @@ class LossSpec:
         own = {name: value for name, value in options.items() if name in _defaults(self.prefix_weights)}
         return self.prefix_weights(depth, reduce_sum, **own)
 
-    def check_options(self, options: Mapping[str, Any]) -> None:
-        """Refuse options that the loss does not have, or that it does not take.
+    def fit_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options as their defaults are: a number that came as text becomes one, and text that came as a number text.
+
+        JSON and YAML decide by the look of a value: `{"variant": "2025"}` arrives as a number, `eta: 5e-4` as text.
+
+        Raises:
+            ValueError: an option that the loss does not have; the message lists those that exist.
+            TypeError: true or false where something else is meant, or the other way around.
+        """
+        fitted = {}
+        for name, value in options.items():
+            if name not in self.options:
+                raise ValueError(f"There is no option {name!r}; there are: {', '.join(self.options) or 'none'}.")
+            default = self.options[name]
+            if default is not None and isinstance(default, bool) != isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}, but it must be like its default {default!r}.")
+            if isinstance(default, str):
+                value = str(value)
+            elif isinstance(value, str):
+                with suppress(ValueError):
+                    value = (float if default is None else type(default))(value)
+            fitted[name] = value
+        return fitted
+
+    def check_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options as the loss takes them (`fit_options`); our own losses also say what they think of the values.
 
         Raises:
             ValueError, TypeError: names the option and those that exist, or says what the loss says.
         """
-        for name in options:
-            if name not in self.options:
-                raise ValueError(f"There is no option {name!r}; there are: {', '.join(self.options) or 'none'}.")
-            if isinstance(self.options[name], bool) != isinstance(options[name], bool):
-                raise TypeError(
-                    f"{name} is {options[name]!r}, but it must be like its default {self.options[name]!r}."
-                )
-        self.make_prefix_weights(1, torch.clone, options)
-        count = 1 if self.uses_target and not self.uses_negatives else max(self.min_generations, 2)
-        with suppress(IndexError, RuntimeError):  # a user's loss may want longer ids than these
-            self(LossInputs.zeros(count), **options)
+        fitted = self.fit_options(options)
+        self.make_prefix_weights(1, torch.clone, fitted)
+        if self.function.__module__.startswith("gflowtrl.losses"):  # a user's loss may want other ids than these
+            count = 1 if self.uses_target and not self.uses_negatives else max(self.min_generations, 2)
+            self(LossInputs.zeros(count), **fitted)
+        return fitted
 
     @property
     def needs_log_z(self) -> bool:

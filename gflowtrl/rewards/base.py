@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeGuard
 
 import torch
 from torch import Tensor
@@ -20,21 +20,18 @@ if TYPE_CHECKING:
     from gflowtrl.policy import Prompts
 
 
-@runtime_checkable
 class ScoresItems(Protocol):
     """A reward of every item: `(B, items)` in the order of `catalog.items`."""
 
     def score_items(self, step: Step) -> Tensor: ...
 
 
-@runtime_checkable
 class ScoresLeaves(Protocol):
     """A reward of leaves `(B, K)`: `(B, K)`."""
 
     def score_leaves(self, step: Step, leaves: Tensor) -> Tensor: ...
 
 
-@runtime_checkable
 class Binds(Protocol):
     """What wants to know the catalogue before it is used."""
 
@@ -44,6 +41,22 @@ class Binds(Protocol):
 #: TRL's reward signature, sync or async.
 RewardFunction = Callable[..., list[float | None] | Awaitable[list[float | None]]]
 AnyReward = RewardFunction | ScoresItems | ScoresLeaves
+
+
+# By hasattr: isinstance of a protocol does not see, from Python 3.12 on, what a wrapper hands on by __getattr__.
+def scores_items(reward: object) -> TypeGuard[ScoresItems]:
+    """Whether a reward can score every item; whether it wants to is `scores_all_items`."""
+    return hasattr(reward, "score_items")
+
+
+def scores_leaves(reward: object) -> TypeGuard[ScoresLeaves]:
+    """Whether a reward scores drawn leaves as tensors."""
+    return hasattr(reward, "score_leaves")
+
+
+def binds(reward: object) -> TypeGuard[Binds]:
+    """Whether a reward wants to know the catalogue."""
+    return hasattr(reward, "bind")
 
 
 class Reward:
@@ -96,12 +109,13 @@ class Reward:
 
     def __call__(self, prompts: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
         """The same reward with TRL's signature: one value per completion, 0 for one that is no id of the catalogue."""
-        leaves = self._leaves_of(completion_ids)
+        leaves, known = self._leaves_of(completion_ids), torch.arange(len(prompts))
+        columns = {name: values for name, values in columns.items() if name not in REWARD_ARGUMENTS}
         step = Step(
             prompts=self._encoded(prompts) if self.reads_prompts else {},
-            row_ids=torch.arange(len(prompts), device=leaves.device),
-            target_leaves=torch.full_like(leaves, -1),
-            columns={name: values for name, values in columns.items() if name not in REWARD_ARGUMENTS},
+            row_ids=torch.as_tensor(columns.get("row_id", known)).to(leaves.device),
+            target_leaves=self.catalog.leaf_of(columns["target"]) if "target" in columns else -torch.ones_like(leaves),
+            columns=columns,
         )
         scores = self.score_leaves(step, leaves.clamp(min=0)[:, None])[:, 0]
         return torch.where(leaves >= 0, scores.to(leaves.device), 0.0).tolist()

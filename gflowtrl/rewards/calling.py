@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from gflowtrl.catalog import ItemCatalog
-from gflowtrl.data import Step
+from gflowtrl.data import Step, check_column_names
 
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def reward_keywords(
     `prompts` are the texts the model sees (without padding), `completions` the id's tokens joined by spaces,
     `completion_ids` their numbers, `items` the items at the leaf; then every dataset column, each value K times.
     """
+    check_column_names(step.columns)
     repeats = leaves.shape[1]
 
     def repeat(values: Sequence) -> list:

@@ -17,7 +17,7 @@ from gflowtrl.data import Step
 from gflowtrl.policy import TreePolicy
 from gflowtrl.policy.modules import evaluation_mode
 
-from .base import AnyReward, Binds, ScoresItems, ScoresLeaves
+from .base import AnyReward, ScoresItems, ScoresLeaves, binds, scores_items, scores_leaves
 from .calling import RewardLog, call_rewards, checked_values, reward_keywords
 from .step_reward import DenseReward, RewardResult, SampledReward, StepReward, TopKReward
 
@@ -83,7 +83,7 @@ class CompositeReward:
         self.transform, self.beta, self.floor, self.leaf_reduction = transform, beta, floor, leaf_reduction
         self.max_elements, self.top_items = max_elements, top_items
         for name, reward in self.rewards.items():
-            if isinstance(reward, Binds):
+            if binds(reward):
                 reward.bind(catalog, tokenizer, leaf_reduction)
             elif not _is_tensor_reward(reward) and tokenizer is None:
                 raise ValueError(
@@ -103,7 +103,7 @@ class CompositeReward:
     @property
     def sampled_only(self) -> list[str]:
         """Names of the rewards that score drawn leaves only, not all items."""
-        return [name for name, reward in self.rewards.items() if not _scores_items(reward)]
+        return [name for name, reward in self.rewards.items() if not _scores_all(reward)]
 
     def check_scores_all(self, need: str) -> None:
         """Refuse rewards that score drawn leaves only.
@@ -144,7 +144,10 @@ class CompositeReward:
 
         score = partial(self.score_drawn, step, trainer_state=trainer_state)
         ask = partial(_policy_log_probs, policy, step) if self.reads_policy and policy is not None else None
-        return SampledReward(score, ask)
+        why = "some reward scores drawn leaves only: give it a method score_items(step) -> Tensor (B, items)"
+        if self.can_score_all:
+            why = f"a table of all leaves is larger than max_exact_elements={self.max_elements}: raise it"
+        return SampledReward(score, ask, why)
 
     @torch.no_grad()
     def dense(self, step: Step) -> DenseReward:
@@ -184,7 +187,7 @@ class CompositeReward:
         for name, reward in self.rewards.items():
             if name in plain:
                 parts[name] = self._listed(name, answers[name], step, leaves)
-            elif isinstance(reward, ScoresLeaves):
+            elif scores_leaves(reward):
                 known = {"policy_log_probs": policy_log_probs} if getattr(reward, "reads_policy", False) else {}
                 scores = reward.score_leaves(step, leaves, **known)
                 parts[name] = _shaped(name, "score_leaves", scores, leaves.shape, leaves)
@@ -219,7 +222,7 @@ class CompositeReward:
     def _item_scores(self, name: str, step: Step) -> Tensor:
         shape = (len(step), len(self.catalog))
         reward = self.rewards[name]
-        assert isinstance(reward, ScoresItems)
+        assert scores_items(reward)
         scores = _shaped(name, "score_items", reward.score_items(step), shape, step.row_ids)
         return self.catalog.fold_items(scores, self.leaf_reduction)
 
@@ -296,12 +299,13 @@ class CompositeReward:
         return f"row {row} of the batch (row_id {row_id}), item {items} ({self.catalog.leaf_text(leaf)!r})"
 
 
-def _scores_items(reward: AnyReward) -> bool:
-    return isinstance(reward, ScoresItems) and getattr(reward, "scores_all_items", True)
+def _scores_all(reward: AnyReward) -> bool:
+    reads_policy = getattr(reward, "reads_policy", False)  # which is known of drawn leaves only
+    return scores_items(reward) and getattr(reward, "scores_all_items", True) and not reads_policy
 
 
 def _is_tensor_reward(reward: object) -> TypeGuard[ScoresItems | ScoresLeaves]:
-    return isinstance(reward, ScoresItems | ScoresLeaves)
+    return scores_items(reward) or scores_leaves(reward)
 
 
 def _policy_log_probs(policy: TreePolicy, step: Step, leaves: Tensor) -> Tensor:

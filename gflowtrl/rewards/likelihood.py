@@ -31,9 +31,12 @@ class LikelihoodReward(Reward):
     are refused.
 
     Args:
-        model_or_policy: a policy over the same catalogue; or a causal or
-            encoder-decoder model, which is then read as one; or None for the policy in training.
+        model_or_policy: a policy over the same catalogue; or a causal or encoder-decoder model, which is then read as
+            one; or None for the policy in training.
         catalog: of a model; the trainer supplies it where it is missing.
+
+    Raises:
+        TypeError: something else than a policy or a model.
     """
 
     reads_prompts = True
@@ -42,6 +45,11 @@ class LikelihoodReward(Reward):
         super().__init__("likelihood")
         self.policy: TreePolicy | None = model_or_policy if isinstance(model_or_policy, TreePolicy) else None
         self.model = model_or_policy if isinstance(model_or_policy, nn.Module) else None
+        if model_or_policy is not None and self.policy is None and self.model is None:
+            raise TypeError(
+                f"LikelihoodReward reads a model or a TreePolicy, not {type(model_or_policy).__name__}; load a name "
+                f"or folder with gflowtrl.policy.load_backbone."
+            )
         self.scores_all_items = model_or_policy is not None
         self.reads_policy = model_or_policy is None
         if catalog is not None:

@@ -57,6 +57,8 @@ class RewardResult:
 class StepReward(ABC):
     """R of one step's prompts."""
 
+    why_drawn_only: str = "this object knows drawn leaves only"  # for errors, with the remedy
+
     @abstractmethod
     def score(self, leaves: Tensor, policy_log_probs: Tensor | None = None) -> RewardResult:
         """All that is known about the rewards of `leaves (B, K)`.
@@ -79,10 +81,7 @@ class StepReward(ABC):
         Raises:
             ValueError: only drawn leaves are scored, so that no flow is known.
         """
-        raise ValueError(
-            "The flows of nodes need the reward of every leaf, but some reward scores drawn leaves only. Give it a "
-            "method score_items(step) -> Tensor (B, items), or use a loss that needs no flows (vargrad, say)."
-        )
+        raise ValueError(f"The flows of nodes need the reward of every leaf, but {self.why_drawn_only}.")
 
     def sample(self, num_generations: int, noise: Noise, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Draw in proportion to `R ** (1 / temperature)`, with replacement.
@@ -99,8 +98,7 @@ class StepReward(ABC):
             ValueError: only drawn leaves are scored.
         """
         raise ValueError(
-            "RewardSampler needs the rewards of all leaves, but not every reward can score all items. Give the "
-            "rewards a method score_items, or choose another sampler."
+            f"RewardSampler needs the rewards of all leaves, but {self.why_drawn_only}. Or choose another sampler."
         )
 
 
@@ -215,10 +213,12 @@ class SampledReward(StepReward):
     Attributes:
         score_drawn: gives the rewards of leaves `(B, K)`, from their log pi `(B, K)` too where a reward reads it.
         ask_policy: gives log pi of leaves `(B, K)`, where a reward reads it and nobody knows it yet.
+        why_drawn_only: for errors, with the remedy.
     """
 
     score_drawn: Callable[[Tensor, Tensor | None], RewardResult]
     ask_policy: Callable[[Tensor], Tensor] | None = None
+    why_drawn_only: str = "some reward scores drawn leaves only"
 
     def score(self, leaves: Tensor, policy_log_probs: Tensor | None = None) -> RewardResult:
         if policy_log_probs is None and self.ask_policy is not None:
@@ -230,13 +230,14 @@ class SampledReward(StepReward):
 class PosteriorReward(StepReward):
     """Another reward times a prior, `log R + log prior`, where the prior is known of drawn leaves only.
 
-    Draws leave the prior out.
+    Draws leave the prior out. Each `score` of leaves computes their prior anew.
 
     Attributes:
         reward: R.
         log_prior: `(B, K)` leaves to the prior's share of log R, weighted already.
     """
 
+    why_drawn_only = "with ref_weight the reference model scores drawn leaves only: add exact_flow to loss_type"
     reward: StepReward
     log_prior: Callable[[Tensor], Tensor]
 

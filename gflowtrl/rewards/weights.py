@@ -93,8 +93,8 @@ def fit_reward_weights(
         raise ValueError("There are no rows to learn weights from.")
     composite = CompositeReward(rewards, catalog, tokenizer, transform="exp", leaf_reduction=leaf_reduction)
     found = []
-    for step, positives in _steps(rows, encoder, held_out, batch_size, torch.device(device)):
-        leaves = catalog.to(device).leaf_of(positives)
+    for step, positives in _steps(rows, encoder, catalog.to(device), held_out, batch_size):
+        leaves = catalog.leaf_of(positives)
         found.append(_values_and_totals(composite, step, leaves))
     values, totals = (torch.cat(parts).double().cpu() for parts in zip(*found, strict=True))
     _check(composite.names, values, totals)
@@ -119,16 +119,17 @@ def one_step_back(rows: Dataset) -> Dataset:
 
 
 def _steps(
-    rows: Dataset, encoder: PromptEncoder, held_out: str, batch_size: int, device: torch.device
+    rows: Dataset, encoder: PromptEncoder, catalog: ItemCatalog, held_out: str, batch_size: int
 ) -> Iterator[tuple[Step, list[Item]]]:
     """Steps without what they are to predict, and that."""
-    collate = GroupCollator(encoder)
+    collate, device = GroupCollator(encoder), catalog.device
     for start in range(0, len(rows), batch_size):
         batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
         prompts = {name: tensor.to(device) for name, tensor in batch["prompts"].items()}
         columns = {name: column for name, column in batch["columns"].items() if name not in (held_out, *_REVEALING)}
         row_ids = batch["row_ids"].to(device)
-        yield Step(prompts, row_ids, torch.full_like(row_ids, -1), columns), batch["columns"][held_out]
+        leaves = catalog.leaf_of(columns["target"]) if "target" in columns else torch.full_like(row_ids, -1)
+        yield Step(prompts, row_ids, leaves, columns), batch["columns"][held_out]
 
 
 def _values_and_totals(composite: CompositeReward, step: Step, leaves: Tensor) -> tuple[Tensor, Tensor]:

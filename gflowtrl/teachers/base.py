@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -190,22 +191,25 @@ def teacher_scores(teacher: Teacher, step: Step, owner: str) -> Tensor:
     """
     histories = step.column("history", owner)
 
-    def compute(part: Teacher) -> Tensor:
-        if hasattr(part, "combine"):
-            return part.combine(lookup)
-        with torch.no_grad():
-            return part.score(histories)
-
-    def lookup(part: Teacher) -> Tensor:
-        return step.once(part, "scores", lambda: compute(part))
-
-    scores, shape = lookup(teacher).float(), (len(step), len(teacher.items))
+    scores, shape = _scores_once(step, histories, teacher).float(), (len(step), len(teacher.items))
     if scores.shape != shape:
         raise ValueError(
             f"{owner}: its teacher returned scores of shape {tuple(scores.shape)}; it must return {shape}: one row "
             f"per history, one column per item."
         )
     return scores
+
+
+# Functions of the module and no closures: two that know each other would keep each step alive until it is collected.
+def _scores_once(step: Step, histories: Sequence[History], part: Teacher) -> Tensor:
+    return step.once(part, "scores", partial(_scores, step, histories, part))
+
+
+def _scores(step: Step, histories: Sequence[History], part: Teacher) -> Tensor:
+    if hasattr(part, "combine"):
+        return part.combine(partial(_scores_once, step, histories))
+    with torch.no_grad():
+        return part.score(histories)
 
 
 @torch.no_grad()

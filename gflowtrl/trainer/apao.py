@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from gflowtrl.checks import COUNT, NOT_NEGATIVE
+from gflowtrl.checks import COUNT, NOT_NEGATIVE, check_choice, check_number
 from gflowtrl.losses.prefix_weights import VARIANTS
 from gflowtrl.samplers import Sampler
 
@@ -61,6 +61,8 @@ class APAOConfig(TreePolicyConfig):
     _bounds = TreePolicyConfig._bounds | {"beta": NOT_NEGATIVE, "num_negatives": COUNT, "prefix_eta": NOT_NEGATIVE}
 
     def __post_init__(self):
+        check_choice("method", self.method, METHODS)
+        check_number("num_negatives", self.num_negatives, COUNT)
         losses = ["sft", f"prefix_{self.method}"]
         if self.loss_type not in (None, losses):
             raise ValueError(

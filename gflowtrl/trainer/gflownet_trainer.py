@@ -91,15 +91,17 @@ class GFlowNetTrainer(TreePolicyTrainer):
     ):
         self._given_rewards, self._given_reference = reward_funcs, ref_model
         args = GFlowNetConfig("gflownet-output") if args is None else args
+        if not isinstance(args, GFlowNetConfig):
+            raise TypeError(f"args is a {type(args).__name__}, but GFlowNetTrainer needs a GFlowNetConfig.")
         super().__init__(
             model, args, train_dataset, eval_dataset, processing_class, catalog, sampler, peft_config, item_counts,
             item_titles, prompt_encoder, callbacks, optimizers,
         )  # fmt: skip
-        self._source_table = source_table(args.weight_per_source, self.sampler.source_names)
         if self.reference is not None:
             self.reference.prepare(self.accelerator)
 
     def _set_up_objective(self, parts: Parts, args: GFlowNetConfig, adapted: bool) -> None:
+        self._source_table = source_table(args.weight_per_source, self.sampler.source_names)
         self._exact = any(loss.needs_all_rewards for loss in self.losses.values())
         self._needs_reference = any(loss.needs_reference for loss in self.losses.values())
         self.rewards: CompositeReward | None = None

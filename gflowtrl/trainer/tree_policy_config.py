@@ -223,6 +223,7 @@ class TreePolicyConfig(TRLConfig):
             return
         if not isinstance(self.loss_kwargs, dict):
             raise TypeError(f"loss_kwargs is {self.loss_kwargs!r}; give options under loss names, like {example}.")
+        self.loss_kwargs = dict(self.loss_kwargs)
         for name, options in self.loss_kwargs.items():
             if name not in self.loss_type:
                 raise ValueError(
@@ -232,7 +233,7 @@ class TreePolicyConfig(TRLConfig):
             if not isinstance(options, dict):
                 raise TypeError(f"loss_kwargs[{name!r}] is {options!r}; give options by name, like {example}.")
             try:
-                get_loss(name).check_options(options)
+                self.loss_kwargs[name] = get_loss(name).check_options(options)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"loss_kwargs[{name!r}]: {error}") from None
 
@@ -242,7 +243,7 @@ class TreePolicyConfig(TRLConfig):
             if entry.name in TRLConfig.__dataclass_fields__:
                 continue  # transformers checks its own
             value, choices = getattr(self, entry.name), entry.metadata.get("choices")
-            if choices is not None and value is not None:
+            if choices is not None and not (value is None and entry.default is None):
                 check_choice(entry.name, value, choices)
         for name, bound in self._bounds.items():
             if getattr(self, name) is not None:

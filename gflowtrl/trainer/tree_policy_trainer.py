@@ -113,12 +113,12 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, TRLTra
         self.losses: dict[str, LossSpec] = args.losses
         # L_m over the vocabulary, and cross entropy, are of the target; balance is always over the tree.
         self._vocabulary = args.label_space == "vocabulary"
-        self._set_up_objective(parts, args, peft_config is not None)
         self.num_generations = args.num_generations
         sampler = self._default_sampler(args) if sampler is None else sampler
         self.sampler = build_sampler(sampler, temperature=args.temperature, epsilon=args.epsilon)
         for dataset in [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]:
             check_rows(dataset, parts.catalog)
+        self._set_up_objective(parts, args, peft_config is not None)
         self.noise = StatelessNoise(args.seed)
         self._encoder, self._item_titles = parts.encoder, parts.item_titles
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -254,7 +254,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, TRLTra
         log_probs, tree = scores.log_probs, self._catalog.tree
         if loss.any_label_space and scores.vocabulary_log_probs is not None:
             log_probs = scores.vocabulary_log_probs
-        prefixes = loss.prefix_weights is not None and loss.uses_negatives
+        prefixes = {"prefix_nodes", "nodes_per_depth"} & {*loss.inputs}
         return LossInputs(
             log_probs=log_probs,
             lengths=scores.lengths,

@@ -9,7 +9,7 @@ import torch
 
 from gflowtrl.data import GroupCollator, PromptEncoder, Step, check_column_names
 from gflowtrl.data.step import REWARD_ARGUMENTS
-from gflowtrl.rewards import GroundTruthReward
+from gflowtrl.rewards import CompositeReward, GroundTruthReward
 from gflowtrl.samplers import Sampler, Trajectories
 from tests.rewards.world import SEMANTIC_IDS, TOKENIZER, make_step
 from tests.rewards.world import make_catalog as make_small_catalog
@@ -128,8 +128,10 @@ def test_names_of_reward_arguments_are_refused(name, tmp_path):
     message = f"column '{name}' has the name of an argument.*rename_column.'{name}', 'my_{name}'"
     with pytest.raises(ValueError, match=message):
         check_column_names(["row_id", name])
+    batch = collate(some_rows(**{name: 1}))  # nothing of it would be lost where no reward is called with columns
+    plain = CompositeReward(lambda **columns: [1.0] * 2, make_small_catalog(), TOKENIZER)
     with pytest.raises(ValueError, match=message):
-        collate(some_rows(**{name: 1}))
+        plain.of(Step.from_batch(batch, make_small_catalog())).log(torch.zeros(2, 1, dtype=torch.long))
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, [GroundTruthReward()], train_dataset=make_rows().add_column(name, [7] * 24))
 

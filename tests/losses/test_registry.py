@@ -201,16 +201,24 @@ def test_a_truth_value_is_no_number(name, options):
         LOSSES[name].check_options(options)
 
 
-def test_what_a_users_loss_says_of_its_options_is_heard():
-    """The check calls the loss, on a group of the size that it needs."""
+def test_a_users_loss_is_not_called_by_the_check():
+    """It may want longer ids or larger groups than a try-out has; names and kinds of options are still checked."""
 
-    def picky(log_probs, lengths, scale=1.0):
-        if scale > 2:
-            raise ValueError("scale is too large; give at most 2.")
-        assert log_probs.shape[1] >= 3 and lengths.shape == log_probs.shape[:2]
-        return scale * log_probs.sum(-1)
+    def picky(log_probs, lengths, scale=1.0, clip=None, mode="soft"):
+        raise ValueError("ids need two tokens")
 
-    spec = LossSpec(picky, min_generations=3)
-    spec.check_options({"scale": 2})
-    with pytest.raises(ValueError, match="scale is too large"):
-        spec.check_options({"scale": 3})
+    spec = LossSpec(picky)
+    assert spec.check_options({"scale": 2, "clip": True}) == {"scale": 2, "clip": True}
+    with pytest.raises(ValueError, match="There is no option 'sclae'; there are: scale, clip, mode"):
+        spec.check_options({"sclae": 2})
+    with pytest.raises(TypeError, match="scale is True, but it must be like its default 1.0"):
+        spec.check_options({"scale": True})
+
+
+def test_options_become_what_their_defaults_are():
+    """JSON reads "2025" as a number, and YAML reads 5e-4 as text."""
+    fitted = get_loss("prefix_pairwise").check_options({"variant": 2025, "eta": "5e-4"})
+    assert fitted == {"variant": "2025", "eta": 5e-4}
+    assert get_loss("vargrad").check_options({"huber_delta": "1e-1"}) == {"huber_delta": 0.1}
+    with pytest.raises(ValueError, match="There is no option 'hubert'"):
+        get_loss("vargrad")(LossInputs.zeros(2), hubert=1.0)  # nothing is dropped in silence, later either

@@ -13,6 +13,7 @@ from gflowtrl.rewards import (
     GroundTruthReward,
     InteractionReward,
     LikelihoodReward,
+    Reward,
     TokenSimilarityReward,
 )
 from tests.rewards.world import (
@@ -327,3 +328,20 @@ def test_bad_sessions_are_explained(changes, message):
     step = make_step(without=changes.keys() - given.keys(), **given)
     with pytest.raises(ValueError, match=message):
         InteractionReward().bind(make_catalog()).score_items(step)
+
+
+def test_trl_calls_know_the_targets_leaf_and_the_rows():
+    """A reward that reads `step.target_leaves` or `step.row_ids` gives in TRL's own trainers what it gives in ours."""
+
+    class Hit(Reward):
+        def score_leaves(self, step, leaves):
+            return (leaves == step.target_leaves[:, None]) * step.row_ids[:, None].float()
+
+    reward = Hit("hit").bind(make_catalog())
+    ids = [TOKENIZER.convert_tokens_to_ids(SEMANTIC_IDS[item]) for item in ("apple", "fig")]
+    assert reward(["-"] * 2, completion_ids=ids, target=["quince", "date"], row_id=[7, 8]) == [7, 0]
+
+
+def test_likelihood_of_something_else_is_refused():
+    with pytest.raises(TypeError, match="reads a model or a TreePolicy, not str"):
+        LikelihoodReward("sft_checkpoint")

@@ -338,3 +338,31 @@ def test_a_custom_reward_moves_the_target_distribution():
 
     teacher = CollaborativeReward(TableTeacher())
     assert expected_price([teacher, prefer_cheap]) < expected_price([teacher]) - 0.5
+
+
+def test_a_wrapper_that_hands_on_its_methods_is_a_reward():
+    class Wrapper:
+        def __init__(self, inner):
+            self._inner = inner
+
+        def __getattr__(self, name):
+            return getattr(self._inner, name)
+
+    bare, wrapped = (CompositeReward(r, make_catalog()) for r in (GroundTruthReward(), Wrapper(GroundTruthReward())))
+    assert wrapped.can_score_all
+    assert torch.equal(*(each.dense(make_step()).result.rewards for each in (bare, wrapped)))
+
+
+def test_a_reward_that_reads_the_policy_scores_drawn_leaves_only():
+    reward = Fixed(items=TABLE, leaves=TABLE)
+    reward.reads_policy = True
+    assert CompositeReward(reward, make_catalog()).sampled_only == ["Fixed"]
+
+
+def test_what_is_not_known_says_why():
+    composite = CompositeReward(GroundTruthReward(), make_catalog(), max_elements=8)
+    with pytest.raises(ValueError, match="larger than max_exact_elements=8: raise it"):
+        composite.of(make_step()).log_flows(torch.zeros(4, 1, dtype=torch.long))
+    prior = PosteriorReward(composite.dense(make_step()), torch.zeros_like)
+    with pytest.raises(ValueError, match="with ref_weight the reference model scores drawn leaves only"):
+        prior.log_flows(torch.zeros(4, 1, dtype=torch.long))

@@ -14,6 +14,7 @@ from gflowtrl.rewards import (
     GroundTruthReward,
     InteractionReward,
     LikelihoodReward,
+    Reward,
     TokenSimilarityReward,
     fit_reward_weights,
     one_step_back,
@@ -183,3 +184,20 @@ def test_rows_that_say_nothing():
     ones.table[3] = 0
     with pytest.raises(ValueError, match="No reward gives row 3 anything"):
         fit([ones], rows(lambda last, i: "fig"))
+
+
+def test_targets_are_hidden_only_where_they_are_held_out():
+    """A reward may read `target_leaves` where another positive is held out."""
+    asked = []
+
+    class Reads(Reward):
+        def score_items(self, step):
+            asked.append(step.target_leaves.clone())
+            return torch.ones(len(step), 9) / 9
+
+    catalog = make_catalog()
+    data = Dataset.from_dict({"row_id": [1], "history": [["fig", "pear"]], "target": ["apple"]})
+    encoder = PromptEncoder(catalog, TOKENIZER)
+    fit_reward_weights(Reads("reads"), catalog, data, encoder)
+    fit_reward_weights(Reads("reads"), catalog, one_step_back(data), encoder, held_out="next")
+    assert asked[0].tolist() == [-1] and asked[1].tolist() == catalog.leaf_of(["pear"]).tolist()

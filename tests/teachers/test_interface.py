@@ -1,7 +1,9 @@
 """What all teachers share: saving, caching, alignment to a catalogue, memoised scores, top items."""
 
+import gc
 import json
 import os
+import weakref
 
 import numpy as np
 import pytest
@@ -174,3 +176,17 @@ def test_top_items_cut_histories():
     assert top_items(LastItem(), histories, 1, max_history_items=2, batch_size=2).flatten().tolist() == [4, 3, 5]
     assert top_items(Counting(), histories, 99).tolist() == [[5, 4, 3, 2, 1, 0]] * 3
     assert top_items(Counting(), [], 2).shape == (0, 2)
+
+
+def test_a_step_is_gone_when_nobody_holds_it():
+    """Its tables are large: they must not wait for the garbage collector."""
+    teacher = MixtureTeacher({as_teacher(lambda histories: torch.ones(len(histories), len(ITEMS)), ITEMS): 1.0})
+    step = step_of(SEQUENCES)
+    teacher_scores(teacher, step, "The test")
+    gone = weakref.ref(step)
+    gc.disable()
+    try:
+        del step
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 
 from gflowtrl.data import Step
 from gflowtrl.losses import LOSSES, LossInputs, contrastive_balance, trajectory_balance, vargrad
@@ -11,9 +12,10 @@ from gflowtrl.policy import make_policy
 from gflowtrl.samplers import Sampler, Trajectories
 from gflowtrl.trainer.weighting import effective_number, source_table, weights_by_reward, weights_by_source
 from tests.losses.tabular import TabularPolicy, random_tree
+from tests.tiny import tiny_model
 
 from .test_step import CATALOG, first_batch, fixed_leaves, rewards, true_rewards
-from .world import make_trainer
+from .world import TOKENIZER, make_trainer
 
 
 SOURCES = torch.tensor([0, 1, 1, 2])
@@ -127,3 +129,13 @@ def test_the_effective_number_is_logged(tmp_path):
     trainer = make_trainer(tmp_path, rewards(), sampler=ThreeSources(), max_steps=1, **weighted)
     trainer.train()
     assert trainer.state.log_history[0]["effective_generations"] == pytest.approx(100 / 34)
+
+
+def test_a_mistake_in_source_weights_leaves_the_model_alone(tmp_path):
+    """It is found before adapters or heads are put on the model, so that the next try begins with a clean one."""
+    model = tiny_model(len(TOKENIZER))
+    before = [name for name, _ in model.named_parameters()]
+    options = {"trajectory_weighting": "source", "source_weights": {"on_polcy": 2.0}, "peft_config": LoraConfig()}
+    with pytest.raises(ValueError, match="source_weights names 'on_polcy'"):
+        make_trainer(tmp_path, rewards(), model, loss_type="trajectory_balance", **options)
+    assert [name for name, _ in model.named_parameters()] == before
