@@ -92,7 +92,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path,
 
     @cache
     def run(engine: str) -> tuple[Path, list[Case]]:
-        folder, cases = tmp_path_factory.mktemp(engine), chosen(list(ENGINES).index(engine))
+        folder, cases = tmp_path_factory.mktemp(engine), dealt(engine)[0]
         if engine == "ddp":
             # Its weights adapt to the prompts of the whole step, each micro-batch of each process included.
             cases.append(Case("sft,prefix_pairwise", accumulation=2))
@@ -100,6 +100,13 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path,
         return folder, cases
 
     return run
+
+
+def dealt(engine: str) -> tuple[list[Case], list[Case]]:
+    """An engine's cases: every other one, and those for the slow tests. Each loss is in some engine's first part."""
+    number = list(ENGINES).index(engine)
+    cases = chosen(number)
+    return cases[number % 2 :: 2], cases[(number + 1) % 2 :: 2]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -137,8 +144,11 @@ def assert_resumed(started: Path, cases: list[Case]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_other_resumed_trainings(engine, tmp_path):
-    launch(engine, tmp_path, ["-m", "tests.distributed.worker", engine, str(tmp_path), dump([]), dump(RESUMED_TOO)])
+def test_other_cases_in_two_processes(engine, alone, tmp_path):
+    cases = dealt(engine)[1]
+    command = ["-m", "tests.distributed.worker", engine, str(tmp_path), dump(cases), dump(RESUMED_TOO)]
+    launch(engine, tmp_path, command)
+    assert_same_as_alone(engine, tmp_path, cases, alone)
     assert_resumed(tmp_path, RESUMED_TOO)
 
 

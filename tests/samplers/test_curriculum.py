@@ -183,7 +183,7 @@ def test_beams_in_a_mixture():
         (lambda: CurriculumSampler(TableTeacher(), schedule=[[0, 2]]), r"hardness .* must be in \[0, 1\]"),
         (lambda: CurriculumSampler(TableTeacher(), schedule=[[0, [0, 1]]]), r"hardness .* must be in \[0, 1\]"),
         (lambda: draw(CurriculumSampler(TableTeacher(), 2), 3), "give 3 trajectories, but its pool"),
-        (lambda: draw(CurriculumSampler(lambda h: torch.zeros(4, 2)), 2), r"shape \(4, 2\)"),
+        (lambda: draw(CurriculumSampler(lambda h: torch.zeros(4, 2)), 2), r"must return .* \(4, 9\), not \(4, 2\)"),
         (
             lambda: StochasticBeamSampler(0),
             "temperature of StochasticBeamSampler is 0; it must be a finite number above 0",
