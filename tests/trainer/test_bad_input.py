@@ -62,7 +62,7 @@ CONSTRUCTION = {
     "no leaf with a reward of its own": ({"exact_top_items": 0}, "exact_top_items is 0"),
     "no shared prompt at all": ({"max_shared_prompts": 0}, "max_shared_prompts is 0"),
     "an encoder-decoder on shared prompts": (
-        {"max_shared_prompts": 4, "model": tiny_seq2seq(len(TOKENIZER))}, "T5ForConditionalGeneration is an encoder-d",
+        {"max_shared_prompts": 4, "model": tiny_seq2seq(len(TOKENIZER), "bart")}, "Bart.* is an encoder-d",
     ),
     "no such sampler": ({"sampler": "greedy"}, "Unknown sampler 'greedy'"),
     "sampler without its teacher": ({"sampler": {"collaborative": 1}}, "needs a teacher"),
