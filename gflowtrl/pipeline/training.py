@@ -26,7 +26,7 @@ from gflowtrl.teachers import TeacherModule, fingerprint
 from gflowtrl.trainer import GFlowNetConfig, GFlowNetTrainer, RankingEvaluationMixin
 from gflowtrl.trainer.adapters import add_adapters
 from gflowtrl.trainer.checkpoints import CompleteCheckpointsMixin, last_checkpoint
-from gflowtrl.trainer.evaluation import history_lengths
+from gflowtrl.trainer.evaluation import history_lengths, rows_per_step
 from gflowtrl.trainer.model_card import CardFacts, base_model, card_facts, shown_metrics, write_card
 from gflowtrl.trainer.tree_policy_trainer import LengthGroupedEpochSampler
 
@@ -59,7 +59,7 @@ class _Stage(CompleteCheckpointsMixin, RankingEvaluationMixin):
         args = self.args
         if args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        batch = rows_per_step(args)
         seed = args.seed if args.data_seed is None else args.data_seed
         return LengthGroupedEpochSampler(self.row_lengths, batch, seed)
 
@@ -257,7 +257,7 @@ def train(trainer: Trainer, materials: Materials, folder: Path, base: Callable[[
     return {
         "card": asdict(facts),
         "steps": state.global_step,
-        "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "rows_per_step": rows_per_step(args),
         "best_step": state.best_global_step,
         "best_metric": {args.metric_for_best_model: state.best_metric},
         "log": state.log_history,

@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 from tqdm.auto import tqdm
-from transformers import EvalPrediction
+from transformers import EvalPrediction, TrainingArguments
 
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.data import GroupCollator, PromptEncoder, Step
@@ -24,6 +24,11 @@ from .reference import ReferencePrior
 
 # Of all that `metrics.summarise` knows, what a training log can hold and stay readable.
 LOGGED_METRICS = ("recall", "ndcg", "coverage", "entropy", "gini", "long_tail")
+
+
+def rows_per_step(args: TrainingArguments) -> int:
+    """Training rows (prompts) that one optimizer step reads, over all micro-batches and processes."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 class RankingEvaluationMixin(TrainerBase):
@@ -63,8 +68,7 @@ class RankingEvaluationMixin(TrainerBase):
 
     def card_settings(self) -> dict[str, Any]:
         """What the model card says about the training."""
-        args = self.args
-        return {"rows per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size}
+        return {"rows per step": rows_per_step(self.args)}
 
     def card_methods(self) -> list[str]:
         """Whose methods these are: keys of `model_card.PAPERS`."""

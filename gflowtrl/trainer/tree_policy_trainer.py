@@ -40,7 +40,7 @@ from gflowtrl.samplers import Sampler, Trajectories, build_sampler, validate_tra
 from .adapters import add_adapters
 from .checkpoints import CompleteCheckpointsMixin
 from .checks import check_encoder, check_model, check_rows, check_trainable, item_counts_of
-from .evaluation import RankingEvaluationMixin, history_lengths
+from .evaluation import RankingEvaluationMixin, history_lengths, rows_per_step
 from .folder import Parts
 from .group import Group, group_metrics, print_group
 from .model_card import write_model_card
@@ -141,10 +141,9 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, TRLTra
         counts = item_counts_of(train_dataset, parts.catalog) if parts.item_counts is None else parts.item_counts
         self.set_up_ranking(parts.catalog, parts.encoder, counts, args.eval_num_beams, args.eval_ks)
         if self.is_world_process_zero():
-            prompts = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             logger.info(
-                f"{type(self).__name__}: {prompts} prompts per step (per_device_train_batch_size counts prompts), "
-                f"{self.num_generations} trajectories each, loss {' + '.join(args.loss_type)}."
+                f"{type(self).__name__}: {rows_per_step(args)} prompts per step (per_device_train_batch_size counts "
+                f"prompts), {self.num_generations} trajectories each, loss {' + '.join(args.loss_type)}."
             )
 
     def _set_up_objective(self, parts: Parts, args: TreePolicyConfig, adapted: bool) -> None:
@@ -326,7 +325,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, TRLTra
         if dataset is None or self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         longest = self._encoder.max_history_items
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        batch = rows_per_step(self.args)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         lengths = history_lengths(dataset).clamp(max=longest)
         if self.args.max_shared_prompts == 1:
