@@ -60,15 +60,39 @@ class Step:
     _memo: dict[tuple[int, str], tuple[object, Any]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
+    def of(
+        cls,
+        prompts: Prompts,
+        row_ids: Tensor,
+        columns: Mapping[str, list[Any]],
+        catalog: ItemCatalog,
+        progress: float = 0.0,
+    ) -> Step:
+        """A step from its columns: target leaves are those of the column `target`, -1 where there is none.
+
+        Args:
+            prompts: as `prompts` of the step.
+            row_ids: `(B,)` long; moved to the catalogue's device, on which the step computes.
+            columns: lists of length B by name.
+            catalog: finds the leaves.
+            progress: as `progress` of the step.
+
+        Raises:
+            ValueError: a target is not in the catalogue.
+        """
+        row_ids = row_ids.to(catalog.device)
+        leaves = catalog.leaf_of(columns["target"]) if "target" in columns else torch.full_like(row_ids, -1)
+        return cls(prompts, row_ids, leaves, columns, progress)
+
+    @classmethod
     def from_batch(cls, batch: Mapping[str, Any], catalog: ItemCatalog, progress: float = 0.0) -> Step:
         """A step from a batch of `GroupCollator`. The catalogue is moved to the prompts' device.
 
         Raises:
             ValueError: a target is not in the catalogue.
         """
-        device = batch["prompts"]["input_ids"].device
-        targets = catalog.to(device).leaf_of(batch["columns"]["target"])
-        return cls(batch["prompts"], batch["row_ids"].to(device), targets, batch["columns"], progress)
+        catalog = catalog.to(batch["prompts"]["input_ids"].device)
+        return cls.of(batch["prompts"], batch["row_ids"], batch["columns"], catalog, progress)
 
     def __len__(self) -> int:
         return len(self.row_ids)

@@ -109,14 +109,10 @@ class Reward:
 
     def __call__(self, prompts: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
         """The same reward with TRL's signature: one value per completion, 0 for one that is no id of the catalogue."""
-        leaves, known = self._leaves_of(completion_ids), torch.arange(len(prompts))
+        leaves = self._leaves_of(completion_ids)
         columns = {name: values for name, values in columns.items() if name not in REWARD_ARGUMENTS}
-        step = Step(
-            prompts=self._encoded(prompts) if self.reads_prompts else {},
-            row_ids=torch.as_tensor(columns.get("row_id", known)).to(leaves.device),
-            target_leaves=self.catalog.leaf_of(columns["target"]) if "target" in columns else -torch.ones_like(leaves),
-            columns=columns,
-        )
+        row_ids = torch.as_tensor(columns.get("row_id", range(len(prompts))))
+        step = Step.of(self._encoded(prompts) if self.reads_prompts else {}, row_ids, columns, self.catalog)
         scores = self.score_leaves(step, leaves.clamp(min=0)[:, None])[:, 0]
         return torch.where(leaves >= 0, scores.to(leaves.device), 0.0).tolist()
 

@@ -127,9 +127,7 @@ def _steps(
         batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
         prompts = {name: tensor.to(device) for name, tensor in batch["prompts"].items()}
         columns = {name: column for name, column in batch["columns"].items() if name not in (held_out, *_REVEALING)}
-        row_ids = batch["row_ids"].to(device)
-        leaves = catalog.leaf_of(columns["target"]) if "target" in columns else torch.full_like(row_ids, -1)
-        yield Step(prompts, row_ids, leaves, columns), batch["columns"][held_out]
+        yield Step.of(prompts, batch["row_ids"], columns, catalog), batch["columns"][held_out]
 
 
 def _values_and_totals(composite: CompositeReward, step: Step, leaves: Tensor) -> tuple[Tensor, Tensor]:
