@@ -20,7 +20,7 @@ from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.checks import COUNT, POSITIVE, check_choice, check_number
 from gflowtrl.data import PromptEncoder
 from gflowtrl.data.recommender_files import read_details, read_encoder, write_recommender_files
-from gflowtrl.policy import Noise, StatelessNoise, load_backbone, make_policy
+from gflowtrl.policy import Noise, StatelessNoise, check_exact, check_positions, load_backbone, make_policy
 from gflowtrl.policy.heads import split_heads
 from gflowtrl.teachers import TeacherModule, load_teacher
 
@@ -107,6 +107,10 @@ class Recommender:
             known are recommended by.
         teacher: the collaborative model behind the reward, for explanations.
 
+    Raises:
+        ValueError: prompts are longer than the model's positions; a model that is not known to be exact; at the first
+            use, a policy that is not the model's own distribution (`gflowtrl.policy.check_exact`).
+
     Example:
         ```python
         recommender = Recommender.from_pretrained("outputs/gflownet")
@@ -131,6 +135,8 @@ class Recommender:
         self.model, self.tokenizer, self.catalog = model.eval(), tokenizer, catalog
         self.policy = make_policy(model, catalog)
         self.encoder = PromptEncoder(catalog, tokenizer, max_history_items) if encoder is None else encoder
+        check_positions(model, self.encoder.max_length, catalog.tree.max_depth, self.encoder.max_history_items)
+        self._policy_is_checked = False
         self.titles, self.item_counts, self.teacher = dict(titles or {}), item_counts, teacher
 
     @classmethod
@@ -245,8 +251,11 @@ class Recommender:
             beams = min(4 * beams, self.catalog.tree.num_leaves)
 
     def _prompts(self, histories: list[list[Item]]) -> dict[str, Tensor]:
-        """Prompts where the model is, and the catalogue too."""
+        """Prompts where the model is, and the catalog too; before the first ones the policy is checked."""
         self.catalog.to(self.model.device)
+        if not self._policy_is_checked:
+            check_exact(self.policy, self.encoder)
+            self._policy_is_checked = True
         return {name: value.to(self.model.device) for name, value in self.encoder(histories).items()}
 
     @torch.no_grad()

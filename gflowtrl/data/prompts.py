@@ -142,6 +142,20 @@ class PromptEncoder:
         input_ids[:, len(columns) - tail :] = torch.tensor(self.tail, dtype=torch.long)
         return {"input_ids": input_ids, "attention_mask": (place >= 0).long()}
 
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest prompt."""
+        return len(self.head) + self.max_history_items * self.table.shape[1] + len(self.tail)
+
+    def longest_histories(self) -> list[list[Item]]:
+        """Three histories to try a model with: of the longest items, of items from all over the catalogue, both with
+        `max_history_items`, and one of a single item."""
+        lengths, items = (self.table >= 0).sum(1), self.catalog.items
+        longest = (lengths == lengths.max()).nonzero().flatten().tolist()
+        spread = torch.linspace(0, len(items) - 1, self.max_history_items).long().tolist()
+        long = [longest[i % len(longest)] for i in range(self.max_history_items)]
+        return [[items[i] for i in places] for places in (long, spread, spread[:1])]
+
 
 class GroupCollator:
     """Collates dataset rows into what becomes a `Step`; a row is one prompt, with its group of trajectories to come.

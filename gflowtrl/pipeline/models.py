@@ -18,8 +18,7 @@ from transformers import (
 from trl import ModelConfig, get_quantization_config
 
 from gflowtrl.data import add_item_tokens
-from gflowtrl.policy import load_backbone, whole_models
-from gflowtrl.policy.causal import check_causal
+from gflowtrl.policy import check_causal, load_backbone, whole_models
 
 from .materials import Materials
 from .recipe import QUANTISATION, Recipe

@@ -8,12 +8,14 @@ from gflowtrl.compat import whole_models
 from .backbone import load_backbone, merge_tied_embeddings
 from .base import Prompts, TreePolicy
 from .causal import CausalTreePolicy
+from .exactness import check_exact
 from .heads import attach_flow_heads, has_flow_heads
 from .modules import innermost
 from .noise import Noise, StatelessNoise, inverse_cdf
 from .scores import StepScores
 from .seq2seq import Seq2SeqTreePolicy
 from .stochastic_beam import StochasticBeams
+from .support import check_causal, check_positions
 
 
 __all__ = [
@@ -26,6 +28,9 @@ __all__ = [
     "StochasticBeams",
     "TreePolicy",
     "attach_flow_heads",
+    "check_causal",
+    "check_exact",
+    "check_positions",
     "has_flow_heads",
     "inverse_cdf",
     "load_backbone",

@@ -75,6 +75,18 @@ class TreePolicy(ABC):
     def _decoder(self, prompts: Prompts) -> BranchDecoder:
         """A decoder whose prompts are computed already."""
 
+    @abstractmethod
+    def _plain_logits(self, prompt: Tensor, paths: Tensor) -> Tensor:
+        """The model's own forward, one full sequence per row, without padding, mask or cache.
+
+        Args:
+            prompt: `(P,)` tokens.
+            paths: `(K, L)` ids behind it.
+
+        Returns:
+            logits `(K, L, V)` before each token of the ids.
+        """
+
     # ------------------------------------------------------------------------------------------------------ scoring
     def score(self, prompts: Prompts, leaves: Tensor, vocabulary: bool = False) -> StepScores:
         """Score K leaves a prompt in one packed forward, differentiably.

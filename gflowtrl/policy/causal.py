@@ -11,33 +11,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from gflowtrl.catalog import ItemCatalog
-from gflowtrl.compat import is_stateful
 
 from .base import Prompts, TreePolicy
 from .branches import Branches
+from .masks import attention_mask, layer_reaches
 from .modules import forward_parameters, innermost, model_dtype
-from .packing import BranchDecoder, additive, group_layout, prompt_positions, prompt_visibility
+from .packing import BranchDecoder, group_layout, prompt_positions, prompt_visibility
 from .sharing import shared_layout
-
-
-def check_causal(model: nn.Module) -> None:
-    """Whether a model sees of a row what its mask says, which scoring several branches in one row stands on.
-
-    Raises:
-        ValueError: the model is recurrent (a state-space or linear-attention one, wholly or in some layers), so that
-            branches would see each other whatever the mask says; or its forward takes no `position_ids`.
-    """
-    model = innermost(model)
-    if is_stateful(model):
-        reason = "carries a state from token to token, past the attention mask"
-    elif "position_ids" not in forward_parameters(model):
-        reason = "takes no position_ids"
-    else:
-        return
-    raise ValueError(
-        f"{type(model).__name__} {reason}, so several items cannot be scored behind one prompt. Use a model whose "
-        "layers all are attention (Llama, Qwen3, GPT-2, GPT-NeoX, ...), or an encoder-decoder such as T5."
-    )
+from .support import check_causal, check_row_length
 
 
 class CausalTreePolicy(TreePolicy):
@@ -47,23 +28,28 @@ class CausalTreePolicy(TreePolicy):
     (`gflowtrl.data.prompt_members`), `score` computes rows whose prompts begin alike in one row. See `TreePolicy`.
 
     Raises:
-        ValueError: the model is recurrent, or takes no `position_ids` (`check_causal`).
+        ValueError: a model that is not known to be exact (`check_causal`), or a row that is too long for one whose
+            layers count its columns (`max_row_length`).
     """
 
     def __init__(self, model: nn.Module, catalog: ItemCatalog):
         check_causal(model)
         super().__init__(model, catalog)
         self._keep = "logits_to_keep" in forward_parameters(model)  # logits of chosen positions only
+        self._reaches = layer_reaches(innermost(model).config)
 
     def _packed(self, prompts: Prompts, branches: Branches) -> tuple[Tensor, Tensor | None]:
         make_layout = shared_layout if "members" in prompts else group_layout
         layout = make_layout(prompts, branches)
+        check_row_length(self.model, layout.input_ids.shape[1])
         extra = {"logits_to_keep": layout.keep} if self._keep else {}
         if self._heads:
             extra["flow_positions"] = layout.keep
         output = self.model(
             input_ids=layout.input_ids,
-            attention_mask=additive(layout.visible, model_dtype(self.model)),
+            attention_mask=attention_mask(
+                layout.visible, layout.position_ids, layout.position_ids, self._reaches, model_dtype(self.model)
+            ),
             position_ids=layout.position_ids,
             use_cache=False,
             **extra,
@@ -79,6 +65,11 @@ class CausalTreePolicy(TreePolicy):
     def _decoder(self, prompts: Prompts) -> BranchDecoder:
         return CausalDecoder(self.model, prompts)
 
+    def _plain_logits(self, prompt: Tensor, paths: Tensor) -> Tensor:
+        sequences = torch.cat([prompt.expand(len(paths), -1), paths[:, :-1]], 1)
+        keep = {"logits_to_keep": paths.shape[1]} if self._keep else {}
+        return self.model(input_ids=sequences, use_cache=False, **keep).logits[:, -paths.shape[1] :]
+
 
 class CausalDecoder(BranchDecoder):
     """Branches behind the cached prompt of a causal model."""
@@ -86,15 +77,22 @@ class CausalDecoder(BranchDecoder):
     def __init__(self, model: nn.Module, prompts: Prompts):
         self.mask = prompts["attention_mask"].bool()
         self.lengths = self.mask.sum(1, keepdim=True)
+        self.reaches = layer_reaches(innermost(model).config)
         super().__init__(model, DynamicCache(), prompts)
 
     def _read(self, prompts: Prompts) -> Tensor:
+        self.prompt_positions = positions = prompt_positions(self.mask)
+        visible = prompt_visibility(self.mask)
         return self._run(
             input_ids=prompts["input_ids"],
-            attention_mask=additive(prompt_visibility(self.mask), self.dtype),
-            position_ids=prompt_positions(self.mask),
+            attention_mask=attention_mask(visible, positions, positions, self.reaches, self.dtype),
+            position_ids=positions,
             **({"logits_to_keep": 1} if "logits_to_keep" in forward_parameters(self.model) else {}),
         ).logits
+
+    def restart(self) -> None:
+        super().restart()
+        self.positions = self.prompt_positions  # of all cached tokens
 
     def _feed(self, tokens: Tensor) -> Tensor:
         return self.read_behind(tokens, self.visible, tokens.new_full(tokens.shape[1:], self.depth))
@@ -105,14 +103,19 @@ class CausalDecoder(BranchDecoder):
         Args:
             tokens: `(B, n)`; each sees its whole prompt.
             visible: `bool (B, n, S)`, which of the S tokens behind the prompt each sees, those of this call the last.
-            steps: `(n,)` how many tokens stand between the prompt and each.
+            steps: `(n,)` how many tokens of its branch precede each.
 
         Returns:
             logits `(B, n, V)`.
         """
         prompt = self.mask[:, None].expand(-1, tokens.shape[1], -1)
+        positions = self.lengths + steps
+        self.positions = torch.cat([self.positions, positions], 1)
+        check_row_length(self.model, self.positions.shape[1])
         return self._run(
             input_ids=tokens,
-            attention_mask=additive(torch.cat([prompt, visible], 2), self.dtype),
-            position_ids=self.lengths + steps,
+            attention_mask=attention_mask(
+                torch.cat([prompt, visible], 2), positions, self.positions, self.reaches, self.dtype
+            ),
+            position_ids=positions,
         ).logits

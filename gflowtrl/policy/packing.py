@@ -25,12 +25,6 @@ def prompt_positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """`bool (B, Q, S)` -> additive mask `(B, 1, Q, S)`: 0 where visible, the dtype's minimum elsewhere."""
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
-
-
 def group_visibility(attention_mask: Tensor, behind: Tensor, of_prompt: Tensor | None = None) -> Tensor:
     """Who sees whom in `[prompt, S tokens behind it]`: `(B, P)`, `bool (B or 1, S, S)` -> `bool (B, P + S, P + S)`.
 

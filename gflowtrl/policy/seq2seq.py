@@ -22,8 +22,9 @@ from gflowtrl.catalog import ItemCatalog
 
 from .base import Prompts, TreePolicy
 from .branches import Branches
+from .masks import additive
 from .modules import innermost, model_dtype
-from .packing import BranchDecoder, additive, group_visibility
+from .packing import BranchDecoder, group_visibility
 from .placement import place_branches
 
 
@@ -63,6 +64,11 @@ class Seq2SeqTreePolicy(TreePolicy):
 
     def _decoder(self, prompts: Prompts) -> BranchDecoder:
         return Seq2SeqDecoder(self.model, prompts, self._start)
+
+    def _plain_logits(self, prompt: Tensor, paths: Tensor) -> Tensor:
+        start = paths.new_full((len(paths), 1), self._start)
+        sequences = torch.cat([start, paths[:, :-1]], 1)
+        return self.model(input_ids=prompt.expand(len(paths), -1), decoder_input_ids=sequences, use_cache=False).logits
 
 
 class Seq2SeqDecoder(BranchDecoder):

@@ -12,13 +12,15 @@ from transformers import PreTrainedModel
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.compat import carries_adapters
 from gflowtrl.data import PromptEncoder, check_column_names
+from gflowtrl.policy import check_causal, check_positions
 
 
 REQUIRED_COLUMNS = ("row_id", "history", "target")
 
 
 def check_model(model: PreTrainedModel, catalog: ItemCatalog, max_shared_prompts: int = 1) -> None:
-    """The model must write tokens, know every token of the catalogue, and be causal where prompts are shared."""
+    """The model must write tokens, know every token of the catalogue, be one that can be read as a policy exactly, and
+    be causal where prompts are shared."""
     if model.get_output_embeddings() is None:
         raise ValueError(
             f"{type(model).__name__} has no output layer over tokens; this trainer takes language models: causal ones "
@@ -29,6 +31,8 @@ def check_model(model: PreTrainedModel, catalog: ItemCatalog, max_shared_prompts
             f"max_shared_prompts is {max_shared_prompts}, but {type(model).__name__} is an encoder-decoder: its "
             f"encoder sees the whole prompt at once, so that none is the beginning of another. Leave it at 1."
         )
+    if not model.config.is_encoder_decoder:
+        check_causal(model)
     # Adapters may have wrapped the table, whose own weight an engine may have split.
     tables: list[Any] = [m for m in model.get_input_embeddings().modules() if hasattr(m, "num_embeddings")]
     known = tables[0].num_embeddings
@@ -50,10 +54,14 @@ def check_trainable(model: PreTrainedModel, new_adapters: bool) -> None:
 
 
 def check_encoder(
-    encoder: PromptEncoder, catalog: ItemCatalog, max_shared_prompts: int = 1, max_history_items: int | None = None
+    encoder: PromptEncoder,
+    catalog: ItemCatalog,
+    model: PreTrainedModel,
+    max_shared_prompts: int = 1,
+    max_history_items: int | None = None,
 ) -> None:
-    """The encoder must be of these items, cut histories as the configuration says (where it does), and its prompts be
-    the beginnings of one another where they are shared."""
+    """The encoder must be of these items, cut histories as the configuration says (where it does) and to what the
+    model has positions for, and its prompts be the beginnings of one another where they are shared."""
     if max_history_items not in (None, encoder.max_history_items):
         raise ValueError(
             f"max_history_items is {max_history_items}, but the prompt_encoder was made with "
@@ -61,6 +69,7 @@ def check_encoder(
         )
     if encoder.catalog.items != catalog.items:
         raise ValueError("The prompt_encoder was made of another catalogue than the trainer's.")
+    check_positions(model, encoder.max_length, catalog.tree.max_depth, encoder.max_history_items)
     if max_shared_prompts > 1 and encoder.tail:
         raise ValueError(
             f"max_shared_prompts is {max_shared_prompts}, but prompts end with text behind the history, so that none "

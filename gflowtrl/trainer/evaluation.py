@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, TrainingArguments
@@ -15,7 +15,7 @@ from transformers import EvalPrediction, TrainingArguments
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.data import GroupCollator, PromptEncoder, Step
 from gflowtrl.metrics import binned_by_target, jensen_shannon, summarise, total_variation
-from gflowtrl.policy import TreePolicy, make_policy
+from gflowtrl.policy import TreePolicy, check_exact, make_policy
 from gflowtrl.rewards import CompositeReward
 
 from .checkpoints import TrainerBase
@@ -38,6 +38,8 @@ class RankingEvaluationMixin(TrainerBase):
     and returns `eval_recall@10`, `eval_ndcg@10`, `eval_coverage@10`, ... through the Trainer's own evaluation loop, so
     that `metric_for_best_model="eval_ndcg@10"`, early stopping and sharded engines work as ever.
     """
+
+    _policies_are_checked = False
 
     def set_up_ranking(
         self,
@@ -65,6 +67,20 @@ class RankingEvaluationMixin(TrainerBase):
         self._ranking_collator = GroupCollator(encoder)
         self.compute_metrics = self._ranking_metrics
         self.args.remove_unused_columns = False  # histories and targets are no argument of the model's forward
+
+    def policy_of(self, model: nn.Module) -> TreePolicy:
+        """The (wrapped) model read as a policy; the first time it is compared with the model's own distribution."""
+        policy = make_policy(model, self._catalog)
+        if not self._policies_are_checked:
+            self._policies_are_checked = True
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+            for each in [policy, *self._frozen_policies()]:
+                check_exact(each, self._ranking_collator.encoder, dtype)
+        return policy
+
+    def _frozen_policies(self) -> list[TreePolicy]:
+        """Other policies that the training reads."""
+        return []
 
     def card_settings(self) -> dict[str, Any]:
         """What the model card says about the training."""
@@ -96,7 +112,7 @@ class RankingEvaluationMixin(TrainerBase):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Ranked leaves `(B, beams)` as predictions, target leaves `(B,)` as labels; there is no loss."""
         batch: Any = self._prepare_inputs(inputs)
-        leaves, _ = make_policy(model, self._catalog).beam_search(batch["prompts"], self._num_beams)
+        leaves, _ = self.policy_of(model).beam_search(batch["prompts"], self._num_beams)
         return None, leaves, self._catalog.leaf_of(batch["columns"]["target"]).to(leaves.device)
 
     def _ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -128,7 +144,11 @@ def rank_rows(
 
     Returns:
         `(rows, num_beams)` leaves in the order of `rows`, best first, -1 where the catalogue has fewer leaves.
+
+    Raises:
+        ValueError: the policy is not the model's own distribution (`check_exact`).
     """
+    check_exact(policy, encoder)
     device = next(policy.model.parameters()).device
     ordered, order = by_length(rows)
     histories = ordered["history"]

@@ -17,9 +17,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.data import PromptEncoder, Step
 from gflowtrl.losses import LossInputs, LossSpec, normalized_flows
-from gflowtrl.policy import StepScores, TreePolicy
+from gflowtrl.policy import StepScores, TreePolicy, make_policy
 from gflowtrl.policy.heads import is_head
-from gflowtrl.rewards import AnyReward, CompositeReward, DenseReward, PosteriorReward, StepReward
+from gflowtrl.rewards import (
+    AnyReward,
+    CompositeReward,
+    DenseReward,
+    LikelihoodReward,
+    PosteriorReward,
+    StepReward,
+)
 from gflowtrl.samplers import Feedback, Sampler, Trajectories
 
 from .folder import Parts, model_kwargs
@@ -116,6 +123,13 @@ class GFlowNetTrainer(TreePolicyTrainer):
             **model_kwargs(args),
         )  # fmt: skip
         self.prior = self.reference if args.ref_weight else None
+
+    def _frozen_policies(self) -> list[TreePolicy]:
+        rewards = [] if self.rewards is None else self.rewards.rewards.values()
+        policies = [r.policy for r in rewards if isinstance(r, LikelihoodReward) and r.policy is not None]
+        if self.reference is not None and self.reference.model is not None:
+            policies.append(make_policy(self.reference.model, self._catalog))
+        return policies
 
     def _default_sampler(self, args: GFlowNetConfig) -> str | dict[str, float]:
         losses = self.losses.values()

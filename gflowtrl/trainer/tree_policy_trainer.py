@@ -29,7 +29,6 @@ from gflowtrl.policy import (
     StepScores,
     TreePolicy,
     attach_flow_heads,
-    make_policy,
     merge_tied_embeddings,
 )
 from gflowtrl.policy.heads import is_head, load_heads, split_heads
@@ -109,7 +108,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, TRLTra
         parts = Parts.resolve(model, args, processing_class, catalog, prompt_encoder, item_titles, item_counts)
         check_model(parts.model, parts.catalog, args.max_shared_prompts)
         check_trainable(parts.model, peft_config is not None)
-        check_encoder(parts.encoder, parts.catalog, args.max_shared_prompts, args.max_history_items)
+        check_encoder(parts.encoder, parts.catalog, parts.model, args.max_shared_prompts, args.max_history_items)
         self.losses: dict[str, LossSpec] = args.losses
         # L_m over the vocabulary, and cross entropy, are of the target; balance is always over the tree.
         self._vocabulary = args.label_space == "vocabulary"
@@ -191,7 +190,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, TRLTra
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Reward, draw, score, group, balance. Returns the loss, a mean over the micro-batch's prompts."""
         step = Step.from_batch(inputs, self._catalog, self._progress())
-        policy = make_policy(model, self._catalog)
+        policy = self.policy_of(model)
         reward = self._reward(step, policy)
         drawn = self._draw(step, policy, reward)
         leaves, scores = self._score(step, policy, drawn)

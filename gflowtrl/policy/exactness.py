@@ -1,0 +1,111 @@
+"""Is the policy the model's own distribution? Compared once, on the longest prompts, before anything is trusted.
+
+Everything here stands on models that compute a packed row as if each branch stood alone. A model with a layer that
+does something else (a window under a name of its own, say, or a count of columns) would be trained and evaluated on a
+distribution that nobody else gets from it, and nothing would show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gflowtrl.data import PromptEncoder
+
+from .base import Prompts, TreePolicy
+from .modules import evaluation_mode, innermost, model_dtype
+
+
+COMPARED_LEAVES = 4
+#: Differences of a token's log-probability that rounding explains, per dtype.
+ROUNDING = {torch.float32: 2e-3, torch.float64: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+
+
+@torch.no_grad()
+def check_exact(policy: TreePolicy, encoder: PromptEncoder, dtype: torch.dtype | None = None) -> None:
+    """Compare packed scoring and decoding with the model's plain forward on one full sequence at a time.
+
+    All processes of a sharded model must call this: it runs the wrapped model, the same number of times in each.
+
+    Args:
+        policy: of a model, bare or wrapped.
+        encoder: its longest prompts are compared, and one of a single item.
+        dtype: what the model computes in where that is not its own dtype (autocast).
+
+    Raises:
+        ValueError: a difference above the rounding; the message names the model, the difference and likely reasons.
+    """
+    device = next(policy.model.parameters()).device
+    prompts = {name: value.to(device) for name, value in encoder(encoder.longest_histories()).items()}
+    num_leaves = policy.catalog.to(device).tree.num_leaves
+    leaves = torch.linspace(0, num_leaves - 1, min(COMPARED_LEAVES, num_leaves), device=device).long()
+    leaves = leaves.expand(len(prompts["input_ids"]), -1)
+    with evaluation_mode(policy.model):
+        plain = plain_log_probs(policy, prompts, leaves)
+        try:
+            decoded = decoded_log_probs(policy, prompts, leaves)
+            found = {"scoring": policy.score(prompts, leaves).log_probs, "decoding": decoded}
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(
+                f"{type(innermost(policy.model)).__name__} reads a prompt, but not several branches behind one by a "
+                f"4-D attention mask ({type(error).__name__}: {error}). Use another kind of model (Llama, Qwen3, T5)."
+            ) from error
+    allowed = ROUNDING[dtype or model_dtype(policy.model)]
+    for way, log_probs in found.items():
+        differences = (log_probs - plain).abs().amax((1, 2))
+        if not bool((differences <= allowed).all()):  # so that NaN is a difference
+            raise ValueError(_message(policy.model, way, differences, prompts["attention_mask"].sum(1), allowed))
+
+
+def plain_log_probs(policy: TreePolicy, prompts: Prompts, leaves: Tensor) -> Tensor:
+    """log pi of each token of `leaves (B, K)` by the model's plain forward: `(B, K, L)`."""
+    tree = policy.catalog.tree
+    nodes = tree.walk(leaves)
+    paths = tree.tokens_of(nodes[:, :, 1:])
+    real = prompts["attention_mask"].bool()
+    logits = [policy._plain_logits(prompts["input_ids"][b][real[b]], paths[b]).float() for b in range(len(paths))]
+    return _along(policy, torch.stack(logits).unbind(2), nodes)
+
+
+def decoded_log_probs(policy: TreePolicy, prompts: Prompts, leaves: Tensor) -> Tensor:
+    """log pi of each token of `leaves (B, K)` by a decoder that follows them token by token: `(B, K, L)`."""
+    tree, (batch, count) = policy.catalog.tree, leaves.shape
+    nodes = tree.walk(leaves)
+    branch = torch.arange(count, device=leaves.device).expand(batch, -1)
+    with policy._decoding(prompts) as decoder:
+        logits = [decoder.root_logits.expand(-1, count, -1)]
+        for depth in range(1, tree.max_depth):
+            parents = torch.zeros_like(branch) if depth == 1 else branch
+            logits.append(decoder.extend(tree.tokens_of(nodes[:, :, depth]), parents))
+        return _along(policy, logits, nodes)
+
+
+def _along(policy: TreePolicy, logits: Sequence[Tensor], nodes: Tensor) -> Tensor:
+    """Log-probabilities of the tokens on the way `nodes (B, K, L + 1)`, from logits `(B, K, V)` of each depth."""
+    found = []
+    for depth, at_depth in enumerate(logits):
+        children, log_probs = policy._distribution(at_depth, nodes[:, :, depth], depth)
+        taken = (children == nodes[:, :, depth + 1, None]) & (children >= 0)
+        found.append(torch.where(taken, log_probs, 0.0).sum(-1))
+    return torch.stack(found, 2)
+
+
+def _message(model: nn.Module, way: str, differences: Tensor, lengths: Tensor, allowed: float) -> str:
+    name, worst = type(innermost(model)).__name__, int(differences.nan_to_num(torch.inf).argmax())
+    if not bool(differences.isfinite().all()):
+        return (
+            f"{name} gives log-probabilities that are not finite; its weights are damaged, or its dtype is too narrow."
+        )
+    if bool((differences[lengths == lengths.min()] <= allowed).all()):
+        reason = "Short prompts agree: a layer sees a part of a long prompt only (a window) or counts a row's columns"
+    else:
+        reason = "Short prompts differ too: a layer does not see just what the mask says, or sees later tokens"
+    return (
+        f"{name} cannot be read exactly as a policy: {way} on the tree and the model's own forward differ by "
+        f"{float(differences[worst]):.2g} in a token's log-probability, on a prompt of {int(lengths[worst])} tokens "
+        f"(rounding explains {allowed:g}). {reason}. Use another model, or shorter histories where those agree."
+    )

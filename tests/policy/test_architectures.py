@@ -1,0 +1,160 @@
+"""Every kind of causal model is read exactly, windows and all, or refused with a sentence; nothing in between."""
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from gflowtrl import ItemCatalog
+from gflowtrl.data import PromptEncoder, build_tokenizer
+from gflowtrl.policy import CausalTreePolicy, check_exact, make_policy
+from tests import tiny
+
+
+IDS = {9 * a + 3 * b + c: (f"<a_{a}>", f"<b_{b}>", f"<c_{c}>") for a in range(3) for b in range(3) for c in range(3)}
+TOKENIZER = build_tokenizer(IDS)
+WINDOW, HISTORY = 6, 8  # a prompt has 1 + 3 * 8 tokens
+#: What tiny models are made of; each configuration takes what it knows.
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "n_embd": 32, "n_layer": 2, "n_head": 4,
+    "n_positions": 64, "rotary_dim": 4, "ffn_dim": 64, "dff": 64, "word_embed_proj_dim": 32,
+    "moe_intermediate_size": 32, "num_local_experts": 2, "num_experts": 4, "num_experts_per_tok": 1,
+    "sliding_window": WINDOW, "attention_chunk_size": WINDOW,
+}  # fmt: skip
+MIXED = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+QWEN = {"use_sliding_window": True, **MIXED}
+
+#: Layers that see a part of the prompt: one mask per kind of layer, or one mask with the window for all of them.
+WINDOWED = {
+    "gpt_oss": MIXED, "gemma2": MIXED, "gemma3_text": MIXED, "ministral": MIXED, "exaone4": MIXED, "qwen3": QWEN,
+    "cohere2": MIXED, "olmo3": MIXED,
+    "llama4_text": {"layer_types": ["chunked_attention", "full_attention"] * 2, "no_rope_layers": [1, 0] * 2,
+                    "intermediate_size_mlp": 64},
+    "modernbert-decoder": {"local_attention": WINDOW, **MIXED},
+    "mistral": {}, "phi3": {}, "starcoder2": {}, "ministral3": {},
+}  # fmt: skip
+WHOLE = {
+    "llama": {}, "gpt2": {}, "gpt_neox": {}, "gptj": {}, "codegen": {}, "opt": {}, "phi": {}, "falcon": {},
+    "gpt_bigcode": {}, "gpt_neo": {"attention_types": [[["global"], 4]]},
+    "stablelm": {}, "olmo": {}, "olmo2": {}, "granite": {}, "gemma": {}, "cohere": {}, "qwen2": {}, "smollm3": {},
+    "mixtral": {}, "olmoe": {}, "qwen3_moe": {}, "biogpt": {}, "glm": {}, "helium": {}, "nemotron": {},
+    "persimmon": {},
+}  # fmt: skip
+REFUSED = {
+    "bert": ({}, "sees later tokens too"),
+    "roberta": ({}, "sees later tokens too"),
+    "gemma3_text": ({"use_bidirectional_attention": True}, "sees later tokens too"),
+    "bloom": ({}, "takes no position_ids"),
+    "mpt": ({}, "takes no position_ids"),
+    "falcon": ({"alibi": True}, "ALiBi"),
+    "mamba": ({}, "carries a state"),
+    "jamba": ({}, "carries a state"),
+    "minimax": ({"layer_types": ["linear_attention", "full_attention"] * 2}, "'linear_attention'"),
+    "lfm2": ({"layer_types": ["conv", "full_attention"] * 2}, "convolutions"),
+}
+#: Nothing shows from the outside: found where it is first used.
+FOUND_OUT = {"rembert": "Short prompts differ too", "openai-gpt": "4-D attention mask"}
+
+
+def build(kind: str, options: dict) -> PreTrainedModel:
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"the installed version of transformers has no {kind}")
+    plain = CONFIG_MAPPING[kind]()
+    known = {name: size for name, size in SIZES.items() if hasattr(plain, name) and name not in options}
+    if kind == "falcon":
+        del known["head_dim"]
+    special = {"vocab_size": len(TOKENIZER), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = CONFIG_MAPPING[kind](**special, **known, **options)
+    config.initializer_range = 0.3
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="module")
+def catalog():
+    return ItemCatalog.from_semantic_ids(IDS, TOKENIZER)
+
+
+@pytest.fixture
+def encoder(catalog):
+    return PromptEncoder(catalog, TOKENIZER, max_history_items=HISTORY)
+
+
+def naive(policy, prompts, leaves):
+    def logits_of(prompt, path):
+        return policy.model(input_ids=torch.cat([prompt, path])[None]).logits[0, len(prompt) - 1 : -1].float()
+
+    return tiny.naive_log_probs(policy.catalog.tree, prompts, leaves, len(TOKENIZER), logits_of)
+
+
+@pytest.mark.parametrize("kind", [*WINDOWED, *WHOLE])
+def test_exact(kind, catalog, encoder):
+    policy = make_policy(build(kind, {**WHOLE, **WINDOWED}[kind]), catalog)
+    prompts = encoder([list(range(HISTORY)), [26, 3]])
+    leaves = torch.tensor([[0, 1, 13, 26]]).expand(2, -1)
+    with torch.no_grad():
+        expected = naive(policy, prompts, leaves)
+        torch.testing.assert_close(policy.score(prompts, leaves).log_probs, expected, rtol=0, atol=1e-4)
+        decoded = policy.leaf_log_probs(prompts).gather(1, leaves)
+    torch.testing.assert_close(decoded, expected.sum(-1), rtol=0, atol=2e-4)
+    check_exact(policy, encoder)
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_windows_are_shorter_than_the_prompt(kind, catalog, encoder, monkeypatch):
+    """Without them the policy is another one: each of these models would show a window that is forgotten."""
+    policy = make_policy(build(kind, WINDOWED[kind]), catalog)
+    monkeypatch.setattr(policy, "_reaches", {})
+    with pytest.raises(ValueError, match="Short prompts agree: a layer sees a part of a long prompt only"):
+        check_exact(policy, encoder)
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama4_text", "mistral"])
+def test_gradients_beyond_the_window(kind, catalog, encoder):
+    policy = make_policy(build(kind, WINDOWED[kind]), catalog)
+    prompts, leaves = encoder([list(range(HISTORY)), [26, 3]]), torch.tensor([[0, 5, 13], [2, 2, 25]])
+    weights = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(2))
+    parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    packed, expected = (
+        torch.autograd.grad((log_probs * weights).sum(), parameters, allow_unused=True)
+        for log_probs in (policy.score(prompts, leaves).log_probs, naive(policy, prompts, leaves))
+    )
+    scale = max(float(gradient.abs().max()) for gradient in expected if gradient is not None)
+    for own, other in zip(packed, expected, strict=True):
+        assert (own is None) == (other is None)
+        assert own is None or float((own - other).abs().max()) <= 1e-4 * scale
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused_at_construction(kind, catalog):
+    options, reason = REFUSED[kind]
+    with pytest.raises(ValueError, match=reason) as error:
+        CausalTreePolicy(build(kind, options), catalog)
+    assert "Use a model whose layers all are causal attention" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", FOUND_OUT)
+def test_refused_at_the_first_use(kind, catalog, encoder):
+    policy = make_policy(build(kind, {}), catalog)
+    with pytest.raises(ValueError, match=FOUND_OUT[kind]) as error:
+        check_exact(policy, encoder)
+    assert type(policy.model).__name__ in str(error.value)
+
+
+ROWS = {
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 30},
+    "llama4_text": {**WINDOWED["llama4_text"], "floor_scale": 31, "attn_scale": 0.5},
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_models_that_count_columns_are_refused_beyond_their_limit(kind, catalog, encoder):
+    policy = make_policy(build(kind, ROWS[kind]), catalog)
+    prompts = encoder([list(range(HISTORY))])  # 25 tokens
+    fits, too_many = torch.tensor([[0, 1]]), torch.arange(27)[None]
+    with torch.no_grad():
+        expected = naive(policy, prompts, fits)
+        torch.testing.assert_close(policy.score(prompts, fits).log_probs, expected, rtol=0, atol=1e-4)
+    for use in (lambda: policy.score(prompts, too_many), lambda: policy.leaf_log_probs(prompts)):
+        with pytest.raises(ValueError, match="exact for up to 30; a prompt and its branches take"):
+            use()
