@@ -139,6 +139,11 @@ def whole_models() -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------------------------------------- others
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside the wrapper of `torch.compile`; any other module as it is."""
+    return getattr(model, "_orig_mod", model)
+
+
 def parser_actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     """The arguments that a parser knows, `--help` included."""
     return parser._actions

@@ -172,6 +172,11 @@ def test_adapters_that_transformers_has_loaded_are_seen(tmp_path):
     assert compat.carries_adapters(model)
 
 
+def test_a_compiled_module_is_seen_inside_its_wrapper():
+    model = torch.nn.Linear(2, 2)
+    assert compat.uncompiled(torch.compile(model)) is model is compat.uncompiled(model)
+
+
 def test_tied_weights_are_named():
     model = tiny_seq2seq(40, "bart")
     tied = compat.tied_weights(model)

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from gflowtrl.compat import uncompiled
+
 
 def innermost(model: nn.Module) -> nn.Module:
-    """The language model inside PEFT, DDP, DeepSpeed and FSDP wrappers: to look at, never to call."""
+    """The language model inside PEFT, DDP, DeepSpeed, FSDP and torch.compile wrappers: to look at, never to call."""
     while True:
+        model = uncompiled(model)
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()
         elif isinstance(getattr(model, "module", None), nn.Module):

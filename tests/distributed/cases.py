@@ -156,8 +156,9 @@ def resume(case: Case, folder: Path, processes: int = 1, **options: Any) -> dict
 def model_of(case: Case, seed: int = 0) -> PreTrainedModel:
     unset_hf_deepspeed_config()  # of the case before, which would shard this model before its numbers are set
     model = (tiny_seq2seq if case.backbone == "t5" else tiny_model)(VOCABULARY, case.backbone, seed=seed)
-    if case.backbone == "qwen3":  # one table of embeddings, as Qwen's small models have it
+    if case.backbone == "qwen3":  # one table of embeddings, as Qwen's small models have it, and a layer with a window
         model.config.tie_word_embeddings = True
+        model.config.layer_types, model.config.sliding_window = ["sliding_attention", "full_attention"], 4
         torch.manual_seed(seed)
         model = type(model)(model.config)
     for module in model.modules():  # no dropout: its random numbers follow from the shape of the micro-batch
