@@ -19,8 +19,10 @@ from .modules import evaluation_mode, innermost, model_dtype
 
 
 COMPARED_LEAVES = 4
-#: Differences of a token's log-probability that rounding explains, per dtype.
-ROUNDING = {torch.float32: 2e-3, torch.float64: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+#: Differences of a token's log-probability that rounding explains, per dtype. Measured on tiny models of 15 kinds:
+#: at most 4e-6 in float32; in 16 bits up to .08, and 2.4 where a mixture of experts chose another expert, with medians
+#: of at most .0011. So it is the largest difference of a prompt that counts, and in 16 bits the median one.
+ROUNDING = {torch.float32: 2e-3, torch.float64: 2e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 
 
 @torch.no_grad()
@@ -54,11 +56,20 @@ def check_exact(policy: TreePolicy, encoder: PromptEncoder, dtype: torch.dtype |
                 f"{type(innermost(policy.model)).__name__} reads a prompt, but not several branches behind one by a "
                 f"4-D attention mask ({type(error).__name__}: {error}). Use another kind of model (Llama, Qwen3, T5)."
             ) from error
-    allowed = ROUNDING[dtype or model_dtype(policy.model)]
+    dtype = _computed_in(policy.model) if dtype is None else dtype
+    allowed = ROUNDING[dtype]
     for way, log_probs in found.items():
-        differences = (log_probs - plain).abs().amax((1, 2))
+        every = (log_probs - plain).abs().flatten(1)
+        differences = every.amax(1) if dtype.itemsize >= 4 else every.median(1).values
         if not bool((differences <= allowed).all()):  # so that NaN is a difference
             raise ValueError(_message(policy.model, way, differences, prompts["attention_mask"].sum(1), allowed))
+
+
+def _computed_in(model: nn.Module) -> torch.dtype:
+    """The model's dtype, or float16 for the like precision of float32 products in TF32."""
+    dtype = model_dtype(model)
+    tf32 = torch.cuda.is_available() and torch.get_float32_matmul_precision() != "highest"
+    return torch.float16 if tf32 and dtype == torch.float32 else dtype
 
 
 def plain_log_probs(policy: TreePolicy, prompts: Prompts, leaves: Tensor) -> Tensor:
