@@ -139,7 +139,7 @@ def small_llama(tokenizer: PreTrainedTokenizerBase, hidden_size: int = 64) -> Ll
     """Two layers; at width 64 some 140,000 parameters."""
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=32, initializer_range=0.1, pad_token_id=tokenizer.pad_token_id,
+        num_attention_heads=4, max_position_embeddings=128, initializer_range=0.1, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     return LlamaForCausalLM(config)

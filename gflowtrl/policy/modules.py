@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,17 @@ def innermost(model: nn.Module) -> nn.Module:
             return model
 
 
-def forward_parameters(model: nn.Module) -> set[str]:
+def forward_parameters(model: nn.Module) -> frozenset[str]:
     """Names of what the model inside all wrappers takes, in its own forward and in those of its base classes: a
     subclass with flow heads takes `**kwargs` and hands them on."""
-    forwards = [vars(base)["forward"] for base in type(innermost(model)).__mro__ if "forward" in vars(base)]
-    return {name for forward in forwards for name in inspect.signature(forward).parameters}
+    return _forward_parameters(type(innermost(model)))
+
+
+@cache
+def _forward_parameters(kind: type[nn.Module]) -> frozenset[str]:
+    """Reading signatures takes longer than a small model's forward, and decoding asks at every token."""
+    forwards = [vars(base)["forward"] for base in kind.__mro__ if "forward" in vars(base)]
+    return frozenset(name for forward in forwards for name in inspect.signature(forward).parameters)
 
 
 def cache_argument(model: nn.Module, cache: object) -> dict[str, object]:

@@ -24,6 +24,7 @@ def run(tmp_path, rows, shared: int, **options):
         tmp_path, [GroundTruthReward(), CollaborativeReward(teacher)], max_shared_prompts=shared, train_dataset=rows,
         max_history_items=5, optim="sgd", learning_rate=0.1, max_steps=4, **options,
     )  # fmt: skip
+    trainer.policy_of(trainer.model)  # the first time it is compared with the model
     lengths = []
     trainer.model.register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append(kwargs["input_ids"].numel()), with_kwargs=True

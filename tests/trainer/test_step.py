@@ -185,7 +185,10 @@ def test_the_target_is_scored_once(tmp_path, monkeypatch, sampler, scored):
         CausalTreePolicy, "score", lambda s, p, leaves, *r: widths.append(leaves.shape[1]) or score(s, p, leaves, *r)
     )
     trainer = make_trainer(tmp_path, rewards(), loss_type="sft,vargrad", sampler=sampler)
-    trainer.compute_loss(trainer.model, first_batch(trainer))
+    batch = first_batch(trainer)
+    trainer.policy_of(trainer.model)  # the first time it is compared with the model
+    widths.clear()
+    trainer.compute_loss(trainer.model, batch)
     assert widths == [scored]
 
 
