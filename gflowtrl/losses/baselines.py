@@ -47,14 +47,16 @@ def sdpo(log_probs: Tensor, ref_log_probs: Tensor, lengths: Tensor, leaves: Tens
     Negatives that are the target itself are left out; where none is left the loss is 0.
 
     Args:
-        log_probs: `(B, K, L)` of the tokens taken; trajectory 0 is the observed target.
-        ref_log_probs: `(B, K, L)` the reference model's.
+        log_probs: `(B, K, L)` of the tokens taken, over the tree or over the whole vocabulary as TRL has them;
+            trajectory 0 is the observed target.
+        ref_log_probs: `(B, K, L)` the reference model's, over the same.
         lengths: `(B, K)`.
         leaves: `(B, K)`.
         beta: > 0; how strongly differences count.
 
     Returns:
-        `(B, 1)`, in nats. With one negative it is DPO.
+        `(B, 1)`, in nats. With one negative it is DPO of the ids' tokens. TRL's `DPOTrainer` appends an end token to
+        both answers of a text data set, which adds a term of its own; an id has none.
 
     References:
         Chen et al., On Softmax Direct Preference Optimization for Recommendation, NeurIPS 2024.
@@ -96,5 +98,5 @@ def grpo(log_probs: Tensor, ref_log_probs: Tensor, lengths: Tensor, advantages: 
 
 
 register_loss("msl", LossSpec(msl, uses_target=True))
-register_loss("sdpo", LossSpec(sdpo, min_generations=2, uses_target=True, uses_negatives=True))
+register_loss("sdpo", LossSpec(sdpo, min_generations=2, uses_target=True, uses_negatives=True, any_label_space=True))
 register_loss("grpo", LossSpec(grpo, min_generations=2))

@@ -74,7 +74,8 @@ class LossSpec:
         min_generations: least number of trajectories per prompt.
         uses_target: computed on the observed target's id instead of on the sampled trajectories.
         uses_negatives: the loss scores the target (index 0) together with the sampled trajectories (indices 1..K).
-        any_label_space: its log-probabilities may be over the whole vocabulary instead of the tree.
+        any_label_space: its log-probabilities, and the reference's, may be over the whole vocabulary instead of the
+            tree.
         prefix_weights: for losses `(B, L)` of the target's prefixes instead: the class that weighs them by depth.
 
     Raises:

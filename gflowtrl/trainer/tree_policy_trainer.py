@@ -110,7 +110,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, TRLTra
         check_trainable(parts.model, peft_config is not None)
         check_encoder(parts.encoder, parts.catalog, parts.model, args.max_shared_prompts, args.max_history_items)
         self.losses: dict[str, LossSpec] = args.losses
-        # L_m over the vocabulary, and cross entropy, are of the target; balance is always over the tree.
+        # Of the losses on the target, alone or against negatives; balance is always over the tree.
         self._vocabulary = args.label_space == "vocabulary"
         self.num_generations = args.num_generations
         sampler = self._default_sampler(args) if sampler is None else sampler
@@ -249,9 +249,9 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, TRLTra
         scores = group.scores
         if loss.uses_target:
             scores = group.all_scores if loss.uses_negatives else group.target
-        log_probs, tree = scores.log_probs, self._catalog.tree
+        log_probs, ref_log_probs, tree = scores.log_probs, scores.ref_log_probs, self._catalog.tree
         if loss.any_label_space and scores.vocabulary_log_probs is not None:
-            log_probs = scores.vocabulary_log_probs
+            log_probs, ref_log_probs = scores.vocabulary_log_probs, scores.ref_vocabulary_log_probs
         prefixes = {"prefix_nodes", "nodes_per_depth"} & {*loss.inputs}
         return LossInputs(
             log_probs=log_probs,
@@ -260,7 +260,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, TRLTra
             leaves=group.leaves,
             log_z=scores.log_z,
             log_flows=scores.log_flows,
-            ref_log_probs=scores.ref_log_probs,
+            ref_log_probs=ref_log_probs,
             prefix_nodes=tree.walk(group.leaves)[:, :, 1:] if prefixes else None,
             nodes_per_depth=log_probs.new_tensor(tree.nodes_per_depth, dtype=torch.long) if prefixes else None,
         )
