@@ -19,6 +19,7 @@ from trl import ModelConfig, get_quantization_config
 
 from gflowtrl.data import add_item_tokens
 from gflowtrl.policy import check_causal, load_backbone, whole_models
+from gflowtrl.policy.temperature import read_temperature
 
 from .materials import Materials
 from .recipe import QUANTISATION, Recipe
@@ -68,6 +69,7 @@ def save_merged(base: Callable[[], PreTrainedModel], adapters: Path, folder: Pat
     """Merges adapters into what `base` gives, the model that they were trained on (not quantised), and saves it."""
     with whole_models():
         merged = PeftModel.from_pretrained(base(), adapters).merge_and_unload()
+    read_temperature(merged, adapters)
     merged.save_pretrained(folder)
 
 

@@ -178,6 +178,13 @@ class TreePolicyConfig(TRLConfig):
         """What is set of the options of one of the losses."""
         return dict(self.loss_kwargs.get(name, {})) if isinstance(self.loss_kwargs, dict) else {}
 
+    @property
+    def policy_temperature(self) -> float | None:
+        """What a loss says that the policy's logits are divided by; None where none does."""
+        set_by = [name for name, loss in self.losses.items() if loss.sets_temperature]
+        found = [self.loss_options(name).get("temperature") for name in set_by]
+        return next((float(temperature) for temperature in found if temperature is not None), None)
+
     def _check_unused(self) -> None:
         """Arguments of the Trainer that these trainers would stumble over, or not look at."""
         for name, needed, reason in (
