@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -231,7 +231,7 @@ def _json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = _whole(json_object(line, parse_constant=_no_number), line)
+                row = _whole(json_object(line, _decode), line)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}. Mend the line or take it out.") from None
             yield where, row
@@ -245,27 +245,23 @@ def _utf8(file: Path) -> Iterator[None]:
         raise ValueError(f"{file} is no text in UTF-8 ({error}). Unpack it, or save it as UTF-8.") from None
 
 
-def json_object(text: str, **options: Any) -> dict[str, Any]:
+def json_object(text: str, decode: Callable[[str], Any] = json.loads) -> dict[str, Any]:
     """One JSON object. A ValueError says what the text is instead of one, without a full stop.
 
     Args:
         text: a line of a `.jsonl` file, or a whole file.
-        **options: of `json.loads`.
+        decode: what reads it, `json.loads` or a decoder's `decode`.
     """
-    row = json_value(text, **options)
+    row = json_value(text, decode)
     if not isinstance(row, dict):
         raise ValueError(f"a JSON object is needed, not {type(row).__name__}")
     return row
 
 
-def json_value(text: str, **options: Any) -> Any:
-    """What JSON text holds. A ValueError says why it is none, without a full stop.
-
-    Args:
-        text, **options: as for `json.loads`.
-    """
+def json_value(text: str, decode: Callable[[str], Any] = json.loads) -> Any:
+    """What JSON text holds, as `json_object`, but any value will do."""
     try:
-        return json.loads(text, **options)
+        return decode(text)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise ValueError(f"no JSON ({error.msg}, {line}column {error.colno})") from None
@@ -291,6 +287,9 @@ def _no_number(word: str) -> Any:
     raise ValueError(f"{word} is no number in JSON; write null or leave the entry out")
 
 
+_decode = json.JSONDecoder(parse_constant=_no_number).decode  # made once: json.loads would make one for each line
+
+
 def _read_object(file: Path) -> dict[str, Any]:
     """One JSON object. A key that is there twice is an error (the json module would silently keep the last)."""
 
@@ -302,7 +301,8 @@ def _read_object(file: Path) -> dict[str, Any]:
     with _utf8(file):
         text = file.read_text(encoding="utf-8-sig")
     try:
-        return _whole(json_object(text, object_pairs_hook=unique, parse_constant=_no_number), text)
+        decoder = json.JSONDecoder(object_pairs_hook=unique, parse_constant=_no_number)
+        return _whole(json_object(text, decoder.decode), text)
     except ValueError as error:
         raise ValueError(f"{file}: {error}. Mend or replace the file.") from None
 
