@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -30,6 +30,14 @@ POSITIVE_SHARE = Bound("a number in (0, 1)", lambda value: 0 < value < 1)
 SHARE_BELOW_ONE = Bound("a number in [0, 1)", lambda value: 0 <= value < 1)
 
 
+def is_finite(value: Any) -> bool:
+    """Whether a number fits into a float: JSON has whole numbers of any length, and `1e400` for infinity."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def check_number(name: str, value: object, bound: Bound, optional: bool = False) -> None:
     """Refuse an option that is not a finite number within its bound.
 
@@ -44,9 +52,34 @@ def check_number(name: str, value: object, bound: Bound, optional: bool = False)
     """
     if optional and value is None:
         return
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, Real) and not isinstance(value, bool) and is_finite(value)
     if not (number and bound.holds(value)):
         raise ValueError(f"{name} is {value!r}; it must be {bound.meaning}{' or None' if optional else ''}.")
+
+
+def check_text(name: str, value: object, optional: bool = False) -> None:
+    """Refuse what is no text, or holds half a character, which JSON and Python can hold and no file or answer can.
+
+    Args:
+        name: what the error calls the text.
+        value: what was given.
+        optional: None will do as well.
+
+    Raises:
+        ValueError: names the text and its value.
+    """
+    if optional and value is None:
+        return
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be text, but it is {value!r}. Mend it or leave it out.")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"{name} holds half a character (of a surrogate pair, cut apart): {value!r}. Mend it.")
+
+
+def check_titles(titles: Mapping[Any, object]) -> None:
+    """Refuse titles of items that are no text (`check_text`); the error names the item."""
+    for item, title in titles.items():
+        check_text(f"The title of item {item!r}", title)
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gflowtrl.catalog import Item, ItemCatalog
-from gflowtrl.checks import COUNT, POSITIVE, check_choice, check_number
+from gflowtrl.checks import COUNT, POSITIVE, check_choice, check_number, check_titles
 from gflowtrl.data import PromptEncoder
 from gflowtrl.data.recommender_files import read_details, read_encoder, write_recommender_files
 from gflowtrl.policy import Noise, StatelessNoise, check_exact, check_positions, load_backbone, make_policy
@@ -138,6 +138,7 @@ class Recommender:
         check_positions(model, self.encoder.max_length, catalog.tree.max_depth, self.encoder.max_history_items)
         self._policy_is_checked = False
         self.titles, self.item_counts, self.teacher = dict(titles or {}), item_counts, teacher
+        check_titles(self.titles)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, **model_kwargs) -> Recommender:

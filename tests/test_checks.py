@@ -29,6 +29,26 @@ def test_bounds(bound, good, bad):
         assert str(error.value) == f"It is {value!r}; it must be {bound.meaning}."
 
 
+def test_numbers_beyond_a_float_are_refused():
+    assert checks.is_finite(10**300) and not checks.is_finite(10**400) and not checks.is_finite(math.nan)
+    with pytest.raises(ValueError, match="it must be a finite number above 0"):
+        checks.check_number("It", 10**400, checks.POSITIVE)
+
+
+def test_texts():
+    for text in ("", "lamp", "\U0001f600 é"):
+        checks.check_text("It", text)
+    checks.check_text("It", None, optional=True)
+    for value in (None, math.nan, 7, ["a"], b"a"):
+        with pytest.raises(ValueError, match="^It must be text, but it is"):
+            checks.check_text("It", value)
+    for half in ("\ud83d", "pen \udc00"):
+        with pytest.raises(ValueError, match="^It holds half a character"):
+            checks.check_text("It", half)
+    with pytest.raises(ValueError, match="The title of item 3 must be text, but it is nan"):
+        checks.check_titles({2: "lamp", 3: math.nan})
+
+
 def test_choices():
     checks.check_choice("It", "a", ("a", "b"))
     with pytest.raises(ValueError, match="^It is 'c'; choose 'a' or 'b'.$"):

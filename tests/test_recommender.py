@@ -1,5 +1,7 @@
 """`Recommender` against brute force over all leaves, and its answers to mistakes."""
 
+import json
+
 import pytest
 import scipy
 import torch
@@ -195,6 +197,17 @@ def test_titles_counts_and_teacher_are_saved_and_explain(recommender, tmp_path):
     assert explanation.title == "Ein Stuhl für zwei" and explanation.teacher_rank == 2
     assert explanation.teacher_probability == pytest.approx(2 / (4 + 2 + len(ITEMS) - 2))
     assert recommender.explain(["short"], "twin").teacher_rank is None
+
+
+@pytest.mark.parametrize("title", [float("nan"), ["a"], "pen \ud83d"])
+def test_titles_that_are_no_text_are_refused(recommender, tmp_path, title):
+    with pytest.raises(ValueError, match="The title of item 'i010' (must be text|holds half a character)"):
+        Recommender(recommender.model, TOKENIZER, recommender.catalog, 5, titles={"i010": title})
+    recommender.save_pretrained(tmp_path)
+    titles = [title if item == "i010" else None for item in recommender.catalog.items]
+    (tmp_path / "item_details.json").write_text(json.dumps({"titles": titles}))
+    with pytest.raises(ValueError, match="The title of item 'i010'"):
+        Recommender.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "t5", "bart"])

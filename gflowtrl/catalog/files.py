@@ -1,9 +1,11 @@
-"""Files that a reader sees whole or not at all."""
+"""Files that a reader sees whole or not at all, and errors that name a file which cannot be read."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,3 +28,46 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], Any]) -> N
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write text atomically, in UTF-8."""
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+@contextmanager
+def reading(path: str | os.PathLike, what: str) -> Iterator[None]:
+    """Within, a file is read by another library, and whatever that library makes of broken content names the file.
+
+    numpy, safetensors, yaml and json raise a dozen kinds of errors on bytes that are not theirs, `RecursionError` and
+    `tokenize.TokenError` among them, and hardly one says which file it was.
+
+    Args:
+        path: the file.
+        what: what it should be, as in "... cannot be read as {what}".
+
+    Raises:
+        ValueError: names the file, what it should be and the reason.
+        OSError: the file is not there or may not be read, as ever.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:  # the operating system's own, which names the file
+            raise
+        raise _unreadable(path, what, error) from None
+    except Exception as error:
+        raise _unreadable(path, what, error) from None
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The content of a JSON file that a program has written.
+
+    Raises:
+        ValueError: it is broken; the message names the file.
+        OSError: it is not there.
+    """
+    with reading(path, "JSON"):
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def _unreadable(path: str | os.PathLike, what: str, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    if isinstance(error, RecursionError):
+        reason = "it is nested too deeply"
+    return ValueError(f"{os.fspath(path)} cannot be read as {what} ({reason.rstrip('.')}). Mend or replace the file.")

@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from safetensors import SafetensorError
+
 from gflowtrl.compat import parser_actions
 
 
@@ -65,6 +67,17 @@ def _as_words(action: argparse.Action, value: Any) -> list[str]:
     return [action.option_strings[-1], *(values if value is not True else [])]
 
 
+#: What a parser raises on content that is not its own, where no reader has named the file (`files.reading` does).
+PARSERS: dict[type[Exception], str] = {
+    RecursionError: "Something in the input is nested too deeply to be read",
+    OverflowError: "A number in the input is too large",
+    SafetensorError: "A file of tensors cannot be read",
+    EOFError: "A file ends too early",
+}
+#: Errors that say what is wrong with the input; an ImportError, that an optional package is missing.
+BAD_INPUT = (ValueError, TypeError, OSError, ImportError, *PARSERS)
+
+
 def guarded(work: Callable[[], int | None]) -> int:
     """Does the work; bad input is one line on stderr and exit code 2, Ctrl-C is 130; our warnings are one line too."""
     from transformers.utils import logging
@@ -79,7 +92,7 @@ def guarded(work: Callable[[], int | None]) -> int:
                 else default(message, category, *place)
             )
             return work() or 0
-    except (ValueError, TypeError, OSError, ImportError) as error:  # the last: an optional package is missing
+    except BAD_INPUT as error:
         print(f"error: {_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -88,7 +101,10 @@ def guarded(work: Callable[[], int | None]) -> int:
 
 
 def _sentence(error: Exception) -> str:
-    """What went wrong; the operating system's own errors (`[Errno 2] ...`) are put into words."""
+    """What went wrong; the operating system's own errors (`[Errno 2] ...`) and those of parsers are put into words."""
+    for kind, what in PARSERS.items():
+        if isinstance(error, kind):
+            return f"{what} ({str(error) or type(error).__name__}). Check the files and options that were given."
     if not isinstance(error, OSError) or error.strerror is None or error.filename is None:
         return str(error)
     if isinstance(error, FileNotFoundError):

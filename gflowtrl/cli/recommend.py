@@ -90,10 +90,12 @@ def _shown(one: Any) -> dict[str, Any]:
 
 
 def _row(line: str, where: str) -> dict[str, Any]:
+    from gflowtrl.data.readers import json_value
+
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: no JSON ({error.msg}, column {error.colno}).") from None
+        row = json_value(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}.") from None
     row = row if isinstance(row, dict) else {"history": row}
     if not _are_items(row.get("history")):
         raise ValueError(f'{where}: give a list of items, numbers or strings, or {{"history": [...]}}.')
@@ -103,11 +105,13 @@ def _row(line: str, where: str) -> dict[str, Any]:
 def _allowed(file: str | None) -> list | None:
     if file is None:
         return None
+    from gflowtrl.data.readers import json_value
+
     text = Path(file).read_bytes()
     try:
-        content = json.loads(text.decode("utf-8-sig"))
+        content = json_value(text.decode("utf-8-sig"))
     except ValueError as error:
-        raise ValueError(f"{file} must hold a JSON list of items in UTF-8, but it is no JSON ({error}).") from None
+        raise ValueError(f"{file} must hold a JSON list of items in UTF-8, but it holds {error}.") from None
     if not _are_items(content):
         raise ValueError(f"{file} must hold a JSON list of items, numbers or strings.")
     return content

@@ -9,6 +9,7 @@ import numpy as np
 
 from gflowtrl.catalog import Item
 from gflowtrl.catalog.items import ItemIndex
+from gflowtrl.checks import check_text
 
 
 #: Levels of an `Event`, ordered by how much they say about a user's taste.
@@ -64,6 +65,8 @@ class InteractionData:
         known = set(self.items)
         for user, sequence in zip(self.users, self.sequences, strict=True):
             self._check_known(user, "took", sequence, known)
+        for item, row in self.item_features.items():
+            check_text(f"{self.name}: the title of item {item!r}", row.get("title"), optional=True)
         if self.semantic_ids is not None:
             self.semantic_ids = _in_item_order(self.semantic_ids, self.items, self.name)
         if self.events is not None:

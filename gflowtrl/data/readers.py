@@ -1,14 +1,16 @@
 """Readers: the folder format of this library and the LETTER / APAO triple. docs/data.md describes both."""
 
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from gflowtrl.catalog import Item
+from gflowtrl.checks import check_text, is_finite
 
 from .interactions import CLICKED, PURCHASED, SHOWN, Event, InteractionData
 
@@ -53,7 +55,7 @@ def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
     users, sequences = list(by_user), list(by_user.values())
     file, features = path / "items.jsonl", {}
     if file.is_file():
-        features = {item: {k: v for k, v in row.items() if k != "item"} for _, item, row in _rows(file, "item")}
+        features = {item: _features(row, where) for where, item, row in _rows(file, "item")}
     numbers = _are_numbers(chain(chain.from_iterable(sequences), features))
     ids_file = path / "semantic_ids.json"
     semantic_ids = _read_semantic_ids(ids_file, numbers) if with_ids and ids_file.is_file() else None
@@ -173,6 +175,9 @@ def _read_events(file: Path, users: list[Item]) -> list[list[Event]]:
         columns = [row.get(key) for key in ("sessions", "items", "levels")]
         if not all(isinstance(column, list) for column in columns) or len({*map(len, columns)}) != 1:
             raise ValueError(f"{where}: 'sessions', 'items' and 'levels' must be three lists of one length.")
+        for ids, what in zip(columns, ("session", "item"), strict=False):
+            for value in ids:
+                _checked_id(value, what, where)
         rows[user] = [Event(*event) for event in zip(*columns, strict=True)]
         if any(event.level not in (SHOWN, CLICKED, PURCHASED) for event in rows[user]):
             raise ValueError(f"{where}: a level must be 0 (shown), 1 (clicked) or 2 (purchased).")
@@ -194,18 +199,42 @@ def _read_features(file: Path, numbers: bool) -> dict[Item, dict[str, Any]]:
     for item, row in features.items():
         if not isinstance(row, dict):
             raise ValueError(f"{file}: the features of item {item} must be a JSON object.")
+        _check_features(row, f"{file}: item {item}")
     return features
+
+
+def _features(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """What a line says of its item."""
+    known = {name: value for name, value in row.items() if name != "item"}
+    _check_features(known, where)
+    return known
+
+
+def _check_features(known: dict[str, Any], where: str) -> None:
+    """A title is text, and every number, however deep it lies, fits into a float."""
+    check_text(f"{where}: 'title'", known.get("title"), optional=True)
+    for name, value in known.items():
+        parts = [value]
+        while parts:
+            part = parts.pop()
+            if isinstance(part, dict | list):
+                parts += part.values() if isinstance(part, dict) else part
+            elif isinstance(part, int | float) and not is_finite(part):
+                shown = str(part) if isinstance(part, float) else f"a number of {len(str(abs(part)))} digits"
+                raise ValueError(f"{where}: {name!r} is {shown}, more than a float holds. Mend it or leave it out.")
 
 
 def _json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with _utf8(file), file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             where = f"{file}, line {number}"
+            if not line.strip():
+                continue
             try:
-                if line.strip():
-                    yield where, json_object(line)
+                row = _whole(json_object(line, _decode), line)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}. Mend the line or take it out.") from None
+            yield where, row
 
 
 @contextmanager
@@ -216,21 +245,49 @@ def _utf8(file: Path) -> Iterator[None]:
         raise ValueError(f"{file} is no text in UTF-8 ({error}). Unpack it, or save it as UTF-8.") from None
 
 
-def json_object(text: str, **options: Any) -> dict[str, Any]:
+def json_object(text: str, decode: Callable[[str], Any] = json.loads) -> dict[str, Any]:
     """One JSON object. A ValueError says what the text is instead of one, without a full stop.
 
     Args:
         text: a line of a `.jsonl` file, or a whole file.
-        **options: of `json.loads`.
+        decode: what reads it, `json.loads` or a decoder's `decode`.
     """
-    try:
-        row = json.loads(text, **options)
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise ValueError(f"no JSON ({error.msg}, {line}column {error.colno})") from None
+    row = json_value(text, decode)
     if not isinstance(row, dict):
         raise ValueError(f"a JSON object is needed, not {type(row).__name__}")
     return row
+
+
+def json_value(text: str, decode: Callable[[str], Any] = json.loads) -> Any:
+    """What JSON text holds, as `json_object`, but any value will do."""
+    try:
+        return decode(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise ValueError(f"no JSON ({error.msg}, {line}column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply to be read") from None
+
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON writes halves of surrogate pairs; two make a character
+
+
+def _whole(row: dict[str, Any], text: str) -> dict[str, Any]:
+    """`row`, unless its text holds half a character, which no file can hold that is made of it."""
+    if _HALF.search(text):
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start].encode("ascii", "backslashreplace").decode()
+            raise ValueError(f"{half} is half a character (of a surrogate pair, cut apart)") from None
+    return row
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(f"{word} is no number in JSON; write null or leave the entry out")
+
+
+_decode = json.JSONDecoder(parse_constant=_no_number).decode  # made once: json.loads would make one for each line
 
 
 def _read_object(file: Path) -> dict[str, Any]:
@@ -244,7 +301,8 @@ def _read_object(file: Path) -> dict[str, Any]:
     with _utf8(file):
         text = file.read_text(encoding="utf-8-sig")
     try:
-        return json_object(text, object_pairs_hook=unique)
+        decoder = json.JSONDecoder(object_pairs_hook=unique, parse_constant=_no_number)
+        return _whole(json_object(text, decoder.decode), text)
     except ValueError as error:
         raise ValueError(f"{file}: {error}. Mend or replace the file.") from None
 

@@ -23,7 +23,8 @@ def msl(log_probs: Tensor, child_log_probs: Tensor, lengths: Tensor, temperature
         log_probs: `(B, K, L)` tree-normalised log-probabilities of the tokens taken.
         child_log_probs: `(B, K, L, C)` those of all legal tokens, -inf on padding.
         lengths: `(B, K)`.
-        temperature: tau > 0 that the logits are divided by.
+        temperature: tau > 0 that the logits are divided by. What is trained is the distribution at tau, so a trainer
+            makes it the policy's, and decodes by it too (`LossSpec.sets_temperature`).
 
     Returns:
         `(B, K)`, in nats, summed over tokens.
@@ -47,14 +48,16 @@ def sdpo(log_probs: Tensor, ref_log_probs: Tensor, lengths: Tensor, leaves: Tens
     Negatives that are the target itself are left out; where none is left the loss is 0.
 
     Args:
-        log_probs: `(B, K, L)` of the tokens taken; trajectory 0 is the observed target.
-        ref_log_probs: `(B, K, L)` the reference model's.
+        log_probs: `(B, K, L)` of the tokens taken, over the tree or over the whole vocabulary as TRL has them;
+            trajectory 0 is the observed target.
+        ref_log_probs: `(B, K, L)` the reference model's, over the same.
         lengths: `(B, K)`.
         leaves: `(B, K)`.
         beta: > 0; how strongly differences count.
 
     Returns:
-        `(B, 1)`, in nats. With one negative it is DPO.
+        `(B, 1)`, in nats. With one negative it is DPO of the ids' tokens. TRL's `DPOTrainer` appends an end token to
+        both answers of a text data set, which adds a term of its own; an id has none.
 
     References:
         Chen et al., On Softmax Direct Preference Optimization for Recommendation, NeurIPS 2024.
@@ -95,6 +98,6 @@ def grpo(log_probs: Tensor, ref_log_probs: Tensor, lengths: Tensor, advantages: 
     return tokens.masked_fill(~real_steps(lengths, log_probs.shape[-1]), 0.0).sum(-1) / lengths
 
 
-register_loss("msl", LossSpec(msl, uses_target=True))
-register_loss("sdpo", LossSpec(sdpo, min_generations=2, uses_target=True, uses_negatives=True))
+register_loss("msl", LossSpec(msl, uses_target=True, sets_temperature=True))
+register_loss("sdpo", LossSpec(sdpo, min_generations=2, uses_target=True, uses_negatives=True, any_label_space=True))
 register_loss("grpo", LossSpec(grpo, min_generations=2))

@@ -53,8 +53,9 @@ def prefix_pairwise(
         prefix_nodes: `(B, K, L)` the node reached by each token, -1 beyond an id's end (`PrefixTree.walk` without the
             root).
         nodes_per_depth: `(L,)` number of prefixes that the catalogue has at each depth.
-        variant: with `"2025"`, the authors' first release, negatives stand for all competing prefixes, and L_m is
-            divided by m; the others (see `PrefixWeights`) change the weights only.
+        variant: with `"2025"`, the authors' first release, the negatives' probabilities are multiplied by (prefixes of
+            m tokens - 1) / (valid negatives + 1), where that code counts the target as valid too, and L_m is divided
+            by m; the others (see `PrefixWeights`) change the weights only.
 
     Returns:
         `(B, L)`, in nats; 0 beyond the target's length.
@@ -73,7 +74,7 @@ def prefix_pairwise(
     count = against.sum(1)
     if variant == "2025":
         competing = (nodes_per_depth - 1).clamp(min=1).to(sums.dtype)
-        negatives = negatives + (competing / count.clamp(min=1)).log()
+        negatives = negatives + (competing / (count + 1)).log()
     losses = torch.nn.functional.softplus(negatives - positive)
     if variant == "2025":
         losses = losses / torch.arange(1, num_steps + 1, device=losses.device)

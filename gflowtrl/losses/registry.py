@@ -74,7 +74,10 @@ class LossSpec:
         min_generations: least number of trajectories per prompt.
         uses_target: computed on the observed target's id instead of on the sampled trajectories.
         uses_negatives: the loss scores the target (index 0) together with the sampled trajectories (indices 1..K).
-        any_label_space: its log-probabilities may be over the whole vocabulary instead of the tree.
+        any_label_space: its log-probabilities, and the reference's, may be over the whole vocabulary instead of the
+            tree.
+        sets_temperature: its option `temperature` is the policy's: the trainer divides the logits by it wherever it
+            reads the policy, in training, evaluation and in what it saves, and the loss itself gets 1.
         prefix_weights: for losses `(B, L)` of the target's prefixes instead: the class that weighs them by depth.
 
     Raises:
@@ -86,6 +89,7 @@ class LossSpec:
     uses_target: bool = False
     uses_negatives: bool = False
     any_label_space: bool = False
+    sets_temperature: bool = False
     prefix_weights: type[PrefixWeights] | None = None
 
     def __post_init__(self) -> None:
@@ -166,6 +170,10 @@ class LossSpec:
             count = 1 if self.uses_target and not self.uses_negatives else max(self.min_generations, 2)
             self(LossInputs.zeros(count), **fitted)
         return fitted
+
+    def at_policy(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options for log-probabilities that are at the policy's temperature already (`sets_temperature`)."""
+        return {n: v for n, v in options.items() if not (self.sets_temperature and n == "temperature")}
 
     @property
     def needs_log_z(self) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from gflowtrl.catalog.files import read_json
 from gflowtrl.metrics import paired_bootstrap
 
 from .evaluation import PER_USER_FILE
@@ -77,7 +78,7 @@ def find_results(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except ValueError:
         content = None
     if not isinstance(content, dict) or not {"recipe", "data", "methods"} <= content.keys():

@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from gflowtrl.catalog.files import reading
+
 
 #: Fields that say what a section is about.
 KINDS = ("type", "model_type", "model_name_or_path")
@@ -49,10 +51,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no recipe {path}. Give a YAML file with --config.")
-    try:
+    with reading(path, "YAML"):
         content = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold fields with values (field: value), not {type(content).__name__}.")
     return content

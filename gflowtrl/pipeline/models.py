@@ -19,6 +19,7 @@ from trl import ModelConfig, get_quantization_config
 
 from gflowtrl.data import add_item_tokens
 from gflowtrl.policy import check_causal, load_backbone, whole_models
+from gflowtrl.policy.temperature import read_temperature, set_temperature
 
 from .materials import Materials
 from .recipe import QUANTISATION, Recipe
@@ -40,6 +41,7 @@ def build_model(materials: Materials, quantised: bool = True) -> PreTrainedModel
         options = {key: value for key, value in options.items() if key not in QUANTISATION}
         options |= quantization(recipe) if quantised else {}
         model = load_backbone(recipe.local(name), **options)
+        set_temperature(model, 1.0)  # SFT is of the logits as they are, whatever the checkpoint was read at
         if not model.config.is_encoder_decoder:
             check_causal(model)  # before SFT, which would not notice
         # The tokenizer as it was before item tokens, so that they are new, and begin as new ones.
@@ -68,6 +70,7 @@ def save_merged(base: Callable[[], PreTrainedModel], adapters: Path, folder: Pat
     """Merges adapters into what `base` gives, the model that they were trained on (not quantised), and saves it."""
     with whole_models():
         merged = PeftModel.from_pretrained(base(), adapters).merge_and_unload()
+    read_temperature(merged, adapters)
     merged.save_pretrained(folder)
 
 

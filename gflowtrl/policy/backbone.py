@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from gflowtrl.compat import find_adapter_config_file, require, set_name_or_path, whole_models
 
+from .temperature import read_temperature
+
 
 # Arguments of `from_pretrained` that say where the files lie, and so hold for the configuration as for the model.
 _WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -61,6 +63,7 @@ def _load_adapted(name: str | os.PathLike, where: dict[str, Any], model_kwargs: 
     if getattr(model, "hf_quantizer", None) is not None:
         require("transformers", "5.18", "A folder of adapters on a quantised model")  # it loads the item tokens
         model.load_adapter(os.fspath(name), adapter_kwargs=where)
+        read_temperature(model, name, **where)
         return model
     if model.config.is_encoder_decoder:
         require("peft", "0.21.2", "Adapters on an encoder-decoder")
@@ -70,6 +73,7 @@ def _load_adapted(name: str | os.PathLike, where: dict[str, Any], model_kwargs: 
         parameter.requires_grad_(key not in frozen)
     # The base of adapters that are put on it next: not the base below, which knows nothing of these.
     set_name_or_path(model, name)
+    read_temperature(model, name, **where)
     return model
 
 

@@ -25,6 +25,7 @@ from .output_rows import num_rows, only_rows, selectable_head
 from .packing import BranchDecoder
 from .scores import StepScores
 from .stochastic_beam import StochasticBeams, conditional_gumbels, log_inclusion
+from .temperature import temperature_of
 
 
 Prompts = Mapping[str, Tensor]
@@ -38,7 +39,7 @@ class TreePolicy(ABC):
 
     Args:
         model: a language model, bare or wrapped (PEFT, DDP, DeepSpeed, FSDP); it is only ever called with ordinary
-            keyword arguments.
+            keyword arguments. `policy_temperature` in its configuration, 1 by default, divides the logits everywhere.
         catalog: the items. It is moved to the prompts' device when needed.
 
     Prompts are a left-padded batch `{"input_ids": (B, P), "attention_mask": (B, P)}`.
@@ -56,6 +57,7 @@ class TreePolicy(ABC):
             )
         self.model = model
         self.catalog = catalog
+        self.temperature = temperature_of(model)
         self._heads = has_flow_heads(model)
         self._output = selectable_head(model)
         if self._output is not None and 2 * len(catalog.tree.tokens) > num_rows(self._output):
@@ -118,7 +120,10 @@ class TreePolicy(ABC):
             padding = (0, width - children.shape[-1])
             child_nodes.append(nn.functional.pad(children, padding, value=-1))
             child_log_probs.append(nn.functional.pad(distribution, padding, value=-torch.inf))
-        lengths = tree.leaf_lengths[leaves]
+        lengths, over_vocabulary = tree.leaf_lengths[leaves], None
+        if vocabulary:
+            tempered = logits if self.temperature == 1 else logits / self.temperature
+            over_vocabulary = _over_vocabulary(tempered, branches, nodes[:, :, 1:], tree)
         return StepScores(
             log_probs=torch.stack(log_probs, 2),
             child_log_probs=torch.stack(child_log_probs, 2),
@@ -126,7 +131,7 @@ class TreePolicy(ABC):
             lengths=lengths,
             log_z=None if flows is None else flows[:, 0],
             log_flows=None if flows is None else _flows_of_states(flows, branches, lengths),
-            vocabulary_log_probs=_over_vocabulary(logits, branches, nodes[:, :, 1:], tree) if vocabulary else None,
+            vocabulary_log_probs=over_vocabulary,
         )
 
     def _at_trajectories(
@@ -157,7 +162,8 @@ class TreePolicy(ABC):
         # A finite fill keeps states without children (ended ids) free of NaN, in value and in gradient.
         if logits.shape[-1] == len(self.catalog.tree.tokens):  # those of the catalogue's tokens only
             tokens = self.catalog.tree.places_of(tokens)
-        chosen = logits.gather(-1, tokens.clamp(min=0)).masked_fill(~present, torch.finfo(logits.dtype).min)
+        chosen = logits.gather(-1, tokens.clamp(min=0)) / self.temperature
+        chosen = chosen.masked_fill(~present, torch.finfo(logits.dtype).min)
         return children, chosen.log_softmax(-1).masked_fill(~present, -torch.inf)
 
     # ----------------------------------------------------------------------------------------------------- decoding
@@ -171,7 +177,7 @@ class TreePolicy(ABC):
             prompts: the batch.
             num_generations: K, trajectories a prompt.
             noise: `StatelessNoise(seed).at(step, row_ids)`.
-            temperature: divides the logits; above 1 explores more.
+            temperature: divides the policy's logits once more; above 1 explores more.
             epsilon: probability, at each step, of a uniform child instead.
 
         Returns:

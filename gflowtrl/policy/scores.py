@@ -20,7 +20,8 @@ class StepScores:
         log_flows: `(B, K, L)` log F of the states s_0 .. s_{L-1}, where the model carries that head.
         vocabulary_log_probs: `(B, K, L)` log-probability of each token taken over the whole vocabulary, 0 where a
             shorter id has ended; where it was asked for.
-        ref_log_probs: `(B, K, L)` what a reference model says of the same tokens, over the tree; where there is one.
+        ref_log_probs, ref_vocabulary_log_probs: `(B, K, L)` what a reference model says of the same tokens, over the
+            tree and over the whole vocabulary; where there is one.
     """
 
     log_probs: Tensor
@@ -31,6 +32,7 @@ class StepScores:
     log_flows: Tensor | None = None
     vocabulary_log_probs: Tensor | None = None
     ref_log_probs: Tensor | None = None
+    ref_vocabulary_log_probs: Tensor | None = None
 
     @property
     def trajectory_log_probs(self) -> Tensor:

@@ -26,6 +26,8 @@ class ResidualQuantizer(ABC):
     Attributes:
         num_levels, num_codes: length of an id, and codes a level.
         codebooks: `(num_levels, num_codes, latent dim)` once fitted, else `None`.
+        center: float64 `(D,)`, the mean of the vectors it was fitted on. It is taken off every vector first: distances
+            far from the origin are mostly rounding (hidden states of language models lie there).
         config: the constructor's arguments.
     """
 
@@ -34,6 +36,7 @@ class ResidualQuantizer(ABC):
 
     def __post_init__(self) -> None:
         self.codebooks: Tensor | None = None
+        self.center = torch.zeros((), dtype=torch.float64)
         if not 1 <= self.num_levels <= 25:
             raise ValueError(f"num_levels must be 1 to 25 (levels are named by letters), not {self.num_levels}.")
         check_number("num_codes", self.num_codes, at_least(2))
@@ -56,13 +59,13 @@ class ResidualQuantizer(ABC):
         return self
 
     def latents(self, vectors: Tensor | np.ndarray) -> Tensor:
-        """Vectors (N, D) to the space of the codebooks, (N, latent dim); by default that of the vectors."""
+        """Vectors (N, D) to the space of the codebooks, (N, latent dim); by default the vectors around their mean."""
         self.check_fitted()
-        return as_vectors(vectors, dim=self.codebooks.shape[2])
+        return centered(as_vectors(vectors, dim=self.codebooks.shape[2]), self.center)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes (N, num_levels) to vectors (N, D)."""
-        return self.quantized(codes)
+        """Codes (N, num_levels) to vectors (N, D), float32."""
+        return (self.quantized(codes) + self.center).float()
 
     @torch.no_grad()
     def encode(self, vectors: Tensor | np.ndarray) -> Tensor:
@@ -91,13 +94,19 @@ class ResidualQuantizer(ABC):
     def state(self) -> dict[str, Tensor]:
         """The tensors to save; `from_state(config, tensors)` makes the quantizer again."""
         self.check_fitted()
-        return {"codebooks": self.codebooks}
+        return {"codebooks": self.codebooks, "center": self.center}
 
     @classmethod
     def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "ResidualQuantizer":
         quantizer = cls(**config)
         quantizer.codebooks = tensors["codebooks"]
+        quantizer.center = tensors.get("center", quantizer.center)  # saved before vectors were centered: the origin
         return quantizer
+
+
+def centered(vectors: Tensor, center: Tensor) -> Tensor:
+    """Vectors (N, D) minus `center` (D,) or (), computed in float64 and returned in float32."""
+    return torch.cat([(block.double() - center).float() for block in vectors.split(ROWS)])
 
 
 def nearest_codes(latents: Tensor, codebooks: Tensor) -> Tensor:
@@ -113,6 +122,8 @@ def nearest_codes(latents: Tensor, codebooks: Tensor) -> Tensor:
 class ResidualKMeans(ResidualQuantizer):
     """Residual k-means (RQ-KMeans; QARM, arXiv 2411.11739): k-means on the vectors, then on what is left over, ...
 
+    Codes do not depend on where the vectors lie: a constant added to all of them changes nothing but their rounding.
+
     Args:
         num_levels, num_codes: length of an id, and codes a level.
         balanced: no code of a level has more than ceil(N / num_codes) of the vectors it is fitted on, so that the
@@ -127,7 +138,9 @@ class ResidualKMeans(ResidualQuantizer):
     def fit_encode(self, vectors: Tensor | np.ndarray) -> Tensor:
         from sklearn.cluster import KMeans  # slow to import, and rarely needed
 
-        residual = self.check_vectors(vectors)
+        fitted_on = self.check_vectors(vectors)
+        self.center = fitted_on.mean(0, dtype=torch.float64)
+        residual = centered(fitted_on, self.center)
         codebooks, codes = [], []
         for _ in range(self.num_levels):
             k_means = KMeans(self.num_codes, n_init=1, random_state=self.seed).fit(residual.numpy())
@@ -138,7 +151,7 @@ class ResidualKMeans(ResidualQuantizer):
             codebooks.append(centroids)
             codes.append(labels)
         self.codebooks = torch.stack(codebooks)
-        return torch.stack(codes, dim=1) if self.balanced else self.encode(vectors)
+        return torch.stack(codes, dim=1) if self.balanced else self.encode(fitted_on)
 
 
 def balance(vectors: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:

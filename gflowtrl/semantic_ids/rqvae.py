@@ -13,7 +13,7 @@ from tqdm.auto import trange
 
 from gflowtrl.checks import COUNT, POSITIVE, check_number
 
-from .residual import ResidualKMeans, ResidualQuantizer, nearest_codes
+from .residual import ResidualKMeans, ResidualQuantizer, centered, nearest_codes
 from .vectors import as_vectors
 
 
@@ -91,18 +91,21 @@ class RQVAE(ResidualQuantizer):
             check_number(name, getattr(self, name), COUNT)
         check_number("learning_rate", self.learning_rate, POSITIVE)
         self.network: nn.ModuleDict | None = None
-        self.center = self.scale = torch.zeros(())
+        self.scale = torch.ones(())
 
     def fit_encode(self, vectors: Tensor | np.ndarray) -> Tensor:
         vectors = self.check_vectors(vectors)
-        self.center = vectors.mean(0)
-        self.scale = (vectors - self.center).square().mean().sqrt().clamp(min=1e-12)
+        self.center = vectors.mean(0, dtype=torch.float64)
+        around = centered(vectors, self.center)
+        self.scale = around.square().mean().sqrt().clamp(min=1e-12)
         generator = torch.Generator().manual_seed(self.seed)
         self._build(vectors.shape[1])
-        inputs = (vectors - self.center) / self.scale
+        inputs = around / self.scale
         first = ResidualKMeans(self.num_levels, self.num_codes, seed=self.seed)
         with torch.no_grad():
-            self.codebooks = first.fit(self.network["encoder"](inputs)).codebooks
+            first.fit(self.network["encoder"](inputs))
+        self.codebooks = first.codebooks
+        self.codebooks[0] += first.center  # the encoder's latents are quantized as they are
         self._train(inputs, generator)
         return self.encode(vectors)
 
@@ -138,11 +141,11 @@ class RQVAE(ResidualQuantizer):
     def latents(self, vectors: Tensor | np.ndarray) -> Tensor:
         self.check_fitted()
         vectors = as_vectors(vectors, dim=len(self.center))
-        return self.network["encoder"]((vectors - self.center) / self.scale)
+        return self.network["encoder"](centered(vectors, self.center) / self.scale)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        return self.network["decoder"](self.quantized(codes)) * self.scale + self.center
+        return (self.network["decoder"](self.quantized(codes)) * self.scale + self.center).float()
 
     def state(self) -> dict[str, Tensor]:
         return {**super().state(), "center": self.center, "scale": self.scale, **self.network.state_dict()}

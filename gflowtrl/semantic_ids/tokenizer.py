@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gflowtrl.catalog import Item
-from gflowtrl.catalog.files import write_atomically, write_text
+from gflowtrl.catalog.files import read_json, reading, write_atomically, write_text
 from gflowtrl.catalog.items import ItemIndex
 from gflowtrl.data import InteractionData
 
@@ -170,10 +170,11 @@ class ItemTokenizer:
         for file in (description_file, tensor_file):
             if not file.is_file():
                 raise FileNotFoundError(f"There is no saved ItemTokenizer in {directory}: {file.name} is missing.")
-        description = json.loads(description_file.read_text(encoding="utf-8"))
+        description = read_json(description_file)
         if description["tensors_sha256"] != _digest(tensor_file):
             raise ValueError(f"The files of the ItemTokenizer in {directory} are of different saves. Save it again.")
-        tensors = load_file(tensor_file)
+        with reading(tensor_file, "a .safetensors file"):
+            tensors = load_file(tensor_file)
 
         def part(name: str, classes: dict[str, type]) -> Any:
             own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}

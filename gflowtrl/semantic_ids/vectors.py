@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gflowtrl.catalog import Item
+from gflowtrl.catalog.files import reading
 from gflowtrl.data.interactions import flatten
 
 
@@ -43,19 +44,27 @@ def load_vectors(path: str | Path, items: Sequence[Item]) -> Tensor:
 
     Raises:
         FileNotFoundError: if the file is not there.
-        ValueError: for another kind of file, several tensors, another number of rows, or NaN.
+        ValueError: for another kind of file, a broken one, several tensors, another number of rows, or NaN; the
+            message names the file.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file of item vectors at {path}.")
     if path.suffix == ".npy":
-        return as_vectors(np.load(path), rows=len(items))
-    if path.suffix != ".safetensors":
+        with reading(path, "an array of numbers in numpy's .npy format"):
+            vectors = torch.as_tensor(np.load(path))
+    elif path.suffix == ".safetensors":
+        with reading(path, "a .safetensors file"):
+            tensors = load_file(path)
+        if len(tensors) != 1:
+            raise ValueError(f"{path} holds {len(tensors)} tensors ({', '.join(sorted(tensors))}); one is needed.")
+        (vectors,) = tensors.values()
+    else:
         raise ValueError(f"{path} is neither .npy nor .safetensors. Save the item vectors in one of these formats.")
-    tensors = load_file(path)
-    if len(tensors) != 1:
-        raise ValueError(f"{path} holds {len(tensors)} tensors ({', '.join(sorted(tensors))}); one is needed.")
-    return as_vectors(next(iter(tensors.values())), rows=len(items))
+    try:
+        return as_vectors(vectors, rows=len(items))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def cooccurrence_vectors(

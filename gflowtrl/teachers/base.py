@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gflowtrl.catalog import Item
-from gflowtrl.catalog.files import write_atomically, write_text
+from gflowtrl.catalog.files import read_json, reading, write_atomically, write_text
 from gflowtrl.catalog.items import ItemIndex
 from gflowtrl.data.step import Step
 
@@ -99,11 +99,13 @@ class TeacherModule(nn.Module):
         path = Path(directory) / CONFIG_FILE
         if not path.is_file():
             raise FileNotFoundError(f"There is no saved teacher in {directory}: {CONFIG_FILE} is missing.")
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = read_json(path)
         teacher = build_teacher(description, description["items"])
         if not isinstance(teacher, cls):
             raise TypeError(f"{directory} holds a {type(teacher).__name__} teacher, not a {cls.__name__}.")
-        teacher.load_state_dict(load_file(path.with_name(TENSOR_FILE)))
+        with reading(path.with_name(TENSOR_FILE), "a .safetensors file"):
+            tensors = load_file(path.with_name(TENSOR_FILE))
+        teacher.load_state_dict(tensors)
         return teacher.eval()
 
 

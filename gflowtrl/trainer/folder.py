@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.catalog.catalog import CATALOG_FILE
+from gflowtrl.checks import check_titles
 from gflowtrl.data import PromptEncoder
 from gflowtrl.policy import load_backbone
 from gflowtrl.recommender import read_details, read_encoder
@@ -50,7 +51,8 @@ class Parts:
         """From a trainer's arguments; a name or folder is loaded.
 
         Raises:
-            ValueError: arguments that contradict each other, or lack where there is no folder.
+            ValueError: arguments that contradict each other, or lack where there is no folder; a title that is not
+                text.
         """
         if isinstance(model, str):
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
@@ -68,6 +70,7 @@ class Parts:
             raise ValueError("processing_class and catalog are needed where the model is not given by its folder.")
         if encoder is None:
             encoder = PromptEncoder(catalog, tokenizer, args.max_history_items or 20)
+        check_titles(item_titles or {})
         return cls(model, tokenizer, catalog, encoder, item_titles, item_counts)
 
 

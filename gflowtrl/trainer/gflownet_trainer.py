@@ -176,8 +176,8 @@ class GFlowNetTrainer(TreePolicyTrainer):
         leaves, scores = super()._score(step, policy, drawn)
         if self._needs_reference and self.reference is not None:
             with self._timed("reference"):
-                ref_log_probs = self.reference.token_log_probs(policy.model, step.prompts, leaves)
-            scores = replace(scores, ref_log_probs=ref_log_probs)
+                ref = self.reference.token_scores(policy.model, step.prompts, leaves, self._vocabulary)
+            scores = replace(scores, ref_log_probs=ref.log_probs, ref_vocabulary_log_probs=ref.vocabulary_log_probs)
         return leaves, scores
 
     def _group(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.compat import empty_model_like, prepare_deepspeed, prepare_fsdp
-from gflowtrl.policy import Prompts, TreePolicy, load_backbone, make_policy
+from gflowtrl.policy import Prompts, StepScores, TreePolicy, load_backbone, make_policy
 from gflowtrl.policy.modules import evaluation_mode
 
 from .checks import check_model
@@ -63,10 +63,12 @@ class ReferencePrior:
             return self.weight * policy.score(prompts, leaves).trajectory_log_probs
 
     @torch.no_grad()
-    def token_log_probs(self, trained: nn.Module, prompts: Prompts, leaves: Tensor) -> Tensor:
-        """log pi_ref of the tokens of `leaves (B, K)`, over the tree and without the weight: `(B, K, L)`."""
+    def token_scores(
+        self, trained: nn.Module, prompts: Prompts, leaves: Tensor, vocabulary: bool = False
+    ) -> StepScores:
+        """What the reference says of `leaves (B, K)`, token by token and without the weight (`TreePolicy.score`)."""
         with self._policy(trained) as policy:
-            return policy.score(prompts, leaves).log_probs
+            return policy.score(prompts, leaves, vocabulary)
 
     @torch.no_grad()
     def score_all(self, trained: nn.Module, prompts: Prompts) -> Tensor:

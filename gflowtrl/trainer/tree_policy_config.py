@@ -11,7 +11,7 @@ import torch
 
 from gflowtrl.checks import COUNT, POSITIVE, SHARE, Bound, check_choice, check_number
 from gflowtrl.compat import TRLConfig
-from gflowtrl.losses import LossSpec, get_loss
+from gflowtrl.losses import LOSSES, LossSpec, get_loss
 
 
 def computes_in_bf16(use_cpu: bool) -> bool:
@@ -65,8 +65,9 @@ class TreePolicyConfig(TRLConfig):
         loss_reduction (`str`, *optional*, defaults to `"mean"`):
             How the trajectories of a prompt are reduced: `"mean"`, or `"sum"` as in GFlowGR. Prompts are averaged.
         label_space (`str`, *optional*, defaults to `"tree"`):
-            Of the losses on the target (`sft`, `prefix_*`): probabilities over the children in the tree, as in
-            decoding, or over the whole `"vocabulary"`, as TRL and APAO have them. Balance is always over the tree.
+            Of the losses on the target (`sft`, `prefix_*`, `sdpo`; its reference too): probabilities over the children
+            in the tree, as in decoding, or over the whole `"vocabulary"`, as TRL and APAO have them. All other losses
+            are always over the tree.
 
         > Parameters that control adapters
 
@@ -177,6 +178,13 @@ class TreePolicyConfig(TRLConfig):
         """What is set of the options of one of the losses."""
         return dict(self.loss_kwargs.get(name, {})) if isinstance(self.loss_kwargs, dict) else {}
 
+    @property
+    def policy_temperature(self) -> float | None:
+        """What a loss says that the policy's logits are divided by; None where none does."""
+        set_by = [name for name, loss in self.losses.items() if loss.sets_temperature]
+        found = [self.loss_options(name).get("temperature") for name in set_by]
+        return next((float(temperature) for temperature in found if temperature is not None), None)
+
     def _check_unused(self) -> None:
         """Arguments of the Trainer that these trainers would stumble over, or not look at."""
         for name, needed, reason in (
@@ -212,9 +220,10 @@ class TreePolicyConfig(TRLConfig):
                     f"loss_type."
                 )
         if self.label_space == "vocabulary" and not any(loss.any_label_space for loss in self.losses.values()):
+            able = ", ".join(name for name, loss in LOSSES.items() if loss.any_label_space)
             raise ValueError(
-                f"label_space is 'vocabulary', but the losses {self.loss_type} are always over the tree; only sft and "
-                f"the prefix losses can be over the vocabulary. Leave it out."
+                f"label_space is 'vocabulary', but the losses {self.loss_type} are always over the tree; those that "
+                f"can be over the vocabulary are {able}. Leave it out."
             )
 
     def _check_loss_kwargs(self) -> None:

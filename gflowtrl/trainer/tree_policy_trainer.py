@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
@@ -32,6 +32,7 @@ from gflowtrl.policy import (
     merge_tied_embeddings,
 )
 from gflowtrl.policy.heads import is_head, load_heads, split_heads
+from gflowtrl.policy.temperature import set_temperature, write_temperature
 from gflowtrl.recommender import write_recommender_files
 from gflowtrl.rewards import StepReward
 from gflowtrl.samplers import Sampler, Trajectories, build_sampler, validate_trajectories
@@ -110,13 +111,15 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, TRLTra
         check_trainable(parts.model, peft_config is not None)
         check_encoder(parts.encoder, parts.catalog, parts.model, args.max_shared_prompts, args.max_history_items)
         self.losses: dict[str, LossSpec] = args.losses
-        # L_m over the vocabulary, and cross entropy, are of the target; balance is always over the tree.
+        # Of the losses on the target, alone or against negatives; balance is always over the tree.
         self._vocabulary = args.label_space == "vocabulary"
         self.num_generations = args.num_generations
         sampler = self._default_sampler(args) if sampler is None else sampler
         self.sampler = build_sampler(sampler, temperature=args.temperature, epsilon=args.epsilon)
         for dataset in [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]:
             check_rows(dataset, parts.catalog)
+        if args.policy_temperature is not None:  # before a copy of the model becomes its reference
+            set_temperature(parts.model, args.policy_temperature)
         self._set_up_objective(parts, args, peft_config is not None)
         self.noise = StatelessNoise(args.seed)
         self._encoder, self._item_titles = parts.encoder, parts.item_titles
@@ -233,7 +236,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, TRLTra
         """The weighted sum of the losses."""
         total = torch.zeros((), device=group.leaves.device)
         for name, loss in self.losses.items():
-            per_trajectory = loss(self._inputs(loss, group), **self.args.loss_options(name))
+            per_trajectory = loss(self._inputs(loss, group), **loss.at_policy(self.args.loss_options(name)))
             if name in self.prefix_weights:
                 per_trajectory = self._over_prefixes(name, per_trajectory, group.target.lengths[:, 0])
             if group.weights is not None and not loss.uses_target:
@@ -249,9 +252,9 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, TRLTra
         scores = group.scores
         if loss.uses_target:
             scores = group.all_scores if loss.uses_negatives else group.target
-        log_probs, tree = scores.log_probs, self._catalog.tree
+        log_probs, ref_log_probs, tree = scores.log_probs, scores.ref_log_probs, self._catalog.tree
         if loss.any_label_space and scores.vocabulary_log_probs is not None:
-            log_probs = scores.vocabulary_log_probs
+            log_probs, ref_log_probs = scores.vocabulary_log_probs, scores.ref_vocabulary_log_probs
         prefixes = {"prefix_nodes", "nodes_per_depth"} & {*loss.inputs}
         return LossInputs(
             log_probs=log_probs,
@@ -260,7 +263,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, TRLTra
             leaves=group.leaves,
             log_z=scores.log_z,
             log_flows=scores.log_flows,
-            ref_log_probs=scores.ref_log_probs,
+            ref_log_probs=ref_log_probs,
             prefix_nodes=tree.walk(group.leaves)[:, :, 1:] if prefixes else None,
             nodes_per_depth=log_probs.new_tensor(tree.nodes_per_depth, dtype=torch.long) if prefixes else None,
         )
@@ -347,6 +350,8 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, TRLTra
         if heads:
             save_file({name: value.contiguous().cpu() for name, value in heads.items()}, Path(output_dir, HEADS_FILE))
         write_recommender_files(output_dir, self._encoder, self._item_counts, self._item_titles)
+        if isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
+            write_temperature(self.model, output_dir)
         write_model_card(self, output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors import SafetensorError
 
 from gflowtrl import Recommender, __version__
 from gflowtrl.cli import COMMANDS, main
@@ -151,6 +152,32 @@ def test_errors_of_the_operating_system_are_sentences(tmp_path, capsys):
     assert capsys.readouterr().err == f"error: There is no file {tmp_path}/histories. Check the path.\n"
     assert guarded(lambda: tmp_path.read_text()) == 2
     assert capsys.readouterr().err == f"error: {tmp_path} cannot be used: Is a directory.\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RecursionError("maximum recursion depth exceeded"), "Something in the input is nested too deeply to be read"),
+        (OverflowError("int too large"), r"A number in the input is too large \(int too large\)"),
+        (SafetensorError("header too large"), r"A file of tensors cannot be read \(header too large\)"),
+        (EOFError(), r"A file ends too early \(EOFError\)"),
+    ],
+)
+def test_errors_of_parsers_are_sentences(error, said, capsys):
+    def work():
+        raise error
+
+    assert guarded(work) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and re.match(f"error: {said}", shown), shown
+
+
+def test_a_recipe_that_is_nested_too_deeply_is_named(tmp_path, capsys):
+    file = tmp_path / "deep.yaml"
+    file.write_text(f"a: {9999 * '['}")
+    assert main(["train", "--config", str(file)]) == 2
+    shown = capsys.readouterr().err
+    assert shown == f"error: {file} cannot be read as YAML (it is nested too deeply). Mend or replace the file.\n"
 
 
 def test_help_and_version(capsys):

@@ -326,6 +326,37 @@ def test_mistakes_are_one_line(prepared, words, message, capsys):
     assert (prepared / "semantic_ids.json").read_text() == before
 
 
+HUGE_PRICE = b'{"item": 0, "price": 1' + 400 * b"0" + b"}"
+DEEP = b'{"user": 0, "items": ' + 99_999 * b"["
+LIST_ITEM = b'{"user": 0, "sessions": [0], "items": [[1]], "levels": [0]}'
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("items.jsonl", HUGE_PRICE, "items.jsonl, line 1: 'price' is a number of 401 digits, more than a float"),
+        ("sequences.jsonl", DEEP, "sequences.jsonl, line 1: JSON that is nested too deeply"),
+        ("events.jsonl", LIST_ITEM, "events.jsonl, line 1: 'item' must be a whole number or a string"),
+        ("v.npy", b"", "v.npy cannot be read as an array of numbers in numpy's .npy format (No data left"),
+        ("v.npy", b"\x93NUMPY\x01\x00\x0a\x00{'shape': (", "v.npy cannot be read as an array"),
+        ("v.safetensors", 99 * b"\xff", "v.safetensors cannot be read as a .safetensors file (Error while"),
+    ],
+)
+def test_hostile_files_are_one_line_that_names_them(tmp_path, file, content, message, capsys):
+    folder = tmp_path / "data"
+    write_folder(shop(list(range(20))), folder)
+    (folder / file).write_bytes(content)
+    tokenize, prepare = ["tokenize", "--data_dir", str(folder)], ["prepare", "--format", "folder", "--k_core", "0"]
+    commands = [[*prepare, "--interactions", str(folder), "--out", str(tmp_path / "out")], tokenize]
+    if file.startswith("v."):
+        commands = [[*tokenize, "--vectors", str(folder / file)]]
+    for words in commands:
+        capsys.readouterr()
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and f"{folder}/{message}" in error, error
+
+
 @pytest.mark.parametrize("items", [4, 7, 8, 60, 320, 1023, 1024, 5000])
 def test_small_catalogues_have_fewer_codes(items):
     codes = usual_codes(items)

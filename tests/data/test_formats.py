@@ -345,6 +345,7 @@ def test_a_feature_called_item_is_no_id(tmp_path):
     }
     assert read_folder(tmp_path / "out") == data
     assert clean_features({"item": "lamp"}, None) == {"item_name": "lamp"}
+    assert clean_features({"price": 10**400, "size": [10**400, 10**18]}, None) == {"size": [10**18]}
 
 
 def test_half_characters_are_kept_out_of_the_files(tmp_path):
@@ -418,6 +419,7 @@ def test_names_of_csv_columns_are_taken_as_they_are(tmp_path):
         ("2 x 5.00", None),
         ("10-pack $5", None),
         (Decimal("NaN"), None),
+        (10**400, None),
         (True, None),
         ("—", None),
         ("None", None),

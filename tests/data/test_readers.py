@@ -139,11 +139,61 @@ def test_license_and_source_are_kept(tmp_path):
         ({"events": '{"user": 0, "sessions": [0], "items": [3], "levels": []}'}, "line 1: .* of one length"),
         ({"events": '{"user": 0, "sessions": [0], "items": [3], "levels": [7]}'}, "line 1: a level must be"),
         ({"events": '{"user": 0, "sessions": [0], "items": [3], "levels": [1]}'}, "events of user 0 are not"),
+        (
+            {"events": '{"user": 0, "sessions": [0], "items": [[1]], "levels": [0]}'},
+            r"events\.jsonl, line 1: 'item' must be a whole number or a string, but it is \[1\]",
+        ),
+        ({"events": '{"user": 0, "sessions": [{}], "items": [1], "levels": [0]}'}, r"line 1: 'session' must be"),
+        ({"sequences": '{"user": 0, "items": ' + 99_999 * "["}, r"sequences\.jsonl, line 1: JSON that is nested too"),
+        ({"semantic_ids": 99_999 * "["}, r"semantic_ids\.json: JSON that is nested too deeply"),
+        (
+            {"items": '{"item": 1}\n{"item": 2, "title": NaN}'},
+            r"items\.jsonl, line 2: NaN is no number in JSON; write",
+        ),
+        ({"items": '{"item": 1, "title": ["a", "b"]}'}, r"items\.jsonl, line 1: 'title' must be text, but .*'a', 'b'"),
+        ({"items": '{"item": 1, "title": 7}'}, r"items\.jsonl, line 1: 'title' must be text, but it is 7"),
+        ({"items": '{"item": 1, "title": "pen \\ud83d"}'}, r"items\.jsonl, line 1: \\ud83d is half a character"),
+        ({"items": '{"item": 1, "a": {"\\uDC00": 1}}'}, r"items\.jsonl, line 1: \\udc00 is half a character"),
+        ({"sequences": [{"user": "a\ud83d", "items": [1]}]}, r"sequences\.jsonl, line 1: \\ud83d is half"),
+        ({"semantic_ids": {**IDS, "1": ["<a_\udfff>"]}}, r"semantic_ids\.json: \\udfff is half a character"),
+        (
+            {"items": '{"item": 1, "price": 1' + 400 * "0" + "}"},
+            r"line 1: 'price' is a number of 401 digits, more than",
+        ),
+        (
+            {"items": '{"item": 1, "a": [{"b": -1e400}]}'},
+            r"items\.jsonl, line 1: 'a' is -inf, more than a float holds",
+        ),
+        ({"dataset": '{"synthetic": Infinity}'}, r"dataset\.json: Infinity is no number in JSON"),
     ],
 )
 def test_bad_files_are_named(tmp_path, files, message):
     with pytest.raises(ValueError, match=message):
         read_folder(write(tmp_path, **files))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"title": NaN}', "NaN is no number in JSON"), ('{"title": ["a"]}', "item 2: 'title' must be text"),
+        ('{"title": "\\ud83d"}', "half a character"), ('{"price": 1e999}', "item 2: 'price' is inf"),
+    ],
+)  # fmt: skip
+def test_bad_features_of_a_letter_triple_are_named(tmp_path, row, message):
+    (tmp_path / "Toy.inter.json").write_text('{"0": [3, 1, 2]}')
+    (tmp_path / "Toy.item.json").write_text('{"1": {"title": "Ball"}, "2": ' + row + "}")
+    with pytest.raises(ValueError, match=rf"Toy\.item\.json: .*{message}"):
+        read_letter(tmp_path)
+
+
+def test_whole_characters_and_missing_titles_are_read(tmp_path):
+    lines = (
+        '{"item": 1, "title": "pen \\ud83d\\ude00"}', '{"item": 2, "title": null, "price": 1e300}',
+        '{"item": 3, "a": "\\\\ud83d"}',
+    )  # fmt: skip
+    assert read_folder(write(tmp_path, items="\n".join(lines))).item_features == {
+        1: {"title": "pen \U0001f600"}, 2: {"title": None, "price": 1e300}, 3: {"a": "\\ud83d"},
+    }  # fmt: skip
 
 
 def test_missing_files_are_named(tmp_path):
@@ -164,6 +214,8 @@ def test_missing_files_are_named(tmp_path):
         ({"items": [1]}, "user 1 took item 2, which is not in the catalogue"),
         ({"semantic_ids": {1: ("a",), 2: ("b",), 3: ("c",)}}, "id for item 3, which is not in the catalogue"),
         ({"users": [0, "1"]}, "all whole numbers or all strings"),
+        ({"item_features": {2: {"title": float("nan")}}}, "toy: the title of item 2 must be text, but it is nan"),
+        ({"item_features": {2: {"title": "a\ud83d"}}}, "toy: the title of item 2 holds half a character"),
     ],
 )
 def test_contradictions_are_named(changes, message):

@@ -29,7 +29,8 @@ def pairwise_by_hand(paths, log_probs, m: int, distinct: int | None = None) -> f
     if not terms:
         return 0.0
     positive = math.exp(sum(log_probs[0][:m]))
-    scale = 1.0 if distinct is None else (distinct - 1) / len(terms)
+    valid = [True, *(True for _ in terms)]  # the release's mask has a column for the target, which is always valid
+    scale = 1.0 if distinct is None else (distinct - 1) / valid.count(True)
     return -math.log(positive / (positive + scale * sum(terms))) / (1 if distinct is None else m)
 
 
@@ -65,6 +66,21 @@ def test_a_case_by_hand():
     losses = prefix_pairwise(log_probs, torch.full((1, 4), 2), nodes, torch.tensor([2, 3]))
     # 1/2 against 1/3; 1/6 against 1/4 and 1/9.
     assert losses[0].tolist() == pytest.approx([math.log(5 / 3), math.log((1 / 6 + 1 / 4 + 1 / 9) * 6)])
+
+
+@pytest.mark.parametrize(("prefixes", "negatives"), [(5, 4), (256, 20), (2, 1)])
+def test_the_first_releases_scale_counts_the_target(prefixes, negatives):
+    """All prefixes equally likely: L_m = log(1 + (D - 1) n / (n + 1)) / m, not the log D / m of a division by n."""
+    log_probs = torch.full((1, negatives + 1, 1), -math.log(prefixes), dtype=torch.double)
+    nodes = torch.arange(1, negatives + 2)[None, :, None]
+    for m in (1, 2):  # under one common first token
+        steps = torch.cat([torch.zeros(1, negatives + 1, m - 1), log_probs], -1)
+        walk = torch.cat([torch.ones(1, negatives + 1, m - 1).long(), nodes], -1)
+        counts = torch.tensor([1] * (m - 1) + [prefixes])
+        found = prefix_pairwise(steps, torch.full((1, negatives + 1), m), walk, counts, "2025")
+        expected = math.log(1 + (prefixes - 1) * negatives / (negatives + 1)) / m
+        assert found[0, -1].item() == pytest.approx(expected)
+        assert found[0, -1].item() < math.log(prefixes) / m
 
 
 def test_against_all_prefixes_of_a_tree_policy_it_is_the_prefix_probability():

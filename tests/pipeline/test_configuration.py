@@ -99,7 +99,7 @@ def test_broken_yaml_and_missing_files_are_named(tmp_path):
         read_yaml(tmp_path / "absent.yaml")
     file = tmp_path / "recipe.yaml"
     for content, message in (
-        ("a: [1", "no valid YAML"),
+        ("a: [1", "cannot be read as YAML .*line 1"),
         ("seed: 1\nseed: 2", "'seed' stands twice"),
         ("- 1", "not list"),
     ):

@@ -7,6 +7,7 @@ from gflowtrl.data import SyntheticShop, build_tokenizer, write_folder
 from gflowtrl.pipeline.materials import prepare
 from gflowtrl.pipeline.models import build_model
 from gflowtrl.policy import CausalTreePolicy
+from gflowtrl.policy.temperature import set_temperature, temperature_of
 from tests.tiny import tiny_model
 
 from .micro import micro_recipe, micro_settings
@@ -14,10 +15,13 @@ from .micro import micro_recipe, micro_settings
 
 def test_a_local_checkpoint_gets_the_item_tokens(tmp_path):
     build_tokenizer({0: ("<foreign>",)}).save_pretrained(tmp_path / "checkpoint")
-    tiny_model(vocab_size=4).save_pretrained(tmp_path / "checkpoint")
+    checkpoint = tiny_model(vocab_size=4)
+    set_temperature(checkpoint, 0.5)  # as MSL leaves it; SFT is of the logits as they are
+    checkpoint.save_pretrained(tmp_path / "checkpoint")
     recipe = micro_recipe(tmp_path, model={"model_name_or_path": "checkpoint"}, folder=str(tmp_path))
     materials = prepare(recipe)
     model = build_model(materials)
+    assert temperature_of(model) == 1.0
     assert model.get_input_embeddings().num_embeddings == len(materials.tokenizer) > 4
     policy = CausalTreePolicy(model.eval(), materials.catalog)
     log_probs = policy.leaf_log_probs(materials.encoder(materials.splits.test["history"][:3]))

@@ -24,7 +24,8 @@ def test_residual_k_means_is_a_loop_of_k_means(vectors):
     residual, codes = vectors.numpy(), []
     for level in range(3):
         oracle = KMeans(8, n_init=1, random_state=5).fit(residual)
-        np.testing.assert_allclose(quantizer.codebooks[level], oracle.cluster_centers_, atol=1e-5)
+        centroids = quantizer.codebooks[level] + (quantizer.center if level == 0 else 0)
+        np.testing.assert_allclose(centroids, oracle.cluster_centers_, atol=1e-5)
         codes.append(oracle.labels_)
         residual = residual - oracle.cluster_centers_[oracle.labels_]
     codes = torch.tensor(np.stack(codes, axis=1), dtype=torch.long)
@@ -47,6 +48,30 @@ def test_each_code_is_the_nearest_to_what_is_left(make, vectors):
     assert quantizer.encode(unseen[:1]).equal(quantizer.encode(unseen)[:1])
     error = (quantizer.decode(codes) - vectors).square().sum() / (vectors - vectors.mean(0)).square().sum()
     assert error < (0.9 if isinstance(quantizer, RQVAE) else 0.5)
+
+
+@pytest.mark.parametrize("make", [lambda: ResidualKMeans(3, 16), lambda: ResidualKMeans(3, 16, True), small_rqvae])
+@pytest.mark.parametrize("offset", [128.0, 8192.0, -65536.0])
+def test_a_constant_added_to_all_vectors_changes_no_code(make, offset):
+    """256 vectors in steps of 1/128, so that they, their sum and their mean are exact at each of the offsets."""
+    vectors = (128 * torch.randn(256, 32, generator=torch.Generator().manual_seed(0))).round() / 128
+    far = vectors + offset * torch.tensor([1.0, -1.0, 0.5, 0.0] * 8)
+    here, there = make(), make()
+    codes = here.fit_encode(vectors)
+    assert there.fit_encode(far).equal(codes)
+    assert there.encode(far[:40]).equal(here.encode(vectors[:40]))
+    assert len(codes[:, 0].unique()) > 6
+    shift = here.decode(codes) - vectors - (there.decode(codes) - far)
+    assert shift.abs().max() <= 2**-7 * max(1, abs(offset) / 2**16)  # the rounding of float32 at the offset
+
+
+def test_a_quantizer_saved_before_vectors_were_centered_reads_as_it_was(vectors):
+    quantizer = ResidualKMeans(2, 8).fit(vectors)
+    codebooks = quantizer.codebooks.clone()
+    codebooks[0] += quantizer.center
+    old = ResidualKMeans.from_state(quantizer.config, {"codebooks": codebooks})
+    assert old.encode(vectors).equal(quantizer.encode(vectors))
+    torch.testing.assert_close(old.decode(old.encode(vectors)), quantizer.decode(quantizer.encode(vectors)))
 
 
 def test_more_levels_leave_less_error(vectors):

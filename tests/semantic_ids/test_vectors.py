@@ -105,6 +105,19 @@ def test_vectors_of_the_user(tmp_path):
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="allow_pickle=False"):
         load_vectors(tmp_path / "objects.npy", ["a"])
+    with pytest.raises(ValueError, match=r"v\.npy: There are 2 items"):
+        load_vectors(tmp_path / "v.npy", ["a", "b"])
+    whole = (tmp_path / "v.npy").read_bytes()
+    broken = {
+        "empty.npy": b"", "short.npy": whole[:-5], "header.npy": whole.replace(b"(3, 2)", b"(3, {}"),
+        "huge.npy": whole.replace(b"(3, 2)", b"(3, 9" + 30 * b"9"), "zip.npy": b"PK\x03\x04" + whole,
+        "fake.safetensors": 99 * b"\xff", "empty.safetensors": b"",
+        "short.safetensors": (tmp_path / "v.safetensors").read_bytes()[:-5],
+    }  # fmt: skip
+    for name, content in broken.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"/{name} cannot be read as .*\. Mend or replace the file\."):
+            load_vectors(tmp_path / name, ["a", "b", "c"])
     (tmp_path / "v.csv").write_text("")
     with pytest.raises(ValueError, match=r"neither .npy nor .safetensors"):
         load_vectors(tmp_path / "v.csv", [])

@@ -71,6 +71,8 @@ CONSTRUCTION = {
     "no catalogue": ({"catalog": None}, "processing_class and catalog are needed"),
     "reference without weight": ({"ref_model": tiny_model(len(TOKENIZER))}, "ref_model was given, but ref_weight is"),
     "reference of another vocabulary": ({"ref_model": tiny_model(9), "ref_weight": 1.0}, "embeds only 9 tokens"),
+    "title that is no text": ({"item_titles": {"i010": math.nan}}, "title of item 'i010' must be text, but it is nan"),
+    "title with half a character": ({"item_titles": {"i010": "a\ud83d"}}, "title of item 'i010' holds half a char"),
     "encoder of another length": (
         {"prompt_encoder": PromptEncoder(make_catalog(), TOKENIZER, 6), "max_history_items": 2},
         "max_history_items is 2, but the prompt_encoder was made with 6",

@@ -193,8 +193,8 @@ def huber(size: float, delta: float) -> float:
     return size**2 if abs(size) <= delta else delta * (2 * abs(size) - delta)
 
 
-def token_log_probs(pi: torch.Tensor, leaf: int, temperature: float = 1.0) -> list[float]:
-    """log pi of each token on the way to `leaf` among its alternatives, at a temperature."""
+def token_log_probs(pi: torch.Tensor, leaf: int) -> list[float]:
+    """log pi of each token on the way to `leaf` among its alternatives."""
     path, found = PATHS[leaf], []
     for depth in range(len(path)):
         mass = {}
@@ -202,8 +202,7 @@ def token_log_probs(pi: torch.Tensor, leaf: int, temperature: float = 1.0) -> li
             if PATHS[other][:depth] == path[:depth]:
                 token = PATHS[other][depth]
                 mass[token] = mass.get(token, 0.0) + float(pi[other])
-        total = sum(value ** (1 / temperature) for value in mass.values())
-        found.append(math.log(mass[path[depth]] ** (1 / temperature) / total))
+        found.append(math.log(mass[path[depth]] / sum(mass.values())))
     return found
 
 
@@ -236,8 +235,8 @@ def expected(name: str, option: float | str | None, step, log_pi, log_ref, leave
     elif name == "sft":
         steps = [token_log_probs(p, target) for p, *_, target in rows]
         values = [-sum(row) / len(row) for row in steps]
-    elif name == "msl":
-        values = [-sum(token_log_probs(p, target, option)) for p, *_, target in rows]
+    elif name == "msl":  # whose temperature the policy has already
+        values = [-sum(token_log_probs(p, target)) for p, *_, target in rows]
     elif name == "sdpo":
         gain = (log_pi - log_ref).tolist()
         margins = [

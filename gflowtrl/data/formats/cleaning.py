@@ -1,11 +1,12 @@
 """Raw item metadata made plain: text without entities, categories as one text, a price as a number."""
 
 import html
-import math
 import re
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any
+
+from gflowtrl.checks import is_finite
 
 
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
@@ -72,14 +73,15 @@ def parse_price(value: Any) -> float | None:
         return float(match[1].replace(",", "")) if match else None
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         return None
-    return float(value) if math.isfinite(value) and value >= 0 else None
+    return float(value) if is_finite(value) and value >= 0 else None
 
 
 def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int):
+    if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, float | Decimal):
-        return float(value) if math.isfinite(value) else None
+    if isinstance(value, int | float | Decimal):
+        whole = isinstance(value, int)
+        return (value if whole else float(value)) if is_finite(value) else None
     if isinstance(value, list | tuple):
         return [plain for plain in map(_plain, value) if plain is not None]
     if isinstance(value, dict):
