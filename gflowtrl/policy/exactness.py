@@ -8,17 +8,28 @@ distribution that nobody else gets from it, and nothing would show it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from gflowtrl.data import PromptEncoder
+from gflowtrl.catalog import Item
 
 from .base import Prompts, TreePolicy
 from .modules import evaluation_mode, innermost, model_dtype
 
 
 COMPARED_LEAVES = 4
+
+
+class Encoder(Protocol):
+    """What makes prompts of histories, as `gflowtrl.data.PromptEncoder` does."""
+
+    def longest_histories(self) -> list[list[Item]]: ...
+
+    def __call__(self, histories: Sequence[Sequence[Item]], /) -> Prompts: ...
+
+
 #: Differences of a token's log-probability that rounding explains, per dtype. Measured on tiny models of 15 kinds:
 #: at most 4e-6 in float32; in 16 bits up to .08, and 2.4 where a mixture of experts chose another expert, with medians
 #: of at most .0011. So it is the largest difference of a prompt that counts, and in 16 bits the median one.
@@ -26,7 +37,7 @@ ROUNDING = {torch.float32: 2e-3, torch.float64: 2e-3, torch.float16: 0.03, torch
 
 
 @torch.no_grad()
-def check_exact(policy: TreePolicy, encoder: PromptEncoder, dtype: torch.dtype | None = None) -> None:
+def check_exact(policy: TreePolicy, encoder: Encoder, dtype: torch.dtype | None = None) -> None:
     """Compare packed scoring and decoding with the model's plain forward on one full sequence at a time.
 
     All processes of a sharded model must call this: it runs the wrapped model, the same number of times in each.

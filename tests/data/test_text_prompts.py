@@ -154,17 +154,24 @@ def test_a_trainer_and_its_checkpoint_keep_the_words(tmp_path, rows):
     assert torch.equal(Recommender.from_pretrained(tmp_path / "copy").encoder.table, encoder.table)
 
 
+def roomy():
+    """A model with positions for twenty titles."""
+    model = tiny_model(len(TOKENIZER))
+    model.config.max_position_embeddings = 1024
+    return model
+
+
 def test_prompts_with_an_end_cannot_be_shared(tmp_path, rows):
     args = GFlowNetConfig(str(tmp_path), use_cpu=True, loss_type="sft", max_shared_prompts=2)
     options = {"train_dataset": rows, "processing_class": TOKENIZER, "catalog": CATALOG}
     ending = TextPromptEncoder(CATALOG, TOKENIZER, TITLES)
     with pytest.raises(ValueError, match="none is the beginning of another"):
-        GFlowNetTrainer(tiny_model(len(TOKENIZER)), None, args, prompt_encoder=ending, **options)
+        GFlowNetTrainer(roomy(), None, args, prompt_encoder=ending, **options)
     open_ended = TextPromptEncoder(CATALOG, TOKENIZER, TITLES, PromptFormat("Had: {history}"))
-    GFlowNetTrainer(tiny_model(len(TOKENIZER)), None, args, prompt_encoder=open_ended, **options)
+    GFlowNetTrainer(roomy(), None, args, prompt_encoder=open_ended, **options)
     other = ItemCatalog.from_semantic_ids({1: IDS[1], 2: IDS[2]}, TOKENIZER)
     with pytest.raises(ValueError, match="made of another catalogue"):
         GFlowNetTrainer(
-            tiny_model(len(TOKENIZER)), None, GFlowNetConfig(str(tmp_path), use_cpu=True, loss_type="sft"),
+            roomy(), None, GFlowNetConfig(str(tmp_path), use_cpu=True, loss_type="sft"),
             prompt_encoder=TextPromptEncoder(other, TOKENIZER, TITLES), **options,
         )  # fmt: skip
