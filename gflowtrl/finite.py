@@ -92,8 +92,8 @@ def check_ranked(leaves: Tensor, log_probs: Tensor, model: nn.Module) -> None:
         check_weights(model)
         dtype = next((str(p.dtype) for p in model.parameters() if p.dtype.is_floating_point), "")
         raise NonFiniteError(
-            f"{describe(model)} computes probabilities that are not finite, although its weights are: its numbers "
-            f"overflow in {dtype.removeprefix('torch.')}. Load it in a wider dtype (dtype='float32')."
+            f"{describe(model)} computes probabilities that are not finite, although its weights are finite: its "
+            f"numbers overflow in {dtype.removeprefix('torch.')}. Load it in a wider dtype (dtype='float32')."
         )
 
 

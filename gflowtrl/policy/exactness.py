@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gflowtrl.data import PromptEncoder
+from gflowtrl.finite import check_ranked
 
 from .base import Prompts, TreePolicy
 from .modules import evaluation_mode, innermost, model_dtype
@@ -46,6 +47,7 @@ def check_exact(policy: TreePolicy, encoder: PromptEncoder, dtype: torch.dtype |
     leaves = leaves.expand(len(prompts["input_ids"]), -1)
     with evaluation_mode(policy.model):
         plain = plain_log_probs(policy, prompts, leaves)
+        check_ranked(torch.zeros_like(plain), plain, policy.model)
         try:
             decoded = decoded_log_probs(policy, prompts, leaves)
             found = {"scoring": policy.score(prompts, leaves).log_probs, "decoding": decoded}
