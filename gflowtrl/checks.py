@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -80,6 +81,28 @@ def check_titles(titles: Mapping[Any, object]) -> None:
     """Refuse titles of items that are no text (`check_text`); the error names the item."""
     for item, title in titles.items():
         check_text(f"The title of item {item!r}", title)
+
+
+def check_finite(value: object, where: str = "") -> None:
+    """Refuse NaN and infinity anywhere in options: in dataclasses, mappings, lists and tuples.
+
+    Args:
+        value: an option, or what holds options.
+        where: its name, for the error; "" where the names inside are enough.
+
+    Raises:
+        ValueError: names the first such number, as `rewards.0.weight`, say.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is {value!r}; it must be a finite number.")
+    if is_dataclass(value) and not isinstance(value, type):
+        entries: Iterable[tuple[Any, Any]] = [(f.name, getattr(value, f.name)) for f in fields(value) if f.init]
+    elif isinstance(value, Mapping):
+        entries = value.items()
+    else:
+        entries = enumerate(value) if isinstance(value, list | tuple) else ()
+    for name, inner in entries:
+        check_finite(inner, f"{where}.{name}" if where else str(name))
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:

@@ -20,6 +20,7 @@ from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.checks import COUNT, POSITIVE, check_choice, check_number, check_titles
 from gflowtrl.data import PromptEncoder
 from gflowtrl.data.recommender_files import read_details, read_encoder, write_recommender_files
+from gflowtrl.finite import check_ranked, check_weights
 from gflowtrl.policy import Noise, StatelessNoise, check_exact, check_positions, load_backbone, make_policy
 from gflowtrl.policy.heads import split_heads
 from gflowtrl.teachers import TeacherModule, load_teacher
@@ -110,6 +111,7 @@ class Recommender:
     Raises:
         ValueError: prompts are longer than the model's positions; a model that is not known to be exact; at the first
             use, a policy that is not the model's own distribution (`gflowtrl.policy.check_exact`).
+        NonFiniteError: weights are NaN or infinite, or (from `recommend` and `explain`) its probabilities are.
 
     Example:
         ```python
@@ -132,6 +134,7 @@ class Recommender:
         item_counts: Tensor | None = None,
         teacher: TeacherModule | None = None,
     ):
+        check_weights(model)
         self.model, self.tokenizer, self.catalog = model.eval(), tokenizer, catalog
         self.policy = make_policy(model, catalog)
         self.encoder = PromptEncoder(catalog, tokenizer, max_history_items) if encoder is None else encoder
@@ -174,6 +177,15 @@ class Recommender:
         write_recommender_files(directory, self.encoder, self.item_counts, self.titles)
         if self.teacher is not None:
             self.teacher.save_pretrained(Path(directory, TEACHER_FOLDER))
+
+    def check(self) -> None:
+        """Make sure that the model computes numbers: a look at its weights, and one decoding, which also warms it up.
+
+        Raises:
+            NonFiniteError: names the model's folder and what is wrong with it.
+        """
+        check_weights(self.model)
+        check_ranked(*self.policy.beam_search(self._prompts([self.catalog.items[:1]]), 1), self.model)
 
     # -------------------------------------------------------------------------------------------------- recommending
     def recommend(
@@ -268,7 +280,7 @@ class Recommender:
         for part in leaves.split(ENUMERATED_TOGETHER):
             scores = self.policy.score(prompts, part.expand(len(noise), -1))
             children = scores.child_log_probs / request.temperature
-            open_states = scores.child_log_probs.isfinite().any(-1)
+            open_states = (scores.child_log_probs != -torch.inf).any(-1)  # NaN stays NaN
             norm = children.masked_fill(~open_states[..., None], 0.0).logsumexp(-1)
             steps = scores.log_probs / request.temperature - norm
             log_probs.append(steps.masked_fill(~open_states, 0.0).sum(-1))
@@ -281,6 +293,7 @@ class Recommender:
         self, histories: Sequence[Sequence[Item]], leaves: Tensor, log_probs: Tensor, request: _Request
     ) -> list[list[Recommendation]]:
         """The first `k` items of ranked leaves `(B, n)`."""
+        check_ranked(leaves, log_probs, self.model)
         results = []
         for history, row, values in zip(histories, leaves.tolist(), log_probs.tolist(), strict=True):
             ranked = ((leaf, value) for leaf, value in zip(row, values, strict=True) if leaf >= 0)
@@ -355,6 +368,7 @@ class Recommender:
             )
         prompts, leaf = self._prompts([known]), self.catalog.leaf_of([item])
         scores, path = self.policy.score(prompts, leaf[None]), self.catalog.tree.walk(leaf)[0]
+        check_ranked(leaf[None], scores.trajectory_log_probs, self.model)
         place = self.catalog.index_of([item])[0]
         steps = []
         for depth, token in enumerate(self.catalog.semantic_ids[place]):

@@ -2,7 +2,7 @@
 
 from .breadth import breadth_metrics, popularity_groups
 from .prefixes import prefix_metrics
-from .ranking import group_means, item_ranking_metrics, leaf_ranking_metrics
+from .ranking import group_means, item_ranking_metrics, leaf_ranking_metrics, primary_cutoff
 from .reliability import binned_by_target, reliability_curve
 from .report import RankingReport, summarise, summarise_items
 from .statistics import jensen_shannon, mean_and_error, paired_bootstrap, total_variation
@@ -20,6 +20,7 @@ __all__ = [
     "paired_bootstrap",
     "popularity_groups",
     "prefix_metrics",
+    "primary_cutoff",
     "reliability_curve",
     "summarise",
     "summarise_items",

@@ -9,6 +9,11 @@ from torch import Tensor
 DEFAULT_KS = (5, 10, 20)
 
 
+def primary_cutoff(ks: Sequence[int]) -> int:
+    """The cut-off that chooses checkpoints and fills the table: 10, or the largest where 10 is not measured."""
+    return 10 if 10 in ks else max(ks)
+
+
 def item_ranking_metrics(items: Tensor, targets: Tensor, ks: Sequence[int] = DEFAULT_KS) -> dict[str, Tensor]:
     """Recall, NDCG and MRR of ranked lists.
 

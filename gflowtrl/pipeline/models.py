@@ -18,6 +18,7 @@ from transformers import (
 from trl import ModelConfig, get_quantization_config
 
 from gflowtrl.data import add_item_tokens
+from gflowtrl.finite import check_weights
 from gflowtrl.policy import check_causal, load_backbone, whole_models
 from gflowtrl.policy.temperature import read_temperature, set_temperature
 
@@ -63,7 +64,9 @@ def build_model(materials: Materials, quantised: bool = True) -> PreTrainedModel
 def trained_model(stage: Stage) -> PreTrainedModel:
     """The model that a training stage has left, whole, to be measured."""
     with whole_models():
-        return load_backbone(stage.folder / "model").to(stage.workshop.state.device).eval()
+        model = load_backbone(stage.folder / "model")
+    check_weights(model)
+    return model.to(stage.workshop.state.device).eval()
 
 
 def save_merged(base: Callable[[], PreTrainedModel], adapters: Path, folder: Path) -> None:

@@ -15,10 +15,12 @@ from transformers import CONFIG_MAPPING, AutoConfig, Seq2SeqTrainingArguments
 from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, SFTConfig
 
+from gflowtrl.checks import check_finite
 from gflowtrl.data import PromptFormat, SyntheticShop
 from gflowtrl.losses import get_loss
 from gflowtrl.samplers import Sampler, build_sampler
 from gflowtrl.trainer import GFlowNetConfig
+from gflowtrl.trainer.best_metric import settle_metric
 from gflowtrl.trainer.tree_policy_config import computes_in_bf16
 from gflowtrl.trainer.weighting import source_table
 
@@ -100,6 +102,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, value in check_types(Recipe, vars(self)).items():
             setattr(self, name, value)
+        check_finite(self)
         check_names(self.stages, STAGES, "stages")
         if not self.stages:
             raise ValueError(f"stages is empty; choose among {', '.join(STAGES)}.")
@@ -166,7 +169,8 @@ class Recipe:
             "save_total_limit": 1,
             "load_best_model_at_end": True,
             "metric_for_best_model": f"eval_ndcg@{self.evaluation.primary_k}",
-            "greater_is_better": True,
+            "greater_is_better": None,
+            "logging_nan_inf_filter": False,
             "logging_steps": 0.1,
             "report_to": "none",
             "run_name": f"{self.name}-{stage}",
@@ -194,7 +198,9 @@ class Recipe:
         owners = OWNERS_OF_SFT if stage == "sft" else OWNERS
         for name in owners.keys() & section.keys():
             raise ValueError(f"{stage}.{name} cannot be set: it follows from {owners[name]}.")
-        return kind(output_dir=str(output_dir), seed=self.seed, **{**values, **check_types(kind, section, stage)})
+        args = kind(output_dir=str(output_dir), seed=self.seed, **{**values, **check_types(kind, section, stage)})
+        settle_metric(args, self.evaluation.ks)
+        return args
 
     def _check_model(self) -> None:
         if "model_name_or_path" in self.model:

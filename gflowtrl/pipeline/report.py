@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 
-from gflowtrl.metrics import group_means, paired_bootstrap, popularity_groups
+from gflowtrl.metrics import group_means, paired_bootstrap, popularity_groups, primary_cutoff
 
 from .evaluation import per_user
 from .materials import Materials
 from .plots import NAMES, TITLES, plot_run
-from .sections import primary_cutoff
 from .stage import Stage, write_json
 
 

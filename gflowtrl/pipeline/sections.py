@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from gflowtrl.checks import at_least, check_number
+from gflowtrl.metrics import primary_cutoff
 
 
 def setting(default: Any, help: str) -> Any:
     return field(default_factory=lambda: default, metadata={"help": help})
-
-
-def primary_cutoff(ks: Sequence[int]) -> int:
-    """The cut-off that chooses checkpoints and fills the table: 10, or the largest where 10 is not measured."""
-    return 10 if 10 in ks else max(ks)
 
 
 @dataclass

@@ -27,6 +27,7 @@ from gflowtrl.trainer import GFlowNetConfig, GFlowNetTrainer, RankingEvaluationM
 from gflowtrl.trainer.adapters import add_adapters
 from gflowtrl.trainer.checkpoints import CompleteCheckpointsMixin, last_checkpoint
 from gflowtrl.trainer.evaluation import history_lengths, rows_per_step
+from gflowtrl.trainer.finite import FiniteMixin
 from gflowtrl.trainer.model_card import CardFacts, base_model, card_facts, shown_metrics, write_card
 from gflowtrl.trainer.tree_policy_trainer import LengthGroupedEpochSampler
 
@@ -45,7 +46,7 @@ COSMETIC = {
 CURVES = "runs"  # where transformers has TensorBoard write, beside the checkpoints
 
 
-class _Stage(CompleteCheckpointsMixin, RankingEvaluationMixin):
+class _Stage(CompleteCheckpointsMixin, FiniteMixin, RankingEvaluationMixin):
     """Evaluated by constrained beam search; the order of rows is a function of (seed, epoch), so that a resumed run
     repeats an undisturbed one.
 

@@ -206,6 +206,7 @@ class TreePolicy(ABC):
                 children, log_probs = self._distribution(logits / temperature, states, depth)
                 present = children >= 0
                 probs = log_probs.exp().double()
+                probs = torch.where(probs.isnan(), present, probs)  # leaves all the same; whoever scores them will see
                 if epsilon:
                     uniform = present / present.sum(-1, keepdim=True).clamp(min=1)
                     probs = (1 - epsilon) * probs + epsilon * uniform

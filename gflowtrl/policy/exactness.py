@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gflowtrl.catalog import Item
+from gflowtrl.finite import check_ranked
 
 from .base import Prompts, TreePolicy
 from .modules import evaluation_mode, innermost, model_dtype
@@ -57,6 +58,7 @@ def check_exact(policy: TreePolicy, encoder: Encoder, dtype: torch.dtype | None 
     leaves = leaves.expand(len(prompts["input_ids"]), -1)
     with evaluation_mode(policy.model):
         plain = plain_log_probs(policy, prompts, leaves)
+        check_ranked(torch.zeros_like(plain), plain, policy.model)
         try:
             decoded = decoded_log_probs(policy, prompts, leaves)
             found = {"scoring": policy.score(prompts, leaves).log_probs, "decoding": decoded}

@@ -56,7 +56,7 @@ def conditional_gumbels(parents: Tensor, log_probs: Tensor, noise: Tensor) -> Te
     Returns:
         `(B, n, C)`; -inf for none.
     """
-    present = (log_probs > -torch.inf) & (parents > -torch.inf)[..., None]
+    present = (log_probs != -torch.inf) & (parents != -torch.inf)[..., None]  # NaN stays NaN
     perturbed = (log_probs + noise).masked_fill(~present, -torch.inf)
     peak = perturbed.amax(-1, keepdim=True)
     peak = peak.masked_fill(peak == -torch.inf, 0.0)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from gflowtrl.checks import COUNT, POSITIVE, check_number
+from gflowtrl.checks import COUNT, NOT_NEGATIVE, POSITIVE, check_number
 
 from .residual import ResidualKMeans, ResidualQuantizer, centered, nearest_codes
 from .vectors import as_vectors
@@ -90,6 +90,7 @@ class RQVAE(ResidualQuantizer):
         for name in ("latent_dim", "steps", "batch_size"):
             check_number(name, getattr(self, name), COUNT)
         check_number("learning_rate", self.learning_rate, POSITIVE)
+        check_number("commitment", self.commitment, NOT_NEGATIVE)
         self.network: nn.ModuleDict | None = None
         self.scale = torch.ones(())
 

@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError, StarletteHTTPException
 from fastapi.responses import JSONResponse
 
 import gflowtrl
+from gflowtrl.finite import NonFiniteError
 from gflowtrl.recommender import Recommender
 
 from . import checks
@@ -49,8 +50,11 @@ def create_app(recommender: Recommender, limits: Limits | None = None) -> FastAP
     metrics = Metrics()
     worker = Worker(limits, metrics.count_batch)
 
+    problems: list[str] = []  # of the last answer: what is wrong with the model
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        problems[:] = await asyncio.to_thread(_problems_of, recommender)
         worker.start()
         yield
         await asyncio.to_thread(worker.stop)
@@ -58,7 +62,7 @@ def create_app(recommender: Recommender, limits: Limits | None = None) -> FastAP
     app = FastAPI(title="gflowtrl", version=gflowtrl.__version__, lifespan=lifespan)
     app.add_middleware(Gate, metrics=metrics, paths=PATHS, max_body_bytes=limits.max_body_bytes)
     _add_error_handlers(app)
-    ask = partial(_ask, worker, limits)
+    ask = partial(_ask, worker, limits, problems)
 
     @app.post("/recommend", responses=PROBLEMS)
     async def recommend(asked: RecommendRequest) -> RecommendAnswer:
@@ -77,12 +81,14 @@ def create_app(recommender: Recommender, limits: Limits | None = None) -> FastAP
         (found,) = await ask(lambda rows: [recommender.explain(*row) for row in rows], [(history, asked.item)], None)
         return ExplainAnswer(**vars(found), probability=math.exp(found.log_prob), warnings=warnings)
 
-    @app.get("/health", responses={503: {"model": Health}})
+    @app.get("/health", responses={503: {"model": Health}}, response_model_exclude_none=True)
     async def health(response: Response) -> Health:
-        """Whether requests are answered: 200, or 503 before the start and during the shutdown."""
-        response.status_code = 200 if worker.ready else 503
-        name, items = recommender.model.name_or_path, len(recommender.catalog)
-        return Health(ready=worker.ready, model=name, items=items, version=gflowtrl.__version__)
+        """Whether requests are answered: 200, or 503 before the start, during the shutdown, and where the model
+        computes NaN."""
+        ready = worker.ready and not problems
+        response.status_code = 200 if ready else 503
+        name, items, problem = recommender.model.name_or_path, len(recommender.catalog), next(iter(problems), None)
+        return Health(ready=ready, model=name, items=items, version=gflowtrl.__version__, problem=problem)
 
     @app.get("/metrics")
     async def numbers() -> Response:
@@ -104,19 +110,34 @@ def batch_key(asked: RecommendRequest, histories: Sequence[Sequence[Any]]) -> Ha
     return asked.k, max(len(set(history)) for history in histories) if asked.exclude_seen else None
 
 
+def _problems_of(recommender: Recommender) -> list[str]:
+    """What is wrong with the model before the first request."""
+    try:
+        recommender.check()
+    except NonFiniteError as error:
+        return [str(error)]
+    return []
+
+
 async def _ask(
-    worker: Worker, limits: Limits, work: Callable[[list[Any]], list[Any]], rows: list[Any], key: Hashable | None
-) -> list[Any]:
-    """What `work` makes of the rows, in the worker's time."""
+    worker: Worker, limits: Limits, problems: list[str], work: Callable[[list[Any]], list[Any]], rows: list[Any],
+    key: Hashable | None,
+) -> list[Any]:  # fmt: skip
+    """What `work` makes of the rows, in the worker's time; `problems` become those of the last answer."""
     try:
         future = worker.submit(Job(work, rows, key))
-        return await asyncio.wait_for(asyncio.wrap_future(future), limits.timeout_s)
+        found = await asyncio.wait_for(asyncio.wrap_future(future), limits.timeout_s)
+        problems.clear()
+        return found
     except Unavailable as error:
         raise HTTPException(503, str(error), RETRY_AFTER) from None
     except TimeoutError:
         text = f"The request was not answered within {limits.timeout_s:g} seconds; ask later, or for less."
         raise HTTPException(504, text) from None
     except Failed as error:
+        if isinstance(error.__cause__, NonFiniteError):
+            problems[:] = [str(error.__cause__)]
+            raise HTTPException(503, problems[0]) from None
         text = f"The request could not be answered because of a fault in the server ({error}); see its log."
         raise HTTPException(500, text) from None
 

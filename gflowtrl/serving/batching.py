@@ -26,7 +26,7 @@ class Unavailable(RuntimeError):
 
 
 class Failed(RuntimeError):
-    """The work raised an exception, which the log holds."""
+    """The work raised an exception, which is its cause, and which the log holds."""
 
 
 @dataclass(eq=False)
@@ -144,7 +144,9 @@ class Worker:
                     self._do([job])
                 return
             logger.exception("A request of %d rows could not be answered.", len(rows))
-            batch[0].future.set_exception(Failed(type(error).__name__))
+            failed = Failed(type(error).__name__)
+            failed.__cause__ = error
+            batch[0].future.set_exception(failed)
             return
         self._on_batch(len(rows))
         for job in batch:

@@ -78,6 +78,7 @@ class Health(BaseModel):
     model: str
     items: int
     version: str
+    problem: str | None = None  # what is wrong with the model
 
 
 class Problem(BaseModel):

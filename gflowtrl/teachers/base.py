@@ -14,6 +14,7 @@ from gflowtrl.catalog import Item
 from gflowtrl.catalog.files import read_json, reading, write_atomically, write_text
 from gflowtrl.catalog.items import ItemIndex
 from gflowtrl.data.step import Step
+from gflowtrl.finite import NonFiniteError, check_tensors
 
 
 History = Sequence[Item]
@@ -87,8 +88,13 @@ class TeacherModule(nn.Module):
         return cls(items, **config)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes `teacher.safetensors` and `teacher.json`, each atomically, the latter last."""
+        """Writes `teacher.safetensors` and `teacher.json`, each atomically, the latter last.
+
+        Raises:
+            NonFiniteError: a tensor holds NaN or infinity.
+        """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        check_tensors(tensors, f"The {type(self).__name__} teacher")
         description = json.dumps({**self.description(), "items": self.items}, ensure_ascii=False)
         write_atomically(Path(directory, TENSOR_FILE), lambda path: save_file(tensors, path))
         write_text(Path(directory, CONFIG_FILE), description)
@@ -105,6 +111,7 @@ class TeacherModule(nn.Module):
             raise TypeError(f"{directory} holds a {type(teacher).__name__} teacher, not a {cls.__name__}.")
         with reading(path.with_name(TENSOR_FILE), "a .safetensors file"):
             tensors = load_file(path.with_name(TENSOR_FILE))
+        check_tensors(tensors, path.with_name(TENSOR_FILE))
         teacher.load_state_dict(tensors)
         return teacher.eval()
 
@@ -189,7 +196,7 @@ def teacher_scores(teacher: Teacher, step: Step, owner: str) -> Tensor:
         owner: what has this teacher, for errors.
 
     Raises:
-        ValueError: there is no column `history`, or the scores have another shape.
+        ValueError: there is no column `history`, or the scores have another shape, or they are NaN.
     """
     histories = step.column("history", owner)
 
@@ -211,7 +218,20 @@ def _scores(step: Step, histories: Sequence[History], part: Teacher) -> Tensor:
     if hasattr(part, "combine"):
         return part.combine(partial(_scores_once, step, histories))
     with torch.no_grad():
-        return part.score(histories)
+        return _checked(part, part.score(histories))
+
+
+def _checked(teacher: Teacher, scores: Tensor) -> Tensor:
+    """Scores whose best is finite in each row; -inf leaves an item out."""
+    best = torch.as_tensor(scores).amax(-1)
+    if not bool(torch.isfinite(best).all()):
+        row = int((~torch.isfinite(best)).nonzero()[0, 0])
+        raise NonFiniteError(
+            f"The teacher {type(teacher).__name__} has {best[row].item()} as its best score for history {row} of "
+            f"{len(best)}; a score must be finite, or -inf for an item that is left out. Fit the teacher again, with "
+            f"a lower learning rate, say."
+        )
+    return scores
 
 
 @torch.no_grad()
@@ -229,5 +249,6 @@ def top_items(
     """
     cut = [list(history)[-max_history_items:] if max_history_items else list(history) for history in histories]
     k, starts = min(k, len(teacher.items)), range(0, len(cut), batch_size)
-    lists = [teacher.score(cut[start : start + batch_size]).topk(k).indices.cpu() for start in starts]
+    batches = (_checked(teacher, teacher.score(cut[start : start + batch_size])) for start in starts)
+    lists = [scores.topk(k).indices.cpu() for scores in batches]
     return torch.cat(lists) if lists else torch.empty(0, k, dtype=torch.long)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gflowtrl.catalog import Item
+from gflowtrl.checks import POSITIVE, check_finite, check_number
 
 from .base import History, TeacherModule
 
@@ -27,6 +28,7 @@ class EASE(TeacherModule):
     temperature_grid = tuple(2.0**-power for power in range(11))
 
     def __init__(self, items: Sequence[Item], temperature: float = 1.0) -> None:
+        check_number("temperature", temperature, POSITIVE)
         super().__init__(items, temperature=temperature)
         self.register_buffer("weights", torch.zeros(len(self.items), len(self.items)))
 
@@ -53,6 +55,7 @@ class EASE(TeacherModule):
 
         The temperature is the one of `temperature_grid` that gives the targets the highest mean log-softmax.
         """
+        check_finite({"regularization": regularization})
         teacher = cls(items)
         gram = torch.zeros(len(teacher.items), len(teacher.items))
         for row in teacher.encode(train_sequences):

@@ -1,6 +1,7 @@
 """SASRec with full-softmax cross entropy."""
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from gflowtrl.catalog import Item
+from gflowtrl.checks import check_finite
+from gflowtrl.finite import NonFiniteError
 
 from .base import History, TeacherModule
 
@@ -57,6 +60,7 @@ class SASRec(TeacherModule):
         heads: int = 2,
         dropout: float = 0.4,
     ) -> None:
+        check_finite({"dropout": dropout})
         super().__init__(
             items, max_history_items=max_history_items, width=width, layers=layers, heads=heads, dropout=dropout
         )
@@ -117,7 +121,11 @@ class SASRec(TeacherModule):
             batch_size: targets a step.
             seed: fixes initialisation, order and dropout; the global random state is left as it was.
             **config: `max_history_items`, `width`, `layers`, `heads`, `dropout`.
+
+        Raises:
+            NonFiniteError: the training diverged.
         """
+        check_finite({"learning_rate": learning_rate, **config})
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             teacher = cls(items, **config).to(device)
@@ -128,6 +136,10 @@ class SASRec(TeacherModule):
             bar = tqdm(range(epochs), desc="SASRec", unit="epoch", disable=not progress)
             for _ in bar:
                 loss = teacher._train_epoch(windows, optimizer, batch_size)
+                if not math.isfinite(loss):
+                    raise NonFiniteError(
+                        f"SASRec diverged: its loss is {loss}. Lower its learning_rate, {learning_rate} now."
+                    )
                 if not rows:
                     bar.set_postfix(loss=f"{loss:.3f}")
                     continue

@@ -57,6 +57,7 @@ class APAOConfig(TreePolicyConfig):
     loss_type: list[str] | None = option(None, "Follows from `method`.")
     loss_weights: list[float] | None = field(default=None, init=False)  # follow from beta
     num_generations: int = field(default=1, init=False)  # follows from num_negatives
+    log_z_learning_rate: float = field(default=1e-2, init=False)  # there is no flow head
 
     _bounds = TreePolicyConfig._bounds | {"beta": NOT_NEGATIVE, "num_negatives": COUNT, "prefix_eta": NOT_NEGATIVE}
 

@@ -14,16 +14,15 @@ from transformers import EvalPrediction, TrainingArguments
 
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.data import GroupCollator, PromptEncoder, Step
+from gflowtrl.finite import NonFiniteError, bad_ranking, check_ranked, describe
 from gflowtrl.metrics import binned_by_target, jensen_shannon, summarise, total_variation
 from gflowtrl.policy import TreePolicy, check_exact, make_policy
 from gflowtrl.rewards import CompositeReward
 
+from .best_metric import LOGGED_METRICS, settle_metric
 from .checkpoints import TrainerBase
+from .finite import nonfinite_weight
 from .reference import ReferencePrior
-
-
-# Of all that `metrics.summarise` knows, what a training log can hold and stay readable.
-LOGGED_METRICS = ("recall", "ndcg", "coverage", "entropy", "gini", "long_tail")
 
 
 def rows_per_step(args: TrainingArguments) -> int:
@@ -56,6 +55,9 @@ class RankingEvaluationMixin(TrainerBase):
             item_counts: `(items,)` training interactions, for popularity groups, novelty and the long tail.
             num_beams: beam width; must reach the largest cut-off.
             ks: cut-offs of the lists.
+
+        Raises:
+            ValueError: counts of another catalogue, or a `metric_for_best_model` that will not be reported.
         """
         if item_counts.shape != (len(catalog),):
             raise ValueError(
@@ -67,6 +69,7 @@ class RankingEvaluationMixin(TrainerBase):
         self._ranking_collator = GroupCollator(encoder)
         self.compute_metrics = self._ranking_metrics
         self.args.remove_unused_columns = False  # histories and targets are no argument of the model's forward
+        settle_metric(self.args, ks, self.eval_dataset, self.callback_handler.callbacks)
 
     def policy_of(self, model: nn.Module) -> TreePolicy:
         """The (wrapped) model read as a policy; the first time it is compared with the model's own distribution."""
@@ -109,10 +112,25 @@ class RankingEvaluationMixin(TrainerBase):
     def _get_eval_sampler(self, eval_dataset: Dataset) -> SequentialSampler:
         return SequentialSampler(eval_dataset)  # sorted already
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any):
+        """The Trainer's loop; a model that computes NaN is refused, by all processes alike."""
+        self._bad_rankings = torch.zeros((), dtype=torch.bool)
+        if (weight := nonfinite_weight(self, self.model)) is not None:
+            raise NonFiniteError(f"{describe(self.model)} cannot be evaluated: its weight {weight!r} is not finite.")
+        output = super().evaluation_loop(*args, **kwargs)
+        bad = self.accelerator.gather(self._bad_rankings.to(self.args.device).int()[None])
+        if bool(bad.any()):
+            raise NonFiniteError(
+                f"{describe(self.model)} cannot be evaluated: its log-probabilities are NaN, although its weights are "
+                f"finite. Its numbers overflow: evaluate in bf16 or float32."
+            )
+        return output
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Ranked leaves `(B, beams)` as predictions, target leaves `(B,)` as labels; there is no loss."""
         batch: Any = self._prepare_inputs(inputs)
-        leaves, _ = self.policy_of(model).beam_search(batch["prompts"], self._num_beams)
+        leaves, log_probs = self.policy_of(model).beam_search(batch["prompts"], self._num_beams)
+        self._bad_rankings = self._bad_rankings.to(leaves.device) | bad_ranking(leaves, log_probs)
         return None, leaves, self._catalog.leaf_of(batch["columns"]["target"]).to(leaves.device)
 
     def _ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -147,6 +165,7 @@ def rank_rows(
 
     Raises:
         ValueError: the policy is not the model's own distribution (`check_exact`).
+        NonFiniteError: the model computes NaN.
     """
     check_exact(policy, encoder)
     device = next(policy.model.parameters()).device
@@ -155,7 +174,9 @@ def rank_rows(
     ranked = torch.empty(len(rows), num_beams, dtype=torch.long)
     for start in tqdm(range(0, len(rows), batch_size), desc="Ranking", disable=not progress):
         prompts = {k: v.to(device) for k, v in encoder(histories[start : start + batch_size]).items()}
-        ranked[order[start : start + batch_size]] = policy.beam_search(prompts, num_beams)[0].cpu()
+        leaves, log_probs = policy.beam_search(prompts, num_beams)
+        check_ranked(leaves, log_probs, policy.model)
+        ranked[order[start : start + batch_size]] = leaves.cpu()
     return ranked
 
 
@@ -198,7 +219,9 @@ def compare_with_rewards(
         batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
         batch["prompts"] = {name: value.to(device) for name, value in batch["prompts"].items()}
         step = Step.from_batch(batch, policy.catalog)
-        probs = policy.leaf_log_probs(step.prompts).double().exp()
+        log_probs = policy.leaf_log_probs(step.prompts)
+        check_ranked(torch.zeros_like(log_probs), log_probs, policy.model)
+        probs = log_probs.double().exp()
         log_target = rewards.dense(step).result.log_rewards.double()
         if prior is not None:
             log_target = log_target + prior.score_all(policy.model, step.prompts)

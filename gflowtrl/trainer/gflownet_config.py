@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from gflowtrl.checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE_BELOW_ONE, check_number
+from gflowtrl.checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE_BELOW_ONE, check_finite, check_number
 
 from .tree_policy_config import TreePolicyConfig, listed, option
 
@@ -24,10 +24,6 @@ class GFlowNetConfig(TreePolicyConfig):
             2603.02730), for comparison `msl`, `sdpo`, `grpo`, and what `gflowtrl.losses.register_loss` added.
             GFlowGR's full loss is `["sft", "trajectory_balance"]` (or `"detailed_balance"`) with
             `loss_weights=[1.0, lambda]`.
-        log_z_learning_rate (`float`, *optional*, defaults to `1e-2`):
-            Learning rate of the flow head (log F of every state, log Z of the root) of `trajectory_balance`,
-            `detailed_balance` and `subtrajectory_balance`; 10 to 100 times the policy's works well (Malkin et al.,
-            arXiv 2201.13259).
         trajectory_weighting (`str`, *optional*):
             Weights of a prompt's trajectories in the balance losses (the "heuristic weighting" of GFlowGR's abstract),
             of mean 1 within the prompt: `"source"`, by `source_weights`; `"reward"`, in proportion to R. All are
@@ -70,7 +66,6 @@ class GFlowNetConfig(TreePolicyConfig):
         "One or more of vargrad, contrastive_balance, trajectory_balance, detailed_balance, "
         "subtrajectory_balance, exact_flow, sft, prefix_pointwise, prefix_pairwise, msl, sdpo, grpo.",
     )
-    log_z_learning_rate: float = option(1e-2, "Learning rate of the flow head.")
     trajectory_weighting: str | None = option(
         None, "Weights of a prompt's trajectories in balance losses.", ["source", "reward"]
     )
@@ -92,7 +87,6 @@ class GFlowNetConfig(TreePolicyConfig):
 
     _VALID_DICT_FIELDS = TreePolicyConfig._VALID_DICT_FIELDS + ["source_weights"]
     _bounds = TreePolicyConfig._bounds | {
-        "log_z_learning_rate": POSITIVE,
         "reward_beta": POSITIVE,
         "reward_floor": SHARE_BELOW_ONE,
         "exact_top_items": COUNT,
@@ -103,6 +97,7 @@ class GFlowNetConfig(TreePolicyConfig):
         super().__post_init__()
         if self.reward_weights is not None:
             self.reward_weights = [float(weight) for weight in listed(self.reward_weights)]
+            check_finite({"reward_weights": self.reward_weights})
         self._check_weighting()
 
     @property

@@ -18,7 +18,6 @@ from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.data import PromptEncoder, Step
 from gflowtrl.losses import LossInputs, LossSpec, normalized_flows
 from gflowtrl.policy import StepScores, TreePolicy, make_policy
-from gflowtrl.policy.heads import is_head
 from gflowtrl.rewards import (
     AnyReward,
     CompositeReward,
@@ -139,20 +138,9 @@ class GFlowNetTrainer(TreePolicyTrainer):
             return "reward"
         return {"ground_truth": 1, "on_policy": args.num_generations - 1}
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, in which the flow head has parameter groups, and a learning rate, of its own."""
-        made_already = self.optimizer is not None
-        optimizer: Any = super().create_optimizer(model)  # DeepSpeed may put one of its own in the place
-        if made_already:
-            return optimizer
-        parameters = (self.model if model is None else model).named_parameters()
-        own = {id(parameter) for name, parameter in parameters if is_head(name)}
-        for group in list(optimizer.param_groups):
-            moved = [parameter for parameter in group["params"] if id(parameter) in own]
-            if moved:
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
-                optimizer.add_param_group({**group, "params": moved, "lr": self.args.log_z_learning_rate})
-        return optimizer
+    def models_of_step(self) -> dict[str, nn.Module]:
+        reference = None if self.reference is None else self.reference.model
+        return super().models_of_step() | ({} if reference is None else {"The reference model": reference})
 
     # ---------------------------------------------------------------------------------------------------------- step
     def _reward(self, step: Step, policy: TreePolicy) -> StepReward | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -36,6 +36,7 @@ class Group:
         log_z: `(B,)` the true log Z(x), where a loss knows every flow.
         weights: `(B, K)` of mean 1 within a prompt, where trajectories are weighted.
         prior_weight: exponent of the reference model in the target.
+        losses: the mean of each loss, unweighted, as soon as it is known.
     """
 
     step: Step
@@ -47,6 +48,7 @@ class Group:
     log_z: Tensor | None = None
     weights: Tensor | None = None
     prior_weight: float = 0.0
+    losses: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def scores(self) -> StepScores:

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from gflowtrl.finite import check_tensors
 from gflowtrl.losses.prefix_weights import PrefixWeights
 from gflowtrl.samplers import Sampler
 
@@ -34,7 +36,7 @@ def load_sampler(sampler: Sampler, directory: str | os.PathLike, process: int, p
     """
     file = _file(directory, process, processes)
     if file.is_file():
-        sampler.load_state_dict(load_file(file))
+        sampler.load_state_dict(_read(file))
         return
     # With as many processes, one whose state was empty has no file, but then none of the others is of another number.
     known = {_file(directory, number, processes).name for number in range(processes)}
@@ -45,6 +47,12 @@ def load_sampler(sampler: Sampler, directory: str | os.PathLike, process: int, p
             f"process(es). Resume with the number of processes that wrote it, or delete these files to let the "
             f"sampler begin anew."
         )
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    tensors = load_file(file)
+    check_tensors(tensors, file)
+    return tensors
 
 
 def _file(directory: str | os.PathLike, process: int, processes: int) -> Path:
@@ -63,7 +71,7 @@ def save_prefix_weights(weights: Mapping[str, PrefixWeights], directory: str | o
 def load_prefix_weights(weights: Mapping[str, PrefixWeights], directory: str | os.PathLike) -> None:
     """What `save_prefix_weights` wrote; without a file they stay as new."""
     file = Path(directory, PREFIX_FILE)
-    state = load_file(file) if file.is_file() else {}
+    state = _read(file) if file.is_file() else {}
     for name, own in weights.items():
         if f"{name}.log_weights" in state:
             own.load_state_dict({"log_weights": state[f"{name}.log_weights"]})

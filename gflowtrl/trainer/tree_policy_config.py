@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
 
-from gflowtrl.checks import COUNT, POSITIVE, SHARE, Bound, check_choice, check_number
+from gflowtrl.checks import COUNT, POSITIVE, SHARE, Bound, check_choice, check_finite, check_number
 from gflowtrl.compat import TRLConfig
 from gflowtrl.losses import LOSSES, LossSpec, get_loss
+
+from .best_metric import check_metric, fill_in_metric
 
 
 def computes_in_bf16(use_cpu: bool) -> bool:
@@ -64,6 +65,10 @@ class TreePolicyConfig(TRLConfig):
             command line as JSON.
         loss_reduction (`str`, *optional*, defaults to `"mean"`):
             How the trajectories of a prompt are reduced: `"mean"`, or `"sum"` as in GFlowGR. Prompts are averaged.
+        log_z_learning_rate (`float`, *optional*, defaults to `1e-2`):
+            Learning rate of the flow head (log F of every state, log Z of the root) of losses that need one:
+            `trajectory_balance`, `detailed_balance` and `subtrajectory_balance`; 10 to 100 times the policy's works
+            well (Malkin et al., arXiv 2201.13259). Also that of its group in an optimizer of your own.
         label_space (`str`, *optional*, defaults to `"tree"`):
             Of the losses on the target (`sft`, `prefix_*`, `sdpo`; its reference too): probabilities over the children
             in the tree, as in decoding, or over the whole `"vocabulary"`, as TRL and APAO have them. All other losses
@@ -95,7 +100,8 @@ class TreePolicyConfig(TRLConfig):
             Keyword arguments of `from_pretrained` where the model is given by name.
 
         > Other defaults than `TrainingArguments`: learning rate 5e-4, gradient checkpointing off, bf16 only on a
-        > device that has it, `train_sampling_strategy="group_by_length"`, `remove_unused_columns=False`.
+        > device that has it, `train_sampling_strategy="group_by_length"`, `remove_unused_columns=False`,
+        > `logging_nan_inf_filter=False`; `metric_for_best_model` is `"eval_ndcg@10"` (or at the largest of `eval_ks`).
     """
 
     # Parameters that control trajectories
@@ -110,6 +116,7 @@ class TreePolicyConfig(TRLConfig):
         None, 'Options under the names of their losses: {"vargrad": {"huber_delta": 1.0}}.'
     )
     loss_reduction: str = option("mean", "Reduction over a prompt's trajectories.", ["mean", "sum"])
+    log_z_learning_rate: float = option(1e-2, "Learning rate of the flow head.")
     label_space: str = option("tree", "Probabilities of the losses on the target.", ["tree", "vocabulary"])
 
     # Parameters that control adapters
@@ -139,6 +146,7 @@ class TreePolicyConfig(TRLConfig):
         ["group_by_length", "random", "sequential", "batch_rebalance"],
     )
     remove_unused_columns: bool = option(False, "Must stay False: rewards see all columns.")
+    logging_nan_inf_filter: bool = option(False, "Must stay False: a loss that is not finite ends the training.")
 
     _VALID_DICT_FIELDS = TRLConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "loss_kwargs"]
     _bounds: ClassVar[dict[str, Bound]] = {
@@ -147,6 +155,7 @@ class TreePolicyConfig(TRLConfig):
         "epsilon": SHARE,
         "max_history_items": COUNT,
         "max_shared_prompts": COUNT,
+        "log_z_learning_rate": POSITIVE,
     }
 
     def __post_init__(self):
@@ -155,12 +164,17 @@ class TreePolicyConfig(TRLConfig):
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # pinning without a device only warns
         self._check_unused()
+        check_finite(self)
+        self.eval_ks = [int(k) for k in listed(self.eval_ks)]
+        if self.eval_ks:
+            fill_in_metric(self, self.eval_ks)
         super().__post_init__()
         self.loss_type = [str(name) for name in listed(self.loss_type)]
-        self.eval_ks = [int(k) for k in listed(self.eval_ks)]
         if self.loss_weights is not None:
             self.loss_weights = [float(weight) for weight in listed(self.loss_weights)]
+        check_finite(self)  # also what was text or JSON
         self._check_values()
+        check_metric(self, self.eval_ks)
         self._check_losses()
         self._check_loss_kwargs()
 
@@ -191,6 +205,7 @@ class TreePolicyConfig(TRLConfig):
             ("batch_eval_metrics", False, "breadth is a property of all lists"),
             ("eval_do_concat_batches", True, "metrics are of all lists together"),
             ("remove_unused_columns", False, "that would drop histories and targets"),
+            ("logging_nan_inf_filter", False, "it would log 0.0 in the place of NaN"),
             ("label_smoothing_factor", 0, "no loss of gflowtrl smooths labels: it would change nothing"),
         ):
             if getattr(self, name) != needed:
@@ -208,8 +223,8 @@ class TreePolicyConfig(TRLConfig):
                 f"loss_weights has {len(self.loss_weights)} entries and loss_type {len(self.loss_type)} "
                 f"({', '.join(self.loss_type)}); give one weight for each loss."
             )
-        if not all(map(math.isfinite, self.loss_weights)) or not any(self.loss_weights):
-            raise ValueError(f"loss_weights is {self.loss_weights}; weights must be finite and not all 0.")
+        if not any(self.loss_weights):
+            raise ValueError(f"loss_weights is {self.loss_weights}; weights must not be all 0.")
         if len(self.losses) < len(self.loss_type):
             raise ValueError(f"loss_type {self.loss_type} names a loss twice; name it once, with its whole weight.")
         for name, loss in self.losses.items():

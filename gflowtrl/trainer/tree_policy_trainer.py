@@ -41,18 +41,19 @@ from .adapters import add_adapters
 from .checkpoints import CompleteCheckpointsMixin
 from .checks import check_encoder, check_model, check_rows, check_trainable, item_counts_of
 from .evaluation import RankingEvaluationMixin, history_lengths, rows_per_step
+from .finite import HEADS_FILE, FiniteMixin, group_parts
 from .folder import Parts
 from .group import Group, group_metrics, print_group
 from .model_card import write_model_card
+from .optimizers import adopt_optimizer, split_head_group
 from .training_state import load_prefix_weights, load_sampler, save_prefix_weights, save_sampler
 from .tree_policy_config import TreePolicyConfig
 
 
 logger = logging.getLogger(__name__)
-HEADS_FILE = "flow_heads.safetensors"
 
 
-class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, TRLTrainer):
+class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, RankingEvaluationMixin, TRLTrainer):
     """Trains a generative recommender, read as a policy on the prefix tree, by losses on drawn trajectories.
 
     For every prompt K trajectories are drawn by the sampler, scored by the policy in one packed forward together with
@@ -78,7 +79,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, TRLTra
             default those of `model`'s folder.
         prompt_encoder: what makes prompts of histories; by default that of `model`'s folder, else the plain one
             (`gflowtrl.data.TextPromptEncoder` writes prompts in words).
-        callbacks, optimizers: as in `transformers.Trainer`.
+        callbacks, optimizers: as in `transformers.Trainer`. A flow head joins an optimizer as a group of its own.
 
     Raises:
         ValueError, TypeError: something does not fit together; found before any training time is spent.
@@ -125,8 +126,10 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, TRLTra
         self._encoder, self._item_titles = parts.encoder, parts.item_titles
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._metric_sums: dict[str, list[Tensor | float]] = defaultdict(lambda: [0.0, 0.0])
+        trained = self._trained_model(parts, args, peft_config)
+        adopt_optimizer(optimizers, trained, args.log_z_learning_rate)
         super().__init__(
-            model=self._trained_model(parts, args, peft_config),
+            model=trained,
             args=args,
             data_collator=GroupCollator(parts.encoder, args.max_shared_prompts),
             train_dataset=train_dataset,
@@ -142,6 +145,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, TRLTra
                 self.prefix_weights[name] = weights
         counts = item_counts_of(train_dataset, parts.catalog) if parts.item_counts is None else parts.item_counts
         self.set_up_ranking(parts.catalog, parts.encoder, counts, args.eval_num_beams, args.eval_ks)
+        self.check_start()
         if self.is_world_process_zero():
             logger.info(
                 f"{type(self).__name__}: {rows_per_step(args)} prompts per step (per_device_train_batch_size counts "
@@ -176,6 +180,14 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, TRLTra
 
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere."""
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, in which the flow head has parameter groups, and a learning rate, of its own."""
+        made_already = self.optimizer is not None
+        optimizer: Any = super().create_optimizer(model)
+        if not made_already:
+            split_head_group(optimizer, self.model if model is None else model, self.args.log_z_learning_rate)
+        return optimizer
 
     # ---------------------------------------------------------------------------------------------------------- step
     def training_step(self, *args, **kwargs) -> Tensor:
@@ -244,6 +256,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, TRLTra
             reduced = per_trajectory.sum(1) if self.args.loss_reduction == "sum" else per_trajectory.mean(1)
             value = reduced.mean()
             self.record({f"loss/{name}": value})
+            group.losses[name] = value
             total = total + self.args.weight_of[name] * value
         return total
 
@@ -278,6 +291,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, RankingEvaluationMixin, TRLTra
     @torch.no_grad()
     def _observe(self, group: Group) -> None:
         """Log the group, and what the sampler reports."""
+        self.note(group_parts(group))
         self.record(group_metrics(group, self.sampler.source_names))
         self.record({f"sampler/{name}": value for name, value in self.sampler.metrics().items()})
         if self.args.log_completions:

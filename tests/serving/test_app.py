@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from gflowtrl import Recommender, __version__
 from gflowtrl.recommender import STRATEGIES
@@ -276,3 +277,34 @@ def test_health_says_what_is_served_and_whether(recommender):
     assert answer.json() == {"ready": True, "model": "", "items": 24, "version": __version__}
     with TestClient(app) as client:  # an application can be started again
         assert client.post("/recommend", json={"histories": [HISTORY]}).status_code == 200
+
+
+# ------------------------------------------------------------------------------------------- a model that computes NaN
+def test_a_model_that_breaks_is_503_and_so_is_health():
+    recommender = make_recommender()
+    weight = recommender.model.lm_head.weight
+    kept = weight.detach().clone()
+    with TestClient(create_app(recommender)) as client:
+        assert client.get("/health").status_code == 200
+        with torch.no_grad():
+            weight[:] = float("nan")
+        for path, body in (
+            ("/recommend", {"histories": [HISTORY]}),
+            ("/explain", {"history": HISTORY, "item": "i222"}),
+        ):
+            refused(client.post(path, json=body), 503, "NaN or infinity in its weight 'lm_head.weight'")
+            answer = client.get("/health")
+            assert answer.status_code == 503 and answer.json()["ready"] is False
+            assert "'lm_head.weight'" in answer.json()["problem"]
+        with torch.no_grad():
+            weight[:] = kept
+        assert client.post("/recommend", json={"histories": [HISTORY]}).status_code == 200
+        assert client.get("/health").json().keys() == {"ready", "model", "items", "version"}
+
+
+def test_health_knows_it_before_the_first_request():
+    recommender = make_recommender()
+    recommender.model.model.norm.register_forward_hook(lambda module, inputs, output: output * float("inf"))
+    with TestClient(create_app(recommender)) as client:
+        answer = client.get("/health")
+    assert answer.status_code == 503 and "overflow" in answer.json()["problem"]

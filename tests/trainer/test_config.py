@@ -20,7 +20,7 @@ OWN = [
 #: Documented as other defaults than those of `TrainingArguments`, in one paragraph.
 OTHER_DEFAULTS = (
     *("learning_rate", "train_sampling_strategy", "remove_unused_columns"),
-    *("gradient_checkpointing", "bf16"),
+    *("gradient_checkpointing", "bf16", "logging_nan_inf_filter"),
 )
 
 
