@@ -74,6 +74,7 @@ def check_exact(policy: TreePolicy, encoder: Encoder, dtype: torch.dtype | None 
     for way, log_probs in found.items():
         every = (log_probs - plain).abs().flatten(1)
         differences = every.amax(1) if dtype.itemsize >= 4 else every.median(1).values
+        differences = differences.masked_fill(~every.isfinite().all(1), torch.nan)
         if not bool((differences <= allowed).all()):  # so that NaN is a difference
             raise ValueError(_message(policy.model, way, differences, prompts["attention_mask"].sum(1), allowed))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 
+from typing import Any
+
 from transformers import EarlyStoppingCallback, SchedulerType, TrainerCallback, TrainingArguments
 
 from gflowtrl.metrics import primary_cutoff
@@ -120,7 +122,8 @@ def _check_direction(args: TrainingArguments) -> None:
         )
     if not _scheduled(args):
         return
-    mode, given = "max" if greater else "min", dict(args.lr_scheduler_kwargs or {})
+    options: Any = args.lr_scheduler_kwargs or {}
+    mode, given = "max" if greater else "min", dict(options)
     if given.setdefault("mode", mode) != mode:
         raise ValueError(
             f"lr_scheduler_kwargs has mode {given['mode']!r}, but greater_is_better is {greater} for {name!r}: the "

@@ -115,13 +115,14 @@ class RankingEvaluationMixin(TrainerBase):
     def evaluation_loop(self, *args: Any, **kwargs: Any):
         """The Trainer's loop; a model that computes NaN is refused, by all processes alike."""
         self._bad_rankings = torch.zeros((), dtype=torch.bool)
-        if (weight := nonfinite_weight(self, self.model)) is not None:
-            raise NonFiniteError(f"{describe(self.model)} cannot be evaluated: its weight {weight!r} is not finite.")
+        model: Any = self.model
+        if (weight := nonfinite_weight(self, model)) is not None:
+            raise NonFiniteError(f"{describe(model)} cannot be evaluated: its weight {weight!r} is not finite.")
         output = super().evaluation_loop(*args, **kwargs)
-        bad = self.accelerator.gather(self._bad_rankings.to(self.args.device).int()[None])
+        bad: Any = self.accelerator.gather(self._bad_rankings.to(self.args.device).int()[None])
         if bool(bad.any()):
             raise NonFiniteError(
-                f"{describe(self.model)} cannot be evaluated: its log-probabilities are NaN, although its weights are "
+                f"{describe(model)} cannot be evaluated: its log-probabilities are NaN, although its weights are "
                 f"finite. Its numbers overflow: evaluate in bf16 or float32."
             )
         return output
