@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-
 from typing import Any
 
 from transformers import EarlyStoppingCallback, SchedulerType, TrainerCallback, TrainingArguments
