@@ -19,6 +19,7 @@ from trl import ModelConfig, get_quantization_config
 
 from gflowtrl.data import add_item_tokens
 from gflowtrl.policy import check_causal, load_backbone, whole_models
+from gflowtrl.policy.merging import merge_adapters
 from gflowtrl.policy.temperature import read_temperature, set_temperature
 
 from .materials import Materials
@@ -69,7 +70,7 @@ def trained_model(stage: Stage) -> PreTrainedModel:
 def save_merged(base: Callable[[], PreTrainedModel], adapters: Path, folder: Path) -> None:
     """Merges adapters into what `base` gives, the model that they were trained on (not quantised), and saves it."""
     with whole_models():
-        merged = PeftModel.from_pretrained(base(), adapters).merge_and_unload()
+        merged = merge_adapters(PeftModel.from_pretrained(base(), adapters))
     read_temperature(merged, adapters)
     merged.save_pretrained(folder)
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from gflowtrl.compat import find_adapter_config_file, require, set_name_or_path, whole_models
 
+from .merging import merge_adapters
 from .temperature import read_temperature
 
 
@@ -68,7 +69,7 @@ def _load_adapted(name: str | os.PathLike, where: dict[str, Any], model_kwargs: 
     if model.config.is_encoder_decoder:
         require("peft", "0.21.2", "Adapters on an encoder-decoder")
     frozen = {key for key, parameter in model.named_parameters() if not parameter.requires_grad}
-    model = PeftModel.from_pretrained(model, name, **where).merge_and_unload()
+    model = merge_adapters(PeftModel.from_pretrained(model, name, **where))
     for key, parameter in model.named_parameters():  # PEFT has frozen all of them
         parameter.requires_grad_(key not in frozen)
     # The base of adapters that are put on it next: not the base below, which knows nothing of these.
