@@ -11,7 +11,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     PreTrainedModel,
     set_seed,
 )
@@ -19,6 +18,7 @@ from trl import ModelConfig, get_quantization_config
 
 from gflowtrl.data import add_item_tokens
 from gflowtrl.policy import check_causal, load_backbone, whole_models
+from gflowtrl.policy.loading import load_tokenizer
 from gflowtrl.policy.merging import merge_adapters
 from gflowtrl.policy.temperature import read_temperature, set_temperature
 
@@ -46,7 +46,7 @@ def build_model(materials: Materials, quantised: bool = True) -> PreTrainedModel
         if not model.config.is_encoder_decoder:
             check_causal(model)  # before SFT, which would not notice
         # The tokenizer as it was before item tokens, so that they are new, and begin as new ones.
-        tokenizer = AutoTokenizer.from_pretrained(**recipe.pretrained)
+        tokenizer = load_tokenizer(**recipe.pretrained)
         add_item_tokens(tokenizer, materials.data.semantic_ids, model, titles)
         return model
     tokenizer = materials.tokenizer
