@@ -7,6 +7,7 @@ code runs only where `trust_remote_code=True` was passed for that model.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -63,7 +64,7 @@ def load_weights(loader: Any, name: str | os.PathLike, **model_kwargs: Any) -> P
             model has not, or the model is of another class than the one that was saved.
     """
     options = {"trust_remote_code": False, **model_kwargs, "ignore_mismatched_sizes": True}  # reported below
-    with _named(f"The model of {name}"):
+    with _named(f"The model (config.json, model.safetensors) of {name}"):
         model, found = loader.from_pretrained(name, output_loading_info=True, **options)
     kind, saved = type(model).__name__, Path(name, CATALOG_FILE).is_file()
     wrong = {"lacks": found["missing_keys"], "holds in another shape": [key[0] for key in found["mismatched_keys"]]}
@@ -151,7 +152,9 @@ def _named(what: str) -> Iterator[None]:
     """Within, what libraries raise of every kind becomes a ValueError that says what was being loaded."""
     try:
         yield
-    except (OSError, ValueError, TypeError, ImportError, NotImplementedError, torch.OutOfMemoryError):
-        raise  # sentences already, or mistakes in the arguments
+    except (OSError, ValueError, TypeError, ImportError, NotImplementedError, torch.OutOfMemoryError) as error:
+        if not isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+            raise  # sentences already, or mistakes in the arguments
+        raise ValueError(f"{what} cannot be loaded: {error}. Restore the files that were saved together.") from error
     except Exception as error:  # tokenizers and safetensors have their own kinds, some of them bare `Exception`
         raise ValueError(f"{what} cannot be loaded: {error}. Restore the files that were saved together.") from error

@@ -27,6 +27,11 @@ def model_kwargs(args: TreePolicyConfig) -> dict[str, Any]:
     return args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
 
 
+def trusted(args: TreePolicyConfig) -> dict[str, Any]:
+    """Whether the user lets the model's own code run, as `from_pretrained` takes it."""
+    return {key: value for key, value in model_kwargs(args).items() if key == "trust_remote_code"}
+
+
 @dataclass(frozen=True)
 class Parts:
     """A model and what belongs to it; what was not given is that of the model's folder, where it has one."""
