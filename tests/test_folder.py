@@ -222,7 +222,7 @@ def in_words(tmp_path_factory) -> Path:
     folder, tokenizer = tmp_path_factory.mktemp("words"), byte_tokenizer()
     add_item_tokens(tokenizer, SEMANTIC_IDS)
     catalog = ItemCatalog.from_semantic_ids(SEMANTIC_IDS, tokenizer)
-    encoder = TextPromptEncoder(catalog, tokenizer, {item: f"item {item}" for item in ITEMS}, PromptFormat())
+    encoder = TextPromptEncoder(catalog, tokenizer, {item: f"item {item}" for item in ITEMS}, PromptFormat(), 4)
     Recommender(tiny_model(len(tokenizer)), tokenizer, catalog, encoder=encoder).save_pretrained(folder)
     return folder
 

@@ -43,7 +43,7 @@ def check_saved(
 ) -> None:
     """Compare a saved recommender with the trained model, in all processes together; the main one loads the folder.
 
-    Both score a few leaves behind the longest prompt that the encoder makes. Above 2 billion parameters, and for
+    Both score a few leaves behind the longest prompts that the encoder makes. Above 2 billion parameters, and for
     adapters on a quantised base (which are merged into the whole one), a sample of tensors is compared with the files
     instead. Where nothing can be compared a warning says why.
 
@@ -105,22 +105,14 @@ def _way(trainer: Trainer, directory: str | os.PathLike) -> str:
 # -------------------------------------------------------------------------------------------------------------- scores
 @torch.no_grad()
 def _scores(trainer: Trainer, model: nn.Module, catalog: ItemCatalog, encoder: PromptEncoder) -> Tensor:
-    """Probabilities of the children of every state on the paths of some leaves: `(1, K, L, C)`, on the CPU."""
+    """Probabilities of the children of every state on the paths of some leaves: `(B, K, L, C)`, on the CPU."""
     device = next(model.parameters()).device
-    prompts = {name: value.to(device) for name, value in encoder([_longest_history(encoder)]).items()}
+    prompts = {name: value.to(device) for name, value in encoder(encoder.longest_histories()).items()}
     count = catalog.tree.num_leaves
     leaves = torch.arange(min(LEAVES, count), device=device) * count // min(LEAVES, count)
     with evaluation_mode(model), trainer.compute_loss_context_manager():
-        scores = make_policy(model, catalog).score(prompts, leaves[None])
+        scores = make_policy(model, catalog).score(prompts, leaves.expand(len(prompts["input_ids"]), -1))
     return scores.child_log_probs.float().exp().cpu()
-
-
-def _longest_history(encoder: PromptEncoder) -> list:
-    """As many items as a prompt can hold, of those with the most tokens."""
-    tokens = (encoder.table >= 0).sum(1)
-    longest = (tokens == tokens.max()).nonzero().squeeze(1).tolist()
-    count = encoder.max_history_items
-    return [encoder.catalog.items[longest[place * len(longest) // count]] for place in range(count)]
 
 
 def _compare_scores(
@@ -157,8 +149,8 @@ def _compare_scores(
             f"the base model was changed in memory after it was loaded from {base!r}, or that folder has changed since"
         )
     return (
-        f"The folder {directory} is not the model that was trained: behind one prompt the probabilities of the next "
-        f"token differ by a total variation of {difference:.3f}, and rounding explains {rounding}. The likely reason: "
+        f"The folder {directory} is not the model that was trained: behind the longest prompts the probabilities of "
+        f"the next token differ by a total variation of {difference:.3f}, and rounding explains {rounding}. The likely reason: "
         f"{reason}."
     )
 
