@@ -150,8 +150,8 @@ def _compare_scores(
         )
     return (
         f"The folder {directory} is not the model that was trained: behind the longest prompts the probabilities of "
-        f"the next token differ by a total variation of {difference:.3f}, and rounding explains {rounding}. The likely reason: "
-        f"{reason}."
+        f"the next token differ by a total variation of {difference:.3f}, and rounding explains {rounding}. The "
+        f"likely reason: {reason}."
     )
 
 
