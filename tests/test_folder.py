@@ -1,6 +1,7 @@
 """A folder whose files do not fit each other is refused at loading, by the file, and none of its code runs."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
+import gflowtrl
 from gflowtrl import GFlowNetConfig, GFlowNetTrainer, ItemCatalog, Recommender
 from gflowtrl.data import PromptFormat, TextPromptEncoder, add_item_tokens
 from gflowtrl.policy import load_backbone
@@ -311,6 +313,14 @@ def test_code_runs_where_the_user_trusts_it(folder, tmp_path, monkeypatch):
     change(folder / file, lambda content: content.update(entries))
     tokenizer = load_tokenizer(folder, trust_remote_code=True)
     assert type(tokenizer).__name__ == "Foreign" and (tmp_path / "was_run").exists()
+
+
+def test_models_are_loaded_in_one_place():
+    """Elsewhere one of transformers' loaders would ask at the terminal, or fill what is missing at random."""
+    loader = re.compile(r"\b(Auto\w+|PeftModel|PreTrained\w+|\w*loader)\.from_pretrained\(")
+    package = Path(gflowtrl.__file__).parent
+    found = {path.name for path in package.rglob("*.py") if loader.search(re.sub(r"`[^`]*`", "", path.read_text()))}
+    assert found == {"loading.py"}
 
 
 @pytest.mark.parametrize("with_code", ["model"], indirect=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import load_peft_weights
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,7 +18,7 @@ from trl import ModelConfig, get_quantization_config
 
 from gflowtrl.data import add_item_tokens
 from gflowtrl.policy import check_causal, load_backbone, whole_models
-from gflowtrl.policy.loading import load_tokenizer
+from gflowtrl.policy.loading import load_adapters, load_tokenizer
 from gflowtrl.policy.merging import merge_adapters
 from gflowtrl.policy.temperature import read_temperature, set_temperature
 
@@ -70,7 +70,7 @@ def trained_model(stage: Stage) -> PreTrainedModel:
 def save_merged(base: Callable[[], PreTrainedModel], adapters: Path, folder: Path) -> None:
     """Merges adapters into what `base` gives, the model that they were trained on (not quantised), and saves it."""
     with whole_models():
-        merged = merge_adapters(PeftModel.from_pretrained(base(), adapters))
+        merged = merge_adapters(load_adapters(base(), adapters, load_peft_weights(str(adapters), device="cpu")))
     read_temperature(merged, adapters)
     merged.save_pretrained(folder)
 
