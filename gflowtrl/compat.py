@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from accelerate.commands.launch import launch_command as launch_command
     from accelerate.commands.launch import launch_command_parser as launch_command_parser
     from peft.tuners.trainable_tokens import TrainableTokensLayer as TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer as BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper as AuxiliaryTrainingWrapper
     from peft.utils.other import TrainableTokensWrapper as TrainableTokensWrapper
     from torch import nn
     from transformers import PreTrainedModel
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
 #: Public name -> module and name in the other library.
 NAMES = {
+    "AuxiliaryTrainingWrapper": ("peft.utils.other", "AuxiliaryTrainingWrapper"),
+    "BaseTunerLayer": ("peft.tuners.tuners_utils", "BaseTunerLayer"),
     "PREFIX_CHECKPOINT_DIR": ("transformers.trainer_utils", "PREFIX_CHECKPOINT_DIR"),
     "TRAINER_STATE_NAME": ("transformers.trainer", "TRAINER_STATE_NAME"),
     "TRLConfig": ("trl.trainer.base_config", "_BaseConfig"),
@@ -105,6 +109,15 @@ def carries_adapters(model: nn.Module) -> bool:
 def tied_weights(model: object) -> dict[str, str]:
     """Names of a model's tied weights, each with the name of the weight that it is tied to."""
     return getattr(model, "all_tied_weights_keys", None) or {}
+
+
+def drop_ties(model: PreTrainedModel, head: str) -> None:
+    """Say that the output head `head` shares its weight with no other layer any more."""
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {
+        name: first for name, first in tied_weights(model).items() if not f"{name}.".startswith(f"{head}.")
+    }
 
 
 def set_name_or_path(model: PreTrainedModel, name: str | os.PathLike[str]) -> None:

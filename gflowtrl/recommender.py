@@ -14,15 +14,17 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gflowtrl.catalog import Item, ItemCatalog
+from gflowtrl.catalog.catalog import CATALOG_FILE
 from gflowtrl.checks import COUNT, POSITIVE, check_choice, check_number, check_titles
 from gflowtrl.data import PromptEncoder
 from gflowtrl.data.recommender_files import read_details, read_encoder, write_recommender_files
 from gflowtrl.finite import check_ranked, check_weights
 from gflowtrl.policy import Noise, StatelessNoise, check_exact, check_positions, load_backbone, make_policy
 from gflowtrl.policy.heads import split_heads
+from gflowtrl.policy.loading import check_embedded, load_tokenizer
 from gflowtrl.teachers import TeacherModule, load_teacher
 
 
@@ -135,9 +137,11 @@ class Recommender:
         teacher: TeacherModule | None = None,
     ):
         check_weights(model)
+        check_embedded(model, catalog.tree.num_tokens - 1)
         self.model, self.tokenizer, self.catalog = model.eval(), tokenizer, catalog
         self.policy = make_policy(model, catalog)
         self.encoder = PromptEncoder(catalog, tokenizer, max_history_items) if encoder is None else encoder
+        check_embedded(model, self.encoder.largest_token, "The prompts use")
         check_positions(model, self.encoder.max_length, catalog.tree.max_depth, self.encoder.max_history_items)
         self._policy_is_checked = False
         self.titles, self.item_counts, self.teacher = dict(titles or {}), item_counts, teacher
@@ -152,22 +156,27 @@ class Recommender:
                 and a teacher are read where they are there), or its name on the Hugging Face Hub, as for
                 `AutoModel.from_pretrained`.
             **model_kwargs: handed to the `from_pretrained` of `AutoModelForSeq2SeqLM` where the checkpoint is an
-                encoder-decoder, of `AutoModelForCausalLM` otherwise, for example `device_map` or `dtype`.
+                encoder-decoder, of `AutoModelForCausalLM` otherwise, for example `device_map` or `dtype`. Code that
+                comes with the model runs only with `trust_remote_code=True`.
 
         Raises:
             FileNotFoundError: the folder or one of its files is missing.
+            ValueError: files are damaged or do not belong together: weights and configuration, catalogue and
+                tokenizer, prompts, titles, teacher. The message names the file.
         """
         directory = local_copy(directory)
         catalog = ItemCatalog.from_pretrained(directory)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        return cls(
-            load_backbone(directory, **model_kwargs),
-            tokenizer,
-            catalog,
-            encoder=read_encoder(directory, catalog, tokenizer),
-            teacher=load_teacher(directory / TEACHER_FOLDER) if (directory / TEACHER_FOLDER).is_dir() else None,
-            **read_details(directory, catalog),
-        )
+        tokenizer = load_tokenizer(directory, model_kwargs.get("trust_remote_code", False))
+        catalog.check_tokenizer(tokenizer, str(directory / CATALOG_FILE))
+        files = {"encoder": read_encoder(directory, catalog, tokenizer), **read_details(directory, catalog)}
+        if (folder := directory / TEACHER_FOLDER).is_dir():
+            files["teacher"] = teacher = load_teacher(folder)
+            if strangers := set(catalog.items) - set(teacher.items):
+                raise ValueError(
+                    f"The teacher in {folder} does not know {len(strangers)} items of {CATALOG_FILE}, for example "
+                    f"{next(iter(strangers))!r}. Restore the files that were saved together, or delete the folder."
+                )
+        return cls(load_backbone(directory, **model_kwargs), tokenizer, catalog, **files)
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write a folder that `from_pretrained` loads."""

@@ -20,7 +20,7 @@ import pytest
 import torch
 from accelerate.utils import compare_versions
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel, Trainer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer
 from transformers.integrations import deepspeed as zero
 
 import gflowtrl
@@ -118,6 +118,8 @@ def test_trainable_tokens_keep_what_output_rows_reads():
     assert isinstance(layer, compat.TrainableTokensLayer)
     assert layer.base_layer.weight.shape == (40, 32)
     (name,) = layer.active_adapters
+    assert {"x", "active_adapters"} <= set(inspect.signature(layer.forward_adapters).parameters)
+    assert layer.tied_adapter is None
     assert layer.token_indices[name] == [5, 3] and layer.trainable_tokens_delta[name].shape == (2, 32)
     assert not layer.disable_adapters and not layer.merged
     assert torch.equal(layer.get_merged_weights(layer.active_adapters), layer.base_layer.weight)
@@ -185,6 +187,35 @@ def test_tied_weights_are_named():
     assert "lm_head.weight" in tied
     assert all(weights[name] is weights[first] for name, first in tied.items())
     assert compat.tied_weights(torch.nn.Linear(2, 2)) == compat.tied_weights(tiny_model(40)) == {}
+
+
+def test_a_model_without_its_ties_is_saved_with_both_tables(tmp_path):
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(40, 16))
+    compat.drop_ties(model, "lm_head")
+    assert not compat.tied_weights(model) and not model.config.tie_word_embeddings
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+def test_wrappers_of_peft_are_told_apart():
+    config = LoraConfig(target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
+    model = get_peft_model(tiny_model(40), config).get_base_model()
+    layer, copied = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(layer, compat.BaseTunerLayer) and not isinstance(layer, compat.AuxiliaryTrainingWrapper)
+    assert layer.get_base_layer().weight.shape == (40, 32)
+    assert isinstance(copied, compat.AuxiliaryTrainingWrapper) and copied.original_module.weight.shape == (40, 32)
+    assert issubclass(compat.TrainableTokensWrapper, compat.AuxiliaryTrainingWrapper)
 
 
 def test_a_model_says_where_it_comes_from(tmp_path):

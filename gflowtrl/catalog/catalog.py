@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .files import write_text
 from .items import Item, ItemIndex
+from .saved import read_catalog
 from .tree import PrefixTree
 
 
@@ -180,15 +181,46 @@ class ItemCatalog:
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> ItemCatalog:
-        """Read what `save_pretrained` wrote. Raises FileNotFoundError where `catalog.json` is missing."""
+        """Read what `save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: `catalog.json` is missing.
+            ValueError: it is damaged (`saved.read_catalog`).
+        """
         path = Path(directory) / CATALOG_FILE
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} is missing. A recommender checkpoint of gflowtrl holds it; a plain language model does not."
             )
-        content = json.loads(path.read_text(encoding="utf-8"))
-        texts = content["semantic_ids"]
-        return cls(content["items"], texts, _numbered(texts, content["token_ids"]))
+        items, texts, numbers = read_catalog(path)
+        return cls(items, texts, _numbered(texts, numbers))
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase, where: str = "The catalogue") -> None:
+        """Every token must have the number that the tokenizer gives it.
+
+        Args:
+            tokenizer: of the same model.
+            where: what an error calls the catalogue, its file say.
+
+        Raises:
+            ValueError: a token has another number, or none: the catalogue of another tokenizer, or swapped tokens.
+        """
+        flat = self.item_token_ids.flatten()
+        numbers, row = torch.unique(flat, return_inverse=True)
+        first = torch.full((len(numbers),), len(flat)).scatter_reduce_(0, row, torch.arange(len(flat)), "amin")
+        places = [pair for pair in zip(numbers.tolist(), first.tolist(), strict=True) if pair[0] >= 0]
+        width = self.item_token_ids.shape[1]
+        texts = [self.semantic_ids[place // width][place % width] for _, place in places]
+        known = tokenizer.convert_tokens_to_ids(texts)
+        pairs = zip(texts, [number for number, _ in places], known, strict=True)
+        if wrong := [(text, number, other) for text, number, other in pairs if number != other]:
+            text, number, other = wrong[0]
+            told = "does not know it" if other in (None, tokenizer.unk_token_id) else f"gives it {other}"
+            raise ValueError(
+                f"{where} gives token {text!r} the number {number}, but the tokenizer {told} ({len(wrong)} of "
+                f"{len(texts)} tokens differ): they do not belong together. Restore the catalogue and the tokenizer "
+                f"that were saved with this model; ItemCatalog.from_semantic_ids builds a catalogue for a tokenizer."
+            )
 
 
 def _numbered(semantic_ids: Iterable[Sequence[str]], numbers: Mapping[str, int]) -> Tensor:

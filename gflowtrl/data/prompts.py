@@ -116,6 +116,11 @@ class PromptEncoder:
         self.format: PromptFormat | None = None
         self.padding = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
 
+    @property
+    def largest_token(self) -> int:
+        """The largest number of a token that a prompt can hold; the model must embed it."""
+        return max([*self.head, *self.tail, self.padding, int(self.table.max())])
+
     def __call__(self, histories: Sequence[Sequence[Item]]) -> dict[str, Tensor]:
         """Encode B histories.
 

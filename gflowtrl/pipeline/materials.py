@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.data import (
@@ -27,6 +27,7 @@ from gflowtrl.data import (
     leave_one_out,
     read_interactions,
 )
+from gflowtrl.policy.loading import load_tokenizer
 from gflowtrl.teachers import fingerprint
 
 from .recipe import Recipe
@@ -113,7 +114,7 @@ def prepare(recipe: Recipe) -> Materials:
     if recipe.model.get("model_name_or_path") is None:
         tokenizer = build_tokenizer(data.semantic_ids)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(**recipe.pretrained)
+        tokenizer = load_tokenizer(**recipe.pretrained)
         add_item_tokens(tokenizer, data.semantic_ids)
     catalog = ItemCatalog.from_semantic_ids(data.semantic_ids, tokenizer)
     content = {

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import load_peft_weights
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     PreTrainedModel,
     set_seed,
 )
@@ -20,6 +19,8 @@ from trl import ModelConfig, get_quantization_config
 from gflowtrl.data import add_item_tokens
 from gflowtrl.finite import check_weights
 from gflowtrl.policy import check_causal, load_backbone, whole_models
+from gflowtrl.policy.loading import load_adapters, load_tokenizer
+from gflowtrl.policy.merging import merge_adapters
 from gflowtrl.policy.temperature import read_temperature, set_temperature
 
 from .materials import Materials
@@ -46,7 +47,7 @@ def build_model(materials: Materials, quantised: bool = True) -> PreTrainedModel
         if not model.config.is_encoder_decoder:
             check_causal(model)  # before SFT, which would not notice
         # The tokenizer as it was before item tokens, so that they are new, and begin as new ones.
-        tokenizer = AutoTokenizer.from_pretrained(**recipe.pretrained)
+        tokenizer = load_tokenizer(**recipe.pretrained)
         add_item_tokens(tokenizer, materials.data.semantic_ids, model, titles)
         return model
     tokenizer = materials.tokenizer
@@ -72,7 +73,7 @@ def trained_model(stage: Stage) -> PreTrainedModel:
 def save_merged(base: Callable[[], PreTrainedModel], adapters: Path, folder: Path) -> None:
     """Merges adapters into what `base` gives, the model that they were trained on (not quantised), and saves it."""
     with whole_models():
-        merged = PeftModel.from_pretrained(base(), adapters).merge_and_unload()
+        merged = merge_adapters(load_adapters(base(), adapters, load_peft_weights(str(adapters), device="cpu")))
     read_temperature(merged, adapters)
     merged.save_pretrained(folder)
 

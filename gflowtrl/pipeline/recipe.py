@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import CONFIG_MAPPING, AutoConfig, Seq2SeqTrainingArguments
+from transformers import CONFIG_MAPPING, Seq2SeqTrainingArguments
 from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, SFTConfig
 
 from gflowtrl.checks import check_finite
 from gflowtrl.data import PromptFormat, SyntheticShop
 from gflowtrl.losses import get_loss
+from gflowtrl.policy.loading import load_config
 from gflowtrl.samplers import Sampler, build_sampler
 from gflowtrl.trainer import GFlowNetConfig
 from gflowtrl.trainer.best_metric import settle_metric
@@ -135,9 +136,9 @@ class Recipe:
 
     @property
     def pretrained(self) -> dict[str, Any]:
-        """What `from_pretrained` needs in order to find the language model, its configuration or its tokenizer."""
-        where = {key: self.model[key] for key in ("gguf_file", "revision") if key in self.model}
-        return {"pretrained_model_name_or_path": self.local(self.model["model_name_or_path"]), **where}
+        """What `load_config` and `load_tokenizer` need: where the language model is, and whether its code may run."""
+        where = {key: self.model[key] for key in ("gguf_file", "revision", "trust_remote_code") if key in self.model}
+        return {"name": self.local(self.model["model_name_or_path"]), **where}
 
     def local(self, name: str) -> str:
         """A model's folder that the recipe names, seen from here or from the recipe; else a name on the Hub."""
@@ -148,7 +149,7 @@ class Recipe:
     def encoder_decoder(self) -> bool:
         """Whether the model is one (T5, say), and not a causal language model."""
         if self.model.get("model_name_or_path"):
-            return AutoConfig.from_pretrained(**self.pretrained).is_encoder_decoder
+            return load_config(**self.pretrained).is_encoder_decoder
         return CONFIG_MAPPING[self.model.get("model_type", "llama")]().is_encoder_decoder
 
     @property

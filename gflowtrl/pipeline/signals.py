@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from gflowtrl.losses import get_loss
 from gflowtrl.policy import load_backbone, whole_models
+from gflowtrl.policy.loading import load_config, load_tokenizer, load_weights
 from gflowtrl.rewards import CollaborativeReward, LikelihoodReward, TitleLikelihoodReward, fit_reward_weights
 from gflowtrl.teachers import MixtureTeacher, TeacherModule, fingerprint, load_teacher
 
@@ -82,8 +83,8 @@ def build_rewards(workshop: Workshop, materials: Materials, teacher: TeacherModu
         if spec["type"] == "title_likelihood":
             folder = recipe.local(options.pop("model"))
             with whole_models():
-                model = AutoModelForCausalLM.from_pretrained(folder)
-            return TitleLikelihoodReward(model, AutoTokenizer.from_pretrained(folder), materials.titles, **options)
+                model = load_weights(AutoModelForCausalLM, folder)
+            return TitleLikelihoodReward(model, load_tokenizer(folder), materials.titles, **options)
         if spec["type"] == "collaborative":
             own = options.pop("teacher", None)
             used = teacher if own is None else fit_teacher(workshop, materials, own)
@@ -147,7 +148,7 @@ def check_signals(materials: Materials) -> None:
                     f"{materials.data.name} has no title of {len(lacking)} of {len(materials.data.items)} items "
                     f"(items.jsonl), for example {lacking[0]!r}; the reward title_likelihood needs one for each."
                 )
-            AutoConfig.from_pretrained(recipe.local(spec["model"]))
+            load_config(recipe.local(spec["model"]))
         _exposure(materials, spec.get("popularity", "interactions"))
         if "function" in spec:
             every_item = hasattr(load_function(spec["function"], recipe.folder), "score_items")

@@ -29,6 +29,7 @@ from gflowtrl.trainer.checkpoints import CompleteCheckpointsMixin, last_checkpoi
 from gflowtrl.trainer.evaluation import history_lengths, rows_per_step
 from gflowtrl.trainer.finite import FiniteMixin
 from gflowtrl.trainer.model_card import CardFacts, base_model, card_facts, shown_metrics, write_card
+from gflowtrl.trainer.saved import check_saved
 from gflowtrl.trainer.tree_policy_trainer import LengthGroupedEpochSampler
 
 from .materials import Materials, files_fingerprint
@@ -252,6 +253,9 @@ def train(trainer: Trainer, materials: Materials, folder: Path, base: Callable[[
         write_recommender_files(folder / "model", materials.encoder, materials.item_counts, materials.titles)
         if (curves := folder / CHECKPOINTS / CURVES).is_dir():  # the folder of checkpoints is given up
             shutil.copytree(curves, folder / CURVES, dirs_exist_ok=True)
+    if adapted or not isinstance(trainer, GFlowNetTrainer):  # which has compared what it saved itself
+        trusted = {key: value for key, value in materials.recipe.model.items() if key == "trust_remote_code"}
+        check_saved(trainer, folder / "model", materials.catalog, materials.encoder, **trusted)
     facts = _card(trainer, materials, folder)
     if trainer.is_world_process_zero():
         write_card(facts, folder / "model")

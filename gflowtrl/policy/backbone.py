@@ -7,17 +7,15 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from peft import PeftConfig, PeftModel, load_peft_weights
+from peft import PeftConfig, load_peft_weights
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from gflowtrl.compat import find_adapter_config_file, require, set_name_or_path, whole_models
 
+from .loading import WHERE, load_adapters, load_config, load_weights
+from .merging import merge_adapters
 from .temperature import read_temperature
-
-
-# Arguments of `from_pretrained` that say where the files lie, and so hold for the configuration as for the model.
-_WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 def load_backbone(name: str | os.PathLike, **model_kwargs: Any) -> PreTrainedModel:
@@ -28,22 +26,24 @@ def load_backbone(name: str | os.PathLike, **model_kwargs: Any) -> PreTrainedMod
 
     Args:
         name: folder or name, as for `from_pretrained`, of a model or of adapters.
-        **model_kwargs: handed to `from_pretrained`. What `gguf_file` names is no longer quantised afterwards.
+        **model_kwargs: handed to `from_pretrained`. What `gguf_file` names is no longer quantised afterwards. Code
+            that comes with the model runs only with `trust_remote_code=True`.
 
     Raises:
         OSError: there is no such model.
-        ValueError: the adapters are prompts (prompt tuning, say), which cannot be merged; or the base is quantised,
-            and the installed version of transformers would leave out the adapters' item tokens.
+        ValueError: the weights are not those of the model (`loading.load_weights`); the adapters are prompts (prompt
+            tuning, say), which cannot be merged; or the base is quantised, and the installed version of transformers
+            would leave out the adapters' item tokens.
     """
-    where = {key: model_kwargs[key] for key in _WHERE if key in model_kwargs}
+    where = {key: model_kwargs[key] for key in WHERE if key in model_kwargs}
     if find_adapter_config_file(name, **where) is not None:
         with whole_models():  # merging needs whole weights; an engine shards them afterwards
             return _load_adapted(name, where, model_kwargs)
     if "gguf_file" in model_kwargs:
         where |= {"gguf_file": model_kwargs["gguf_file"]}
-    config = AutoConfig.from_pretrained(name, trust_remote_code=model_kwargs.get("trust_remote_code", False), **where)
+    config = load_config(name, model_kwargs.get("trust_remote_code", False), **where)
     loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = loader.from_pretrained(name, **model_kwargs)
+    model = load_weights(loader, name, **model_kwargs)
     return _as_if_never_quantised(model) if "gguf_file" in model_kwargs else model
 
 
@@ -59,7 +59,8 @@ def _load_adapted(name: str | os.PathLike, where: dict[str, Any], model_kwargs: 
     if adapters.revision is not None:
         options["revision"] = adapters.revision
     model = load_backbone(adapters.base_model_name_or_path, **options)
-    _resize_embeddings(model, load_peft_weights(name, device="cpu", **where))
+    saved = load_peft_weights(name, device="cpu", **where)
+    _resize_embeddings(model, saved)
     if getattr(model, "hf_quantizer", None) is not None:
         require("transformers", "5.18", "A folder of adapters on a quantised model")  # it loads the item tokens
         model.load_adapter(os.fspath(name), adapter_kwargs=where)
@@ -68,7 +69,7 @@ def _load_adapted(name: str | os.PathLike, where: dict[str, Any], model_kwargs: 
     if model.config.is_encoder_decoder:
         require("peft", "0.21.2", "Adapters on an encoder-decoder")
     frozen = {key for key, parameter in model.named_parameters() if not parameter.requires_grad}
-    model = PeftModel.from_pretrained(model, name, **where).merge_and_unload()
+    model = merge_adapters(load_adapters(model, name, saved, **where))
     for key, parameter in model.named_parameters():  # PEFT has frozen all of them
         parameter.requires_grad_(key not in frozen)
     # The base of adapters that are put on it next: not the base below, which knows nothing of these.

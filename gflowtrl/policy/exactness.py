@@ -80,8 +80,10 @@ def check_exact(policy: TreePolicy, encoder: Encoder, dtype: torch.dtype | None 
 
 
 def _computed_in(model: nn.Module) -> torch.dtype:
-    """The model's dtype, or float16 for the like precision of float32 products in TF32."""
+    """The model's dtype; where products are coarser (quantized weights, TF32), one of like precision."""
     dtype = model_dtype(model)
+    if getattr(innermost(model), "hf_quantizer", None) is not None:
+        return torch.bfloat16
     tf32 = torch.cuda.is_available() and torch.get_float32_matmul_precision() != "highest"
     return torch.float16 if tf32 and dtype == torch.float32 else dtype
 

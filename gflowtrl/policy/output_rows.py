@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,33 @@ class _ChosenTrainedRows:
     def forward(self, hidden: Tensor, *args, **kwargs) -> Tensor:
         if self._rows is None:
             return super().forward(hidden, *args, **kwargs)
-        return nn.functional.linear(hidden, _trained_rows(self.token_adapter, self._rows))
+        bias = self.token_adapter.base_layer.bias
+        bias = None if bias is None else bias.index_select(0, self._rows)
+        return nn.functional.linear(hidden, _trained_rows(self.token_adapter, self._rows), bias)
+
+
+class _BiasedTokens:
+    """Mixed into PEFT's layer of trained rows in an output head with a bias (Phi, GPT-J, CodeGen), which multiplies by
+    the head's weight itself and leaves the bias out."""
+
+    def forward_adapters(self, x: Tensor, active_adapters: Any, *args, **kwargs) -> Tensor:
+        layer: Any = self
+        apart = bool(active_adapters) and not layer.disable_adapters and not layer.merged
+        result = super().forward_adapters(x, active_adapters, *args, **kwargs)
+        return result + layer.base_layer.bias if apart else result
+
+
+def keep_head_bias(model: nn.Module) -> None:
+    """Make PEFT's wrapper of an output head add the head's bias, in place. A second call changes nothing.
+
+    PEFT's `trainable_token_indices` computes `x W'` with the trained rows in W' and forgets the bias, so fresh
+    adapters would change the policy, and the merged model would differ from the trained one by the bias.
+    """
+    head = innermost(model).get_output_embeddings()
+    layer = head.token_adapter if isinstance(head, TrainableTokensWrapper) else None
+    if layer is None or isinstance(layer, _BiasedTokens) or getattr(layer.base_layer, "bias", None) is None:
+        return
+    mix_in(_BiasedTokens, layer)
 
 
 def _trained_rows(layer: TrainableTokensLayer, rows: Tensor) -> Tensor:
@@ -61,6 +88,7 @@ def selectable_head(model: nn.Module) -> nn.Module | None:
     calls outside `only_rows` are untouched.
     """
     model = innermost(model)
+    keep_head_bias(model)
     head = model.get_output_embeddings()
     if isinstance(head, _ChosenRows | _ChosenTrainedRows):
         return head

@@ -135,7 +135,7 @@ class SentenceTransformerEmbedder(Embedder):
                 "TfidfEmbedder needs nothing."
             ) from error
         self.config = {"name_or_folder": name}
-        self.model = library.SentenceTransformer(name)
+        self.model = library.SentenceTransformer(name, trust_remote_code=False)
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         vectors = self.model.encode(list(texts), convert_to_tensor=True, normalize_embeddings=True)

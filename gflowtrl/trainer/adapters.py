@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,9 @@ from transformers import PreTrainedModel
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.compat import TrainableTokensWrapper, require
 from gflowtrl.policy import merge_tied_embeddings, whole_models
+from gflowtrl.policy.merging import check_mergeable
 from gflowtrl.policy.modules import mix_in
+from gflowtrl.policy.output_rows import keep_head_bias
 
 
 if TYPE_CHECKING:
@@ -53,6 +56,8 @@ def add_adapters(
     # Under ZeRO-3 PEFT would read the tokens' rows in a way that needs all of the model on a CUDA device.
     with whole_models(), _gathered(tables):
         adapted = get_peft_model(model, config)
+    check_mergeable(adapted)
+    keep_head_bias(adapted)
     if str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
         _tie_wrappers(model)
     return adapted
@@ -107,6 +112,10 @@ def embedding_names(model: PreTrainedModel) -> list[str]:
 def _has_its_own_way(config: Any, model: PreTrainedModel) -> bool:
     if config.trainable_token_indices is not None:
         return True
-    last = {name.rpartition(".")[2] for name in embedding_names(model)}
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = {*embedding_names(model), *(name for name, module in model.named_modules() if module in tables)}
+    last = {name.rpartition(".")[2] for name in names}
     named = [getattr(config, field, None) or [] for field in ("modules_to_save", "target_modules")]
-    return any(not isinstance(names, str) and last & {n.rpartition(".")[2] for n in names} for names in named)
+    if isinstance(named[1], str):  # a pattern; "all-linear" leaves the head out
+        return any(re.fullmatch(named[1], name) for name in names)
+    return any(last & {n.rpartition(".")[2] for n in chosen} for chosen in named)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -13,6 +11,7 @@ from gflowtrl.catalog import ItemCatalog
 from gflowtrl.compat import carries_adapters
 from gflowtrl.data import PromptEncoder, check_column_names
 from gflowtrl.policy import check_causal, check_positions
+from gflowtrl.policy.loading import check_embedded
 
 
 REQUIRED_COLUMNS = ("row_id", "history", "target")
@@ -33,14 +32,7 @@ def check_model(model: PreTrainedModel, catalog: ItemCatalog, max_shared_prompts
         )
     if not model.config.is_encoder_decoder:
         check_causal(model)
-    # Adapters may have wrapped the table, whose own weight an engine may have split.
-    tables: list[Any] = [m for m in model.get_input_embeddings().modules() if hasattr(m, "num_embeddings")]
-    known = tables[0].num_embeddings
-    if known < catalog.tree.num_tokens:
-        raise ValueError(
-            f"The catalogue uses token {catalog.tree.num_tokens - 1}, but the model embeds only {known} tokens. Call "
-            f"gflowtrl.data.add_item_tokens(tokenizer, semantic_ids, model), which resizes them."
-        )
+    check_embedded(model, catalog.tree.num_tokens - 1)
 
 
 def check_trainable(model: PreTrainedModel, new_adapters: bool) -> None:
@@ -69,6 +61,7 @@ def check_encoder(
         )
     if encoder.catalog.items != catalog.items:
         raise ValueError("The prompt_encoder was made of another catalogue than the trainer's.")
+    check_embedded(model, encoder.largest_token, "The prompts use")
     check_positions(model, encoder.max_length, catalog.tree.max_depth, encoder.max_history_items)
     if max_shared_prompts > 1 and encoder.tail:
         raise ValueError(

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.catalog.catalog import CATALOG_FILE
+from gflowtrl.catalog.files import read_json
 from gflowtrl.checks import check_titles
 from gflowtrl.data import PromptEncoder
 from gflowtrl.policy import load_backbone
+from gflowtrl.policy.loading import WHERE, load_tokenizer
 from gflowtrl.recommender import read_details, read_encoder
 
 from .tree_policy_config import TreePolicyConfig
@@ -24,6 +25,11 @@ from .tree_policy_config import TreePolicyConfig
 def model_kwargs(args: TreePolicyConfig) -> dict[str, Any]:
     """`model_init_kwargs`, empty where there are none."""
     return args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+
+
+def trusted(args: TreePolicyConfig) -> dict[str, Any]:
+    """Whether the user lets the model's own code run, as `from_pretrained` takes it."""
+    return {key: value for key, value in model_kwargs(args).items() if key == "trust_remote_code"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,9 @@ class Parts:
                 text.
         """
         if isinstance(model, str):
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
+            given = model_kwargs(args)
+            where = {key: given[key] for key in (*WHERE, "trust_remote_code") if key in given and key != "subfolder"}
+            tokenizer = tokenizer or load_tokenizer(model, **where)
             catalog = catalog or ItemCatalog.from_pretrained(model)
             if encoder is None:
                 encoder = read_encoder(model, catalog, tokenizer)
@@ -68,6 +76,7 @@ class Parts:
             raise ValueError("model_init_kwargs was given, but the model is built already; pass its name or folder.")
         if tokenizer is None or catalog is None:
             raise ValueError("processing_class and catalog are needed where the model is not given by its folder.")
+        catalog.check_tokenizer(tokenizer)
         if encoder is None:
             encoder = PromptEncoder(catalog, tokenizer, args.max_history_items or 20)
         check_titles(item_titles or {})
@@ -81,6 +90,6 @@ def folder_details(directory: str, catalog: ItemCatalog) -> dict[str, Any]:
         ValueError: the folder's files are of different numbers of items.
     """
     file = Path(directory, CATALOG_FILE)
-    if not file.is_file() or json.loads(file.read_text(encoding="utf-8"))["items"] != catalog.items:
+    if not file.is_file() or read_json(file)["items"] != catalog.items:
         return {}
     return read_details(Path(directory), catalog)

@@ -42,10 +42,11 @@ from .checkpoints import CompleteCheckpointsMixin
 from .checks import check_encoder, check_model, check_rows, check_trainable, item_counts_of
 from .evaluation import RankingEvaluationMixin, history_lengths, rows_per_step
 from .finite import HEADS_FILE, FiniteMixin, group_parts
-from .folder import Parts
+from .folder import Parts, trusted
 from .group import Group, group_metrics, print_group
 from .model_card import write_model_card
 from .optimizers import adopt_optimizer, split_head_group
+from .saved import check_saved
 from .training_state import load_prefix_weights, load_sampler, save_prefix_weights, save_sampler
 from .tree_policy_config import TreePolicyConfig
 
@@ -350,6 +351,13 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, RankingEvaluation
         return PrefixGroupedEpochSampler(groups, lengths[[group[0] for group in groups]].tolist(), batch, seed)
 
     # --------------------------------------------------------------------------------------------------- checkpoints
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a complete recommender; unless it is a checkpoint's, the folder is loaded and compared afterwards."""
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            directory, options = output_dir or str(self.args.output_dir), trusted(self.args)
+            check_saved(self, directory, self._catalog, self._encoder, **options)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write a complete recommender; flow heads go into their own file, so that `AutoModel` loads in silence."""
         output_dir = output_dir or str(self.args.output_dir)

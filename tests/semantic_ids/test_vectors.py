@@ -77,7 +77,8 @@ def test_sentence_transformers_are_optional_and_take_folders(monkeypatch, tmp_pa
         SentenceTransformerEmbedder(tmp_path / "nowhere")
 
     class Model:
-        def __init__(self, name):
+        def __init__(self, name, trust_remote_code):
+            assert trust_remote_code is False
             self.name = name
 
         def encode(self, texts, convert_to_tensor, normalize_embeddings):
