@@ -41,7 +41,10 @@ ROUNDING = {torch.bfloat16: 0.1, torch.float16: 0.03, torch.float32: 2e-3, torch
 def check_saved(
     trainer: Trainer, directory: str | os.PathLike, catalog: ItemCatalog, encoder: PromptEncoder, **model_kwargs: Any
 ) -> None:
-    """Compare a saved recommender with the trained model, in all processes together; the main one loads the folder.
+    """Compare a saved recommender with the trained model; the main process loads the folder.
+
+    Where DeepSpeed or FSDP shards the training, saving needs all processes, and so does this. Elsewhere it is the main
+    process alone that compares and raises, since scripts may save in that one only.
 
     Both score a few leaves behind the longest prompts that the encoder makes. Above 2 billion parameters, and for
     adapters on a quantised base (which are merged into the whole one), a sample of tensors is compared with the files
@@ -56,27 +59,32 @@ def check_saved(
     Raises:
         ValueError: the folder cannot be loaded, or is another model than the one that was trained. Its files stay.
     """
-    way = _same_everywhere(_way(trainer, directory))
+    together = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    if not together and not trainer.is_world_process_zero():
+        return
+    way = _same_everywhere(_way(trainer, directory), together)
     if way not in ("scores", "tensors"):
         if trainer.is_world_process_zero():
             logger.warning("%s was not compared with the trained model: %s", directory, way)
         return
     found = None
+    unwrapped: Any = trainer.accelerator.unwrap_model(trainer.model)
     if way == "scores":
-        expected = _scores(trainer, trainer.model_wrapped, catalog, encoder)
+        # The wrapper of DDP would wait for the other processes.
+        expected = _scores(trainer, trainer.model_wrapped if together else unwrapped, catalog, encoder)
         if trainer.is_world_process_zero():
             found = _compare_scores(trainer, Path(directory), catalog, encoder, expected, model_kwargs)
     else:
-        sample = _sample(trainer.accelerator.unwrap_model(trainer.model))
+        sample = _sample(unwrapped)
         if trainer.is_world_process_zero():
             found = _compare_tensors(Path(directory), sample)
-    if (found := _same_everywhere(found)) is not None:
+    if (found := _same_everywhere(found, together)) is not None:
         raise ValueError(f"{found} The files stay as they are, and so do the checkpoints.")
 
 
-def _same_everywhere(value: Any) -> Any:
-    """What the main process says."""
-    return broadcast_object_list([value])[0]
+def _same_everywhere(value: Any, together: bool) -> Any:
+    """What the main process says, where others take part."""
+    return broadcast_object_list([value])[0] if together else value
 
 
 def _way(trainer: Trainer, directory: str | os.PathLike) -> str:
@@ -104,7 +112,7 @@ def _way(trainer: Trainer, directory: str | os.PathLike) -> str:
 
 # -------------------------------------------------------------------------------------------------------------- scores
 @torch.no_grad()
-def _scores(trainer: Trainer, model: nn.Module, catalog: ItemCatalog, encoder: PromptEncoder) -> Tensor:
+def _scores(trainer: Trainer, model: Any, catalog: ItemCatalog, encoder: PromptEncoder) -> Tensor:
     """Probabilities of the children of every state on the paths of some leaves: `(B, K, L, C)`, on the CPU."""
     device = next(model.parameters()).device
     prompts = {name: value.to(device) for name, value in encoder(encoder.longest_histories()).items()}
@@ -130,7 +138,8 @@ def _compare_scores(
             loaded = Recommender.from_pretrained(directory, **model_kwargs)
         if loaded.catalog.items != catalog.items:
             return f"The folder {directory} holds another catalogue than the trainer's."
-        loaded.model.to(_roomy(trainer.args.device, loaded.model))
+        model: Any = loaded.model
+        model.to(_roomy(trainer.args.device, model))
         found = _scores(trainer, loaded.model, loaded.catalog, loaded.encoder)
     except Exception as error:  # whatever it is, the other processes wait to hear of it
         return f"The folder {directory} was saved, but it cannot be loaded: {error}"

@@ -1,4 +1,4 @@
-"""Under every engine the saved folder is compared with the trained model, and all processes hear of a difference."""
+"""Under every engine the saved folder is compared with the trained model, and all that need each other hear of a difference."""
 
 import json
 
@@ -9,11 +9,12 @@ from .saved import CASES
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
-def test_a_difference_is_an_error_in_all_processes(engine, tmp_path):
+def test_a_difference_is_an_error(engine, tmp_path):
     launch(engine, tmp_path, ["-m", "tests.distributed.saved", engine, str(tmp_path)])
     for number, (case, largest) in enumerate(CASES):
         records = [json.loads((tmp_path / f"{number}-{rank}.json").read_text()) for rank in range(PROCESSES)]
-        assert records[0]["error"] == records[1]["error"], case
+        # Under DDP a script may save in the main process alone, which then cannot wait for others.
+        assert records[1]["error"] == (None if engine == "ddp" else records[0]["error"]), case
         said = "is not the model that was trained" if largest else "is not what was trained"
         assert said in (records[0]["error"] or ""), (case, records)
         assert [record["loads"] for record in records] == [2 if largest else 0, 0], case
