@@ -1,4 +1,4 @@
-"""Under every engine the saved folder is compared with the trained model, and all that need each other hear of a difference."""
+"""Under every engine the saved folder is compared with the trained model; all that save together hear of a difference."""
 
 import json
 
