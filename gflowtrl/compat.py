@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from peft.utils.other import TrainableTokensWrapper as TrainableTokensWrapper
     from torch import nn
     from transformers import PreTrainedModel
+    from transformers.trainer import OPTIMIZER_NAME as OPTIMIZER_NAME
+    from transformers.trainer import SCALER_NAME as SCALER_NAME
+    from transformers.trainer import SCHEDULER_NAME as SCHEDULER_NAME
     from transformers.trainer import TRAINER_STATE_NAME as TRAINER_STATE_NAME
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR as PREFIX_CHECKPOINT_DIR
     from transformers.utils.peft_utils import find_adapter_config_file as find_adapter_config_file
@@ -41,7 +44,10 @@ if TYPE_CHECKING:
 NAMES = {
     "AuxiliaryTrainingWrapper": ("peft.utils.other", "AuxiliaryTrainingWrapper"),
     "BaseTunerLayer": ("peft.tuners.tuners_utils", "BaseTunerLayer"),
+    "OPTIMIZER_NAME": ("transformers.trainer", "OPTIMIZER_NAME"),
     "PREFIX_CHECKPOINT_DIR": ("transformers.trainer_utils", "PREFIX_CHECKPOINT_DIR"),
+    "SCALER_NAME": ("transformers.trainer", "SCALER_NAME"),
+    "SCHEDULER_NAME": ("transformers.trainer", "SCHEDULER_NAME"),
     "TRAINER_STATE_NAME": ("transformers.trainer", "TRAINER_STATE_NAME"),
     "TRLConfig": ("trl.trainer.base_config", "_BaseConfig"),
     "TRLTrainer": ("trl.trainer.base_trainer", "_BaseTrainer"),

@@ -19,7 +19,7 @@ from gflowtrl.pipeline import run
 from gflowtrl.pipeline.materials import files_fingerprint, prepare
 from gflowtrl.pipeline.report import table
 from gflowtrl.pipeline.training import _sft_trainer
-from gflowtrl.trainer.checkpoints import last_checkpoint
+from gflowtrl.trainer.resume import last_checkpoint
 from tests.tiny import tiny_model
 
 from .micro import micro_recipe, micro_settings
