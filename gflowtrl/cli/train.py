@@ -14,10 +14,11 @@ from accelerate import PartialState
 
 from gflowtrl.compat import launch_command, launch_command_parser
 from gflowtrl.pipeline import Recipe, load_recipe, run
-from gflowtrl.pipeline.configuration import check_names, find_file, known_files, recipe_folder
+from gflowtrl.pipeline.configuration import check_names, find_file, known_files, read_yaml, recipe_folder
 from gflowtrl.pipeline.job import stage_names
 from gflowtrl.pipeline.lock import sole_run
 from gflowtrl.pipeline.memory import keep_freed_memory
+from gflowtrl.trainer.processes import NO_FSDP, join_on_cpu
 
 from .common import Parser, guarded
 
@@ -80,6 +81,7 @@ def _train(arguments: Sequence[str], command: str) -> int:
         if any(word.partition("=")[0] == "--stages" for word in options):
             raise ValueError(f"gflowtrl {command} decides the stages; leave --stages out, or use gflowtrl train.")
         options += ["--stages", command]
+    join_on_cpu()
     file = find_file(given.config, recipe_folder())
     recipe = load_recipe(file, options)  # a mistake is told here, once, and not by every process
     check_names(given.redo, stage_names(recipe), "redo")
@@ -89,12 +91,12 @@ def _train(arguments: Sequence[str], command: str) -> int:
     if given.accelerate_config is not None:
         engine = find_file(given.accelerate_config, recipe_folder() / ENGINES, "accelerate configuration")
         launcher = ["--config_file", str(engine)]
+        if read_yaml(engine).get("distributed_type") == "FSDP" and not torch.accelerator.is_available():
+            raise ValueError(NO_FSDP)
     if given.num_processes is not None:
         if given.num_processes < 1:
             raise ValueError(f"--num_processes is {given.num_processes}; give a whole number of at least 1.")
         launcher = [*launcher, "--num_processes", str(given.num_processes)]
-    if not torch.accelerator.is_available():
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # --cpu would start one process, whatever --num_processes says
     if Path(recipe.output_dir).is_dir():
         with sole_run(recipe.output_dir):
             pass  # told here, once; the first of the processes takes the lock for good

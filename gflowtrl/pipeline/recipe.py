@@ -22,6 +22,7 @@ from gflowtrl.policy.loading import load_config
 from gflowtrl.samplers import Sampler, build_sampler
 from gflowtrl.trainer import GFlowNetConfig
 from gflowtrl.trainer.best_metric import settle_metric
+from gflowtrl.trainer.processes import A_DAY, asked_for
 from gflowtrl.trainer.tree_policy_config import computes_in_bf16
 from gflowtrl.trainer.weighting import source_table
 
@@ -177,7 +178,10 @@ class Recipe:
             "run_name": f"{self.name}-{stage}",
             "per_device_eval_batch_size": self.evaluation.batch_size,
             "train_sampling_strategy": "group_by_length",
+            "ddp_timeout": int(A_DAY.total_seconds()),  # the others wait while the first process fits a teacher
         }
+        if asked_for("DEEPSPEED") and not torch.accelerator.is_available():
+            values["ddp_backend"] = "gloo"
         if stage == "sft":
             kind, section = SFTConfig, self.sft
             bf16 = not section.get("fp16") and computes_in_bf16(section.get("use_cpu", False))

@@ -6,7 +6,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers import TrainerCallback
 
 from gflowtrl.catalog.files import damage_of, write_text
 from gflowtrl.teachers import fingerprint
+from gflowtrl.trainer.processes import A_DAY, check_processes
 
 
 DONE_FILE = "done.json"
@@ -46,7 +46,8 @@ class Workshop:
     ):
         self.root = Path(root)
         # The other processes wait while the first one fits a teacher, longer than the usual half hour.
-        self.state = PartialState(timeout=timedelta(days=1))
+        self.state = PartialState(timeout=A_DAY)
+        check_processes()
         self.quiet, self.callbacks, self.redo = quiet, list(callbacks), set(redo)
         self.seconds: dict[str, float] = {}  # of each stage that this run used, whenever it was done
 
