@@ -14,6 +14,7 @@ from gflowtrl.teachers import fingerprint
 from . import report
 from .calibration import measure_calibration
 from .configuration import check_names
+from .dry_run import dry_run
 from .evaluation import measure_policy, measure_teacher
 from .lock import sole_run
 from .materials import Materials, prepare
@@ -47,6 +48,7 @@ def run(
     check_names(redo, stage_names(recipe), "redo")
     materials = materials or prepare(recipe)
     check_signals(materials)
+    dry_run(materials)
     workshop = Workshop(recipe.output_dir, quiet, callbacks, redo)
     with sole_run(workshop.root):
         return _run(workshop, materials)
