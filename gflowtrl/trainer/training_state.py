@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from gflowtrl.finite import check_tensors
 from gflowtrl.losses.prefix_weights import PrefixWeights
@@ -19,24 +18,28 @@ from .finite import HEADS_FILE
 from .resume import WEIGHTS
 
 
-if TYPE_CHECKING:
-    from .tree_policy_trainer import TreePolicyTrainer
-
 _STEM = "sampler"
 PREFIX_FILE = "prefix_weights.safetensors"
 
 
-def own_state_files(trainer: TreePolicyTrainer, directory: str | os.PathLike) -> list[str]:
+def own_state_files(
+    model: nn.Module,
+    sampler: Sampler,
+    weights: Mapping[str, PrefixWeights],
+    directory: str | os.PathLike,
+    process: int,
+    processes: int,
+) -> list[str]:
     """Names of what a trainer has written into its checkpoint besides transformers' files; heads lie where whole
     weights do (an engine that writes shards keeps both in them)."""
-    args, folder, names = trainer.args, Path(directory), []
-    if has_flow_heads(trainer.model) and any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+    folder, names = Path(directory), []
+    if has_flow_heads(model) and any(any(folder.glob(pattern)) for pattern in WEIGHTS):
         names.append(HEADS_FILE)
-    if trainer.prefix_weights:
+    if weights:
         names.append(PREFIX_FILE)
-    own = sampler_file(folder, args.process_index, args.world_size)
+    own = sampler_file(folder, process, processes)
     # A state of another number of processes has an error of its own.
-    if keeps_state(trainer.sampler) and (own.is_file() or not any(folder.glob(f"{_STEM}*.safetensors"))):
+    if keeps_state(sampler) and (own.is_file() or not any(folder.glob(f"{_STEM}*.safetensors"))):
         names.append(own.name)
     return names
 

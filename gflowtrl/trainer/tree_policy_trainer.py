@@ -383,7 +383,8 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, RankingEvaluation
             save_prefix_weights(self.prefix_weights, output_dir)
 
     def _own_state_files(self, checkpoint: str) -> list[str]:
-        return own_state_files(self, checkpoint)
+        place = (checkpoint, self.args.process_index, self.args.world_size)
+        return own_state_files(self.model, self.sampler, self.prefix_weights, *place)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -406,7 +407,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, RankingEvaluation
             return
         if file.is_file():
             load_heads(model, load_file(file))
-        elif HEADS_FILE in own_state_files(self, directory):
+        elif HEADS_FILE in self._own_state_files(directory):
             raise ValueError(f"{file}, the flow heads of the losses {self.args.loss_type}, is missing.")
 
     def _issue_warnings_after_load(self, load_result) -> None:
