@@ -114,7 +114,7 @@ def test_numbers_with_which_no_training_can_work_are_refused(tmp_path, config, n
 
 
 def test_rewards_that_count_for_nothing_are_refused(tmp_path):
-    for weights, message in (([0, 0], "not all zero"), ([1, float("nan")], "finite"), ([1, -1], "hold a negative")):
+    for weights, message in (([0, 0], "not all zero"), ([1, -1], "hold a negative")):
         with pytest.raises(ValueError, match=f"reward_weights .*{message}"):
             GFlowNetConfig(str(tmp_path), reward_weights=weights)
     GFlowNetConfig(str(tmp_path), reward_weights=[1, -1], reward_transform="exp")
