@@ -95,13 +95,15 @@ def _check_scratch(materials: Materials) -> None:
 
 def _check_loaded(materials: Materials) -> None:
     recipe = materials.recipe
-    if find_adapter_config_file(recipe.pretrained["pretrained_model_name_or_path"]) is not None:
+    if find_adapter_config_file(recipe.local(recipe.model["model_name_or_path"])) is not None:
         return
     if recipe.model.get("trust_remote_code"):
         return
     options = {key: value for key, value in recipe.model.items() if key not in (*QUANTISATION, "new_tokens")}
     name = recipe.local(options.pop("model_name_or_path"))
-    config, unknown = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **options)
+    config, unknown = AutoConfig.from_pretrained(
+        name, return_unused_kwargs=True, **options | {"trust_remote_code": False}
+    )
     known = {*LOADING, *QUANTISATION, "model_name_or_path", "new_tokens", *inspect.signature(type(config)).parameters}
     check_names(unknown, known, "model")
     skeleton = _skeleton(config)
