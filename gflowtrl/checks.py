@@ -28,6 +28,8 @@ POSITIVE = Bound("a finite number above 0", lambda value: value > 0)
 NOT_NEGATIVE = Bound("a finite number of at least 0", lambda value: value >= 0)
 SHARE = Bound("a number in [0, 1]", lambda value: 0 <= value <= 1)
 POSITIVE_SHARE = Bound("a number in (0, 1)", lambda value: 0 < value < 1)
+FINITE = Bound("a finite number", lambda value: True)
+SEED = Bound("a whole number from 0 to 4294967295", lambda value: isinstance(value, Integral) and 0 <= value < 2**32)
 SHARE_BELOW_ONE = Bound("a number in [0, 1)", lambda value: 0 <= value < 1)
 
 

@@ -29,8 +29,12 @@ if TYPE_CHECKING:
     from peft.utils.other import TrainableTokensWrapper as TrainableTokensWrapper
     from torch import nn
     from transformers import PreTrainedModel
+    from transformers.trainer import OPTIMIZER_NAME as OPTIMIZER_NAME
+    from transformers.trainer import SCALER_NAME as SCALER_NAME
+    from transformers.trainer import SCHEDULER_NAME as SCHEDULER_NAME
     from transformers.trainer import TRAINER_STATE_NAME as TRAINER_STATE_NAME
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR as PREFIX_CHECKPOINT_DIR
+    from transformers.trainer_utils import SaveStrategy as SaveStrategy
     from transformers.utils.peft_utils import find_adapter_config_file as find_adapter_config_file
     from trl.models.utils import prepare_deepspeed as prepare_deepspeed
     from trl.models.utils import prepare_fsdp as prepare_fsdp
@@ -41,7 +45,11 @@ if TYPE_CHECKING:
 NAMES = {
     "AuxiliaryTrainingWrapper": ("peft.utils.other", "AuxiliaryTrainingWrapper"),
     "BaseTunerLayer": ("peft.tuners.tuners_utils", "BaseTunerLayer"),
+    "OPTIMIZER_NAME": ("transformers.trainer", "OPTIMIZER_NAME"),
     "PREFIX_CHECKPOINT_DIR": ("transformers.trainer_utils", "PREFIX_CHECKPOINT_DIR"),
+    "SCALER_NAME": ("transformers.trainer", "SCALER_NAME"),
+    "SCHEDULER_NAME": ("transformers.trainer", "SCHEDULER_NAME"),
+    "SaveStrategy": ("transformers.trainer_utils", "SaveStrategy"),
     "TRAINER_STATE_NAME": ("transformers.trainer", "TRAINER_STATE_NAME"),
     "TRLConfig": ("trl.trainer.base_config", "_BaseConfig"),
     "TRLTrainer": ("trl.trainer.base_trainer", "_BaseTrainer"),

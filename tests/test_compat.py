@@ -45,6 +45,7 @@ OVERRIDES: dict[str, dict[str, tuple[str, ...] | None]] = {
         "_load_optimizer_and_scheduler": ("checkpoint",),
         "_prepare_inputs": ("inputs",),
         "_save": ("output_dir", "state_dict"),
+        "_save_checkpoint": ("model", "trial"),
         "_save_optimizer_and_scheduler": ("output_dir",),
         "_save_rng_state": ("output_dir",),
     },
@@ -77,6 +78,9 @@ def test_the_names_are_what_they_are_used_as():
     assert issubclass(compat.TRLTrainer, Trainer)
     assert {"output_dir", "train_sampling_strategy"} <= compat.TRLConfig.__dataclass_fields__.keys()
     assert (compat.PREFIX_CHECKPOINT_DIR, compat.TRAINER_STATE_NAME) == ("checkpoint", "trainer_state.json")
+    parts = (compat.OPTIMIZER_NAME, compat.SCHEDULER_NAME, compat.SCALER_NAME)
+    assert parts == ("optimizer.pt", "scheduler.pt", "scaler.pt")
+    assert {word.value for word in compat.SaveStrategy} == {"no", "steps", "epoch", "best"}
     given = compat.launch_command_parser().parse_args(["--num_processes", "2", "--module", "gflowtrl", "train"])
     assert (given.num_processes, given.training_script, given.training_script_args) == (2, "gflowtrl", ["train"])
     assert [p.name for p in inspect.signature(compat.launch_command).parameters.values()] == ["args"]

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+
+MISSING = "is missing"
+ARCHIVES = (".pt", ".pth", ".bin")  # what torch.save writes: zip archives
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[Path], Any]) -> None:
@@ -71,3 +78,30 @@ def _unreadable(path: str | os.PathLike, what: str, error: Exception) -> ValueEr
     if isinstance(error, RecursionError):
         reason = "it is nested too deeply"
     return ValueError(f"{os.fspath(path)} cannot be read as {what} ({reason.rstrip('.')}). Mend or replace the file.")
+
+
+def damage_of(path: str | os.PathLike) -> str | None:
+    """What is wrong with a file, as far as its form tells; None where nothing is. Tensors are not read.
+
+    JSON is parsed, the header of safetensors is compared with the file's size, and of torch's archives the directory
+    at the end is looked for.
+
+    Returns:
+        The end of a sentence that begins with the file's name: `"is missing"`, `"is empty or cut off"`, ...
+    """
+    path = Path(path)
+    if not path.is_file():
+        return MISSING
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                pass
+    except (ValueError, RecursionError) as error:
+        return f"is not valid JSON ({error})"
+    except SafetensorError as error:
+        return f"is not a whole safetensors file ({error})"
+    if path.suffix in ARCHIVES and not zipfile.is_zipfile(path):
+        return "is empty or cut off"
+    return None

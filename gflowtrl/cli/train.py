@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import get_type_hints
 
 import torch
@@ -13,20 +14,24 @@ from accelerate import PartialState
 
 from gflowtrl.compat import launch_command, launch_command_parser
 from gflowtrl.pipeline import Recipe, load_recipe, run
-from gflowtrl.pipeline.configuration import find_file, known_files, recipe_folder
+from gflowtrl.pipeline.configuration import check_names, find_file, known_files, read_yaml, recipe_folder
+from gflowtrl.pipeline.job import stage_names
+from gflowtrl.pipeline.lock import sole_run
 from gflowtrl.pipeline.memory import keep_freed_memory
+from gflowtrl.trainer.processes import NO_FSDP, join_on_cpu
 
 from .common import Parser, guarded
 
 
 USAGE = """\
 usage: gflowtrl {command} [--config RECIPE] [--data_dir DIR] [--section.field VALUE ...]
-                      [--num_processes N] [--accelerate_config NAME_OR_FILE]
+                      [--num_processes N] [--accelerate_config NAME_OR_FILE] [--redo STAGE ...]
 
 {what}
 RECIPE is a file or the name of one that comes with the library: {recipes}.
 An accelerate configuration is a file or one of {engines} (docs/distributed.md).
-Without a recipe: quickstart, on the SYNTHETIC shop. A run that was interrupted goes on when it is started again.
+Without a recipe: quickstart, on the SYNTHETIC shop. A run that was interrupted goes on when it is started again;
+--redo does finished stages again, by the names that the output shows in brackets.
 
 Every field of the recipe is an option. Values are YAML: --gflownet.loss_type vargrad sft, --rewards.0.weight 0.5,
 --sampler '{{ground_truth: 1, on_policy: 3}}'.
@@ -70,37 +75,44 @@ def _train(arguments: Sequence[str], command: str) -> int:
     parser.add_argument("--config", default="quickstart")
     parser.add_argument("--num_processes", type=int)
     parser.add_argument("--accelerate_config")
+    parser.add_argument("--redo", nargs="+", default=[])
     given, options = parser.parse_known_args(arguments)
     if command != "train":
         if any(word.partition("=")[0] == "--stages" for word in options):
             raise ValueError(f"gflowtrl {command} decides the stages; leave --stages out, or use gflowtrl train.")
         options += ["--stages", command]
+    join_on_cpu()
     file = find_file(given.config, recipe_folder())
     recipe = load_recipe(file, options)  # a mistake is told here, once, and not by every process
+    check_names(given.redo, stage_names(recipe), "redo")
     if given.num_processes in (None, 1) and given.accelerate_config is None:
-        return _run(recipe)
+        return _run(recipe, given.redo)
     launcher = PLAIN
     if given.accelerate_config is not None:
         engine = find_file(given.accelerate_config, recipe_folder() / ENGINES, "accelerate configuration")
         launcher = ["--config_file", str(engine)]
+        if read_yaml(engine).get("distributed_type") == "FSDP" and not torch.accelerator.is_available():
+            raise ValueError(NO_FSDP)
     if given.num_processes is not None:
         if given.num_processes < 1:
             raise ValueError(f"--num_processes is {given.num_processes}; give a whole number of at least 1.")
         launcher = [*launcher, "--num_processes", str(given.num_processes)]
-    if not torch.accelerator.is_available():
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # --cpu would start one process, whatever --num_processes says
+    if Path(recipe.output_dir).is_dir():
+        with sole_run(recipe.output_dir):
+            pass  # told here, once; the first of the processes takes the lock for good
     words = [*launcher, "--module", "gflowtrl", "train", "--config", str(file), *options]
+    words += ["--redo", *given.redo] if given.redo else []
     launch_command(launch_command_parser().parse_args(words))  # as TRL's own command does it
     return 0
 
 
-def _run(recipe: Recipe) -> int:
+def _run(recipe: Recipe, redo: Sequence[str]) -> int:
     """Runs the recipe in this process, one of several where a launcher has started it."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     is_main = os.environ.get("RANK", "0") == "0"
     keep_freed_memory()
     try:
-        run(recipe)
+        run(recipe, redo=redo)
         # The run ended with a barrier, so no thread of the backend still holds a tensor of ours: one that did would
         # abort the interpreter's exit ("terminate called without an active exception").
         PartialState().destroy_process_group()

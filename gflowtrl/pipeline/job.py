@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ from gflowtrl.teachers import fingerprint
 
 from . import report
 from .calibration import measure_calibration
+from .configuration import check_names
+from .dry_run import dry_run
 from .evaluation import measure_policy, measure_teacher
+from .lock import sole_run
 from .materials import Materials, prepare
-from .recipe import Recipe
+from .recipe import STAGES, Recipe
 from .signals import check_signals, fit_teacher, teacher_key
 from .stage import Stage, Workshop
 from .training import train_control, train_gflownet, train_sft, update_model_folder
@@ -26,6 +29,7 @@ def run(
     materials: Materials | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     quiet: bool = False,
+    redo: Collection[str] = (),
 ) -> dict[str, Any]:
     """Runs all stages of a recipe; stages that are finished already are loaded, one that was interrupted goes on.
 
@@ -33,13 +37,33 @@ def run(
         materials: what `prepare(recipe)` returned, if it was called already.
         callbacks: handed to every trainer.
         quiet: print no stage lines and no report.
+        redo: names of stages (`stage_names`) that are done again, although they are finished.
 
     Returns:
         The content of `results.json`, which lies in `output_dir` and, for good, in the run's own folder there.
+
+    Raises:
+        ValueError: bad input, a finished stage whose files are damaged, or another run at work in `output_dir`.
     """
+    check_names(redo, stage_names(recipe), "redo")
     materials = materials or prepare(recipe)
     check_signals(materials)
-    workshop = Workshop(recipe.output_dir, quiet, callbacks)
+    dry_run(materials)
+    workshop = Workshop(recipe.output_dir, quiet, callbacks, redo)
+    with sole_run(workshop.root):
+        return _run(workshop, materials)
+
+
+def stage_names(recipe: Recipe) -> list[str]:
+    """The stages that a run of the recipe may have, by the names of its messages and folders."""
+    trained = [
+        name for name in STAGES[1:] if name in recipe.stages or (name == "sft" and recipe.stages != ["teacher"])
+    ]
+    return ["teacher", *trained, *(f"test-{name}" for name in ("teacher", *trained)), "calibration"]
+
+
+def _run(workshop: Workshop, materials: Materials) -> dict[str, Any]:
+    recipe = materials.recipe
     workshop.say(materials.data.summary())
     wanted = recipe.stages
     trained: dict[str, Stage] = {}

@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
     PreTrainedModel,
     set_seed,
 )
@@ -50,16 +51,25 @@ def build_model(materials: Materials, quantised: bool = True) -> PreTrainedModel
         tokenizer = load_tokenizer(**recipe.pretrained)
         add_item_tokens(tokenizer, materials.data.semantic_ids, model, titles)
         return model
-    tokenizer = materials.tokenizer
+    model = untrained(scratch_config(materials))
+    if not model.config.is_encoder_decoder:
+        check_causal(model)
+    return model
+
+
+def scratch_config(materials: Materials) -> PreTrainedConfig:
+    """The configuration of a model that begins from scratch."""
+    tokenizer, options = materials.tokenizer, dict(materials.recipe.model)
     special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
     config = AutoConfig.for_model(options.pop("model_type", "llama"), vocab_size=len(tokenizer), **special, **options)
-    if not config.is_encoder_decoder:
-        model = AutoModelForCausalLM.from_config(config)
-        check_causal(model)
-        return model
-    if getattr(config, "decoder_start_token_id", None) is None:
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = tokenizer.pad_token_id  # as the published T5 checkpoints have it
-    return AutoModelForSeq2SeqLM.from_config(config)
+    return config
+
+
+def untrained(config: PreTrainedConfig) -> PreTrainedModel:
+    """A language model of a configuration, its weights random."""
+    return (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config)
 
 
 def trained_model(stage: Stage) -> PreTrainedModel:

@@ -15,13 +15,15 @@ from transformers import CONFIG_MAPPING, Seq2SeqTrainingArguments
 from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, SFTConfig
 
-from gflowtrl.checks import check_finite
+from gflowtrl.checks import COUNT, SEED, SHARE_BELOW_ONE, check_finite, check_number
 from gflowtrl.data import PromptFormat, SyntheticShop
 from gflowtrl.losses import get_loss
 from gflowtrl.policy.loading import load_config
 from gflowtrl.samplers import Sampler, build_sampler
 from gflowtrl.trainer import GFlowNetConfig
+from gflowtrl.trainer.arguments import check_training_arguments
 from gflowtrl.trainer.best_metric import settle_metric
+from gflowtrl.trainer.processes import A_DAY, asked_for
 from gflowtrl.trainer.tree_policy_config import computes_in_bf16
 from gflowtrl.trainer.weighting import source_table
 
@@ -36,6 +38,7 @@ from .configuration import (
     recipe_folder,
     set_option,
 )
+from .fields import check_model_fields, check_owners, check_words
 from .sections import DataSection, EvaluationSection, setting
 from .specs import LEARNED, REWARDS, TEACHERS, check_reward, check_teacher
 
@@ -54,17 +57,6 @@ QUANTISATION = (
     *("load_in_4bit", "load_in_8bit"),
     *("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
 )
-#: Fields of training arguments that the pipeline fills in, and what they follow from.
-OWNERS = {
-    "output_dir": "output_dir", "seed": "seed", "reward_weights": "the weight of each entry of rewards",
-    "max_history_items": "data.max_history_items", "model_init_kwargs": "model",
-    "eval_num_beams": "evaluation.num_beams", "eval_ks": "evaluation.ks",
-}  # fmt: skip
-#: Those of `trl.SFTConfig` besides, for what is done already when the trainer gets the rows.
-OWNERS_OF_SFT = OWNERS | {
-    "packing": "the rows, one per user", "max_length": "data.max_history_items, which cuts the rows",
-    "dataset_kwargs": "the rows, which are tokenised already",
-}  # fmt: skip
 
 
 @dataclass
@@ -107,6 +99,7 @@ class Recipe:
         check_names(self.stages, STAGES, "stages")
         if not self.stages:
             raise ValueError(f"stages is empty; choose among {', '.join(STAGES)}.")
+        check_number("seed", self.seed, SEED)
         if self.data_dir is None:
             check_names(self.data.shop, inspect.signature(SyntheticShop).parameters, "data.shop")
             if self.data.k_core:
@@ -177,7 +170,10 @@ class Recipe:
             "run_name": f"{self.name}-{stage}",
             "per_device_eval_batch_size": self.evaluation.batch_size,
             "train_sampling_strategy": "group_by_length",
+            "ddp_timeout": int(A_DAY.total_seconds()),  # the others wait while the first process fits a teacher
         }
+        if asked_for("DEEPSPEED") and not torch.accelerator.is_available():
+            values["ddp_backend"] = "gloo"
         if stage == "sft":
             kind, section = SFTConfig, self.sft
             bf16 = not section.get("fp16") and computes_in_bf16(section.get("use_cpu", False))
@@ -196,11 +192,19 @@ class Recipe:
             if stage == "gflownet":
                 values["reward_weights"] = self.reward_weights or None
         check_names(section, field_names(kind), stage)
-        owners = OWNERS_OF_SFT if stage == "sft" else OWNERS
-        for name in owners.keys() & section.keys():
-            raise ValueError(f"{stage}.{name} cannot be set: it follows from {owners[name]}.")
-        args = kind(output_dir=str(output_dir), seed=self.seed, **{**values, **check_types(kind, section, stage)})
-        settle_metric(args, self.evaluation.ks)
+        check_owners(stage, section if stage != "control" else self.control)
+        check_words(stage, section)
+        values |= check_types(kind, section, stage)
+        try:
+            args = kind(output_dir=str(output_dir), seed=self.seed, **values)
+            check_training_arguments(args)
+            settle_metric(args, self.evaluation.ks)
+        except (ValueError, TypeError) as error:
+            # "learning_rate is -1" is told as "sft.learning_rate is -1"; the control's schedule is the GFlowNet's.
+            name = str(error).partition(" ")[0]
+            where = "gflownet" if stage == "control" and name in SCHEDULE else stage
+            dot = "." if name in field_names(kind) else ": "
+            raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{where}{dot}{error}") from error
         return args
 
     def _check_model(self) -> None:
@@ -234,7 +238,11 @@ class Recipe:
             raise ValueError("prompt is set, but a model from scratch knows no words: set model.model_name_or_path.")
         for name, kind in (("prompt", PromptFormat), ("peft", LoraConfig)):
             check_names(getattr(self, name), field_names(kind), name)
+        check_number("peft.lora_dropout", self.peft.get("lora_dropout", 0.0), SHARE_BELOW_ONE)
+        check_number("peft.r", self.peft.get("r", 8), COUNT)
         self.prompt_format, self.peft_config  # noqa: B018  (they check their values)
+        if "model_name_or_path" not in self.model:
+            check_model_fields(self.model.get("model_type", "llama"), self.model)
 
     @property
     def prompt_format(self) -> PromptFormat | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from gflowtrl.checks import at_least, check_number
+from gflowtrl.checks import COUNT, at_least, check_number
 from gflowtrl.metrics import primary_cutoff
 
 
@@ -15,9 +15,19 @@ def setting(default: Any, help: str) -> Any:
 
 @dataclass
 class DataSection:
+    """What is read.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
     k_core: int | None = setting(None, "drop users and items with fewer interactions; null: take the data as it is")
     max_history_items: int = setting(20, "items of a history that models see, the last ones")
     shop: dict = setting({}, "fields of gflowtrl.data.SyntheticShop, used where data_dir is null")
+
+    def __post_init__(self) -> None:
+        check_number("data.k_core", self.k_core, COUNT, optional=True)
+        check_number("data.max_history_items", self.max_history_items, COUNT)
 
 
 @dataclass

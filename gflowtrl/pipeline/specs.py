@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gflowtrl import rewards
+from gflowtrl.checks import FINITE, POSITIVE, check_choice, check_number
 from gflowtrl.rewards.title_likelihood import check_title_options
 from gflowtrl.teachers import EASE, MixtureTeacher, Popularity, SASRec
 
@@ -40,8 +41,14 @@ def check_teacher(spec: Any, where: str) -> None:
         raise ValueError(f"{where}.type is {kind!r}; choose from {', '.join(TEACHERS)}.")
     if kind != "mixture":
         check_names(spec, {"type", "weight"} | fit_arguments(kind) - FILLED_IN, where)
+        check_number(f"{where}.weight", spec.get("weight", 1.0), POSITIVE)
+        try:
+            TEACHERS[kind].check_options(**{name: value for name, value in spec.items() if name != "weight"})
+        except ValueError as error:
+            raise ValueError(f"{where}.{error}") from None
         return
     check_names(spec, {"type", "parts", "normalization"}, where)
+    check_choice(f"{where}.normalization", spec.get("normalization", "softmax"), ("softmax", "zscore"))
     if not isinstance(spec.get("parts"), list) or not spec["parts"]:
         raise ValueError(f"{where}.parts must list the mixture's teachers, each with type, weight and options.")
     for number, part in enumerate(spec["parts"]):
@@ -86,6 +93,8 @@ def _check_weight(reward: Mapping[str, Any], where: str) -> None:
     weight = reward.get("weight", 1.0)
     if weight != LEARNED and not isinstance(weight, int | float):
         raise TypeError(f"{where}.weight must be a number or {LEARNED!r}, but it is {weight!r}.")
+    if weight != LEARNED:
+        check_number(f"{where}.weight", weight, FINITE)
     if weight == LEARNED and (reward.get("type") not in WEIGHABLE or reward.get("of") == "policy"):
         raise ValueError(
             f"{where}.weight is {LEARNED!r}, which validation rows decide before the training. That is possible for "

@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from gflowtrl.catalog.files import write_text
+from gflowtrl.catalog.files import damage_of, write_text
 from gflowtrl.teachers import fingerprint
+from gflowtrl.trainer.processes import A_DAY, check_processes
 
 
 DONE_FILE = "done.json"
 CLOCK_FILE = "seconds.json"
 CHECKPOINTS = "checkpoints"  # of a training; given up when the stage is done, and not before
+#: In the folder of a stage: what nothing of a run reads, or what is written again at the end of each run.
+UNREAD = {DONE_FILE, CLOCK_FILE, "inputs.json", "README.md"}
 
 Record = dict[str, Any]
 Work = Callable[[Path], Record]
@@ -32,13 +34,21 @@ class Workshop:
         root: folder of all stages.
         quiet: print nothing.
         callbacks: handed to every trainer.
+        redo: names of stages that are done again, although they are finished.
     """
 
-    def __init__(self, root: str | Path, quiet: bool = False, callbacks: Sequence[TrainerCallback] = ()):
+    def __init__(
+        self,
+        root: str | Path,
+        quiet: bool = False,
+        callbacks: Sequence[TrainerCallback] = (),
+        redo: Collection[str] = (),
+    ):
         self.root = Path(root)
         # The other processes wait while the first one fits a teacher, longer than the usual half hour.
-        self.state = PartialState(timeout=timedelta(days=1))
-        self.quiet, self.callbacks = quiet, list(callbacks)
+        self.state = PartialState(timeout=A_DAY)
+        check_processes()
+        self.quiet, self.callbacks, self.redo = quiet, list(callbacks), set(redo)
         self.seconds: dict[str, float] = {}  # of each stage that this run used, whenever it was done
 
     @property
@@ -76,7 +86,7 @@ class Stage:
 
     @property
     def record(self) -> Record:
-        """What the work returned, and `seconds`, interrupted attempts included."""
+        """What the work returned, `seconds`, interrupted attempts included, and `files`, what it has left."""
         return json.loads((self.folder / DONE_FILE).read_text(encoding="utf-8"))
 
     def run(self, title: str, work: Work, main_only: bool = False) -> Record:
@@ -86,10 +96,18 @@ class Stage:
             title: what to print.
             work: gets the folder and returns a JSON-able record.
             main_only: the first process works, the others wait for it; else all of them work together.
+
+        Raises:
+            ValueError: the stage is finished, but files of it are missing or damaged.
         """
         shop = self.workshop
         shop.state.wait_for_everyone()
+        if self.name in shop.redo and self.folder.name not in shop.seconds:
+            if shop.is_main:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            shop.state.wait_for_everyone()
         if self.done:
+            self._check()
             shop.say(f"[{self.name}] {title}: done before, kept in {self.folder}")
         elif shop.is_main or not main_only:
             shop.say(f"[{self.name}] {title}")
@@ -105,7 +123,7 @@ class Stage:
                 if shop.is_main:
                     write_json(clock, seconds)
             if shop.is_main:
-                write_json(self.folder / DONE_FILE, {**record, "seconds": seconds})
+                write_json(self.folder / DONE_FILE, {**record, "seconds": seconds, "files": self._files()})
             shop.say(f"[{self.name}] finished in {seconds:.0f} s")
         if shop.is_main:
             shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
@@ -113,6 +131,27 @@ class Stage:
         record = self.record
         shop.seconds[self.folder.name] = record["seconds"]
         return record
+
+    def _files(self) -> list[str]:
+        """What later stages, reports and recommenders read of a finished stage, by the path in its folder."""
+        found = [*self.folder.glob("*"), *(self.folder / "model").rglob("*")]
+        return sorted(path.relative_to(self.folder).as_posix() for path in found if _is_read(path))
+
+    def _check(self) -> None:
+        """Refuse a finished stage whose files are not what they were."""
+        damaged = damage_of(self.folder / DONE_FILE)
+        names = [DONE_FILE] if damaged else self.record.get("files", self._files())
+        found = {name: damage_of(self.folder / name) for name in names}
+        told = "; ".join(f"{self.folder / name} {damage}" for name, damage in found.items() if damage)
+        if told:
+            raise ValueError(
+                f"The stage {self.name} is finished, but {told}. Restore the file, or do the stage again: add "
+                f"--redo {self.name}."
+            )
+
+
+def _is_read(path: Path) -> bool:
+    return path.is_file() and path.name not in UNREAD and not path.name.startswith(".")
 
 
 def if_set(**inputs: Any) -> Record:

@@ -25,10 +25,11 @@ from gflowtrl.samplers import build_sampler
 from gflowtrl.teachers import TeacherModule, fingerprint
 from gflowtrl.trainer import GFlowNetConfig, GFlowNetTrainer, RankingEvaluationMixin
 from gflowtrl.trainer.adapters import add_adapters
-from gflowtrl.trainer.checkpoints import CompleteCheckpointsMixin, last_checkpoint
+from gflowtrl.trainer.checkpoints import CompleteCheckpointsMixin
 from gflowtrl.trainer.evaluation import history_lengths, rows_per_step
 from gflowtrl.trainer.finite import FiniteMixin
 from gflowtrl.trainer.model_card import CardFacts, base_model, card_facts, shown_metrics, write_card
+from gflowtrl.trainer.resume import last_checkpoint
 from gflowtrl.trainer.saved import check_saved
 from gflowtrl.trainer.tree_policy_trainer import LengthGroupedEpochSampler
 

@@ -348,12 +348,17 @@ def _check_options(
             raise TypeError(f"A reward must be a callable or have score_items or score_leaves; got {func!r}.")
     if len(weights) != len(funcs):
         raise ValueError(f"{len(weights)} reward_weights were given for {len(funcs)} rewards; give one per reward.")
-    if not all(map(math.isfinite, weights)) or not any(weights):
-        raise ValueError(f"reward_weights must be finite and not all zero, got {weights}.")
+    check_weights(weights, transform)
     check_choice("reward_transform", transform, ("power", "exp"))
     check_choice("leaf_reduction", leaf_reduction, ("sum", "max"))
     check_number("reward_beta", beta, POSITIVE)
     check_number("reward_floor", floor, SHARE_BELOW_ONE)
+
+
+def check_weights(weights: Sequence[float], transform: str) -> None:
+    """Refuse `reward_weights` that are not finite, all 0, or negative where "power" needs r >= 0."""
+    if not all(map(math.isfinite, weights)) or not any(weights):
+        raise ValueError(f"reward_weights must be finite and not all zero, got {weights}.")
     if transform == "power" and min(weights) < 0:
         raise ValueError(
             f"reward_weights {weights} hold a negative number; under reward_transform='power' they must be >= 0. Use "

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gflowtrl.catalog import Item
 from gflowtrl.catalog.files import read_json, reading, write_atomically, write_text
 from gflowtrl.catalog.items import ItemIndex
+from gflowtrl.checks import Bound, check_number
 from gflowtrl.data.step import Step
 from gflowtrl.finite import NonFiniteError, check_tensors
 
@@ -49,6 +50,7 @@ class TeacherModule(nn.Module):
     """
 
     classes: ClassVar[dict[str, type["TeacherModule"]]] = {}
+    bounds: ClassVar[dict[str, Bound]] = {}  # of the options of a class and its `fit`
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -59,6 +61,17 @@ class TeacherModule(nn.Module):
         self.items = list(items)
         self.config = config
         self._index = ItemIndex(self.items)
+
+    @classmethod
+    def check_options(cls, **options: Any) -> None:
+        """Refuse options of the class or of its `fit` with which a fit would fail, or do nothing.
+
+        Raises:
+            ValueError: names the option, its value and what it may be.
+        """
+        for name, value in options.items():
+            if name in cls.bounds:
+                check_number(name, value, cls.bounds[name])
 
     def score(self, histories: Sequence[History]) -> Tensor:
         """Scores all items: `B` histories (oldest item first) to a float tensor `(B, len(items))`."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gflowtrl.catalog import Item
-from gflowtrl.checks import POSITIVE, check_finite, check_number
+from gflowtrl.checks import POSITIVE, check_number
 
 from .base import History, TeacherModule
 
@@ -25,6 +25,7 @@ class EASE(TeacherModule):
         temperature: what the scores are divided by.
     """
 
+    bounds = {"regularization": POSITIVE, "temperature": POSITIVE}
     temperature_grid = tuple(2.0**-power for power in range(11))
 
     def __init__(self, items: Sequence[Item], temperature: float = 1.0) -> None:
@@ -55,7 +56,7 @@ class EASE(TeacherModule):
 
         The temperature is the one of `temperature_grid` that gives the targets the highest mean log-softmax.
         """
-        check_finite({"regularization": regularization})
+        cls.check_options(regularization=regularization)
         teacher = cls(items)
         gram = torch.zeros(len(teacher.items), len(teacher.items))
         for row in teacher.encode(train_sequences):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from gflowtrl.catalog import Item
-from gflowtrl.checks import check_finite
+from gflowtrl.checks import COUNT, POSITIVE, SEED, SHARE_BELOW_ONE
 from gflowtrl.finite import NonFiniteError
 
 from .base import History, TeacherModule
@@ -48,8 +48,16 @@ class SASRec(TeacherModule):
     Args:
         items: the catalogue, in the order of the score columns.
         max_history_items: longest history that is read; longer ones are cut to their last items.
-        width, layers, heads, dropout: shape of the transformer.
+        width, layers, heads, dropout: shape of the transformer; heads divide the width.
+
+    Raises:
+        ValueError: an option out of its bounds.
     """
+
+    bounds = {
+        "max_history_items": COUNT, "width": COUNT, "layers": COUNT, "heads": COUNT, "dropout": SHARE_BELOW_ONE,
+        "epochs": COUNT, "patience": COUNT, "batch_size": COUNT, "learning_rate": POSITIVE, "seed": SEED,
+    }  # fmt: skip
 
     def __init__(
         self,
@@ -60,7 +68,9 @@ class SASRec(TeacherModule):
         heads: int = 2,
         dropout: float = 0.4,
     ) -> None:
-        check_finite({"dropout": dropout})
+        self.check_options(
+            max_history_items=max_history_items, width=width, layers=layers, heads=heads, dropout=dropout
+        )
         super().__init__(
             items, max_history_items=max_history_items, width=width, layers=layers, heads=heads, dropout=dropout
         )
@@ -72,6 +82,13 @@ class SASRec(TeacherModule):
         self.norm = nn.LayerNorm(width)
         for embedding in (self.item_embedding, self.position_embedding):
             nn.init.normal_(embedding.weight, std=0.02)
+
+    @classmethod
+    def check_options(cls, **options: Any) -> None:
+        super().check_options(**options)
+        width, heads = options.get("width", 64), options.get("heads", 2)
+        if width % heads:
+            raise ValueError(f"width is {width}, which {heads} heads do not divide; choose another number of heads.")
 
     def forward(self, indices: Tensor) -> Tensor:
         """Item indices `(B, T)` to hidden states `(B, T, width)`; state t has read the items up to t."""
@@ -125,7 +142,9 @@ class SASRec(TeacherModule):
         Raises:
             NonFiniteError: the training diverged.
         """
-        check_finite({"learning_rate": learning_rate, **config})
+        cls.check_options(
+            epochs=epochs, patience=patience, batch_size=batch_size, learning_rate=learning_rate, seed=seed
+        )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             teacher = cls(items, **config).to(device)

@@ -1,8 +1,7 @@
-"""Checkpoints that count only when all of them is there, so that a run can be killed at any moment."""
+"""Checkpoints that count only when they are complete, so that a run can be killed at any moment."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,8 +11,10 @@ from safetensors import safe_open
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from gflowtrl.compat import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
+from gflowtrl.compat import PREFIX_CHECKPOINT_DIR
 from gflowtrl.policy.modules import copy_whole
+
+from .resume import check_resumable, last_checkpoint, remove_checkpoints
 
 
 if TYPE_CHECKING:
@@ -26,8 +27,14 @@ class CompleteCheckpointsMixin(TrainerBase):
     """For any `transformers.Trainer`: the Trainer's state is written when every process has written all else, and
     `train(resume_from_checkpoint=True)` takes the newest checkpoint that has it."""
 
+    _checkpoint_limit: int | None = None  # args.save_total_limit, while a training runs
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
-        """Train; `resume_from_checkpoint` is a folder, or True for the last complete one in `args.output_dir`."""
+        """Train; `resume_from_checkpoint` is a folder, or True for the last complete one in `args.output_dir`.
+
+        Raises:
+            ValueError: the checkpoint is damaged, or lacks a part of the training's state (the message names it).
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
@@ -35,7 +42,31 @@ class CompleteCheckpointsMixin(TrainerBase):
                     f"resume_from_checkpoint is True, but {self.args.output_dir} holds no complete checkpoint. "
                     f"Leave it out to begin anew."
                 )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if resume_from_checkpoint:
+            check_resumable(self, resume_from_checkpoint, self._own_state_files(str(resume_from_checkpoint)))
+        # Which checkpoints are given up is decided here: the Trainer would take folders of the user's.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._checkpoint_limit = limit if limit and limit > 0 else None
+        try:
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            if self._checkpoint_limit == 1 and self.state.best_model_checkpoint is not None:
+                self._remove_checkpoints({Path(self.state.best_model_checkpoint)})
+            return result
+        finally:
+            self.args.save_total_limit = limit
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        best, newest = self.state.best_model_checkpoint, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._remove_checkpoints({Path(self.args.output_dir, newest), *([Path(best)] if best else [])})
+
+    def _remove_checkpoints(self, kept: set[Path]) -> None:
+        if self._checkpoint_limit is not None and self.args.should_save:
+            remove_checkpoints(str(self.args.output_dir), self._checkpoint_limit, kept)
+
+    def _own_state_files(self, checkpoint: str) -> list[str]:
+        """Names of what this trainer has written into a checkpoint beside transformers' files."""
+        return []
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = self.model if model is None else model
@@ -76,17 +107,3 @@ def load_into_shards(model: Any, directory: str | os.PathLike) -> bool:
             for name in names:
                 copy_whole(saved.get_tensor(name), own[name])
     return bool(files)
-
-
-def last_checkpoint(folder: str | os.PathLike) -> str | None:
-    """The newest checkpoint of a folder that was written to its end (the state comes last), or None."""
-    found = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    complete = [path for path in found if _readable(path / TRAINER_STATE_NAME)]
-    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
-
-
-def _readable(file: Path) -> bool:
-    try:
-        return bool(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return False

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gflowtrl.checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE_BELOW_ONE, check_finite, check_number
+from gflowtrl.rewards.composite import check_weights
 
 from .tree_policy_config import TreePolicyConfig, listed, option
 
@@ -87,6 +88,7 @@ class GFlowNetConfig(TreePolicyConfig):
 
     _VALID_DICT_FIELDS = TreePolicyConfig._VALID_DICT_FIELDS + ["source_weights"]
     _bounds = TreePolicyConfig._bounds | {
+        "max_exact_elements": COUNT,
         "reward_beta": POSITIVE,
         "reward_floor": SHARE_BELOW_ONE,
         "exact_top_items": COUNT,
@@ -98,6 +100,7 @@ class GFlowNetConfig(TreePolicyConfig):
         if self.reward_weights is not None:
             self.reward_weights = [float(weight) for weight in listed(self.reward_weights)]
             check_finite({"reward_weights": self.reward_weights})
+            check_weights(self.reward_weights, self.reward_transform)
         self._check_weighting()
 
     @property

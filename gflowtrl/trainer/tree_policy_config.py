@@ -12,7 +12,9 @@ from gflowtrl.checks import COUNT, POSITIVE, SHARE, Bound, check_choice, check_f
 from gflowtrl.compat import TRLConfig
 from gflowtrl.losses import LOSSES, LossSpec, get_loss
 
+from .arguments import check_training_arguments
 from .best_metric import check_metric, fill_in_metric
+from .processes import check_processes
 
 
 def computes_in_bf16(use_cpu: bool) -> bool:
@@ -169,6 +171,8 @@ class TreePolicyConfig(TRLConfig):
         if self.eval_ks:
             fill_in_metric(self, self.eval_ks)
         super().__post_init__()
+        check_processes()
+        check_training_arguments(self)
         self.loss_type = [str(name) for name in listed(self.loss_type)]
         if self.loss_weights is not None:
             self.loss_weights = [float(weight) for weight in listed(self.loss_weights)]

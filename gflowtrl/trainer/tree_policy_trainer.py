@@ -47,7 +47,7 @@ from .group import Group, group_metrics, print_group
 from .model_card import write_model_card
 from .optimizers import adopt_optimizer, split_head_group
 from .saved import check_saved
-from .training_state import load_prefix_weights, load_sampler, save_prefix_weights, save_sampler
+from .training_state import load_prefix_weights, load_sampler, own_state_files, save_prefix_weights, save_sampler
 from .tree_policy_config import TreePolicyConfig
 
 
@@ -382,6 +382,10 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, RankingEvaluation
         if self.args.should_save:
             save_prefix_weights(self.prefix_weights, output_dir)
 
+    def _own_state_files(self, checkpoint: str) -> list[str]:
+        place = (checkpoint, self.args.process_index, self.args.world_size)
+        return own_state_files(self.model, self.sampler, self.prefix_weights, *place)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
@@ -399,8 +403,12 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, RankingEvaluation
 
     def _load_heads(self, directory: str, model) -> None:
         file = Path(directory, HEADS_FILE)
-        if file.is_file() and not self.is_deepspeed_enabled:  # whose own checkpoint holds them
+        if self.is_deepspeed_enabled:  # its own checkpoint holds them
+            return
+        if file.is_file():
             load_heads(model, load_file(file))
+        elif HEADS_FILE in self._own_state_files(directory):
+            raise ValueError(f"{file}, the flow heads of the losses {self.args.loss_type}, is missing.")
 
     def _issue_warnings_after_load(self, load_result) -> None:
         """The heads are not in the model's own file: not a thing to warn of."""

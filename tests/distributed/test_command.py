@@ -5,16 +5,22 @@ import os
 import subprocess
 import sys
 
+import pytest
 import yaml
 
 from tests.pipeline.micro import micro_settings
 
 
-def test_the_command_starts_its_processes(tmp_path):
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("engine", ["", pytest.param("multi_cpu", marks=slow), pytest.param("zero2", marks=slow)])
+def test_the_command_starts_its_processes(engine, tmp_path):
     settings = micro_settings(tmp_path / "out", name="micro")
     settings["sft"]["max_steps"] = settings["gflownet"]["max_steps"] = 2
     (tmp_path / "micro.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "gflowtrl", "train", "--config", tmp_path / "micro.yaml", "--num_processes", "2"]
+    command += ["--accelerate_config", engine] if engine else []
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr[-3000:]

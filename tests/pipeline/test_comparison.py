@@ -65,7 +65,7 @@ def test_a_row_is_one_setting_in_whatever_order_the_runs_come(keep, tmp_path):
     [
         ({"teacher": {"type": "sasrec"}}, {"Teacher", "GFlowNet: micro"}),
         ({"sft": {"num_train_epochs": 5}}, {"SFT", CONTROL, "GFlowNet: micro"}),
-        ({"model": {"hidden_size": 8}}, {"SFT", CONTROL, "GFlowNet: micro"}),
+        ({"model": {"hidden_size": 8, "num_attention_heads": 2}}, {"SFT", CONTROL, "GFlowNet: micro"}),
         ({"data_dir": "elsewhere", "data": {}}, {"Teacher", "SFT", CONTROL, "GFlowNet: micro"}),
         ({"control": {"learning_rate": 1e-3}}, {CONTROL}),
         ({"gflownet": FLOW | {"per_device_train_batch_size": 16}}, {CONTROL, "GFlowNet: micro"}),

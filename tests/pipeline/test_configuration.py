@@ -85,7 +85,7 @@ def test_a_base_lies_beside_the_recipe_or_comes_with_the_library(tmp_path):
     mine.write_text("base: gflowgr_office_llama\ngflownet: {num_generations: 9}\n")
     recipe = load_recipe(mine)
     assert recipe.gflownet["num_generations"] == 9 and recipe.model["hidden_size"] == 128 and recipe.name == "mine"
-    (tmp_path / "gflowgr_office_llama").write_text("model: {model_type: llama, hidden_size: 8}\nstages: [sft]\n")
+    (tmp_path / "gflowgr_office_llama").write_text("model: {hidden_size: 8, num_attention_heads: 2}\nstages: [sft]\n")
     assert load_recipe(mine).model["hidden_size"] == 8  # a file beside it comes first
     mine.write_text("base: other.yaml\n")
     with pytest.raises(

@@ -1,6 +1,7 @@
 """The whole pipeline on a micro shop."""
 
 import json
+import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -19,7 +20,7 @@ from gflowtrl.pipeline import run
 from gflowtrl.pipeline.materials import files_fingerprint, prepare
 from gflowtrl.pipeline.report import table
 from gflowtrl.pipeline.training import _sft_trainer
-from gflowtrl.trainer.checkpoints import last_checkpoint
+from gflowtrl.trainer.resume import last_checkpoint
 from tests.tiny import tiny_model
 
 from .micro import micro_recipe, micro_settings
@@ -228,6 +229,28 @@ def test_another_model_in_the_same_folder_is_another_model(tmp_path):
     assert files_fingerprint("name/on-the-hub") is None
 
 
+def test_a_damaged_stage_is_done_again_on_request_and_gives_the_same(finished, tmp_path, capsys):
+    recipe, results = finished
+    shutil.copytree(recipe.output_dir, tmp_path / "out")
+    file = tmp_path / "micro.yaml"
+    file.write_text(yaml.safe_dump(micro_settings(tmp_path / "out")))
+    (model,) = (tmp_path / "out").glob("sft-*/model/model.safetensors")
+    model.write_bytes(model.read_bytes()[:1000])
+    assert main(["--config", str(file)]) == 2
+    told = capsys.readouterr().err
+    assert f"The stage sft is finished, but {model} is not a whole safetensors file" in told
+    assert "--redo sft" in told
+    assert main(["--config", str(file), "--redo", "stf"]) == 2
+    assert "Did you mean 'redo.sft'" in capsys.readouterr().err
+    assert main(["--config", str(file), "--redo", "sft", "test-sft"]) == 0
+    printed = capsys.readouterr().out
+    assert "[sft] finished" in printed and "[test-sft] finished" in printed and "[control] finished" not in printed
+    again = json.loads((tmp_path / "out" / "results.json").read_text())["methods"]
+    assert again["sft"]["metrics"] == results["methods"]["sft"]["metrics"]
+    first, second = (weights(found["sft"]["model"]) for found in (results["methods"], again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_a_torn_checkpoint_is_passed_over(tmp_path):
     for step, content in ((2, "{}"), (4, '{"global_step": 4}'), (10, '{"global_step": 1')):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -249,7 +272,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
 
 
 def test_ctrl_c_says_how_to_continue(tmp_path, monkeypatch, capsys):
-    def interrupted(recipe):
+    def interrupted(recipe, redo):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("gflowtrl.cli.train.run", interrupted)

@@ -1,8 +1,20 @@
 """Stages: done once, shared where inputs agree."""
 
-import pytest
+import os
+import re
+import subprocess
+import sys
 
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from gflowtrl.cli.train import main
+from gflowtrl.pipeline.lock import sole_run
 from gflowtrl.pipeline.stage import Workshop
+
+from .micro import micro_settings
 
 
 @pytest.fixture
@@ -42,3 +54,89 @@ def test_failed_work_is_not_done_and_its_time_counts(workshop, monkeypatch):
     assert not stage.done
     assert stage.run("", lambda folder: {})["seconds"] == 7.0
     assert not [file for file in stage.folder.iterdir() if file.name.startswith(".")]
+
+
+def finish(workshop, name: str = "x", calls: list | None = None):
+    """A stage that leaves the files of a model."""
+
+    def work(folder):
+        if calls is not None:
+            calls.append(name)
+        (folder / "model").mkdir(exist_ok=True)
+        save_file({"a": torch.zeros(9)}, folder / "model" / "model.safetensors")
+        (folder / "model" / "config.json").write_text('{"a": 1}')
+        (folder / "model" / "README.md").write_text("a card")
+        return {}
+
+    stage = workshop.stage(name, {})
+    stage.run("", work)
+    return stage
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model/model.safetensors", "is missing"),
+        ("model/model.safetensors", "is not a whole safetensors file"),
+        ("model/config.json", "is missing"),
+        ("model/config.json", "is not valid JSON"),
+        ("done.json", "is not valid JSON"),
+    ],
+)
+def test_a_finished_stage_that_is_damaged_is_named_and_redone_on_request(tmp_path, name, damage):
+    file = finish(Workshop(tmp_path, quiet=True)).folder / name
+    whole = file.read_bytes()
+    if damage == "is missing":
+        file.unlink()
+    else:
+        file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=rf"The stage x is finished, but .*{name} {damage}.*add --redo x"):
+        finish(Workshop(tmp_path, quiet=True))
+    calls, again = [], Workshop(tmp_path, quiet=True, redo=["x"])
+    finish(again, calls=calls)
+    finish(again, calls=calls)
+    finish(again, "y", calls)
+    assert calls == ["x", "y"] and (name == "done.json" or file.read_bytes() == whole)
+
+
+def test_what_no_run_reads_may_be_gone(tmp_path):
+    stage = finish(Workshop(tmp_path, quiet=True))
+    for name in ("inputs.json", "seconds.json", "model/README.md"):
+        (stage.folder / name).unlink()
+    calls = []
+    finish(Workshop(tmp_path, quiet=True), calls=calls)
+    assert not calls
+
+
+HOLD = """
+import sys, time
+from gflowtrl.pipeline.lock import sole_run
+with sole_run(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_second_run_in_a_folder_says_so_and_a_killed_one_leaves_it_free(tmp_path, capsys):
+    recipe = tmp_path / "micro.yaml"
+    recipe.write_text(yaml.safe_dump(micro_settings(tmp_path / "out", stages=["teacher"])))
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "out")], stdout=subprocess.PIPE) as first:
+        try:
+            assert first.stdout.readline() == b"held\n"
+            said = rf"error: .*out is in use by process {first.pid} on .*choose another output_dir"
+            for more in ([], ["--num_processes", "2"]):
+                assert main(["--config", str(recipe), *more]) == 2
+                assert re.search(said, capsys.readouterr().err)
+        finally:
+            first.kill()
+    assert not list((tmp_path / "out").glob("teacher-*"))
+    assert main(["--config", str(recipe)]) == 0
+    assert list((tmp_path / "out").glob("teacher-*/done.json"))
+    with (
+        sole_run(tmp_path / "out"),
+        pytest.raises(ValueError, match=rf"process {os.getpid()} "),
+        sole_run(tmp_path / "out"),
+    ):
+        pass
+    with sole_run(tmp_path / "out"):
+        pass

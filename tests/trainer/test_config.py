@@ -85,3 +85,36 @@ def test_every_field_is_documented_with_its_default(config):
                 f"{field.name}: the docstring says {stated}, the field {default}"
             )
     assert issubclass(config, TreePolicyConfig) and own
+
+
+@pytest.mark.parametrize("config", [TreePolicyConfig, GFlowNetConfig, APAOConfig])
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("seed", [-1, 2**32, 1.5, True]),
+        ("data_seed", [-1]),
+        ("learning_rate", [0, -1e-3]),
+        ("num_train_epochs", [0, -1]),
+        ("max_steps", [0, -2]),
+        ("per_device_train_batch_size", [0, -1, 1.5]),
+        ("per_device_eval_batch_size", [0]),
+        ("gradient_accumulation_steps", [0, -1]),
+        ("weight_decay", [-0.1]),
+        ("max_grad_norm", [-1.0]),
+        ("adam_beta2", [1.0, -0.1]),
+        ("dataloader_num_workers", [-1]),
+        ("save_total_limit", [0]),
+        ("temperature", [0]),
+    ],
+)
+def test_numbers_with_which_no_training_can_work_are_refused(tmp_path, config, name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=rf"^{name} is {re.escape(repr(value))}; it must be "):
+            config(str(tmp_path), **{name: value})
+
+
+def test_rewards_that_count_for_nothing_are_refused(tmp_path):
+    for weights, message in (([0, 0], "not all zero"), ([1, -1], "hold a negative")):
+        with pytest.raises(ValueError, match=f"reward_weights .*{message}"):
+            GFlowNetConfig(str(tmp_path), reward_weights=weights)
+    GFlowNetConfig(str(tmp_path), reward_weights=[1, -1], reward_transform="exp")

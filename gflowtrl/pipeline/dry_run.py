@@ -1,0 +1,138 @@
+"""What only shows when a model, an optimizer and a schedule are made: tried before the first stage.
+
+A model from scratch scores its longest prompts once. Of a large one, and of one that is loaded, the modules are made
+without memory for their weights.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments, get_scheduler
+
+from gflowtrl.compat import find_adapter_config_file
+from gflowtrl.policy import check_exact, make_policy, whole_models
+from gflowtrl.trainer.checks import check_encoder, check_model
+
+from .configuration import check_names
+from .materials import Materials
+from .models import build_model, scratch_config, untrained
+from .recipe import QUANTISATION, STAGES, Recipe
+
+
+SMALL = 50_000_000  # parameters; a model from scratch with more of them is not run
+#: What `from_pretrained` takes of `model` besides fields of the model's configuration.
+LOADING = {
+    *("dtype", "attn_implementation", "revision", "code_revision", "gguf_file", "subfolder", "token", "cache_dir"),
+    *("local_files_only", "force_download", "proxies", "variant", "use_safetensors", "device_map", "max_memory"),
+    *("low_cpu_mem_usage", "trust_remote_code", "offload_folder", "offload_buffers", "use_kernels", "key_mapping"),
+    *("tp_plan", "tp_size", "experts_implementation", "ignore_mismatched_sizes", "adapter_kwargs"),
+}
+FAULTS = (ValueError, TypeError, RuntimeError, AssertionError, IndexError, KeyError, AttributeError, ZeroDivisionError)
+
+
+def dry_run(materials: Materials) -> None:
+    """Try what could otherwise fail after a teacher, and the stages before, have been trained.
+
+    Raises:
+        ValueError: names the section of the recipe, and what is wrong.
+    """
+    recipe = materials.recipe
+    if recipe.stages == ["teacher"]:
+        return
+    for stage in STAGES[1:]:
+        if stage in recipe.stages or stage == "sft":
+            _check_optimizer(recipe.training_arguments(stage, recipe.output_dir), stage)
+    with whole_models(), torch.random.fork_rng(devices=[]):
+        if "model_name_or_path" in recipe.model:
+            _check_loaded(materials)
+        else:
+            _check_scratch(materials)
+
+
+def _check_optimizer(args: TrainingArguments, stage: str) -> None:
+    """Make the optimizer of one parameter, and its schedule, as the Trainer will."""
+    if args.optim_target_modules:
+        return  # it needs the modules
+    model = nn.Linear(1, 1)
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        optimizer = kind(model.parameters(), **options)
+    except (*FAULTS, ImportError) as error:
+        raise ValueError(
+            f"{stage}.optim {args.optim.value!r} and its options cannot be used: {_line(error)}"
+        ) from error
+    try:
+        options = args.lr_scheduler_kwargs if isinstance(args.lr_scheduler_kwargs, dict) else {}
+        warmup = args.get_warmup_steps(100)
+        get_scheduler(args.lr_scheduler_type, optimizer, warmup, 100, scheduler_specific_kwargs=options)
+    except FAULTS as error:
+        raise ValueError(
+            f"{stage}.lr_scheduler_type {args.lr_scheduler_type.value!r} cannot be used with "
+            f"{stage}.lr_scheduler_kwargs {options}: {_line(error)}"
+        ) from error
+
+
+def _check_scratch(materials: Materials) -> None:
+    recipe = materials.recipe
+    kind = recipe.model.get("model_type", "llama")
+    try:
+        skeleton = _skeleton(scratch_config(materials))
+        model = build_model(materials) if skeleton.num_parameters() <= SMALL else skeleton
+        _check_fit(materials, model)
+        if model is not skeleton:
+            check_exact(make_policy(model, materials.catalog), materials.encoder)
+            materials.catalog.to("cpu")
+    except FAULTS as error:
+        raise ValueError(
+            f"The section model (model_type {kind}) makes a model that cannot be used: {_line(error)}"
+        ) from error
+    _check_adapters(recipe, skeleton)
+
+
+def _check_loaded(materials: Materials) -> None:
+    recipe = materials.recipe
+    if find_adapter_config_file(recipe.local(recipe.model["model_name_or_path"])) is not None:
+        return
+    if recipe.model.get("trust_remote_code"):
+        return
+    options = {key: value for key, value in recipe.model.items() if key not in (*QUANTISATION, "new_tokens")}
+    name = recipe.local(options.pop("model_name_or_path"))
+    config, unknown = AutoConfig.from_pretrained(
+        name, return_unused_kwargs=True, **options | {"trust_remote_code": False}
+    )
+    known = {*LOADING, *QUANTISATION, "model_name_or_path", "new_tokens", *inspect.signature(type(config)).parameters}
+    check_names(unknown, known, "model")
+    skeleton = _skeleton(config)
+    tokens = max(config.get_text_config().vocab_size, len(materials.tokenizer))
+    skeleton.resize_token_embeddings(tokens, mean_resizing=False)
+    _check_fit(materials, skeleton)
+    _check_adapters(recipe, skeleton)
+
+
+def _line(error: Exception) -> str:
+    """Its message on one line; a KeyError has only the key."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return untrained(config)
+
+
+def _check_fit(materials: Materials, model: PreTrainedModel) -> None:
+    """As the trainer checks it when it is made."""
+    check_model(model, materials.catalog)
+    check_encoder(materials.encoder, materials.catalog, model)
+
+
+def _check_adapters(recipe: Recipe, skeleton: PreTrainedModel) -> None:
+    if recipe.peft_config is None:
+        return
+    try:
+        get_peft_model(skeleton, recipe.peft_config)
+    except FAULTS as error:
+        raise ValueError(f"The section peft does not fit the model: {_line(error)}") from error

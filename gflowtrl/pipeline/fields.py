@@ -1,0 +1,119 @@
+"""Fields of a recipe's training sections and of `model` that cannot be set, would change nothing, or cannot work."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+from transformers import CONFIG_MAPPING, IntervalStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
+
+from gflowtrl.checks import COUNT, SHARE_BELOW_ONE, check_choice, check_number
+from gflowtrl.compat import SaveStrategy
+
+
+_RUN = "the command, which runs the stages and goes on by itself"
+_ROWS = "the rows, which are tokenized and cut already"
+_SEARCH = "evaluation: policies are measured by a search of the tree"
+_NO_DRAWS = "nothing: the control is SFT continued, on the observed targets alone. It would change nothing"
+#: Fields of training arguments that the pipeline fills in or does not look at, and what they follow from.
+OWNERS = {
+    "output_dir": "output_dir", "seed": "seed", "reward_weights": "the weight of each entry of rewards",
+    "max_history_items": "data.max_history_items", "model_init_kwargs": "model",
+    "eval_num_beams": "evaluation.num_beams", "eval_ks": "evaluation.ks",
+    "do_train": _RUN, "do_eval": _RUN, "do_predict": _RUN, "resume_from_checkpoint": _RUN,
+}  # fmt: skip
+#: Those of `trl.SFTConfig` and `Seq2SeqTrainingArguments` besides.
+OWNERS_OF_SFT = OWNERS | {
+    "packing": "the rows, one per user", "max_length": "data.max_history_items, which cuts the rows",
+    "dataset_kwargs": _ROWS, "dataset_text_field": _ROWS, "dataset_num_proc": _ROWS, "truncation_mode": _ROWS,
+    "shuffle_dataset": "train_sampling_strategy", "packing_strategy": _ROWS, "eval_packing": _ROWS,
+    "trust_remote_code": "model", "predict_with_generate": _SEARCH, "generation_max_length": _SEARCH,
+    "generation_num_beams": _SEARCH, "generation_config": _SEARCH, "sortish_sampler": "train_sampling_strategy",
+}  # fmt: skip
+#: Those of the control besides: what draws, rewards and weighs trajectories.
+OWNERS_OF_CONTROL = OWNERS | dict.fromkeys(
+    (
+        *("num_generations", "temperature", "epsilon", "log_z_learning_rate", "loss_reduction", "source_weights"),
+        *("trajectory_weighting", "reward_transform", "reward_beta", "reward_floor", "leaf_reduction"),
+        *("max_exact_elements", "exact_top_items", "ref_weight"),
+    ),
+    _NO_DRAWS,
+)
+#: Fields of training arguments that are one of several words.
+WORDS: dict[str, type[Enum]] = {
+    "optim": OptimizerNames, "lr_scheduler_type": SchedulerType, "eval_strategy": IntervalStrategy,
+    "logging_strategy": IntervalStrategy, "save_strategy": SaveStrategy,
+}  # fmt: skip
+#: Sizes in the configurations of transformers' models; those of a class are named by its `attribute_map` too.
+_SIZES = {
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "max_position_embeddings", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers"),
+    *("num_heads", "n_positions", "n_embd", "n_layer", "n_head"),
+}
+
+
+def check_owners(stage: str, section: Mapping[str, Any]) -> None:
+    """Refuse what a stage's section cannot set.
+
+    Raises:
+        ValueError: names the field and what it follows from.
+    """
+    owners = {"sft": OWNERS_OF_SFT, "control": OWNERS_OF_CONTROL}.get(stage, OWNERS)
+    for name in owners.keys() & section.keys():
+        raise ValueError(f"{stage}.{name} cannot be set: it follows from {owners[name]}.")
+
+
+def check_words(stage: str, section: Mapping[str, Any]) -> None:
+    """Refuse a word that transformers does not know, by the name of its field.
+
+    Raises:
+        ValueError: lists the words.
+    """
+    for name, words in WORDS.items():
+        if name in section:
+            check_choice(f"{stage}.{name}", section[name], [word.value for word in words])
+
+
+def check_model_fields(kind: str, model: Mapping[str, Any]) -> None:
+    """Refuse sizes and rates with which a model from scratch cannot be made, or cannot be run.
+
+    Args:
+        kind: a `model_type` of transformers.
+        model: the section.
+
+    Raises:
+        ValueError: names the field.
+    """
+    given = {name: value for name, value in model.items() if value is not None}
+    mapped = CONFIG_MAPPING[kind].attribute_map
+    sizes = _SIZES | {own for general, own in mapped.items() if general in _SIZES}
+    for name, value in given.items():
+        if name in sizes:
+            check_number(f"model.{name}", value, COUNT)
+        elif re.search(r"dropout|pdrop", name) and not isinstance(value, str):
+            check_number(f"model.{name}", value, SHARE_BELOW_ONE)
+    usual = CONFIG_MAPPING[kind]()
+    hidden, heads = (
+        given.get(name, given.get(mapped.get(name, name), getattr(usual, name, None)))
+        for name in ("hidden_size", "num_attention_heads")
+    )
+    named = {name: f"model.{mapped.get(name, name)}" for name in ("hidden_size", "num_attention_heads")}
+    free = "head_dim" in given or hasattr(usual, "d_kv")  # heads have a size of their own
+    if isinstance(hidden, int) and isinstance(heads, int) and hidden % heads and not free:
+        raise ValueError(
+            f"{named['hidden_size']} is {hidden}, not a multiple of {named['num_attention_heads']}, which is {heads}: "
+            f"each head takes an equal part."
+        )
+    try:
+        config = CONFIG_MAPPING[kind](**{name: value for name, value in model.items() if name != "model_type"})
+    except Exception as error:  # each class checks in a way of its own
+        raise ValueError(f"The section model is not one of a {kind}: {' '.join(str(error).split())}") from error
+    groups = getattr(config, "num_key_value_heads", None)
+    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        raise ValueError(
+            f"model.num_key_value_heads is {groups}, which does not divide {named['num_attention_heads']}, which is "
+            f"{heads}: each of them is shared by an equal number of heads."
+        )

@@ -1,0 +1,212 @@
+"""A training resumes with all of its state or not at all."""
+
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gflowtrl import APAOConfig, APAOTrainer, GFlowNetTrainer
+from gflowtrl.catalog.files import damage_of
+from gflowtrl.rewards import GroundTruthReward
+from gflowtrl.trainer.resume import _deepspeed_files, _engine_files, last_checkpoint, remove_checkpoints
+from tests.tiny import tiny_model
+
+from .world import TOKENIZER, make_catalog, make_rows, make_trainer, weights
+
+
+STATE = (
+    *("optimizer.pt", "scheduler.pt", "rng_state.pth"),
+    *("flow_heads.safetensors", "sampler.safetensors", "trainer_state.json", "model.safetensors"),
+)
+
+
+def trainer(folder, **options) -> GFlowNetTrainer:
+    settings = {"loss_type": "trajectory_balance", "sampler": {"ground_truth": 1, "replay": 3}, "max_steps": 4}
+    settings |= {"save_strategy": "steps", "save_steps": 2, **options}
+    return make_trainer(folder, [GroundTruthReward()], **settings)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """A checkpoint in the middle of a training with flow heads and a replay buffer."""
+    folder = tmp_path_factory.mktemp("written")
+    trainer(folder).train()
+    return folder / "checkpoint-2"
+
+
+@pytest.fixture
+def checkpoint(written, tmp_path) -> Path:
+    return Path(shutil.copytree(written, tmp_path / "checkpoint-2"))
+
+
+def refused(checkpoint, message: str, **options) -> None:
+    """The training does not take a step."""
+    resumed = trainer(checkpoint.parent / "resumed", **options)
+    before = weights(resumed)
+    with pytest.raises(ValueError, match=message):
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.state.global_step == 0
+    assert all(torch.equal(value, before[name]) for name, value in weights(resumed).items())
+
+
+def test_a_whole_checkpoint_resumes(checkpoint):
+    resumed = trainer(checkpoint.parent / "resumed")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.state.global_step == 4
+
+
+@pytest.mark.parametrize("name", STATE[:-1])
+def test_a_missing_part_is_named(checkpoint, name):
+    (checkpoint / name).unlink()
+    refused(checkpoint, rf"{re.escape(str(checkpoint))}.*{name}|{name} is missing")
+
+
+@pytest.mark.parametrize("name", STATE)
+def test_a_damaged_part_is_named(checkpoint, name):
+    file = checkpoint / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    refused(checkpoint, rf"{name} is (empty or cut off|not a whole safetensors file|not valid JSON)")
+
+
+def test_a_checkpoint_of_the_model_alone_says_so(tmp_path):
+    trainer(tmp_path, save_only_model=True, max_steps=2).train()
+    refused(
+        tmp_path / "checkpoint-2", r"holds only the model \(save_only_model=True\), not .*optimizer.pt.*as the model"
+    )
+
+
+def test_a_checkpoint_of_other_processes_says_so(checkpoint):
+    shutil.copy(checkpoint / "rng_state.pth", checkpoint / "rng_state_0.pth")
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_1.pth")
+    refused(checkpoint, r"written by 2 process\(es\), but 1 are training")
+
+
+def test_a_loss_with_heads_does_not_go_on_from_one_without(tmp_path):
+    trainer(tmp_path, loss_type="vargrad", max_steps=2).train()
+    refused(tmp_path / "checkpoint-2", "lacks flow_heads.safetensors")
+
+
+def test_prefix_weights_are_a_part(tmp_path):
+    def apao(**options) -> APAOTrainer:
+        args = APAOConfig(
+            str(tmp_path), max_steps=4, save_strategy="steps", save_steps=2, use_cpu=True, disable_tqdm=True, **options
+        )
+        rows, catalog = make_rows(), make_catalog()
+        return APAOTrainer(
+            tiny_model(len(TOKENIZER)), args, "ground_truth", train_dataset=rows, catalog=catalog,
+            processing_class=TOKENIZER,
+        )  # fmt: skip
+
+    apao().train()
+    checkpoint = tmp_path / "checkpoint-2"
+    with pytest.raises(ValueError, match=r"prefix_weights.safetensors is of \['prefix_pointwise'\], but .*pairwise"):
+        apao(method="pairwise", num_negatives=2).train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / "prefix_weights.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"lacks prefix_weights\.safetensors"):
+        apao().train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_the_best_model_has_its_heads(tmp_path):
+    best = trainer(
+        tmp_path, eval_dataset=make_rows(6, 1, 500), eval_strategy="steps", eval_steps=2, max_steps=2,
+        load_best_model_at_end=True, metric_for_best_model="eval_ndcg@10", greater_is_better=True,
+    )  # fmt: skip
+    best.train()
+    (tmp_path / "checkpoint-2" / "flow_heads.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"flow_heads\.safetensors, the flow heads .* is missing"):
+        best._load_best_model()
+
+
+def test_an_empty_state_of_a_sampler_is_told_from_a_lost_one(tmp_path):
+    """A buffer that nothing was put into yet."""
+    first = trainer(tmp_path, max_steps=1, save_steps=1)
+    first.sampler.observe = lambda *_: None
+    first.train()
+    assert not len(load_file(tmp_path / "checkpoint-1" / "sampler.safetensors")["replay/row_ids"])
+
+
+def test_folders_that_are_no_checkpoint_are_passed_over(checkpoint, caplog):
+    folder = checkpoint.parent
+    for name in ("checkpoint-abc", "checkpoint-", "checkpoint-9-copy", "checkpoint-7.bak"):
+        shutil.copytree(checkpoint, folder / name)
+    (folder / "checkpoint-8").write_text("a file")
+    for step, content in ((10, "[1]"), (11, '{"epoch": 1}'), (12, '{"global_step": 1'), (13, "")):
+        (folder / f"checkpoint-{step}").mkdir()
+        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(content)
+    (folder / "checkpoint-14").mkdir()
+    with caplog.at_level(logging.WARNING, "gflowtrl"):
+        assert last_checkpoint(folder) == str(checkpoint)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 5 and all("trainer_state.json" in line for line in told)
+    for step in (10, 11, 12, 13, 14):
+        refused(folder / f"checkpoint-{step}", rf"checkpoint-{step}/trainer_state\.json")
+    refused(folder / "checkpoint-99", "checkpoint-99 is not a folder")
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_what_was_put_aside_survives_a_training_that_gives_checkpoints_up(checkpoint, best):
+    folder, aside = checkpoint.parent, {"checkpoint-abc", "checkpoint-1-good"}
+    for name in aside:
+        shutil.copytree(checkpoint, folder / name)
+    options = {"eval_dataset": make_rows(6, 1, 500), "eval_strategy": "steps", "eval_steps": 1}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_ndcg@10"} if best else {}
+    resumed = trainer(folder, save_steps=1, save_total_limit=1, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4 and resumed.args.save_total_limit == 1
+    left = Path(resumed.state.best_model_checkpoint).name if best else "checkpoint-4"
+    assert {path.name for path in folder.glob("checkpoint-*")} == aside | {left}
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    for step in range(1, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        os.utime(tmp_path / f"checkpoint-{step}", (step, step))
+    remove_checkpoints(tmp_path, 3, {tmp_path / "checkpoint-1", tmp_path / "checkpoint-5"})
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-4", "checkpoint-5"}
+    remove_checkpoints(tmp_path, 1, {tmp_path / "checkpoint-1", tmp_path / "checkpoint-5"})
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-5"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "damage"),
+    [
+        ("a.json", b'{"a": 1}', None),
+        ("a.json", b'{"a": 1', "is not valid JSON"),
+        ("a.json", b"\xff", "is not valid JSON"),
+        ("a.safetensors", b"", "is not a whole safetensors file"),
+        ("a.pt", b"PK", "is empty or cut off"),
+        ("a.txt", b"", None),
+    ],
+)
+def test_damage_is_told_by_the_form_of_a_file(tmp_path, name, content, damage):
+    assert damage_of(tmp_path / name) == "is missing"
+    (tmp_path / name).write_bytes(content)
+    found = damage_of(tmp_path / name)
+    assert found is None if damage is None else found.startswith(damage)
+
+
+def test_the_files_of_an_engine(checkpoint):
+    """Sharded engines keep the optimizer elsewhere: DeepSpeed a file of each process below the folder that `latest`
+    names, FSDP a file or a folder of its own kind."""
+    assert _deepspeed_files(checkpoint, 2, 1) == ["latest"]
+    (checkpoint / "latest").write_text("global_step2")
+    lost = "global_step2/zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    assert _deepspeed_files(checkpoint, 2, 1) == [lost] and _deepspeed_files(checkpoint, 0, 1) == ["global_step2"]
+    (checkpoint / "global_step2").mkdir()
+    there = "global_step2/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    (checkpoint / there).touch()
+    assert _deepspeed_files(checkpoint, 2, 1) == [there]
+    for kind, file in (("FULL", "optimizer.bin"), ("SHARDED", "optimizer_0"), ("LOCAL", "optimizer_0_rank1.bin")):
+        plugin = SimpleNamespace(state_dict_type=f"StateDictType.{kind}_STATE_DICT")
+        state = SimpleNamespace(fsdp_plugin=plugin)
+        engine = SimpleNamespace(
+            args=SimpleNamespace(world_size=2, process_index=1), accelerator=SimpleNamespace(state=state, scaler=None),
+            is_deepspeed_enabled=False, is_fsdp_enabled=True,
+        )  # fmt: skip
+        assert _engine_files(engine, checkpoint) == ["rng_state_1.pth", "scheduler.pt", file]
