@@ -1,4 +1,4 @@
-"""Under every engine the saved folder is compared with the trained model; all that save together hear of a difference."""
+"""The saved folder is compared with the trained model under every engine; all that save together hear of it."""
 
 import json
 
