@@ -58,7 +58,7 @@ class CompleteCheckpointsMixin(TrainerBase):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         best, newest = self.state.best_model_checkpoint, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._remove_checkpoints({Path(self.args.output_dir, newest), *([Path(best)] if best else [])})
+        self._remove_checkpoints({Path(str(self.args.output_dir), newest), *([Path(best)] if best else [])})
 
     def _remove_checkpoints(self, kept: set[Path]) -> None:
         if self._checkpoint_limit is not None and self.args.should_save:

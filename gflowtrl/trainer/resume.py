@@ -106,18 +106,26 @@ def check_resumable(trainer: Trainer, checkpoint: str | os.PathLike, more: list[
     engine = {name for names, _ in everyone for name in names}
     found = {name: damage for _, part in everyone for name, damage in part.items()}
     lacking = [name for name, damage in found.items() if damage == MISSING]
+    processes = len(list(folder.glob("rng_state_*.pth"))) or 1
+    other = processes != trainer.args.world_size
+    if other and any("rng_state" in name for name in lacking):
+        # Draws do not depend on generators, dropout does; transformers goes on in the same way.
+        logger.warning(
+            f"{folder} was written by {processes} process(es), and {trainer.args.world_size} go on from it: dropout "
+            f"draws other random numbers than in an undisturbed training."
+        )
+        lacking = [name for name in lacking if "rng_state" not in name]
     broken = [f"{name} {damage}" for name, damage in found.items() if damage not in (None, MISSING)]
     if broken:
         raise ValueError(f"The checkpoint {folder} is damaged: {'; '.join(broken)}. Resume from another one. {ANEW}")
     if not lacking:
         return
-    if engine <= {*lacking}:
+    if {name for name in engine if "rng_state" not in name} <= {*lacking}:
         raise ValueError(
             f"{folder} holds only the model (save_only_model=True), not {', '.join(lacking)}, so that no training "
             f"can go on from it. {ANEW}"
         )
-    processes = len(list(folder.glob("rng_state_*.pth"))) or 1
-    if processes != trainer.args.world_size and any("rng_state" in name for name in lacking):
+    if other:
         raise ValueError(
             f"{folder} was written by {processes} process(es), but {trainer.args.world_size} are training: "
             f"{', '.join(lacking)} cannot be there. Resume with as many processes as wrote it. {ANEW}"
@@ -141,7 +149,8 @@ def _engine_files(trainer: Trainer, folder: Path) -> list[str]:
         names.append(SCALER_NAME)
     if not trainer.is_fsdp_enabled:
         return [*names, OPTIMIZER_NAME]
-    kind = str(accelerator.state.fsdp_plugin.state_dict_type)
+    plugin: Any = accelerator.state.fsdp_plugin
+    kind = str(plugin.state_dict_type)
     sharded = {"SHARDED": "optimizer_0", "LOCAL": f"optimizer_0_rank{args.process_index}.bin"}
     return [*names, next((name for key, name in sharded.items() if key in kind), "optimizer.bin")]
 

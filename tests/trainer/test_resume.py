@@ -81,9 +81,15 @@ def test_a_checkpoint_of_the_model_alone_says_so(tmp_path):
     )
 
 
-def test_a_checkpoint_of_other_processes_says_so(checkpoint):
+def test_a_training_may_go_on_with_other_processes(checkpoint, caplog):
+    """Only dropout notices; a state that is split over the processes (ZeRO, samplers) is refused."""
     shutil.copy(checkpoint / "rng_state.pth", checkpoint / "rng_state_0.pth")
     (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_1.pth")
+    resumed = trainer(checkpoint.parent)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.state.global_step == 4
+    assert "was written by 2 process(es), and 1 go on from it" in caplog.text
+    (checkpoint / "optimizer.pt").unlink()
     refused(checkpoint, r"written by 2 process\(es\), but 1 are training")
 
 
