@@ -7,14 +7,16 @@ without memory for their weights.
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments, get_scheduler
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 
 from gflowtrl.compat import find_adapter_config_file
 from gflowtrl.policy import check_exact, make_policy, whole_models
+from gflowtrl.policy.loading import load_config
 from gflowtrl.trainer.checks import check_encoder, check_model
 
 from .configuration import check_names
@@ -101,9 +103,8 @@ def _check_loaded(materials: Materials) -> None:
         return
     options = {key: value for key, value in recipe.model.items() if key not in (*QUANTISATION, "new_tokens")}
     name = recipe.local(options.pop("model_name_or_path"))
-    config, unknown = AutoConfig.from_pretrained(
-        name, return_unused_kwargs=True, **options | {"trust_remote_code": False}
-    )
+    found: Any = load_config(name, return_unused_kwargs=True, **options)
+    config, unknown = found
     known = {*LOADING, *QUANTISATION, "model_name_or_path", "new_tokens", *inspect.signature(type(config)).parameters}
     check_names(unknown, known, "model")
     skeleton = _skeleton(config)

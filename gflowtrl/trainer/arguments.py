@@ -11,7 +11,7 @@ from gflowtrl.checks import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE_BELOW_ONE
 BOUNDS: dict[str, Bound] = {
     "seed": SEED,
     "data_seed": SEED,
-    "learning_rate": POSITIVE,
+    "learning_rate": NOT_NEGATIVE,
     "num_train_epochs": POSITIVE,
     "per_device_train_batch_size": COUNT,
     "per_device_eval_batch_size": COUNT,

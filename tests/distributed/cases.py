@@ -158,7 +158,8 @@ def model_of(case: Case, seed: int = 0) -> PreTrainedModel:
     model = (tiny_seq2seq if case.backbone == "t5" else tiny_model)(VOCABULARY, case.backbone, seed=seed)
     if case.backbone == "qwen3":  # one table of embeddings, as Qwen's small models have it, and a layer with a window
         model.config.tie_word_embeddings = True
-        model.config.layer_types, model.config.sliding_window = ["sliding_attention", "full_attention"], 4
+        model.config.layer_types = ["sliding_attention", "full_attention"]
+        model.config.use_sliding_window, model.config.sliding_window = True, 4
         torch.manual_seed(seed)
         model = type(model)(model.config)
     for module in model.modules():  # no dropout: its random numbers follow from the shape of the micro-batch

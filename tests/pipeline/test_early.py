@@ -18,7 +18,7 @@ CASES = [
     ("--seed -1", "seed is -1; it must be a whole number from 0 to 4294967295"),
     ("--seed 4294967296", "seed is 4294967296"),
     ("--gflownet.data_seed -1", "gflownet.data_seed is -1"),
-    ("--sft.learning_rate 0", "sft.learning_rate is 0; it must be a finite number above 0"),
+    ("--sft.learning_rate -1", "sft.learning_rate is -1; it must be a finite number of at least 0"),
     ("--gflownet.learning_rate -1e-3", "gflownet.learning_rate is -0.001"),
     ("--control.learning_rate -1", "control.learning_rate is -1"),
     ("--gflownet.log_z_learning_rate 0", "gflownet.log_z_learning_rate is 0"),

@@ -118,7 +118,7 @@ def test_min_max_by_hand():
 
 def test_a_teachers_nan_is_reported_under_min_max():
     broken = CollaborativeReward(lambda histories: torch.full((len(histories), 9), torch.nan), normalization="min_max")
-    with pytest.raises(ValueError, match="'collaborative' returned nan for row 0"):
+    with pytest.raises(ValueError, match="teacher .* has nan as its best score for history 0"):
         CompositeReward(broken, make_catalog()).dense(make_step())
 
 

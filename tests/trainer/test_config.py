@@ -93,7 +93,7 @@ def test_every_field_is_documented_with_its_default(config):
     [
         ("seed", [-1, 2**32, 1.5, True]),
         ("data_seed", [-1]),
-        ("learning_rate", [0, -1e-3]),
+        ("learning_rate", [-1, -1e-3]),
         ("num_train_epochs", [0, -1]),
         ("max_steps", [0, -2]),
         ("per_device_train_batch_size", [0, -1, 1.5]),
