@@ -153,13 +153,14 @@ class PromptEncoder:
         return len(self.head) + self.max_history_items * self.table.shape[1] + len(self.tail)
 
     def longest_histories(self) -> list[list[Item]]:
-        """Three histories to try a model with: of the longest items, of items from all over the catalogue, both with
-        `max_history_items`, and one of a single item."""
-        lengths, items = (self.table >= 0).sum(1), self.catalog.items
-        longest = (lengths == lengths.max()).nonzero().flatten().tolist()
-        spread = torch.linspace(0, len(items) - 1, self.max_history_items).long().tolist()
-        long = [longest[i % len(longest)] for i in range(self.max_history_items)]
-        return [[items[i] for i in places] for places in (long, spread, spread[:1])]
+        """Two histories to try a model with: `max_history_items` of the longest items, from all over the catalog and
+        different ones as far as there are as many, and a single item."""
+        lengths, count = (self.table >= 0).sum(1), self.max_history_items
+        least = lengths.topk(min(count, len(lengths))).values[-1]
+        long = (lengths >= least).nonzero().flatten()
+        places = torch.linspace(0, len(long) - 1, count).long()
+        chosen = [self.catalog.items[place] for place in long[places].tolist()]
+        return [chosen, chosen[:1]]
 
 
 class GroupCollator:

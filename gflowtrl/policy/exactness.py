@@ -20,7 +20,7 @@ from .base import Prompts, TreePolicy
 from .modules import evaluation_mode, innermost, model_dtype
 
 
-COMPARED_LEAVES = 4
+COMPARED_LEAVES = 2  # so that all costs about as much as four prompts
 
 
 class Encoder(Protocol):
@@ -69,8 +69,8 @@ def check_exact(policy: TreePolicy, encoder: Encoder, dtype: torch.dtype | None 
                 f"{type(innermost(policy.model)).__name__} reads a prompt, but not several branches behind one by a "
                 f"4-D attention mask ({type(error).__name__}: {error}). Use another kind of model (Llama, Qwen3, T5)."
             ) from error
-    dtype = _computed_in(policy.model) if dtype is None else dtype
-    allowed = ROUNDING[dtype]
+    dtype = computed_in(policy.model) if dtype is None else dtype
+    allowed = ROUNDING.get(dtype, ROUNDING[torch.bfloat16])
     for way, log_probs in found.items():
         every = (log_probs - plain).abs().flatten(1)
         differences = every.amax(1) if dtype.itemsize >= 4 else every.median(1).values
@@ -79,7 +79,7 @@ def check_exact(policy: TreePolicy, encoder: Encoder, dtype: torch.dtype | None 
             raise ValueError(_message(policy.model, way, differences, prompts["attention_mask"].sum(1), allowed))
 
 
-def _computed_in(model: nn.Module) -> torch.dtype:
+def computed_in(model: nn.Module) -> torch.dtype:
     """The model's dtype; where products are coarser (quantized weights, TF32), one of like precision."""
     dtype = model_dtype(model)
     if getattr(innermost(model), "hf_quantizer", None) is not None:

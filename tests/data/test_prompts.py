@@ -107,3 +107,18 @@ def test_targets_of_encoder_decoders_are_padded_at_the_right():
     first, whole = (TOKENIZER.convert_tokens_to_ids(list(IDS[item])) for item in (2, 1))
     assert batch["labels"].tolist() == [[*first, -100, -100], whole]
     assert batch["input_ids"].equal(encoder([[3], [2, 2]])["input_ids"])
+
+
+def test_the_longest_histories_are_of_the_longest_items():
+    """Four of twelve ids have three tokens, the others two; none is taken twice while there are enough."""
+    ids = {i: (f"<a_{i}>", f"<b_{i}>") if i % 3 else (f"<a_{i}>", f"<b_{i}>", f"<c_{i}>") for i in range(12)}
+    tokenizer = build_tokenizer(ids)
+    catalog = ItemCatalog.from_semantic_ids(ids, tokenizer)
+    for count in (1, 4, 12, 20):
+        encoder = PromptEncoder(catalog, tokenizer, max_history_items=count)
+        histories = encoder.longest_histories()
+        assert [len(history) for history in histories] == [count, 1]
+        assert len(set(histories[0])) == min(count, 12)
+        assert encoder.max_length == 1 + 3 * count
+        if count <= 4:
+            assert encoder(histories)["input_ids"].shape == (2, encoder.max_length)

@@ -72,7 +72,7 @@ def test_the_comparison_is_made_once(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, [GroundTruthReward()], eval_dataset=make_rows(6, 1, 500))
     trainer.train()
     trainer.evaluate()
-    assert len(calls) == 3  # one per prompt that is tried
+    assert len(calls) == 2  # one per prompt that is tried
 
 
 @pytest.mark.parametrize(("positions", "fits"), [(62, False), (63, True)])
