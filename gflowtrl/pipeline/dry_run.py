@@ -7,6 +7,7 @@ without memory for their weights.
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -133,7 +134,9 @@ def _check_fit(materials: Materials, model: PreTrainedModel) -> None:
 def _check_adapters(recipe: Recipe, skeleton: PreTrainedModel) -> None:
     if recipe.peft_config is None:
         return
+    # Some first values (pissa, olora, mica) are decomposed weights, which the skeleton has not.
+    usual = recipe.peft_config.init_lora_weights in (True, False, "gaussian", "orthogonal", "eva")
     try:
-        get_peft_model(skeleton, recipe.peft_config)
+        get_peft_model(skeleton, recipe.peft_config if usual else replace(recipe.peft_config, init_lora_weights=True))
     except FAULTS as error:
         raise ValueError(f"The section peft does not fit the model: {_line(error)}") from error

@@ -47,10 +47,14 @@ def sole_run(folder: str | os.PathLike) -> Iterator[None]:
 
 def _take(lock: FileLock, folder: Path) -> str | None:
     """None where the lock is taken now, else why not."""
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
-    except Timeout:
+    except OSError as error:
+        if not isinstance(error, Timeout):
+            return (
+                f"{folder} cannot be locked ({error}). Choose an output_dir on a disk that can be written and locked."
+            )
         return (
             f"{folder} is in use by {_holder(folder)}: two runs in one folder would write over each other's stages. "
             f"Wait until that run has ended, or choose another output_dir."

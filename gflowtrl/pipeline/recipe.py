@@ -22,7 +22,7 @@ from gflowtrl.policy.loading import load_config
 from gflowtrl.samplers import Sampler, build_sampler
 from gflowtrl.trainer import GFlowNetConfig
 from gflowtrl.trainer.arguments import check_training_arguments
-from gflowtrl.trainer.best_metric import settle_metric
+from gflowtrl.trainer.best_metric import more_is_better, settle_metric
 from gflowtrl.trainer.processes import A_DAY, asked_for
 from gflowtrl.trainer.tree_policy_config import computes_in_bf16
 from gflowtrl.trainer.weighting import source_table
@@ -196,6 +196,8 @@ class Recipe:
         check_words(stage, section)
         values |= check_types(kind, section, stage)
         try:
+            if values["greater_is_better"] is None:
+                values["greater_is_better"] = more_is_better(str(values["metric_for_best_model"])) is not False
             args = kind(output_dir=str(output_dir), seed=self.seed, **values)
             check_training_arguments(args)
             settle_metric(args, self.evaluation.ks)

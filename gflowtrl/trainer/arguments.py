@@ -12,24 +12,18 @@ BOUNDS: dict[str, Bound] = {
     "seed": SEED,
     "data_seed": SEED,
     "learning_rate": NOT_NEGATIVE,
-    "num_train_epochs": POSITIVE,
     "per_device_train_batch_size": COUNT,
     "per_device_eval_batch_size": COUNT,
     "gradient_accumulation_steps": COUNT,
     "eval_accumulation_steps": COUNT,
     "weight_decay": NOT_NEGATIVE,
-    "max_grad_norm": NOT_NEGATIVE,
     "warmup_steps": NOT_NEGATIVE,
     "adam_beta1": SHARE_BELOW_ONE,
     "adam_beta2": SHARE_BELOW_ONE,
-    "adam_epsilon": POSITIVE,
+    "adam_epsilon": NOT_NEGATIVE,
     "label_smoothing_factor": SHARE_BELOW_ONE,
-    "neftune_noise_alpha": POSITIVE,
-    "logging_steps": POSITIVE,
-    "eval_steps": POSITIVE,
-    "save_steps": POSITIVE,
+    "neftune_noise_alpha": NOT_NEGATIVE,
     "eval_delay": NOT_NEGATIVE,
-    "save_total_limit": COUNT,
     "dataloader_num_workers": at_least(0),
     "dataloader_prefetch_factor": COUNT,
     "ddp_timeout": COUNT,
@@ -45,5 +39,11 @@ def check_training_arguments(args: TrainingArguments) -> None:
     for name, bound in BOUNDS.items():
         if getattr(args, name, None) is not None:
             check_number(name, getattr(args, name), bound)
-    if args.max_steps != -1:
-        check_number("max_steps", args.max_steps, Bound(f"{COUNT.meaning}, or -1 for num_train_epochs", COUNT.holds))
+    for what in ("logging", "eval", "save"):
+        steps = getattr(args, f"{what}_steps")
+        if getattr(args, f"{what}_strategy") == "steps" and not (what == "eval" and not steps):
+            check_number(f"{what}_steps", steps, POSITIVE)
+    if args.max_steps < -1:
+        raise ValueError(f"max_steps is {args.max_steps}; it must be {COUNT.meaning}, or -1 for num_train_epochs.")
+    if args.max_steps <= 0:
+        check_number("num_train_epochs", args.num_train_epochs, POSITIVE)

@@ -38,21 +38,19 @@ def fill_in_metric(args: TrainingArguments, ks: Sequence[int]) -> None:
     if args.metric_for_best_model is None and is_wanted(args):
         args.metric_for_best_model = _default(ks)
     if args.metric_for_best_model is not None and args.greater_is_better is None:
-        args.greater_is_better = _rises(args.metric_for_best_model) is not False
+        args.greater_is_better = more_is_better(args.metric_for_best_model) is not False
 
 
-def check_metric(args: TrainingArguments, ks: Sequence[int]) -> None:
+def check_metric(args: TrainingArguments) -> None:
     """What a configuration can know of its metric; gives a scheduler that follows it its direction, in place.
 
+    The trainer checks the name: a subclass may report metrics of its own.
+
     Raises:
-        ValueError: a name that no data set can have, or a direction that contradicts it.
+        ValueError: a direction that contradicts the metric.
     """
-    if args.metric_for_best_model is None:
-        return
-    stems = [name.removeprefix("eval_") for name in metric_names(ks)]
-    if not any(f"_{args.metric_for_best_model}".endswith(f"_{stem}") for stem in stems):
-        _refuse(args.metric_for_best_model, metric_names(ks))
-    _check_direction(args)
+    if args.metric_for_best_model is not None:
+        _check_direction(args)
 
 
 def settle_metric(
@@ -60,6 +58,7 @@ def settle_metric(
     ks: Sequence[int],
     eval_dataset: object = None,
     callbacks: Iterable[TrainerCallback | type[TrainerCallback]] = (),
+    reports_more: bool = False,
 ) -> None:
     """Fill in `metric_for_best_model`, its direction and that of a scheduler which follows it, in place.
 
@@ -71,6 +70,7 @@ def settle_metric(
         ks: cut-offs of the evaluation.
         eval_dataset: the trainer's; of a mapping the names are part of the metrics' names.
         callbacks: the user's; one may stop early.
+        reports_more: the trainer reports further metrics, so that any name will do.
 
     Raises:
         ValueError: a metric that `evaluate()` will not report, or a direction that contradicts it.
@@ -89,7 +89,7 @@ def settle_metric(
                 f"counts: it is {args.metric_for_best_model}."
             )
     name, known = str(args.metric_for_best_model), metric_names(ks, datasets)
-    if name not in known and f"eval_{name}" not in known:
+    if name not in known and f"eval_{name}" not in known and not reports_more:
         _refuse(name, known)
     _check_direction(args)
 
@@ -106,7 +106,7 @@ def _refuse(name: str, known: Sequence[str]) -> None:
     )
 
 
-def _rises(name: str) -> bool | None:
+def more_is_better(name: str) -> bool | None:
     """Whether more of a metric is better; None where that is a matter of taste."""
     stem = name.rpartition("@")[0]
     return next((rises for metric, rises in DIRECTIONS.items() if stem.endswith(metric)), None)
@@ -114,7 +114,7 @@ def _rises(name: str) -> bool | None:
 
 def _check_direction(args: TrainingArguments) -> None:
     name, greater = str(args.metric_for_best_model), bool(args.greater_is_better)
-    if _rises(name) not in (None, greater):
+    if more_is_better(name) not in (None, greater):
         raise ValueError(
             f"greater_is_better is {greater}, but metric_for_best_model is {name!r}, of which "
             f"{'less' if greater else 'more'} is better. Set greater_is_better to {not greater}."

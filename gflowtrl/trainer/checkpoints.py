@@ -53,7 +53,16 @@ class CompleteCheckpointsMixin(TrainerBase):
                 self._remove_checkpoints({Path(self.state.best_model_checkpoint)})
             return result
         finally:
-            self.args.save_total_limit = limit
+            self.args.save_total_limit, self._checkpoint_limit = limit, None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As ever; `training_args.bin` has the user's `save_total_limit`."""
+        hidden = self.args.save_total_limit
+        self.args.save_total_limit = hidden if self._checkpoint_limit is None else self._checkpoint_limit
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.save_total_limit = hidden
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

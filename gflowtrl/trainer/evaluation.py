@@ -69,7 +69,17 @@ class RankingEvaluationMixin(TrainerBase):
         self._ranking_collator = GroupCollator(encoder)
         self.compute_metrics = self._ranking_metrics
         self.args.remove_unused_columns = False  # histories and targets are no argument of the model's forward
-        settle_metric(self.args, ks, self.eval_dataset, self.callback_handler.callbacks)
+        self._settle_metric()
+
+    def _settle_metric(self) -> None:
+        own = [getattr(type(self), name).__module__.partition(".")[0] for name in ("evaluate", "evaluation_loop")]
+        more = not {*own} <= {"gflowtrl", "transformers", "trl"}  # a subclass that adds metrics
+        settle_metric(self.args, self._ks, self.eval_dataset, self.callback_handler.callbacks, more)
+
+    def train(self, *args: Any, **kwargs: Any):
+        """As ever; a callback that was added meanwhile may need a metric."""
+        self._settle_metric()
+        return super().train(*args, **kwargs)
 
     def policy_of(self, model: nn.Module) -> TreePolicy:
         """The (wrapped) model read as a policy; the first time it is compared with the model's own distribution."""

@@ -195,7 +195,8 @@ class FiniteMixin(TrainerBase):
         optimizer: Any = self.optimizer
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         for number, group in enumerate(getattr(optimizer, "param_groups", ())):
-            yield f"the learning rate of group {number}", torch.as_tensor(group["lr"], dtype=torch.float64)
+            if group.get("lr") is not None:  # Adafactor can find its own
+                yield f"the learning rate of group {number}", torch.as_tensor(group["lr"], dtype=torch.float64)
         for parameter, state in getattr(optimizer, "state", {}).items():
             for key, value in state.items() if isinstance(state, Mapping) else ():
                 if isinstance(value, Tensor):

@@ -39,7 +39,8 @@ def own_state_files(
         names.append(PREFIX_FILE)
     own = sampler_file(folder, process, processes)
     # A state of another number of processes has an error of its own.
-    if keeps_state(sampler) and (own.is_file() or not any(folder.glob(f"{_STEM}*.safetensors"))):
+    # An empty state was not written by earlier versions, and nothing of it can be lost.
+    if own.is_file() or (sampler.state_dict() and not any(folder.glob(f"{_STEM}*.safetensors"))):
         names.append(own.name)
     return names
 
@@ -81,7 +82,7 @@ def load_sampler(sampler: Sampler, directory: str | os.PathLike, process: int, p
             f"{directory} holds the sampler's state as {', '.join(others)}, which is not that of {processes} "
             f"process(es). Resume with the number of processes that wrote it."
         )
-    if keeps_state(sampler):
+    if sampler.state_dict():
         raise ValueError(
             f"{directory} lacks {file.name}, the state of {type(sampler).__name__}: it was written with another "
             f"sampler, or the file was lost. Resume with the sampler that wrote it."
