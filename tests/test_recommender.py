@@ -5,10 +5,12 @@ import json
 import pytest
 import scipy
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
 
 from gflowtrl import Recommender
-from gflowtrl.policy import attach_flow_heads
+from gflowtrl.policy import attach_flow_heads, load_backbone
+from gflowtrl.policy.temperature import set_temperature
 from gflowtrl.teachers import Popularity
 from tests.tiny import tiny_model, tiny_seq2seq
 from tests.trainer.world import ITEMS, TOKENIZER, make_catalog
@@ -262,3 +264,35 @@ def test_a_missing_folder_and_a_plain_language_model_are_told_apart(tmp_path):
     tiny_model(len(TOKENIZER)).save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"catalog\.json is missing"):
         Recommender.from_pretrained(tmp_path)
+
+
+def test_adapters_keep_their_temperature_and_a_whole_model_drops_them(tmp_path):
+    tiny_model(len(TOKENIZER)).save_pretrained(tmp_path / "base")
+    model = load_backbone(tmp_path / "base")
+    set_temperature(model, 0.25)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    first = Recommender(adapted, TOKENIZER, make_catalog())
+    first.save_pretrained(tmp_path / "out")
+    loaded = Recommender.from_pretrained(tmp_path / "out")
+    assert loaded.policy.temperature == 0.25
+    assert loaded.recommend([["i010"]], k=2)[0][0].log_prob == pytest.approx(
+        first.recommend([["i010"]], k=2)[0][0].log_prob, abs=1e-4
+    )
+    (tmp_path / "out" / "policy_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="policy_config.json must hold a JSON object"):
+        Recommender.from_pretrained(tmp_path / "out")
+    whole = Recommender(tiny_model(len(TOKENIZER), seed=3), TOKENIZER, make_catalog())
+    whole.save_pretrained(tmp_path / "out")
+    again = Recommender.from_pretrained(tmp_path / "out")
+    assert [r.item for r in again.recommend([["i010"]], k=5)[0]] == [
+        r.item for r in whole.recommend([["i010"]], k=5)[0]
+    ]
+
+
+def test_a_subclass_of_ones_own_is_loaded_as_its_base(tmp_path):
+    class Own(LlamaForCausalLM):
+        pass
+
+    model = Own(tiny_model(len(TOKENIZER)).config).eval()
+    Recommender(model, TOKENIZER, make_catalog()).save_pretrained(tmp_path)
+    assert type(Recommender.from_pretrained(tmp_path).model) is LlamaForCausalLM

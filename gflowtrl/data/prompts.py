@@ -149,8 +149,10 @@ class PromptEncoder:
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest prompt."""
-        return len(self.head) + self.max_history_items * self.table.shape[1] + len(self.tail)
+        """Tokens of the longest prompt of different items (as far as there are as many as a history may hold)."""
+        lengths = (self.table >= 0).sum(1).sort(descending=True).values
+        items = lengths[torch.arange(self.max_history_items) % len(lengths)]
+        return len(self.head) + int(items.sum()) + len(self.tail)
 
     def longest_histories(self) -> list[list[Item]]:
         """Two histories to try a model with: `max_history_items` of the longest items, from all over the catalog and

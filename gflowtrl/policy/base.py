@@ -25,6 +25,7 @@ from .output_rows import num_rows, only_rows, selectable_head
 from .packing import BranchDecoder
 from .scores import StepScores
 from .stochastic_beam import StochasticBeams, conditional_gumbels, log_inclusion
+from .support import check_positions
 from .temperature import temperature_of
 
 
@@ -363,6 +364,7 @@ class TreePolicy(ABC):
         return leaves, totals, nn.functional.pad(ranks, rest, value=-torch.inf)
 
     def _tree(self, prompts: Prompts) -> PrefixTree:
+        check_positions(self.model, prompts["input_ids"].shape[1], self.catalog.tree.max_depth)
         device = prompts["input_ids"].device
         if self.catalog.device != device:
             self.catalog.to(device)

@@ -13,14 +13,15 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from gflowtrl.catalog import Item
+from gflowtrl.catalog import Item, PrefixTree
 from gflowtrl.finite import check_ranked
 
 from .base import Prompts, TreePolicy
 from .modules import evaluation_mode, innermost, model_dtype
 
 
-COMPARED_LEAVES = 2  # so that all costs about as much as four prompts
+COMPARED_LEAVES = 4  # so that all costs about as much as eight prompts
+CANDIDATES = 4096
 
 
 class Encoder(Protocol):
@@ -53,9 +54,7 @@ def check_exact(policy: TreePolicy, encoder: Encoder, dtype: torch.dtype | None 
     """
     device = next(policy.model.parameters()).device
     prompts = {name: value.to(device) for name, value in encoder(encoder.longest_histories()).items()}
-    num_leaves = policy.catalog.to(device).tree.num_leaves
-    leaves = torch.linspace(0, num_leaves - 1, min(COMPARED_LEAVES, num_leaves), device=device).long()
-    leaves = leaves.expand(len(prompts["input_ids"]), -1)
+    leaves = _forking_leaves(policy.catalog.to(device).tree).expand(len(prompts["input_ids"]), -1)
     with evaluation_mode(policy.model):
         plain = plain_log_probs(policy, prompts, leaves)
         check_ranked(torch.zeros_like(plain), plain, policy.model)
@@ -72,11 +71,40 @@ def check_exact(policy: TreePolicy, encoder: Encoder, dtype: torch.dtype | None 
     dtype = computed_in(policy.model) if dtype is None else dtype
     allowed = ROUNDING.get(dtype, ROUNDING[torch.bfloat16])
     for way, log_probs in found.items():
-        every = (log_probs - plain).abs().flatten(1)
-        differences = every.amax(1) if dtype.itemsize >= 4 else every.median(1).values
-        differences = differences.masked_fill(~every.isfinite().all(1), torch.nan)
+        every = (log_probs - plain).abs()
+        differences = every.amax((1, 2)) if dtype.itemsize >= 4 else _typical(every, policy.catalog.tree, leaves)
+        differences = differences.masked_fill(~every.isfinite().all(2).all(1), torch.nan)
         if not bool((differences <= allowed).all()):  # so that NaN is a difference
             raise ValueError(_message(policy.model, way, differences, prompts["attention_mask"].sum(1), allowed))
+
+
+def _forking_leaves(tree: PrefixTree) -> Tensor:
+    """Some leaves on whose ways most choices are left, from all over the tree: `(K,)`.
+
+    In a sparse tree most first tokens settle the whole id; such a leaf would say nothing of what follows a branch.
+    """
+    device = tree.parent.device
+    some = torch.linspace(0, tree.num_leaves - 1, min(CANDIDATES, tree.num_leaves), device=device).long()
+    choices = _is_choice(tree, tree.walk(some)).sum(1)
+    count = min(COMPARED_LEAVES, tree.num_leaves)
+    best = (choices >= choices.topk(count).values[-1]).nonzero().flatten()
+    return some[best[torch.linspace(0, len(best) - 1, count, device=device).long()]]
+
+
+def _is_choice(tree: PrefixTree, nodes: Tensor) -> Tensor:
+    """Where on the way `nodes (.., L + 1)` there is more than one token to choose from: `bool (.., L)`."""
+    states = nodes[..., :-1]
+    return (tree.num_children[states.clamp(min=0)] > 1) & (states >= 0)
+
+
+def _typical(differences: Tensor, tree: PrefixTree, leaves: Tensor) -> Tensor:
+    """The median difference of each prompt, `(B, K, L) -> (B,)`, of the tokens that tell whether branches are computed
+    as if they stood alone: those of a choice, but neither the first of an id nor the first branch, which are right
+    whatever the model makes of a packed row. Where there is none, of all tokens."""
+    telling = _is_choice(tree, tree.walk(leaves))
+    telling[:, 0], telling[:, :, 0] = False, False
+    rows = zip(differences, telling, strict=True)
+    return torch.stack([(row[told] if told.any() else row).flatten().median() for row, told in rows])
 
 
 def computed_in(model: nn.Module) -> torch.dtype:

@@ -7,13 +7,24 @@ changes both; with adapters on both, each table gets the sum. So tables that wer
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from gflowtrl.compat import AuxiliaryTrainingWrapper, BaseTunerLayer, TrainableTokensWrapper, drop_ties
+from gflowtrl.compat import (
+    AuxiliaryTrainingWrapper,
+    BaseTunerLayer,
+    TrainableTokensWrapper,
+    carries_adapters,
+    drop_ties,
+)
+
+from .temperature import FILE as TEMPERATURE_FILE
+from .temperature import write_temperature
 
 
 def merge_adapters(adapted: PeftModel) -> PreTrainedModel:
@@ -36,6 +47,20 @@ def merge_adapters(adapted: PeftModel) -> PreTrainedModel:
         drop_ties(merged, name)
         return merged
     return adapted.merge_and_unload()
+
+
+def settle_adapter_files(model: nn.Module, directory: str | os.PathLike) -> None:
+    """After a model was saved: let its folder say of adapters what is true.
+
+    With adapters the temperature is written beside them. Of a whole model, files of adapters that an earlier save has
+    left in the folder are removed: whoever loads it would get those adapters.
+    """
+    if isinstance(model, PeftModel) or carries_adapters(model):
+        write_temperature(model, directory)
+        return
+    for pattern in ("adapter_config.json", "adapter_model*.safetensors", "adapter_model*.bin", TEMPERATURE_FILE):
+        for file in Path(directory).glob(pattern):
+            file.unlink()
 
 
 def check_mergeable(adapted: PeftModel) -> None:

@@ -101,14 +101,16 @@ def max_positions(model: nn.Module) -> int | None:
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 
-def check_positions(model: nn.Module, prompt_length: int, id_length: int, max_history_items: int) -> None:
+def check_positions(
+    model: nn.Module, prompt_length: int, id_length: int, max_history_items: int | None = None
+) -> None:
     """Refuse prompts that are longer than a model.
 
     Args:
         model: bare or wrapped.
         prompt_length: tokens of the longest prompt.
         id_length: tokens of the longest id.
-        max_history_items: of the prompt, for the message.
+        max_history_items: of the encoder whose longest prompt it is, for the message; None: of a prompt at hand.
 
     Raises:
         ValueError: the model has too few positions.
@@ -118,8 +120,9 @@ def check_positions(model: nn.Module, prompt_length: int, id_length: int, max_hi
     needed = prompt_length if model.config.is_encoder_decoder else prompt_length + id_length - 1
     limit = max_positions(model)
     if limit is not None and needed > limit:
+        what = "The longest prompt" if max_history_items is None else f"A prompt of {max_history_items} items"
         raise ValueError(
-            f"A prompt of {max_history_items} items takes up to {prompt_length} tokens, and with an id {needed}, but "
+            f"{what} takes up to {prompt_length} tokens, and with an id {needed}, but "
             f"{type(model).__name__} has {limit} positions. Lower max_history_items, or use a model with more "
             f"(max_position_embeddings, where it is made from scratch)."
         )

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from gflowtrl.catalog.files import write_text
+from gflowtrl.catalog.files import read_json, write_text
 from gflowtrl.checks import POSITIVE, check_number
 
 from .modules import innermost
@@ -66,5 +66,9 @@ def read_temperature(model: PreTrainedModel, adapters: str | os.PathLike, **wher
         file = cached_file(os.fspath(adapters), FILE, **where)
     except OSError:  # there is none: the adapters themselves have just been read from the same place
         file = None
-    known = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
-    set_temperature(model, known.get(FIELD, 1.0))
+    known = {} if file is None else read_json(file)
+    if not isinstance(known, dict):
+        raise ValueError(f"{file} must hold a JSON object, but it holds {known!r}. Restore it or take it out.")
+    temperature = known.get(FIELD, 1.0)
+    check_number(f"{FIELD} of {file}", temperature, POSITIVE)
+    set_temperature(model, temperature)

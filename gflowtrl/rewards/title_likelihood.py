@@ -13,6 +13,7 @@ from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.checks import COUNT, check_choice, check_number
 from gflowtrl.compat import attention_implementation
 from gflowtrl.data import Step
+from gflowtrl.policy import check_causal
 from gflowtrl.policy.causal import CausalDecoder
 from gflowtrl.policy.packing import separate_branches
 
@@ -73,6 +74,7 @@ class TitleLikelihoodReward(Reward):
                 f"TitleLikelihoodReward reads causal language models with attn_implementation='sdpa' or 'eager', not "
                 f"{type(model).__name__} with {attention!r}."
             )
+        check_causal(model)
         self.model, self.text_tokenizer = model, tokenizer
         self.titles, self.template = titles, template
         self.max_history_items, self.max_title_words = max_history_items, max_title_words

@@ -41,16 +41,19 @@ def fill_in_metric(args: TrainingArguments, ks: Sequence[int]) -> None:
         args.greater_is_better = more_is_better(args.metric_for_best_model) is not False
 
 
-def check_metric(args: TrainingArguments) -> None:
+def check_metric(args: TrainingArguments, ks: Sequence[int]) -> None:
     """What a configuration can know of its metric; gives a scheduler that follows it its direction, in place.
 
     The trainer checks the name: a subclass may report metrics of its own.
 
     Raises:
-        ValueError: a direction that contradicts the metric.
+        ValueError: a loss, which is not evaluated, or a direction that contradicts the metric.
     """
-    if args.metric_for_best_model is not None:
-        _check_direction(args)
+    if args.metric_for_best_model is None:
+        return
+    if args.metric_for_best_model in ("loss", "eval_loss"):
+        _refuse(args.metric_for_best_model, metric_names(ks))
+    _check_direction(args)
 
 
 def settle_metric(

@@ -60,6 +60,9 @@ def check_saved(
     Raises:
         ValueError: the folder cannot be loaded, or is another model than the one that was trained. Its files stay.
     """
+    unwrapped: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if type(innermost(unwrapped)).__module__.startswith("transformers_modules."):
+        model_kwargs = {"trust_remote_code": True, **model_kwargs}  # its code has run here already
     together = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     if not together and not trainer.is_world_process_zero():
         return
@@ -69,7 +72,6 @@ def check_saved(
             logger.warning("%s was not compared with the trained model: %s", directory, way)
         return
     found = None
-    unwrapped: Any = trainer.accelerator.unwrap_model(trainer.model)
     if way == "scores":
         # The wrapper of DDP would wait for the other processes.
         expected = _scores(trainer, trainer.model_wrapped if together else unwrapped, catalog, encoder)

@@ -178,7 +178,7 @@ class TreePolicyConfig(TRLConfig):
             self.loss_weights = [float(weight) for weight in listed(self.loss_weights)]
         check_finite(self)  # also what was text or JSON
         self._check_values()
-        check_metric(self)
+        check_metric(self, self.eval_ks)
         self._check_losses()
         self._check_loss_kwargs()
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
@@ -32,7 +32,8 @@ from gflowtrl.policy import (
     merge_tied_embeddings,
 )
 from gflowtrl.policy.heads import is_head, load_heads, split_heads
-from gflowtrl.policy.temperature import set_temperature, write_temperature
+from gflowtrl.policy.merging import settle_adapter_files
+from gflowtrl.policy.temperature import set_temperature
 from gflowtrl.recommender import write_recommender_files
 from gflowtrl.rewards import StepReward
 from gflowtrl.samplers import Sampler, Trajectories, build_sampler, validate_trajectories
@@ -372,8 +373,8 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, RankingEvaluation
         if heads:
             save_file({name: value.contiguous().cpu() for name, value in heads.items()}, Path(output_dir, HEADS_FILE))
         write_recommender_files(output_dir, self._encoder, self._item_counts, self._item_titles)
-        if isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
-            write_temperature(self.model, output_dir)
+        trained: Any = self.accelerator.unwrap_model(self.model)
+        settle_adapter_files(trained, output_dir)
         write_model_card(self, output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

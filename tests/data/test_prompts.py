@@ -119,6 +119,6 @@ def test_the_longest_histories_are_of_the_longest_items():
         histories = encoder.longest_histories()
         assert [len(history) for history in histories] == [count, 1]
         assert len(set(histories[0])) == min(count, 12)
-        assert encoder.max_length == 1 + 3 * count
+        assert encoder.max_length == {1: 4, 4: 13, 12: 29, 20: 29 + 4 * 3 + 4 * 2}[count]
         if count <= 4:
             assert encoder(histories)["input_ids"].shape == (2, encoder.max_length)

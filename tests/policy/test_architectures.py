@@ -170,3 +170,38 @@ def test_rounding_is_no_difference_and_a_forgotten_window_is(kind, dtype, catalo
     monkeypatch.setattr(windowed, "_reaches", {})
     with pytest.raises(ValueError, match="Short prompts agree"):
         check_exact(windowed, encoder)
+
+
+def counting_columns(model):
+    """A model that counts the columns of a row, whatever positions it is given."""
+    inner, forward = model.model, model.model.forward
+
+    def counted(input_ids=None, position_ids=None, past_key_values=None, **kwargs):
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        columns = torch.arange(input_ids.shape[1])[None] + past
+        return forward(input_ids=input_ids, position_ids=columns, past_key_values=past_key_values, **kwargs)
+
+    inner.forward = counted
+    return model
+
+
+class Special:
+    bos_token_id, pad_token_id, eos_token_id = 1, 0, 2
+
+
+DENSE = tiny.random_paths(30)
+#: Most first tokens settle the whole id, the first and the last leaf's among them.
+SPARSE = torch.tensor(
+    [[3, 10, 20], *[[a, b, c] for a in (4, 5) for b in (10, 11, 12) for c in (20, 21, 22)], [6, 12, 22]]
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("paths", [DENSE, SPARSE, tiny.random_paths(30, depth=2)], ids=["dense", "sparse", "short"])
+def test_a_count_of_columns_is_found_in_every_dtype(paths, dtype):
+    """The first branch behind a prompt is right in such a model, and so is the first token of every branch."""
+    catalog = tiny.catalog_of(paths)
+    encoder = PromptEncoder(catalog, Special(), max_history_items=5)
+    check_exact(make_policy(tiny.tiny_model(40).to(dtype), catalog), encoder)
+    with pytest.raises(ValueError, match="cannot be read exactly"):
+        check_exact(make_policy(counting_columns(tiny.tiny_model(40).to(dtype)), catalog), encoder)

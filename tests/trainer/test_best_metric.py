@@ -10,6 +10,7 @@ from gflowtrl import APAOConfig, GFlowNetConfig
 from gflowtrl.rewards import GroundTruthReward
 from gflowtrl.trainer.best_metric import metric_names
 
+from . import world
 from .world import make_rows, make_trainer
 
 
@@ -78,7 +79,7 @@ def test_a_metric_that_will_not_be_there_is_refused(tmp_path, name):
     with pytest.raises(
         ValueError, match=f"metric_for_best_model is '{name}'.*choose from eval_recall@5, eval_recall@10"
     ):
-        GFlowNetConfig(str(tmp_path), use_cpu=True, eval_ks=[5, 10], metric_for_best_model=name)
+        trainer(tmp_path, metric_for_best_model=name)
 
 
 def test_a_direction_that_contradicts_the_metric_is_refused(tmp_path):
@@ -98,3 +99,21 @@ def test_several_data_sets_have_names_of_their_own(tmp_path):
         ValueError, match="'eval_recall@5', which evaluate.. does not report; choose from eval_old_recall"
     ):
         trainer(tmp_path, eval_dataset=rows, metric_for_best_model="eval_recall@5", **BEST)
+
+
+def test_early_stopping_may_be_added_later(tmp_path):
+    made = trainer(tmp_path, learning_rate=0.0, max_steps=20, **EVERY)
+    made.add_callback(EarlyStoppingCallback(early_stopping_patience=1))
+    made.train()
+    assert made.args.metric_for_best_model == "eval_ndcg@10" and made.state.global_step < 20
+
+
+def test_a_subclass_may_report_a_metric_of_its_own(tmp_path, monkeypatch):
+    class Priced(world.GFlowNetTrainer):
+        def evaluate(self, *args, **kwargs):
+            return super().evaluate(*args, **kwargs) | {"eval_revenue": float(self.state.global_step)}
+
+    monkeypatch.setattr(world, "GFlowNetTrainer", Priced)
+    made = trainer(tmp_path, metric_for_best_model="eval_revenue", greater_is_better=True, **BEST)
+    made.train()
+    assert made.state.best_metric == made.state.global_step

@@ -137,6 +137,22 @@ def test_an_empty_state_of_a_sampler_is_told_from_a_lost_one(tmp_path):
     assert not len(load_file(tmp_path / "checkpoint-1" / "sampler.safetensors")["replay/row_ids"])
 
 
+def test_a_checkpoint_without_an_empty_state_resumes(tmp_path):
+    """Earlier versions wrote none for a mixture that keeps nothing."""
+    options = {"sampler": {"ground_truth": 1, "on_policy": 3}, "loss_type": "vargrad"}
+    trainer(tmp_path, **options).train()
+    (tmp_path / "checkpoint-2" / "sampler.safetensors").unlink()
+    resumed = trainer(tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+
+
+def test_a_checkpoint_keeps_the_users_limit(tmp_path):
+    trainer(tmp_path, save_total_limit=1, max_steps=4).train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert torch.load(tmp_path / "checkpoint-4" / "training_args.bin", weights_only=False).save_total_limit == 1
+
+
 def test_folders_that_are_no_checkpoint_are_passed_over(checkpoint, caplog):
     folder = checkpoint.parent
     for name in ("checkpoint-abc", "checkpoint-", "checkpoint-9-copy", "checkpoint-7.bak"):
