@@ -94,7 +94,9 @@ def test_the_recipe_of_a_large_language_model(tmp_path):
     """gflowgr_office_qwen.yaml as it is, under ZeRO-3, on a small Qwen and the shop."""
     tokenizer = byte_tokenizer(CHAT)
     tokenizer.save_pretrained(tmp_path / "qwen")
-    tiny_model(len(tokenizer), "qwen3").save_pretrained(tmp_path / "qwen")
+    model = tiny_model(len(tokenizer), "qwen3")
+    model.config.max_position_embeddings = 1024
+    model.save_pretrained(tmp_path / "qwen")
     small = {
         "output_dir": tmp_path / "out", "model.model_name_or_path": tmp_path / "qwen", "teacher": {"type": "ease"},
         "data.shop": micro_settings(tmp_path)["data"]["shop"], "data.max_history_items": 3,
