@@ -27,9 +27,10 @@ def model_kwargs(args: TreePolicyConfig) -> dict[str, Any]:
     return args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
 
 
-def trusted(args: TreePolicyConfig) -> dict[str, Any]:
-    """Whether the user lets the model's own code run, as `from_pretrained` takes it."""
-    return {key: value for key, value in model_kwargs(args).items() if key == "trust_remote_code"}
+def kwargs_of_base(args: TreePolicyConfig) -> dict[str, Any]:
+    """Where the base of adapters is found when they are loaded again, and whether its own code may run."""
+    kept = ("trust_remote_code", "cache_dir", "token", "local_files_only")
+    return {key: value for key, value in model_kwargs(args).items() if key in kept}
 
 
 @dataclass(frozen=True)

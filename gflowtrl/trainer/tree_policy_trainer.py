@@ -43,7 +43,7 @@ from .checkpoints import CompleteCheckpointsMixin
 from .checks import check_encoder, check_model, check_rows, check_trainable, item_counts_of
 from .evaluation import RankingEvaluationMixin, history_lengths, rows_per_step
 from .finite import HEADS_FILE, FiniteMixin, group_parts
-from .folder import Parts, trusted
+from .folder import Parts, kwargs_of_base
 from .group import Group, group_metrics, print_group
 from .model_card import write_model_card
 from .optimizers import adopt_optimizer, split_head_group
@@ -356,7 +356,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, RankingEvaluation
         """Write a complete recommender; unless it is a checkpoint's, the folder is loaded and compared afterwards."""
         super().save_model(output_dir, _internal_call)
         if not _internal_call:
-            directory, options = output_dir or str(self.args.output_dir), trusted(self.args)
+            directory, options = output_dir or str(self.args.output_dir), kwargs_of_base(self.args)
             check_saved(self, directory, self._catalog, self._encoder, **options)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
