@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from gflowtrl.catalog import Item, PrefixTree
-from gflowtrl.finite import check_ranked
+from gflowtrl.finite import NonFiniteError, check_ranked
 
 from .base import Prompts, TreePolicy
 from .modules import evaluation_mode, innermost, model_dtype
+from .support import TooLongError
 
 
 COMPARED_LEAVES = 4  # so that all costs about as much as eight prompts
@@ -61,9 +62,9 @@ def check_exact(policy: TreePolicy, encoder: Encoder, dtype: torch.dtype | None 
         try:
             decoded = decoded_log_probs(policy, prompts, leaves)
             found = {"scoring": policy.score(prompts, leaves).log_probs, "decoding": decoded}
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, NonFiniteError, TooLongError):
             raise
-        except (RuntimeError, TypeError, AttributeError, IndexError) as error:
+        except (RuntimeError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise ValueError(
                 f"{type(innermost(policy.model)).__name__} reads a prompt, but not several branches behind one by a "
                 f"4-D attention mask ({type(error).__name__}: {error}). Use another kind of model (Llama, Qwen3, T5)."

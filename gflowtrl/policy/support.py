@@ -17,6 +17,10 @@ from .masks import layer_reaches
 from .modules import forward_parameters, innermost
 
 
+class TooLongError(ValueError):
+    """A prompt or a row is longer than a model has positions, or computes exactly."""
+
+
 def check_causal(model: nn.Module) -> None:
     """Refuse a causal model whose layers see something else than an attention mask and positions say.
 
@@ -81,11 +85,11 @@ def check_row_length(model: nn.Module, length: int) -> None:
     """Refuse a row that a model would not compute exactly (`max_row_length`).
 
     Raises:
-        ValueError: it has more columns; the message says what to change.
+        TooLongError: it has more columns; the message says what to change.
     """
     limit = max_row_length(model)
     if limit is not None and length > limit:
-        raise ValueError(
+        raise TooLongError(
             f"{type(innermost(model)).__name__} has layers that count the columns of a row, and is exact for up to "
             f"{limit}; a prompt and its branches take {length}. Use shorter histories (max_history_items) or fewer "
             f"trajectories per prompt (num_generations) and beams."
@@ -113,7 +117,7 @@ def check_positions(
         max_history_items: of the encoder whose longest prompt it is, for the message; None: of a prompt at hand.
 
     Raises:
-        ValueError: the model has too few positions.
+        TooLongError: the model has too few positions.
     """
     model = innermost(model)
     # The last token of an id is only predicted; an encoder-decoder has positions of its own for the id.
@@ -121,7 +125,7 @@ def check_positions(
     limit = max_positions(model)
     if limit is not None and needed > limit:
         what = "The longest prompt" if max_history_items is None else f"A prompt of {max_history_items} items"
-        raise ValueError(
+        raise TooLongError(
             f"{what} takes up to {prompt_length} tokens, and with an id {needed}, but "
             f"{type(model).__name__} has {limit} positions. Lower max_history_items, or use a model with more "
             f"(max_position_embeddings, where it is made from scratch)."
