@@ -31,6 +31,15 @@ RETRY_AFTER = {"Retry-After": "1"}  # seconds; a full queue is mostly gone by th
 PROBLEMS = {status: {"model": Problem} for status in (400, 413, 422, 500, 503, 504)}
 
 
+@asynccontextmanager
+async def _at_work(recommender: Recommender, worker: Worker, problems: list[str], _: FastAPI) -> AsyncIterator[None]:
+    """From startup to shutdown: the model is tried once, and the worker runs."""
+    problems[:] = await asyncio.to_thread(_problems_of, recommender)
+    worker.start()
+    yield
+    await asyncio.to_thread(worker.stop)
+
+
 def create_app(recommender: Recommender, limits: Limits | None = None) -> FastAPI:
     """An application that answers with `recommender`; the routes are described in docs/serving.md.
 
@@ -52,13 +61,7 @@ def create_app(recommender: Recommender, limits: Limits | None = None) -> FastAP
 
     problems: list[str] = []  # of the last answer: what is wrong with the model
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        problems[:] = await asyncio.to_thread(_problems_of, recommender)
-        worker.start()
-        yield
-        await asyncio.to_thread(worker.stop)
-
+    lifespan = partial(_at_work, recommender, worker, problems)
     app = FastAPI(title="gflowtrl", version=gflowtrl.__version__, lifespan=lifespan)
     app.add_middleware(Gate, metrics=metrics, paths=PATHS, max_body_bytes=limits.max_body_bytes)
     _add_error_handlers(app)
