@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gflowtrl.catalog import Item, ItemCatalog
-from gflowtrl.catalog.files import read_json, write_text
+from gflowtrl.catalog.files import read_json, reading, write_text
 
 from .prompts import PromptEncoder, PromptFormat
 
@@ -48,10 +47,10 @@ def write_recommender_files(
 
 
 def read_details(directory: str | os.PathLike, catalog: ItemCatalog) -> dict[str, Any]:
-    """`titles` and `item_counts` of a recommender's folder, those that it has, in the order of its catalogue.
+    """`titles` and `item_counts` of a recommender's folder, those that it has, in the order of its catalog.
 
     Raises:
-        ValueError: the file is damaged, or of another catalogue.
+        ValueError: the file is damaged, or of another catalog.
     """
     file = Path(directory, DETAILS_FILE)
     details = _read_settings(file) if file.is_file() else {}
@@ -96,7 +95,7 @@ def read_encoder(
     It is the plain one where the folder says nothing.
 
     Raises:
-        ValueError: a file is damaged, or of another catalogue or tokenizer; the message names it.
+        ValueError: a file is damaged, or of another catalog or tokenizer; the message names it.
     """
     file = Path(directory, RECOMMENDER_FILE)
     if not file.is_file():
@@ -134,10 +133,8 @@ def _read_table(file: Path, encoder: PromptEncoder) -> Tensor:
     """`(items, W)` the tokens of each item in a prompt of words, padded with -1."""
     if not file.is_file():
         raise ValueError(f"{file} is missing, which holds the items' tokens in prompts of words. {RESTORE}")
-    try:
+    with reading(file, "the items' tokens in a .safetensors file"):
         table = load_file(file)["tokens"].long()
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{file} cannot be read ({error}). {RESTORE}") from None
     catalog = encoder.catalog
     if table.ndim != 2 or len(table) != len(catalog):
         raise ValueError(
