@@ -162,7 +162,7 @@ class Recommender:
 
         Raises:
             FileNotFoundError: the folder or one of its files is missing.
-            ValueError: files are damaged or do not belong together: weights and configuration, catalogue and
+            ValueError: files are damaged or do not belong together: weights and configuration, catalog and
                 tokenizer, prompts, titles, teacher. The message names the file.
         """
         directory = local_copy(directory)

@@ -200,10 +200,10 @@ class ItemCatalog:
 
         Args:
             tokenizer: of the same model.
-            where: what an error calls the catalogue, its file say.
+            where: what an error calls the catalog, its file say.
 
         Raises:
-            ValueError: a token has another number, or none: the catalogue of another tokenizer, or swapped tokens.
+            ValueError: a token has another number, or none: the catalog of another tokenizer, or swapped tokens.
         """
         flat = self.item_token_ids.flatten()
         numbers, row = torch.unique(flat, return_inverse=True)

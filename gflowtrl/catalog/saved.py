@@ -1,4 +1,4 @@
-"""Read a saved catalogue, and refuse a damaged one."""
+"""Read a saved catalog, and refuse a damaged one."""
 
 from __future__ import annotations
 

@@ -72,13 +72,13 @@ class Step:
 
         Args:
             prompts: as `prompts` of the step.
-            row_ids: `(B,)` long; moved to the catalogue's device, on which the step computes.
+            row_ids: `(B,)` long; moved to the catalog's device, on which the step computes.
             columns: lists of length B by name.
             catalog: finds the leaves.
             progress: as `progress` of the step.
 
         Raises:
-            ValueError: a target is not in the catalogue.
+            ValueError: a target is not in the catalog.
         """
         row_ids = row_ids.to(catalog.device)
         leaves = catalog.leaf_of(columns["target"]) if "target" in columns else torch.full_like(row_ids, -1)
@@ -89,7 +89,7 @@ class Step:
         """A step from a batch of `GroupCollator`. The catalogue is moved to the prompts' device.
 
         Raises:
-            ValueError: a target is not in the catalogue.
+            ValueError: a target is not in the catalog.
         """
         catalog = catalog.to(batch["prompts"]["input_ids"].device)
         return cls.of(batch["prompts"], batch["row_ids"], batch["columns"], catalog, progress)

@@ -26,13 +26,13 @@ def load_backbone(name: str | os.PathLike, **model_kwargs: Any) -> PreTrainedMod
 
     Args:
         name: folder or name, as for `from_pretrained`, of a model or of adapters.
-        **model_kwargs: handed to `from_pretrained`. What `gguf_file` names is no longer quantised afterwards. Code
+        **model_kwargs: handed to `from_pretrained`. What `gguf_file` names is no longer quantized afterwards. Code
             that comes with the model runs only with `trust_remote_code=True`.
 
     Raises:
         OSError: there is no such model.
         ValueError: the weights are not those of the model (`loading.load_weights`); the adapters are prompts (prompt
-            tuning, say), which cannot be merged; or the base is quantised, and the installed version of transformers
+            tuning, say), which cannot be merged; or the base is quantized, and the installed version of transformers
             would leave out the adapters' item tokens.
     """
     where = {key: model_kwargs[key] for key in WHERE if key in model_kwargs}

@@ -18,7 +18,7 @@ REQUIRED_COLUMNS = ("row_id", "history", "target")
 
 
 def check_model(model: PreTrainedModel, catalog: ItemCatalog, max_shared_prompts: int = 1) -> None:
-    """The model must write tokens, know every token of the catalogue, be one that can be read as a policy exactly, and
+    """The model must write tokens, know every token of the catalog, be one that can be read as a policy exactly, and
     be causal where prompts are shared."""
     if model.get_output_embeddings() is None:
         raise ValueError(

@@ -57,7 +57,7 @@ class RankingEvaluationMixin(TrainerBase):
             ks: cut-offs of the lists.
 
         Raises:
-            ValueError: counts of another catalogue, or a `metric_for_best_model` that will not be reported.
+            ValueError: counts of another catalog, or a `metric_for_best_model` that will not be reported.
         """
         if item_counts.shape != (len(catalog),):
             raise ValueError(

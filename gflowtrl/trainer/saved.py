@@ -48,7 +48,7 @@ def check_saved(
     process alone that compares and raises, since scripts may save in that one only.
 
     Both score a few leaves behind the longest prompts that the encoder makes. Above 2 billion parameters, and for
-    adapters on a quantised base (which are merged into the whole one), a sample of tensors is compared with the files
+    adapters on a quantized base (which are merged into the whole one), a sample of tensors is compared with the files
     instead. Where nothing can be compared a warning says why.
 
     Args:
