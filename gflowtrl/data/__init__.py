@@ -12,14 +12,15 @@ from .formats import (
     prepare,
 )
 from .interactions import CLICKED, PURCHASED, SHOWN, Event, InteractionData, k_core
+from .order import GroupedEpochSampler, LengthGroupedEpochSampler
 from .prompts import GroupCollator, PromptEncoder, PromptFormat, TargetCollator, sft_dataset
 from .readers import read_folder, read_interactions, read_letter, write_folder
-from .sharing import PrefixGroupedEpochSampler, prefix_groups, prompt_members
 from .splits import Splits, Window, leave_one_out, user_windows
 from .step import Step, check_column_names
 from .synthetic_shop import ShopTruth, SyntheticShop
 from .text_prompts import TextPromptEncoder, text_sft_dataset
 from .tokenization import add_item_tokens, build_tokenizer, check_round_trip
+from .windows import RowWindows, Windows, history_lengths, window_starts
 
 
 __all__ = [
@@ -31,12 +32,14 @@ __all__ = [
     "Columns",
     "Event",
     "GroupCollator",
+    "GroupedEpochSampler",
     "InteractionData",
-    "PrefixGroupedEpochSampler",
+    "LengthGroupedEpochSampler",
     "Preparation",
     "PromptEncoder",
     "PromptFormat",
     "RawFiles",
+    "RowWindows",
     "ShopTruth",
     "Splits",
     "Step",
@@ -44,6 +47,7 @@ __all__ = [
     "TargetCollator",
     "TextPromptEncoder",
     "Window",
+    "Windows",
     "add_item_tokens",
     "build_tokenizer",
     "check_column_names",
@@ -51,16 +55,16 @@ __all__ = [
     "download",
     "download_file",
     "extract_zip",
+    "history_lengths",
     "k_core",
     "leave_one_out",
-    "prefix_groups",
     "prepare",
-    "prompt_members",
     "read_folder",
     "read_interactions",
     "read_letter",
     "sft_dataset",
     "text_sft_dataset",
     "user_windows",
+    "window_starts",
     "write_folder",
 ]

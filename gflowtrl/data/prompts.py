@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.checks import COUNT, check_number
 
-from .sharing import prompt_members
 from .splits import ragged, user_windows
+from .windows import RowWindows, Windows
 
 
 IGNORED_LABEL = -100
@@ -135,17 +135,48 @@ class PromptEncoder:
         for row, history in enumerate(histories):
             if not len(history):
                 raise ValueError(f"The history in row {row} is empty. A prompt needs at least one item: drop it.")
-        cut = [history[-self.max_history_items :] for history in histories]
-        tokens, row, _ = item_tokens(self.catalog, cut, self.table)
-        head, tail = len(self.head), len(self.tail)
-        lengths = head + torch.bincount(row, minlength=len(histories)) + tail
+        prompts, _ = self._encode([history[-self.max_history_items :] for history in histories], self.tail)
+        return prompts
+
+    def encode_windows(self, windows: Windows) -> dict[str, Tensor]:
+        """Encode B prompts as beginnings of U trunks.
+
+        Args:
+            windows: of `Windows.pack`: prompts and their targets.
+
+        Returns:
+            `input_ids` and `attention_mask`, long (U, T), the trunks, padded at the left; `trunk` and `cut`, long
+            (B,), the trunk of each prompt and how many of its tokens it sees (`gflowtrl.policy.Prompts`).
+
+        Raises:
+            ValueError: prompts end with text behind the history, so that none is the beginning of another; or an
+                unknown item.
+        """
+        if self.tail:
+            raise ValueError("Prompts end with text behind the history, so that none is the beginning of another.")
+        # A prompt's target is read off the tokens behind it, for which the last one of all is not needed. Where items
+        # are more than their ids, nothing can be read off.
+        items = windows.items if self.format is None else windows.prompts
+        prompts, ends = self._encode(items, [])
+        if self.format is None:
+            prompts = {name: values[:, :-1] for name, values in prompts.items()}
+        return prompts | {"trunk": windows.trunk, "cut": ends[windows.trunk, windows.seen - 1]}
+
+    def _encode(self, histories: Sequence[Sequence[Item]], tail: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
+        """Whole sequences of items between head and tail; and where each item ends, counted from a row's first token,
+        `(B, items)`, padded with 0."""
+        tokens, row, place = item_tokens(self.catalog, histories, self.table)
+        head, tail_size = len(self.head), len(tail)
+        lengths = head + torch.bincount(row, minlength=len(histories)) + tail_size
         columns = torch.arange(int(lengths.max()))
-        place = columns - (len(columns) - lengths)[:, None]  # in the prompt; negative in the padding
-        input_ids = torch.full(place.shape, self.padding)
-        input_ids[(place >= 0) & (place < head)] = torch.tensor(self.head * len(histories), dtype=torch.long)
-        input_ids[(place >= head) & (columns < len(columns) - tail)] = tokens
-        input_ids[:, len(columns) - tail :] = torch.tensor(self.tail, dtype=torch.long)
-        return {"input_ids": input_ids, "attention_mask": (place >= 0).long()}
+        at = columns - (len(columns) - lengths)[:, None]  # in the prompt; negative in the padding
+        input_ids = torch.full(at.shape, self.padding)
+        input_ids[(at >= 0) & (at < head)] = torch.tensor(self.head * len(histories), dtype=torch.long)
+        input_ids[(at >= head) & (columns < len(columns) - tail_size)] = tokens
+        input_ids[:, len(columns) - tail_size :] = torch.tensor(tail, dtype=torch.long)
+        sizes = torch.zeros(len(histories), max(map(len, histories)), dtype=torch.long)
+        sizes.index_put_((row, place), torch.ones_like(row), accumulate=True)
+        return {"input_ids": input_ids, "attention_mask": (at >= 0).long()}, head + sizes.cumsum(1)
 
     @property
     def max_length(self) -> int:
@@ -168,17 +199,17 @@ class PromptEncoder:
 class GroupCollator:
     """Collates dataset rows into what becomes a `Step`; a row is one prompt, with its group of trajectories to come.
 
-    The batch has `prompts` (what `encoder` returns for the histories), `row_ids` as long (B,), and `columns`: every
-    column of the rows as a list of length B, under its own name.
+    The batch has `prompts` (separate ones or windows, `gflowtrl.policy.Prompts`), `row_ids` as long (B,), `columns`:
+    every column of the rows as a list of length B, under its own name, and `windows`: the items of the prompts.
 
     Args:
         encoder: a `PromptEncoder`, or anything else that turns histories into `input_ids` and `attention_mask`.
-        max_shared_prompts: above 1, `prompts` gets `members` `(U, C)`: up to so many rows whose prompts begin alike,
-            which a `CausalTreePolicy` then scores on one prompt (`gflowtrl.data.prompt_members`).
+        seen: what the prompts of the rows hold; None: the last items of their histories, as many as `encoder` takes.
+        shared: compute prompts that begin one window together; the encoder needs a method `encode_windows`.
     """
 
-    def __init__(self, encoder: PromptEncoder, max_shared_prompts: int = 1):
-        self.encoder, self.max_shared_prompts = encoder, max_shared_prompts
+    def __init__(self, encoder: PromptEncoder, seen: RowWindows | None = None, shared: bool = False):
+        self.encoder, self.seen, self.shared = encoder, seen, shared
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for column in ("row_id", "history", "target"):
@@ -188,11 +219,13 @@ class GroupCollator:
                     "leave_one_out, and set remove_unused_columns=False in the training arguments."
                 )
         columns = {column: [row[column] for row in rows] for column in rows[0]}
-        prompts = self.encoder(columns["history"])
-        if self.max_shared_prompts > 1:
-            longest = self.encoder.max_history_items
-            prompts["members"] = prompt_members(columns["history"], longest, self.max_shared_prompts)
-        return {"prompts": prompts, "row_ids": torch.tensor(columns["row_id"]), "columns": columns}
+        row_ids, histories = columns["row_id"], columns["history"]
+        longest = getattr(self.encoder, "max_history_items", 0)  # 0: all
+        seen = [longest] * len(rows) if self.seen is None else self.seen.seen_by(row_ids)
+        histories = [history[-count:] for history, count in zip(histories, seen, strict=True)]
+        windows = Windows.pack(histories, columns["target"]) if self.shared else Windows.separate(histories)
+        prompts = self.encoder.encode_windows(windows) if self.shared else self.encoder(histories)
+        return {"prompts": prompts, "row_ids": torch.tensor(row_ids), "columns": columns, "windows": windows}
 
 
 class TargetCollator:

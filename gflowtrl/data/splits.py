@@ -45,19 +45,26 @@ class Splits:
     impression_counts: Tensor | None = None
 
 
-def leave_one_out(data: InteractionData, max_history_items: int | None = 20) -> Splits:
+def leave_one_out(data: InteractionData, max_history_items: int | None = None) -> Splits:
     """The last item of each user is the test target, the one before it validation, each other but the first training.
 
-    The history of a row is everything before its target, cut to the last `max_history_items` (`None`: not cut). Its
-    `row_id` is the number of the target interaction in the whole data, so it is unique over all three splits and does
-    not depend on the cut.
+    The history of a row is everything before its target; prompts hold its last items (`PromptEncoder`), in training
+    those of its window (`user_windows`). Its `row_id` is the number of the target interaction in the whole data, so it
+    is unique over all three splits and does not depend on the cut.
 
     Where `data` has events, `session_items` are the items of the session in which the target was taken, target
     included, and `session_levels` their levels (0 shown, 1 clicked, 2 purchased). A training row never shows the
     user's two held-out items there, a validation row never the test item.
 
+    Args:
+        data: the interactions.
+        max_history_items: cut histories to their last so many items. Memory grows with the square of what a user has
+            done, so logs of thousands of items per user need it; but rows of a user whose histories were cut share
+            nothing in training.
+
     Raises:
-        ValueError: if a user has fewer than 3 items, or `max_history_items` is below 1.
+        ValueError: a user has fewer than 3 items, `max_history_items` is below 1, or the histories hold more items
+            than a table takes.
     """
     check_number("max_history_items", max_history_items, COUNT, optional=True)
     flat, offsets = flatten(data.sequences, data.items)
@@ -80,6 +87,8 @@ def leave_one_out(data: InteractionData, max_history_items: int | None = 20) -> 
         starts = offsets[user_of[targets]]
         if max_history_items is not None:
             starts = np.maximum(starts, targets - max_history_items)
+        if (total := int((targets - starts).sum())) >= 2**31:
+            raise ValueError(f"{data.name}: the histories of all rows hold {total} items; set max_history_items.")
         columns = {
             "row_id": pa.array(targets),
             "user": user_ids.take(pa.array(user_of[targets])),

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from gflowtrl.catalog import ItemCatalog
+from gflowtrl.catalog import Item, ItemCatalog
+from gflowtrl.trunks import Prompts, some_prompts
 
+from .windows import Windows
 
-if TYPE_CHECKING:
-    from gflowtrl.policy import Prompts
 
 T = TypeVar("T")
 
@@ -43,12 +43,13 @@ class Step:
     """One micro-batch of B prompts.
 
     Attributes:
-        prompts: a left-padded batch, `input_ids` and `attention_mask`, both `(B, P)`.
+        prompts: separate ones or windows, what a `TreePolicy` reads.
         row_ids: `(B,)` long, the dataset's number of each row. Random numbers follow from it.
         target_leaves: `(B,)` long, the leaf of each row's target; -1 where the target is hidden.
         columns: the dataset's columns, untouched, under their own names: lists of length B. `history` and `target`
             are among them.
         progress: share of the training that is done, in [0, 1).
+        windows: the items that the prompts hold; None: those of the column `history`, all of them.
     """
 
     prompts: Prompts
@@ -56,6 +57,7 @@ class Step:
     target_leaves: Tensor
     columns: Mapping[str, list[Any]]
     progress: float = 0.0
+    windows: Windows | None = None
     # Not an argument, so that dataclasses.replace makes a step that computes anew.
     _memo: dict[tuple[int, str], tuple[object, Any]] = field(default_factory=dict, init=False, repr=False)
 
@@ -67,6 +69,7 @@ class Step:
         columns: Mapping[str, list[Any]],
         catalog: ItemCatalog,
         progress: float = 0.0,
+        windows: Windows | None = None,
     ) -> Step:
         """A step from its columns: target leaves are those of the column `target`, -1 where there is none.
 
@@ -75,14 +78,14 @@ class Step:
             row_ids: `(B,)` long; moved to the catalog's device, on which the step computes.
             columns: lists of length B by name.
             catalog: finds the leaves.
-            progress: as `progress` of the step.
+            progress, windows: as those of the step.
 
         Raises:
             ValueError: a target is not in the catalog.
         """
         row_ids = row_ids.to(catalog.device)
         leaves = catalog.leaf_of(columns["target"]) if "target" in columns else torch.full_like(row_ids, -1)
-        return cls(prompts, row_ids, leaves, columns, progress)
+        return cls(prompts, row_ids, leaves, columns, progress, windows)
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, Any], catalog: ItemCatalog, progress: float = 0.0) -> Step:
@@ -92,7 +95,7 @@ class Step:
             ValueError: a target is not in the catalog.
         """
         catalog = catalog.to(batch["prompts"]["input_ids"].device)
-        return cls.of(batch["prompts"], batch["row_ids"], batch["columns"], catalog, progress)
+        return cls.of(batch["prompts"], batch["row_ids"], batch["columns"], catalog, progress, batch["windows"])
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -115,6 +118,17 @@ class Step:
             raise ValueError(f"{owner} needs the dataset column {name!r}; the rows have {sorted(self.columns)}.")
         return self.columns[name]
 
+    def histories(self, owner: str) -> Sequence[Sequence[Item]]:
+        """The items of each prompt, which may be fewer than those of the column `history`.
+
+        Args:
+            owner: who needs them, for the error.
+
+        Raises:
+            ValueError: there are neither windows nor a column `history`.
+        """
+        return self.column("history", owner) if self.windows is None else self.windows.histories
+
     def once(self, owner: object, name: str, compute: Callable[[], T]) -> T:
         """`compute()`, computed the first time only. Who shares an owner and a name shares the result.
 
@@ -129,11 +143,12 @@ class Step:
         return self._memo[key][1]
 
     def rows(self, rows: slice) -> Step:
-        """Some rows as a step with a memo of its own. Prompts that are shared between rows become separate ones."""
+        """Some rows as a step with a memo of its own."""
         return Step(
-            prompts={name: value[rows] for name, value in self.prompts.items() if name != "members"},
+            prompts=some_prompts(self.prompts, rows),
             row_ids=self.row_ids[rows],
             target_leaves=self.target_leaves[rows],
             columns={name: values[rows] for name, values in self.columns.items()},
             progress=self.progress,
+            windows=None if self.windows is None else self.windows.rows(rows),
         )

@@ -110,7 +110,7 @@ def prepare(recipe: Recipe) -> Materials:
             f"{data.name} has no semantic ids: {recipe.data_dir} holds no semantic_ids.json. `gflowtrl tokenize "
             f"--data_dir {recipe.data_dir}` makes it; or give each item a list of tokens there (docs/data.md)."
         )
-    splits = leave_one_out(data, recipe.data.max_history_items)
+    splits = leave_one_out(data)
     if recipe.model.get("model_name_or_path") is None:
         tokenizer = build_tokenizer(data.semantic_ids)
     else:

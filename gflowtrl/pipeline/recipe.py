@@ -284,11 +284,6 @@ class Recipe:
             )
         if sampler is not None:
             source_table(args.source_weights or {}, sampler.source_names)
-        if args.max_shared_prompts > 1 and self.encoder_decoder:
-            raise ValueError(
-                f"gflownet.max_shared_prompts is {args.max_shared_prompts}, but the model is an encoder-decoder: no "
-                f"prompt is the beginning of another. Leave it out."
-            )
 
 
 def load_recipe(path: str | Path, arguments: Sequence[str] = ()) -> Recipe:

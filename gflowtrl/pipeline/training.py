@@ -17,7 +17,13 @@ from transformers import PreTrainedModel, ProgressCallback, Seq2SeqTrainer, Trai
 from trl import SFTTrainer
 
 from gflowtrl.compat import TrainableTokensWrapper
-from gflowtrl.data import TargetCollator, sft_dataset, text_sft_dataset
+from gflowtrl.data import (
+    LengthGroupedEpochSampler,
+    TargetCollator,
+    history_lengths,
+    sft_dataset,
+    text_sft_dataset,
+)
 from gflowtrl.policy import load_backbone, merge_tied_embeddings
 from gflowtrl.policy.modules import innermost
 from gflowtrl.recommender import TEACHER_FOLDER, write_recommender_files
@@ -26,12 +32,11 @@ from gflowtrl.teachers import TeacherModule, fingerprint
 from gflowtrl.trainer import GFlowNetConfig, GFlowNetTrainer, RankingEvaluationMixin
 from gflowtrl.trainer.adapters import add_adapters
 from gflowtrl.trainer.checkpoints import CompleteCheckpointsMixin
-from gflowtrl.trainer.evaluation import history_lengths, rows_per_step
+from gflowtrl.trainer.evaluation import rows_per_step
 from gflowtrl.trainer.finite import FiniteMixin
 from gflowtrl.trainer.model_card import CardFacts, base_model, card_facts, shown_metrics, write_card
 from gflowtrl.trainer.resume import last_checkpoint
 from gflowtrl.trainer.saved import check_saved
-from gflowtrl.trainer.tree_policy_trainer import LengthGroupedEpochSampler
 
 from .materials import Materials, files_fingerprint
 from .models import build_model, quantization, save_merged

@@ -4,9 +4,10 @@ from torch import nn
 
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.compat import whole_models
+from gflowtrl.trunks import Prompts, num_prompts, separate_prompts, some_prompts
 
 from .backbone import load_backbone, merge_tied_embeddings
-from .base import Prompts, TreePolicy
+from .base import TreePolicy
 from .causal import CausalTreePolicy
 from .exactness import check_exact
 from .heads import attach_flow_heads, has_flow_heads
@@ -36,6 +37,9 @@ __all__ = [
     "load_backbone",
     "make_policy",
     "merge_tied_embeddings",
+    "num_prompts",
+    "separate_prompts",
+    "some_prompts",
     "whole_models",
 ]
 

@@ -7,7 +7,7 @@ extends branches on a cached prompt (`_decoder`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gflowtrl.catalog import ItemCatalog, PrefixTree
 from gflowtrl.checks import COUNT, POSITIVE, SHARE, check_number
 from gflowtrl.compat import attention_implementation
+from gflowtrl.trunks import Prompts, num_prompts
 
 from .branches import Branches, merge_branches, places, put
 from .heads import has_flow_heads
@@ -29,9 +30,6 @@ from .support import check_positions
 from .temperature import temperature_of
 
 
-Prompts = Mapping[str, Tensor]
-
-
 class TreePolicy(ABC):
     """The distribution over leaves that a model gives when its logits are renormalised over the children of a node.
 
@@ -43,7 +41,9 @@ class TreePolicy(ABC):
             keyword arguments. `policy_temperature` in its configuration, 1 by default, divides the logits everywhere.
         catalog: the items. It is moved to the prompts' device when needed.
 
-    Prompts are a left-padded batch `{"input_ids": (B, P), "attention_mask": (B, P)}`.
+    Prompts are a left-padded batch `{"input_ids": (B, P), "attention_mask": (B, P)}`, or windows that several of them
+    begin, `{"input_ids": (U, T), "attention_mask": (U, T), "trunk": (B,), "cut": (B,)}`: each sees the first `cut`
+    tokens of its trunk. Every method takes both, with equal results.
 
     Raises:
         ValueError: the model uses FlashAttention, which takes no 4-D mask.
@@ -66,12 +66,11 @@ class TreePolicy(ABC):
 
     @abstractmethod
     def _packed(self, prompts: Prompts, branches: Branches) -> tuple[Tensor, Tensor | None]:
-        """One forward for the states of a group.
+        """One forward for the n states of a group.
 
         Returns:
-            logits `(B, 1 + S, V)` in float32 (or of the catalogue's tokens only, see `_chosen_logits`), at the root
-            and then at each of the S states, and log F at the same states `(B, 1 + S)`, None where the model has no
-            heads.
+            logits `(n, V)` in float32 (or of the catalogue's tokens only, see `_chosen_logits`), and log F `(n,)`,
+            None where the model has no heads.
         """
 
     @abstractmethod
@@ -130,7 +129,7 @@ class TreePolicy(ABC):
             child_log_probs=torch.stack(child_log_probs, 2),
             child_nodes=torch.stack(child_nodes, 2),
             lengths=lengths,
-            log_z=None if flows is None else flows[:, 0],
+            log_z=None if flows is None else flows[: len(leaves)],  # the roots come first
             log_flows=None if flows is None else _flows_of_states(flows, branches, lengths),
             vocabulary_log_probs=over_vocabulary,
         )
@@ -148,9 +147,9 @@ class TreePolicy(ABC):
         if level.start == level.stop:
             return following[..., None], certain
         # States that trajectories of a prompt share are computed once, the root among them.
-        children, distribution = self._distribution(logits[:, level], branches.nodes[:, level], depth)
-        place = (slots - level.start).clamp(min=0).expand(-1, -1, children.shape[-1])
-        children, distribution = children.gather(1, place), distribution.gather(1, place)
+        children, distribution = self._distribution(logits[level], branches.nodes[level], depth)
+        place = (slots[..., 0] - level.start).clamp(min=0)
+        children, distribution = children[place], distribution[place]
         rest = (0, children.shape[-1] - 1)
         children = torch.where(slots >= 0, children, nn.functional.pad(following[..., None], rest, value=-1))
         certain = nn.functional.pad(certain, rest, value=-torch.inf)
@@ -188,7 +187,7 @@ class TreePolicy(ABC):
         check_number("temperature", temperature, POSITIVE)
         check_number("epsilon", epsilon, SHARE)
         tree = self._tree(prompts)
-        batch = len(prompts["input_ids"])
+        batch = num_prompts(prompts)
         device = prompts["input_ids"].device
         nodes = torch.zeros(batch, num_generations, dtype=torch.long, device=device)
         log_q = torch.zeros(batch, num_generations, device=device)
@@ -238,7 +237,7 @@ class TreePolicy(ABC):
         def rank(_: Tensor, totals: Tensor, children: Tensor) -> Tensor:
             return totals if allowed is None else totals.masked_fill(~allowed[children.clamp(min=0)], -torch.inf)
 
-        start = torch.zeros(len(prompts["input_ids"]), 1, device=prompts["input_ids"].device)
+        start = torch.zeros(num_prompts(prompts), 1, device=prompts["input_ids"].device)
         leaves, log_probs, _ = self._search(prompts, num_beams, 1.0, start, rank)
         return leaves, log_probs
 
@@ -265,7 +264,7 @@ class TreePolicy(ABC):
         check_number("temperature", temperature, POSITIVE)
         check_number("num_generations", num_generations, COUNT)
         device = prompts["input_ids"].device
-        root = torch.zeros(len(prompts["input_ids"]), 1, dtype=torch.long, device=device)
+        root = torch.zeros(num_prompts(prompts), 1, dtype=torch.long, device=device)
 
         def perturb(parents: Tensor, totals: Tensor, children: Tensor) -> Tensor:
             return conditional_gumbels(parents, totals, noise.gumbel_at("stochastic_beam", children))
@@ -290,7 +289,7 @@ class TreePolicy(ABC):
             chunk_size: number of leaves whose branches are computed together.
         """
         tree = self._tree(prompts)
-        batch = len(prompts["input_ids"])
+        batch = num_prompts(prompts)
         device = prompts["input_ids"].device
         totals = torch.zeros(batch, tree.num_nodes, device=device)
         with self._decoding(prompts) as decoder:
@@ -364,7 +363,9 @@ class TreePolicy(ABC):
         return leaves, totals, nn.functional.pad(ranks, rest, value=-torch.inf)
 
     def _tree(self, prompts: Prompts) -> PrefixTree:
-        check_positions(self.model, prompts["input_ids"].shape[1], self.catalog.tree.max_depth)
+        # A trunk goes on behind its prompts, as far as an id does or not.
+        behind = self.catalog.tree.max_depth if "trunk" not in prompts else 1
+        check_positions(self.model, prompts["input_ids"].shape[1], behind)
         device = prompts["input_ids"].device
         if self.catalog.device != device:
             self.catalog.to(device)
@@ -382,16 +383,15 @@ class TreePolicy(ABC):
 
 
 def _flows_of_states(flows: Tensor, branches: Branches, lengths: Tensor) -> Tensor:
-    """log F at root and states `(B, 1 + S)` -> at each trajectory's s_0 .. s_{L-1} `(B, K, L)`, 0 after its end."""
-    states = flows.gather(1, branches.slots.clamp(min=0).flatten(1)).view(branches.slots.shape)
+    """log F at the states `(n,)` -> at each trajectory's s_0 .. s_{L-1} `(B, K, L)`, 0 after its end."""
+    states = flows[branches.slots.clamp(min=0)]
     return torch.where(torch.arange(states.shape[2], device=flows.device) < lengths[..., None], states, 0.0)
 
 
 def _over_vocabulary(logits: Tensor, branches: Branches, reached: Tensor, tree: PrefixTree) -> Tensor:
-    """log P of the tokens that lead to the nodes `reached` `(B, K, L)`, from all logits of their states."""
+    """log P of the tokens that lead to the nodes `reached` `(B, K, L)`, from all logits of their states `(n, V)`."""
     log_probs = logits.log_softmax(-1)  # one pass, forward and backward; logits - logsumexp would be several
-    places = branches.slots.clamp(min=0) * logits.shape[-1] + tree.tokens_of(reached)
-    taken = log_probs.flatten(1).gather(1, places.flatten(1)).view(reached.shape)
+    taken = log_probs[branches.slots.clamp(min=0), tree.tokens_of(reached)]
     return torch.where(reached >= 0, taken, 0.0)
 
 

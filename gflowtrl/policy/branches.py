@@ -1,9 +1,8 @@
-"""What stands behind a prompt: the states of its trajectories, each of them once.
+"""What stands behind prompts: the states of their trajectories, each of them once.
 
 Trajectories of one prompt begin alike, often: two of them that share their first token share the state behind it.
 Such states are computed once, and states from which only one leaf can be reached not at all: what follows there is
-certain. A level is as wide as the prompt with the most distinct states there makes it: a batch of many prompts with
-few trajectories gains next to nothing, and many trajectories cost no more than the tree's width.
+certain.
 """
 
 from __future__ import annotations
@@ -17,23 +16,27 @@ from gflowtrl.catalog import PrefixTree
 
 
 class Branches(NamedTuple):
-    """The states s_0 .. s_{L-1} of K trajectories for each of B prompts: the root, then S more, level by level.
+    """The distinct states of K trajectories for each of B prompts, level by level; n in all, the B roots first.
 
     Attributes:
-        nodes: `(B, 1 + S)` the node of each state, -1 in empty slots.
-        slots: `(B, K, L)` where the states of each trajectory are, -1 for those that are not computed.
-        begin: L + 1 numbers, the slots of level d are begin[d] ... begin[d + 1] - 1.
-        tokens: `(B, S)` the token that leads to each state but the root; any token in empty slots.
-        steps: `(S,)` how many tokens of the branch stand before it, 0 for s_1.
-        visible: bool `(B, S, S)` each state sees the states on its way and itself.
+        nodes: `(n,)` the node of each state.
+        prompts: `(n,)` the prompt that it stands behind.
+        begin: L + 1 numbers: the states of depth d are begin[d] ... begin[d + 1] - 1.
+        slots: `(B, K, L)` which of them the states s_0 .. s_{L-1} of each trajectory are, -1 for those that are not
+            computed.
     """
 
     nodes: Tensor
-    slots: Tensor
+    prompts: Tensor
     begin: list[int]
-    tokens: Tensor
-    steps: Tensor
-    visible: Tensor
+    slots: Tensor
+
+    @property
+    def depths(self) -> Tensor:
+        """The number of tokens behind the prompt: `(n,)`."""
+        counts = [end - start for start, end in zip(self.begin, self.begin[1:], strict=False)]
+        depths = torch.arange(len(counts), device=self.nodes.device)
+        return depths.repeat_interleave(depths.new_tensor(counts), output_size=len(self.nodes))
 
 
 def places(nodes: Tensor) -> Tensor:
@@ -54,29 +57,22 @@ def merge_branches(tree: PrefixTree, states: Tensor) -> Branches:
     """Trajectories as states of which no prompt has one twice.
 
     Args:
-        tree: on the device of `nodes`.
-        states: `(B, K, L)` the nodes s_0 .. s_{L-1} of each, -1 for those that need not be computed.
+        tree: on the device of `states`.
+        states: `(B, K, L)` the nodes s_0 .. s_{L-1} of each, -1 for those that need not be computed; roots always are.
     """
     batch = len(states)
-    place = places(states)
-    widths = (place.amax((0, 1)) + 1).tolist()  # the only thing that a device has to be waited for
-    widths[0] = 1
-    begin = [sum(widths[:level]) for level in range(len(widths) + 1)]
-    merged = states.new_zeros(batch, begin[-1])
-    visible = torch.zeros(batch, begin[-1], begin[-1], dtype=torch.bool, device=states.device)
-    for step, width in enumerate(widths):
-        level = slice(begin[step], begin[step + 1])
-        merged[:, level] = put(states[:, :, step], place[:, :, step], width, empty=-1)
-        visible[:, level, level] = torch.eye(width, dtype=torch.bool, device=states.device)
-        if step and width:
-            before = visible[:, begin[step - 1] : begin[step]]
-            parents = put(place[:, :, step - 1], place[:, :, step], width)
-            visible[:, level] |= before.gather(1, parents[..., None].expand(-1, -1, begin[-1]))
+    states = states.clone()
+    states[:, :, 0] = 0
+    # Nodes are numbered level by level, so this orders states by depth, and roots by prompt.
+    prompt = torch.arange(batch, device=states.device)[:, None, None]
+    keys = torch.where(states >= 0, states * batch + prompt, -1)
+    distinct, slots = keys.unique(return_inverse=True)
+    none = int((distinct[:1] < 0).sum())  # a device has to be waited for anyway
+    distinct, slots = distinct[none:], slots - none
+    bounds = distinct.new_tensor(tree.level_start[:-1]) * batch
     return Branches(
-        nodes=merged,
-        slots=torch.where(place >= 0, place + place.new_tensor(begin[:-1]), -1),
-        begin=begin,
-        tokens=tree.tokens_of(merged[:, 1:]),
-        steps=merged.new_tensor([step for step, width in enumerate(widths[1:]) for _ in range(width)]),
-        visible=visible[:, 1:, 1:],
+        nodes=distinct // batch,
+        prompts=distinct % batch,
+        begin=torch.searchsorted(distinct, bounds).tolist()[: states.shape[2]] + [len(distinct)],
+        slots=slots,
     )

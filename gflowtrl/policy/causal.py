@@ -1,6 +1,6 @@
 """A causal language model read as a policy on the prefix tree.
 
-Prompt and branches stand in one row (see `packing`); Llama, Qwen and their kin take the positions of the branches as
+Trunk and branches stand in one row (see `packing`); Llama, Qwen and their kin take the positions of the branches as
 `position_ids`, so nothing in the model has to be changed.
 """
 
@@ -11,21 +11,20 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from gflowtrl.catalog import ItemCatalog
+from gflowtrl.trunks import Prompts, Trunks
 
-from .base import Prompts, TreePolicy
+from .base import TreePolicy
 from .branches import Branches
 from .masks import attention_mask, layer_reaches
 from .modules import forward_parameters, innermost, model_dtype
-from .packing import BranchDecoder, group_layout, prompt_positions, prompt_visibility
-from .sharing import shared_layout
+from .packing import BranchDecoder, lay_out, prompt_positions, prompt_visibility
 from .support import check_causal, check_row_length
 
 
 class CausalTreePolicy(TreePolicy):
     """The distribution over leaves that a causal model gives when its logits are renormalised over a node's children.
 
-    Prompts are a left-padded batch `{"input_ids": (B, P), "attention_mask": (B, P)}`. With `members` `(U, C)` in it
-    (`gflowtrl.data.prompt_members`), `score` computes rows whose prompts begin alike in one row. See `TreePolicy`.
+    Prompts that are windows are computed once for all that begin them; see `TreePolicy`.
 
     Raises:
         ValueError: a model that is not known to be exact (`check_causal`), or a row that is too long for one whose
@@ -39,8 +38,7 @@ class CausalTreePolicy(TreePolicy):
         self._reaches = layer_reaches(innermost(model).config)
 
     def _packed(self, prompts: Prompts, branches: Branches) -> tuple[Tensor, Tensor | None]:
-        make_layout = shared_layout if "members" in prompts else group_layout
-        layout = make_layout(prompts, branches)
+        layout = lay_out(self.catalog.tree, Trunks.of(prompts), branches)
         check_row_length(self.model, layout.input_ids.shape[1])
         extra = {"logits_to_keep": layout.keep} if self._keep else {}
         if self._heads:
@@ -56,11 +54,7 @@ class CausalTreePolicy(TreePolicy):
         )
         logits = output.logits if self._keep else output.logits[:, layout.keep]
         flows = getattr(output, "log_flows", None)
-        if layout.place is not None:
-            states = 1 + len(branches.steps)
-            logits = logits.reshape(-1, states, logits.shape[-1])[layout.place]
-            flows = None if flows is None else flows.reshape(-1, states)[layout.place]
-        return logits.float(), flows
+        return layout.states(logits).float(), None if flows is None else layout.states(flows)
 
     def _decoder(self, prompts: Prompts) -> BranchDecoder:
         return CausalDecoder(self.model, prompts)
@@ -75,20 +69,31 @@ class CausalDecoder(BranchDecoder):
     """Branches behind the cached prompt of a causal model."""
 
     def __init__(self, model: nn.Module, prompts: Prompts):
-        self.mask = prompts["attention_mask"].bool()
-        self.lengths = self.mask.sum(1, keepdim=True)
         self.reaches = layer_reaches(innermost(model).config)
         super().__init__(model, DynamicCache(), prompts)
 
     def _read(self, prompts: Prompts) -> Tensor:
-        self.prompt_positions = positions = prompt_positions(self.mask)
-        visible = prompt_visibility(self.mask)
-        return self._run(
-            input_ids=prompts["input_ids"],
-            attention_mask=attention_mask(visible, positions, positions, self.reaches, self.dtype),
+        trunks = Trunks.of(prompts)
+        positions = prompt_positions(trunks.mask)
+        keep = trunks.last.unique() if trunks.shared else trunks.last[:1]
+        logits = self._run(
+            input_ids=trunks.input_ids,
+            attention_mask=attention_mask(
+                prompt_visibility(trunks.mask), positions, positions, self.reaches, self.dtype
+            ),
             position_ids=positions,
-            **({"logits_to_keep": 1} if "logits_to_keep" in forward_parameters(self.model) else {}),
+            **({"logits_to_keep": keep} if "logits_to_keep" in forward_parameters(self.model) else {}),
         ).logits
+        self.mask, self.prompt_positions, self.lengths = trunks.mask.bool(), positions, trunks.cut[:, None]
+        if not trunks.shared:
+            return logits
+        # Each prompt gets its trunk's keys and values, of which it sees its own: reading them again is what costs.
+        self.cache.batch_select_indices(trunks.trunk)
+        self.mask = self.mask[trunks.trunk] & (positions[trunks.trunk] < self.lengths)
+        self.prompt_positions = positions[trunks.trunk]
+        if logits.shape[1] == trunks.mask.shape[1]:
+            return logits[trunks.trunk, trunks.last, None]
+        return logits[trunks.trunk, torch.searchsorted(keep, trunks.last), None]
 
     def restart(self) -> None:
         super().restart()

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from gflowtrl.catalog import Item, PrefixTree
 from gflowtrl.finite import NonFiniteError, check_ranked
+from gflowtrl.trunks import Prompts
 
-from .base import Prompts, TreePolicy
+from .base import TreePolicy
 from .modules import evaluation_mode, innermost, model_dtype
 from .support import TooLongError
 

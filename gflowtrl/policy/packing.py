@@ -1,20 +1,23 @@
-"""Many trajectories behind one prompt in one row: masks, positions, and decoding on one cached prompt.
+"""Many trajectories behind prompts in one row: masks, positions, and decoding on one cached prompt.
 
-A row is `[prompt, branches]`. A 4-D additive mask lets every branch see the prompt and itself, and positions restart
-after the prompt, so that each branch is computed exactly as if it stood alone behind its prompt.
+A row is `[trunk, branches]`: a prompt, or a window that several prompts begin, and the branches of them all. A 4-D
+additive mask lets every branch see its prompt and itself, and positions go on after the prompt, so that each branch is
+computed exactly as if it stood alone behind its prompt.
 The mask is additive in the model's dtype: a boolean one is silently wrong under eager attention.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.utils import ModelOutput
+
+from gflowtrl.catalog import PrefixTree
+from gflowtrl.trunks import Prompts, Trunks, num_prompts
 
 from .branches import Branches
 from .modules import cache_argument, model_dtype
@@ -54,32 +57,107 @@ def separate_branches(count: int, length: int, device: torch.device) -> Tensor:
 
 
 class Layout(NamedTuple):
-    """How rows are laid out for one packed forward of a causal model.
+    """Rows of one packed forward: trunks, and behind each of them the branches of all prompts that begin it.
 
     Attributes:
         input_ids, position_ids: `(U, Q)`.
         visible: bool `(U, Q, Q)`, who sees whom.
-        keep: `(S,)` positions whose logits are needed.
-        place: `(B,)` where prompts are shared: row b's states are block `place[b]` of the kept ones; else None.
+        keep: `(Q',)` the last columns, whose logits are needed.
+        place: `(n,)` where each state is in the logits of all rows, end to end `(U * Q', V)`.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     visible: Tensor
     keep: Tensor
-    place: Tensor | None = None
+    place: Tensor
+
+    def states(self, values: Tensor) -> Tensor:
+        """What the model gives for the kept columns, `(U, Q', ...)`, at each state: `(n, ...)`."""
+        return values.flatten(0, 1)[self.place]
 
 
-def group_layout(prompts: Mapping[str, Tensor], branches: Branches) -> Layout:
-    """`[prompt, branches]` for each of a left-padded batch of prompts."""
-    mask = prompts["attention_mask"]
-    prompt_length, slots = mask.shape[1], len(branches.steps)
+def lay_out(tree: PrefixTree, trunks: Trunks, branches: Branches, aligned: bool = False) -> Layout:
+    """Trunks and branches as rows.
+
+    States that stand in the trunk itself are read there; all others are fed, one token each, and see the trunk as far
+    as their prompt reaches (and as their way goes on in it), the states on their way, and themselves.
+
+    Args:
+        tree: the catalog's.
+        trunks: what the prompts are.
+        branches: the states that are needed.
+        aligned: put states of one depth into the same columns in all rows, which then are longer: for models whose
+            positions are those of columns.
+    """
+    depths = branches.depths
+    nodes, prompts = branches.nodes, branches.prompts
+    way = tree.path_nodes[tree.first_leaf[nodes]][:, : len(branches.begin) - 1].long()
+    way = way.masked_fill(torch.arange(way.shape[1], device=way.device) > depths[:, None], -1)
+    in_trunk = _in_trunk(tree, trunks, way.shape[1])[prompts] == way
+    in_trunk &= way >= 0
+    reached = in_trunk.sum(1)  # the root among them
+    fed = (reached <= depths).nonzero().squeeze(1)
+    row = trunks.trunk[prompts[fed]]
+    slot, width = _slots(row, depths[fed], len(trunks.input_ids), len(branches.begin) - 1 if aligned else None)
+    size, total = trunks.mask.shape[1], trunks.mask.shape[1] + width
+
+    def put_in_rows(values: Tensor, empty: int) -> Tensor:
+        shape = (len(trunks.input_ids), width, *values.shape[1:])
+        return values.new_full(shape, empty).index_put_((row, slot), values)
+
+    # A state is known by its node and its prompt; those on the way to a state are what it sees of the branches.
+    key = nodes * len(trunks.cut) + prompts
+    way = torch.where(way >= 0, way * len(trunks.cut) + prompts[:, None], -1)[fed]
+    keys, ways = put_in_rows(key[fed], -2), put_in_rows(way, -1)
+    behind = torch.zeros(*keys.shape, width, dtype=torch.bool, device=keys.device)
+    for step in range(1, ways.shape[2]):
+        behind |= ways[:, :, step, None] == keys[:, None]
+    sees = trunks.cut[prompts] + reached - 1
+    rank = trunks.mask.cumsum(1) - 1
+    visible = group_visibility(trunks.mask, behind, of_prompt=rank[:, None] < put_in_rows(sees[fed], 0)[..., None])
+    columns = trunks.last[prompts] + depths
+    columns[fed] = size + slot
+    first = size - 1 if not trunks.shared else int(columns.min())
+    position = trunks.cut[prompts] + depths - 1
     return Layout(
-        input_ids=torch.cat([prompts["input_ids"], branches.tokens], 1),
-        position_ids=torch.cat([prompt_positions(mask), mask.sum(1, keepdim=True) + branches.steps], 1),
-        visible=group_visibility(mask, branches.visible),
-        keep=torch.arange(prompt_length - 1, prompt_length + slots, device=mask.device),
+        input_ids=torch.cat([trunks.input_ids, put_in_rows(tree.tokens_of(nodes[fed]), 0)], 1),
+        position_ids=torch.cat([prompt_positions(trunks.mask), put_in_rows(position[fed], 0)], 1),
+        visible=visible,
+        keep=torch.arange(first, total, device=columns.device),
+        place=trunks.trunk[prompts] * (total - first) + columns - first,
     )
+
+
+def _in_trunk(tree: PrefixTree, trunks: Trunks, length: int) -> Tensor:
+    """The nodes that the trunk goes on with behind each prompt, the root first: `(B, length)`, -1 where it leaves the
+    tree or ends."""
+    nodes = [torch.zeros_like(trunks.cut)]
+    following = (
+        trunks.following(length - 1) if trunks.shared else trunks.cut.new_full((len(trunks.cut), length - 1), -1)
+    )
+    for tokens in following.unbind(1):
+        nodes.append(tree.step(nodes[-1], tokens))
+    return torch.stack(nodes, 1)
+
+
+def _slots(row: Tensor, depth: Tensor, num_rows: int, levels: int | None) -> tuple[Tensor, int]:
+    """Places `(n,)` of states in their rows, counted from 0 in each, and how many a row needs.
+
+    With `levels` each depth has its own block of columns, as wide as the row with the most states there makes it.
+    """
+    if levels is None:
+        group, num_groups = row, num_rows
+    else:
+        group, num_groups = depth * num_rows + row, levels * num_rows
+    counts = torch.bincount(group, minlength=num_groups)
+    order = group.argsort(stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[group[order]]
+    if levels is None:
+        return rank, int(counts.max())
+    widths = counts.view(levels, num_rows).amax(1)
+    return rank + (widths.cumsum(0) - widths)[depth], int(widths.sum())
 
 
 class BranchDecoder(ABC):
@@ -95,12 +173,12 @@ class BranchDecoder(ABC):
     Args:
         model: bare or wrapped.
         cache: an empty one, for the prompts and the branches behind them.
-        prompts: a left-padded batch.
+        prompts: separate ones or windows.
     """
 
-    def __init__(self, model: nn.Module, cache: DynamicCache | EncoderDecoderCache, prompts: Mapping[str, Tensor]):
+    def __init__(self, model: nn.Module, cache: DynamicCache | EncoderDecoderCache, prompts: Prompts):
         self.model, self.cache, self.dtype = model, cache, model_dtype(model)
-        self.batch, self.device = len(prompts["input_ids"]), prompts["input_ids"].device
+        self.batch, self.device = num_prompts(prompts), prompts["input_ids"].device
         self.root_logits = self._read(prompts)[:, -1:].float()
         self.cached_prompt = cache.get_seq_length()
         self.restart()
@@ -130,7 +208,7 @@ class BranchDecoder(ABC):
         return logits.float()
 
     @abstractmethod
-    def _read(self, prompts: Mapping[str, Tensor]) -> Tensor:
+    def _read(self, prompts: Prompts) -> Tensor:
         """Run the model on the prompts: logits `(B, n, V)`, the last of which stand behind them."""
 
     @abstractmethod

@@ -19,20 +19,21 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from gflowtrl.catalog import ItemCatalog
+from gflowtrl.trunks import Prompts, Trunks, separate_prompts
 
-from .base import Prompts, TreePolicy
+from .base import TreePolicy
 from .branches import Branches
 from .masks import additive
 from .modules import innermost, model_dtype
-from .packing import BranchDecoder, group_visibility
+from .packing import BranchDecoder, lay_out
 from .placement import place_branches
 
 
 class Seq2SeqTreePolicy(TreePolicy):
     """The distribution over leaves that an encoder-decoder gives when its logits are renormalised over the children.
 
-    The prompt goes to the encoder, the id to the decoder; the root is the decoder's start token. Prompts are the same
-    left-padded batch as everywhere; models that count positions from the left get them right-padded.
+    The prompt goes to the encoder, the id to the decoder; the root is the decoder's start token. Prompts come in
+    both formats, but an encoder shares nothing; models that count positions from the left get them right-padded.
 
     Raises:
         ValueError: a kind of model that is not known to be exact (see `placement`), or one without
@@ -45,25 +46,25 @@ class Seq2SeqTreePolicy(TreePolicy):
         self._start = _start_token(innermost(model))
 
     def _packed(self, prompts: Prompts, branches: Branches) -> tuple[Tensor, Tensor | None]:
-        batch, device = len(branches.tokens), branches.tokens.device
-        tokens, mask = _right_padded(prompts)
-        root = torch.full((batch, 1), self._start, device=device)
-        visible = group_visibility(torch.ones(batch, 1, device=device), branches.visible)
-        positions = torch.nn.functional.pad(branches.steps + 1, (1, 0))
-        extra = {"flow_positions": torch.arange(len(positions), device=device)} if self._heads else {}
+        tokens, mask = _right_padded(separate_prompts(prompts))
+        root = torch.full((len(tokens), 1), self._start, device=tokens.device)
+        start = {"input_ids": root, "attention_mask": torch.ones_like(root)}
+        layout = lay_out(self.catalog.tree, Trunks.of(start), branches, aligned=True)
+        extra = {"flow_positions": layout.keep} if self._heads else {}
         output = self.model(
             input_ids=tokens,
             attention_mask=mask,
-            decoder_input_ids=torch.cat([root, branches.tokens], 1),
-            decoder_attention_mask=additive(visible, model_dtype(self.model)),
-            branch_positions=positions,
+            decoder_input_ids=layout.input_ids,
+            decoder_attention_mask=additive(layout.visible, model_dtype(self.model)),
+            branch_positions=layout.position_ids.amax(0),  # empty places are at 0
             use_cache=False,
             **extra,
         )
-        return output.logits.float(), getattr(output, "log_flows", None)
+        flows = getattr(output, "log_flows", None)
+        return layout.states(output.logits).float(), None if flows is None else layout.states(flows)
 
     def _decoder(self, prompts: Prompts) -> BranchDecoder:
-        return Seq2SeqDecoder(self.model, prompts, self._start)
+        return Seq2SeqDecoder(self.model, separate_prompts(prompts), self._start)
 
     def _plain_logits(self, prompt: Tensor, paths: Tensor) -> Tensor:
         start = paths.new_full((len(paths), 1), self._start)

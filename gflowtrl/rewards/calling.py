@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.data import Step, check_column_names
+from gflowtrl.trunks import separate_prompts
 
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def reward_keywords(
     def repeat(values: Sequence) -> list:
         return [value for value in values for _ in range(repeats)]
 
-    ids, mask = step.prompts["input_ids"], step.prompts["attention_mask"].bool()
+    prompts = separate_prompts(step.prompts)
+    ids, mask = prompts["input_ids"], prompts["attention_mask"].bool()
     texts = [
         tokenizer.decode(row[keep], clean_up_tokenization_spaces=False) for row, keep in zip(ids, mask, strict=True)
     ]

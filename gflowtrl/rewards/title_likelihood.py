@@ -90,12 +90,12 @@ class TitleLikelihoodReward(Reward):
 
     def score_items(self, step: Step) -> Tensor:
         """`(B, items)`: as many titles as there are items, a row."""
-        histories, size = step.column("history", self._owner), len(self._bound_catalog())
+        histories, size = step.histories(self._owner), len(self._bound_catalog())
         return self._likelihoods(histories, torch.arange(size).expand(len(histories), -1), step.device)
 
     def score_leaves(self, step: Step, leaves: Tensor) -> Tensor:
         """`(B, K)`; a title that a row needs several times is read once."""
-        catalog, histories = self._bound_catalog(), step.column("history", self._owner)
+        catalog, histories = self._bound_catalog(), step.histories(self._owner)
         members = {leaf: catalog.index_of(catalog.items_of(leaf)).tolist() for leaf in leaves.unique().tolist()}
         rows = [list(dict.fromkeys(item for leaf in row for item in members[leaf])) for row in leaves.tolist()]
         items = _padded(rows)

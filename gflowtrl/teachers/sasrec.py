@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from gflowtrl.catalog import Item
 from gflowtrl.checks import COUNT, POSITIVE, SEED, SHARE_BELOW_ONE
+from gflowtrl.data.windows import Windows
 from gflowtrl.finite import NonFiniteError
 
 from .base import History, TeacherModule
@@ -106,11 +107,19 @@ class SASRec(TeacherModule):
         rows = [row[-self.max_history_items :] for row in self.encode(histories)]
         if empty := [row for row, history in enumerate(rows) if not history]:
             raise ValueError(f"History {empty[0]} is empty; SASRec needs at least one item to start from.")
-        lengths = torch.tensor([len(row) for row in rows])
+        return self._score_at(rows, torch.arange(len(rows)), torch.tensor([len(row) for row in rows]) - 1)
+
+    @torch.no_grad()
+    def score_windows(self, windows: Windows) -> Tensor:
+        if int(windows.seen.max()) > self.max_history_items:
+            return self.score(windows.histories)  # it reads the last items of each, which are no beginnings
+        return self._score_at(self.encode(windows.prompts), windows.trunk, windows.seen - 1)
+
+    def _score_at(self, rows: Sequence[Sequence[int]], row: Tensor, place: Tensor) -> Tensor:
+        """Logits behind some places of some rows: `(n,)`, `(n,)` -> `(n, len(items))`."""
         # Padding stands at the right, where a causal model never looks at it.
         padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(self.device)
-        hidden = self.eval()(padded)
-        return self.logits(hidden[torch.arange(len(rows)), lengths - 1])
+        return self.logits(self.eval()(padded)[row, place])
 
     @classmethod
     def fit(

@@ -17,18 +17,12 @@ from gflowtrl.policy.loading import check_embedded
 REQUIRED_COLUMNS = ("row_id", "history", "target")
 
 
-def check_model(model: PreTrainedModel, catalog: ItemCatalog, max_shared_prompts: int = 1) -> None:
-    """The model must write tokens, know every token of the catalog, be one that can be read as a policy exactly, and
-    be causal where prompts are shared."""
+def check_model(model: PreTrainedModel, catalog: ItemCatalog) -> None:
+    """The model must write tokens, know every token of the catalog, and be one that is exact as a policy."""
     if model.get_output_embeddings() is None:
         raise ValueError(
             f"{type(model).__name__} has no output layer over tokens; this trainer takes language models: causal ones "
             f"(AutoModelForCausalLM) or encoder-decoders (AutoModelForSeq2SeqLM)."
-        )
-    if max_shared_prompts > 1 and model.config.is_encoder_decoder:
-        raise ValueError(
-            f"max_shared_prompts is {max_shared_prompts}, but {type(model).__name__} is an encoder-decoder: its "
-            f"encoder sees the whole prompt at once, so that none is the beginning of another. Leave it at 1."
         )
     if not model.config.is_encoder_decoder:
         check_causal(model)
@@ -49,11 +43,10 @@ def check_encoder(
     encoder: PromptEncoder,
     catalog: ItemCatalog,
     model: PreTrainedModel,
-    max_shared_prompts: int = 1,
     max_history_items: int | None = None,
 ) -> None:
-    """The encoder must be of these items, cut histories as the configuration says (where it does) and to what the
-    model has positions for, and its prompts be the beginnings of one another where they are shared."""
+    """The encoder must be of these items, and cut histories as the configuration says (where it does) and to what the
+    model has positions for."""
     if max_history_items not in (None, encoder.max_history_items):
         raise ValueError(
             f"max_history_items is {max_history_items}, but the prompt_encoder was made with "
@@ -63,11 +56,6 @@ def check_encoder(
         raise ValueError("The prompt_encoder was made of another catalogue than the trainer's.")
     check_embedded(model, encoder.largest_token, "The prompts use")
     check_positions(model, encoder.max_length, catalog.tree.max_depth, encoder.max_history_items)
-    if max_shared_prompts > 1 and encoder.tail:
-        raise ValueError(
-            f"max_shared_prompts is {max_shared_prompts}, but prompts end with text behind the history, so that none "
-            f"is the beginning of another. Leave it at 1, or use a template that ends with {{history}}."
-        )
 
 
 def check_rows(rows: Dataset | None, catalog: ItemCatalog) -> None:

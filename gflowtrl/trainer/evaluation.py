@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction, TrainingArguments
 
 from gflowtrl.catalog import ItemCatalog
-from gflowtrl.data import GroupCollator, PromptEncoder, Step
+from gflowtrl.data import GroupCollator, PromptEncoder, Step, history_lengths
 from gflowtrl.finite import NonFiniteError, bad_ranking, check_ranked, describe
 from gflowtrl.metrics import binned_by_target, jensen_shannon, summarise, total_variation
 from gflowtrl.policy import TreePolicy, check_exact, make_policy
@@ -154,11 +154,6 @@ def by_length(rows: Dataset) -> tuple[Dataset, Tensor]:
     """Rows sorted by falling history length, and the order: `rows[order[i]]` is row i of the result."""
     order = torch.argsort(history_lengths(rows), descending=True, stable=True)
     return rows.select(order.tolist()), order
-
-
-def history_lengths(rows: Dataset) -> Tensor:
-    """Number of items of each row's history: `(rows,)`."""
-    return torch.tensor([len(history) for history in rows["history"]])
 
 
 def rank_rows(

@@ -85,13 +85,10 @@ class TreePolicyConfig(TRLConfig):
         > Parameters that control data and evaluation
 
         max_history_items (`int`, *optional*):
-            Items of the history that a prompt holds, the last ones. By default what the folder of `model` or the given
-            `prompt_encoder` says, 20 where there is neither. A value overrides the folder's, and must be the given
-            encoder's.
-        max_shared_prompts (`int`, *optional*, defaults to `1`):
-            Above 1, up to so many rows of one user are scored on one prompt, whose beginnings theirs are: the same
-            loss and gradient from fewer tokens. Causal models only. Attention over a row grows with the square of what
-            hangs on it: 6 is a fair number at K = 1, 2 at K of 4 and more. The rows of a user then come in one batch.
+            Items of the history that a prompt holds at most, the last ones. In training a longer sequence is cut into
+            windows, in which a target sees at least half as many (`gflowtrl.data.user_windows`). By default what the
+            folder of `model` or the given `prompt_encoder` says, 20 where there is neither. A value overrides the
+            folder's, and must be the given encoder's.
         eval_num_beams (`int`, *optional*, defaults to `20`):
             Width of the constrained beam search of `evaluate()`.
         eval_ks (`list[int]`, *optional*, defaults to `[5, 10, 20]`):
@@ -128,7 +125,6 @@ class TreePolicyConfig(TRLConfig):
     max_history_items: int | None = option(
         None, "Items of the history that a prompt holds; by default the model folder's, or 20."
     )
-    max_shared_prompts: int = option(1, "Rows of one user that a causal model computes on one prompt; 1: none.")
     eval_num_beams: int = option(20, "Beam width of evaluate().")
     eval_ks: list[int] = option([5, 10, 20], "Cut-offs of evaluate().")
     log_completions: bool = option(False, "Print a group of trajectories when logging.")
@@ -144,7 +140,7 @@ class TreePolicyConfig(TRLConfig):
     bf16: bool | None = option(None, "bfloat16 mixed precision; by default where the device has it.")
     train_sampling_strategy: str = option(
         "group_by_length",
-        "Order of the training rows: histories of like length together, or plain random.",
+        "Order of the training rows: windows together, those of like length in one batch, or plain random.",
         ["group_by_length", "random", "sequential", "batch_rebalance"],
     )
     remove_unused_columns: bool = option(False, "Must stay False: rewards see all columns.")
@@ -156,7 +152,6 @@ class TreePolicyConfig(TRLConfig):
         "temperature": POSITIVE,
         "epsilon": SHARE,
         "max_history_items": COUNT,
-        "max_shared_prompts": COUNT,
         "log_z_learning_rate": POSITIVE,
     }
 

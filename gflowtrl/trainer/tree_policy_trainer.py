@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.compat import TRLTrainer, tied_weights
-from gflowtrl.data import GroupCollator, PrefixGroupedEpochSampler, PromptEncoder, Step, prefix_groups
+from gflowtrl.data import GroupCollator, PromptEncoder, Step
 from gflowtrl.losses import LossInputs, LossSpec, PrefixWeights
 from gflowtrl.policy import (
     StatelessNoise,
@@ -41,12 +41,13 @@ from gflowtrl.samplers import Sampler, Trajectories, build_sampler, validate_tra
 from .adapters import add_adapters
 from .checkpoints import CompleteCheckpointsMixin
 from .checks import check_encoder, check_model, check_rows, check_trainable, item_counts_of
-from .evaluation import RankingEvaluationMixin, history_lengths, rows_per_step
+from .evaluation import RankingEvaluationMixin, rows_per_step
 from .finite import HEADS_FILE, FiniteMixin, group_parts
 from .folder import Parts, kwargs_of_base
 from .group import Group, group_metrics, print_group
 from .model_card import write_model_card
 from .optimizers import adopt_optimizer, split_head_group
+from .rows import TrainingRowsMixin
 from .saved import check_saved
 from .training_state import load_prefix_weights, load_sampler, own_state_files, save_prefix_weights, save_sampler
 from .tree_policy_config import TreePolicyConfig
@@ -55,7 +56,7 @@ from .tree_policy_config import TreePolicyConfig
 logger = logging.getLogger(__name__)
 
 
-class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, RankingEvaluationMixin, TRLTrainer):
+class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin, RankingEvaluationMixin, TRLTrainer):
     """Trains a generative recommender, read as a policy on the prefix tree, by losses on drawn trajectories.
 
     For every prompt K trajectories are drawn by the sampler, scored by the policy in one packed forward together with
@@ -110,9 +111,9 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, RankingEvaluation
     ):
         args = TreePolicyConfig("gflowtrl-output") if args is None else args
         parts = Parts.resolve(model, args, processing_class, catalog, prompt_encoder, item_titles, item_counts)
-        check_model(parts.model, parts.catalog, args.max_shared_prompts)
+        check_model(parts.model, parts.catalog)
         check_trainable(parts.model, peft_config is not None)
-        check_encoder(parts.encoder, parts.catalog, parts.model, args.max_shared_prompts, args.max_history_items)
+        check_encoder(parts.encoder, parts.catalog, parts.model, args.max_history_items)
         self.losses: dict[str, LossSpec] = args.losses
         # Of the losses on the target, alone or against negatives; balance is always over the tree.
         self._vocabulary = args.label_space == "vocabulary"
@@ -133,7 +134,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, RankingEvaluation
         super().__init__(
             model=trained,
             args=args,
-            data_collator=GroupCollator(parts.encoder, args.max_shared_prompts),
+            data_collator=GroupCollator(parts.encoder),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=parts.tokenizer,
@@ -337,20 +338,6 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, RankingEvaluation
             sources, step = self.sampler.source_names, self.state.global_step
             print_group(self._last_group, self._catalog, sources, step, self._item_titles)
 
-    # ------------------------------------------------------------------------------------------------ order of rows
-    def _get_train_sampler(self, train_dataset: Any = None):
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if dataset is None or self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        longest = self._encoder.max_history_items
-        batch = rows_per_step(self.args)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        lengths = history_lengths(dataset).clamp(max=longest)
-        if self.args.max_shared_prompts == 1:
-            return LengthGroupedEpochSampler(lengths, batch, seed)
-        groups = prefix_groups(dataset["history"], longest, self.args.max_shared_prompts)
-        return PrefixGroupedEpochSampler(groups, lengths[[group[0] for group in groups]].tolist(), batch, seed)
-
     # --------------------------------------------------------------------------------------------------- checkpoints
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a complete recommender; unless it is a checkpoint's, the folder is loaded and compared afterwards."""
@@ -433,18 +420,3 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, RankingEvaluation
         found = {"balance": any(loss.needs_log_rewards for loss in self.losses.values())}
         found["prefix"] = bool(self.prefix_weights)
         return [method for method, used in found.items() if used]
-
-
-class LengthGroupedEpochSampler(PrefixGroupedEpochSampler):
-    """Rows in random order, rows of like length together, as a function of (seed, epoch): every row its own group.
-
-    transformers' own length grouping draws from the global generator, whose state at the beginning of an epoch is lost
-    when a run is interrupted; this one repeats the epoch's order.
-
-    Args:
-        lengths: `(rows,)`.
-        batch_size, seed, spread: as for `PrefixGroupedEpochSampler`.
-    """
-
-    def __init__(self, lengths: Tensor, batch_size: int, seed: int, spread: int = 50):
-        super().__init__([[row] for row in range(len(lengths))], lengths.tolist(), batch_size, seed, spread)

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from gflowtrl.policy import CausalTreePolicy, StatelessNoise, attach_flow_heads
 from gflowtrl.policy.branches import merge_branches, places, put
+from gflowtrl.policy.packing import lay_out
+from gflowtrl.trunks import Trunks
 from tests.tiny import catalog_of, random_paths, tiny_model
 
 
@@ -34,22 +36,53 @@ def test_every_trajectory_finds_its_states_and_no_prompt_has_one_twice(paths, co
     if open_only:
         states = states.masked_fill(tree.settled(states), -1)
     branches = merge_branches(tree, states)
-    assert branches.begin[-1] == branches.nodes.shape[1] == 1 + len(branches.steps)
+    wanted = {(row, node) for row in range(3) for node in [0, *states[row].flatten().tolist()] if node >= 0}
+    found = list(zip(branches.prompts.tolist(), branches.nodes.tolist(), strict=True))
+    assert len(found) == len(set(found)) and set(found) == wanted
+    assert branches.prompts[:3].tolist() == [0, 1, 2] and branches.nodes[:3].tolist() == [0, 0, 0]
+    assert branches.begin[0] == 0 and branches.begin[-1] == len(found)
     for row in range(3):
-        own = branches.nodes[row]
-        filled = own[own >= 0].tolist()
-        assert len(filled) == len(set(filled)) == len(set(states[row].flatten().tolist()) - {-1})
         for k in range(count):
-            slots, path = branches.slots[row, k], states[row, k]
-            assert torch.equal(slots < 0, path < 0)
-            assert torch.equal(own[slots[slots >= 0]], path[path >= 0])
-            fed = slots[1:] - 1  # the root is not fed
-            for step in range(len(fed)):
-                if path[1 + step] >= 0:
-                    seen = branches.visible[row, fed[step]].nonzero().flatten()
-                    assert seen.tolist() == fed[: step + 1].tolist()
-                    assert branches.steps[fed[step]] == step
-                    assert branches.tokens[row, fed[step]] == tree.node_token[path[1 + step]]
+            for depth, node in enumerate(states[row, k].tolist()):
+                slot = int(branches.slots[row, k, depth])
+                if node < 0 and depth:
+                    assert slot == -1
+                else:
+                    assert found[slot] == (row, max(node, 0)) and branches.depths[slot] == depth
+                    assert branches.begin[depth] <= slot < branches.begin[depth + 1]
+
+
+@given(trees, st.integers(1, 4), st.integers(0, 99), st.booleans())
+def test_rows_hold_every_state_behind_its_prompt_at_its_position(paths, count, seed, aligned):
+    """Of trunks that end in whole ids, in which three prompts begin two of them."""
+    tree = catalog_of(paths).tree
+    generator = torch.Generator().manual_seed(seed)
+    leaves = torch.randint(0, tree.num_leaves, (3, count), generator=generator)
+    branches = merge_branches(tree, tree.walk(leaves)[:, :, :-1])
+    behind = [t for t in tree.paths[leaves[2, 0]].tolist() if t >= 0]  # the first trajectory of prompt 2 is logged
+    rows = [[1, 5, 6], [1, 4, *behind]]
+    width = max(map(len, rows))
+    trunks = Trunks(
+        torch.tensor([[0] * (width - len(row)) + row for row in rows]),
+        torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+        torch.tensor([0, 0, 1]), torch.tensor([2, 3, 2]), True,
+    )  # fmt: skip
+    layout = lay_out(tree, trunks, branches, aligned)
+    kept = len(layout.keep)
+    for state, place in enumerate(layout.place.tolist()):
+        prompt, depth = int(branches.prompts[state]), int(branches.depths[state])
+        trunk, column = int(trunks.trunk[prompt]), int(layout.keep[place % kept])
+        assert place // kept == trunk
+        assert layout.position_ids[trunk, column] == trunks.cut[prompt] + depth - 1
+        seen = layout.visible[trunk, column].nonzero().flatten()
+        seen = seen[layout.position_ids[trunk, seen].argsort(stable=True)]
+        node, way = int(branches.nodes[state]), []
+        while node > 0:
+            way.insert(0, int(tree.node_token[node]))
+            node = int(tree.parent[node])
+        assert layout.input_ids[trunk, seen].tolist() == rows[trunk][: trunks.cut[prompt]] + way
+        logged = prompt == 2 and way == behind[:depth]
+        assert (column < width) == (depth == 0 or logged)
 
 
 def test_many_trajectories_cost_no_more_than_the_tree_has_inner_nodes():

@@ -1,0 +1,89 @@
+"""What the prompts of training rows hold, which of them are computed together, and in which order they come."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from datasets import Dataset
+from torch.utils.data import DataLoader, Sampler
+
+from gflowtrl.data import GroupCollator, GroupedEpochSampler, PromptEncoder, RowWindows
+from gflowtrl.policy.support import max_row_length
+
+from .checkpoints import TrainerBase
+from .evaluation import rows_per_step
+
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingRowsMixin(TrainerBase):
+    """Rows of one window come together, and a causal model computes what they share once.
+
+    What a prompt holds follows from the data set alone (`RowWindows`); packing changes the cost, not the result.
+
+    Attributes:
+        shares_prompts: False to compute the same prompts in rows of their own, for comparisons.
+    """
+
+    shares_prompts = True
+    _encoder: PromptEncoder
+    _row_windows: tuple[Dataset, RowWindows] | None = None
+
+    def get_train_dataloader(self) -> DataLoader:
+        rows = self.train_dataset
+        if isinstance(rows, Dataset):
+            why, windows = self._why_separate(), self._windows_of(rows)
+            shared = self.shares_prompts and why is None and len(windows.groups) < len(rows)
+            self.data_collator = GroupCollator(self._encoder, windows, shared)
+            if self.is_world_process_zero():
+                logger.info(describe_windows(windows, why))
+        return super().get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(rows, Dataset) or self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        windows = self._windows_of(rows)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return GroupedEpochSampler(windows.groups, windows.lengths, rows_per_step(self.args), seed)
+
+    def _windows_of(self, rows: Dataset) -> RowWindows:
+        if self._row_windows is None or self._row_windows[0] is not rows:
+            longest = self._encoder.max_history_items
+            if self._why_separate() is None:
+                windows = RowWindows.of(rows, self._encoder.catalog.items, longest)
+            else:
+                windows = RowWindows.separate(rows, longest)
+            self._row_windows = rows, windows
+        return self._row_windows[1]
+
+    def _why_separate(self) -> str | None:
+        """Why no two prompts can share what is computed; None where they can."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if model.config.is_encoder_decoder:
+            return "an encoder sees its whole prompt at once"
+        if self._encoder.tail:
+            return "prompts end with text behind the history"
+        if type(self._encoder).__call__ is not PromptEncoder.__call__:
+            return f"{type(self._encoder).__name__} makes prompts in its own way"
+        if max_row_length(model) is not None:
+            return "the model counts the columns of a row"
+        return None
+
+
+def describe_windows(windows: RowWindows, why_separate: str | None) -> str:
+    """What the log says about the prompts of a data set."""
+    least, most, count = int(windows.seen.min()), int(windows.seen.max()), len(windows.seen)
+    text = (
+        f"Prompts hold {least} to {most} items. {windows.cut} of {count} targets ({windows.cut / count:.1%}) see a "
+        f"part of their history only"
+    )
+    if windows.cut:
+        text += f", {windows.least_of_cut} items or more"
+    if why_separate is not None:
+        return f"{text}. Every prompt is computed by itself: {why_separate}."
+    if len(windows.groups) == count:
+        return f"{text}. Every prompt is computed by itself: no history goes on with another's target."
+    return f"{text}. They begin {len(windows.groups)} windows, which are computed once."
