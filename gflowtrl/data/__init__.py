@@ -13,7 +13,7 @@ from .formats import (
 )
 from .interactions import CLICKED, PURCHASED, SHOWN, Event, InteractionData, k_core
 from .order import GroupedEpochSampler, LengthGroupedEpochSampler
-from .prompts import GroupCollator, PromptEncoder, PromptFormat, TargetCollator, sft_dataset
+from .prompts import BatchRows, GroupCollator, PromptEncoder, PromptFormat, TargetCollator, sft_dataset
 from .readers import read_folder, read_interactions, read_letter, write_folder
 from .splits import Splits, Window, leave_one_out, user_windows
 from .step import Step, check_column_names
@@ -29,6 +29,7 @@ __all__ = [
     "PURCHASED",
     "RAW_FORMATS",
     "SHOWN",
+    "BatchRows",
     "Columns",
     "Event",
     "GroupCollator",

@@ -24,7 +24,7 @@ class GroupedEpochSampler(Sampler[int]):
     """
 
     def __init__(
-        self, groups: Sequence[Sequence[int]], lengths: Sequence[int], batch_size: int, seed: int, spread: int = 50
+        self, groups: Sequence[Sequence[int]], lengths: Sequence[int], batch_size: int, seed: int, spread: int = 100
     ):
         self.groups = groups
         self.sizes = [(length, len(group)) for length, group in zip(lengths, groups, strict=True)]

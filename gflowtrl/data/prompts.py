@@ -196,11 +196,25 @@ class PromptEncoder:
         return [chosen, chosen[:1]]
 
 
+@dataclass(frozen=True, eq=False)
+class BatchRows:
+    """What is known about the rows of a batch. No mapping, so that nobody looks through all histories for tensors to
+    move to a device.
+
+    Attributes:
+        columns: every column as a list of length B, under its own name.
+        windows: the items that the prompts hold.
+    """
+
+    columns: dict[str, list[Any]]
+    windows: Windows
+
+
 class GroupCollator:
     """Collates dataset rows into what becomes a `Step`; a row is one prompt, with its group of trajectories to come.
 
-    The batch has `prompts` (separate ones or windows, `gflowtrl.policy.Prompts`), `row_ids` as long (B,), `columns`:
-    every column of the rows as a list of length B, under its own name, and `windows`: the items of the prompts.
+    The batch has `prompts` (separate ones or windows, `gflowtrl.policy.Prompts`), `row_ids` as long (B,), and `rows`,
+    the `BatchRows`.
 
     Args:
         encoder: a `PromptEncoder`, or anything else that turns histories into `input_ids` and `attention_mask`.
@@ -225,7 +239,7 @@ class GroupCollator:
         histories = [history[-count:] for history, count in zip(histories, seen, strict=True)]
         windows = Windows.pack(histories, columns["target"]) if self.shared else Windows.separate(histories)
         prompts = self.encoder.encode_windows(windows) if self.shared else self.encoder(histories)
-        return {"prompts": prompts, "row_ids": torch.tensor(row_ids), "columns": columns, "windows": windows}
+        return {"prompts": prompts, "row_ids": torch.tensor(row_ids), "rows": BatchRows(columns, windows)}
 
 
 class TargetCollator:

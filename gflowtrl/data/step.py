@@ -95,7 +95,8 @@ class Step:
             ValueError: a target is not in the catalog.
         """
         catalog = catalog.to(batch["prompts"]["input_ids"].device)
-        return cls.of(batch["prompts"], batch["row_ids"], batch["columns"], catalog, progress, batch["windows"])
+        rows = batch["rows"]
+        return cls.of(batch["prompts"], batch["row_ids"], rows.columns, catalog, progress, rows.windows)
 
     def __len__(self) -> int:
         return len(self.row_ids)

@@ -142,7 +142,7 @@ class RankingEvaluationMixin(TrainerBase):
         batch: Any = self._prepare_inputs(inputs)
         leaves, log_probs = self.policy_of(model).beam_search(batch["prompts"], self._num_beams)
         self._bad_rankings = self._bad_rankings.to(leaves.device) | bad_ranking(leaves, log_probs)
-        return None, leaves, self._catalog.leaf_of(batch["columns"]["target"]).to(leaves.device)
+        return None, leaves, self._catalog.leaf_of(batch["rows"].columns["target"]).to(leaves.device)
 
     def _ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         leaves, targets = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)

@@ -5,10 +5,17 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
 
-from gflowtrl.data import GroupCollator, GroupedEpochSampler, PromptEncoder, RowWindows
+from gflowtrl.data import (
+    GroupCollator,
+    GroupedEpochSampler,
+    LengthGroupedEpochSampler,
+    PromptEncoder,
+    RowWindows,
+)
 from gflowtrl.policy.support import max_row_length
 
 from .checkpoints import TrainerBase
@@ -34,11 +41,10 @@ class TrainingRowsMixin(TrainerBase):
     def get_train_dataloader(self) -> DataLoader:
         rows = self.train_dataset
         if isinstance(rows, Dataset):
-            why, windows = self._why_separate(), self._windows_of(rows)
-            shared = self.shares_prompts and why is None and len(windows.groups) < len(rows)
-            self.data_collator = GroupCollator(self._encoder, windows, shared)
+            windows = self._windows_of(rows)
+            self.data_collator = GroupCollator(self._encoder, windows, self._shares(windows))
             if self.is_world_process_zero():
-                logger.info(describe_windows(windows, why))
+                logger.info(describe_windows(windows, self._why_separate()))
         return super().get_train_dataloader()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
@@ -47,7 +53,13 @@ class TrainingRowsMixin(TrainerBase):
             return super()._get_train_sampler(train_dataset)
         windows = self._windows_of(rows)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if not self._shares(windows):
+            lengths = torch.tensor(windows.seen_by(rows["row_id"][:]))
+            return LengthGroupedEpochSampler(lengths, rows_per_step(self.args), seed)
         return GroupedEpochSampler(windows.groups, windows.lengths, rows_per_step(self.args), seed)
+
+    def _shares(self, windows: RowWindows) -> bool:
+        return self.shares_prompts and self._why_separate() is None and len(windows.groups) < len(windows.seen)
 
     def _windows_of(self, rows: Dataset) -> RowWindows:
         if self._row_windows is None or self._row_windows[0] is not rows:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -7,12 +8,14 @@ from gflowtrl.catalog import ItemCatalog
 from gflowtrl.data import (
     GroupCollator,
     PromptEncoder,
+    RowWindows,
     TargetCollator,
     build_tokenizer,
     leave_one_out,
     sft_dataset,
     user_windows,
 )
+from gflowtrl.trunks import separate_prompts
 
 
 IDS = {1: ("<a_0>", "<b_0>", "<c_0>"), 2: ("<a_1>",), 3: ("<a_2>", "<b_0>"), 4: ("<a_1>",)}
@@ -65,10 +68,10 @@ def test_collator_keeps_every_column(small_shop):
     encoder = PromptEncoder(ItemCatalog.from_semantic_ids(data.semantic_ids, tokenizer), tokenizer)
     rows = leave_one_out(data).train.to_list()[:3]
     batch = GroupCollator(encoder)(rows)
-    assert batch.keys() == {"prompts", "row_ids", "columns"} and batch["columns"].keys() == rows[0].keys()
+    assert batch.keys() == {"prompts", "row_ids", "rows"} and batch["rows"].columns.keys() == rows[0].keys()
     assert batch["row_ids"].tolist() == [row["row_id"] for row in rows] and batch["row_ids"].dtype == torch.long
     for column in ("user", "history", "target", "session_items", "session_levels"):
-        assert batch["columns"][column] == [row[column] for row in rows]
+        assert batch["rows"].columns[column] == [row[column] for row in rows]
     expected = encoder([row["history"] for row in rows])
     assert all(batch["prompts"][name].equal(expected[name]) for name in expected)
     with pytest.raises(ValueError, match="no column 'row_id'.*remove_unused_columns=False"):
@@ -93,12 +96,31 @@ def test_sft_rows_are_prompts_whose_labels_are_the_new_targets(sequences, max_it
     assert learned == sum(len(IDS[item]) for sequence in sequences for item in sequence[1:])
 
 
-def test_collator_finds_shared_prompts():
-    """Only where it is asked to, and of the prompts as they are cut."""
-    rows = [{"row_id": i, "history": h, "target": 1} for i, h in enumerate([[1, 2], [1], [3, 1, 2, 2], [2, 2]])]
+def test_collator_packs_prompts_that_go_on_with_anothers_target():
+    """Each prompt holds what the windows say; as beginnings of trunks or in rows of their own, they are the same."""
+    sequences = [[1, 2, 3, 2, 2], [3, 3, 1], [1, 3]]
+    rows = [{"user": u, "history": s[:p], "target": s[p]} for u, s in enumerate(sequences) for p in range(1, len(s))]
+    rows = [{"row_id": 7 + i, **row} for i, row in enumerate(rows)]
     encoder = PromptEncoder(CATALOG, TOKENIZER, max_history_items=2)
-    assert "members" not in GroupCollator(encoder)(rows)["prompts"]
-    assert GroupCollator(encoder, max_shared_prompts=4)(rows)["prompts"]["members"].tolist() == [[0, 1], [2, 3]]
+    seen = RowWindows.of(Dataset.from_list(rows), CATALOG.items, 2)
+    mixed = [rows[i] for i in (3, 5, 0, 6, 2, 4, 1)]
+    shared, alone = (GroupCollator(encoder, seen, way)(mixed) for way in (True, False))
+    assert alone["rows"].windows.histories == shared["rows"].windows.histories
+    assert shared["rows"].windows.histories == [[3, 2], [3, 3], [1], [1], [2, 3], [3], [1, 2]]
+    assert len(shared["prompts"]["input_ids"]) == len(shared["rows"].windows.items) == 5
+    again = separate_prompts(shared["prompts"])
+    assert again["attention_mask"].equal(alone["prompts"]["attention_mask"])
+    assert (again["input_ids"] * again["attention_mask"]).equal(
+        alone["prompts"]["input_ids"] * again["attention_mask"]
+    )
+    # The last target is there to be read off, its last token is not needed.
+    trunks = shared["prompts"]["input_ids"].tolist(), shared["prompts"]["attention_mask"].bool().tolist()
+    written = [[t for t, real in zip(*trunk, strict=True) if real] for trunk in zip(*trunks, strict=True)]
+    for tokens, items in zip(written, shared["rows"].windows.items, strict=True):
+        whole = PromptEncoder(CATALOG, TOKENIZER)([items])["input_ids"][0].tolist()
+        assert tokens == whole[:-1]
+    with pytest.raises(KeyError, match="no row 3 in the training data"):
+        GroupCollator(encoder, seen)([{**rows[0], "row_id": 3}])
 
 
 def test_targets_of_encoder_decoders_are_padded_at_the_right():

@@ -98,7 +98,6 @@ def test_a_missing_column_is_named_with_those_that_exist():
 
 def test_rows_are_a_step_of_their_own():
     step = make_step(progress=0.25)
-    step.prompts["members"] = torch.tensor([[0, 1], [2, 3]])
     step.once(step, "x", lambda: "of all rows")
     part = step.rows(slice(1, 3))
     assert len(part) == 2 and len(step) == 4 and part.progress == 0.25 and part.device == step.device
@@ -112,7 +111,7 @@ def test_rows_are_a_step_of_their_own():
 def test_from_batch():
     batch, catalog = collate(some_rows(price=1.5)), make_small_catalog()
     step = Step.from_batch(batch, catalog, 0.5)
-    assert step.prompts is batch["prompts"] and step.columns is batch["columns"] and step.progress == 0.5
+    assert step.prompts is batch["prompts"] and step.columns is batch["rows"].columns and step.progress == 0.5
     assert step.row_ids.tolist() == [7, 2**40]
     assert [catalog.items_of(leaf) for leaf in step.target_leaves.tolist()] == [["date"], ["nut"]]
     assert step.columns == {

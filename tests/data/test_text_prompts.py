@@ -4,13 +4,15 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gflowtrl import GFlowNetConfig, GFlowNetTrainer, Recommender
 from gflowtrl.catalog import ItemCatalog
-from gflowtrl.data import PromptFormat, TextPromptEncoder, add_item_tokens, text_sft_dataset
+from gflowtrl.data import PromptFormat, TextPromptEncoder, Windows, add_item_tokens, text_sft_dataset
 from gflowtrl.rewards import GroundTruthReward
+from gflowtrl.trunks import separate_prompts
 from tests.tiny import tiny_model
 
 from .words import CHAT, byte_tokenizer
@@ -121,8 +123,6 @@ def test_bad_input_is_named(make_it, message):
 
 @pytest.fixture
 def rows():
-    from datasets import Dataset
-
     histories = [[1], [2, 3], [3], [4, 1]] * 2
     return Dataset.from_dict({"row_id": list(range(8)), "history": histories, "target": [3, 1, 2, 3] * 2})
 
@@ -161,14 +161,24 @@ def roomy():
     return model
 
 
-def test_prompts_with_an_end_cannot_be_shared(tmp_path, rows):
-    args = GFlowNetConfig(str(tmp_path), use_cpu=True, loss_type="sft", max_shared_prompts=2)
+def test_prompts_with_an_end_are_computed_by_themselves(tmp_path):
+    histories, targets = [[1], [1, 3], [2], [2, 2]], [3, 4, 2, 1]
+    rows = Dataset.from_dict({"row_id": list(range(4)), "history": histories, "target": targets})
+    args = GFlowNetConfig(str(tmp_path), use_cpu=True, loss_type="sft", train_sampling_strategy="sequential")
     options = {"train_dataset": rows, "processing_class": TOKENIZER, "catalog": CATALOG}
     ending = TextPromptEncoder(CATALOG, TOKENIZER, TITLES)
     with pytest.raises(ValueError, match="none is the beginning of another"):
-        GFlowNetTrainer(roomy(), None, args, prompt_encoder=ending, **options)
+        ending.encode_windows(Windows.pack([[1]], [2]))
+    trainer = GFlowNetTrainer(roomy(), None, args, prompt_encoder=ending, **options)
+    assert "trunk" not in next(iter(trainer.get_train_dataloader()))["prompts"]
     open_ended = TextPromptEncoder(CATALOG, TOKENIZER, TITLES, PromptFormat("Had: {history}"))
-    GFlowNetTrainer(roomy(), None, args, prompt_encoder=open_ended, **options)
+    trainer = GFlowNetTrainer(roomy(), None, args, prompt_encoder=open_ended, **options)
+    batch = next(iter(trainer.get_train_dataloader()))
+    expected = open_ended(batch["rows"].windows.histories)
+    found = separate_prompts(batch["prompts"])
+    assert "trunk" in batch["prompts"] and found["attention_mask"].equal(expected["attention_mask"])
+    real = expected["attention_mask"].bool()
+    assert found["input_ids"][real].equal(expected["input_ids"][real])
     other = ItemCatalog.from_semantic_ids({1: IDS[1], 2: IDS[2]}, TOKENIZER)
     with pytest.raises(ValueError, match="made of another catalogue"):
         GFlowNetTrainer(

@@ -17,7 +17,7 @@ from gflowtrl import GFlowNetTrainer
 from gflowtrl.rewards import CollaborativeReward, GroundTruthReward
 from gflowtrl.samplers import Sampler, build_sampler
 from tests.tiny import tiny_model, tiny_seq2seq
-from tests.trainer.world import TOKENIZER, make_rows, make_trainer, teacher
+from tests.trainer.world import TOKENIZER, make_rows, make_trainer, make_user_rows, teacher
 
 
 STEPS, PROMPTS = 20, 8
@@ -82,7 +82,8 @@ class Draws(list):
 def build(
     case: Case, folder: Path, processes: int = 1, seed: int = 0, **options: Any
 ) -> tuple[GFlowNetTrainer, Draws]:
-    """A trainer of global batches of `PROMPTS` prompts, and what it will draw."""
+    """A trainer of global batches of `PROMPTS` prompts, and what it will draw. Its windows have one to five targets, and
+    processes and micro-batches cut them in different places."""
     drawn = Draws()
     rewards = [GroundTruthReward(), CollaborativeReward(teacher), drawn]
     settings = {
@@ -90,7 +91,7 @@ def build(
         "log_z_learning_rate": 0.05, "max_grad_norm": 1.0, "max_steps": STEPS,
         "per_device_train_batch_size": PROMPTS // processes // case.accumulation,
         "gradient_accumulation_steps": case.accumulation, "gradient_checkpointing": case.checkpointing,
-        "train_dataset": make_rows(48), "sampler": {"ground_truth": 1, "on_policy": 3},
+        "train_dataset": make_user_rows(48), "sampler": {"ground_truth": 1, "on_policy": 3},
         "eval_dataset": make_rows(7, 1, 500), "per_device_eval_batch_size": 2, "peft_config": adapters_of(case),
         "ref_weight": 0.5 * case.reference,
         "loss_kwargs": {"prefix_pairwise": {"eta": 0.3}} if "prefix_pairwise" in case.loss else None,

@@ -203,12 +203,6 @@ def test_mistakes_are_found_before_any_work(recipe_file, option, message):
         load_recipe(recipe_file, shlex.split(re.sub(r"({.*})", r"'\1'", option)))
 
 
-def test_encoder_decoders_share_no_prompts(recipe_file):
-    options = ["--model", "{model_type: t5}", "--gflownet.max_shared_prompts", "3"]
-    with pytest.raises(ValueError, match=r"gflownet\.max_shared_prompts is 3, but the model is an encoder-decoder"):
-        load_recipe(recipe_file, options)
-
-
 def test_the_control_copies_the_schedule(tmp_path):
     recipe = micro_recipe(tmp_path)
     control, flow = (recipe.training_arguments(stage, tmp_path) for stage in ("control", "gflownet"))

@@ -81,8 +81,8 @@ def test_rows_hold_every_state_behind_its_prompt_at_its_position(paths, count, s
             way.insert(0, int(tree.node_token[node]))
             node = int(tree.parent[node])
         assert layout.input_ids[trunk, seen].tolist() == rows[trunk][: trunks.cut[prompt]] + way
-        logged = prompt == 2 and way == behind[:depth]
-        assert (column < width) == (depth == 0 or logged)
+        goes_on = rows[trunk][trunks.cut[prompt] :][:depth]
+        assert (column < width) == (way == goes_on)
 
 
 def test_many_trajectories_cost_no_more_than_the_tree_has_inner_nodes():

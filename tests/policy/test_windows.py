@@ -5,7 +5,13 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from gflowtrl.policy import (
-    CausalTreePolicy, Seq2SeqTreePolicy, StatelessNoise, attach_flow_heads, num_prompts, separate_prompts, some_prompts,
+    CausalTreePolicy,
+    Seq2SeqTreePolicy,
+    StatelessNoise,
+    attach_flow_heads,
+    num_prompts,
+    separate_prompts,
+    some_prompts,
 )  # fmt: skip
 from tests.tiny import catalog_of, random_paths, tiny_model, tiny_seq2seq
 

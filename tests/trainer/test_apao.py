@@ -56,7 +56,7 @@ def test_the_loss_is_the_papers_over_the_whole_vocabulary(tmp_path, model, metho
     trainer = make_apao(tmp_path, model(4 * len(TOKENIZER)), method=method, beta=0.7, **options)
     trainer.model.eval()
     batch = next(iter(trainer.get_train_dataloader()))
-    columns, expected = batch["columns"], 0.0
+    columns, expected = batch["rows"].columns, 0.0
     for row, (history, target) in enumerate(zip(columns["history"], columns["target"], strict=True)):
         leaf = int(CATALOG.leaf_of([target]))
         own = steps_by_hand(trainer.model, trainer._encoder, history, leaf)

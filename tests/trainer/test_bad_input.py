@@ -11,7 +11,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from gflowtrl import GFlowNetConfig, GFlowNetTrainer
 from gflowtrl.data import PromptEncoder
 from gflowtrl.rewards import CollaborativeReward, GroundTruthReward
-from tests.tiny import tiny_model, tiny_seq2seq
+from tests.tiny import tiny_model
 
 from .world import ITEMS, TOKENIZER, make_catalog, make_rows, make_trainer, teacher
 
@@ -60,10 +60,6 @@ CONSTRUCTION = {
         "8 prompts x 23 leaves = 184.*_elements is 100",
     ),
     "no leaf with a reward of its own": ({"exact_top_items": 0}, "exact_top_items is 0"),
-    "no shared prompt at all": ({"max_shared_prompts": 0}, "max_shared_prompts is 0"),
-    "an encoder-decoder on shared prompts": (
-        {"max_shared_prompts": 4, "model": tiny_seq2seq(len(TOKENIZER), "bart")}, "Bart.* is an encoder-d",
-    ),
     "no such sampler": ({"sampler": "greedy"}, "Unknown sampler 'greedy'"),
     "sampler without its teacher": ({"sampler": {"collaborative": 1}}, "needs a teacher"),
     "item counts of another catalogue": ({"item_counts": torch.ones(3)}, r"shape \(3,\), but.* has 24 items"),

@@ -72,7 +72,7 @@ def test_msl_trains_measures_saves_and_goes_on_at_its_temperature(tmp_path):
     batch = next(iter(trainer.get_train_dataloader()))
     loss = trainer.compute_loss(trainer.model, batch).item()
     prompts = [ids[mask.bool()].tolist() for ids, mask in zip(*batch["prompts"].values(), strict=True)]
-    targets = CATALOG.leaf_of(batch["columns"]["target"]).tolist()
+    targets = CATALOG.leaf_of(batch["rows"].columns["target"]).tolist()
     log_probs = [by_hand(trainer.model.eval(), p, TAU)[t] for p, t in zip(prompts, targets, strict=True)]
     assert loss == pytest.approx(-float(sum(log_probs)) / len(targets), rel=1e-4)
     trainer.train()

@@ -117,7 +117,7 @@ def test_rows_come_in_another_order_every_epoch_each_once(tmp_path):
     order = torch.cat([batch["row_ids"] for batch in seen]).view(3, 20)
     assert all(sorted(epoch) == list(range(100, 120)) for epoch in order.tolist())
     assert len({tuple(epoch) for epoch in order.tolist()}) == 3
-    lengths = [[len(history) for history in batch["columns"]["history"]] for batch in seen]
+    lengths = [[len(history) for history in batch["rows"].columns["history"]] for batch in seen]
     spread = [max(batch) - min(batch) for batch in lengths if len(batch) == 8]
     assert sum(spread) / len(spread) < 6  # of 8 in a random batch, nearly always
 

@@ -35,6 +35,18 @@ def make_rows(count: int = 24, seed: int = 0, first_row_id: int = 100, longest: 
     return Dataset.from_dict({"row_id": row_ids, "history": histories, "target": targets})
 
 
+def make_user_rows(count: int = 24, first_row_id: int = 100, longest: int = 6) -> Dataset:
+    """The same of users with two to `longest` items: a row for each but the first, cut off after `count` rows."""
+    rows, user = [], 0
+    while len(rows) < count:
+        items = [ITEMS[(7 * user) % len(ITEMS)]]
+        while len(items) < 2 + user % (longest - 1):
+            items.append(ITEMS[(ITEMS.index(items[-1]) * 5 + 1) % len(ITEMS)])
+        rows += [{"user": user, "history": items[:end], "target": items[end]} for end in range(1, len(items))]
+        user += 1
+    return Dataset.from_list([{"row_id": first_row_id + i, **row} for i, row in enumerate(rows[:count])])
+
+
 def teacher(histories: list[list[str]]) -> torch.Tensor:
     """Scores that depend on the last item of the history."""
     table = torch.randn(len(ITEMS), len(ITEMS), generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,199 @@
+"""Rows of one window computed together: the same training as in rows of their own, from fewer tokens."""
+
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from gflowtrl.losses import LOSSES
+from gflowtrl.rewards import CollaborativeReward, GroundTruthReward, LikelihoodReward
+from tests.tiny import tiny_model, tiny_seq2seq
+
+from .world import TOKENIZER, losses, make_rows, make_trainer, make_user_rows, teacher, weights
+
+
+def run(tmp_path, shared: bool, reward_funcs=None, rows=None, seen=None, **options):
+    """Four steps on rows of users, of whom some have done more than a prompt may hold; and the tokens that they read.
+
+    `seen` gets what is drawn.
+    """
+    reward_funcs = [GroundTruthReward(), CollaborativeReward(teacher)] if reward_funcs is None else reward_funcs
+    trainer = make_trainer(
+        tmp_path, reward_funcs, train_dataset=make_user_rows(32, longest=9) if rows is None else rows,
+        **{"max_history_items": 5, "optim": "sgd", "learning_rate": 0.1, "max_steps": 4, **options},
+    )  # fmt: skip
+    trainer.shares_prompts = shared
+    if seen is not None:
+        note_draws(trainer, seen)
+    trainer.policy_of(trainer.model)  # the first time it is compared with the model
+    lengths = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    trainer.train()
+    return trainer, sum(lengths)
+
+
+def note_draws(trainer, drawn: dict[tuple[int, int], list[int]]) -> None:
+    """Note the leaves that are drawn for each row at each step."""
+    draw = trainer._draw
+
+    def noted(step, *rest):
+        trajectories = draw(step, *rest)
+        for row, leaves in zip(step.row_ids.tolist(), trajectories.leaves.tolist(), strict=True):
+            drawn[trainer.state.global_step, row] = leaves
+        return trajectories
+
+    trainer._draw = noted
+
+
+def assert_same(tmp_path, **options):
+    """Trajectories, losses and weights, step by step."""
+    found = []
+    for shared in (False, True):
+        seen = {}
+        trainer, _ = run(tmp_path / str(shared), shared, seen=seen, train_sampling_strategy="sequential", **options)
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        metrics = {name: [log[name] for log in logs] for name in ("loss", "grad_norm", "log_pi", "policy_entropy")}
+        found.append((seen, metrics, weights(trainer)))
+    (expected_draws, expected_metrics, expected_weights), (draws, metrics, trained) = found
+    assert len(draws) == 4 * 8 and draws == expected_draws
+    for name, values in expected_metrics.items():
+        assert metrics[name] == pytest.approx(values, rel=1e-5, abs=1e-6), name
+    for name, value in trained.items():
+        torch.testing.assert_close(value, expected_weights[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("loss_type", [*LOSSES, "sft,trajectory_balance"])
+def test_every_loss_is_the_same(tmp_path, loss_type):
+    """Half of the trajectories on policy, where a loss can do with drawn ones."""
+    first = loss_type.partition(",")[0]
+    options = {"reward_funcs": [GroundTruthReward(), CollaborativeReward(teacher)], "loss_type": loss_type}
+    if first in ("sft", "prefix_pointwise", "prefix_pairwise", "msl", "sdpo") and loss_type == first:
+        options["reward_funcs"] = []
+    if loss_type not in ("sft", "prefix_pointwise"):
+        options["sampler"] = {"ground_truth": 1, "uniform": 1, "on_policy": 2}
+    assert_same(tmp_path, **options)
+
+
+@pytest.mark.parametrize("loss_type", ["sft", "prefix_pointwise", "prefix_pairwise", "sdpo"])
+def test_the_vocabulary_as_label_space(tmp_path, loss_type):
+    assert_same(tmp_path, reward_funcs=[], loss_type=loss_type, label_space="vocabulary")
+
+
+def test_adapters(tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    assert_same(tmp_path, loss_type="sft,detailed_balance", peft_config=config)
+
+
+@pytest.mark.parametrize("sampler", ["beam", "stochastic_beam", {"ground_truth": 1, "unobserved": 1, "beam": 2}])
+def test_other_samplers(tmp_path, sampler):
+    assert_same(tmp_path, loss_type="vargrad", sampler=sampler)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "exact_flow", "ref_weight": 0.5},
+        {"loss_type": "vargrad", "ref_weight": 0.5},
+        {"loss_type": "vargrad", "max_exact_elements": 100, "exact_top_items": 4},
+        {"loss_type": "exact_flow", "max_exact_elements": 100, "exact_top_items": 4},
+        {"loss_type": "trajectory_balance", "num_generations": 1, "sampler": "on_policy"},
+    ],
+    ids=["exact prior", "prior of drawn leaves", "drawn rewards", "top rewards", "one on policy"],
+)  # fmt: skip
+def test_other_ways_to_reward(tmp_path, options):
+    assert_same(tmp_path, **options)
+
+
+def test_rewards_that_read_prompts(tmp_path):
+    """Models that read the step's prompts, and a plain function that gets their text."""
+    texts = {}
+
+    def spelled(prompts, row_id, **_):
+        texts.setdefault(tuple(row_id), []).append(prompts)
+        return [1.0 + len(prompt) % 3 for prompt in prompts]
+
+    frozen = tiny_model(len(TOKENIZER), seed=1)
+    rewards = [LikelihoodReward(frozen), LikelihoodReward(), spelled]
+    assert_same(tmp_path, reward_funcs=rewards, loss_type="vargrad", reward_floor=0.0)
+    assert texts and all(separate == shared for separate, shared in texts.values())
+    assert_same(tmp_path / "all", reward_funcs=[LikelihoodReward(frozen)], loss_type="exact_flow")
+
+
+def test_accumulation_cuts_windows_elsewhere_and_nothing_changes(tmp_path):
+    whole, _ = run(tmp_path / "a", True, loss_type="exact_flow")
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    parts, _ = run(tmp_path / "b", True, loss_type="exact_flow", **options)
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+    expected = weights(whole)
+    for name, value in weights(parts).items():
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "random", "sequential"])
+def test_every_micro_batch_has_as_many_prompts_as_it_should(tmp_path, strategy):
+    rows = make_user_rows(40, longest=9)
+    trainer = make_trainer(tmp_path, loss_type="sft", train_dataset=rows, train_sampling_strategy=strategy)
+    sizes, trunks, met = [], [], []
+    for batch in trainer.get_train_dataloader():
+        sizes.append(len(batch["prompts"]["cut"]))
+        trunks.append(len(batch["prompts"]["input_ids"]))
+        met += batch["row_ids"].tolist()
+    assert sizes == [8] * 5 and sorted(met) == rows["row_id"][:]
+    if strategy != "random":
+        windows = trainer._windows_of(rows).groups
+        assert len(windows) <= sum(trunks) <= len(windows) + 4  # one more where a batch ends
+
+
+def test_rows_of_one_user_are_fewer_tokens(tmp_path):
+    _, separate = run(tmp_path / "a", False, [], loss_type="sft")
+    _, shared = run(tmp_path / "b", True, [], loss_type="sft")
+    assert shared < 0.6 * separate
+
+
+def test_the_teacher_sees_what_the_policy_sees(tmp_path):
+    """The items of the prompts, not all those of the histories."""
+    seen = []
+
+    def watching(histories):
+        seen.extend(map(tuple, histories))
+        return teacher(histories)
+
+    rows = make_user_rows(11, longest=12)
+    trainer, _ = run(
+        tmp_path, True, [GroundTruthReward(), CollaborativeReward(watching)], rows=rows, loss_type="exact_flow",
+        max_steps=1, per_device_train_batch_size=11, max_history_items=3,
+    )  # fmt: skip
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert sorted(seen) == sorted(map(tuple, batch["rows"].windows.histories))
+    assert max(map(len, seen)) == 3 < max(map(len, rows["history"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "They begin 10 windows, which are computed once"),
+        ({"model": tiny_seq2seq(len(TOKENIZER))}, "Every prompt is computed by itself: an encoder sees"),
+        ({"rows": make_rows(24)}, "Every prompt is computed by itself: no history goes on"),
+    ],
+)
+def test_the_log_says_what_prompts_hold(tmp_path, caplog, options, words):
+    caplog.set_level(logging.INFO, logger="gflowtrl")
+    model = options.pop("model", None)
+    run(tmp_path, True, [], loss_type="sft", model=model, **options)
+    (line,) = [record.message for record in caplog.records if record.message.startswith("Prompts hold")]
+    assert words in line and "targets" in line
+
+
+def test_the_policys_own_likelihood_is_a_reward(tmp_path):
+    """r = pi: with log Z = 0, as at the start, every residual log Z + log pi - log r is 0."""
+    trainer = make_trainer(
+        tmp_path, [LikelihoodReward()], loss_type="trajectory_balance", max_steps=1, train_dataset=make_rows(8),
+        max_exact_elements=1, reward_floor=0.0,
+    )  # fmt: skip
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["residual"] == pytest.approx(0.0, abs=1e-5)
+    assert 0 < log["rewards/likelihood"] < 1
