@@ -22,7 +22,7 @@ from .branches import Branches, merge_branches, places, put
 from .heads import has_flow_heads
 from .modules import evaluation_mode, innermost
 from .noise import Noise, inverse_cdf
-from .output_rows import num_rows, only_rows, selectable_head
+from .output_rows import num_rows, only_rows, only_states, selectable_head
 from .packing import BranchDecoder
 from .scores import StepScores
 from .stochastic_beam import StochasticBeams, conditional_gumbels, log_inclusion
@@ -60,7 +60,7 @@ class TreePolicy(ABC):
         self.catalog = catalog
         self.temperature = temperature_of(model)
         self._heads = has_flow_heads(model)
-        self._output = selectable_head(model)
+        self._output = self._head = selectable_head(model)
         if self._output is not None and 2 * len(catalog.tree.tokens) > num_rows(self._output):
             self._output = None  # most rows are needed anyway
 
@@ -374,6 +374,10 @@ class TreePolicy(ABC):
     def _chosen_logits(self, tree: PrefixTree) -> AbstractContextManager:
         """Within, the model gives logits of the catalogue's tokens only, where that is worth while and possible."""
         return nullcontext() if self._output is None else only_rows(self._output, tree.tokens)
+
+    def _chosen_states(self, states: Tensor) -> AbstractContextManager:
+        """Within, the model gives logits `(n, V)` at these places of its rows only, where that is possible."""
+        return nullcontext() if self._head is None else only_states(self._head, states)
 
     @contextmanager
     def _decoding(self, prompts: Prompts) -> Iterator[BranchDecoder]:

@@ -43,18 +43,19 @@ class CausalTreePolicy(TreePolicy):
         extra = {"logits_to_keep": layout.keep} if self._keep else {}
         if self._heads:
             extra["flow_positions"] = layout.keep
-        output = self.model(
-            input_ids=layout.input_ids,
-            attention_mask=attention_mask(
-                layout.visible, layout.position_ids, layout.position_ids, self._reaches, model_dtype(self.model)
-            ),
-            position_ids=layout.position_ids,
-            use_cache=False,
-            **extra,
-        )
-        logits = output.logits if self._keep else output.logits[:, layout.keep]
+        with self._chosen_states(layout.places(self._keep)):
+            output = self.model(
+                input_ids=layout.input_ids,
+                attention_mask=attention_mask(
+                    layout.visible, layout.position_ids, layout.position_ids, self._reaches, model_dtype(self.model)
+                ),
+                position_ids=layout.position_ids,
+                use_cache=False,
+                **extra,
+            )
+        logits = output.logits if output.logits.dim() == 2 else layout.states(output.logits, self._keep)
         flows = getattr(output, "log_flows", None)
-        return layout.states(logits).float(), None if flows is None else layout.states(flows)
+        return logits.float(), None if flows is None else layout.states(flows, True)
 
     def _decoder(self, prompts: Prompts) -> BranchDecoder:
         return CausalDecoder(self.model, prompts)

@@ -1,9 +1,9 @@
-"""Logits of the catalogue's tokens only.
+"""Logits of the catalogue's tokens only, and of the states that are asked for.
 
 A language model's head has a row for every token of its vocabulary (150,000, say); the policy asks for those of the
 catalogue's tokens only (a thousand). The product with all others would be most of a training step. Rows are chosen
 inside the head's own forward, so that sharded engines gather the weight where they always do, and gradients reach the
-chosen rows as if all had been computed.
+chosen rows as if all had been computed. So are the states: of a packed row those where there is something to choose.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ class _ChosenRows:
     """Mixed into the class of a model's output head, an `nn.Linear`."""
 
     _rows: Tensor | None = None
+    _states: Tensor | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
+        hidden = _at_states(hidden, self._states)
         if self._rows is None:
             return super().forward(hidden)
         bias = None if self.bias is None else self.bias.index_select(0, self._rows)
@@ -36,8 +38,10 @@ class _ChosenTrainedRows:
     """Mixed into PEFT's wrapper of an output head of which some rows are trained (`trainable_token_indices`)."""
 
     _rows: Tensor | None = None
+    _states: Tensor | None = None
 
     def forward(self, hidden: Tensor, *args, **kwargs) -> Tensor:
+        hidden = _at_states(hidden, self._states)
         if self._rows is None:
             return super().forward(hidden, *args, **kwargs)
         bias = self.token_adapter.base_layer.bias
@@ -67,6 +71,11 @@ def keep_head_bias(model: nn.Module) -> None:
     if layer is None or isinstance(layer, _BiasedTokens) or getattr(layer.base_layer, "bias", None) is None:
         return
     mix_in(_BiasedTokens, layer)
+
+
+def _at_states(hidden: Tensor, states: Tensor | None) -> Tensor:
+    """The hidden states `(n, H)` at `states` `(n,)` of all rows end to end, `hidden` `(U, Q, H)`; all where None."""
+    return hidden if states is None else hidden.flatten(0, 1).index_select(0, states)
 
 
 def _trained_rows(layer: TrainableTokensLayer, rows: Tensor) -> Tensor:
@@ -120,3 +129,13 @@ def only_rows(head: nn.Module, rows: Tensor) -> Iterator[None]:
         yield
     finally:
         head._rows = None
+
+
+@contextmanager
+def only_states(head: nn.Module, states: Tensor) -> Iterator[None]:
+    """Within, `head` gives logits `(n, V)` at `states` `(n,)` only, places in the rows of its input end to end."""
+    head._states = states
+    try:
+        yield
+    finally:
+        head._states = None

@@ -62,19 +62,25 @@ class Layout(NamedTuple):
     Attributes:
         input_ids, position_ids: `(U, Q)`.
         visible: bool `(U, Q, Q)`, who sees whom.
-        keep: `(Q',)` the last columns, whose logits are needed.
-        place: `(n,)` where each state is in the logits of all rows, end to end `(U * Q', V)`.
+        keep: `(Q',)` the last columns, beyond which no logits are needed.
+        rows, columns: `(n,)` where each state is.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     visible: Tensor
     keep: Tensor
-    place: Tensor
+    rows: Tensor
+    columns: Tensor
 
-    def states(self, values: Tensor) -> Tensor:
-        """What the model gives for the kept columns, `(U, Q', ...)`, at each state: `(n, ...)`."""
-        return values.flatten(0, 1)[self.place]
+    def places(self, kept: bool) -> Tensor:
+        """Where each state is in all rows end to end, `(n,)`; with `kept` in rows of the columns `keep` only."""
+        width = len(self.keep) if kept else self.input_ids.shape[1]
+        return self.rows * width + self.columns - (self.input_ids.shape[1] - width)
+
+    def states(self, values: Tensor, kept: bool) -> Tensor:
+        """What the model gives for columns, `(U, Q, ...)` or with `kept` `(U, Q', ...)`, at each state: `(n, ...)`."""
+        return values.flatten(0, 1)[self.places(kept)]
 
 
 def lay_out(tree: PrefixTree, trunks: Trunks, branches: Branches, aligned: bool = False) -> Layout:
@@ -125,7 +131,8 @@ def lay_out(tree: PrefixTree, trunks: Trunks, branches: Branches, aligned: bool 
         position_ids=torch.cat([prompt_positions(trunks.mask), put_in_rows(position[fed], 0)], 1),
         visible=visible,
         keep=torch.arange(first, total, device=columns.device),
-        place=trunks.trunk[prompts] * (total - first) + columns - first,
+        rows=trunks.trunk[prompts],
+        columns=columns,
     )
 
 

@@ -51,17 +51,19 @@ class Seq2SeqTreePolicy(TreePolicy):
         start = {"input_ids": root, "attention_mask": torch.ones_like(root)}
         layout = lay_out(self.catalog.tree, Trunks.of(start), branches, aligned=True)
         extra = {"flow_positions": layout.keep} if self._heads else {}
-        output = self.model(
-            input_ids=tokens,
-            attention_mask=mask,
-            decoder_input_ids=layout.input_ids,
-            decoder_attention_mask=additive(layout.visible, model_dtype(self.model)),
-            branch_positions=layout.position_ids.amax(0),  # empty places are at 0
-            use_cache=False,
-            **extra,
-        )
+        with self._chosen_states(layout.places(kept=False)):
+            output = self.model(
+                input_ids=tokens,
+                attention_mask=mask,
+                decoder_input_ids=layout.input_ids,
+                decoder_attention_mask=additive(layout.visible, model_dtype(self.model)),
+                branch_positions=layout.position_ids.amax(0),  # empty places are at 0
+                use_cache=False,
+                **extra,
+            )
+        logits = output.logits if output.logits.dim() == 2 else layout.states(output.logits, kept=False)
         flows = getattr(output, "log_flows", None)
-        return layout.states(output.logits).float(), None if flows is None else layout.states(flows)
+        return logits.float(), None if flows is None else layout.states(flows, kept=True)
 
     def _decoder(self, prompts: Prompts) -> BranchDecoder:
         return Seq2SeqDecoder(self.model, separate_prompts(prompts), self._start)

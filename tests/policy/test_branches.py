@@ -69,10 +69,11 @@ def test_rows_hold_every_state_behind_its_prompt_at_its_position(paths, count, s
     )  # fmt: skip
     layout = lay_out(tree, trunks, branches, aligned)
     kept = len(layout.keep)
-    for state, place in enumerate(layout.place.tolist()):
+    for state, place in enumerate(layout.places(kept=True).tolist()):
         prompt, depth = int(branches.prompts[state]), int(branches.depths[state])
         trunk, column = int(trunks.trunk[prompt]), int(layout.keep[place % kept])
         assert place // kept == trunk
+        assert layout.places(kept=False)[state] == trunk * layout.input_ids.shape[1] + column
         assert layout.position_ids[trunk, column] == trunks.cut[prompt] + depth - 1
         seen = layout.visible[trunk, column].nonzero().flatten()
         seen = seen[layout.position_ids[trunk, seen].argsort(stable=True)]
