@@ -220,10 +220,18 @@ class GroupCollator:
         encoder: a `PromptEncoder`, or anything else that turns histories into `input_ids` and `attention_mask`.
         seen: what the prompts of the rows hold; None: the last items of their histories, as many as `encoder` takes.
         shared: compute prompts that begin one window together; the encoder needs a method `encode_windows`.
+        max_rows: how many rows begin one trunk at most; attention over a trunk and all that hangs on it grows with its
+            square.
     """
 
-    def __init__(self, encoder: PromptEncoder, seen: RowWindows | None = None, shared: bool = False):
-        self.encoder, self.seen, self.shared = encoder, seen, shared
+    def __init__(
+        self,
+        encoder: PromptEncoder,
+        seen: RowWindows | None = None,
+        shared: bool = False,
+        max_rows: int | None = None,
+    ):
+        self.encoder, self.seen, self.shared, self.max_rows = encoder, seen, shared, max_rows
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for column in ("row_id", "history", "target"):
@@ -237,8 +245,11 @@ class GroupCollator:
         longest = getattr(self.encoder, "max_history_items", 0)  # 0: all
         seen = [longest] * len(rows) if self.seen is None else self.seen.seen_by(row_ids)
         histories = [history[-count:] for history, count in zip(histories, seen, strict=True)]
-        windows = Windows.pack(histories, columns["target"]) if self.shared else Windows.separate(histories)
-        prompts = self.encoder.encode_windows(windows) if self.shared else self.encoder(histories)
+        if self.shared:
+            windows = Windows.pack(histories, columns["target"], self.max_rows)
+            prompts = self.encoder.encode_windows(windows)
+        else:
+            windows, prompts = Windows.separate(histories), self.encoder(histories)
         return {"prompts": prompts, "row_ids": torch.tensor(row_ids), "rows": BatchRows(columns, windows)}
 
 

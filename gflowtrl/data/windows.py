@@ -7,6 +7,7 @@ a prompt are cut into windows (`user_windows`), the same for every row of a wind
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -41,26 +42,33 @@ class Windows:
     seen: Tensor
 
     @classmethod
-    def pack(cls, histories: Sequence[Sequence[Item]], targets: Sequence[Item]) -> Windows:
+    def pack(
+        cls, histories: Sequence[Sequence[Item]], targets: Sequence[Item], max_rows: int | None = None
+    ) -> Windows:
         """As few sequences as can be, of prompts and their targets.
 
         Args:
             histories: what each row's prompt holds.
             targets: the item that follows each.
+            max_rows: sequences that more rows begin are taken several times, each for a part of them.
         """
         # Equal items must sort together and nothing else is asked of the order, so any numbering of the items will do.
         numbers: dict[Item, int] = {}
         rows = [[*history, target] for history, target in zip(histories, targets, strict=True)]
         keys = [tuple(numbers.setdefault(item, len(numbers)) for item in row) for row in rows]
-        items: list[list[Item]] = []
-        trunk, longest = [0] * len(rows), ()
+        groups: list[list[int]] = []
         # What has s as a prefix follows s at once in this order: going backwards the last one is the only candidate.
         for row in sorted(range(len(keys)), key=keys.__getitem__, reverse=True):
-            if longest[: len(keys[row])] != keys[row]:
-                items.append(rows[row])
-                longest = keys[row]
-            trunk[row] = len(items) - 1
-        return cls(items, torch.tensor(trunk), torch.tensor([len(history) for history in histories]))
+            if groups and keys[groups[-1][0]][: len(keys[row])] == keys[row]:
+                groups[-1].append(row)
+            else:
+                groups.append([row])
+        if max_rows is not None:
+            groups = [part for group in groups for part in _evenly(group, max_rows)]
+        trunk = torch.empty(len(rows), dtype=torch.long)
+        for number, group in enumerate(groups):
+            trunk[group] = number
+        return cls([rows[group[0]] for group in groups], trunk, torch.tensor([len(history) for history in histories]))
 
     @classmethod
     def separate(cls, histories: Sequence[Sequence[Item]]) -> Windows:
@@ -152,6 +160,12 @@ class RowWindows:
         if not torch.equal(self.row_ids[place], wanted):
             raise KeyError(f"There is no row {int(wanted[self.row_ids[place] != wanted][0])} in the training data.")
         return self.seen[place].tolist()
+
+
+def _evenly(group: list[int], max_size: int) -> list[list[int]]:
+    pieces = math.ceil(len(group) / max_size)
+    size = math.ceil(len(group) / pieces)
+    return [group[start : start + size] for start in range(0, len(group), size)]
 
 
 def window_starts(lengths: np.ndarray, positions: np.ndarray, max_items: int) -> np.ndarray:
