@@ -55,9 +55,8 @@ def build(recipe_file: Path, given, scratch: str) -> tuple[str, Trainer, RoundCl
     recipe = load_recipe(recipe_file, ["--data_dir", given.data_dir, "--output_dir", given.output_dir])
     materials, workshop = prepare(recipe), Workshop(given.output_dir, quiet=True)
     teacher = fit_teacher(workshop, materials, recipe.teacher) if needs_teacher(recipe) else None
-    trainer = gflownet_trainer(
-        workshop, materials, train_sft(workshop, materials), teacher, Path(scratch, recipe.name)
-    )
+    start = train_sft(workshop, materials) if recipe.start == "sft" else None
+    trainer = gflownet_trainer(workshop, materials, start, teacher, Path(scratch, recipe.name))
     trainer.args.max_steps, trainer.args.load_best_model_at_end = given.steps, False
     trainer.args.eval_strategy = trainer.args.save_strategy = trainer.args.logging_strategy = "no"
     clock = RoundClock(given.device)

@@ -114,7 +114,7 @@ def test_the_diagram_has_a_line_a_method_and_the_diagonal():
 
     methods = {"sft": {p: curve(1e-3, 1e-3) for p in ("training", "test")}}
     methods["gflownet"] = {p: curve(1e-4, 1e-2) for p in ("training", "test")}
-    figure = plots._calibration({"rows": 5, "leaves": 10, "target": "R / Z", "methods": methods})
+    figure = plots._calibration({"rows": 5, "leaves": 10, "target": "R / Z", "methods": methods}, plots.TITLES)
     assert len(figure.axes) == 2
     for axes, part in zip(figure.axes, ("training", "test"), strict=True):
         assert axes.get_xscale() == axes.get_yscale() == "log" and f"5 {part} rows" in axes.get_title()
