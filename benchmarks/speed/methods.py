@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/speed/methods.py --data_dir DIR --output_dir outputs/office_llama \
         --recipes recipes/gflowgr_office_llama.yaml benchmarks/quality/recipes/*.yaml
 
-The trainers are those of the recipes' GFlowNet stages, from one SFT model (teacher and SFT are made in --output_dir
-where they are not there). They take turns; the step that counts is the mean over a round's batches but the first, and
-of the rounds the median. Evaluation is left out.
+The trainers are those of the recipes' GFlowNet stages, from the model that each starts from (teacher and SFT are made
+in --output_dir where they are not there). They take turns; the step that counts is the mean over a round's batches but
+the first, and of the rounds the median. Evaluation is left out.
 """
 
 from __future__ import annotations
