@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from gflowtrl.metrics import paired_bootstrap
 from gflowtrl.pipeline import Recipe, load_recipe, run
 from gflowtrl.pipeline.comparison import spread
-from gflowtrl.pipeline.report import TITLES, aligned, interval_text
+from gflowtrl.pipeline.plots import titles_of
+from gflowtrl.pipeline.report import aligned, interval_text
 
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +36,8 @@ def settings(recipe: dict) -> dict:
     measured, and without what is not set."""
     left_out = ("output_dir", "data_dir", "stages", "calibration_rows")
     kept = {name: settings(value) if name == "evaluation" else value for name, value in recipe.items()}
-    return {name: value for name, value in kept.items() if name not in left_out and value not in (None, {})}
+    unset = (("start", "sft"), *((name, value) for name in kept for value in (None, {})))
+    return {name: value for name, value in kept.items() if name not in left_out and (name, value) not in unset}
 
 
 def keep(results: dict, recipe: Recipe, file: Path) -> None:
@@ -76,18 +78,20 @@ def gains(ranks: torch.Tensor) -> dict[str, torch.Tensor]:
 def rows_of(runs: dict[str, list[Path]]) -> dict[str, list[tuple[dict, dict, dict | None]]]:
     """Title to (record, gains of each user, gains under the same run's control) of every seed.
 
-    What recipes share is taken from the first of them; a control of another number of steps is a row of its own.
+    What recipes share is taken from the first of them; a control of another number of steps, or one that begins from
+    another model, is a row of its own.
     """
-    rows, steps = {}, None
+    rows, shared = {}, None
     for number, (name, files) in enumerate(runs.items()):
         for file in files:
-            methods, ranks = json.loads(file.read_text())["methods"], load_file(file.with_suffix(".safetensors"))
+            record, ranks = json.loads(file.read_text()), load_file(file.with_suffix(".safetensors"))
+            titles = titles_of(record["recipe"])
             control = gains(ranks["control"]) if "control" in ranks else None
-            for method, entry in methods.items():
-                if method == "control" and steps is None:
-                    steps = entry["steps"]
-                own = method == "gflownet" or method == "control" and entry["steps"] != steps
-                title = f"{TITLES[method]}: {name}" if own else TITLES[method]
+            for method, entry in record["methods"].items():
+                if method == "control" and shared is None:
+                    shared = titles[method], entry["steps"]
+                own = method == "gflownet" or method == "control" and (titles[method], entry["steps"]) != shared
+                title = f"{titles[method]}: {name}" if own else titles[method]
                 if own or number == 0:
                     compared = None if method == "control" else control
                     rows.setdefault(title, []).append((entry, gains(ranks[method]), compared))

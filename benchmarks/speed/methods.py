@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/speed/methods.py --data_dir DIR --output_dir outputs/office_llama \
         --recipes recipes/gflowgr_office_llama.yaml benchmarks/quality/recipes/*.yaml
 
-The trainers are those of the recipes' GFlowNet stages, from one SFT model (teacher and SFT are made in --output_dir
-where they are not there). They take turns; the step that counts is the mean over a round's batches but the first, and
-of the rounds the median. Evaluation is left out.
+The trainers are those of the recipes' GFlowNet stages, from the model that each starts from (teacher and SFT are made
+in --output_dir where they are not there). They take turns; the step that counts is the mean over a round's batches but
+the first, and of the rounds the median. Evaluation is left out.
 """
 
 from __future__ import annotations
@@ -55,9 +55,8 @@ def build(recipe_file: Path, given, scratch: str) -> tuple[str, Trainer, RoundCl
     recipe = load_recipe(recipe_file, ["--data_dir", given.data_dir, "--output_dir", given.output_dir])
     materials, workshop = prepare(recipe), Workshop(given.output_dir, quiet=True)
     teacher = fit_teacher(workshop, materials, recipe.teacher) if needs_teacher(recipe) else None
-    trainer = gflownet_trainer(
-        workshop, materials, train_sft(workshop, materials), teacher, Path(scratch, recipe.name)
-    )
+    start = train_sft(workshop, materials) if recipe.start == "sft" else None
+    trainer = gflownet_trainer(workshop, materials, start, teacher, Path(scratch, recipe.name))
     trainer.args.max_steps, trainer.args.load_best_model_at_end = given.steps, False
     trainer.args.eval_strategy = trainer.args.save_strategy = trainer.args.logging_strategy = "no"
     clock = RoundClock(given.device)

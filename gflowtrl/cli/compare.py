@@ -9,21 +9,19 @@ from pathlib import Path
 from .common import guarded, make_parser, parse, show
 
 
-AGAINST = "SFT continued"
-
-
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
     parser = make_parser("compare", "Puts runs into one table: means over seeds, differences over users.")
     parser.add_argument("runs", nargs="+", help="output folders of recipes, or results.json files")
     parser.add_argument("--k", type=int, default=10, help="cut-off of the metrics")
-    parser.add_argument("--against", default=AGAINST, help="the row to compare with: how its title begins")
+    parser.add_argument("--against", help="the row to compare with: how its title begins (default: the control)")
     parser.add_argument("--plot", type=Path, help="PNG file for accuracy against breadth, and the differences")
     return guarded(lambda: _compare(parse(parser, arguments)))
 
 
 def _compare(given: argparse.Namespace) -> None:
     from gflowtrl.pipeline.comparison import compared_rows, difference, find_results, plot_comparison
+    from gflowtrl.pipeline.plots import TITLES, UNTRAINED_CONTROL
     from gflowtrl.pipeline.report import aligned, interval_text
 
     rows = compared_rows(find_results(given.runs))
@@ -31,8 +29,9 @@ def _compare(given: argparse.Namespace) -> None:
     measured = next(iter(rows[0].entries.values()))["metrics"]
     if metrics[0] not in measured:
         raise ValueError(f"The runs have no {metrics[0]}; choose --k among their evaluation.ks.")
-    other = next((row for row in rows if row.title.startswith(given.against)), None)
-    if other is None and given.against != AGAINST:
+    beginnings = (TITLES["control"], UNTRAINED_CONTROL) if given.against is None else given.against
+    other = next((row for row in rows if row.title.startswith(beginnings)), None)
+    if other is None and given.against is not None:
         raise ValueError(f"--against {given.against!r} begins no row's title: {', '.join(row.title for row in rows)}.")
     differences = [{m: difference(row, other, m) for m in metrics[:2]} if other else {} for row in rows]
     if given.plot is not None:

@@ -99,7 +99,8 @@ def _target(
 ) -> tuple[CompositeReward, ReferencePrior | None]:
     """R as the GFlowNet stage was trained with, and the SFT model where the target holds it too."""
     args = materials.recipe.training_arguments("gflownet", workshop.root)
-    rewards = build_rewards(workshop, materials, teacher, trained["sft"].folder / "model")
+    sft = trained["sft"].folder / "model" if materials.recipe.start == "sft" else None
+    rewards = build_rewards(workshop, materials, teacher, sft)
     args.reward_weights = trained["gflownet"].record["reward_weights"]
     fusion = composite_reward(rewards, args, materials.catalog, materials.tokenizer)
     if not args.ref_weight:

@@ -18,8 +18,8 @@ from gflowtrl.catalog.files import read_json
 from gflowtrl.metrics import paired_bootstrap
 
 from .evaluation import PER_USER_FILE
-from .plots import DPI, TITLES, plot_differences
-from .recipe import SCHEDULE
+from .plots import DPI, TITLES, plot_differences, titles_of
+from .recipe import control_section
 from .training import essential
 
 
@@ -141,16 +141,19 @@ def _named(result: Mapping[str, Any]) -> str:
 def _setting(method: str, recipe: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
     """All that a method's figures depend on, apart from data, evaluation and seed."""
     found = {name: recipe[name] for name in SETTINGS.get(method, recipe.keys() - NO_SETTING - {"control"})}
+    start = recipe.get("start", "sft")
+    if method in ("control", "gflownet"):
+        found |= {"start": start, "sft": recipe["sft"] if start == "sft" else None}
     if method == "control":
-        schedule = {name: value for name, value in recipe["gflownet"].items() if name in SCHEDULE}
-        found |= {"control": recipe["control"] | schedule, "steps": entry["steps"]}  # as the title says
+        section = control_section(start, recipe["control"], recipe["gflownet"])
+        found |= {"control": section, "steps": entry["steps"]}  # as the title says
     found |= {name: essential(section) for name, section in found.items() if isinstance(section, Mapping)}
     return found | {"rows_per_step": entry.get("rows_per_step")}  # which grow with the processes
 
 
 def _free_title(method: str, recipe: Mapping[str, Any], entry: Mapping[str, Any], taken: set[str]) -> str:
     details = {"gflownet": f": {recipe['name']}", "control": f", {entry.get('steps')} steps"}
-    title = TITLES[method] + details.get(method, "")
+    title = titles_of(recipe)[method] + details.get(method, "")
     while title in taken:
         title += "'"
     return title

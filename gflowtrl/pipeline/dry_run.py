@@ -23,7 +23,7 @@ from gflowtrl.trainer.checks import check_encoder, check_model
 from .configuration import check_names
 from .materials import Materials
 from .models import build_model, scratch_config, untrained
-from .recipe import QUANTISATION, STAGES, Recipe
+from .recipe import QUANTISATION, Recipe
 
 
 SMALL = 50_000_000  # parameters; a model from scratch with more of them is not run
@@ -44,11 +44,10 @@ def dry_run(materials: Materials) -> None:
         ValueError: names the section of the recipe, and what is wrong.
     """
     recipe = materials.recipe
-    if recipe.stages == ["teacher"]:
+    if not recipe.trained_stages:
         return
-    for stage in STAGES[1:]:
-        if stage in recipe.stages or stage == "sft":
-            _check_optimizer(recipe.training_arguments(stage, recipe.output_dir), stage)
+    for stage in recipe.trained_stages:
+        _check_optimizer(recipe.training_arguments(stage, recipe.output_dir), stage)
     with whole_models(), torch.random.fork_rng(devices=[]):
         if "model_name_or_path" in recipe.model:
             _check_loaded(materials)

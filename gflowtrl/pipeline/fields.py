@@ -17,7 +17,7 @@ from gflowtrl.compat import SaveStrategy
 _RUN = "the command, which runs the stages and goes on by itself"
 _ROWS = "the rows, which are tokenized and cut already"
 _SEARCH = "evaluation: policies are measured by a search of the tree"
-_NO_DRAWS = "nothing: the control is SFT continued, on the observed targets alone. It would change nothing"
+_NO_DRAWS = "nothing: the control is cross entropy on the observed targets alone. It would change nothing"
 #: Fields of training arguments that the pipeline fills in or does not look at, and what they follow from.
 OWNERS = {
     "output_dir": "output_dir", "seed": "seed", "reward_weights": "the weight of each entry of rewards",

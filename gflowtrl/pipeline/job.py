@@ -18,7 +18,7 @@ from .dry_run import dry_run
 from .evaluation import measure_policy, measure_teacher
 from .lock import sole_run
 from .materials import Materials, prepare
-from .recipe import STAGES, Recipe
+from .recipe import Recipe
 from .signals import check_signals, fit_teacher, teacher_key
 from .stage import Stage, Workshop
 from .training import train_control, train_gflownet, train_sft, update_model_folder
@@ -56,9 +56,7 @@ def run(
 
 def stage_names(recipe: Recipe) -> list[str]:
     """The stages that a run of the recipe may have, by the names of its messages and folders."""
-    trained = [
-        name for name in STAGES[1:] if name in recipe.stages or (name == "sft" and recipe.stages != ["teacher"])
-    ]
+    trained = recipe.trained_stages
     return ["teacher", *trained, *(f"test-{name}" for name in ("teacher", *trained)), "calibration"]
 
 
@@ -77,12 +75,13 @@ def _run(workshop: Workshop, materials: Materials) -> dict[str, Any]:
         key = teacher_key(recipe, materials, recipe.teacher)
         tested["teacher"] = measure_teacher(workshop, materials, teacher, key)
     used = teacher if uses_own else None
-    if {*wanted} - {"teacher"}:
-        sft = trained["sft"] = train_sft(workshop, materials)
+    if "sft" in recipe.trained_stages:
+        trained["sft"] = train_sft(workshop, materials)
+    start = trained["sft"] if recipe.start == "sft" and trained else None
     if "control" in wanted:
-        trained["control"] = train_control(workshop, materials, sft)
+        trained["control"] = train_control(workshop, materials, start)
     if "gflownet" in wanted:
-        trained["gflownet"] = train_gflownet(workshop, materials, sft, used)
+        trained["gflownet"] = train_gflownet(workshop, materials, start, used)
     tested |= {method: measure_policy(workshop, materials, stage) for method, stage in trained.items()}
     calibration = measure_calibration(workshop, materials, trained, used)
     results = report.collect(materials, trained, tested, workshop.seconds, teacher_seconds, calibration)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 
 TITLES = {"teacher": "Teacher", "sft": "SFT", "control": "SFT continued (control)", "gflownet": "GFlowNet"}
+#: The control that begins from a model that no SFT has trained.
+UNTRAINED_CONTROL = "Cross entropy (control)"
 #: A method looks the same in all pictures.
 STYLES = {
     "teacher": {"color": "tab:gray", "marker": "s"},
@@ -27,6 +29,11 @@ STYLES = {
 #: Metrics whose own names are no words, as the report calls them.
 NAMES = {"unseen_liked_mass": "unseen liked", "total_variation": "TV to truth"}
 DPI = 150
+
+
+def titles_of(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """The title of each method of a run; `recipe` as `results.json` has it."""
+    return TITLES if recipe.get("start", "sft") == "sft" else TITLES | {"control": UNTRAINED_CONTROL}
 
 
 def plot_run(results: Mapping[str, Any], logs: Mapping[str, list[dict]], folder: Path) -> None:
@@ -41,16 +48,16 @@ def plot_run(results: Mapping[str, Any], logs: Mapping[str, list[dict]], folder:
     k = primary_cutoff(results["recipe"]["evaluation"]["ks"])
     recipe, synthetic = results["recipe"]["name"], results["data"]["synthetic"]
     name = f"{recipe}: SYNTHETIC data" if synthetic else f"{recipe}: test split"
-    methods = results["methods"]
+    methods, titles = results["methods"], titles_of(results["recipe"])
     figures = {
-        "accuracy_vs_coverage": _accuracy_against_breadth(methods, k),
-        "metrics": _metrics(methods, k, results.get("gflownet_minus_control", {})),
-        "recall_by_popularity": _by_popularity(methods, k),
+        "accuracy_vs_coverage": _accuracy_against_breadth(methods, titles, k),
+        "metrics": _metrics(methods, titles, k, results.get("gflownet_minus_control", {})),
+        "recall_by_popularity": _by_popularity(methods, titles, k),
     }
     if logs:
-        figures["training"] = _training(logs, f"eval_ndcg@{k}")
+        figures["training"] = _training(logs, titles, f"eval_ndcg@{k}")
     if "methods" in results.get("calibration", {}):
-        figures["calibration"] = _calibration(results["calibration"])
+        figures["calibration"] = _calibration(results["calibration"], titles)
     for file, figure in figures.items():
         about = name if file not in ("training", "calibration") or synthetic else recipe
         figure.suptitle(about)
@@ -79,18 +86,20 @@ def plot_differences(axes: Axes, intervals: Mapping[str, Mapping[str, float]]) -
     axes.locator_params(axis="x", nbins=5)
 
 
-def _accuracy_against_breadth(methods: Mapping[str, Any], k: int) -> Figure:
+def _accuracy_against_breadth(methods: Mapping[str, Any], titles: Mapping[str, str], k: int) -> Figure:
     figure, (axes,) = _figure(7)
     for method, entry in methods.items():
         x, y = entry["metrics"][f"coverage@{k}"], entry["metrics"][f"ndcg@{k}"]
         error = 1.96 * entry["standard_errors"][f"ndcg@{k}"]
-        axes.errorbar(x, y, error, label=TITLES[method], linestyle="none", capsize=3, **STYLES[method])
+        axes.errorbar(x, y, error, label=titles[method], linestyle="none", capsize=3, **STYLES[method])
     axes.margins(0.15)
     _name(axes, f"coverage@{k}", f"NDCG@{k} (bars: 95 %)")
     return figure
 
 
-def _metrics(methods: Mapping[str, Any], k: int, differences: Mapping[str, Mapping[str, float]]) -> Figure:
+def _metrics(
+    methods: Mapping[str, Any], titles: Mapping[str, str], k: int, differences: Mapping[str, Mapping[str, float]]
+) -> Figure:
     """Bars of each method, and beside them the differences to the control: users are the same, and an interval of the
     difference says more than bars that overlap."""
     figure, (axes, *beside) = _figure(11 if differences else 7, 2 if differences else 1)
@@ -101,7 +110,7 @@ def _metrics(methods: Mapping[str, Any], k: int, differences: Mapping[str, Mappi
         errors = [1.96 * entry["standard_errors"][name] for name in names]
         heights = [entry["metrics"][name] for name in names]
         color = STYLES[method]["color"]
-        axes.bar(places, heights, width, yerr=errors, capsize=2, label=TITLES[method], color=color)
+        axes.bar(places, heights, width, yerr=errors, capsize=2, label=titles[method], color=color)
     axes.set_xticks(range(len(names)), names)
     _name(axes, "", "mean over users (bars: 95 %)")
     for other in beside:
@@ -111,32 +120,32 @@ def _metrics(methods: Mapping[str, Any], k: int, differences: Mapping[str, Mappi
     return figure
 
 
-def _by_popularity(methods: Mapping[str, Any], k: int) -> Figure:
+def _by_popularity(methods: Mapping[str, Any], titles: Mapping[str, str], k: int) -> Figure:
     figure, (axes,) = _figure(7)
     for method, entry in methods.items():
         values = [float("nan") if mean is None else mean for mean in entry["recall_by_popularity"]]
-        axes.plot(range(1, len(values) + 1), values, label=TITLES[method], **STYLES[method])
+        axes.plot(range(1, len(values) + 1), values, label=titles[method], **STYLES[method])
     _name(axes, "popularity of the target: groups of equal interactions, 1 the rarest items", f"Recall@{k}")
     return figure
 
 
-def _training(logs: Mapping[str, list[dict]], chosen: str) -> Figure:
+def _training(logs: Mapping[str, list[dict]], titles: Mapping[str, str], chosen: str) -> Figure:
     """Losses, with their parts where there are several, and the metric that chooses the checkpoint."""
     figure, (left, right) = _figure(11, 2)
     for method, log in logs.items():
         parts = sorted({key for entry in log for key in entry if key.startswith("loss/")})
         color = STYLES[method]["color"]
-        left.plot(*_series(log, "loss"), label=TITLES[method], color=color)
+        left.plot(*_series(log, "loss"), label=titles[method], color=color)
         for key, line in zip(parts if len(parts) > 1 else [], cycle(("--", ":", "-.")), strict=False):
-            label = f"{TITLES[method]}, {key.removeprefix('loss/')}"
+            label = f"{titles[method]}, {key.removeprefix('loss/')}"
             left.plot(*_series(log, key), label=label, linestyle=line, color=color)
-        right.plot(*_series(log, chosen), label=TITLES[method], **STYLES[method])
+        right.plot(*_series(log, chosen), label=titles[method], **STYLES[method])
     _name(left, "step of the stage", "loss (of each stage its own)")
     _name(right, "step of the stage", f"{chosen.removeprefix('eval_')}, validation")
     return figure
 
 
-def _calibration(calibration: Mapping[str, Any]) -> Figure:
+def _calibration(calibration: Mapping[str, Any], titles: Mapping[str, str]) -> Figure:
     """Reliability diagrams: what the policies give to the leaves of which R / Z wants so and so much."""
     figure, all_axes = _figure(11, 2)
     target = calibration["target"]
@@ -144,7 +153,7 @@ def _calibration(calibration: Mapping[str, Any]) -> Figure:
         wanted = []
         for method, entry in calibration["methods"].items():
             curve, distance = entry[part]["reliability"], entry[part]["total_variation"]
-            label = f"{TITLES[method]}: TV {distance:.3f}"
+            label = f"{titles[method]}: TV {distance:.3f}"
             axes.plot(curve["target"], curve["policy"], label=label, markersize=4, **STYLES[method])
             wanted += curve["target"]
         ends = [min(wanted), max(wanted)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, Seq2SeqTrainingArguments
 from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, SFTConfig
 
-from gflowtrl.checks import COUNT, SEED, SHARE_BELOW_ONE, check_finite, check_number
+from gflowtrl.checks import COUNT, SEED, SHARE_BELOW_ONE, check_choice, check_finite, check_number
 from gflowtrl.data import PromptFormat, SyntheticShop
 from gflowtrl.losses import get_loss
 from gflowtrl.policy.loading import load_config
@@ -45,11 +45,12 @@ from .specs import LEARNED, REWARDS, TEACHERS, check_reward, check_teacher
 
 #: Stages that a recipe may choose among, in the order in which they run; data, test and report always run.
 STAGES = ("teacher", "sft", "control", "gflownet")
+#: What the GFlowNet and its control begin from: the model that SFT leaves, or the one before any training.
+STARTS = ("sft", "untrained")
+#: How long a stage trains.
+LENGTH = ("num_train_epochs", "max_steps")
 #: Fields that decide how many steps a stage takes, and on what: the control copies them from `gflownet`.
-SCHEDULE = (
-    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    "dataloader_drop_last",
-)
+SCHEDULE = (*LENGTH, "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last")
 #: What the weights of rewards are learned for.
 FITTED_FOR = {"reward_transform": "power", "reward_beta": 1}
 #: Fields of `model` that are those of `trl.ModelConfig`: the weights that adapters stand on are held in few bits.
@@ -72,7 +73,12 @@ class Recipe:
     data_dir: str | None = setting(None, "folder with interactions (docs/data.md); null: the SYNTHETIC shop")
     name: str = setting("recipe", "what the report calls this run; the file's name if not given")
     seed: int = setting(42, "of initialisation, order and trajectories")
-    stages: list[str] = setting(list(STAGES), f"which of {', '.join(STAGES)} to run")
+    start: str = setting(
+        "sft", "what control and gflownet begin from: sft, its model, or untrained, the model before any training"
+    )
+    stages: list[str] = setting(
+        None, f"which of {', '.join(STAGES)} to run; null: all, under start: untrained all but sft"
+    )
     data: DataSection = setting({}, "what is read")
     model: dict = setting(
         {}, "model_name_or_path of a causal or encoder-decoder model, or model_type and fields of its configuration"
@@ -83,7 +89,11 @@ class Recipe:
     )
     teacher: dict = setting({"type": "sasrec"}, f"type ({', '.join(TEACHERS)}) and its options")
     sft: dict = setting({}, "fields of trl.SFTConfig, or of Seq2SeqTrainingArguments for an encoder-decoder")
-    control: dict = setting({}, f"fields of GFlowNetConfig; {', '.join(SCHEDULE)} are those of gflownet")
+    control: dict = setting(
+        {},
+        f"fields of GFlowNetConfig; {', '.join(SCHEDULE)} are those of gflownet, but under start: untrained a "
+        f"length of its own is allowed",
+    )
     gflownet: dict = setting({}, "fields of gflowtrl.GFlowNetConfig; an option without a section goes here")
     rewards: list[dict] = setting(
         [], f"each a type ({', '.join(REWARDS)}) or function (file.py:name), weight, options"
@@ -93,6 +103,9 @@ class Recipe:
     folder: str = field(default=".", metadata={"internal": True})  # files named in the recipe are looked up here too
 
     def __post_init__(self) -> None:
+        check_choice("start", self.start, STARTS)
+        if self.stages is None:
+            self.stages = [stage for stage in STAGES if stage != "sft" or self.start == "sft"]
         for name, value in check_types(Recipe, vars(self)).items():
             setattr(self, name, value)
         check_finite(self)
@@ -112,20 +125,26 @@ class Recipe:
         self._check_learned_weights()
         sampler = None if self.sampler is None else build_sampler(self.sampler, teacher=lambda histories: None)
         self._check_schedule()
-        for stage in STAGES[1:]:
-            if stage in self.stages or (stage == "sft" and self.stages != ["teacher"]):  # SFT comes before both others
-                self.training_arguments(stage, Path(self.output_dir) / stage)
+        for stage in self.trained_stages:
+            self.training_arguments(stage, Path(self.output_dir) / stage)
         if "gflownet" in self.stages:
             self._check_gflownet(sampler)
+            self._check_start()
 
     def as_dict(self) -> dict[str, Any]:
         """All settings."""
         return {name: value for name, value in asdict(self).items() if name != "folder"}
 
     @property
+    def trained_stages(self) -> list[str]:
+        """The stages that train a policy, in their order: those asked for, and SFT where others begin from it."""
+        needed = {*self.stages, *(["sft"] if self.start == "sft" and {*self.stages} - {"teacher"} else [])}
+        return [stage for stage in STAGES[1:] if stage in needed]
+
+    @property
     def control_fields(self) -> dict[str, Any]:
-        """The control's section, with the schedule of `gflownet` and the loss that makes it SFT continued."""
-        return {**self.control, **{n: self.gflownet[n] for n in SCHEDULE if n in self.gflownet}, "loss_type": ["sft"]}
+        """The control's section, with the schedule of `gflownet` and the loss: cross entropy of the targets."""
+        return control_section(self.start, self.control, self.gflownet) | {"loss_type": ["sft"]}
 
     @property
     def pretrained(self) -> dict[str, Any]:
@@ -204,7 +223,8 @@ class Recipe:
         except (ValueError, TypeError) as error:
             # "learning_rate is -1" is told as "sft.learning_rate is -1"; the control's schedule is the GFlowNet's.
             name = str(error).partition(" ")[0]
-            where = "gflownet" if stage == "control" and name in SCHEDULE else stage
+            copied = stage == "control" and name in SCHEDULE and name not in self.control
+            where = "gflownet" if copied else stage
             dot = "." if name in field_names(kind) else ": "
             raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{where}{dot}{error}") from error
         return args
@@ -266,13 +286,16 @@ class Recipe:
     def _check_schedule(self) -> None:
         for name in SCHEDULE:
             own, copied = self.control.get(name), self.gflownet.get(name)
+            if self.start == "untrained" and name in LENGTH:
+                continue
             if name in self.control and own != copied:
+                exactly = "steps" if self.start == "sft" else "rows in a step"
                 raise ValueError(
                     f"control.{name} is {own!r} and gflownet.{name} is {copied!r}, but the control takes exactly the "
-                    f"GFlowNet's steps. Leave control.{name} out."
+                    f"GFlowNet's {exactly}. Leave control.{name} out."
                 )
         if "loss_type" in self.control:
-            raise ValueError("The control is SFT continued on the same rows: leave control.loss_type out.")
+            raise ValueError("The control is cross entropy on the same rows: leave control.loss_type out.")
 
     def _check_gflownet(self, sampler: Sampler | None) -> None:
         """What the trainer would refuse after teacher, SFT and control have been trained."""
@@ -284,6 +307,36 @@ class Recipe:
             )
         if sampler is not None:
             source_table(args.source_weights or {}, sampler.source_names)
+
+    def _check_start(self) -> None:
+        """Nothing of a GFlowNet that begins untrained may look at the SFT model."""
+        if self.start == "sft":
+            return
+        for number, reward in enumerate(self.rewards):
+            if reward.get("type") == "likelihood" and reward.get("of") != "policy":
+                raise ValueError(
+                    f"rewards.{number} is the likelihood of the SFT model, but under start: untrained there is none: "
+                    f"set start: sft, or rewards.{number}.of: policy."
+                )
+        args = self.training_arguments("gflownet", self.output_dir)
+        needy = next((name for name in args.loss_type if get_loss(name).needs_reference), None)
+        if args.ref_weight or needy:
+            what = f"ref_weight is {args.ref_weight:g}" if args.ref_weight else f"loss_type {needy!r} has a reference"
+            remedy = "leave gflownet.ref_weight out" if args.ref_weight else "choose another loss"
+            raise ValueError(
+                f"gflownet.{what}, but under start: untrained the reference model would be untrained too, and its "
+                f"probabilities mean nothing: set start: sft, or {remedy}."
+            )
+
+
+def control_section(start: str, control: Mapping[str, Any], gflownet: Mapping[str, Any]) -> dict[str, Any]:
+    """The control's section with the GFlowNet's schedule; one that begins untrained may have a length of its own.
+
+    Args:
+        start, control, gflownet: of a recipe.
+    """
+    own = LENGTH if start == "untrained" and control.keys() & {*LENGTH} else ()
+    return {**control, **{name: gflownet[name] for name in SCHEDULE if name in gflownet and name not in own}}
 
 
 def load_recipe(path: str | Path, arguments: Sequence[str] = ()) -> Recipe:

@@ -16,7 +16,7 @@ from gflowtrl.metrics import group_means, paired_bootstrap, popularity_groups, p
 
 from .evaluation import per_user
 from .materials import Materials
-from .plots import NAMES, TITLES, plot_run
+from .plots import NAMES, plot_run, titles_of
 from .stage import Stage, write_json
 
 
@@ -105,10 +105,10 @@ def table(results: Mapping[str, Any]) -> str:
     shown |= {f"Gini@{k}": f"gini@{k}", "long tail": f"long_tail@{k}"}
     if _truth_is_known(results):
         shown |= {title: name for name, title in NAMES.items()}
-    lines = [["method", *shown, "train s"]]
+    titles, lines = titles_of(results["recipe"]), [["method", *shown, "train s"]]
     for method, entry in results["methods"].items():
         values = [f"{entry['metrics'][name]:.4f}" for name in shown.values()]
-        lines.append([TITLES[method], *values, f"{entry['seconds']:.0f}"])
+        lines.append([titles[method], *values, f"{entry['seconds']:.0f}"])
     return aligned(lines)
 
 
@@ -152,7 +152,7 @@ def text(results: Mapping[str, Any]) -> str:
         lines.append("unseen liked: probability on items that a user likes and was never shown (higher is better).")
         lines.append("TV to truth: total variation to the user's true preference (lower is better).")
     if "calibration" in results:
-        lines += ["", *_calibration(results["calibration"])]
+        lines += ["", *_calibration(results["calibration"], titles_of(recipe))]
     return "\n".join(lines)
 
 
@@ -170,14 +170,14 @@ def write(results: Mapping[str, Any], logs: Mapping[str, list[dict]], folder: Pa
     write_json(folder / "results.json", results)
 
 
-def _calibration(found: Mapping[str, Any]) -> list[str]:
+def _calibration(found: Mapping[str, Any], titles: Mapping[str, str]) -> list[str]:
     if "left_out" in found:
         return [f"Distance to R / Z left out: {found['left_out']}"]
     parts = ("training", "test")
     shown = [(part, name) for part in parts for name in ("total_variation", "jensen_shannon")]
     lines = [["policy", *(f"{title}, {part}" for part in parts for title in ("TV", "JS"))]]
     for method, entry in found["methods"].items():
-        lines.append([TITLES[method], *(f"{entry[part][name]:.4f}" for part, name in shown)])
+        lines.append([titles[method], *(f"{entry[part][name]:.4f}" for part, name in shown)])
     return [
         f"How far each policy is from {found['target']} (over all {found['leaves']:,} leaves, {found['rows']} "
         f"training and {found['rows']} test rows):",

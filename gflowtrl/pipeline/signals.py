@@ -60,12 +60,14 @@ def fit_teacher(workshop: Workshop, materials: Materials, spec: Mapping[str, Any
     return load_teacher(stage.folder / "model").to(workshop.state.device)
 
 
-def build_rewards(workshop: Workshop, materials: Materials, teacher: TeacherModule | None, sft_model: Path) -> list:
+def build_rewards(
+    workshop: Workshop, materials: Materials, teacher: TeacherModule | None, sft_model: Path | None
+) -> list:
     """The rewards of a recipe, in its order.
 
     Args:
         teacher: of collaborative rewards that name none of their own.
-        sft_model: folder of the model whose probabilities a likelihood reward gives.
+        sft_model: folder of the model whose probabilities a likelihood reward gives; None: no reward asks for it.
     """
     recipe = materials.recipe
 

@@ -1,4 +1,4 @@
-"""The three training stages: SFT with TRL's own trainer, its control, and the GFlowNet."""
+"""The three training stages: SFT with TRL's own trainer, the control, and the GFlowNet."""
 
 from __future__ import annotations
 
@@ -110,10 +110,7 @@ def train_sft(workshop: Workshop, materials: Materials) -> Stage:
 
     Causal models read one row a user (TRL's SFTTrainer), encoder-decoders one row a target (Seq2SeqTrainer).
     """
-    recipe = materials.recipe
-    begins = recipe.model.get("model_name_or_path")
-    inputs = {"data": materials.fingerprint, "model": recipe.model, "sft": essential(recipe.sft), **_worded(materials)}
-    inputs |= if_set(model_files=files_fingerprint(recipe.local(begins)) if begins else None)
+    inputs = {**_untrained_inputs(materials), "sft": essential(materials.recipe.sft)}
 
     def work(folder: Path) -> Record:
         trainer = _sft_trainer(materials, folder, workshop.callbacks)
@@ -159,24 +156,36 @@ def _sft_trainer(materials: Materials, folder: Path, callbacks: Sequence[Trainer
     return trainer
 
 
-def train_control(workshop: Workshop, materials: Materials, sft: Stage) -> Stage:
-    """SFT continued on single targets, for the GFlowNet's number of steps: what any gain has to be compared with."""
+def train_control(workshop: Workshop, materials: Materials, start: Stage | None) -> Stage:
+    """Cross entropy on single targets, from the same model as the GFlowNet: what any gain has to be compared with.
+
+    Args:
+        start: the stage whose model it begins from (SFT is continued then); None: untrained.
+    """
     recipe = materials.recipe
-    inputs = {"sft": sft.fingerprint, "control": essential(recipe.control_fields)}
+    inputs = {**_start_inputs(materials, start), "control": essential(recipe.control_fields)}
 
     def work(folder: Path) -> Record:
         args = recipe.training_arguments("control", folder / CHECKPOINTS)
-        trainer = _flow_trainer(workshop, materials, args, sft)
-        return train(trainer, materials, folder, partial(load_backbone, sft.folder / "model"))
+        trainer = _flow_trainer(workshop, materials, args, start)
+        return train(trainer, materials, folder, partial(_start_model, materials, start, quantised=False))
 
-    return _run_stage(workshop, materials, "control", inputs, "SFT continued (the control)", work)
+    about = "cross entropy from the untrained model" if start is None else "SFT continued"
+    return _run_stage(workshop, materials, "control", inputs, f"{about} (the control)", work)
 
 
-def train_gflownet(workshop: Workshop, materials: Materials, sft: Stage, teacher: TeacherModule | None) -> Stage:
-    """GFlowNet fine-tuning of the SFT model with the recipe's rewards and sampler."""
+def train_gflownet(
+    workshop: Workshop, materials: Materials, start: Stage | None, teacher: TeacherModule | None
+) -> Stage:
+    """GFlowNet training with the recipe's rewards and sampler.
+
+    Args:
+        start: the stage whose model it begins from; None: untrained.
+        teacher: of rewards and samplers that use the recipe's own.
+    """
     recipe = materials.recipe
     inputs = {
-        "sft": sft.fingerprint,
+        **_start_inputs(materials, start),
         "gflownet": essential(recipe.gflownet),
         "rewards": reward_key(recipe, materials),
         "sampler": recipe.sampler,
@@ -184,34 +193,37 @@ def train_gflownet(workshop: Workshop, materials: Materials, sft: Stage, teacher
     }
 
     def work(folder: Path) -> Record:
-        trainer = gflownet_trainer(workshop, materials, sft, teacher, folder)
-        record = train(trainer, materials, folder, partial(load_backbone, sft.folder / "model"))
+        trainer = gflownet_trainer(workshop, materials, start, teacher, folder)
+        record = train(trainer, materials, folder, partial(_start_model, materials, start, quantised=False))
         if teacher is not None and workshop.is_main:
             teacher.save_pretrained(folder / "model" / TEACHER_FOLDER)  # the recommender explains itself by it
         return {**record, "reward_weights": trainer.rewards.weights if trainer.rewards else []}
 
-    return _run_stage(workshop, materials, "gflownet", inputs, "GFlowNet fine-tuning", work)
+    about = "GFlowNet training from the untrained model" if start is None else "GFlowNet fine-tuning"
+    return _run_stage(workshop, materials, "gflownet", inputs, about, work)
 
 
 def gflownet_trainer(
-    workshop: Workshop, materials: Materials, sft: Stage, teacher: TeacherModule | None, folder: Path
+    workshop: Workshop, materials: Materials, start: Stage | None, teacher: TeacherModule | None, folder: Path
 ) -> GFlowNetTrainer:
-    """The trainer of the recipe's GFlowNet stage, which continues what the stage `sft` has left, in `folder`."""
+    """The trainer of the recipe's GFlowNet stage in `folder`, which continues what the stage `start` has left; None:
+    it begins untrained."""
     recipe = materials.recipe
     args = recipe.training_arguments("gflownet", folder / CHECKPOINTS)
-    rewards, sampler = build_rewards(workshop, materials, teacher, sft.folder / "model"), None
+    sft_model = None if start is None else start.folder / "model"
+    rewards, sampler = build_rewards(workshop, materials, teacher, sft_model), None
     args.reward_weights = final_weights(workshop, materials, rewards) or None
     if recipe.sampler is not None:
         sampler = build_sampler(recipe.sampler, teacher, args.temperature, args.epsilon)
-    return _flow_trainer(workshop, materials, args, sft, reward_funcs=rewards, sampler=sampler)
+    return _flow_trainer(workshop, materials, args, start, reward_funcs=rewards, sampler=sampler)
 
 
 def _flow_trainer(
-    workshop: Workshop, materials: Materials, args: GFlowNetConfig, sft: Stage, **options: Any
+    workshop: Workshop, materials: Materials, args: GFlowNetConfig, start: Stage | None, **options: Any
 ) -> GFlowNetTrainer:
     set_seed(materials.recipe.seed)
     return GFlowNetTrainer(
-        load_backbone(sft.folder / "model", **quantization(materials.recipe)),
+        _start_model(materials, start),
         args=args,
         train_dataset=materials.splits.train,
         eval_dataset=materials.validation,
@@ -224,6 +236,28 @@ def _flow_trainer(
         callbacks=workshop.callbacks,
         **options,
     )
+
+
+def _start_model(materials: Materials, start: Stage | None, quantised: bool = True) -> PreTrainedModel:
+    """What control and GFlowNet begin from: the model of the stage `start`, or, None, the one before any training."""
+    if start is None:
+        return build_model(materials, quantised)
+    return load_backbone(start.folder / "model", **(quantization(materials.recipe) if quantised else {}))
+
+
+def _start_inputs(materials: Materials, start: Stage | None) -> Record:
+    """What that model depends on besides the seed."""
+    return {"start": _untrained_inputs(materials)} if start is None else {"sft": start.fingerprint}
+
+
+def _untrained_inputs(materials: Materials) -> Record:
+    """What a model before any training depends on besides the seed, and the prompts that it reads."""
+    recipe = materials.recipe
+    begins = recipe.model.get("model_name_or_path")
+    files = files_fingerprint(recipe.local(begins)) if begins else None
+    return {
+        "data": materials.fingerprint, "model": recipe.model, **_worded(materials), **if_set(model_files=files)
+    }  # fmt: skip
 
 
 def _run_stage(workshop: Workshop, materials: Materials, name: str, inputs: Record, about: str, work: Work) -> Stage:
@@ -300,7 +334,7 @@ def _card(trainer: Trainer, materials: Materials, folder: Path) -> CardFacts:
 
 
 def _worded(materials: Materials) -> Record:
-    """What the SFT of a language model depends on beside its data: the words."""
+    """What the training of a language model depends on beside its data: the words."""
     recipe = materials.recipe
     if not recipe.prompt and recipe.model.get("new_tokens") != "titles":
         return {}

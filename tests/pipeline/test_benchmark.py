@@ -44,6 +44,13 @@ def base(tmp_path, monkeypatch) -> Path:
     return tmp_path / "base.yaml"
 
 
+def test_records_from_before_there_was_a_start_are_of_the_same_recipe(office, tmp_path):
+    now = micro_recipe(tmp_path).as_dict()
+    before = {name: value for name, value in now.items() if name != "start"}
+    assert office.settings(now) == office.settings(before)
+    assert office.settings(micro_recipe(tmp_path, start="untrained").as_dict()) != office.settings(before)
+
+
 @pytest.mark.slow
 def test_runs_are_kept_tabulated_and_not_repeated(office, base, tmp_path, monkeypatch, capsys):
     (tmp_path / "one.yaml").write_text("base: base.yaml\nname: one")

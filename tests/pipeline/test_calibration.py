@@ -47,7 +47,7 @@ def test_distances_are_those_of_the_enumerated_distributions(folder):
         for part, rows in (("training", materials.splits.train), ("test", materials.test)):
             expected = []
             for row in some(rows, 9):
-                items = 0.7 * teacher.score([row["history"]])[0].double().softmax(0)
+                items = 0.7 * teacher.score([row["history"][-6:]])[0].double().softmax(0)
                 items[catalog.items.index(row["target"])] += 0.3
                 target = torch.zeros(catalog.tree.num_leaves, dtype=torch.double)
                 target.index_add_(0, catalog.item_leaf.cpu(), items)
@@ -114,7 +114,7 @@ def test_the_diagram_has_a_line_a_method_and_the_diagonal():
 
     methods = {"sft": {p: curve(1e-3, 1e-3) for p in ("training", "test")}}
     methods["gflownet"] = {p: curve(1e-4, 1e-2) for p in ("training", "test")}
-    figure = plots._calibration({"rows": 5, "leaves": 10, "target": "R / Z", "methods": methods})
+    figure = plots._calibration({"rows": 5, "leaves": 10, "target": "R / Z", "methods": methods}, plots.TITLES)
     assert len(figure.axes) == 2
     for axes, part in zip(figure.axes, ("training", "test"), strict=True):
         assert axes.get_xscale() == axes.get_yscale() == "log" and f"5 {part} rows" in axes.get_title()

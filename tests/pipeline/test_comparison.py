@@ -84,6 +84,25 @@ def test_methods_are_apart_where_they_depend_on_what_differs(keep, tmp_path, cha
     assert rows == expected and list(rows) == list(expected)
 
 
+def test_what_begins_untrained_is_a_row_of_its_own(keep, tmp_path, capsys):
+    """Which no setting of SFT divides; results of earlier versions began from SFT."""
+    for seed, run, sft in ((1, "a", {"max_steps": 1}), (2, "b", {"max_steps": 2})):
+        keep(seed, run, start="untrained", control={"num_train_epochs": 3}, gflownet=FLOW, sft=sft)
+    untrained = "Cross entropy (control), 4 steps"
+    rows = seeds_of(compared_rows(find_results([tmp_path / "out"])))
+    assert rows[untrained] == [1, 2] and rows["GFlowNet: micro"] == [1, 2] and rows["SFT'"] == [2]
+    assert main(["compare", str(tmp_path / "out"), "--k", "5"]) == 0
+    assert f"ndcg@5 - {untrained}" in capsys.readouterr().out
+    for seed, run in ((3, "c"), (4, "d")):
+        keep(seed, run, gflownet=FLOW)
+    file = tmp_path / "out" / "report-c" / "results.json"
+    content = json.loads(file.read_text())
+    del content["recipe"]["start"]
+    file.write_text(json.dumps(content))
+    rows = seeds_of(compared_rows(find_results([tmp_path / "out"])))
+    assert rows[CONTROL] == rows["GFlowNet: micro'"] == [3, 4] and rows[untrained] == rows["GFlowNet: micro"] == [1, 2]
+
+
 def test_another_number_of_rows_in_a_step_and_the_same_seed_again_are_other_rows(keep, tmp_path):
     for run, seed in (("a", 1), ("b", 1), ("c", 2)):
         keep(seed, run, gflownet=FLOW)

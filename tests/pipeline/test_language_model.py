@@ -177,6 +177,28 @@ def test_adapters_on_quantised_weights(bits, text_model, tmp_path):
     assert changed
 
 
+@pytest.mark.parametrize("bits", [{}, {"load_in_4bit": True}], ids=str)
+def test_adapters_on_the_untrained_model_are_merged_into_it(bits, text_model, tmp_path):
+    """The base is the checkpoint with its new tokens, whole, and no SFT comes first."""
+    model = {"model_name_or_path": str(text_model), "new_tokens": "titles"} | bits
+    recipe = recipe_of(tmp_path, text_model, model=model, start="untrained", stages=["control", "gflownet"])
+    results = run(recipe, quiet=True)
+    assert list(results["methods"]) == ["teacher", "control", "gflownet"]
+    for method in ("control", "gflownet"):
+        folder = Path(results["methods"][method]["model"])
+        before, merged = build_model(prepare(recipe), quantised=False), load_backbone(folder).eval()
+        pairs = zip(before.named_parameters(), merged.parameters(), strict=True)
+        changed = {name.rpartition(".")[0].rpartition(".")[2] for (name, a), b in pairs if not a.equal(b)}
+        assert {"q_proj", "v_proj"} < changed <= {"q_proj", "v_proj", "embed_tokens", "lm_head"}
+        adapted = PeftModel.from_pretrained(before, folder.parent / "adapters").eval()
+        tokens = torch.tensor([[5, 9, 70, merged.config.vocab_size - 1, merged.config.vocab_size - 4]])
+        torch.testing.assert_close(merged(tokens).logits, adapted(tokens).logits, rtol=1e-4, atol=1e-4)
+        card = ModelCard.load(folder / "README.md")
+        assert f"It began as `{text_model.name}`, licence apache-2.0." in card.text
+        inputs = json.loads((folder.parent / "inputs.json").read_text())
+        assert {"model_files", "prompt", "titles"} < inputs["start"].keys() and inputs["peft"] == LORA
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
