@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/quality/seconds.py --data_dir DIR --seeds 42 43 44 \
         --out benchmarks/results/quality/seconds.json
 
-For the first seed the recipe as it was before whole rows: teacher, SFT, two epochs of exact flows by separate rows. For
-every seed exact flows by whole rows from random weights, towards the same teacher, and cross entropy in the same rows:
-for the same visits, and for as many epochs as take the same seconds. Seconds are the processor's, of training steps
-alone; a fixed part of the validation users is measured after every epoch, all users at the end. One thread.
+For the first seed the recipe as it was before whole rows: teacher, SFT, two epochs of exact flows by separate rows.
+For every seed exact flows by whole rows from random weights, towards the same teacher, and cross entropy in the same
+rows: for the same visits, and for as many epochs as take the same seconds. Seconds are the processor's, of training
+steps alone; validation users are measured after every epoch, test users at the end. One thread.
 """
 
 import argparse

@@ -24,9 +24,8 @@ from .evaluation import rows_per_step
 
 logger = logging.getLogger(__name__)
 
-#: Trajectories that hang on one trunk at most. Fewer read the trunk's tokens more often, more pay for attention, which
-#: grows with the square of a row. Seconds of an epoch on Office (K 4 and 8): like without
-#: a limit and at 50, a fifth less at 120 for K 8.
+#: Trajectories that hang on one trunk at most. Fewer read the trunk's tokens more often; more pay for attention, which
+#: grows with the square of a row.
 TRAJECTORIES_OF_A_ROW = 120
 
 

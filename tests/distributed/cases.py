@@ -82,7 +82,7 @@ class Draws(list):
 def build(
     case: Case, folder: Path, processes: int = 1, seed: int = 0, **options: Any
 ) -> tuple[GFlowNetTrainer, Draws]:
-    """A trainer of global batches of `PROMPTS` prompts, and what it will draw. Its windows have one to five targets, and
+    """A trainer of global batches of `PROMPTS` prompts, and what it will draw. Its windows have one to five targets;
     processes and micro-batches cut them in different places."""
     drawn = Draws()
     rewards = [GroundTruthReward(), CollaborativeReward(teacher), drawn]
