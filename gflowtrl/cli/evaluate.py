@@ -40,7 +40,7 @@ def _evaluate(given: argparse.Namespace) -> None:
             f"{len(strangers)} of {len(data.items)} items of {given.data_dir} are not in the recommender's catalogue, "
             f"the first is {strangers[0]!r}. Give the data that it was trained on."
         )
-    splits = leave_one_out(data)
+    splits = leave_one_out(data, recommender.encoder.max_history_items)
     rows = getattr(splits, given.split)
     leaves = rank_rows(recommender.policy, recommender.encoder, rows, given.num_beams, given.batch_size, progress=True)
     catalog = recommender.catalog.to("cpu")

@@ -130,11 +130,7 @@ class PromptEncoder:
         Raises:
             ValueError: for no history at all, an empty one or an unknown item; the message names the row.
         """
-        if not len(histories):
-            raise ValueError("There is no history to encode: the batch is empty.")
-        for row, history in enumerate(histories):
-            if not len(history):
-                raise ValueError(f"The history in row {row} is empty. A prompt needs at least one item: drop it.")
+        _check_filled(histories)
         prompts, _ = self._encode([history[-self.max_history_items :] for history in histories], self.tail)
         return prompts
 
@@ -152,6 +148,7 @@ class PromptEncoder:
             ValueError: prompts end with text behind the history, so that none is the beginning of another; or an
                 unknown item.
         """
+        _check_filled(windows.histories)
         if self.tail:
             raise ValueError("Prompts end with text behind the history, so that none is the beginning of another.")
         # A prompt's target is read off the tokens behind it, for which the last one of all is not needed. Where items
@@ -194,6 +191,14 @@ class PromptEncoder:
         places = torch.linspace(0, len(long) - 1, count).long()
         chosen = [self.catalog.items[place] for place in long[places].tolist()]
         return [chosen, chosen[:1]]
+
+
+def _check_filled(histories: Sequence[Sequence[Item]]) -> None:
+    if not len(histories):
+        raise ValueError("There is no history to encode: the batch is empty.")
+    for row, history in enumerate(histories):
+        if not len(history):
+            raise ValueError(f"The history in row {row} is empty. A prompt needs at least one item: drop it.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,8 +247,11 @@ class GroupCollator:
                 )
         columns = {column: [row[column] for row in rows] for column in rows[0]}
         row_ids, histories = columns["row_id"], columns["history"]
-        longest = getattr(self.encoder, "max_history_items", 0)  # 0: all
-        seen = [longest] * len(rows) if self.seen is None else self.seen.seen_by(row_ids)
+        if self.seen is None:
+            longest = getattr(self.encoder, "max_history_items", 0)  # 0: all
+            windows, prompts = Windows.separate([h[-longest:] for h in histories]), self.encoder(histories)
+            return {"prompts": prompts, "row_ids": torch.tensor(row_ids), "rows": BatchRows(columns, windows)}
+        seen = self.seen.seen_by(row_ids)
         histories = [history[-count:] for history, count in zip(histories, seen, strict=True)]
         if self.shared:
             windows = Windows.pack(histories, columns["target"], self.max_rows)

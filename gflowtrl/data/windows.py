@@ -7,6 +7,7 @@ a prompt are cut into windows (`user_windows`), the same for every row of a wind
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from gflowtrl.checks import COUNT, check_number
 from .interactions import ranges
 
 
-CHUNK = 50_000  # rows that are looked at together
+CHUNK = 50_000  # rows that are read together
+ITEMS_AT_ONCE = 5_000_000  # of their histories that are looked at together
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,8 +202,9 @@ def _parents(rows: Dataset, items: Sequence[Item]) -> tuple[np.ndarray, np.ndarr
     of_place = _odd(random, 1 + max(int(lengths.max()) for _, lengths, _ in _histories(rows, items)))
     of_user = np.zeros(count, np.uint64)
     if "user" in rows.column_names:
-        users = _column(rows, "user", 0, count).dictionary_encode().indices.to_numpy(zero_copy_only=False)
-        of_user = _odd(random, int(users.max()) + 1)[users]
+        numbers: dict[str, int] = {}  # of any type that Arrow has; none is a user as well
+        users = np.array([numbers.setdefault(repr(user), len(numbers)) for user in rows["user"]])
+        of_user = _odd(random, len(numbers))[users]
     lengths = np.zeros(count, np.int64)
     whole, parents = np.zeros(count, np.uint64), np.full(count, -1)
 
@@ -248,7 +251,12 @@ def _histories(rows: Dataset, items: Sequence[Item]) -> Iterator[tuple[slice, np
     for start in range(0, len(rows), CHUNK):
         part = slice(start, min(start + CHUNK, len(rows)))
         histories = _column(rows, "history", part.start, part.stop)
-        yield part, pc.list_value_length(histories).to_numpy(), _places(pc.list_flatten(histories), items)
+        lengths = pc.list_value_length(histories).to_numpy()
+        number = lengths.cumsum() // ITEMS_AT_ONCE
+        ends = [*(np.flatnonzero(np.diff(number)) + 1).tolist(), len(lengths)]
+        for begin, end in itertools.pairwise([0, *ends]):
+            some = pc.list_flatten(histories.slice(begin, end - begin))
+            yield slice(part.start + begin, part.start + end), lengths[begin:end], _places(some, items)
 
 
 def _column(rows: Dataset, name: str, start: int, stop: int) -> pa.Array:
@@ -256,7 +264,8 @@ def _column(rows: Dataset, name: str, start: int, stop: int) -> pa.Array:
 
 
 def _places(values: pa.Array, items: Sequence[Item]) -> np.ndarray:
-    return pc.index_in(values, pa.array(items, values.type)).to_numpy(zero_copy_only=False)
+    known = pa.array(items)
+    return pc.index_in(values.cast(known.type), known).to_numpy(zero_copy_only=False)
 
 
 def _odd(random: np.random.Generator, count: int) -> np.ndarray:

@@ -148,6 +148,7 @@ def _setting(method: str, recipe: Mapping[str, Any], entry: Mapping[str, Any]) -
         section = control_section(start, recipe["control"], recipe["gflownet"])
         found |= {"control": section, "steps": entry["steps"]}  # as the title says
     found |= {name: essential(section) for name, section in found.items() if isinstance(section, Mapping)}
+    found["windows"] = bool(entry.get("windows"))  # records of before there were any lack it
     return found | {"rows_per_step": entry.get("rows_per_step")}  # which grow with the processes
 
 

@@ -58,7 +58,11 @@ def measure_teacher(workshop: Workshop, materials: Materials, teacher: TeacherMo
         targets = materials.catalog.index_of(rows["target"])
         report = summarise_items(items, targets, materials.item_counts, measure.ks)
         leaves = materials.catalog.item_leaf.cpu()[items]
-        return report, leaves, lambda histories: teacher.score(histories).softmax(-1).cpu()
+
+        def distribution(histories: list) -> Tensor:
+            return teacher.score([history[-longest:] for history in histories]).softmax(-1).cpu()
+
+        return report, leaves, distribution
 
     return _test(workshop, materials, "teacher", key, recommend, main_only=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -33,6 +34,7 @@ from gflowtrl.teachers import fingerprint
 from .recipe import Recipe
 
 
+MOST_ITEMS = 1 << 28  # of the histories of all rows: some gigabytes
 SAMPLED = 1 << 16  # bytes of each of up to 17 blocks of a file that make its fingerprint
 
 
@@ -110,7 +112,7 @@ def prepare(recipe: Recipe) -> Materials:
             f"{data.name} has no semantic ids: {recipe.data_dir} holds no semantic_ids.json. `gflowtrl tokenize "
             f"--data_dir {recipe.data_dir}` makes it; or give each item a list of tokens there (docs/data.md)."
         )
-    splits = leave_one_out(data)
+    splits = leave_one_out(data, _history_cut(data, recipe.data.max_history_items))
     if recipe.model.get("model_name_or_path") is None:
         tokenizer = build_tokenizer(data.semantic_ids)
     else:
@@ -127,6 +129,19 @@ def prepare(recipe: Recipe) -> Materials:
     materials = Materials(recipe, data, truth, splits, tokenizer, catalog, fingerprint(content))
     materials.encoder  # noqa: B018  (it names what its prompts lack)
     return materials
+
+
+def _history_cut(data: InteractionData, max_history_items: int) -> int | None:
+    """None, so that rows of one user can be computed together; a number where whole histories would not fit."""
+    total = sum(len(sequence) * (len(sequence) - 1) // 2 for sequence in data.sequences)
+    if total <= MOST_ITEMS:
+        return None
+    warnings.warn(
+        f"{data.name}: the histories of all rows hold {total:,} items. They are cut to {max_history_items} each, and "
+        f"each row is computed by itself.",
+        stacklevel=3,
+    )
+    return max_history_items
 
 
 def files_fingerprint(folder: str | Path) -> str | None:

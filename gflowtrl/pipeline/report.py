@@ -21,7 +21,7 @@ from .stage import Stage, write_json
 
 
 #: What the results take over from the record of a training.
-KEPT = ("steps", "rows_per_step", "best_step", "seconds", "reward_weights")
+KEPT = ("steps", "rows_per_step", "windows", "best_step", "seconds", "reward_weights")
 PACKAGES = ("gflowtrl", "torch", "transformers", "trl", "accelerate", "datasets", "numpy")
 
 

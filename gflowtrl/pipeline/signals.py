@@ -47,9 +47,13 @@ def fit_teacher(workshop: Workshop, materials: Materials, spec: Mapping[str, Any
     def fit(folder: Path) -> dict[str, Any]:
         options = dict(stage.inputs["teacher"])
         kind = options.pop("type")
+        longest, held_out = materials.recipe.data.max_history_items, materials.splits.validation
+        pairs = zip(held_out["history"], held_out["target"], strict=True)
         offered = {
-            "validation": materials.splits.validation, "device": workshop.state.device,
-            "progress": not workshop.quiet, "max_history_items": materials.recipe.data.max_history_items,
+            # A teacher is asked about what prompts hold.
+            "validation": [{"history": history[-longest:], "target": target} for history, target in pairs],
+            "device": workshop.state.device,
+            "progress": not workshop.quiet, "max_history_items": longest,
         }  # fmt: skip
         options |= {name: offered[name] for name in offered.keys() & fit_arguments(kind)}
         teacher = TEACHERS[kind].fit(materials.splits.train_sequences, materials.data.items, **options)

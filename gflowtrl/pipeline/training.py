@@ -247,7 +247,9 @@ def _start_model(materials: Materials, start: Stage | None, quantised: bool = Tr
 
 def _start_inputs(materials: Materials, start: Stage | None) -> Record:
     """What that model depends on besides the seed."""
-    return {"start": _untrained_inputs(materials)} if start is None else {"sft": start.fingerprint}
+    windows = not materials.recipe.encoder_decoder and not materials.encoder.tail  # what prompts hold follows from it
+    begins = {"start": _untrained_inputs(materials)} if start is None else {"sft": start.fingerprint}
+    return begins | ({"windows": True} if windows else {})
 
 
 def _untrained_inputs(materials: Materials) -> Record:
@@ -303,6 +305,7 @@ def train(trainer: Trainer, materials: Materials, folder: Path, base: Callable[[
         "card": asdict(facts),
         "steps": state.global_step,
         "rows_per_step": rows_per_step(args),
+        "windows": isinstance(trainer, GFlowNetTrainer) and trainer.uses_windows,
         "best_step": state.best_global_step,
         "best_metric": {args.metric_for_best_model: state.best_metric},
         "log": state.log_history,

@@ -99,8 +99,8 @@ def distinct_sorted(leaves: Tensor, without: Tensor | None = None) -> Tensor:
 
 
 def observed_leaves(step: Step, catalog: ItemCatalog, sampler: str) -> Tensor:
-    """Leaves of history and target: `(B, W)` distinct, ascending, padded with -1."""
-    leaves = leaf_rows(catalog, step.column("history", sampler)).to(step.device)
+    """Leaves of what the prompt holds and of the target: `(B, W)` distinct, ascending, padded with -1."""
+    leaves = leaf_rows(catalog, step.histories(sampler)).to(step.device)
     return distinct_sorted(torch.cat([leaves, step.target_leaves[:, None]], 1))
 
 

@@ -237,9 +237,20 @@ def _scores(step: Step, histories: Sequence[History], part: Teacher) -> Tensor:
     if hasattr(part, "combine"):
         return part.combine(partial(_scores_once, step, histories))
     with torch.no_grad():
-        if step.windows is not None and hasattr(part, "score_windows"):
+        if step.windows is not None and _reads_windows(part):
             return _checked(part, part.score_windows(step.windows))
         return _checked(part, part.score(histories))
+
+
+def _reads_windows(teacher: Teacher) -> bool:
+    """Whether it has a `score_windows` that belongs to its `score`: not one that a subclass with another `score` has
+    inherited, nor one of a teacher within."""
+    for kind in type(teacher).__mro__:
+        if "score_windows" in vars(kind):
+            return "score" not in vars(teacher)
+        if "score" in vars(kind):
+            return False
+    return False
 
 
 def _checked(teacher: Teacher, scores: Tensor) -> Tensor:

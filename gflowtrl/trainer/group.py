@@ -118,7 +118,7 @@ def print_group(
     def named(item: Item) -> str:
         return escape(f"{item} ({titles[item]})" if item in titles else str(item))
 
-    history, target = group.step.columns["history"][0], group.step.columns["target"][0]
+    history, target = group.step.histories("log_completions")[0], group.step.columns["target"][0]
     table = Table(title=f"Step {step}", caption=f"history: {', '.join(map(named, history))}\ntarget: {named(target)}")
     table.add_column("items", overflow="fold", min_width=16)
     table.add_column("semantic id", no_wrap=True)

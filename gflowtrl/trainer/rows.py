@@ -19,6 +19,7 @@ from gflowtrl.data import (
 from gflowtrl.policy.support import max_row_length
 
 from .checkpoints import TrainerBase
+from .checks import check_rows
 from .evaluation import rows_per_step
 
 
@@ -41,17 +42,23 @@ class TrainingRowsMixin(TrainerBase):
     shares_prompts = True
     num_generations: int
     _encoder: PromptEncoder
+    _own_collator: GroupCollator
+    _checked_rows: Dataset | None
     _row_windows: tuple[Dataset, RowWindows] | None = None
 
     def get_train_dataloader(self) -> DataLoader:
-        rows = self.train_dataset
-        if isinstance(rows, Dataset):
-            windows = self._windows_of(rows)
-            most = max(TRAJECTORIES_OF_A_ROW // self.num_generations, 1)
-            self.data_collator = GroupCollator(self._encoder, windows, self._shares(windows), most)
-            if self.is_world_process_zero():
-                logger.info(describe_windows(windows, self._why_separate()))
-        return super().get_train_dataloader()
+        rows, own = self.train_dataset, self.data_collator
+        if not isinstance(rows, Dataset) or own is not self._own_collator:
+            return super().get_train_dataloader()
+        windows, why = self._windows_of(rows), self._why_separate()
+        if self.is_world_process_zero():
+            logger.info(describe_windows(windows, why))
+        if why is None:
+            self.data_collator = GroupCollator(self._encoder, windows, self._shares(windows), self._rows_of_a_trunk)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = own  # rows of other data sets have no windows
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -64,11 +71,23 @@ class TrainingRowsMixin(TrainerBase):
             return LengthGroupedEpochSampler(lengths, rows_per_step(self.args), seed)
         return GroupedEpochSampler(windows.groups, windows.lengths, rows_per_step(self.args), seed)
 
+    @property
+    def uses_windows(self) -> bool:
+        """Whether the prompts of training rows are those of windows."""
+        return isinstance(self.train_dataset, Dataset) and self._why_separate() is None
+
+    @property
+    def _rows_of_a_trunk(self) -> int:
+        return TRAJECTORIES_OF_A_ROW // self.num_generations
+
     def _shares(self, windows: RowWindows) -> bool:
-        return self.shares_prompts and self._why_separate() is None and len(windows.groups) < len(windows.seen)
+        may = self.shares_prompts and self._why_separate() is None and self._rows_of_a_trunk > 1
+        return may and len(windows.groups) < len(windows.seen)
 
     def _windows_of(self, rows: Dataset) -> RowWindows:
         if self._row_windows is None or self._row_windows[0] is not rows:
+            if rows is not self._checked_rows:
+                check_rows(rows, self._encoder.catalog)
             longest = self._encoder.max_history_items
             if self._why_separate() is None:
                 windows = RowWindows.of(rows, self._encoder.catalog.items, longest)
@@ -82,6 +101,8 @@ class TrainingRowsMixin(TrainerBase):
         model: Any = self.accelerator.unwrap_model(self.model)
         if model.config.is_encoder_decoder:
             return "an encoder sees its whole prompt at once"
+        if getattr(self._encoder, "encode_windows", None) is None:
+            return f"{type(self._encoder).__name__} cannot encode windows"
         if self._encoder.tail:
             return "prompts end with text behind the history"
         if type(self._encoder).__call__ is not PromptEncoder.__call__:

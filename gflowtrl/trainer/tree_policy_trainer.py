@@ -131,10 +131,11 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin
         self._metric_sums: dict[str, list[Tensor | float]] = defaultdict(lambda: [0.0, 0.0])
         trained = self._trained_model(parts, args, peft_config)
         adopt_optimizer(optimizers, trained, args.log_z_learning_rate)
+        self._own_collator, self._checked_rows = GroupCollator(parts.encoder), train_dataset
         super().__init__(
             model=trained,
             args=args,
-            data_collator=GroupCollator(parts.encoder),
+            data_collator=self._own_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=parts.tokenizer,

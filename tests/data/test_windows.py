@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -64,6 +64,22 @@ def test_rows_without_users_are_found_by_what_they_hold():
     assert sorted(RowWindows.of(rows, ITEMS, 9).groups) == [[0, 1, 2], [3, 4]]
 
 
+@pytest.mark.parametrize("users", [[None] * 5, [None, "x", None, "x", "x"], [{"a": 0}] * 5, [[1]] * 5])
+def test_users_of_any_kind(users):
+    rows = rows_of([["a", "b", "c", "a", "b", "c"]])
+    told = Dataset.from_list([row | {"user": user} for row, user in zip(rows, users, strict=True)])
+    groups = sorted(RowWindows.of(told, ITEMS, 9).groups)
+    assert groups == ([[0, 1, 2, 3, 4]] if users[0] == users[1] else [[0, 2], [1, 3, 4]])
+
+
+def test_items_of_more_bits_than_the_histories():
+    rows = Dataset.from_list(
+        [{"row_id": 0, "history": [1, 2], "target": 3}, {"row_id": 1, "history": [1], "target": 2}]
+    )
+    kinds = Features({"row_id": Value("int64"), "history": List(Value("int32")), "target": Value("int16")})
+    assert RowWindows.of(rows.cast(kinds), [1, 2, 3, 2**40], 9).groups == [[1, 0]]
+
+
 def test_histories_that_were_cut_already_are_rows_of_their_own():
     sequence = [ITEMS[(place * place) % 3] for place in range(9)]
     rows = [{"row_id": p, "history": sequence[max(0, p - 3) : p], "target": sequence[p]} for p in range(1, 9)]
@@ -76,9 +92,10 @@ def test_large_data_is_looked_at_in_parts(monkeypatch):
     sequences = [[ITEMS[(user + place * place) % 3] for place in range(9)] for user in range(20)]
     rows = Dataset.from_list(rows_of(sequences))
     whole = RowWindows.of(rows, ITEMS, 4)
-    monkeypatch.setattr(module, "CHUNK", 7)
-    parts = RowWindows.of(rows, ITEMS, 4)
-    assert parts.groups == whole.groups and parts.seen.equal(whole.seen)
+    for name, size in (("CHUNK", 7), ("ITEMS_AT_ONCE", 10)):
+        monkeypatch.setattr(module, name, size)
+        parts = RowWindows.of(rows, ITEMS, 4)
+        assert parts.groups == whole.groups and parts.seen.equal(whole.seen)
 
 
 def test_separate_rows_hold_their_last_items():

@@ -40,7 +40,7 @@ def both_ways(model, catalog):
     """The policy as it is, and one that computes the logits of all tokens."""
     chosen, whole = make_policy(model, catalog), make_policy(model, catalog)
     assert chosen._output is model.get_output_embeddings()
-    whole._output = None
+    whole._output = whole._head = None
     return chosen, whole
 
 
@@ -111,3 +111,16 @@ def test_an_error_inside_leaves_the_head_whole():
     with pytest.raises(KeyError), only_rows(head, torch.arange(3)):
         raise KeyError
     assert head(torch.zeros(1, 32)).shape == (1, VOCAB)
+
+
+def test_the_head_computes_states_with_a_choice_only():
+    """Two prompts in a row of their own, one of them padded: as many states as there are to choose in."""
+    catalog = catalog_of(random_paths(40))
+    model, prompts = build("llama", False), ragged_prompts(2, VOCAB)
+    read = []
+    model.lm_head.register_forward_hook(lambda module, args, output: read.append(output.shape))
+    leaves = torch.arange(6).view(2, 3)
+    make_policy(model, catalog).score(prompts, leaves)
+    tree, nodes = catalog.tree, catalog.tree.walk(leaves)[:, :, :-1]
+    open_states = {(row, int(node)) for row in range(2) for node in nodes[row].flatten() if not tree.settled(node)}
+    assert read == [(len(open_states), len(tree.tokens))]

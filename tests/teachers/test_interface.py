@@ -4,12 +4,13 @@ import gc
 import json
 import os
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from gflowtrl.data import Step
+from gflowtrl.data import Step, Windows
 from gflowtrl.teachers import (
     EASE,
     MixtureTeacher,
@@ -162,6 +163,46 @@ def test_scores_are_computed_once_per_step():
     teacher_scores(teacher, step_of(SEQUENCES), "The test")
     teacher_scores(teacher, step.rows(slice(2)), "The test")
     assert teacher.calls == 1 + 5 + 2
+
+
+@pytest.mark.parametrize("longest", [3, 9])
+def test_windows_are_scored_as_their_histories(longest):
+    """By every teacher, whatever it reads of a history; SASRec reads what prompts share once, where it can."""
+    sequence = ["tea", "cup", 7, "pot", "ink", 8]
+    histories = [sequence[:end] for end in (4, 1, 3)] + [["pot", "ink"], ["pot"]]
+    windows = Windows.pack(histories, ["ink", "cup", "pot", 8, "ink"])
+    assert len(windows.items) == 2
+    torch.manual_seed(0)
+    read, sasrec = [], SASRec(ITEMS, max_history_items=longest, width=8)
+    sasrec.blocks.register_forward_pre_hook(lambda module, args: read.append(len(args[0])))
+    for teacher in (*all_kinds(), sasrec, as_teacher(sasrec, ITEMS[::-1])):
+        step = replace(step_of([sequence] * 5), windows=windows)
+        expected = teacher.score(histories)
+        torch.testing.assert_close(teacher_scores(teacher, step, "The test"), expected, rtol=1e-5, atol=1e-5)
+    assert read[:2] == [5, 2 if longest == 9 else 5]
+
+
+def test_a_score_of_ones_own_is_asked():
+    """Of a subclass, and of a wrapper that hands on what it does not have."""
+
+    class Other(SASRec):
+        def score(self, histories):
+            return -super().score(histories)
+
+    class Wrapper:
+        def __init__(self, teacher):
+            self.teacher = teacher
+
+        def __getattr__(self, name):
+            return getattr(self.teacher, name)
+
+        def score(self, histories):
+            return -self.teacher.score(histories)
+
+    torch.manual_seed(0)
+    step = replace(step_of(SEQUENCES), windows=Windows.separate(SEQUENCES))
+    for teacher in (Other(ITEMS, width=8), Wrapper(SASRec(ITEMS, width=8))):
+        torch.testing.assert_close(teacher_scores(teacher, step, "The test"), teacher.score(SEQUENCES))
 
 
 def test_top_items_cut_histories():

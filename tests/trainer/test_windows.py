@@ -4,13 +4,15 @@ import logging
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 
+from gflowtrl.data import GroupCollator, PromptEncoder
 from gflowtrl.losses import LOSSES
 from gflowtrl.rewards import CollaborativeReward, GroundTruthReward, LikelihoodReward
 from tests.tiny import tiny_model, tiny_seq2seq
 
-from .world import TOKENIZER, losses, make_rows, make_trainer, make_user_rows, teacher, weights
+from .world import ITEMS, TOKENIZER, losses, make_catalog, make_rows, make_trainer, make_user_rows, teacher, weights
 
 
 def run(tmp_path, shared: bool, reward_funcs=None, rows=None, seen=None, **options):
@@ -197,3 +199,55 @@ def test_the_policys_own_likelihood_is_a_reward(tmp_path):
     log = trainer.state.log_history[0]
     assert log["residual"] == pytest.approx(0.0, abs=1e-5)
     assert 0 < log["rewards/likelihood"] < 1
+
+
+def test_rows_of_other_data_sets_have_no_windows(tmp_path):
+    """Predictions after a training, of rows whose ids occur in it and of others; and other rows in its place."""
+    trainer, _ = run(tmp_path, True, [], loss_type="sft", max_history_items=3)
+    held_out = make_rows(6, first_row_id=100, longest=6)
+    expected = trainer.evaluate(held_out)["eval_ndcg@10"]
+    for first in (100, 9000):
+        found = trainer.predict(make_rows(6, first_row_id=first, longest=6))
+        assert found.metrics["test_ndcg@10"] == expected
+    trainer.train_dataset = make_rows(9, first_row_id=9000)
+    assert len(next(iter(trainer.get_train_dataloader()))["row_ids"]) == 8
+    trainer.train_dataset = Dataset.from_list([{"row_id": 1, "history": ["nope"], "target": ITEMS[0]}])
+    with pytest.raises(ValueError, match="Row 1 holds item 'nope'"):
+        trainer.get_train_dataloader()
+
+
+def test_a_collator_of_ones_own_stays(tmp_path):
+    trainer, _ = run(tmp_path, True, [], loss_type="sft")
+    met = []
+
+    class Watching(GroupCollator):
+        def __call__(self, rows):
+            met.append(len(rows))
+            return super().__call__(rows)
+
+    trainer.data_collator = Watching(trainer._encoder)
+    assert "trunk" not in next(iter(trainer.get_train_dataloader()))["prompts"] and met
+
+
+def test_an_encoder_with_prompts_of_its_own_gets_whole_histories(tmp_path):
+    handed = []
+
+    class Own(PromptEncoder):
+        def __call__(self, histories):
+            handed.extend(map(len, histories))
+            return super().__call__(histories)
+
+    rows, encoder = make_user_rows(24, longest=9), Own(make_catalog(), TOKENIZER, 3)
+    trainer = make_trainer(tmp_path, [], loss_type="sft", train_dataset=rows, prompt_encoder=encoder)
+    batches = list(trainer.get_train_dataloader())
+    assert sorted(handed) == sorted(map(len, rows["history"]))
+    assert max(len(history) for batch in batches for history in batch["rows"].windows.histories) == 3
+
+
+def test_many_trajectories_take_prompts_apart(tmp_path):
+    """So many that no two prompts would share a trunk."""
+    trainer = make_trainer(tmp_path, [GroundTruthReward()], num_generations=61, train_dataset=make_user_rows(24))
+    assert "trunk" not in next(iter(trainer.get_train_dataloader()))["prompts"]
+    few = make_trainer(tmp_path, [GroundTruthReward()], num_generations=40, train_dataset=make_user_rows(24))
+    prompts = next(iter(few.get_train_dataloader()))["prompts"]
+    assert int(prompts["trunk"].bincount().max()) == 3
