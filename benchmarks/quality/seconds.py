@@ -30,6 +30,7 @@ from gflowtrl.pipeline import load_recipe, run  # noqa: E402
 
 
 SHOWN = ("recall@10", "ndcg@10", "coverage@10")
+WAYS = ["before", "whole", "controls"]
 NAMES = {
     "teacher": "SASRec",
     "sft": "SFT",
@@ -80,7 +81,7 @@ def row(seed: int, way: str, results: dict, stage: str, clock: Clock | None = No
     metrics = results["methods"][stage]["metrics"]
     entry = {"seed": seed, "way": way, **{f"test_{name}": metrics[name] for name in SHOWN}}
     if clock is None:
-        return entry | {"seconds": results["methods"][stage]["seconds"], "curve": []}
+        return entry | {"curve": []}
     curve = [[before + seconds, value] for seconds, value in clock.curves[stage]]
     return entry | {"seconds": before + clock.spent[stage], "curve": curve}
 
@@ -91,19 +92,32 @@ def as_before(given: argparse.Namespace, seed: int) -> list[dict]:
     options = ["--stages", "teacher", "sft", "gflownet", "--sft.eval_delay", "0"]
     results, clock = measured("gflowgr_office_llama", given, seed, *options)
     GFlowNetTrainer.shares_prompts = True
-    rows = [row(seed, "teacher", results, "teacher"), row(seed, "sft", results, "sft", clock)]
-    return [*rows, row(seed, "separate", results, "gflownet", clock, clock.spent["sft"])]
+    teacher = row(seed, "teacher", results, "teacher") | {"seconds": teacher_seconds(results)}
+    flows = row(seed, "separate", results, "gflownet", clock, clock.spent["sft"])
+    return [teacher, row(seed, "sft", results, "sft", clock), flows]
 
 
-def from_random_weights(given: argparse.Namespace, seed: int) -> list[dict]:
-    """Exact flows by whole rows, and their two controls."""
-    results, clock = measured("gflowgr_office_llama_scratch", given, seed)
-    found = [row(seed, "whole", results, "gflownet", clock), row(seed, "visits", results, "control", clock)]
-    epochs = results["recipe"]["gflownet"]["num_train_epochs"]
-    longer = round(epochs * clock.spent["gflownet"] / clock.spent["control"])
+def teacher_seconds(results: dict) -> float:
+    """Of fitting it, on the wall clock: one thread, and nothing else to wait for."""
+    return results["methods"]["teacher"]["seconds"]
+
+
+def whole(given: argparse.Namespace, seed: int) -> list[dict]:
+    """Exact flows by whole rows from random weights."""
+    results, clock = measured("gflowgr_office_llama_scratch", given, seed, "--stages", "teacher", "gflownet")
+    entry = row(seed, "whole", results, "gflownet", clock)
+    return [entry | {"epochs": results["recipe"]["gflownet"]["num_train_epochs"], "teacher": teacher_seconds(results)}]
+
+
+def controls(given: argparse.Namespace, seed: int, known: list[dict]) -> list[dict]:
+    """Cross entropy in the same rows: for the visits of exact flows, and for their seconds."""
+    flows = next(entry for entry in known if (entry["seed"], entry["way"]) == (seed, "whole"))
+    results, clock = measured("gflowgr_office_llama_scratch", given, seed, "--stages", "control")
+    visits = row(seed, "visits", results, "control", clock) | {"epochs": flows["epochs"]}
+    longer = round(flows["epochs"] * flows["seconds"] / visits["seconds"])
     options = ["--stages", "control", "--control.num_train_epochs", str(longer)]
     results, clock = measured("gflowgr_office_llama_scratch", given, seed, *options)
-    return [*found, row(seed, "seconds", results, "control", clock) | {"epochs": longer}]
+    return [visits, row(seed, "seconds", results, "control", clock) | {"epochs": longer}]
 
 
 def table(rows: list[dict]) -> str:
@@ -134,13 +148,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", required=True, help="the folder of the data")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS, help="what to run")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/seconds"), help="where stages are kept")
     parser.add_argument("--out", type=Path, help="JSON file for the results; the figure lies beside it")
     given = parser.parse_args()
-    rows: list[dict] = []
+    kept = given.out is not None and given.out.is_file()
+    rows: list[dict] = json.loads(given.out.read_text())["rows"] if kept else []
     for seed in given.seeds:
-        rows += as_before(given, seed) if seed == given.seeds[0] else []
-        rows += from_random_weights(given, seed)
+        new = as_before(given, seed) if "before" in given.ways and seed == given.seeds[0] else []
+        new += whole(given, seed) if "whole" in given.ways else []
+        new += controls(given, seed, rows + new) if "controls" in given.ways else []
+        done = {(entry["seed"], entry["way"]) for entry in new}
+        rows = [entry for entry in rows if (entry["seed"], entry["way"]) not in done] + new
         print(f"\n{table(rows)}\n", flush=True)
         if given.out is not None:
             given.out.parent.mkdir(parents=True, exist_ok=True)
