@@ -125,8 +125,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin
         if args.policy_temperature is not None:  # before a copy of the model becomes its reference
             set_temperature(parts.model, args.policy_temperature)
         self._set_up_objective(parts, args, peft_config is not None)
-        self.noise = StatelessNoise(args.seed)
-        self._encoder, self._item_titles = parts.encoder, parts.item_titles
+        self._encoder, self._item_titles, self.noise = parts.encoder, parts.item_titles, StatelessNoise(args.seed)
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._metric_sums: dict[str, list[Tensor | float]] = defaultdict(lambda: [0.0, 0.0])
         trained = self._trained_model(parts, args, peft_config)
