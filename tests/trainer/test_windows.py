@@ -177,7 +177,7 @@ def test_the_teacher_sees_what_the_policy_sees(tmp_path):
     ("options", "words"),
     [
         ({}, "They begin 10 windows, which are computed once"),
-        ({"model": tiny_seq2seq(len(TOKENIZER))}, "Every prompt is computed by itself: an encoder sees"),
+        ({"model": tiny_seq2seq(len(TOKENIZER), "bart")}, "Every prompt is computed by itself: an encoder sees"),
         ({"rows": make_rows(24)}, "Every prompt is computed by itself: no history goes on"),
     ],
 )
