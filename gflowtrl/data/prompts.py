@@ -247,17 +247,15 @@ class GroupCollator:
                 )
         columns = {column: [row[column] for row in rows] for column in rows[0]}
         row_ids, histories = columns["row_id"], columns["history"]
-        if self.seen is None:
-            longest = getattr(self.encoder, "max_history_items", 0)  # 0: all
-            windows, prompts = Windows.separate([h[-longest:] for h in histories]), self.encoder(histories)
-            return {"prompts": prompts, "row_ids": torch.tensor(row_ids), "rows": BatchRows(columns, windows)}
-        seen = self.seen.seen_by(row_ids)
-        histories = [history[-count:] for history, count in zip(histories, seen, strict=True)]
+        if self.seen is not None:
+            seen = self.seen.seen_by(row_ids)
+            histories = [history[-count:] for history, count in zip(histories, seen, strict=True)]
         if self.shared:
             windows = Windows.pack(histories, columns["target"], self.max_rows)
             prompts = self.encoder.encode_windows(windows)
         else:
-            windows, prompts = Windows.separate(histories), self.encoder(histories)
+            longest = getattr(self.encoder, "max_history_items", 0)  # 0: all
+            windows, prompts = Windows.separate([h[-longest:] for h in histories]), self.encoder(histories)
         return {"prompts": prompts, "row_ids": torch.tensor(row_ids), "rows": BatchRows(columns, windows)}
 
 

@@ -199,13 +199,14 @@ def _parents(rows: Dataset, items: Sequence[Item]) -> tuple[np.ndarray, np.ndarr
     """
     random, count = np.random.default_rng(0), len(rows)
     of_item = _odd(random, len(items))
-    of_place = _odd(random, 1 + max(int(lengths.max()) for _, lengths, _ in _histories(rows, items)))
+    parts = (_column(rows, "history", start, start + CHUNK) for start in range(0, count, CHUNK))
+    lengths = np.concatenate([pc.list_value_length(part).to_numpy() for part in parts]).astype(np.int64)
+    of_place = _odd(random, 1 + int(lengths.max()))
     of_user = np.zeros(count, np.uint64)
     if "user" in rows.column_names:
         numbers: dict[str, int] = {}  # of any type that Arrow has; none is a user as well
         users = np.array([numbers.setdefault(repr(user), len(numbers)) for user in rows["user"]])
         of_user = _odd(random, len(numbers))[users]
-    lengths = np.zeros(count, np.int64)
     whole, parents = np.zeros(count, np.uint64), np.full(count, -1)
 
     def beginnings(part: slice, counts: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -217,15 +218,15 @@ def _parents(rows: Dataset, items: Sequence[Item]) -> tuple[np.ndarray, np.ndarr
         return row, sums - np.repeat(sums[starts] - terms[starts], counts) + of_user[row]
 
     for part, counts, places in _histories(rows, items):
-        lengths[part] = counts
         targets = _places(_column(rows, "target", part.start, part.stop), items)
         ends = beginnings(part, counts, places)[1][counts.cumsum() - 1]
         whole[part] = ends + of_item[targets] * of_place[counts]
     known = whole.argsort(kind="stable")
+    ordered = whole[known]
     for part, counts, places in _histories(rows, items):
         row, hashes = beginnings(part, counts, places)
-        place = np.minimum(np.searchsorted(whole[known], hashes), count - 1)
-        found = np.flatnonzero(whole[known[place]] == hashes)
+        place = np.minimum(np.searchsorted(ordered, hashes), count - 1)
+        found = np.flatnonzero(ordered[place] == hashes)
         parents[row[found]] = known[place[found]]  # of several, the last one stays: the longest
     return lengths, parents
 

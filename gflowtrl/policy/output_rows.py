@@ -1,4 +1,4 @@
-"""Logits of the catalogue's tokens only, and of the states that are asked for.
+"""Logits of the catalog's tokens only, and of the states that are asked for.
 
 A language model's head has a row for every token of its vocabulary (150,000, say); the policy asks for those of the
 catalogue's tokens only (a thousand). The product with all others would be most of a training step. Rows are chosen
@@ -9,7 +9,7 @@ chosen rows as if all had been computed. So are the states: of a packed row thos
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -121,21 +121,20 @@ def _is_plain(head: nn.Module) -> bool:
     return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
 
 
-@contextmanager
-def only_rows(head: nn.Module, rows: Tensor) -> Iterator[None]:
+def only_rows(head: nn.Module, rows: Tensor) -> AbstractContextManager[None]:
     """Within, `head` gives the logits of `rows` `(T,)` only, in their order."""
-    head._rows = rows
-    try:
-        yield
-    finally:
-        head._rows = None
+    return _within(head, "_rows", rows)
+
+
+def only_states(head: nn.Module, states: Tensor) -> AbstractContextManager[None]:
+    """Within, `head` gives logits `(n, V)` at `states` `(n,)` only, places in the rows of its input end to end."""
+    return _within(head, "_states", states)
 
 
 @contextmanager
-def only_states(head: nn.Module, states: Tensor) -> Iterator[None]:
-    """Within, `head` gives logits `(n, V)` at `states` `(n,)` only, places in the rows of its input end to end."""
-    head._states = states
+def _within(head: nn.Module, name: str, chosen: Tensor) -> Iterator[None]:
+    setattr(head, name, chosen)
     try:
         yield
     finally:
-        head._states = None
+        setattr(head, name, None)

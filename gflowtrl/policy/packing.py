@@ -140,10 +140,7 @@ def _in_trunk(tree: PrefixTree, trunks: Trunks, length: int) -> Tensor:
     """The nodes that the trunk goes on with behind each prompt, the root first: `(B, length)`, -1 where it leaves the
     tree or ends."""
     nodes = [torch.zeros_like(trunks.cut)]
-    following = (
-        trunks.following(length - 1) if trunks.shared else trunks.cut.new_full((len(trunks.cut), length - 1), -1)
-    )
-    for tokens in following.unbind(1):
+    for tokens in trunks.following(length - 1).unbind(1):
         nodes.append(tree.step(nodes[-1], tokens))
     return torch.stack(nodes, 1)
 

@@ -126,11 +126,9 @@ def _steps(
     for start in range(0, len(rows), batch_size):
         batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
         prompts = {name: tensor.to(device) for name, tensor in batch["prompts"].items()}
-        columns = {
-            name: column for name, column in batch["rows"].columns.items() if name not in (held_out, *_REVEALING)
-        }
-        step = Step.of(prompts, batch["row_ids"], columns, catalog, windows=batch["rows"].windows)
-        yield step, batch["rows"].columns[held_out]
+        known = batch["rows"]
+        columns = {name: column for name, column in known.columns.items() if name not in (held_out, *_REVEALING)}
+        yield Step.of(prompts, batch["row_ids"], columns, catalog, windows=known.windows), known.columns[held_out]
 
 
 def _values_and_totals(composite: CompositeReward, step: Step, leaves: Tensor) -> tuple[Tensor, Tensor]:
