@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gflowtrl.catalog import Item
+from gflowtrl.configuration import check_names
 from gflowtrl.losses import get_loss
 from gflowtrl.policy import load_backbone, whole_models
 from gflowtrl.policy.loading import load_config
@@ -21,7 +22,6 @@ from gflowtrl.rewards import Reward, fit_reward_weights
 from gflowtrl.samplers import uses_teacher
 from gflowtrl.teachers import TeacherModule, fingerprint, load_teacher
 
-from .configuration import check_names
 from .recipe import Recipe
 from .run_data import RunData, files_fingerprint
 from .specs import LEARNED, REWARDS, TEACHERS, check_options, options_of

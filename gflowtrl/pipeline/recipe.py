@@ -16,18 +16,7 @@ from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, SFTConfig
 
 from gflowtrl.checks import COUNT, SEED, SHARE_BELOW_ONE, check_choice, check_finite, check_number
-from gflowtrl.data import PromptFormat, SyntheticShop
-from gflowtrl.losses import get_loss
-from gflowtrl.policy.loading import load_config
-from gflowtrl.samplers import Sampler, build_sampler
-from gflowtrl.trainer import GFlowNetConfig
-from gflowtrl.trainer.arguments import check_training_arguments
-from gflowtrl.trainer.best_metric import more_is_better, settle_metric
-from gflowtrl.trainer.processes import A_DAY, asked_for
-from gflowtrl.trainer.tree_policy_config import computes_in_bf16
-from gflowtrl.trainer.weighting import source_table
-
-from .configuration import (
+from gflowtrl.configuration import (
     KINDS,
     check_names,
     check_types,
@@ -40,6 +29,17 @@ from .configuration import (
     recipe_folder,
     set_option,
 )
+from gflowtrl.data import PromptFormat, SyntheticShop
+from gflowtrl.losses import get_loss
+from gflowtrl.policy.loading import load_config
+from gflowtrl.samplers import Sampler, build_sampler
+from gflowtrl.trainer import GFlowNetConfig
+from gflowtrl.trainer.arguments import check_training_arguments
+from gflowtrl.trainer.best_metric import more_is_better, settle_metric
+from gflowtrl.trainer.processes import A_DAY, asked_for
+from gflowtrl.trainer.tree_policy_config import computes_in_bf16
+from gflowtrl.trainer.weighting import source_table
+
 from .fields import check_derived, check_enums, check_model_fields
 from .sections import DataSection, EvaluationSection, setting
 from .specs import LEARNED, REWARDS, TEACHERS, check_reward, check_teacher, needs_of

@@ -8,12 +8,12 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from gflowtrl.configuration import check_names
 from gflowtrl.teachers import fingerprint
 
 from . import run_report
 from .build import check_needs, fit_teacher, needs_teacher, teacher_key
 from .calibration import measure_calibration
-from .configuration import check_names
 from .dry_run import dry_run
 from .evaluation import measure_policy, measure_teacher
 from .lock import sole_run

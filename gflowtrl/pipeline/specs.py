@@ -7,10 +7,9 @@ from typing import Any
 
 from gflowtrl import rewards
 from gflowtrl.checks import FINITE, POSITIVE, check_number
+from gflowtrl.configuration import check_names, locate_errors
 from gflowtrl.rewards import Reward
 from gflowtrl.teachers import EASE, MixtureTeacher, Popularity, SASRec, TeacherModule
-
-from .configuration import check_names, locate_errors
 
 
 #: A new teacher or reward is a class and a line here.

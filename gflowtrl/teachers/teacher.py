@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gflowtrl.catalog import Item
-from gflowtrl.catalog.files import read_json, reading, write_atomically, write_text
 from gflowtrl.catalog.items import ItemIndex
 from gflowtrl.checks import Bound, check_number
 from gflowtrl.data.step import Step
 from gflowtrl.data.windows import Windows
+from gflowtrl.files import read_json, reading, write_atomically, write_text
 from gflowtrl.finite import NonFiniteError, check_tensors
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gflowtrl.configuration import merged, parse_options, parse_value, read_yaml, set_option
 from gflowtrl.pipeline import load_recipe
-from gflowtrl.pipeline.configuration import merged, parse_options, parse_value, read_yaml, set_option
 from gflowtrl.pipeline.recipe import SCHEDULE
 from tests.tiny import tiny_model
 

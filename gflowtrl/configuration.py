@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from gflowtrl.catalog.files import reading
+from gflowtrl.files import reading
 
 
 #: Fields that say what a section is about.
@@ -61,7 +61,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def recipe_folder() -> Path:
     """Where the recipes are that come with the library: in the source tree, or where an installation has put them."""
-    above = Path(__file__).parents[2]  # the source tree, site-packages, or the folder of `pip install --target`
+    above = Path(__file__).parents[1]  # the source tree, site-packages, or the folder of `pip install --target`
     shares = [Path(base, "share", "gflowtrl", "recipes") for base in (above, sys.prefix, site.getuserbase())]
     # Not any folder of that name: another package may have brought one into site-packages.
     known = [folder for folder in (above / "recipes", *shares) if (folder / "quickstart.yaml").is_file()]
