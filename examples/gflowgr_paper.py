@@ -1,6 +1,6 @@
 """GFlowGR (arXiv 2506.16114) from top to bottom: data, teacher, SFT, rewards, sampler, loss, evaluation.
 
-    python examples/gflowgr_paper.py                      # the SYNTHETIC shop, TIMING
+    python examples/gflowgr_paper.py                      # the SYNTHETIC shop, about 90 s of one CPU thread
     python examples/gflowgr_paper.py --data_dir DIR       # interactions with semantic ids (docs/data.md)
 
 docs/paper.md reads this script next to the formulas. The settings of the method are those of
