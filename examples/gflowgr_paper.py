@@ -1,6 +1,6 @@
 """GFlowGR (arXiv 2506.16114) from top to bottom: data, teacher, SFT, rewards, sampler, loss, evaluation.
 
-    python examples/gflowgr_paper.py                      # the SYNTHETIC shop, about 90 s of one CPU thread
+    python examples/gflowgr_paper.py                      # the SYNTHETIC shop, about 100 s of one CPU thread
     python examples/gflowgr_paper.py --data_dir DIR       # interactions with semantic ids (docs/data.md)
 
 docs/paper.md reads this script next to the formulas. The settings of the method are those of
@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from gflowtrl import GFlowNetConfig, GFlowNetTrainer, ItemCatalog
 from gflowtrl.data import PromptEncoder, SyntheticShop, build_tokenizer, leave_one_out, read_interactions, sft_dataset
-from gflowtrl.metrics import summarise
+from gflowtrl.metrics import summarize
 from gflowtrl.policy import make_policy
 from gflowtrl.recommender import write_recommender_files
 from gflowtrl.rewards import CollaborativeReward, GroundTruthReward, InteractionReward, TokenSimilarityReward
@@ -114,5 +114,5 @@ columns = ("recall@10", "ndcg@10", "coverage@10")
 print(f"\n{data.name}, {len(splits.test)} test users\n{'':<14}" + "".join(f"{column:>13}" for column in columns))
 for name, model in models.items():
     leaves = rank_rows(make_policy(model.eval(), catalog), encoder, splits.test, num_beams=20, progress=False)
-    metrics = summarise(leaves, catalog.leaf_of(splits.test["target"]), catalog, splits.item_counts, ks=[10]).metrics
+    metrics = summarize(leaves, catalog.leaf_of(splits.test["target"]), catalog, splits.item_counts, ks=[10]).metrics
     print(f"{name:<14}" + "".join(f"{metrics[column]:>13.4f}" for column in columns), flush=True)
