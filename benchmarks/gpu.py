@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,7 @@ def main() -> int:
     command = shlex.join(["python", "benchmarks/gpu.py", *options, *(["--small"] if given.small else [])])
     run = Run(settings, given.out, START + 60 * given.minutes)
     run.report |= {"command": command, "date": date.today().isoformat(), **environment(), **settings.describe()}
+    run.report["versions"] |= {name: metadata.version(name) for name in ("accelerate", "datasets", "peft")}
     run.report |= {"matmul_flops": settings.peak_flops, "parts": {}}
     for name in given.only:
         run.part(name, PARTS[name])

@@ -76,7 +76,7 @@ def qwen(settings: RunSettings, vocab_size: int) -> Qwen3ForCausalLM:
 
 def items_and_tokenizer(settings: RunSettings) -> tuple[ItemCatalog, PreTrainedTokenizerFast]:
     """A catalog whose tokens were added to a large vocabulary of words. Ids have four tokens, each a choice."""
-    num_items, codes = settings.pick((20_000, 16), (200, 4))
+    num_items, codes = settings.pick((5000, 12), (200, 4))
     drawn, _ = random_catalog(num_items, depth=4, codes=codes)
     words = {"<pad>": 0} | {f"word{number}": number for number in range(1, settings.pick(*VOCABULARY))}
     core = Tokenizer(models.WordLevel(words))

@@ -74,8 +74,12 @@ class StepSynchronizations(TrainerCallback):
         self.found: Counter[tuple[str, str]] = Counter()
         self._counting = ExitStack()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def close(self) -> None:
+        """Stop counting."""
         self._counting.close()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
         if state.global_step == COUNTED_STEP - 1:
             self.found = self._counting.enter_context(synchronizations())
 
@@ -107,7 +111,10 @@ def _count_call(name: str, work: Callable[[], Any]) -> Row:
 def _count_step(name: str, build: Callable[[], Trainer]) -> Row:
     trainer, counted = build(), StepSynchronizations()
     trainer.add_callback(counted)
-    trainer.train()
+    try:
+        trainer.train()
+    finally:
+        counted.close()
     return _row(name, counted.found)
 
 
