@@ -90,7 +90,7 @@ def test_the_source_archive_makes_the_same_wheel_as_the_tree(tree, wheel, tmp_pa
     assert contents(build("wheel", tree, tmp_path / "dist")) == contents(wheel)
 
 
-def test_the_wheel_holds_the_package_its_licence_and_its_recipes(wheel):
+def test_the_wheel_holds_the_package_its_license_and_its_recipes(wheel):
     packed = contents(wheel)
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "gflowtrl").rglob("*.py")}
     recipes = {str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml")}

@@ -16,6 +16,19 @@ from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, SFTConfig
 
 from gflowtrl.checks import COUNT, SEED, SHARE_BELOW_ONE, check_choice, check_finite, check_number
+from gflowtrl.configuration import (
+    KINDS,
+    check_names,
+    check_types,
+    field_names,
+    find_file,
+    locate_errors,
+    merged,
+    parse_options,
+    read_yaml,
+    recipe_folder,
+    set_option,
+)
 from gflowtrl.data import PromptFormat, SyntheticShop
 from gflowtrl.losses import get_loss
 from gflowtrl.policy.loading import load_config
@@ -27,20 +40,9 @@ from gflowtrl.trainer.processes import A_DAY, asked_for
 from gflowtrl.trainer.tree_policy_config import computes_in_bf16
 from gflowtrl.trainer.weighting import source_table
 
-from .configuration import (
-    check_names,
-    check_types,
-    field_names,
-    find_file,
-    merged,
-    parse_options,
-    read_yaml,
-    recipe_folder,
-    set_option,
-)
-from .fields import check_model_fields, check_owners, check_words
+from .fields import check_derived, check_enums, check_model_fields
 from .sections import DataSection, EvaluationSection, setting
-from .specs import LEARNED, REWARDS, TEACHERS, check_reward, check_teacher
+from .specs import LEARNED, REWARDS, TEACHERS, check_reward, check_teacher, needs_of
 
 
 #: Stages that a recipe may choose among, in the order in which they run; data, test and report always run.
@@ -54,7 +56,7 @@ SCHEDULE = (*LENGTH, "per_device_train_batch_size", "gradient_accumulation_steps
 #: What the weights of rewards are learned for.
 FITTED_FOR = {"reward_transform": "power", "reward_beta": 1}
 #: Fields of `model` that are those of `trl.ModelConfig`: the weights that adapters stand on are held in few bits.
-QUANTISATION = (
+QUANTIZATION = (
     *("load_in_4bit", "load_in_8bit"),
     *("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
 )
@@ -72,7 +74,7 @@ class Recipe:
     output_dir: str = setting("outputs", "where stages and results are kept; recipes with one output_dir share stages")
     data_dir: str | None = setting(None, "folder with interactions (docs/data.md); null: the SYNTHETIC shop")
     name: str = setting("recipe", "what the report calls this run; the file's name if not given")
-    seed: int = setting(42, "of initialisation, order and trajectories")
+    seed: int = setting(42, "of initialization, order and trajectories")
     start: str = setting(
         "sft", "what control and gflownet begin from: sft, its model, or untrained, the model before any training"
     )
@@ -166,7 +168,7 @@ class Recipe:
 
     @property
     def reward_weights(self) -> list[float]:
-        """One weight a reward, 1 for those that are still to be learned (`signals.final_weights`)."""
+        """One weight a reward, 1 for those that are still to be learned (`build.final_weights`)."""
         given = [reward.get("weight", 1.0) for reward in self.rewards]
         return [1.0 if weight == LEARNED else float(weight) for weight in given]
 
@@ -211,29 +213,24 @@ class Recipe:
             if stage == "gflownet":
                 values["reward_weights"] = self.reward_weights or None
         check_names(section, field_names(kind), stage)
-        check_owners(stage, section if stage != "control" else self.control)
-        check_words(stage, section)
+        check_derived(stage, section if stage != "control" else self.control)
+        check_enums(stage, section)
         values |= check_types(kind, section, stage)
-        try:
+        if stage == "control" and "gflownet" in self.stages:
+            self.training_arguments("gflownet", output_dir)  # errors about the schedule that the control copies
+        with locate_errors(stage, field_names(kind)):
             if values["greater_is_better"] is None:
                 values["greater_is_better"] = more_is_better(str(values["metric_for_best_model"])) is not False
             args = kind(output_dir=str(output_dir), seed=self.seed, **values)
             check_training_arguments(args)
             settle_metric(args, self.evaluation.ks)
-        except (ValueError, TypeError) as error:
-            # "learning_rate is -1" is told as "sft.learning_rate is -1"; the control's schedule is the GFlowNet's.
-            name = str(error).partition(" ")[0]
-            copied = stage == "control" and name in SCHEDULE and name not in self.control
-            where = "gflownet" if copied else stage
-            dot = "." if name in field_names(kind) else ": "
-            raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{where}{dot}{error}") from error
         return args
 
     def _check_model(self) -> None:
         if "model_name_or_path" in self.model:
             if self.model.get("new_tokens", "random") not in ("random", "titles"):
                 raise ValueError(f"model.new_tokens is {self.model['new_tokens']!r}; choose 'random' or 'titles'.")
-            self._check_quantisation()
+            self._check_quantization()
             return
         kind = self.model.get("model_type", "llama")
         if kind not in CONFIG_MAPPING:
@@ -241,17 +238,17 @@ class Recipe:
         ours = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}  # the tokenizer decides them
         check_names(self.model, {"model_type", *inspect.signature(CONFIG_MAPPING[kind]).parameters} - ours, "model")
 
-    def _check_quantisation(self) -> None:
-        given = {name: value for name, value in self.model.items() if name in QUANTISATION}
+    def _check_quantization(self) -> None:
+        given = {name: value for name, value in self.model.items() if name in QUANTIZATION}
         check_types(ModelConfig, given, "model")
-        which = next((name for name in QUANTISATION[:2] if given.get(name)), None)
+        which = next((name for name in QUANTIZATION[:2] if given.get(name)), None)
         if which is None and given:
             raise ValueError(f"model.{next(iter(given))} is set, but neither load_in_4bit nor load_in_8bit is.")
         if which is None:
             return
         ModelConfig(**given)  # it refuses both at once
         if not self.peft:
-            raise ValueError(f"model.{which} is set, but quantised weights cannot be trained: add a section peft.")
+            raise ValueError(f"model.{which} is set, but quantized weights cannot be trained: add a section peft.")
         if not is_bitsandbytes_available():
             raise ValueError(f"model.{which} needs bitsandbytes: pip install 'gflowtrl[quantization]'.")
 
@@ -313,7 +310,7 @@ class Recipe:
         if self.start == "sft":
             return
         for number, reward in enumerate(self.rewards):
-            if reward.get("type") == "likelihood" and reward.get("of") != "policy":
+            if "sft_model" in needs_of(reward):
                 raise ValueError(
                     f"rewards.{number} is the likelihood of the SFT model, but under start: untrained there is none: "
                     f"set start: sft, or rewards.{number}.of: policy."
@@ -353,7 +350,10 @@ def load_recipe(path: str | Path, arguments: Sequence[str] = ()) -> Recipe:
     known = [name for name in field_names(Recipe) if name != "folder"]
     check_names(content.keys() - {"folder"}, known)
     gflownet = field_names(GFlowNetConfig)
-    for name, value in parse_options(arguments).items():
+    options = parse_options(arguments)
+    # What a section is about first: the other options are fields of the new kind.
+    for name in sorted(options, key=lambda name: name.rpartition(".")[2] not in KINDS):
+        value = options[name]
         section, dot, _ = name.partition(".")
         if section not in known:
             if section not in gflownet:

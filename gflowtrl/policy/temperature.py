@@ -1,6 +1,6 @@
 """The temperature that a model is read at: `softmax(logits / temperature)` over the children of a node.
 
-Dividing by it changes which items are best, not only how sure the policy is: it is renormalised at every step. So what
+Dividing by it changes which items are best, not only how sure the policy is: it is renormalized at every step. So what
 a model was trained at belongs to the model, as a field of its configuration, and every policy made of it obeys.
 """
 
@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from gflowtrl.catalog.files import read_json, write_text
 from gflowtrl.checks import POSITIVE, check_number
+from gflowtrl.files import read_json, write_text
 
 from .modules import innermost
 

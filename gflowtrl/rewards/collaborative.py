@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -13,11 +13,13 @@ from gflowtrl.checks import NOT_NEGATIVE, POSITIVE, check_choice, check_number
 from gflowtrl.data import Step
 from gflowtrl.teachers import as_teacher, teacher_scores
 
-from .base import Reward
+from .reward import Reward
 
 
 if TYPE_CHECKING:
     from gflowtrl.teachers import Teacher
+
+    from .from_spec import RewardContext
 
 
 class CollaborativeReward(Reward):
@@ -32,14 +34,17 @@ class CollaborativeReward(Reward):
     and a popularity correction c spread the target over more items.
 
     Args:
-        teacher: a `gflowtrl.teachers.Teacher`, or any callable `histories -> (B, items)` in the catalogue's order.
+        teacher: a `gflowtrl.teachers.Teacher`, or any callable `histories -> (B, items)` in the catalog's order.
         temperature: of the softmax, > 0, in units of the teacher's scores. Min-max has no unit and takes none.
         popularity_correction: c, >= 0; 0.5 is mild.
         item_counts: how often each item occurs in training: a mapping of items (missing ones count 0), or one number
-            per item in the catalogue's order. Needed where c > 0.
+            per item in the catalog's order. Needed where c > 0.
         normalization: "softmax" or "min_max".
         exponent: of min-max, > 0. (Of a softmax it would be the temperature 1 / exponent.)
     """
+
+    provided = frozenset({"item_counts"})
+    reads_target = False
 
     def __init__(
         self,
@@ -70,7 +75,7 @@ class CollaborativeReward(Reward):
         self.teacher, self.temperature = teacher, temperature
         self.popularity_correction, self.item_counts = popularity_correction, item_counts
         self.normalization, self.exponent = normalization, exponent
-        self._aligned: Teacher  # the teacher, its columns in the catalogue's order
+        self._aligned: Teacher  # the teacher, its columns in the catalog's order
         self._penalty: Tensor | None = None
 
     def _prepare(self, catalog: ItemCatalog) -> None:
@@ -89,11 +94,32 @@ class CollaborativeReward(Reward):
         # Compared for equality, so that NaN stays NaN and is reported.
         return torch.where(high == low, torch.ones_like(scores), (scores - low) / (high - low)) ** self.exponent
 
+    @classmethod
+    def option_names(cls) -> set[str]:
+        return super().option_names() | {"popularity"}
+
+    @classmethod
+    def check_spec(cls, spec: Mapping[str, Any]) -> None:
+        check_choice("popularity", spec.get("popularity", "interactions"), ("interactions", "impressions"))
+        options = {name: value for name, value in spec.items() if name not in ("teacher", "popularity")}
+        cls(lambda histories: None, item_counts=(), **options)
+
+    @classmethod
+    def needs(cls, spec: Mapping[str, Any]) -> set[str]:
+        impressions = {"impressions"} if spec.get("popularity") == "impressions" else set()
+        return impressions if "teacher" in spec else impressions | {"teacher"}
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], context: RewardContext) -> Self:
+        options = dict(spec)
+        teacher, kind = options.pop("teacher", None), options.pop("popularity", "interactions")
+        return cls(context.teacher(teacher), item_counts=context.counts(kind), **options)
+
 
 def _counts(counts: Mapping[Item, int] | Sequence[int] | Tensor | None, items: Sequence[Item]) -> Tensor:
     if isinstance(counts, Mapping):
         counts = [counts.get(item, 0) for item in items]
     result = torch.as_tensor(counts, dtype=torch.float32)
     if result.shape != (len(items),):
-        raise ValueError(f"item_counts has shape {tuple(result.shape)}, but the catalogue has {len(items)} items.")
+        raise ValueError(f"item_counts has shape {tuple(result.shape)}, but the catalog has {len(items)} items.")
     return result

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from gflowtrl.catalog import ItemCatalog
+from gflowtrl.checks import check_choice
 from gflowtrl.data import Step
 from gflowtrl.policy import TreePolicy, make_policy
 from gflowtrl.policy.modules import evaluation_mode
 
-from .base import Reward
+from .reward import Reward
+
+
+if TYPE_CHECKING:
+    from .from_spec import RewardContext
 
 
 class LikelihoodReward(Reward):
-    """The probability (not its logarithm) of the leaf under a policy, normalised over the tree and without gradient.
+    """The probability (not its logarithm) of the leaf under a policy, normalized over the tree and without gradient.
 
     The recommender's own variant of r_y in GFlowGR (arXiv 2506.16114). The model runs in evaluation mode and is left
     as it was found.
@@ -31,7 +37,7 @@ class LikelihoodReward(Reward):
     are refused.
 
     Args:
-        model_or_policy: a policy over the same catalogue; or a causal or encoder-decoder model, which is then read as
+        model_or_policy: a policy over the same catalog; or a causal or encoder-decoder model, which is then read as
             one; or None for the policy in training.
         catalog: of a model; the trainer supplies it where it is missing.
 
@@ -40,6 +46,7 @@ class LikelihoodReward(Reward):
     """
 
     reads_prompts = True
+    reads_target = False
 
     def __init__(self, model_or_policy: TreePolicy | nn.Module | None = None, catalog: ItemCatalog | None = None):
         super().__init__("likelihood")
@@ -82,6 +89,22 @@ class LikelihoodReward(Reward):
             )
         with frozen(getattr(self.policy, "model", None), device):
             yield self.policy
+
+    @classmethod
+    def option_names(cls) -> set[str]:
+        return {"of"}
+
+    @classmethod
+    def check_spec(cls, spec: Mapping[str, Any]) -> None:
+        check_choice("of", spec.get("of", "sft"), ("sft", "policy"))
+
+    @classmethod
+    def needs(cls, spec: Mapping[str, Any]) -> set[str]:
+        return {"policy"} if spec.get("of") == "policy" else {"sft_model"}
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], context: RewardContext) -> Self:
+        return cls(None if spec.get("of") == "policy" else context.sft_model())
 
 
 @contextmanager

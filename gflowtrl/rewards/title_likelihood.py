@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM
 
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.checks import COUNT, check_choice, check_number
-from gflowtrl.compat import attention_implementation
+from gflowtrl.compat import attention_implementation, whole_models
 from gflowtrl.data import Step
 from gflowtrl.policy import check_causal
 from gflowtrl.policy.causal import CausalDecoder
+from gflowtrl.policy.loading import load_tokenizer, load_weights
 from gflowtrl.policy.packing import separate_branches
 
-from .base import Reward
 from .likelihood import frozen
+from .reward import Reward
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .from_spec import RewardContext
 
 #: What the language model reads; `{history}` becomes the titles, oldest first, one a line.
 TEMPLATE = "A customer bought these products, the oldest first:\n{history}\nThe next product that the customer bought:"
@@ -35,17 +39,17 @@ class TitleLikelihoodReward(Reward):
     ids. It also tells items apart that no one has taken yet. Reads the column `history`.
 
     Cost: a prompt once a row, and each drawn title's tokens behind its cached keys and values; over all items as many
-    titles as there are items, a row. Therefore `score_items` is for small catalogues and has to be asked for
+    titles as there are items, a row. Therefore `score_items` is for small catalogs and has to be asked for
     (`all_items`).
 
     Args:
         model: a causal language model with ordinary (not sharded) weights; encoder-decoders are refused.
         tokenizer: the model's own, which has nothing to do with the semantic ids' one.
-        titles: the title of every item of the catalogue.
+        titles: the title of every item of the catalog.
         template: text with `{history}` in it. The title follows it after a space.
         max_history_items: how many items of the history, the last ones, are read.
         max_title_words: longer titles are cut, in the history and as an answer.
-        normalise: "mean" is the geometric mean of the title's token probabilities, in (0, 1], which does not favour
+        normalize: "mean" is the geometric mean of the title's token probabilities, in (0, 1], which does not favor
             short titles; "sum" is the probability of the whole title, tiny and very peaked.
         batch_size: titles in one forward pass. Memory goes with batch_size x tokens a title x vocabulary.
         all_items: let exact flows and the sampler "reward" ask for all items at every step.
@@ -53,6 +57,9 @@ class TitleLikelihoodReward(Reward):
     Raises:
         ValueError: bad options; an item without a title; a prompt that is longer than the model's positions.
     """
+
+    provided = frozenset({"tokenizer", "titles"})
+    reads_target = False
 
     def __init__(
         self,
@@ -62,12 +69,15 @@ class TitleLikelihoodReward(Reward):
         template: str = TEMPLATE,
         max_history_items: int = 10,
         max_title_words: int = 16,
-        normalise: str = "mean",
+        normalize: str = "mean",
         batch_size: int = 32,
         all_items: bool = False,
     ):
         super().__init__("title_likelihood")
-        check_title_options(template, max_history_items, max_title_words, normalise, batch_size)
+        _check_options(
+            template=template, max_history_items=max_history_items, max_title_words=max_title_words,
+            normalize=normalize, batch_size=batch_size,
+        )  # fmt: skip
         attention = attention_implementation(model.config)
         if model.config.is_encoder_decoder or "flash" in attention:
             raise ValueError(
@@ -78,7 +88,7 @@ class TitleLikelihoodReward(Reward):
         self.model, self.text_tokenizer = model, tokenizer
         self.titles, self.template = titles, template
         self.max_history_items, self.max_title_words = max_history_items, max_title_words
-        self.normalise, self.batch_size, self.scores_all_items = normalise, batch_size, all_items
+        self.normalize, self.batch_size, self.scores_all_items = normalize, batch_size, all_items
 
     def _prepare(self, catalog: ItemCatalog) -> None:
         bare = [item for item in catalog.items if not str(self.titles.get(item) or "").split()]
@@ -118,7 +128,7 @@ class TitleLikelihoodReward(Reward):
                 found.append(title_log_probs(self.model, batch, titles, max(self.batch_size // len(titles), 1)))
         log_probs, real = torch.cat(found), (tokens >= 0)[place.to(device)]
         total = log_probs.sum(-1)
-        if self.normalise == "mean":
+        if self.normalize == "mean":
             total = total / real.sum(-1).clamp(min=1)
         return torch.where(real.any(-1), total.exp(), 0.0)
 
@@ -142,6 +152,27 @@ class TitleLikelihoodReward(Reward):
                 f"Reward {self.__name__!r}: a prompt and its titles take {length} tokens, but the model has {limit} "
                 f"positions; lower max_history_items ({self.max_history_items}) or max_title_words."
             )
+
+    @classmethod
+    def check_spec(cls, spec: Mapping[str, Any]) -> None:
+        if not isinstance(spec.get("model"), str):
+            raise ValueError("model must name the language model that reads the titles, for example its folder.")
+        _check_options(**spec)
+
+    @classmethod
+    def needs(cls, spec: Mapping[str, Any]) -> set[str]:
+        return {"titles"}
+
+    @classmethod
+    def scores_every_item(cls, spec: Mapping[str, Any]) -> bool:
+        return bool(spec.get("all_items", False))
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], context: RewardContext) -> Self:
+        folder = context.local(spec["model"])
+        with whole_models():
+            model = load_weights(AutoModelForCausalLM, folder)
+        return cls(**{**spec, "model": model, "tokenizer": load_tokenizer(folder), "titles": context.titles})
 
 
 def title_log_probs(model: nn.Module, prompts: Mapping[str, Tensor], titles: Tensor, chunk: int) -> Tensor:
@@ -176,16 +207,14 @@ def title_log_probs(model: nn.Module, prompts: Mapping[str, Tensor], titles: Ten
     return torch.cat(found, 1)
 
 
-def check_title_options(
-    template: str, max_history_items: int, max_title_words: int, normalise: str, batch_size: int
-) -> None:
-    """Raises ValueError for an option of `TitleLikelihoodReward` that cannot be, before any model is loaded."""
+def _check_options(**options: Any) -> None:
+    """Check options of `TitleLikelihoodReward`, before any model is loaded; those not given are fine."""
+    template = options.get("template", TEMPLATE)
     if "{history}" not in template:
         raise ValueError(f"The template of TitleLikelihoodReward must hold {{history}}, but it is {template!r}.")
-    sizes = {"max_history_items": max_history_items, "max_title_words": max_title_words, "batch_size": batch_size}
-    for name, value in sizes.items():
-        check_number(f"{name} of TitleLikelihoodReward", value, COUNT)
-    check_choice("normalise", normalise, ("mean", "sum"))
+    for name in ("max_history_items", "max_title_words", "batch_size"):
+        check_number(f"{name} of TitleLikelihoodReward", options.get(name, 1), COUNT)
+    check_choice("normalize", options.get("normalize", "mean"), ("mean", "sum"))
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:

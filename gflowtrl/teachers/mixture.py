@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from gflowtrl.catalog import Item
 from gflowtrl.checks import POSITIVE, check_choice, check_number
 
-from .base import History, Teacher, TeacherModule, as_teacher, build_teacher
+from .teacher import History, Teacher, TeacherModule, as_teacher, build_teacher
 
 
 class MixtureTeacher(TeacherModule):
-    """Weighted mean of teachers, each normalised per row first, since their scores have unrelated scales.
+    """Weighted mean of teachers, each normalized per row first, since their scores have unrelated scales.
 
     - `"softmax"`: the score is `log(sum of w_i * softmax(score_i))`; its softmax is exactly the mixture of the
       teachers' distributions. It takes their scores as logits (EASE: fit it with `validation`).
@@ -63,6 +63,22 @@ class MixtureTeacher(TeacherModule):
     def from_config(cls, items: Sequence[Item], config: Mapping[str, Any]) -> "MixtureTeacher":
         parts = [build_teacher(part, items) for part in config["parts"]]
         return cls(dict(zip(parts, config["weights"], strict=True)), config["normalization"])
+
+    @classmethod
+    def option_names(cls) -> set[str]:
+        return {"parts", "normalization"}
+
+    @classmethod
+    def check_options(cls, **options: Any) -> None:
+        check_choice("normalization", options.get("normalization", "softmax"), ("softmax", "zscore"))
+        if not isinstance(options.get("parts"), list) or not options["parts"]:
+            raise ValueError("parts must list the mixture's teachers, each with type, weight and options.")
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], context: Mapping[str, Any]) -> "MixtureTeacher":
+        """Mix the teachers of `spec["parts"]`; `context["fit"]` turns each of them into a fitted teacher."""
+        parts = {context["fit"](part): float(part.get("weight", 1.0)) for part in spec["parts"]}
+        return cls(parts, spec.get("normalization", "softmax"))
 
 
 def _zscore(scores: Tensor) -> Tensor:
