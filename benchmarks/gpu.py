@@ -42,7 +42,7 @@ from benchmarks.gpu_parts.settings import Row, Rows, RunSettings  # noqa: E402
 from benchmarks.gpu_parts.synchronizations import count_all  # noqa: E402
 from benchmarks.gpu_parts.training import training  # noqa: E402
 from benchmarks.quality.total_variation import environment  # noqa: E402
-from gflowtrl.catalog.files import write_text  # noqa: E402
+from gflowtrl.files import write_text  # noqa: E402
 
 
 @dataclass(frozen=True)
