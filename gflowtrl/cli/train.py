@@ -9,7 +9,6 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_type_hints
 
-from gflowtrl.compat import launch_command, launch_command_parser
 from gflowtrl.configuration import check_names, find_file, known_files, read_yaml, recipe_folder
 
 from .common import Parser, guarded
@@ -86,6 +85,7 @@ def _train(arguments: Sequence[str], command: str) -> int:
     file = find_file(given.config, recipe_folder())
     check_early(file, options)
 
+    from gflowtrl.compat import launch_command, launch_command_parser
     from gflowtrl.pipeline import load_recipe
     from gflowtrl.pipeline.lock import sole_run
     from gflowtrl.pipeline.run import stage_names
