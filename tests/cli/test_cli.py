@@ -96,7 +96,7 @@ def test_a_broken_line_is_named_and_leaves_no_half_file(home, results, capsys):
     out = home / "never.jsonl"
     model = results["methods"]["sft"]["model"]
     assert main(["recommend", "--model", model, "--input", str(home / "broken.jsonl"), "--output", str(out)]) == 2
-    assert "broken.jsonl, line 2: no JSON" in capsys.readouterr().err
+    assert "broken.jsonl, line 2: invalid JSON" in capsys.readouterr().err
     assert not list(home.glob("*never*"))
 
 
