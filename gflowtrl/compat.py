@@ -170,7 +170,12 @@ def parser_actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     return parser._actions
 
 
-def quiet_bitsandbytes() -> None:
-    """For commands, not for libraries: where bitsandbytes is installed, importing PEFT makes it warn of a CPU kernel
-    that gflowtrl does not use."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+def quiet_libraries() -> None:
+    """Hide messages that mean nothing to the user of a command.
+
+    These are bitsandbytes on a CPU kernel that gflowtrl does not use, DeepSpeed on the accelerator that it found, and
+    the progress bars of loading weights.
+    """
+    for name in ("bitsandbytes.backends.cpu.ops", "DeepSpeed"):
+        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -266,15 +266,16 @@ def test_a_parsers_actions_are_its_arguments():
     assert compat.parser_actions(parser)[1:] == added
 
 
-def test_bitsandbytes_is_silenced_by_the_command_only():
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    before = logger.level
-    try:
-        logger.setLevel(logging.NOTSET)
-        compat.quiet_bitsandbytes()
-        assert not logger.isEnabledFor(logging.WARNING) and logger.isEnabledFor(logging.ERROR)
-    finally:
-        logger.setLevel(before)
+@pytest.mark.parametrize("name", ["bitsandbytes.backends.cpu.ops", "DeepSpeed"])
+def test_other_libraries_warnings_are_hidden_by_commands_only(name, monkeypatch, caplog):
+    logger = logging.getLogger(name)
+    monkeypatch.setattr(logger, "filters", [])
+    monkeypatch.setattr(logger, "propagate", True)
+    logger.warning("before")
+    compat.quiet_libraries()
+    logger.warning("after")
+    logger.error("an error")
+    assert list(dict.fromkeys(caplog.messages)) == ["before", "an error"]
 
 
 # ------------------------------------------------------------------------------------------------------ overrides

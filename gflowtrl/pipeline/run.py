@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def run(
     data = data or prepare(recipe)
     check_needs(data)
     dry_run(data)
-    run = RunContext(recipe.output_dir, quiet, callbacks, redo)
+    run = RunContext(recipe.output_dir, quiet, callbacks, redo, _plan(recipe))
     with sole_run(run.root):
         return _run(run, data)
 
@@ -59,6 +59,28 @@ def stage_names(recipe: Recipe) -> list[str]:
     return ["teacher", *trained, *(f"test-{name}" for name in ("teacher", *trained)), "calibration"]
 
 
+def _plan(recipe: Recipe) -> dict[str, float]:
+    """The stages of a run, in order, with their rough costs in epochs of SFT (measured on Amazon Office)."""
+    cost = {"teacher": 2.0, "sft": _epochs(recipe.sft), "control": 2 * _epochs(recipe.control_fields)}
+    trajectories = recipe.training_arguments("gflownet", recipe.output_dir).num_generations
+    cost["gflownet"] = (2 + 0.6 * trajectories) * _epochs(recipe.gflownet)
+    before = ["teacher", "test-teacher"] if "teacher" in recipe.stages or _uses_teacher(recipe) else []
+    trained = recipe.trained_stages
+    names = [*before, *trained, *(f"test-{name}" for name in trained)]
+    if "gflownet" in trained and recipe.rewards and recipe.evaluation.calibration_rows != 0:
+        names.append("calibration")
+    return {name: cost.get(name, 0.5) for name in names}
+
+
+def _epochs(section: Mapping[str, Any]) -> float:
+    return float(section.get("num_train_epochs", 3.0))
+
+
+def _uses_teacher(recipe: Recipe) -> bool:
+    """Whether the run's GFlowNet needs the recipe's own teacher."""
+    return "gflownet" in recipe.stages and needs_teacher(recipe)
+
+
 def _run(run: RunContext, data: RunData) -> dict[str, Any]:
     recipe = data.recipe
     run.log(data.interactions.summary())
@@ -66,7 +88,7 @@ def _run(run: RunContext, data: RunData) -> dict[str, Any]:
     trained: dict[str, Stage] = {}
     tested: dict[str, Stage] = {}
 
-    uses_own = "gflownet" in wanted and needs_teacher(recipe)
+    uses_own = _uses_teacher(recipe)
     teacher, teacher_seconds = None, 0.0
     if "teacher" in wanted or uses_own:
         teacher = fit_teacher(run, data, recipe.teacher)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class RunContext:
         quiet: print nothing.
         callbacks: handed to every trainer.
         redo: names of stages that are done again, although they are finished.
+        plan: names of the run's stages in order, with rough costs relative to each other.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class RunContext:
         quiet: bool = False,
         callbacks: Sequence[TrainerCallback] = (),
         redo: Collection[str] = (),
+        plan: Mapping[str, float] | None = None,
     ):
         self.root = Path(root)
         # The other processes wait while the first one fits a teacher, longer than the usual half hour.
@@ -50,6 +53,7 @@ class RunContext:
         check_processes()
         self.quiet, self.callbacks, self.redo = quiet, list(callbacks), set(redo)
         self.seconds: dict[str, float] = {}  # of each stage that this run used, whenever it was done
+        self.plan, self._spent = dict(plan or {}), Counter[str]()
 
     @property
     def is_main(self) -> bool:
@@ -62,6 +66,19 @@ class RunContext:
     def log(self, text: str = "") -> None:
         if self.shows_progress:
             print(text, flush=True)
+
+    def position(self, name: str) -> str:
+        """ "stage 3 of 9: "; "" for a stage that is not in the plan."""
+        return f"stage {[*self.plan].index(name) + 1} of {len(self.plan)}: " if name in self.plan else ""
+
+    def time_left(self, name: str, seconds: float) -> str:
+        """ "; about 4 min left", estimated from the stages so far, after one of that name took `seconds`; or ""."""
+        if name not in self.plan:
+            return ""
+        self._spent[name] += seconds
+        rest = sum([*self.plan.values()][[*self.plan].index(name) + 1 :])
+        left = rest * self._spent.total() / sum(self.plan[done] for done in self._spent)
+        return f"; about {left / 60:.0f} min left" if left >= 60 else f"; about {left:.0f} s left" if rest else ""
 
     def stage(self, name: str, inputs: Mapping[str, Any]) -> Stage:
         """The stage of that name for these inputs: a JSON-able value of all that its result depends on."""
@@ -108,9 +125,10 @@ class Stage:
             run.state.wait_for_everyone()
         if self.done:
             self._check()
-            run.log(f"[{self.name}] {title}: done before, kept in {self.folder}")
+            run.log(f"[{self.name}] {run.position(self.name)}{title}: done before, kept in {self.folder}")
+            run.time_left(self.name, self.record["seconds"])
         elif run.is_main or not main_only:
-            run.log(f"[{self.name}] {title}")
+            run.log(f"[{self.name}] {run.position(self.name)}{title}")
             if run.is_main:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_json(self.folder / "inputs.json", self.inputs)
@@ -124,7 +142,7 @@ class Stage:
                     write_json(clock, seconds)
             if run.is_main:
                 write_json(self.folder / DONE_FILE, {**record, "seconds": seconds, "files": self._files()})
-            run.log(f"[{self.name}] finished in {seconds:.0f} s")
+            run.log(f"[{self.name}] finished in {seconds:.0f} s{run.time_left(self.name, seconds)}")
         if run.is_main:
             shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
         run.state.wait_for_everyone()
