@@ -21,8 +21,8 @@ MAX_README_WORDS, MAX_README_LINES = 900, 110  # words outside code; lines of th
 SKIPPED = re.compile(r"(^|/)([._](?!_init_|_main_)|build/|dist/|outputs/)|check_prose\.py$")
 
 _COUNTED = (
-    "bytes? beams? dots? epochs? files? hours? items? leaf leaves lines? minutes? nodes? pages? prompts? rows? seconds? "
-    "steps? times tokens? trajectory trajectories users? vectors?"
+    "bytes? beams? dots? epochs? files? hours? items? leaf leaves lines? minutes? nodes? pages? prompts? rows? "
+    "seconds? steps? times tokens? trajectory trajectories users? vectors?"
 )
 _UNITS = "epoch id item leaf level line method minute process prompt row second seed shop step target trajectory user"
 #: Regular expressions and what to write instead. A space also matches a line break; case does not matter.
@@ -47,7 +47,7 @@ PHRASES = {
     r"\b(?:bears?|borne|whence|thence|thereof|therein|wherein|upon|amidst?|naught)\b": "a plainer word",
     r"catalogue": "catalog",
     r"(?:col|behavi|neighb|fav|hon|lab)our": "-or",
-    r"\b(?:licence|grey|artefact|programmes?\b|centre|analyse[dr]?\b|defence|whilst|amongst|learnt|spelt)": "US spelling",
+    r"\b(?:licence|grey|artefact|programmes?\b|centre|analyse[dr]?\b|defence|whilst|learnt|spelt)": "US spelling",
     r"\b(?:normal|token|summar|optim|initial|general|factor|penal|organ|recogn|quant|serial|visual|real|util|random"
     r"|regular|special|memor|categor|synchron|parallel|vector|discret|emphas|minim|maxim)is(?:e|es|ed|er|ers|ing|ation"
     r"|ations)\b": "-ize",
