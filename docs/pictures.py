@@ -42,7 +42,7 @@ EXPLORING = {"on_policy": 2, "flattened": (OnPolicySampler(temperature=2.0), 1),
 # ---------------------------------------------------------------------------------------------------- small trainings
 @dataclass(frozen=True)
 class Task:
-    """A catalogue, and what a small model needs to be trained on it."""
+    """A catalog, and what a small model needs to be trained on it."""
 
     tokenizer: PreTrainedTokenizerBase
     catalog: ItemCatalog
@@ -124,13 +124,13 @@ def draw_tree(
     values: Tensor,
     node_text: Callable[[int], str],
     leaf_text: Callable[[int], str],
-    colour: Callable[[int], str] = lambda node: BLUE,
+    color: Callable[[int], str] = lambda node: BLUE,
 ) -> None:
     """The prefix tree from left to right. Lines are as thick as the share of `values` `(M,)` that flows through them.
 
     Args:
         node_text, leaf_text: what stands at a node, and at the right of a leaf.
-        colour: of a node and the line that leads to it.
+        color: of a node and the line that leads to it.
     """
     tree = task.catalog.tree
     height = {int(node): -leaf for leaf, node in enumerate(tree.leaf_nodes())}
@@ -146,13 +146,13 @@ def draw_tree(
         up = int(tree.parent[node])
         share = float(values[node] / values[0])
         ends = ([depth[up] + 0.16, depth[node] - 0.16], [height[up], height[node]])
-        axes.plot(*ends, color=colour(node), linewidth=1 + 14 * share, alpha=0.55, solid_capstyle="butt", zorder=1)
+        axes.plot(*ends, color=color(node), linewidth=1 + 14 * share, alpha=0.55, solid_capstyle="butt", zorder=1)
         token = task.tokenizer.convert_ids_to_tokens(int(tree.node_token[node]))
         place = [0.3 * a + 0.7 * b for a, b in ends]  # towards the child, where lines lie apart
         axes.text(*place, token, fontsize=9, ha="center", va="center", zorder=3, bbox=BOX)
     for node in range(tree.num_nodes):
         place = (depth[node], height[node])
-        axes.text(*place, node_text(node), ha="center", va="center", color=colour(node), zorder=4, weight="bold")
+        axes.text(*place, node_text(node), ha="center", va="center", color=color(node), zorder=4, weight="bold")
     for leaf, node in enumerate(tree.leaf_nodes().tolist()):
         axes.text(depth[node] + 0.2, height[node], leaf_text(leaf), va="center")
     axes.set_xlim(-0.25, tree.max_depth + 1.35)
@@ -209,14 +209,14 @@ def beam() -> plt.Figure:
     kept = set(tree.walk(greedy[0, 0]).tolist())
     wanted = set(tree.walk(best[user]).tolist())
 
-    def colour(node: int) -> str:
+    def color(node: int) -> str:
         return ORANGE if node in kept else RED if node in wanted else GREY
 
     def text(leaf: int) -> str:
         return {int(greedy[0, 0]): "what a beam of 1 finds", int(best[user]): "the most probable item"}.get(leaf, "")
 
     figure, axes = plt.subplots(figsize=(9.5, 5.4))
-    draw_tree(axes, task, probs, lambda node: f"{probs[node]:.2f}", text, colour)
+    draw_tree(axes, task, probs, lambda node: f"{probs[node]:.2f}", text, color)
     axes.set_title("Probability of every prefix: the best item lies behind the second-best first token")
     return figure
 
@@ -226,8 +226,8 @@ def distributions() -> plt.Figure:
     """One user's items under SFT on the log, GRPO and VarGrad from there, beside R / Z."""
     data, truth = SyntheticShop(seed=1, n_users=60, n_items=40, min_users_shown=5, mean_sessions=4).generate()
     task = Task.of(data.semantic_ids)
-    favourites = truth.preference.topk(3).indices
-    user = int(truth.shown.gather(1, favourites).sum(1).argmin())  # who was shown fewest of three favourites
+    favorites = truth.preference.topk(3).indices
+    user = int(truth.shown.gather(1, favorites).sum(1).argmin())  # who was shown fewest of three favorites
     reward = TableReward(truth.preference[[user]])
     shared = {"per_device_train_batch_size": 1, "num_train_epochs": 1, "learning_rate": 1e-3}
 
@@ -253,8 +253,8 @@ def distributions() -> plt.Figure:
     order = target[0].argsort(descending=True)
     figure, rows = plt.subplots(4, 1, figsize=(9, 8), sharex=True)
     for axes, (name, probs) in zip(rows, panels.items(), strict=True):
-        colours = [BLUE if shown[leaf] else ORANGE for leaf in order]
-        axes.bar(range(len(order)), probs[order], color=colours)
+        colors = [BLUE if shown[leaf] else ORANGE for leaf in order]
+        axes.bar(range(len(order)), probs[order], color=colors)
         axes.plot(range(len(order)), target[0][order], color="black", linewidth=1, drawstyle="steps-mid")
         axes.set_title(name, loc="left")
         axes.set_ylim(0, 1.1 * max(float(probs.max()), float(target.max())))
@@ -314,11 +314,11 @@ def exposure() -> plt.Figure:
         "liked and shown": liked & shown, "liked, never shown": liked & ~shown, "not liked": ~liked,
     }  # fmt: skip
     figure, axes = plt.subplots(figsize=(8.5, 4.4))
-    for place, ((name, probs), colour) in enumerate(zip(methods.items(), (GREY, BLUE, ORANGE), strict=True)):
+    for place, ((name, probs), color) in enumerate(zip(methods.items(), (GREY, BLUE, ORANGE), strict=True)):
         open_probs = probs * ~taken  # what was taken is not taken again
         open_probs = open_probs / open_probs.sum(1, keepdim=True)
         masses = [float((open_probs * mask).sum(1).mean()) for mask in groups.values()]
-        bars = axes.bar([i + 0.27 * (place - 1) for i in range(3)], masses, 0.25, color=colour, label=name)
+        bars = axes.bar([i + 0.27 * (place - 1) for i in range(3)], masses, 0.25, color=color, label=name)
         axes.bar_label(bars, fmt="%.2f", padding=2)
     axes.set_xticks(range(3), groups)
     axes.set_ylabel("mean probability over 600 users")
@@ -356,7 +356,7 @@ def training() -> plt.Figure:
         "detailed_balance": (EXPLORING, RED),
     }  # fmt: skip
     figure, axes = plt.subplots(figsize=(8.5, 4.4))
-    for name, (sampler, colour) in lines.items():
+    for name, (sampler, color) in lines.items():
         distance, model = Distance(measure), task.llama()
         start = (0, measure(model))
         task.train(
@@ -364,7 +364,7 @@ def training() -> plt.Figure:
             num_generations=64, reward_transform="exp", per_device_train_batch_size=3, learning_rate=3e-3,
             train_sampling_strategy="sequential", num_train_epochs=1, warmup_steps=50,
         )  # fmt: skip
-        axes.plot(*zip(start, *distance.found, strict=True), color=colour, label=name, linewidth=2)
+        axes.plot(*zip(start, *distance.found, strict=True), color=color, label=name, linewidth=2)
     axes.set_yscale("log")
     axes.set_xlabel("steps of 3 prompts, 64 trajectories each")
     axes.set_ylabel("total variation to R / Z")
@@ -402,17 +402,17 @@ def apao() -> plt.Figure:
     }
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
     steps = [5 * (i + 1) for i in range(len(weights))]
-    for m, colour in zip((1, 2, 3), (BLUE, ORANGE, GREEN), strict=True):
-        left.plot(steps, [row[m - 1] for row in weights], color=colour, linewidth=2, label=f"w_{m}")
+    for m, color in zip((1, 2, 3), (BLUE, ORANGE, GREEN), strict=True):
+        left.plot(steps, [row[m - 1] for row in weights], color=color, linewidth=2, label=f"w_{m}")
     left.set_xlabel("steps")
     left.set_title("weights of the prefixes", loc="left")
     left.legend()
     targets = it.task.catalog.leaf_of(it.splits.test["target"])
-    for place, ((name, model), colour) in enumerate(zip(models.items(), (GREY, BLUE), strict=True)):
+    for place, ((name, model), color) in enumerate(zip(models.items(), (GREY, BLUE), strict=True)):
         log_probs = it.task.leaf_log_probs(model, list(it.splits.test["history"]))
         metrics = prefix_metrics(log_probs.float(), targets, it.task.catalog.tree, num_beams=5)
         kept = [float(metrics[f"survival@{m}"].mean()) for m in (1, 2, 3)]
-        bars = right.bar([m + 0.4 * (place - 0.5) for m in (1, 2, 3)], kept, 0.36, color=colour, label=name)
+        bars = right.bar([m + 0.4 * (place - 0.5) for m in (1, 2, 3)], kept, 0.36, color=color, label=name)
         right.bar_label(bars, fmt="%.3f", padding=2)
     right.set_xticks([1, 2, 3], ["1 token", "2 tokens", "the whole id"])
     right.set_title("share of test targets still in a beam of 5", loc="left")

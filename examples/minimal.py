@@ -1,4 +1,4 @@
-"""The library without the pipeline: data, catalogue, teacher, model, GFlowNet, recommendations. A minute on a CPU.
+"""The library without the pipeline: data, catalog, teacher, model, GFlowNet, recommendations. A minute on a CPU.
 
 python examples/minimal.py
 """

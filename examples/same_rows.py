@@ -11,7 +11,7 @@ from trl import TrlParser
 
 from gflowtrl import ItemCatalog
 from gflowtrl.data import leave_one_out, read_interactions
-from gflowtrl.metrics import summarise
+from gflowtrl.metrics import summarize
 from gflowtrl.policy import make_policy
 from gflowtrl.recommender import read_encoder, write_recommender_files
 from gflowtrl.trainer import rank_rows
@@ -66,7 +66,7 @@ class SameRows:
             policy, test = make_policy(trainer.model.eval(), self.catalog), self.splits.test
             leaves = rank_rows(policy, self.encoder, test, num_beams=20)
         self.catalog.to("cpu")
-        report = summarise(leaves, self.catalog.leaf_of(test["target"]), self.catalog, self.splits.item_counts)
+        report = summarize(leaves, self.catalog.leaf_of(test["target"]), self.catalog, self.splits.item_counts)
         spent = {"steps": trainer.state.global_step, "seconds": trainer.state.log_history[-1].get("train_runtime")}
         Path(folder, "metrics.json").write_text(json.dumps({**spent, **report.metrics}, indent=2) + "\n")
         for name in ("recall@10", "ndcg@10", "coverage@10"):

@@ -12,7 +12,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from gflowtrl import GFlowNetConfig, GFlowNetTrainer, ItemCatalog
 from gflowtrl.data import PromptEncoder, SyntheticShop, build_tokenizer, leave_one_out, text_sft_dataset
-from gflowtrl.metrics import summarise
+from gflowtrl.metrics import summarize
 from gflowtrl.policy import make_policy
 from gflowtrl.rewards import CollaborativeReward, GroundTruthReward
 from gflowtrl.teachers import SASRec
@@ -79,7 +79,7 @@ def gflownet(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 def measure(name: str, model: LlamaForCausalLM) -> None:
     leaves = rank_rows(make_policy(model.eval(), catalog), encoder, splits.test, num_beams=20)
-    metrics = summarise(leaves, catalog.leaf_of(splits.test["target"]), catalog, splits.item_counts, ks=[10]).metrics
+    metrics = summarize(leaves, catalog.leaf_of(splits.test["target"]), catalog, splits.item_counts, ks=[10]).metrics
     figures = "  ".join(f"{metric} {metrics[metric]:.4f}" for metric in ("recall@10", "ndcg@10", "coverage@10"))
     print(f"{name:<14} {figures}", flush=True)
 

@@ -2,7 +2,7 @@
 
 accelerate launch examples/trl_grpo.py --data_dir DIR --model SFT_FOLDER --output_dir outputs/trl_grpo --max_steps 300
 
-`per_device_train_batch_size` counts answers here. Nothing keeps answers to the catalogue in training.
+`per_device_train_batch_size` counts answers here. Nothing keeps answers to the catalog in training.
 """
 
 from datasets import Dataset

@@ -85,7 +85,7 @@ class Explanation:
         steps: its path, token by token.
         shares_id_with: other items of the same id, which the policy cannot tell apart.
         teacher_probability, teacher_rank: what the teacher behind the reward says (softmax over all items; 1 is its
-            favourite), where it lies beside the model.
+            favorite), where it lies beside the model.
     """
 
     item: Item
@@ -215,7 +215,7 @@ class Recommender:
         """Recommend `k` items for each history.
 
         Args:
-            histories: items in chronological order. Items that are not in the catalogue are left out with a warning;
+            histories: items in chronological order. Items that are not in the catalog are left out with a warning;
                 a user with no known item is recommended what was taken most often in training.
             k: length of the lists; shorter only where there are fewer items.
             num_beams: beam width, by default `max(20, k)`; with `strategy="sample"` the number of ids that are drawn,
@@ -259,7 +259,7 @@ class Recommender:
         if request.strategy == "beam":
             nodes = None
             if request.allowed is not None:
-                nodes = self.catalog.tree.ways_to(self.catalog.leaf_of(sorted(request.allowed)))
+                nodes = self.catalog.tree.path_mask(self.catalog.leaf_of(sorted(request.allowed)))
             leaves, log_probs = self.policy.beam_search(prompts, beams, nodes)
             return self._lists(histories, leaves, log_probs, request)
         noise = StatelessNoise(request.seed).at(0, torch.tensor(rows, device=self.model.device))
@@ -340,7 +340,7 @@ class Recommender:
         return self._list(zip(items, log_probs[ranked].tolist(), strict=True), request)
 
     def _known(self, histories: Sequence[Sequence[Item]], names: Sequence[str]) -> list[list[Item]]:
-        """Histories without items that are not in the catalogue, of which a warning tells."""
+        """Histories without items that are not in the catalog, of which a warning tells."""
         for name, history in zip(names, histories, strict=True):
             if isinstance(history, str) or not isinstance(history, Sequence):
                 raise TypeError(f"The history in {name} is {history!r}; give a list of items for each user.")
@@ -348,7 +348,7 @@ class Recommender:
         if unknown:
             row, item = unknown[0]
             warnings.warn(
-                f"{len(unknown)} items of the histories are not in the catalogue and were left out; the first is "
+                f"{len(unknown)} items of the histories are not in the catalog and were left out; the first is "
                 f"{item!r} in {names[row]}.",
                 stacklevel=3,
             )
@@ -361,7 +361,7 @@ class Recommender:
         if not allowed:
             raise ValueError("allowed_items is empty, so that nothing can be recommended; leave it out to allow all.")
         if unknown := self.catalog.known_items([allowed])[1]:
-            raise ValueError(f"allowed_items holds {unknown[0][1]!r}, which is not in the catalogue.")
+            raise ValueError(f"allowed_items holds {unknown[0][1]!r}, which is not in the catalog.")
         return allowed
 
     # ---------------------------------------------------------------------------------------------------- explaining
@@ -370,7 +370,7 @@ class Recommender:
         """Why `item` is where it is in the list of this history: its path, and what the teacher says.
 
         Raises:
-            ValueError: the item is not in the catalogue, or the history has no known item.
+            ValueError: the item is not in the catalog, or the history has no known item.
         """
         (known,) = self._known([history], ["row 0"])
         if not known:

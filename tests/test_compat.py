@@ -26,7 +26,7 @@ from transformers.integrations import deepspeed as zero
 import gflowtrl
 from gflowtrl import APAOTrainer, GFlowNetTrainer, compat
 from gflowtrl.pipeline.training import Seq2SeqSFTStage, SFTStage
-from gflowtrl.policy import make_policy, placement
+from gflowtrl.policy import branch_positions, make_policy
 from tests.tiny import catalog_of, random_paths, tiny_model, tiny_seq2seq
 
 
@@ -129,7 +129,7 @@ def test_trainable_tokens_keep_what_output_rows_reads():
     assert torch.equal(layer.get_merged_weights(layer.active_adapters), layer.base_layer.weight)
 
 
-def test_adapter_folders_are_recognised(tmp_path):
+def test_adapter_folders_are_recognized(tmp_path):
     model = tiny_model(40)
     model.save_pretrained(tmp_path / "model")
     get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapters")
@@ -150,7 +150,7 @@ def test_what_older_versions_of_transformers_compute_wrongly_is_refused(monkeypa
 
     catalog = catalog_of(random_paths(6))
     models = {kind: tiny_seq2seq(40, kind) for kind in ("umt5", "bart")}
-    monkeypatch.setattr(placement, "require", refuse)
+    monkeypatch.setattr(branch_positions, "require", refuse)
     make_policy(models["bart"], catalog)
     with pytest.raises(ValueError, match="encoder-decoder of kind 'umt5' needs transformers 5.18"):
         make_policy(models["umt5"], catalog)

@@ -88,7 +88,7 @@ FAULTS = {
         lambda c: swap(c["model"]["vocab"], "<a_0>", "<a_1>"),
         r"catalog\.json gives token '<a_0>' the number 3, but the tokenizer gives it 4 \(2 of",
     ),
-    "swapped numbers in the catalogue": (
+    "swapped numbers in the catalog": (
         "catalog.json",
         lambda c: swap(c["token_ids"], "<a_0>", "<c_1>"),
         r"catalog\.json gives token .* but the tokenizer gives",
@@ -123,7 +123,7 @@ FAULTS = {
     "no numbers": ("catalog.json", lambda c: drop(c, "token_ids"), r"must hold items, semantic_ids and token_ids"),
     "null titles": ("item_details.json", lambda c: c["titles"].__setitem__(0, 3), "has 3 among the titles, for item"),
     "counts that are none": ("item_details.json", lambda c: c["counts"].__setitem__(0, -1), "has -1 among the counts"),
-    "a count less": ("item_details.json", lambda c: drop(c["counts"], -1), "counts of 23 items, but the catalogue"),
+    "a count less": ("item_details.json", lambda c: drop(c["counts"], -1), "counts of 23 items, but the catalog"),
     "details of something else": ("item_details.json", lambda c: [c], r"item_details\.json must hold a JSON object"),
     "no length of histories": ("recommender_config.json", lambda c: drop(c, "max_history_items"), "lacks 'max_hist"),
     "a length that is none": ("recommender_config.json", lambda c: c.update(max_history_items=0), "cannot be used: "),
@@ -162,10 +162,10 @@ def test_files_that_do_not_fit_are_named_by_a_trainer_too(folder):
         GFlowNetTrainer(str(folder), [GroundTruthReward()], GFlowNetConfig(str(folder), use_cpu=True), make_rows())
 
 
-def test_a_model_with_fewer_tokens_than_its_catalogue_is_refused(folder):
+def test_a_model_with_fewer_tokens_than_its_catalog_is_refused(folder):
     small = tiny_model(8)
     small.save_pretrained(folder)
-    with pytest.raises(ValueError, match="The catalogue uses token 12, but the model embeds only 8 tokens"):
+    with pytest.raises(ValueError, match="The catalog uses token 12, but the model embeds only 8 tokens"):
         Recommender.from_pretrained(folder)
 
 

@@ -141,7 +141,7 @@ def test_draws_among_allowed_items_are_in_proportion(recommender, monkeypatch, e
 
 
 def test_unknown_items_are_left_out_with_a_warning(recommender):
-    with pytest.warns(UserWarning, match="2 items of the histories are not in the catalogue.*'nonsense' in row 1"):
+    with pytest.warns(UserWarning, match="2 items of the histories are not in the catalog.*'nonsense' in row 1"):
         found = recommender.recommend([["i010"], ["nonsense", "i010", 7]])
     items = [[r.item for r in one] for one in found]
     assert items[0] == items[1] == [r.item for r in recommender.recommend([["i010"]])[0]]
@@ -150,7 +150,7 @@ def test_unknown_items_are_left_out_with_a_warning(recommender):
 def test_users_of_whom_nothing_is_known_get_what_was_taken_most(recommender):
     counts = torch.arange(len(ITEMS))
     known = Recommender(recommender.model, TOKENIZER, recommender.catalog, 5, item_counts=counts)
-    with pytest.warns(UserWarning, match="not in the catalogue"):
+    with pytest.warns(UserWarning, match="not in the catalog"):
         cold, warm, strange = known.recommend([[], ["i010"], ["nonsense"]], k=4)
     by_count = [recommender.catalog.items[place] for place in counts.argsort(descending=True)]
     assert [r.item for r in cold] == [r.item for r in strange] == by_count[:4]

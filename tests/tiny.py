@@ -1,4 +1,4 @@
-"""Tiny catalogues and models for tests."""
+"""Tiny catalogs and models for tests."""
 
 import pytest
 import torch
@@ -108,7 +108,7 @@ def ragged_prompts(batch: int, vocab_size: int, length: int = 9, seed: int = 0) 
 
 
 def naive_log_probs(tree, prompts, leaves, vocab_size, logits_of) -> torch.Tensor:
-    """`(B, K, L)` tree-normalised, one full sequence at a time, without padding, mask or cache.
+    """`(B, K, L)` tree-normalized, one full sequence at a time, without padding, mask or cache.
 
     `logits_of(prompt, path)` gives the logits before each token of the path, `(len(path), V)`.
     """

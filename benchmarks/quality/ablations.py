@@ -11,7 +11,7 @@ ablation-STUDY.png for each study. (Replay is no row: within 300 steps no prompt
 from matplotlib.figure import Figure
 from office import COLUMNS, KEPT, kept_run, make_parser, places
 
-from gflowtrl.pipeline.report import aligned
+from gflowtrl.pipeline.run_report import aligned
 
 
 STEPS = 300

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from office import COLUMNS, KEPT, ROOT, kept_run, make_parser, places
 
 from gflowtrl.pipeline import load_recipe
-from gflowtrl.pipeline.materials import prepare
-from gflowtrl.pipeline.report import aligned
-from gflowtrl.pipeline.signals import fit_teacher
-from gflowtrl.pipeline.stage import Workshop
+from gflowtrl.pipeline.build import fit_teacher
+from gflowtrl.pipeline.run_data import prepare
+from gflowtrl.pipeline.run_report import aligned
+from gflowtrl.pipeline.stage import RunContext
 
 
 def reward(target: float, teacher: float, options: str = "", ease: float = 0.0) -> list[str]:
@@ -57,11 +57,11 @@ def particular(recipe_options: list[str]) -> str:
     Over the validation users: entropy of the mean distribution minus mean entropy.
     """
     recipe = load_recipe(ROOT / "recipes" / "gflowgr_office_llama.yaml", recipe_options)
-    materials, workshop = prepare(recipe), Workshop(recipe.output_dir, quiet=True)
-    histories = materials.splits.validation["history"]
+    run_data, context = prepare(recipe), RunContext(recipe.output_dir, quiet=True)
+    histories = run_data.splits.validation["history"]
     lines = [["teacher", "temperature", "mean entropy", "mutual information"]]
     for spec in (recipe.teacher, {"type": "ease"}):
-        scores = fit_teacher(workshop, materials, spec).score(histories).detach()
+        scores = fit_teacher(context, run_data, spec).score(histories).detach()
         for temperature in (0.7, 1.0, 1.5):
             probs = (scores / temperature).softmax(1)
             entropy, of_mean = torch.special.entr(probs).sum(1).mean(), torch.special.entr(probs.mean(0)).sum()
@@ -81,9 +81,9 @@ def plot(records: dict[str, dict]) -> None:
         "SFT": (shared["sft"], "C1"),
     }
     ordered = sorted(dots.items(), key=lambda dot: -dot[1][0]["metrics"]["coverage@10"])
-    for number, (name, (entry, colour)) in enumerate(ordered, 1):
+    for number, (name, (entry, color)) in enumerate(ordered, 1):
         x, y = entry["metrics"]["coverage@10"], entry["metrics"]["ndcg@10"]
-        axes.scatter(x, y, s=160, color=colour, label=f"{number}  {name}", alpha=0.85)
+        axes.scatter(x, y, s=160, color=color, label=f"{number}  {name}", alpha=0.85)
         axes.annotate(str(number), (x, y), ha="center", va="center", fontsize=8, color="white")
     error = 1.96 * shared["control"]["standard_errors"]["ndcg@10"]
     axes.set(

@@ -15,7 +15,7 @@ from office import KEPT, ROOT, make_parser, places, settings
 
 from gflowtrl.pipeline import Recipe, load_recipe, run
 from gflowtrl.pipeline.comparison import spread
-from gflowtrl.pipeline.report import aligned
+from gflowtrl.pipeline.run_report import aligned
 
 
 METHODS = {"sft": "SFT", "control": "SFT continued", "gflownet": "GFlowNet"}

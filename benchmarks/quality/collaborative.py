@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 import torch
-from implicit.nearest_neighbours import BM25Recommender, CosineRecommender, TFIDFRecommender
+from implicit.nearest_neighbors import BM25Recommender, CosineRecommender, TFIDFRecommender
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from gflowtrl.data import InteractionData, Splits, leave_one_out, read_interactions
-from gflowtrl.metrics import RankingReport, summarise_items
-from gflowtrl.pipeline.report import aligned
+from gflowtrl.metrics import RankingReport, summarize_items
+from gflowtrl.pipeline.run_report import aligned
 from gflowtrl.teachers import EASE, Popularity, top_items
 
 
@@ -34,7 +34,7 @@ from benchmarks.quality.total_variation import environment  # noqa: E402
 
 
 KS = [5, 10, 20]
-NEIGHBOURS = {"cosine": CosineRecommender, "TF-IDF": TFIDFRecommender, "BM25": BM25Recommender}
+NEIGHBORS = {"cosine": CosineRecommender, "TF-IDF": TFIDFRecommender, "BM25": BM25Recommender}
 Ranker = Callable[[Sequence[Sequence]], Tensor]
 
 
@@ -56,12 +56,12 @@ class Rows:
     def measure(self, ranker: Ranker, split: str) -> RankingReport:
         rows = getattr(self.splits, split)
         targets = torch.tensor([self.index[item] for item in rows["target"]])
-        return summarise_items(ranker(rows["history"]), targets, self.splits.item_counts, KS)
+        return summarize_items(ranker(rows["history"]), targets, self.splits.item_counts, KS)
 
 
-def item_knn(rows: Rows, kind: str, neighbours: int) -> Ranker:
+def item_knn(rows: Rows, kind: str, neighbors: int) -> Ranker:
     """Items similar to those of the history, by `implicit`'s similarities without an item's to itself."""
-    model = NEIGHBOURS[kind](K=neighbours + 1)
+    model = NEIGHBORS[kind](K=neighbors + 1)
     model.fit(rows.matrix(rows.splits.train_sequences), show_progress=False)
     similarity = model.similarity.tocsr()
     similarity.setdiag(0)
@@ -87,8 +87,8 @@ def rankers(rows: Rows) -> dict[str, dict[str, Callable[[], Ranker]]]:
     return {
         "popularity": {"": by_teacher(lambda: Popularity.fit(sequences, items))},
         "ItemKNN": {
-            f"{kind}, {k} neighbours": lambda kind=kind, k=k: item_knn(rows, kind, k)
-            for kind, k in itertools.product(NEIGHBOURS, (5, 10, 20, 50, 100, 200))
+            f"{kind}, {k} neighbors": lambda kind=kind, k=k: item_knn(rows, kind, k)
+            for kind, k in itertools.product(NEIGHBORS, (5, 10, 20, 50, 100, 200))
         },
         "EASE": {
             f"regularization {value:g}": by_teacher(

@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 from gflowtrl.metrics import prefix_metrics
 from gflowtrl.pipeline import load_recipe, run
 from gflowtrl.pipeline.comparison import spread
-from gflowtrl.pipeline.materials import Materials, prepare
-from gflowtrl.pipeline.report import aligned
+from gflowtrl.pipeline.run_data import RunData, prepare
+from gflowtrl.pipeline.run_report import aligned
 from gflowtrl.policy import load_backbone, make_policy
 
 
@@ -54,17 +54,17 @@ SURVIVAL = {
 
 
 @torch.no_grad()
-def prefixes(folder: str, materials: Materials, users: int, num_beams: int, progress: str) -> dict[str, float]:
+def prefixes(folder: str, run_data: RunData, users: int, num_beams: int, progress: str) -> dict[str, float]:
     """Means of `prefix_metrics` over some test users, drawn by a fixed seed."""
     model = load_backbone(folder).eval()
-    policy, rows = make_policy(model, materials.catalog), materials.test.shuffle(seed=0)
+    policy, rows = make_policy(model, run_data.catalog), run_data.test.shuffle(seed=0)
     rows = rows.select(range(min(users, len(rows))))
     found = []
     for start in tqdm(range(0, len(rows), 64), desc=progress, leave=False):
         part = rows[start : start + 64]
-        leaf_log_probs = policy.leaf_log_probs(materials.encoder(part["history"]))
-        targets = materials.catalog.leaf_of(part["target"])
-        found.append(prefix_metrics(leaf_log_probs, targets, materials.catalog.tree, num_beams))
+        leaf_log_probs = policy.leaf_log_probs(run_data.encoder(part["history"]))
+        targets = run_data.catalog.leaf_of(part["target"])
+        found.append(prefix_metrics(leaf_log_probs, targets, run_data.catalog.tree, num_beams))
     return {name: float(torch.cat([part[name] for part in found]).mean()) for name in found[0]}
 
 
@@ -83,12 +83,12 @@ def kept_prefixes(path: Path, options: list[str], file: Path, users: int, shared
     missing = [method for method in wanted if method not in content["methods"]]
     if missing:
         recipe = load_recipe(path, options)
-        materials = prepare(recipe)
-        methods = run(recipe, materials, quiet=True)["methods"]
+        run_data = prepare(recipe)
+        methods = run(recipe, run_data, quiet=True)["methods"]
         for method in missing:
             title = f"{file.stem}, {method}"
             content["methods"][method] = prefixes(
-                methods[method]["model"], materials, users, recipe.evaluation.num_beams, title
+                methods[method]["model"], run_data, users, recipe.evaluation.num_beams, title
             )
         kept.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return content["methods"]

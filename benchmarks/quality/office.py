@@ -18,7 +18,7 @@ from gflowtrl.metrics import paired_bootstrap
 from gflowtrl.pipeline import Recipe, load_recipe, run
 from gflowtrl.pipeline.comparison import spread
 from gflowtrl.pipeline.plots import titles_of
-from gflowtrl.pipeline.report import aligned, interval_text
+from gflowtrl.pipeline.run_report import aligned, interval_text
 
 
 ROOT = Path(__file__).parents[2]

@@ -86,8 +86,8 @@ def table_row(result: dict[str, Any]) -> str:
     cells = (
         result["data"], result["vectors"], result["ids"], at_first["colliding_items"], report["colliding_items"],
         "" if report["relative_mse"] is None else f"{report['relative_mse']:.3f}", " / ".join(levels) + " %",
-        f"{report['perplexity'][0]:.0f}", f"{report['neighbours_kept'][0]:.3f}",
-        f"{report['neighbours_by_chance'][0]:.3f}", f"{report['common_prefix']:.2f}",
+        f"{report['perplexity'][0]:.0f}", f"{report['neighbors_kept'][0]:.3f}",
+        f"{report['neighbors_by_chance'][0]:.3f}", f"{report['common_prefix']:.2f}",
         f"{result['seconds']:.0f}" if "seconds" in result else "",
     )  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"

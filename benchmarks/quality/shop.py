@@ -12,7 +12,7 @@ from office import KEPT, kept_run
 
 from gflowtrl.pipeline.comparison import spread
 from gflowtrl.pipeline.plots import TITLES
-from gflowtrl.pipeline.report import aligned
+from gflowtrl.pipeline.run_report import aligned
 
 
 COLUMNS = ["unseen_liked_mass", "total_variation", "recall@10", "ndcg@10", "coverage@10", "long_tail@10"]

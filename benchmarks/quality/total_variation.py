@@ -96,7 +96,7 @@ class TableReward(Reward):
 
 @dataclass(frozen=True)
 class Problem:
-    """A catalogue, and log R `(prompts, leaves)` of some prompts on it."""
+    """A catalog, and log R `(prompts, leaves)` of some prompts on it."""
 
     tokenizer: PreTrainedTokenizerBase
     catalog: ItemCatalog

@@ -1,4 +1,4 @@
-"""How the tree grows with the catalogue: build time, memory, time of a decoding step.
+"""How the tree grows with the catalog: build time, memory, time of a decoding step.
 
     python benchmarks/speed/catalog_size.py --out benchmarks/results/speed/catalog_size.json
 
@@ -23,7 +23,7 @@ VOCAB = FIRST + DEPTH * CODES
 
 
 class OnlyTree:
-    """As much of a catalogue as a policy needs."""
+    """As much of a catalog as a policy needs."""
 
     def __init__(self, tree: PrefixTree):
         self.tree = tree

@@ -1,11 +1,11 @@
 """Constrained decoding: this library, and Hugging Face `generate` under the same constraint.
 
     python benchmarks/speed/decoding.py --out benchmarks/results/speed/decoding.json
-    python benchmarks/speed/decoding.py --data_dir DIR    # real prompts and catalogue, and all users ranked
+    python benchmarks/speed/decoding.py --data_dir DIR    # real prompts and catalog, and all users ranked
 
 Beam search of 20 and 50 and K = 16 samples of each prompt, for a Llama and a T5 of random weights. `generate` is told
-of the catalogue in the two ways that people use: `prefix_allowed_tokens_fn` with a trie of dictionaries, and a
-vectorised logits processor on the tree's arrays. The lists of all three must be the same.
+of the catalog in the two ways that people use: `prefix_allowed_tokens_fn` with a trie of dictionaries, and a
+vectorized logits processor on the tree's arrays. The lists of all three must be the same.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def nested_trie(tree: PrefixTree) -> dict[int, dict]:
 
 
 def node_of(tree: PrefixTree, tokens: Tensor) -> Tensor:
-    """The node at which tokens `(rows, n)` end: `(rows,)`, -1 for what the catalogue does not know."""
+    """The node at which tokens `(rows, n)` end: `(rows,)`, -1 for what the catalog does not know."""
     nodes = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
     for column in tokens.unbind(1):
         nodes = tree.step(nodes, column)
@@ -54,7 +54,7 @@ def node_of(tree: PrefixTree, tokens: Tensor) -> Tensor:
 
 
 class TreeProcessor(LogitsProcessor):
-    """The constraint as one vectorised mask a step."""
+    """The constraint as one vectorized mask a step."""
 
     def __init__(self, tree: PrefixTree, prompt_length: int):
         self.tree, self.prompt_length = tree, prompt_length
@@ -109,7 +109,7 @@ def jobs(policy: TreePolicy, prompts: dict[str, Tensor]) -> dict[str, dict[str, 
 
 
 def check(policy: TreePolicy, prompts: dict[str, Tensor], job: str, found: dict[str, Tensor]) -> None:
-    """All draw items only, and all beams give the same lists, but for neighbours that float32 cannot tell apart."""
+    """All draw items only, and all beams give the same lists, but for neighbors that float32 cannot tell apart."""
     if not all((leaves >= 0).all() for leaves in found.values()):
         raise AssertionError(f"{job}: something is no item.")
     if not job.startswith("beam"):
@@ -127,16 +127,16 @@ def main() -> None:
     parser.add_argument("--backbones", nargs="+", choices=list(BACKBONES), default=list(BACKBONES))
     parser.add_argument("--users", type=int, default=128, help="prompts of a batch")
     parser.add_argument("--prompt_length", type=int, default=80, help="of random prompts, the longest")
-    parser.add_argument("--data_dir", help="prompts and catalogue of the Office recipe instead of random ones")
+    parser.add_argument("--data_dir", help="prompts and catalog of the Office recipe instead of random ones")
     given = parser.parse_args()
     if given.data_dir is None:
         catalog, tokenizer = random_catalog(depth=4)
         prompts = random_prompts(given.users, given.prompt_length, len(tokenizer), given.device, ragged=True)
     else:
-        materials = office(given.data_dir)
-        catalog, tokenizer = materials.catalog, materials.tokenizer
-        chosen = materials.splits.test.shuffle(seed=0).select(range(given.users))
-        prompts = {name: value.to(given.device) for name, value in materials.encoder(chosen["history"]).items()}
+        run_data = office(given.data_dir)
+        catalog, tokenizer = run_data.catalog, run_data.tokenizer
+        chosen = run_data.splits.test.shuffle(seed=0).select(range(given.users))
+        prompts = {name: value.to(given.device) for name, value in run_data.encoder(chosen["history"]).items()}
     rows = []
     for backbone in given.backbones:
         model = BACKBONES[backbone](len(tokenizer)).to(given.device).eval()
@@ -157,11 +157,11 @@ def main() -> None:
                 ]
         if given.data_dir is not None:
             before, start = reset_peak(given.device), time.perf_counter()
-            rank_rows(policy, materials.encoder, materials.splits.test, num_beams=20)
+            rank_rows(policy, run_data.encoder, run_data.splits.test, num_beams=20)
             seconds = time.perf_counter() - start
-            print(f"All {len(materials.splits.test)} users ranked by the {backbone} in {seconds:.1f} s.")
+            print(f"All {len(run_data.splits.test)} users ranked by the {backbone} in {seconds:.1f} s.")
             rows.append({
-                "backbone": backbone, "job": f"all {len(materials.splits.test)} users, beam 20", "side": "gflowtrl",
+                "backbone": backbone, "job": f"all {len(run_data.splits.test)} users, beam 20", "side": "gflowtrl",
                 "ratio": 1.0, "seconds": seconds, "peak_memory": peak(given.device) - before, "rounds": 1,
             })  # fmt: skip
     columns = {

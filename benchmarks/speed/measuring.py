@@ -1,4 +1,4 @@
-"""What the speed benchmarks share: interleaved rounds, peak memory, models, catalogues, reports.
+"""What the speed benchmarks share: interleaved rounds, peak memory, models, catalogs, reports.
 
 Times on a shared machine mean little, ratios more: both sides run in one process on the same model and batch, in turn,
 and the median of the rounds counts.
@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Confi
 from gflowtrl import ItemCatalog
 from gflowtrl.data import build_tokenizer
 from gflowtrl.pipeline import load_recipe
-from gflowtrl.pipeline.materials import Materials, prepare
+from gflowtrl.pipeline.run_data import RunData, prepare
 
 
 ROOT = Path(__file__).parents[2]
@@ -60,8 +60,8 @@ def random_prompts(batch: int, length: int, vocab_size: int, device: torch.devic
     return {"input_ids": (tokens * mask).to(device), "attention_mask": mask.to(device)}
 
 
-def office(data_dir: str) -> Materials:
-    """Rows, catalogue and tokenizer of the Office recipe."""
+def office(data_dir: str) -> RunData:
+    """Rows, catalog and tokenizer of the Office recipe."""
     return prepare(load_recipe(ROOT / "recipes" / "gflowgr_office_llama.yaml", ["--data_dir", data_dir]))
 
 

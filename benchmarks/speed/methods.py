@@ -22,10 +22,10 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from gflowtrl.pipeline import load_recipe
-from gflowtrl.pipeline.job import needs_teacher
-from gflowtrl.pipeline.materials import prepare
-from gflowtrl.pipeline.signals import fit_teacher
-from gflowtrl.pipeline.stage import Workshop
+from gflowtrl.pipeline.build import fit_teacher
+from gflowtrl.pipeline.run import needs_teacher
+from gflowtrl.pipeline.run_data import prepare
+from gflowtrl.pipeline.stage import RunContext
 from gflowtrl.pipeline.training import gflownet_trainer, train_sft
 
 
@@ -53,10 +53,10 @@ class RoundClock(TrainerCallback):
 def build(recipe_file: Path, given, scratch: str) -> tuple[str, Trainer, RoundClock]:
     """The trainer of a recipe's GFlowNet stage, which trains for `given.steps` and does nothing else."""
     recipe = load_recipe(recipe_file, ["--data_dir", given.data_dir, "--output_dir", given.output_dir])
-    materials, workshop = prepare(recipe), Workshop(given.output_dir, quiet=True)
-    teacher = fit_teacher(workshop, materials, recipe.teacher) if needs_teacher(recipe) else None
-    start = train_sft(workshop, materials) if recipe.start == "sft" else None
-    trainer = gflownet_trainer(workshop, materials, start, teacher, Path(scratch, recipe.name))
+    run_data, context = prepare(recipe), RunContext(given.output_dir, quiet=True)
+    teacher = fit_teacher(context, run_data, recipe.teacher) if needs_teacher(recipe) else None
+    start = train_sft(context, run_data) if recipe.start == "sft" else None
+    trainer = gflownet_trainer(context, run_data, start, teacher, Path(scratch, recipe.name))
     trainer.args.max_steps, trainer.args.load_best_model_at_end = given.steps, False
     trainer.args.eval_strategy = trainer.args.save_strategy = trainer.args.logging_strategy = "no"
     clock = RoundClock(given.device)

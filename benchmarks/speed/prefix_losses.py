@@ -34,16 +34,16 @@ def main() -> None:
     parser.add_argument("--label_spaces", nargs="+", default=["vocabulary", "tree"])
     given = parser.parse_args()
     kept = keep_freed_memory()
-    materials = office(given.data_dir)
-    rows = materials.splits.train.shuffle(seed=0).select(range(given.prompts * STEPS))
-    tokens = 1 + sum(map(len, rows["history"])) * materials.catalog.tree.max_depth / len(rows)
+    run_data = office(given.data_dir)
+    rows = run_data.splits.train.shuffle(seed=0).select(range(given.prompts * STEPS))
+    tokens = 1 + sum(map(len, rows["history"])) * run_data.catalog.tree.max_depth / len(rows)
     measured = []
     for backbone in given.backbones:
-        model = BACKBONES[backbone](len(materials.tokenizer), given.size).to(given.device)
+        model = BACKBONES[backbone](len(run_data.tokenizer), given.size).to(given.device)
         for space in given.label_spaces:
             with tempfile.TemporaryDirectory() as scratch:
-                seconds, memory, prompt = steps(model, materials, rows, given, space, scratch)
-            later = materials.catalog.tree.max_depth - 1
+                seconds, memory, prompt = steps(model, run_data, rows, given, space, scratch)
+            later = run_data.catalog.tree.max_depth - 1
             branches = 1 + given.num_negatives
             ratio = (prompt + branches * later) / (prompt + later)
             measured.append({
@@ -63,7 +63,7 @@ def main() -> None:
     report(measured, columns, given, **settings, mean_prompt_tokens=tokens, rounds=given.rounds, memory_kept=kept)
 
 
-def steps(model, materials, rows, given, label_space: str, scratch: str) -> tuple[dict, dict, float]:
+def steps(model, run_data, rows, given, label_space: str, scratch: str) -> tuple[dict, dict, float]:
     """Median seconds and peak memory of both methods, and the mean padded length of the prompts."""
     common = {
         "output_dir": scratch, "max_steps": STEPS, "learning_rate": 1e-4, "use_cpu": given.device.type == "cpu",
@@ -75,8 +75,8 @@ def steps(model, materials, rows, given, label_space: str, scratch: str) -> tupl
     clocks = {}
     for method in ("pointwise", "pairwise"):
         trainers[method] = APAOTrainer(
-            model, APAOConfig(method=method, **common), train_dataset=rows, processing_class=materials.tokenizer,
-            catalog=materials.catalog,
+            model, APAOConfig(method=method, **common), train_dataset=rows, processing_class=run_data.tokenizer,
+            catalog=run_data.catalog,
         )  # fmt: skip
         clocks[method] = StepClock(given.device)
         trainers[method].add_callback(clocks[method])

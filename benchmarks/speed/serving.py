@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=50, help="that ask at the same time")
     parser.add_argument("--requests", type=int, default=20, help="of each client, one history each")
     parser.add_argument("--history", type=int, default=20, help="items of a history")
-    parser.add_argument("--items", type=int, default=5000, help="of the catalogue")
+    parser.add_argument("--items", type=int, default=5000, help="of the catalog")
     parser.add_argument("--size", choices=list(SIZES), default="1.2M", help="of the model")
     parser.add_argument("--threads", type=int, default=1, help="of torch in the server")
     given = parser.parse_args()

@@ -2,7 +2,7 @@
 
     python benchmarks/speed/shape.py --out benchmarks/results/speed/shape.json
 
-Forward and backward of a scored group over prompt lengths P and trajectories K, on a catalogue so wide that hardly any
+Forward and backward of a scored group over prompt lengths P and trajectories K, on a catalog so wide that hardly any
 two trajectories share a state behind the first token. A line in the number of tokens is fitted to the medians.
 """
 

@@ -4,8 +4,8 @@
     python benchmarks/speed/training_step.py --data_dir DIR --prompts 64    # on the prompts of the Office recipe
 
 Whole steps as `trainer.train()` makes them: generation, reward, forward, backward, optimizer; fp32, no gradient
-checkpointing, AdamW on all sides. GRPO generates under the catalogue's constraint (its `generate` is patched with a
-vectorised logits processor; TRL offers no way), so that both sides draw K items a prompt and learn from them with the
+checkpointing, AdamW on all sides. GRPO generates under the catalog's constraint (its `generate` is patched with a
+vectorized logits processor; TRL offers no way), so that both sides draw K items a prompt and learn from them with the
 same reward. The same model is trained by all.
 """
 
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8, help="prompts of a step")
     parser.add_argument("--num_generations", type=int, default=16, help="items a prompt, K")
     parser.add_argument("--items", type=int, default=26, help="items of a prompt, of three tokens each")
-    parser.add_argument("--data_dir", help="prompts and catalogue of the Office recipe instead of random ones")
+    parser.add_argument("--data_dir", help="prompts and catalog of the Office recipe instead of random ones")
     parser.add_argument("--compile", action="store_true", help="our own sides also with torch_compile=True")
     parser.add_argument("--no_grpo", action="store_true", help="only our own sides")
     given = parser.parse_args()
@@ -181,9 +181,9 @@ def main() -> None:
             catalog, tokenizer = random_catalog()
             dataset = random_rows(catalog, given.prompts * STEPS * 2, given.items)
         else:
-            materials = office(given.data_dir)
-            catalog, tokenizer = materials.catalog, materials.tokenizer
-            dataset = materials.splits.train.shuffle(seed=0).select(range(given.prompts * STEPS * 2))
+            run_data = office(given.data_dir)
+            catalog, tokenizer = run_data.catalog, run_data.tokenizer
+            dataset = run_data.splits.train.shuffle(seed=0).select(range(given.prompts * STEPS * 2))
         model = llama(len(tokenizer), size).to(given.device)
         with tempfile.TemporaryDirectory() as scratch:
             bench = Bench(model, tokenizer, catalog, dataset, given, scratch)

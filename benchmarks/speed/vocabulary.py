@@ -1,8 +1,8 @@
-"""A language model's large vocabulary: training steps with the logits of the catalogue's tokens only, and of all.
+"""A language model's large vocabulary: training steps with the logits of the catalog's tokens only, and of all.
 
     python benchmarks/speed/vocabulary.py --out benchmarks/results/speed/vocabulary.json
 
-A Qwen3 of few layers with 150,000 tokens, of which the catalogue uses 768. Steps score K items a prompt off policy
+A Qwen3 of few layers with 150,000 tokens, of which the catalog uses 768. Steps score K items a prompt off policy
 (forward, backward), once with and once without the optimizer: AdamW has to go over all rows of the embeddings
 whatever the head computes. The gradients of both ways are compared.
 """
@@ -49,7 +49,7 @@ def sides(model, catalog, prompts, leaves, optimize: bool) -> dict[str, Callable
             optimizer.step()
         model.zero_grad()
 
-    return {"the catalogue's tokens": lambda: step(chosen), "all tokens": lambda: step(whole)}
+    return {"the catalog's tokens": lambda: step(chosen), "all tokens": lambda: step(whole)}
 
 
 def largest_difference(model, catalog, prompts, leaves) -> float:
@@ -96,7 +96,7 @@ def main() -> None:
                 "ratio": theirs["seconds"] / ours["seconds"],
             })  # fmt: skip
     columns = {
-        "width": "{width}", "with optimizer": "{optimizer}", "the catalogue's tokens, s": "{seconds:.3f}",
+        "width": "{width}", "with optimizer": "{optimizer}", "the catalog's tokens, s": "{seconds:.3f}",
         "all tokens, s": "{seconds_all:.3f}", "ratio": "{ratio:.1f}", "peak memory, bytes": "{peak_memory:.2e}",
         "all tokens": "{peak_memory_all:.2e}", "difference of gradients": "{gradient_difference:.0e}",
     }  # fmt: skip

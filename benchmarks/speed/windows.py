@@ -61,12 +61,12 @@ class StepClock(TrainerCallback):
 
 def measure(given: argparse.Namespace) -> dict[str, float]:
     """One epoch of one loss, one way: of a step the mean seconds and tokens, the first ones left out; peak memory."""
-    materials = office(given.data_dir)
-    teacher = SASRec(materials.data.items, given.history).eval()
-    users = set(materials.data.users[:: given.every])
-    rows = materials.splits.train.filter(lambda row: row["user"] in users)
+    run_data = office(given.data_dir)
+    teacher = SASRec(run_data.interactions.items, given.history).eval()
+    users = set(run_data.interactions.users[:: given.every])
+    rows = run_data.splits.train.filter(lambda row: row["user"] in users)
     set_seed(0)
-    model = build_model(materials)
+    model = build_model(run_data)
     clock, (count, sampler) = StepClock(model), CASES[given.loss]
     with tempfile.TemporaryDirectory() as scratch:
         args = GFlowNetConfig(
@@ -78,12 +78,12 @@ def measure(given: argparse.Namespace) -> dict[str, float]:
         if rewards:
             args.reward_weights = [0.3, 0.7]
         trainer = GFlowNetTrainer(
-            model, rewards, args, rows, callbacks=[clock], processing_class=materials.tokenizer,
-            catalog=materials.catalog, sampler=sampler,
+            model, rewards, args, rows, callbacks=[clock], processing_class=run_data.tokenizer,
+            catalog=run_data.catalog, sampler=sampler,
         )  # fmt: skip
         trainer.shares_prompts = given.way == "windows"
         trainer.train()
-    steps = math.ceil(len(materials.splits.train) / BATCH)
+    steps = math.ceil(len(run_data.splits.train) / BATCH)
     return {
         "seconds": steps * sum(clock.seconds[2:]) / len(clock.seconds[2:]),
         "tokens": steps * sum(clock.tokens[3:]) / len(clock.tokens[3:]),

@@ -1,4 +1,4 @@
-"""The catalogue: which item has which semantic id, and the prefix tree over all ids."""
+"""The catalog: which item has which semantic id, and the prefix tree over all ids."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ItemCatalog:
         self.tree = PrefixTree(paths)
         self.item_leaf = self.tree.leaf_of_row[row].long()
         self.leaf_sizes = torch.bincount(self.item_leaf, minlength=self.tree.num_leaves)
-        # Items of a leaf: a slice of `_items_by_leaf`, in the catalogue's order.
+        # Items of a leaf: a slice of `_items_by_leaf`, in the catalog's order.
         self._items_by_leaf = torch.argsort(self.item_leaf, stable=True)
         self._leaf_start = torch.cumsum(self.leaf_sizes, 0) - self.leaf_sizes
 
@@ -60,7 +60,7 @@ class ItemCatalog:
     def from_semantic_ids(
         cls, semantic_ids: Mapping[Item, Sequence[str]], tokenizer: PreTrainedTokenizerBase
     ) -> ItemCatalog:
-        """Build the catalogue of `{item: ("<a_1>", "<b_7>", ...)}` with the token numbers of `tokenizer`.
+        """Build the catalog of `{item: ("<a_1>", "<b_7>", ...)}` with the token numbers of `tokenizer`.
 
         Items with equal ids are merged into one leaf, and the log says how many.
 
@@ -68,7 +68,7 @@ class ItemCatalog:
             ValueError: no items, an item without tokens, a token that the tokenizer does not know as one token.
         """
         if not semantic_ids:
-            raise ValueError("semantic_ids is empty; the catalogue needs at least one item.")
+            raise ValueError("semantic_ids is empty; the catalog needs at least one item.")
         texts = sorted({token for tokens in semantic_ids.values() for token in tokens})
         numbers = dict(zip(texts, tokenizer.convert_tokens_to_ids(texts), strict=True))
         for item, tokens in semantic_ids.items():
@@ -119,7 +119,7 @@ class ItemCatalog:
         return torch.tensor([self._index[item] for item in items], dtype=torch.long)
 
     def known_items(self, histories: Iterable[Sequence[Item]]) -> tuple[list[list[Item]], list[tuple[int, Item]]]:
-        """Histories without the items that are not in the catalogue, and those items, each with the row it is in."""
+        """Histories without the items that are not in the catalog, and those items, each with the row it is in."""
         histories = list(histories)
         unknown = [(row, item) for row, history in enumerate(histories) for item in history if item not in self]
         return [[item for item in history if item in self] for history in histories], unknown
@@ -129,7 +129,7 @@ class ItemCatalog:
         return self.item_leaf[self.index_of(items).to(self.device)]
 
     def items_of(self, leaf: int) -> list[Item]:
-        """All items at a leaf, in the catalogue's order."""
+        """All items at a leaf, in the catalog's order."""
         start = int(self._leaf_start[leaf])
         rows = self._items_by_leaf[start : start + int(self.leaf_sizes[leaf])]
         return [self.items[i] for i in rows.tolist()]
@@ -195,7 +195,7 @@ class ItemCatalog:
         items, texts, numbers = read_catalog(path)
         return cls(items, texts, _numbered(texts, numbers))
 
-    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase, where: str = "The catalogue") -> None:
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase, where: str = "The catalog") -> None:
         """Every token must have the number that the tokenizer gives it.
 
         Args:
@@ -218,8 +218,8 @@ class ItemCatalog:
             told = "does not know it" if other in (None, tokenizer.unk_token_id) else f"gives it {other}"
             raise ValueError(
                 f"{where} gives token {text!r} the number {number}, but the tokenizer {told} ({len(wrong)} of "
-                f"{len(texts)} tokens differ): they do not belong together. Restore the catalogue and the tokenizer "
-                f"that were saved with this model; ItemCatalog.from_semantic_ids builds a catalogue for a tokenizer."
+                f"{len(texts)} tokens differ): they do not belong together. Restore the catalog and the tokenizer "
+                f"that were saved with this model; ItemCatalog.from_semantic_ids builds a catalog for a tokenizer."
             )
 
 

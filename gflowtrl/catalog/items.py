@@ -27,4 +27,4 @@ class ItemIndex(dict[Item, int]):
 
     def __missing__(self, item: Item) -> int:
         some = f"{len(self)} items (they look like {next(iter(self), None)!r})"
-        raise ValueError(f"Item {item!r} is not in the catalogue of {some}. Take it out of the data, or add it there.")
+        raise ValueError(f"Item {item!r} is not in the catalog of {some}. Take it out of the data, or add it there.")

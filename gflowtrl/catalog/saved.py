@@ -12,7 +12,7 @@ from .files import read_json
 from .items import Item
 
 
-RESTORE = "Restore the file as it was saved, or build the catalogue again with ItemCatalog.from_semantic_ids."
+RESTORE = "Restore the file as it was saved, or build the catalog again with ItemCatalog.from_semantic_ids."
 
 
 def read_catalog(file: Path) -> tuple[list[Item], list[list[str]], dict[str, int]]:

@@ -85,7 +85,7 @@ class PrefixTree:
         self._token_place = torch.cumsum(used, 0) - 1
         # How many nodes of each depth lead to more than one leaf: where something is left to decide.
         sizes = [1, *self.nodes_per_depth]
-        self.num_open = [int(level.sum()) for level in (self.leaf_count > 1).split(sizes)[:-1]]
+        self.num_branching = [int(level.sum()) for level in (self.leaf_count > 1).split(sizes)[:-1]]
         self.max_children = [int(level.max()) for level in self.num_children.split(sizes)[:-1]]
 
     @staticmethod
@@ -138,8 +138,8 @@ class PrefixTree:
         """The token that leads to each node, 0 for the root and for -1: `(...,) -> (...,)`."""
         return self.node_token[nodes.clamp(min=0)].long().clamp(min=0)
 
-    def places_of(self, tokens: Tensor) -> Tensor:
-        """Where each token of the catalogue stands in `tokens`, all that occur in ids: `(...,) -> (...,)`."""
+    def compact_token_ids(self, tokens: Tensor) -> Tensor:
+        """Where each token of the catalog stands in `tokens`, all that occur in ids: `(...,) -> (...,)`."""
         return self._token_place[tokens]
 
     def children(self, nodes: Tensor, depth: int) -> tuple[Tensor, Tensor]:
@@ -166,7 +166,7 @@ class PrefixTree:
         """Mask over the vocabulary of the tokens that lead to a child: `(...,) -> bool (..., vocab_size)`."""
         if vocab_size < self.num_tokens:
             raise ValueError(
-                f"vocab_size is {vocab_size}, but the catalogue uses token {self.num_tokens - 1}. "
+                f"vocab_size is {vocab_size}, but the catalog uses token {self.num_tokens - 1}. "
                 f"Resize the model's embeddings to the tokenizer's length."
             )
         tokens, _ = self._children(nodes, max(self.max_children))
@@ -181,23 +181,23 @@ class PrefixTree:
         """The node at which each leaf ends: `(N,)`."""
         return self.path_nodes.gather(1, self.leaf_lengths[:, None]).squeeze(1).long()
 
-    def ways_to(self, leaves: Tensor) -> Tensor:
+    def path_mask(self, leaves: Tensor) -> Tensor:
         """Which nodes lie on the way to one of `leaves` `(n,)`, root and end among them: bool `(M,)`."""
         path = self.walk(leaves)
         found = torch.zeros(self.num_nodes, dtype=torch.bool, device=path.device)
         found[path[path >= 0]] = True
         return found
 
-    def settled(self, nodes: Tensor) -> Tensor:
+    def is_determined(self, nodes: Tensor) -> Tensor:
         """Whether at most one leaf can be reached from each node: `(...,) -> bool (...,)`; True for -1.
 
         Whatever tokens follow there, they are certain: a policy gives them probability 1 without being asked.
         """
         return (nodes < 0) | (self.leaf_count[nodes.clamp(min=0)] == 1)
 
-    def only_leaf(self, nodes: Tensor) -> Tensor:
+    def unique_leaf(self, nodes: Tensor) -> Tensor:
         """The leaf of settled nodes, -1 for all others and for -1: `(...,) -> (...,)`."""
-        return torch.where((nodes >= 0) & self.settled(nodes), self.first_leaf[nodes.clamp(min=0)].long(), -1)
+        return torch.where((nodes >= 0) & self.is_determined(nodes), self.first_leaf[nodes.clamp(min=0)].long(), -1)
 
     def leaf_at(self, nodes: Tensor) -> Tensor:
         """The leaf that a node is, -1 for inner nodes: `(...,) -> (...,)`."""

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> int:
 def _compare(given: argparse.Namespace) -> None:
     from gflowtrl.pipeline.comparison import compared_rows, difference, find_results, plot_comparison
     from gflowtrl.pipeline.plots import TITLES, UNTRAINED_CONTROL
-    from gflowtrl.pipeline.report import aligned, interval_text
+    from gflowtrl.pipeline.run_report import aligned, interval_text
 
     rows = compared_rows(find_results(given.runs))
     metrics = [f"{name}@{given.k}" for name in ("recall", "ndcg", "coverage", "gini", "dgu", "mgu")]

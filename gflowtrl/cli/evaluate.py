@@ -26,8 +26,8 @@ def _evaluate(given: argparse.Namespace) -> None:
     import torch
 
     from gflowtrl.data import leave_one_out, read_interactions
-    from gflowtrl.metrics import summarise
-    from gflowtrl.pipeline.report import aligned
+    from gflowtrl.metrics import summarize
+    from gflowtrl.pipeline.run_report import aligned
     from gflowtrl.pipeline.stage import write_json
     from gflowtrl.recommender import Recommender
     from gflowtrl.trainer import rank_rows
@@ -37,7 +37,7 @@ def _evaluate(given: argparse.Namespace) -> None:
     strangers = [item for item in data.items if item not in recommender.catalog]
     if strangers:
         raise ValueError(
-            f"{len(strangers)} of {len(data.items)} items of {given.data_dir} are not in the recommender's catalogue, "
+            f"{len(strangers)} of {len(data.items)} items of {given.data_dir} are not in the recommender's catalog, "
             f"the first is {strangers[0]!r}. Give the data that it was trained on."
         )
     splits = leave_one_out(data, recommender.encoder.max_history_items)
@@ -46,7 +46,7 @@ def _evaluate(given: argparse.Namespace) -> None:
     catalog = recommender.catalog.to("cpu")
     counts = dict(zip(data.items, splits.item_counts.tolist(), strict=True))
     item_counts = torch.tensor([counts.get(item, 0) for item in catalog.items])
-    report = summarise(leaves.cpu(), catalog.leaf_of(rows["target"]), catalog, item_counts, given.ks)
+    report = summarize(leaves.cpu(), catalog.leaf_of(rows["target"]), catalog, item_counts, given.ks)
     found = {"model": str(given.model), "split": given.split, "users": len(rows), "num_beams": given.num_beams}
     found |= {"metrics": report.metrics, "standard_errors": report.standard_errors}
     if given.output is not None:

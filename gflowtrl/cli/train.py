@@ -15,9 +15,9 @@ from accelerate import PartialState
 from gflowtrl.compat import launch_command, launch_command_parser
 from gflowtrl.pipeline import Recipe, load_recipe, run
 from gflowtrl.pipeline.configuration import check_names, find_file, known_files, read_yaml, recipe_folder
-from gflowtrl.pipeline.job import stage_names
 from gflowtrl.pipeline.lock import sole_run
 from gflowtrl.pipeline.memory import keep_freed_memory
+from gflowtrl.pipeline.run import stage_names
 from gflowtrl.trainer.processes import NO_FSDP, join_on_cpu
 
 from .common import Parser, guarded

@@ -26,16 +26,16 @@ class Event(NamedTuple):
 
 @dataclass
 class InteractionData:
-    """Interactions of users with the items of one catalogue.
+    """Interactions of users with the items of one catalog.
 
     Args:
         name: what tables and reports call it.
         users: user ids, each once, all `int` or all `str`.
         sequences: for each user the items taken, oldest first.
-        items: the whole catalogue, sorted; items that nobody took included.
+        items: the whole catalog, sorted; items that nobody took included.
         item_features: item -> what is known about it (`{"title": ...}`); may be empty.
         semantic_ids: item -> tokens, or `None` where ids are still to be made. Kept in the order of `items`, so that a
-            catalogue made of it has its item axis in that order.
+            catalog made of it has its item axis in that order.
         synthetic: whether the interactions were made by a program.
         events: for each user the log with impressions, oldest first, or `None`. The events of level `CLICKED` and
             above are the user's sequence, in the same order.
@@ -87,7 +87,7 @@ class InteractionData:
     def _check_known(self, user: Item, what: str, items: list[Item], known: set[Item]) -> None:
         if not known.issuperset(items):
             item = next(item for item in items if item not in known)
-            raise ValueError(f"{self.name}: user {user!r} {what} item {item!r}, which is not in the catalogue.")
+            raise ValueError(f"{self.name}: user {user!r} {what} item {item!r}, which is not in the catalog.")
 
     @property
     def num_interactions(self) -> int:
@@ -172,10 +172,10 @@ def _in_item_order(semantic_ids, items: list[Item], name: str) -> dict[Item, tup
     if missing:
         raise ValueError(
             f"{name}: {len(missing)} of {len(items)} items have no semantic id, the first is item {missing[0]!r}. "
-            "Give each item of the catalogue an id, or drop these items."
+            "Give each item of the catalog an id, or drop these items."
         )
     if len(semantic_ids) != len(items):
         known = set(items)
         item = next(item for item in semantic_ids if item not in known)
-        raise ValueError(f"{name}: there is a semantic id for item {item!r}, which is not in the catalogue.")
+        raise ValueError(f"{name}: there is a semantic id for item {item!r}, which is not in the catalog.")
     return {item: tuple(semantic_ids[item]) for item in items}

@@ -39,7 +39,7 @@ def item_tokens(
         tokens (T,), the row that each belongs to (T,), and its item's place in that row (T,); all long, on the CPU.
 
     Raises:
-        ValueError: for an item that is not in the catalogue, with the row it is in.
+        ValueError: for an item that is not in the catalog, with the row it is in.
     """
     try:
         items = catalog.index_of(list(chain.from_iterable(histories)))
@@ -96,7 +96,7 @@ class PromptEncoder:
     `eos` or 0 fills the masked places.
 
     Args:
-        catalog: gives the token ids. Prompts are made on the CPU wherever the catalogue's tree is.
+        catalog: gives the token ids. Prompts are made on the CPU wherever the catalog's tree is.
         tokenizer: gives `bos` and padding.
         max_history_items: how many items of a history, the last ones, are used.
 
@@ -282,7 +282,7 @@ def sft_dataset(
     tokenizer: PreTrainedTokenizerBase,
     max_history_items: int = 20,
 ) -> Dataset:
-    """Rows for TRL's `SFTTrainer`, already tokenised: one a user, more for a long sequence (see `user_windows`).
+    """Rows for TRL's `SFTTrainer`, already tokenized: one a user, more for a long sequence (see `user_windows`).
 
     A row is the prompt of its items. The labels are the tokens of the items that are targets in this window, and -100
     at `bos`, a user's first item and what an earlier window has covered: each target of each sequence is learned once.

@@ -40,7 +40,7 @@ def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
     """Read the folder format.
 
     `sequences.jsonl` is required. `items.jsonl`, `semantic_ids.json`, `events.jsonl` and `dataset.json` are read where
-    they are, the ids only where `with_ids` says so. The catalogue is every item named in the first three.
+    they are, the ids only where `with_ids` says so. The catalog is every item named in the first three.
 
     Raises:
         FileNotFoundError: if `path` or `sequences.jsonl` is missing.

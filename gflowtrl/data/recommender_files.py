@@ -1,4 +1,4 @@
-"""What makes a language model's folder a recommender: the catalogue, how prompts are made, titles and counts."""
+"""What makes a language model's folder a recommender: the catalog, how prompts are made, titles and counts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write_recommender_files(
     item_counts: Tensor | None = None,
     titles: Mapping[Item, str] | None = None,
 ) -> None:
-    """Write the catalogue, how prompts are made, and where they are known the items' titles and how often each was
+    """Write the catalog, how prompts are made, and where they are known the items' titles and how often each was
     taken in training."""
     encoder.catalog.save_pretrained(directory)
     write_encoder(encoder, directory)
@@ -61,7 +61,7 @@ def read_details(directory: str | os.PathLike, catalog: ItemCatalog) -> dict[str
             raise ValueError(f"{file} holds {name!r}; it must hold lists of counts and titles only. {RESTORE}")
         if len(values) != len(catalog):
             raise ValueError(
-                f"{file} has {name} of {len(values)} items, but the catalogue has {len(catalog)}. {RESTORE}"
+                f"{file} has {name} of {len(values)} items, but the catalog has {len(catalog)}. {RESTORE}"
             )
         for item, value in zip(catalog.items, values, strict=True):
             if not kinds[name](value):
@@ -138,7 +138,7 @@ def _read_table(file: Path, encoder: PromptEncoder) -> Tensor:
     catalog = encoder.catalog
     if table.ndim != 2 or len(table) != len(catalog):
         raise ValueError(
-            f"{file} is of shape {tuple(table.shape)}, but the catalogue has {len(catalog)} items: one row of tokens "
+            f"{file} is of shape {tuple(table.shape)}, but the catalog has {len(catalog)} items: one row of tokens "
             f"for each. {RESTORE}"
         )
     if encoder.format is not None and "{semantic_id}" in encoder.format.item:

@@ -29,7 +29,7 @@ class Splits:
     Attributes:
         train, validation, test: rows of `row_id`, `user`, `history`, `target`, and where there are events also
             `session_items` and `session_levels` (see `leave_one_out`).
-        items: the whole catalogue, the order of the counts.
+        items: the whole catalog, the order of the counts.
         train_sequences: for each user all items but the last two: what teachers and supervised models are fitted on.
         item_counts: long (items,), occurrences in `train_sequences`.
         impression_counts: long (items,), number of users who were shown the item up to and including the session of

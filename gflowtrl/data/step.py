@@ -89,7 +89,7 @@ class Step:
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, Any], catalog: ItemCatalog, progress: float = 0.0) -> Step:
-        """A step from a batch of `GroupCollator`. The catalogue is moved to the prompts' device.
+        """A step from a batch of `GroupCollator`. The catalog is moved to the prompts' device.
 
         Raises:
             ValueError: a target is not in the catalog.

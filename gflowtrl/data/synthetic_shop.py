@@ -68,8 +68,8 @@ class ShopTruth:
         """How well predicted distributions serve these users, means over them.
 
         `unseen_liked_mass` is the probability on items that a user likes and was never shown (higher is better; as
-        predicted, not renormalised). `total_variation` to the true preference (lower is better) compares the two
-        distributions **on the items that the user has not clicked or bought, each renormalised there**: sequences hold
+        predicted, not renormalized). `total_variation` to the true preference (lower is better) compares the two
+        distributions **on the items that the user has not clicked or bought, each renormalized there**: sequences hold
         distinct items, so a model rightly learns to leave out what was taken, which the preference does not.
 
         Args:
@@ -86,7 +86,7 @@ class ShopTruth:
 class SyntheticShop:
     """Recipe of a SYNTHETIC shop; `generate()` gives the log and, apart from it, the truth. Same fields, same shop.
 
-    *Catalogue.* `departments` x `shelves` categories. A semantic id is department, shelf, and the item's place on its
+    *Catalog.* `departments` x `shelves` categories. A semantic id is department, shelf, and the item's place on its
     shelf, cheapest first, so ids carry meaning.
 
     *Truth.* An interest is a softmax over items of an affinity to the department, one to the shelf, a smaller one to
@@ -94,10 +94,10 @@ class SyntheticShop:
     preferences has that rank: collaborative filtering can find it.
 
     *Logging.* A session shows `slate_size` items drawn by popularity, which is skewed and only loosely tied to
-    quality; in addition each item is given to `min_users_shown` random users (discovery). It is not personalised.
+    quality; in addition each item is given to `min_users_shown` random users (discovery). It is not personalized.
     What a user ignored is shown less to them, what they took not again. A user stays until `min_items` are taken.
 
-    *Behaviour.* A shown item is clicked with probability 1 - (1 - noise) exp(-click_rate * n_items * preference):
+    *Behavior.* A shown item is clicked with probability 1 - (1 - noise) exp(-click_rate * n_items * preference):
     proportional to the preference where small, saturating, with random clicks. A click becomes a purchase with
     probability 1 - exp(-purchase_rate * n_items * preference).
 
@@ -112,7 +112,7 @@ class SyntheticShop:
         slate_size: items a session shows by popularity.
         mean_sessions: sessions a user has on average (at least 3; Poisson above that).
         min_users_shown: every item is shown to at least so many users.
-        click_rate, purchase_rate, noise: of the behaviour above; noise is the chance of a random click.
+        click_rate, purchase_rate, noise: of the behavior above; noise is the chance of a random click.
         min_items: shortest sequence.
         liked_ratio: an item is liked if its preference is more than so many times uniform.
     """

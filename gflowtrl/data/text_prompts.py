@@ -17,7 +17,7 @@ from .prompts import IGNORED_LABEL, PromptEncoder, PromptFormat
 class TextPromptEncoder(PromptEncoder):
     """Turns histories into prompts of words.
 
-    What stands before the items, each item, and what stands behind them are tokenised apart, once: a prompt is these
+    What stands before the items, each item, and what stands behind them are tokenized apart, once: a prompt is these
     pieces end to end, in training as in decoding.
 
     Args:
@@ -79,7 +79,7 @@ class TextPromptEncoder(PromptEncoder):
 
 
 def text_sft_dataset(histories: Sequence[Sequence[Item]], targets: Sequence[Item], encoder: PromptEncoder) -> Dataset:
-    """Rows for TRL's `SFTTrainer`, already tokenised, one a target: the prompt, and the target's id to be learned.
+    """Rows for TRL's `SFTTrainer`, already tokenized, one a target: the prompt, and the target's id to be learned.
 
     As ids are read on the tree of items, no end token is needed.
 

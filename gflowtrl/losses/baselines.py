@@ -20,7 +20,7 @@ def msl(log_probs: Tensor, child_log_probs: Tensor, lengths: Tensor, temperature
     Tokens without an alternative add nothing. At temperature 1 it is `sft` over the tree.
 
     Args:
-        log_probs: `(B, K, L)` tree-normalised log-probabilities of the tokens taken.
+        log_probs: `(B, K, L)` tree-normalized log-probabilities of the tokens taken.
         child_log_probs: `(B, K, L, C)` those of all legal tokens, -inf on padding.
         lengths: `(B, K)`.
         temperature: tau > 0 that the logits are divided by. What is trained is the distribution at tau, so a trainer
@@ -79,7 +79,7 @@ def grpo(log_probs: Tensor, ref_log_probs: Tensor, lengths: Tensor, advantages: 
         log_probs: `(B, K, L)` of the tokens taken.
         ref_log_probs: `(B, K, L)` the reference model's.
         lengths: `(B, K)`.
-        advantages: `(B, K)` rewards, normalised within the group.
+        advantages: `(B, K)` rewards, normalized within the group.
         beta: weight of the KL estimate, >= 0 (TRL's name).
 
     Returns:

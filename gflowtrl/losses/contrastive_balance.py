@@ -15,7 +15,7 @@ def contrastive_balance(log_probs: Tensor, log_rewards: Tensor, delta: float | N
     the others; in `vargrad` it moves the mean that all are compared with.
 
     Args:
-        log_probs: `(B, K, L)` tree-normalised log-probabilities of the tokens taken, 0 after a shorter id's end.
+        log_probs: `(B, K, L)` tree-normalized log-probabilities of the tokens taken, 0 after a shorter id's end.
         log_rewards: `(B, K)`, finite.
         delta: residuals beyond this size, in nats, count linearly (`losses.common.penalty`); None squares all.
 

@@ -1,4 +1,4 @@
-"""Balance at every step, with a learned flow at every state: detailed balance and its generalisation to sub-paths."""
+"""Balance at every step, with a learned flow at every state: detailed balance and its generalization to sub-paths."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def detailed_balance(
     """`sum_l (log F(s_l) + log pi(t_{l+1} | s_l) - log F(s_{l+1}))^2` with `log F(leaf) = log R`, as in GFlowGR.
 
     Zero for every trajectory if and only if pi = R / Z and F is the true flow, F(s) = the sum of R over the leaves
-    below s; then log F(root) = log Z. A step learns from its neighbours only, so what a leaf's reward says reaches the
+    below s; then log F(root) = log Z. A step learns from its neighbors only, so what a leaf's reward says reaches the
     first token through the flows in between: slower than `trajectory_balance`, and a loss of c^2 bounds the total
     variation to R / Z by no less than 1 - exp(-2 sqrt(L) c).
 
     Args:
-        log_probs: `(B, K, L)` tree-normalised log-probabilities of the tokens taken.
+        log_probs: `(B, K, L)` tree-normalized log-probabilities of the tokens taken.
         log_flows: `(B, K, L)` log F of the states s_0 ... s_{L-1}, learned; their learning rate wants to be 10 to 100
             times the policy's.
         log_rewards: `(B, K)`, finite.

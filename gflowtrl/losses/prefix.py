@@ -52,7 +52,7 @@ def prefix_pairwise(
         lengths: `(B, K)`.
         prefix_nodes: `(B, K, L)` the node reached by each token, -1 beyond an id's end (`PrefixTree.walk` without the
             root).
-        nodes_per_depth: `(L,)` number of prefixes that the catalogue has at each depth.
+        nodes_per_depth: `(L,)` number of prefixes that the catalog has at each depth.
         variant: with `"2025"`, the authors' first release, the negatives' probabilities are multiplied by (prefixes of
             m tokens - 1) / (valid negatives + 1), where that code counts the target as valid too, and L_m is divided
             by m; the others (see `PrefixWeights`) change the weights only.

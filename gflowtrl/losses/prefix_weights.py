@@ -18,7 +18,7 @@ VARIANTS = ("paper", "2025", "kdd")
 class PrefixWeights:
     """Weights w_m of the prefixes of 1 ... L tokens; they sum to one and carry no gradient.
 
-    - `"paper"`: uniform at first; after each step w_m is multiplied by exp(eta L_m), and all are renormalised (mirror
+    - `"paper"`: uniform at first; after each step w_m is multiplied by exp(eta L_m), and all are renormalized (mirror
       ascent on the simplex with a KL penalty of 1 / eta).
     - `"2025"`, the authors' first release: w_m is L_m / sum L times exp(eta L_m) of the batch at hand.
     - `"kdd"`, their release of 2026: L_m / sum L of the first batch; after each step times exp(eta L_m / sum L).
@@ -90,7 +90,7 @@ class PrefixWeights:
         weights = state["log_weights"]
         if weights.shape != self._pending.shape[1:]:
             raise ValueError(
-                f"The checkpoint's prefix weights are of ids of {len(weights)} tokens, but the catalogue's ids have "
+                f"The checkpoint's prefix weights are of ids of {len(weights)} tokens, but the catalog's ids have "
                 f"up to {self._pending.shape[1]}."
             )
         self._log_weights = weights

@@ -38,7 +38,7 @@ class LossInputs:
         log_flows: `(B, K, L)` learned log F of the states s_0 .. s_{L-1}.
         ref_log_probs: `(B, K, L)` a reference model's log-probabilities of the same tokens.
         prefix_nodes: `(B, K, L)` the node reached by each token, -1 beyond an id's end.
-        nodes_per_depth: `(L,)` number of prefixes that the catalogue has at each depth.
+        nodes_per_depth: `(L,)` number of prefixes that the catalog has at each depth.
     """
 
     log_probs: Tensor

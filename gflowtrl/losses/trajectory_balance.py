@@ -16,7 +16,7 @@ def trajectory_balance(
     trajectories come from. On policy, its expected gradient is twice the gradient of KL(pi || R / Z).
 
     Args:
-        log_probs: `(B, K, L)` tree-normalised log-probabilities of the tokens taken, 0 after a shorter id's end.
+        log_probs: `(B, K, L)` tree-normalized log-probabilities of the tokens taken, 0 after a shorter id's end.
         log_rewards: `(B, K)`, finite.
         log_z: `(B,)`, one a prompt: a single constant contradicts itself as soon as two prompts differ. Its learning
             rate wants to be 10 to 100 times the policy's.

@@ -18,7 +18,7 @@ def vargrad(log_probs: Tensor, log_rewards: Tensor, huber_delta: float | None = 
     the policy is pulled towards, instead of a term by which trajectories move each other.
 
     Args:
-        log_probs: `(B, K, L)` tree-normalised log-probabilities of the tokens taken, 0 after a shorter id's end.
+        log_probs: `(B, K, L)` tree-normalized log-probabilities of the tokens taken, 0 after a shorter id's end.
         log_rewards: `(B, K)`, finite.
         huber_delta: residuals beyond this size count linearly; None squares all of them.
 

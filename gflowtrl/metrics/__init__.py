@@ -3,8 +3,8 @@
 from .breadth import breadth_metrics, popularity_groups
 from .prefixes import prefix_metrics
 from .ranking import group_means, item_ranking_metrics, leaf_ranking_metrics, primary_cutoff
+from .ranking_report import RankingReport, summarize, summarize_items
 from .reliability import binned_by_target, reliability_curve
-from .report import RankingReport, summarise, summarise_items
 from .statistics import jensen_shannon, mean_and_error, paired_bootstrap, total_variation
 
 
@@ -22,7 +22,7 @@ __all__ = [
     "prefix_metrics",
     "primary_cutoff",
     "reliability_curve",
-    "summarise",
-    "summarise_items",
+    "summarize",
+    "summarize_items",
     "total_variation",
 ]

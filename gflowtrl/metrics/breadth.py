@@ -1,4 +1,4 @@
-"""How much of the catalogue is recommended, and how fairly: metrics over all users' lists together."""
+"""How much of the catalog is recommended, and how fairly: metrics over all users' lists together."""
 
 from collections.abc import Sequence
 

@@ -20,10 +20,10 @@ from gflowtrl.trainer import compare_with_rewards
 from gflowtrl.trainer.gflownet_trainer import composite_reward
 from gflowtrl.trainer.reference import ReferencePrior
 
-from .materials import Materials
+from .build import build_rewards
 from .models import trained_model
-from .signals import build_rewards
-from .stage import Record, Stage, Workshop, if_set
+from .run_data import RunData
+from .stage import Record, RunContext, Stage, if_set
 
 
 ROWS = 64
@@ -32,7 +32,7 @@ AFFORDABLE = {"cpu": 1e12, "other": 1e14}
 
 
 def measure_calibration(
-    workshop: Workshop, materials: Materials, trained: Mapping[str, Stage], teacher: TeacherModule | None
+    run: RunContext, data: RunData, trained: Mapping[str, Stage], teacher: TeacherModule | None
 ) -> Record | None:
     """Every trained policy against the recipe's R / Z (pi_ref^weight R / Z under `gflownet.ref_weight`), on training
     rows and test rows.
@@ -47,31 +47,31 @@ def measure_calibration(
         (`metrics.reliability_curve`). Or `"left_out"`, why there is nothing of this; or None where the recipe wants
         none or has no rewards.
     """
-    measure = materials.recipe.evaluation
+    measure = data.recipe.evaluation
     if measure.calibration_rows == 0 or "gflownet" not in trained or not trained["gflownet"].record["reward_weights"]:
         return None
     # Not more than are measured elsewhere: evaluation.users says that measuring is expensive.
-    count = min(measure.calibration_rows or ROWS, len(materials.test))
-    found = None if measure.calibration_rows else _too_much(workshop, materials, trained, count)
+    count = min(measure.calibration_rows or ROWS, len(data.test))
+    found = None if measure.calibration_rows else _too_much(run, data, trained, count)
     if found is None:
         inputs = {method: stage.fingerprint for method, stage in trained.items()}
-        stage = workshop.stage("calibration", {"of": inputs, "rows": count, **if_set(users=measure.users)})
-        rows = {"training": some(materials.splits.train, count), "test": some(materials.test, count)}
+        stage = run.stage("calibration", {"of": inputs, "rows": count, **if_set(users=measure.users)})
+        rows = {"training": some(data.splits.train, count), "test": some(data.test, count)}
 
         def work(folder: Path) -> Record:
-            rewards, prior = _target(workshop, materials, trained, teacher)
+            rewards, prior = _target(run, data, trained, teacher)
             if not rewards.can_score_all:
                 lacking = ", ".join(map(repr, rewards.sampled_only))
                 return {"left_out": f"{lacking} scores drawn items only, so that R / Z over all items is not known."}
-            compare = partial(compare_with_rewards, rewards=rewards, encoder=materials.encoder, prior=prior)
-            methods = {method: _compared(compare, materials, stage, rows) for method, stage in trained.items()}
+            compare = partial(compare_with_rewards, rewards=rewards, encoder=data.encoder, prior=prior)
+            methods = {method: _compared(compare, data, stage, rows) for method, stage in trained.items()}
             target = "R / Z" if prior is None else f"pi_ref^{prior.weight:g} R / Z"
-            return {"rows": count, "leaves": materials.catalog.tree.num_leaves, "target": target, "methods": methods}
+            return {"rows": count, "leaves": data.catalog.tree.num_leaves, "target": target, "methods": methods}
 
         found = stage.run(f"comparing policies with R / Z on {count} training and {count} test rows", work)
         found.pop("seconds")
     if "left_out" in found:
-        workshop.say(f"[calibration] Left out: {found['left_out']}")
+        run.log(f"[calibration] Left out: {found['left_out']}")
     return found
 
 
@@ -80,11 +80,11 @@ def some(rows: Dataset, count: int) -> Dataset:
     return rows.select([i * len(rows) // count for i in range(min(count, len(rows)))])
 
 
-def _too_much(workshop: Workshop, materials: Materials, trained: Mapping[str, Stage], count: int) -> Record | None:
+def _too_much(run: RunContext, data: RunData, trained: Mapping[str, Stage], count: int) -> Record | None:
     """Why nobody should wait for it unasked: a whole distribution costs a token at every fork of the tree."""
-    forks = int((materials.catalog.tree.leaf_count > 1).sum())
+    forks = int((data.catalog.tree.leaf_count > 1).sum())
     parameters = sum(get_local_safetensors_metadata(trained["gflownet"].folder / "model").parameter_count.values())
-    affordable = AFFORDABLE.get(workshop.state.device.type, AFFORDABLE["other"])
+    affordable = AFFORDABLE.get(run.state.device.type, AFFORDABLE["other"])
     if 2 * count * len(trained) * forks * parameters <= affordable:
         return None
     return {
@@ -95,24 +95,24 @@ def _too_much(workshop: Workshop, materials: Materials, trained: Mapping[str, St
 
 
 def _target(
-    workshop: Workshop, materials: Materials, trained: Mapping[str, Stage], teacher: TeacherModule | None
+    run: RunContext, data: RunData, trained: Mapping[str, Stage], teacher: TeacherModule | None
 ) -> tuple[CompositeReward, ReferencePrior | None]:
     """R as the GFlowNet stage was trained with, and the SFT model where the target holds it too."""
-    args = materials.recipe.training_arguments("gflownet", workshop.root)
-    sft = trained["sft"].folder / "model" if materials.recipe.start == "sft" else None
-    rewards = build_rewards(workshop, materials, teacher, sft)
+    args = data.recipe.training_arguments("gflownet", run.root)
+    sft = trained["sft"].folder / "model" if data.recipe.start == "sft" else None
+    rewards = build_rewards(run, data, teacher, sft)
     args.reward_weights = trained["gflownet"].record["reward_weights"]
-    fusion = composite_reward(rewards, args, materials.catalog, materials.tokenizer)
+    fusion = composite_reward(rewards, args, data.catalog, data.tokenizer)
     if not args.ref_weight:
         return fusion, None
-    return fusion, ReferencePrior(args.ref_weight, materials.catalog, trained_model(trained["sft"]))
+    return fusion, ReferencePrior(args.ref_weight, data.catalog, trained_model(trained["sft"]))
 
 
 def _compared(
-    compare: Callable[..., dict[str, Tensor]], materials: Materials, trained: Stage, rows: Mapping[str, Dataset]
+    compare: Callable[..., dict[str, Tensor]], data: RunData, trained: Stage, rows: Mapping[str, Dataset]
 ) -> Record:
     """The model of a stage against R / Z on each part of the rows; of these, each process takes its share."""
-    policy, state = make_policy(trained_model(trained), materials.catalog), trained.workshop.state
+    policy, state = make_policy(trained_model(trained), data.catalog), trained.context.state
     found = {}
     for part, some_rows in rows.items():
         mine = some_rows.shard(state.num_processes, state.process_index, contiguous=True)
@@ -122,5 +122,5 @@ def _compared(
         values = {name: torch.cat([share[name] for share in shares]) for name in shares[0]}
         means = {name: float(values[name].mean()) for name in ("total_variation", "jensen_shannon")}
         found[part] = means | {"reliability": reliability_curve(values)}
-    materials.catalog.to("cpu")
+    data.catalog.to("cpu")
     return found

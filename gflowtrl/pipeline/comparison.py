@@ -20,7 +20,7 @@ from gflowtrl.metrics import paired_bootstrap
 from .evaluation import PER_USER_FILE
 from .plots import DPI, TITLES, plot_differences, titles_of
 from .recipe import control_section
-from .training import essential
+from .training import result_fields
 
 
 RESULTS_FILE = "results.json"
@@ -147,7 +147,7 @@ def _setting(method: str, recipe: Mapping[str, Any], entry: Mapping[str, Any]) -
     if method == "control":
         section = control_section(start, recipe["control"], recipe["gflownet"])
         found |= {"control": section, "steps": entry["steps"]}  # as the title says
-    found |= {name: essential(section) for name, section in found.items() if isinstance(section, Mapping)}
+    found |= {name: result_fields(section) for name, section in found.items() if isinstance(section, Mapping)}
     found["windows"] = bool(entry.get("windows"))  # records of before there were any lack it
     return found | {"rows_per_step": entry.get("rows_per_step")}  # which grow with the processes
 

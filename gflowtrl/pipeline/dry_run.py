@@ -18,12 +18,12 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArg
 from gflowtrl.compat import find_adapter_config_file
 from gflowtrl.policy import check_exact, make_policy, whole_models
 from gflowtrl.policy.loading import load_config
-from gflowtrl.trainer.checks import check_encoder, check_model
+from gflowtrl.trainer.input_checks import check_encoder, check_model
 
 from .configuration import check_names
-from .materials import Materials
 from .models import build_model, scratch_config, untrained
-from .recipe import QUANTISATION, Recipe
+from .recipe import QUANTIZATION, Recipe
+from .run_data import RunData
 
 
 SMALL = 50_000_000  # parameters; a model from scratch with more of them is not run
@@ -37,22 +37,22 @@ LOADING = {
 FAULTS = (ValueError, TypeError, RuntimeError, AssertionError, IndexError, KeyError, AttributeError, ZeroDivisionError)
 
 
-def dry_run(materials: Materials) -> None:
+def dry_run(data: RunData) -> None:
     """Try what could otherwise fail after a teacher, and the stages before, have been trained.
 
     Raises:
         ValueError: names the section of the recipe, and what is wrong.
     """
-    recipe = materials.recipe
+    recipe = data.recipe
     if not recipe.trained_stages:
         return
     for stage in recipe.trained_stages:
         _check_optimizer(recipe.training_arguments(stage, recipe.output_dir), stage)
     with whole_models(), torch.random.fork_rng(devices=[]):
         if "model_name_or_path" in recipe.model:
-            _check_loaded(materials)
+            _check_loaded(data)
         else:
-            _check_scratch(materials)
+            _check_scratch(data)
 
 
 def _check_optimizer(args: TrainingArguments, stage: str) -> None:
@@ -78,16 +78,16 @@ def _check_optimizer(args: TrainingArguments, stage: str) -> None:
         ) from error
 
 
-def _check_scratch(materials: Materials) -> None:
-    recipe = materials.recipe
+def _check_scratch(data: RunData) -> None:
+    recipe = data.recipe
     kind = recipe.model.get("model_type", "llama")
     try:
-        skeleton = _skeleton(scratch_config(materials))
-        model = build_model(materials) if skeleton.num_parameters() <= SMALL else skeleton
-        _check_fit(materials, model)
+        skeleton = _skeleton(scratch_config(data))
+        model = build_model(data) if skeleton.num_parameters() <= SMALL else skeleton
+        _check_fit(data, model)
         if model is not skeleton:
-            check_exact(make_policy(model, materials.catalog), materials.encoder)
-            materials.catalog.to("cpu")
+            check_exact(make_policy(model, data.catalog), data.encoder)
+            data.catalog.to("cpu")
     except FAULTS as error:
         raise ValueError(
             f"The section model (model_type {kind}) makes a model that cannot be used: {_line(error)}"
@@ -95,22 +95,22 @@ def _check_scratch(materials: Materials) -> None:
     _check_adapters(recipe, skeleton)
 
 
-def _check_loaded(materials: Materials) -> None:
-    recipe = materials.recipe
+def _check_loaded(data: RunData) -> None:
+    recipe = data.recipe
     if find_adapter_config_file(recipe.local(recipe.model["model_name_or_path"])) is not None:
         return
     if recipe.model.get("trust_remote_code"):
         return
-    options = {key: value for key, value in recipe.model.items() if key not in (*QUANTISATION, "new_tokens")}
+    options = {key: value for key, value in recipe.model.items() if key not in (*QUANTIZATION, "new_tokens")}
     name = recipe.local(options.pop("model_name_or_path"))
     found: Any = load_config(name, return_unused_kwargs=True, **options)
     config, unknown = found
-    known = {*LOADING, *QUANTISATION, "model_name_or_path", "new_tokens", *inspect.signature(type(config)).parameters}
+    known = {*LOADING, *QUANTIZATION, "model_name_or_path", "new_tokens", *inspect.signature(type(config)).parameters}
     check_names(unknown, known, "model")
     skeleton = _skeleton(config)
-    tokens = max(config.get_text_config().vocab_size, len(materials.tokenizer))
+    tokens = max(config.get_text_config().vocab_size, len(data.tokenizer))
     skeleton.resize_token_embeddings(tokens, mean_resizing=False)
-    _check_fit(materials, skeleton)
+    _check_fit(data, skeleton)
     _check_adapters(recipe, skeleton)
 
 
@@ -124,10 +124,10 @@ def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
         return untrained(config)
 
 
-def _check_fit(materials: Materials, model: PreTrainedModel) -> None:
+def _check_fit(data: RunData, model: PreTrainedModel) -> None:
     """As the trainer checks it when it is made."""
-    check_model(model, materials.catalog)
-    check_encoder(materials.encoder, materials.catalog, model)
+    check_model(model, data.catalog)
+    check_encoder(data.encoder, data.catalog, model)
 
 
 def _check_adapters(recipe: Recipe, skeleton: PreTrainedModel) -> None:

@@ -19,14 +19,14 @@ _ROWS = "the rows, which are tokenized and cut already"
 _SEARCH = "evaluation: policies are measured by a search of the tree"
 _NO_DRAWS = "nothing: the control is cross entropy on the observed targets alone. It would change nothing"
 #: Fields of training arguments that the pipeline fills in or does not look at, and what they follow from.
-OWNERS = {
+DERIVED_FIELDS = {
     "output_dir": "output_dir", "seed": "seed", "reward_weights": "the weight of each entry of rewards",
     "max_history_items": "data.max_history_items", "model_init_kwargs": "model",
     "eval_num_beams": "evaluation.num_beams", "eval_ks": "evaluation.ks",
     "do_train": _RUN, "do_eval": _RUN, "do_predict": _RUN, "resume_from_checkpoint": _RUN,
 }  # fmt: skip
 #: Those of `trl.SFTConfig` and `Seq2SeqTrainingArguments` besides.
-OWNERS_OF_SFT = OWNERS | {
+DERIVED_SFT_FIELDS = DERIVED_FIELDS | {
     "packing": "the rows, one per user", "max_length": "data.max_history_items, which cuts the rows",
     "dataset_kwargs": _ROWS, "dataset_text_field": _ROWS, "dataset_num_proc": _ROWS, "truncation_mode": _ROWS,
     "shuffle_dataset": "train_sampling_strategy", "packing_strategy": _ROWS, "eval_packing": _ROWS,
@@ -34,7 +34,7 @@ OWNERS_OF_SFT = OWNERS | {
     "generation_num_beams": _SEARCH, "generation_config": _SEARCH, "sortish_sampler": "train_sampling_strategy",
 }  # fmt: skip
 #: Those of the control besides: what draws, rewards and weighs trajectories.
-OWNERS_OF_CONTROL = OWNERS | dict.fromkeys(
+DERIVED_CONTROL_FIELDS = DERIVED_FIELDS | dict.fromkeys(
     (
         *("num_generations", "temperature", "epsilon", "log_z_learning_rate", "loss_reduction", "source_weights"),
         *("trajectory_weighting", "reward_transform", "reward_beta", "reward_floor", "leaf_reduction"),
@@ -55,18 +55,18 @@ _SIZES = {
 }
 
 
-def check_owners(stage: str, section: Mapping[str, Any]) -> None:
+def check_derived(stage: str, section: Mapping[str, Any]) -> None:
     """Refuse what a stage's section cannot set.
 
     Raises:
         ValueError: names the field and what it follows from.
     """
-    owners = {"sft": OWNERS_OF_SFT, "control": OWNERS_OF_CONTROL}.get(stage, OWNERS)
+    owners = {"sft": DERIVED_SFT_FIELDS, "control": DERIVED_CONTROL_FIELDS}.get(stage, DERIVED_FIELDS)
     for name in owners.keys() & section.keys():
         raise ValueError(f"{stage}.{name} cannot be set: it follows from {owners[name]}.")
 
 
-def check_words(stage: str, section: Mapping[str, Any]) -> None:
+def check_enums(stage: str, section: Mapping[str, Any]) -> None:
     """Refuse a word that transformers does not know, by the name of its field.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Models of the stages: made from scratch or loaded, quantised where the recipe says so, merged with adapters."""
+"""Models of the stages: made from scratch or loaded, quantized where the recipe says so, merged with adapters."""
 
 from __future__ import annotations
 
@@ -24,42 +24,42 @@ from gflowtrl.policy.loading import load_adapters, load_tokenizer
 from gflowtrl.policy.merging import merge_adapters
 from gflowtrl.policy.temperature import read_temperature, set_temperature
 
-from .materials import Materials
-from .recipe import QUANTISATION, Recipe
+from .recipe import QUANTIZATION, Recipe
+from .run_data import RunData
 from .stage import Stage
 
 
-def build_model(materials: Materials, quantised: bool = True) -> PreTrainedModel:
+def build_model(data: RunData, quantized: bool = True) -> PreTrainedModel:
     """The model before any training: a small one from scratch, or a checkpoint with item tokens added, which begin
     near the titles where `model.new_tokens` is `titles`.
 
     Args:
-        materials: of the run; its recipe's seed decides what begins at random.
-        quantised: False leaves the model in its own precision, whatever the recipe says.
+        data: of the run; its recipe's seed decides what begins at random.
+        quantized: False leaves the model in its own precision, whatever the recipe says.
     """
-    set_seed(materials.recipe.seed)
-    recipe, options = materials.recipe, dict(materials.recipe.model)
+    set_seed(data.recipe.seed)
+    recipe, options = data.recipe, dict(data.recipe.model)
     if name := options.pop("model_name_or_path", None):
-        titles = materials.titles if options.pop("new_tokens", "random") == "titles" else None
-        options = {key: value for key, value in options.items() if key not in QUANTISATION}
-        options |= quantization(recipe) if quantised else {}
+        titles = data.titles if options.pop("new_tokens", "random") == "titles" else None
+        options = {key: value for key, value in options.items() if key not in QUANTIZATION}
+        options |= quantization(recipe) if quantized else {}
         model = load_backbone(recipe.local(name), **options)
         set_temperature(model, 1.0)  # SFT is of the logits as they are, whatever the checkpoint was read at
         if not model.config.is_encoder_decoder:
             check_causal(model)  # before SFT, which would not notice
         # The tokenizer as it was before item tokens, so that they are new, and begin as new ones.
         tokenizer = load_tokenizer(**recipe.pretrained)
-        add_item_tokens(tokenizer, materials.data.semantic_ids, model, titles)
+        add_item_tokens(tokenizer, data.interactions.semantic_ids, model, titles)
         return model
-    model = untrained(scratch_config(materials))
+    model = untrained(scratch_config(data))
     if not model.config.is_encoder_decoder:
         check_causal(model)
     return model
 
 
-def scratch_config(materials: Materials) -> PreTrainedConfig:
+def scratch_config(data: RunData) -> PreTrainedConfig:
     """The configuration of a model that begins from scratch."""
-    tokenizer, options = materials.tokenizer, dict(materials.recipe.model)
+    tokenizer, options = data.tokenizer, dict(data.recipe.model)
     special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
     config = AutoConfig.for_model(options.pop("model_type", "llama"), vocab_size=len(tokenizer), **special, **options)
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
@@ -77,11 +77,11 @@ def trained_model(stage: Stage) -> PreTrainedModel:
     with whole_models():
         model = load_backbone(stage.folder / "model")
     check_weights(model)
-    return model.to(stage.workshop.state.device).eval()
+    return model.to(stage.context.state.device).eval()
 
 
 def save_merged(base: Callable[[], PreTrainedModel], adapters: Path, folder: Path) -> None:
-    """Merges adapters into what `base` gives, the model that they were trained on (not quantised), and saves it."""
+    """Merges adapters into what `base` gives, the model that they were trained on (not quantized), and saves it."""
     with whole_models():
         merged = merge_adapters(load_adapters(base(), adapters, load_peft_weights(str(adapters), device="cpu")))
     read_temperature(merged, adapters)
@@ -89,8 +89,8 @@ def save_merged(base: Callable[[], PreTrainedModel], adapters: Path, folder: Pat
 
 
 def quantization(recipe: Recipe) -> dict[str, Any]:
-    """TRL's fields of quantised loading, as `from_pretrained` takes them."""
-    given = {name: recipe.model[name] for name in QUANTISATION if name in recipe.model}
+    """TRL's fields of quantized loading, as `from_pretrained` takes them."""
+    given = {name: recipe.model[name] for name in QUANTIZATION if name in recipe.model}
     if not given:
         return {}
     dtype = recipe.model.get("dtype", "float32")

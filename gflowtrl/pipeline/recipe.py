@@ -38,7 +38,7 @@ from .configuration import (
     recipe_folder,
     set_option,
 )
-from .fields import check_model_fields, check_owners, check_words
+from .fields import check_derived, check_enums, check_model_fields
 from .sections import DataSection, EvaluationSection, setting
 from .specs import LEARNED, REWARDS, TEACHERS, check_reward, check_teacher
 
@@ -54,7 +54,7 @@ SCHEDULE = (*LENGTH, "per_device_train_batch_size", "gradient_accumulation_steps
 #: What the weights of rewards are learned for.
 FITTED_FOR = {"reward_transform": "power", "reward_beta": 1}
 #: Fields of `model` that are those of `trl.ModelConfig`: the weights that adapters stand on are held in few bits.
-QUANTISATION = (
+QUANTIZATION = (
     *("load_in_4bit", "load_in_8bit"),
     *("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
 )
@@ -72,7 +72,7 @@ class Recipe:
     output_dir: str = setting("outputs", "where stages and results are kept; recipes with one output_dir share stages")
     data_dir: str | None = setting(None, "folder with interactions (docs/data.md); null: the SYNTHETIC shop")
     name: str = setting("recipe", "what the report calls this run; the file's name if not given")
-    seed: int = setting(42, "of initialisation, order and trajectories")
+    seed: int = setting(42, "of initialization, order and trajectories")
     start: str = setting(
         "sft", "what control and gflownet begin from: sft, its model, or untrained, the model before any training"
     )
@@ -166,7 +166,7 @@ class Recipe:
 
     @property
     def reward_weights(self) -> list[float]:
-        """One weight a reward, 1 for those that are still to be learned (`signals.final_weights`)."""
+        """One weight a reward, 1 for those that are still to be learned (`build.final_weights`)."""
         given = [reward.get("weight", 1.0) for reward in self.rewards]
         return [1.0 if weight == LEARNED else float(weight) for weight in given]
 
@@ -211,8 +211,8 @@ class Recipe:
             if stage == "gflownet":
                 values["reward_weights"] = self.reward_weights or None
         check_names(section, field_names(kind), stage)
-        check_owners(stage, section if stage != "control" else self.control)
-        check_words(stage, section)
+        check_derived(stage, section if stage != "control" else self.control)
+        check_enums(stage, section)
         values |= check_types(kind, section, stage)
         try:
             if values["greater_is_better"] is None:
@@ -233,7 +233,7 @@ class Recipe:
         if "model_name_or_path" in self.model:
             if self.model.get("new_tokens", "random") not in ("random", "titles"):
                 raise ValueError(f"model.new_tokens is {self.model['new_tokens']!r}; choose 'random' or 'titles'.")
-            self._check_quantisation()
+            self._check_quantization()
             return
         kind = self.model.get("model_type", "llama")
         if kind not in CONFIG_MAPPING:
@@ -241,17 +241,17 @@ class Recipe:
         ours = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}  # the tokenizer decides them
         check_names(self.model, {"model_type", *inspect.signature(CONFIG_MAPPING[kind]).parameters} - ours, "model")
 
-    def _check_quantisation(self) -> None:
-        given = {name: value for name, value in self.model.items() if name in QUANTISATION}
+    def _check_quantization(self) -> None:
+        given = {name: value for name, value in self.model.items() if name in QUANTIZATION}
         check_types(ModelConfig, given, "model")
-        which = next((name for name in QUANTISATION[:2] if given.get(name)), None)
+        which = next((name for name in QUANTIZATION[:2] if given.get(name)), None)
         if which is None and given:
             raise ValueError(f"model.{next(iter(given))} is set, but neither load_in_4bit nor load_in_8bit is.")
         if which is None:
             return
         ModelConfig(**given)  # it refuses both at once
         if not self.peft:
-            raise ValueError(f"model.{which} is set, but quantised weights cannot be trained: add a section peft.")
+            raise ValueError(f"model.{which} is set, but quantized weights cannot be trained: add a section peft.")
         if not is_bitsandbytes_available():
             raise ValueError(f"model.{which} needs bitsandbytes: pip install 'gflowtrl[quantization]'.")
 

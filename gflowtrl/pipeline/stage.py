@@ -27,7 +27,7 @@ Record = dict[str, Any]
 Work = Callable[[Path], Record]
 
 
-class Workshop:
+class RunContext:
     """Where stages live, and the processes that share the work.
 
     Args:
@@ -59,7 +59,7 @@ class Workshop:
     def shows_progress(self) -> bool:
         return self.is_main and not self.quiet
 
-    def say(self, text: str = "") -> None:
+    def log(self, text: str = "") -> None:
         if self.shows_progress:
             print(text, flush=True)
 
@@ -75,10 +75,10 @@ class Stage:
     with `done.json` is finished; one without was interrupted.
     """
 
-    def __init__(self, workshop: Workshop, name: str, inputs: Record):
-        self.workshop, self.name, self.inputs = workshop, name, inputs
+    def __init__(self, run: RunContext, name: str, inputs: Record):
+        self.context, self.name, self.inputs = run, name, inputs
         self.fingerprint = fingerprint({"stage": name, **inputs})
-        self.folder = workshop.root / f"{name}-{self.fingerprint[:8]}"
+        self.folder = run.root / f"{name}-{self.fingerprint[:8]}"
 
     @property
     def done(self) -> bool:
@@ -100,18 +100,18 @@ class Stage:
         Raises:
             ValueError: the stage is finished, but files of it are missing or damaged.
         """
-        shop = self.workshop
-        shop.state.wait_for_everyone()
-        if self.name in shop.redo and self.folder.name not in shop.seconds:
-            if shop.is_main:
+        run = self.context
+        run.state.wait_for_everyone()
+        if self.name in run.redo and self.folder.name not in run.seconds:
+            if run.is_main:
                 shutil.rmtree(self.folder, ignore_errors=True)
-            shop.state.wait_for_everyone()
+            run.state.wait_for_everyone()
         if self.done:
             self._check()
-            shop.say(f"[{self.name}] {title}: done before, kept in {self.folder}")
-        elif shop.is_main or not main_only:
-            shop.say(f"[{self.name}] {title}")
-            if shop.is_main:
+            run.log(f"[{self.name}] {title}: done before, kept in {self.folder}")
+        elif run.is_main or not main_only:
+            run.log(f"[{self.name}] {title}")
+            if run.is_main:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_json(self.folder / "inputs.json", self.inputs)
             clock, started = self.folder / CLOCK_FILE, time.monotonic()
@@ -120,16 +120,16 @@ class Stage:
                 record = work(self.folder)
             finally:
                 seconds = round(spent + time.monotonic() - started, 1)
-                if shop.is_main:
+                if run.is_main:
                     write_json(clock, seconds)
-            if shop.is_main:
+            if run.is_main:
                 write_json(self.folder / DONE_FILE, {**record, "seconds": seconds, "files": self._files()})
-            shop.say(f"[{self.name}] finished in {seconds:.0f} s")
-        if shop.is_main:
+            run.log(f"[{self.name}] finished in {seconds:.0f} s")
+        if run.is_main:
             shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
-        shop.state.wait_for_everyone()
+        run.state.wait_for_everyone()
         record = self.record
-        shop.seconds[self.folder.name] = record["seconds"]
+        run.seconds[self.folder.name] = record["seconds"]
         return record
 
     def _files(self) -> list[str]:

@@ -7,7 +7,6 @@ from gflowtrl.compat import whole_models
 from gflowtrl.trunks import Prompts, num_prompts, separate_prompts, some_prompts
 
 from .backbone import load_backbone, merge_tied_embeddings
-from .base import TreePolicy
 from .causal import CausalTreePolicy
 from .exactness import check_exact
 from .heads import attach_flow_heads, has_flow_heads
@@ -17,6 +16,7 @@ from .scores import StepScores
 from .seq2seq import Seq2SeqTreePolicy
 from .stochastic_beam import StochasticBeams
 from .support import check_causal, check_positions
+from .tree_policy import TreePolicy
 
 
 __all__ = [

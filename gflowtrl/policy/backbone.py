@@ -22,7 +22,7 @@ def load_backbone(name: str | os.PathLike, **model_kwargs: Any) -> PreTrainedMod
     """A causal or an encoder-decoder language model, whichever the folder or name holds.
 
     A folder of adapters stands for its base model with them: they are merged into it, and the result is trained and
-    saved as a whole. Into a quantised base nothing can be merged: the adapters lie on it, frozen.
+    saved as a whole. Into a quantized base nothing can be merged: the adapters lie on it, frozen.
 
     Args:
         name: folder or name, as for `from_pretrained`, of a model or of adapters.
@@ -44,7 +44,7 @@ def load_backbone(name: str | os.PathLike, **model_kwargs: Any) -> PreTrainedMod
     config = load_config(name, model_kwargs.get("trust_remote_code", False), **where)
     loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = load_weights(loader, name, **model_kwargs)
-    return _as_if_never_quantised(model) if "gguf_file" in model_kwargs else model
+    return _as_if_never_quantized(model) if "gguf_file" in model_kwargs else model
 
 
 def _load_adapted(name: str | os.PathLike, where: dict[str, Any], model_kwargs: dict[str, Any]) -> PreTrainedModel:
@@ -62,7 +62,7 @@ def _load_adapted(name: str | os.PathLike, where: dict[str, Any], model_kwargs: 
     saved = load_peft_weights(name, device="cpu", **where)
     _resize_embeddings(model, saved)
     if getattr(model, "hf_quantizer", None) is not None:
-        require("transformers", "5.18", "A folder of adapters on a quantised model")  # it loads the item tokens
+        require("transformers", "5.18", "A folder of adapters on a quantized model")  # it loads the item tokens
         model.load_adapter(os.fspath(name), adapter_kwargs=where)
         read_temperature(model, name, **where)
         return model
@@ -90,7 +90,7 @@ def _resize_embeddings(model: PreTrainedModel, adapters: Mapping[str, Tensor]) -
             return
 
 
-def _as_if_never_quantised(model: PreTrainedModel) -> PreTrainedModel:
+def _as_if_never_quantized(model: PreTrainedModel) -> PreTrainedModel:
     """transformers reads the weights of a GGUF file into ordinary tensors, and then refuses to train or save them."""
     config = copy.deepcopy(model.config)
     del config.quantization_config

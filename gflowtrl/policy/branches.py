@@ -39,7 +39,7 @@ class Branches(NamedTuple):
         return depths.repeat_interleave(depths.new_tensor(counts), output_size=len(self.nodes))
 
 
-def places(nodes: Tensor) -> Tensor:
+def dense_rank(nodes: Tensor) -> Tensor:
     """The place of each node among the distinct nodes of its row in ascending order, -1 for -1: `(B, K, ...)`."""
     ordered, order = nodes.sort(dim=1)
     begins = torch.zeros_like(order)
@@ -48,7 +48,7 @@ def places(nodes: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, rank)
 
 
-def put(values: Tensor, place: Tensor, width: int, empty: int = 0) -> Tensor:
+def scatter_rows(values: Tensor, place: Tensor, width: int, empty: int = 0) -> Tensor:
     """`values` `(B, K)` at their places `(B, K)` in `(B, width)`; those whose place is -1 are left out."""
     return values.new_full((len(values), 1 + width), empty).scatter_(1, place + 1, values)[:, 1:]
 

@@ -13,16 +13,16 @@ from transformers import DynamicCache
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.trunks import Prompts, Trunks
 
-from .base import TreePolicy
 from .branches import Branches
 from .masks import attention_mask, layer_reaches
 from .modules import forward_parameters, innermost, model_dtype
 from .packing import BranchDecoder, lay_out, prompt_positions, prompt_visibility
 from .support import check_causal, check_row_length
+from .tree_policy import TreePolicy
 
 
 class CausalTreePolicy(TreePolicy):
-    """The distribution over leaves that a causal model gives when its logits are renormalised over a node's children.
+    """The distribution over leaves that a causal model gives when its logits are renormalized over a node's children.
 
     Prompts that are windows are computed once for all that begin them; see `TreePolicy`.
 
@@ -43,7 +43,7 @@ class CausalTreePolicy(TreePolicy):
         extra = {"logits_to_keep": layout.keep} if self._keep else {}
         if self._heads:
             extra["flow_positions"] = layout.keep
-        with self._chosen_states(layout.places(self._keep)):
+        with self._chosen_states(layout.flat_indices(self._keep)):
             output = self.model(
                 input_ids=layout.input_ids,
                 attention_mask=attention_mask(

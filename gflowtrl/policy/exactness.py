@@ -17,9 +17,9 @@ from gflowtrl.catalog import Item, PrefixTree
 from gflowtrl.finite import NonFiniteError, check_ranked
 from gflowtrl.trunks import Prompts
 
-from .base import TreePolicy
 from .modules import evaluation_mode, innermost, model_dtype
 from .support import TooLongError
+from .tree_policy import TreePolicy
 
 
 COMPARED_LEAVES = 4  # so that all costs about as much as eight prompts

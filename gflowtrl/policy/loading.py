@@ -114,7 +114,7 @@ def num_embeddings(model: nn.Module) -> int:
     return next(module.num_embeddings for module in table.modules() if hasattr(module, "num_embeddings"))
 
 
-def check_embedded(model: nn.Module, token: int, what: str = "The catalogue uses") -> None:
+def check_embedded(model: nn.Module, token: int, what: str = "The catalog uses") -> None:
     """A token must be one that the model embeds.
 
     Args:

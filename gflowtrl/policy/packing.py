@@ -73,14 +73,14 @@ class Layout(NamedTuple):
     rows: Tensor
     columns: Tensor
 
-    def places(self, kept: bool) -> Tensor:
+    def flat_indices(self, kept: bool) -> Tensor:
         """Where each state is in all rows end to end, `(n,)`; with `kept` in rows of the columns `keep` only."""
         width = len(self.keep) if kept else self.input_ids.shape[1]
         return self.rows * width + self.columns - (self.input_ids.shape[1] - width)
 
     def states(self, values: Tensor, kept: bool) -> Tensor:
         """What the model gives for columns, `(U, Q, ...)` or with `kept` `(U, Q', ...)`, at each state: `(n, ...)`."""
-        return values.flatten(0, 1)[self.places(kept)]
+        return values.flatten(0, 1)[self.flat_indices(kept)]
 
 
 def lay_out(tree: PrefixTree, trunks: Trunks, branches: Branches, aligned: bool = False) -> Layout:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass
 class StepScores:
-    """Tree-normalised scores of `K` trajectories for each of `B` prompts (`L` tokens an id, `C` children a node).
+    """Tree-normalized scores of `K` trajectories for each of `B` prompts (`L` tokens an id, `C` children a node).
 
     Attributes:
         log_probs: `(B, K, L)` log-probability of each token taken, 0 where a shorter id has ended.

@@ -3,8 +3,8 @@
 The encoder reads the prompt once. All branches of a prompt stand in *one* decoder row `[start, branches]` under a 4-D
 additive mask, so the cross-attention's keys and values are computed once per prompt as well: there is one encoder row
 for one decoder row. The self-attention bias (T5) or position vectors (BART) that these models take from a token's
-place in the row are looked up at its place in the branch instead: see `placement`, which does so inside the model's
-forward.
+place in the row are looked up at its place in the branch instead: see `branch_positions`, which does so inside the
+model's forward.
 
 Two other ways are exact too and were not taken. Rows of single branches behind one expanded cross-attention cache
 need a cache that carries gradients, which gradient checkpointing switches off, and two forwards before one backward.
@@ -21,22 +21,22 @@ from transformers.modeling_outputs import BaseModelOutput
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.trunks import Prompts, Trunks, separate_prompts
 
-from .base import TreePolicy
+from .branch_positions import place_branches
 from .branches import Branches
 from .masks import additive
 from .modules import innermost, model_dtype
 from .packing import BranchDecoder, lay_out
-from .placement import place_branches
+from .tree_policy import TreePolicy
 
 
 class Seq2SeqTreePolicy(TreePolicy):
-    """The distribution over leaves that an encoder-decoder gives when its logits are renormalised over the children.
+    """The distribution over leaves that an encoder-decoder gives when its logits are renormalized over the children.
 
     The prompt goes to the encoder, the id to the decoder; the root is the decoder's start token. Prompts come in
     both formats, but an encoder shares nothing; models that count positions from the left get them right-padded.
 
     Raises:
-        ValueError: a kind of model that is not known to be exact (see `placement`), or one without
+        ValueError: a kind of model that is not known to be exact (see `branch_positions`), or one without
             `decoder_start_token_id`.
     """
 
@@ -51,7 +51,7 @@ class Seq2SeqTreePolicy(TreePolicy):
         start = {"input_ids": root, "attention_mask": torch.ones_like(root)}
         layout = lay_out(self.catalog.tree, Trunks.of(start), branches, aligned=True)
         extra = {"flow_positions": layout.keep} if self._heads else {}
-        with self._chosen_states(layout.places(kept=False)):
+        with self._chosen_states(layout.flat_indices(kept=False)):
             output = self.model(
                 input_ids=tokens,
                 attention_mask=mask,

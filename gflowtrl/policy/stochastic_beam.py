@@ -17,13 +17,13 @@ class StochasticBeams:
     """K distinct leaves a prompt, drawn without replacement; the first one is an ordinary sample of the policy.
 
     Attributes:
-        leaves: `(B, K)`, by falling `perturbed`; -1 where the catalogue has fewer leaves.
+        leaves: `(B, K)`, by falling `perturbed`; -1 where the catalog has fewer leaves.
         log_probs: `(B, K)` log-probability of each leaf under the policy (tempered, where a temperature was given);
             -inf on missing leaves.
         log_inclusion: `(B, K)` log-probability, given the threshold, that the leaf is in the sample:
             log(1 - exp(-exp(log_probs - threshold))). For any function f of leaves,
             `sum of exp(log_probs - log_inclusion) f(leaf)` is an unbiased estimate of its mean under the policy. 0
-            where the whole catalogue is in the sample, and on missing leaves (whose weight is 0 by `log_probs`).
+            where the whole catalog is in the sample, and on missing leaves (whose weight is 0 by `log_probs`).
         threshold: `(B,)` kappa, the (K + 1)-th largest perturbed log-probability; -inf where there is none.
         perturbed: `(B, K)` log-probability plus the leaf's Gumbel number; -inf on missing leaves.
     """

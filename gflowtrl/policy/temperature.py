@@ -1,6 +1,6 @@
 """The temperature that a model is read at: `softmax(logits / temperature)` over the children of a node.
 
-Dividing by it changes which items are best, not only how sure the policy is: it is renormalised at every step. So what
+Dividing by it changes which items are best, not only how sure the policy is: it is renormalized at every step. So what
 a model was trained at belongs to the model, as a field of its configuration, and every policy made of it obeys.
 """
 

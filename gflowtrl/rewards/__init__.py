@@ -1,12 +1,12 @@
 """Rewards: what makes a recommendation good, and how several opinions become one `log R`."""
 
-from .base import AnyReward, Reward, ScoresItems, ScoresLeaves
 from .collaborative import CollaborativeReward
 from .composite import CompositeReward
 from .ground_truth import GroundTruthReward
 from .interaction import InteractionReward
 from .likelihood import LikelihoodReward
 from .rank_penalty import RankPenaltyReward
+from .reward import AnyReward, Reward, ScoresItems, ScoresLeaves
 from .step_reward import DenseReward, PosteriorReward, RewardResult, SampledReward, StepReward, TopKReward, draw_leaves
 from .title_likelihood import TitleLikelihoodReward
 from .token_similarity import TokenSimilarityReward

@@ -13,7 +13,7 @@ from gflowtrl.checks import NOT_NEGATIVE, POSITIVE, check_choice, check_number
 from gflowtrl.data import Step
 from gflowtrl.teachers import as_teacher, teacher_scores
 
-from .base import Reward
+from .reward import Reward
 
 
 if TYPE_CHECKING:
@@ -32,11 +32,11 @@ class CollaborativeReward(Reward):
     and a popularity correction c spread the target over more items.
 
     Args:
-        teacher: a `gflowtrl.teachers.Teacher`, or any callable `histories -> (B, items)` in the catalogue's order.
+        teacher: a `gflowtrl.teachers.Teacher`, or any callable `histories -> (B, items)` in the catalog's order.
         temperature: of the softmax, > 0, in units of the teacher's scores. Min-max has no unit and takes none.
         popularity_correction: c, >= 0; 0.5 is mild.
         item_counts: how often each item occurs in training: a mapping of items (missing ones count 0), or one number
-            per item in the catalogue's order. Needed where c > 0.
+            per item in the catalog's order. Needed where c > 0.
         normalization: "softmax" or "min_max".
         exponent: of min-max, > 0. (Of a softmax it would be the temperature 1 / exponent.)
     """
@@ -70,7 +70,7 @@ class CollaborativeReward(Reward):
         self.teacher, self.temperature = teacher, temperature
         self.popularity_correction, self.item_counts = popularity_correction, item_counts
         self.normalization, self.exponent = normalization, exponent
-        self._aligned: Teacher  # the teacher, its columns in the catalogue's order
+        self._aligned: Teacher  # the teacher, its columns in the catalog's order
         self._penalty: Tensor | None = None
 
     def _prepare(self, catalog: ItemCatalog) -> None:
@@ -95,5 +95,5 @@ def _counts(counts: Mapping[Item, int] | Sequence[int] | Tensor | None, items: S
         counts = [counts.get(item, 0) for item in items]
     result = torch.as_tensor(counts, dtype=torch.float32)
     if result.shape != (len(items),):
-        raise ValueError(f"item_counts has shape {tuple(result.shape)}, but the catalogue has {len(items)} items.")
+        raise ValueError(f"item_counts has shape {tuple(result.shape)}, but the catalog has {len(items)} items.")
     return result

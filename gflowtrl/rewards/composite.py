@@ -17,8 +17,8 @@ from gflowtrl.data import Step
 from gflowtrl.policy import TreePolicy
 from gflowtrl.policy.modules import evaluation_mode
 
-from .base import AnyReward, ScoresItems, ScoresLeaves, binds, scores_items, scores_leaves
 from .calling import RewardLog, call_rewards, checked_values, reward_keywords
+from .reward import AnyReward, ScoresItems, ScoresLeaves, binds, scores_items, scores_leaves
 from .step_reward import DenseReward, RewardResult, SampledReward, StepReward, TopKReward
 
 
@@ -282,7 +282,7 @@ class CompositeReward:
 
     # --------------------------------------------------------------------------------------------------------- errors
     def _raise_first(self, checks: list[_Check], step: Step, leaves: Tensor | None) -> None:
-        """Raise the first check that fails; a good batch costs a single synchronisation for all of them."""
+        """Raise the first check that fails; a good batch costs a single synchronization for all of them."""
         if not torch.stack([mask.any() for mask, _, _ in checks]).any():
             return
         for mask, values, sentence in checks:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gflowtrl.data import Step
 
-from .base import Reward
+from .reward import Reward
 
 
 class GroundTruthReward(Reward):

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from gflowtrl.catalog import Item
 from gflowtrl.data import Step
 
-from .base import Reward
+from .reward import Reward
 
 
 class InteractionReward(Reward):

@@ -13,11 +13,11 @@ from gflowtrl.data import Step
 from gflowtrl.policy import TreePolicy, make_policy
 from gflowtrl.policy.modules import evaluation_mode
 
-from .base import Reward
+from .reward import Reward
 
 
 class LikelihoodReward(Reward):
-    """The probability (not its logarithm) of the leaf under a policy, normalised over the tree and without gradient.
+    """The probability (not its logarithm) of the leaf under a policy, normalized over the tree and without gradient.
 
     The recommender's own variant of r_y in GFlowGR (arXiv 2506.16114). The model runs in evaluation mode and is left
     as it was found.
@@ -31,7 +31,7 @@ class LikelihoodReward(Reward):
     are refused.
 
     Args:
-        model_or_policy: a policy over the same catalogue; or a causal or encoder-decoder model, which is then read as
+        model_or_policy: a policy over the same catalog; or a causal or encoder-decoder model, which is then read as
             one; or None for the policy in training.
         catalog: of a model; the trainer supplies it where it is missing.
 

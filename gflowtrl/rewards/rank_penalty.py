@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gflowtrl.data import Step
 
-from .base import Reward
+from .reward import Reward
 
 
 class RankPenaltyReward(Reward):

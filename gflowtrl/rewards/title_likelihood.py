@@ -17,8 +17,8 @@ from gflowtrl.policy import check_causal
 from gflowtrl.policy.causal import CausalDecoder
 from gflowtrl.policy.packing import separate_branches
 
-from .base import Reward
 from .likelihood import frozen
+from .reward import Reward
 
 
 if TYPE_CHECKING:
@@ -35,17 +35,17 @@ class TitleLikelihoodReward(Reward):
     ids. It also tells items apart that no one has taken yet. Reads the column `history`.
 
     Cost: a prompt once a row, and each drawn title's tokens behind its cached keys and values; over all items as many
-    titles as there are items, a row. Therefore `score_items` is for small catalogues and has to be asked for
+    titles as there are items, a row. Therefore `score_items` is for small catalogs and has to be asked for
     (`all_items`).
 
     Args:
         model: a causal language model with ordinary (not sharded) weights; encoder-decoders are refused.
         tokenizer: the model's own, which has nothing to do with the semantic ids' one.
-        titles: the title of every item of the catalogue.
+        titles: the title of every item of the catalog.
         template: text with `{history}` in it. The title follows it after a space.
         max_history_items: how many items of the history, the last ones, are read.
         max_title_words: longer titles are cut, in the history and as an answer.
-        normalise: "mean" is the geometric mean of the title's token probabilities, in (0, 1], which does not favour
+        normalize: "mean" is the geometric mean of the title's token probabilities, in (0, 1], which does not favor
             short titles; "sum" is the probability of the whole title, tiny and very peaked.
         batch_size: titles in one forward pass. Memory goes with batch_size x tokens a title x vocabulary.
         all_items: let exact flows and the sampler "reward" ask for all items at every step.
@@ -62,12 +62,12 @@ class TitleLikelihoodReward(Reward):
         template: str = TEMPLATE,
         max_history_items: int = 10,
         max_title_words: int = 16,
-        normalise: str = "mean",
+        normalize: str = "mean",
         batch_size: int = 32,
         all_items: bool = False,
     ):
         super().__init__("title_likelihood")
-        check_title_options(template, max_history_items, max_title_words, normalise, batch_size)
+        check_title_options(template, max_history_items, max_title_words, normalize, batch_size)
         attention = attention_implementation(model.config)
         if model.config.is_encoder_decoder or "flash" in attention:
             raise ValueError(
@@ -78,7 +78,7 @@ class TitleLikelihoodReward(Reward):
         self.model, self.text_tokenizer = model, tokenizer
         self.titles, self.template = titles, template
         self.max_history_items, self.max_title_words = max_history_items, max_title_words
-        self.normalise, self.batch_size, self.scores_all_items = normalise, batch_size, all_items
+        self.normalize, self.batch_size, self.scores_all_items = normalize, batch_size, all_items
 
     def _prepare(self, catalog: ItemCatalog) -> None:
         bare = [item for item in catalog.items if not str(self.titles.get(item) or "").split()]
@@ -118,7 +118,7 @@ class TitleLikelihoodReward(Reward):
                 found.append(title_log_probs(self.model, batch, titles, max(self.batch_size // len(titles), 1)))
         log_probs, real = torch.cat(found), (tokens >= 0)[place.to(device)]
         total = log_probs.sum(-1)
-        if self.normalise == "mean":
+        if self.normalize == "mean":
             total = total / real.sum(-1).clamp(min=1)
         return torch.where(real.any(-1), total.exp(), 0.0)
 
@@ -177,7 +177,7 @@ def title_log_probs(model: nn.Module, prompts: Mapping[str, Tensor], titles: Ten
 
 
 def check_title_options(
-    template: str, max_history_items: int, max_title_words: int, normalise: str, batch_size: int
+    template: str, max_history_items: int, max_title_words: int, normalize: str, batch_size: int
 ) -> None:
     """Raises ValueError for an option of `TitleLikelihoodReward` that cannot be, before any model is loaded."""
     if "{history}" not in template:
@@ -185,7 +185,7 @@ def check_title_options(
     sizes = {"max_history_items": max_history_items, "max_title_words": max_title_words, "batch_size": batch_size}
     for name, value in sizes.items():
         check_number(f"{name} of TitleLikelihoodReward", value, COUNT)
-    check_choice("normalise", normalise, ("mean", "sum"))
+    check_choice("normalize", normalize, ("mean", "sum"))
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:

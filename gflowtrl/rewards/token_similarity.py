@@ -7,25 +7,25 @@ from torch import Tensor
 
 from gflowtrl.data import Step
 
-from .base import Reward
+from .reward import Reward
 
 
 class TokenSimilarityReward(Reward):
     """Number of positions at which a leaf's id has the same token as the target's; L, its length, for the target.
 
     r_sim of GFlowGR (arXiv 2506.16114). Ids are made so that similar items share tokens, the first ones above all: the
-    reward spreads mass over the target's neighbourhood. It belongs to the leaf: a second item there adds nothing.
+    reward spreads mass over the target's neighborhood. It belongs to the leaf: a second item there adds nothing.
     Reads the column `target`.
 
     Args:
-        normalise: divide by the length of the target's id, so that values lie in [0, 1].
+        normalize: divide by the length of the target's id, so that values lie in [0, 1].
         prefix: count only the positions before the first difference. Right where the meaning of a token depends on the
-            tokens before it, as in residual quantisation.
+            tokens before it, as in residual quantization.
     """
 
-    def __init__(self, normalise: bool = False, prefix: bool = False):
+    def __init__(self, normalize: bool = False, prefix: bool = False):
         super().__init__("token_similarity")
-        self.normalise, self.prefix = normalise, prefix
+        self.normalize, self.prefix = normalize, prefix
 
     def score_items(self, step: Step) -> Tensor:
         catalog = self._bound_catalog()
@@ -47,4 +47,4 @@ class TokenSimilarityReward(Reward):
             if self.prefix:
                 same = so_far = same if so_far is None else same & so_far
             count += same
-        return count / catalog.tree.leaf_lengths[target][:, None] if self.normalise else count
+        return count / catalog.tree.leaf_lengths[target][:, None] if self.normalize else count

@@ -14,8 +14,8 @@ from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.checks import POSITIVE_SHARE, check_number
 from gflowtrl.data import GroupCollator, PromptEncoder, Step
 
-from .base import AnyReward
 from .composite import CompositeReward
+from .reward import AnyReward
 
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def fit_reward_weights(
     batch_size: int = 64,
     device: torch.device | str = "cpu",
 ) -> LearnedWeights:
-    """Positive weights w under which held-out positives y are most probable: maximises
+    """Positive weights w under which held-out positives y are most probable: maximizes
 
     `mean over rows of log( sum_i w_i (r_i(y) + floor * Z_i / N) / sum_i w_i Z_i )`,
 
@@ -66,7 +66,7 @@ def fit_reward_weights(
     weight there is. To weigh rewards that read `target` against others, hold out another positive of the user:
     `one_step_back(rows)` with `held_out="next"`.
 
-    The fit is for `reward_transform="power"` and `reward_beta=1`. It is a minorisation (Jensen for the first
+    The fit is for `reward_transform="power"` and `reward_beta=1`. It is a minorization (Jensen for the first
     logarithm, a tangent for the second), `w_i <- w_i * mean(t_i / w.t) / mean(Z_i / w.Z)` with t_i the bracket above:
     every step raises the objective, weights stay positive, nothing is random. Where each reward has the same Z on
     every row (a softmax, a probability) the objective is concave in the shares w_i Z_i and the maximum is global; else

@@ -1,6 +1,5 @@
 """Samplers: where the trajectories of a training step come from."""
 
-from .base import Feedback, Sampler, Trajectories, validate_trajectories
 from .basic import (
     CollaborativeSampler,
     FunctionSampler,
@@ -21,6 +20,7 @@ from .mixture import (
 )
 from .observed import InteractionLogSampler, UnobservedSampler
 from .replay import ReplaySampler
+from .sampler import Feedback, Sampler, Trajectories, validate_trajectories
 
 
 __all__ = [

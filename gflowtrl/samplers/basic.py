@@ -14,7 +14,7 @@ from gflowtrl.data import Step
 from gflowtrl.policy import Noise, TreePolicy
 from gflowtrl.rewards import CollaborativeReward, StepReward, draw_leaves
 
-from .base import Sampler, Trajectories
+from .sampler import Sampler, Trajectories
 
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ class CollaborativeSampler(Sampler):
     """Items in proportion to `softmax(teacher's score / temperature)`, with replacement. Reads the column `history`.
 
     Args:
-        teacher: a `gflowtrl.teachers.Teacher`, or any callable `histories -> (B, items)` in the catalogue's order.
-        temperature: > 0; a high one draws from all items, a low one from the teacher's favourites.
+        teacher: a `gflowtrl.teachers.Teacher`, or any callable `histories -> (B, items)` in the catalog's order.
+        temperature: > 0; a high one draws from all items, a low one from the teacher's favorites.
     """
 
     source_names = ("collaborative",)

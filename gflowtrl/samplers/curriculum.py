@@ -15,8 +15,8 @@ from gflowtrl.policy.modules import evaluation_mode
 from gflowtrl.rewards import StepReward
 from gflowtrl.teachers import as_teacher, teacher_scores
 
-from .base import Sampler, Trajectories, fill_missing
 from .observed import count_allowed, distinct_ranks, observed_leaves, skip_forbidden
+from .sampler import Sampler, Trajectories, fill_missing
 from .schedule import Schedule
 
 
@@ -33,7 +33,7 @@ class CandidatePool:
     """Candidates that a row has not observed: neither in its history nor its target.
 
     Args:
-        teacher: a `gflowtrl.teachers.Teacher`, or any callable `histories -> (B, items)` in the catalogue's order.
+        teacher: a `gflowtrl.teachers.Teacher`, or any callable `histories -> (B, items)` in the catalog's order.
         kind: "random", drawn uniformly, or "teacher", the teacher's best.
         size: candidates a row; None: 2 K + 1 for K wanted trajectories. With the ground truth as one more trajectory
             these are the 2 N - 1 candidates for N trajectories of GFlowGR.
@@ -49,7 +49,7 @@ class CandidatePool:
             raise TypeError(f"{owner} needs a teacher or a callable histories -> (B, items), got {teacher!r}.")
         self.teacher, self.kind, self.size, self.owner = teacher, kind, size, owner
         self._catalog: ItemCatalog | None = None
-        self._aligned: Teacher  # the teacher, its columns in the catalogue's order
+        self._aligned: Teacher  # the teacher, its columns in the catalog's order
 
     @torch.no_grad()
     def candidates(self, step: Step, catalog: ItemCatalog, wanted: int, noise: Noise) -> Tensor:
@@ -89,13 +89,13 @@ class CurriculumSampler(Sampler):
     """GFlowGR's collaborative curriculum: easy candidates early in the training, hard ones later.
 
     The M candidates of a row (drawn anew at each step) are sorted by the teacher's score, low ones are easy. The
-    trajectories are K neighbours in this order, from place round(h (M - K)) on, where the hardness h follows the
+    trajectories are K neighbors in this order, from place round(h (M - K)) on, where the hardness h follows the
     schedule: at h = 0 the K lowest, at h = 1 the K highest. `log_q` is not known with a random pool (how often a leaf
     comes depends on its rank among all) and 0 with the teacher's, where chance has no part. Where a row has fewer than
     K candidates they are repeated. Reads the column `history`.
 
     Args:
-        teacher: a `gflowtrl.teachers.Teacher`, or any callable `histories -> (B, items)` in the catalogue's order.
+        teacher: a `gflowtrl.teachers.Teacher`, or any callable `histories -> (B, items)` in the catalog's order.
         pool_size: M; None: 2 K + 1.
         pool: "random": unobserved leaves drawn uniformly, so that hard ones are hard among random ones; "teacher": the
             teacher's best unobserved leaves, so that the easy ones already are plausible.
@@ -139,7 +139,7 @@ class LowConfidenceSampler(Sampler):
     has fewer than K candidates they are repeated. Reads the column `history`.
 
     Args:
-        teacher: a `gflowtrl.teachers.Teacher`, or any callable `histories -> (B, items)` in the catalogue's order.
+        teacher: a `gflowtrl.teachers.Teacher`, or any callable `histories -> (B, items)` in the catalog's order.
         pool_size: number of candidates; None: 2 K + 1.
     """
 

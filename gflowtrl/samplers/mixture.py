@@ -18,7 +18,6 @@ from gflowtrl.data import Step
 from gflowtrl.policy import Noise, TreePolicy
 from gflowtrl.rewards import StepReward
 
-from .base import Feedback, Sampler, Trajectories, check_state, over_processes
 from .basic import (
     CollaborativeSampler,
     FunctionSampler,
@@ -31,6 +30,7 @@ from .beam import BeamSampler, StochasticBeamSampler
 from .curriculum import CurriculumSampler, LowConfidenceSampler
 from .observed import InteractionLogSampler, UnobservedSampler
 from .replay import ReplaySampler
+from .sampler import Feedback, Sampler, Trajectories, check_state, over_processes
 from .schedule import Schedule
 
 

@@ -13,7 +13,7 @@ from gflowtrl.data import Step
 from gflowtrl.policy import Noise, TreePolicy
 from gflowtrl.rewards import StepReward
 
-from .base import Sampler, Trajectories
+from .sampler import Sampler, Trajectories
 
 
 if TYPE_CHECKING:
@@ -110,8 +110,8 @@ def count_allowed(forbidden: Tensor, num_leaves: int, sampler: str) -> Tensor:
     if (allowed <= 0).any():
         row = int((allowed <= 0).nonzero()[0])
         raise ValueError(
-            f"History and target of row {row} hold all {num_leaves} leaves of the catalogue, so {sampler} has nothing "
-            f"to draw from. Choose the sampler 'uniform' for a catalogue this small."
+            f"History and target of row {row} hold all {num_leaves} leaves of the catalog, so {sampler} has nothing "
+            f"to draw from. Choose the sampler 'uniform' for a catalog this small."
         )
     return allowed
 

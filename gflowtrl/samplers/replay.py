@@ -13,8 +13,8 @@ from gflowtrl.data import Step
 from gflowtrl.policy import Noise, TreePolicy
 from gflowtrl.rewards import StepReward, draw_leaves
 
-from .base import Feedback, Sampler, Trajectories, check_state, over_processes
 from .basic import OnPolicySampler
+from .sampler import Feedback, Sampler, Trajectories, check_state, over_processes
 
 
 class ReplaySampler(Sampler):

@@ -28,7 +28,7 @@ class Embedder(ABC):
     config: dict[str, Any]
 
     def fit(self, texts: Sequence[str]) -> "Embedder":
-        """Learns what is to be learned from the catalogue's texts, if anything."""
+        """Learns what is to be learned from the catalog's texts, if anything."""
         return self
 
     @abstractmethod
@@ -50,7 +50,7 @@ class TfidfEmbedder(Embedder):
 
     Args:
         dim: columns of the vectors, at most: there are never as many as texts or words.
-        seed: of the randomised SVD.
+        seed: of the randomized SVD.
     """
 
     def __init__(self, dim: int = 256, seed: int = 0) -> None:

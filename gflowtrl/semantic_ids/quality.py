@@ -16,8 +16,8 @@ from .tokenizer import ItemTokenizer
 from .vectors import as_vectors
 
 
-NEIGHBOURS = 10
-MAX_QUERIES = 10_000  # items, evenly spaced, whose neighbours are looked up in larger catalogues
+NEIGHBORS = 10
+MAX_QUERIES = 10_000  # items, evenly spaced, whose neighbors are looked up in larger catalogs
 
 
 @dataclass
@@ -32,9 +32,9 @@ class QualityReport:
         codes_used: different tokens that items have at the level.
         share_used: the same over the codes there are; `None` where that is not known (the counting level).
         perplexity: exp of the entropy of the items' tokens at the level: so many codes, evenly used, are as mixed.
-        neighbours_kept: share of the 10 nearest neighbours by cosine, averaged over items, whose id begins with the
+        neighbors_kept: share of the 10 nearest neighbors by cosine, averaged over items, whose id begins with the
             same l tokens as the item's; the first entry is for l = 1. Items with a vector of zeros do not count.
-        neighbours_by_chance: the same for pairs of any two items.
+        neighbors_by_chance: the same for pairs of any two items.
     """
 
     items: int
@@ -43,18 +43,18 @@ class QualityReport:
     codes_used: list[int]
     share_used: list[float | None]
     perplexity: list[float]
-    neighbours_kept: list[float]
-    neighbours_by_chance: list[float]
+    neighbors_kept: list[float]
+    neighbors_by_chance: list[float]
 
     @property
     def common_prefix(self) -> float:
-        """Tokens at the beginning of an item's id that a neighbour shares, on average."""
-        return sum(self.neighbours_kept)
+        """Tokens at the beginning of an item's id that a neighbor shares, on average."""
+        return sum(self.neighbors_kept)
 
     @property
     def common_prefix_by_chance(self) -> float:
         """The same for any two items."""
-        return sum(self.neighbours_by_chance)
+        return sum(self.neighbors_by_chance)
 
     def as_dict(self) -> dict[str, Any]:
         means = {"common_prefix": self.common_prefix, "common_prefix_by_chance": self.common_prefix_by_chance}
@@ -63,11 +63,11 @@ class QualityReport:
     def __str__(self) -> str:
         error = "not known" if self.relative_mse is None else f"{self.relative_mse:.4f}"
         lines = [
-            f"{self.items} items, {self.colliding_items} of them share an id; relative error {error}; neighbours "
+            f"{self.items} items, {self.colliding_items} of them share an id; relative error {error}; neighbors "
             f"share {self.common_prefix:.2f} tokens, any two items {self.common_prefix_by_chance:.2f}",
-            "level  codes used  share  perplexity  neighbours kept  by chance",
+            "level  codes used  share  perplexity  neighbors kept  by chance",
         ]
-        columns = (self.codes_used, self.share_used, self.perplexity, self.neighbours_kept, self.neighbours_by_chance)
+        columns = (self.codes_used, self.share_used, self.perplexity, self.neighbors_kept, self.neighbors_by_chance)
         for level, (used, share, perplexity, kept, chance) in enumerate(zip(*columns, strict=True)):
             share = "" if share is None else f"{share:.2f}"
             lines.append(f"{level + 1:5d}  {used:10d}  {share:>5}  {perplexity:10.1f}  {kept:15.4f}  {chance:9.4f}")
@@ -82,7 +82,7 @@ def quality_report(
     Args:
         ids: a fitted tokenizer, or any ids, all of one length.
         vectors: (N, D) in the order of the tokenizer's `items` or of the mapping. The reconstruction is compared with
-            them, so they should be those that a tokenizer was fitted on; neighbours are theirs.
+            them, so they should be those that a tokenizer was fitted on; neighbors are theirs.
         num_codes: codes a level, where `ids` is a mapping and they are known.
 
     Raises:
@@ -111,12 +111,12 @@ def quality_report(
         codes_used=used,
         share_used=[None if all_ is None else use / all_ for use, all_ in zip(used, available, strict=True)],
         perplexity=[float(torch.special.entr(count / len(codes)).sum().exp()) for count in counts],
-        neighbours_kept=_shared_with_neighbours(prefixes, vectors),
-        neighbours_by_chance=[_same_by_chance(column) for column in prefixes.T],
+        neighbors_kept=_shared_with_neighbors(prefixes, vectors),
+        neighbors_by_chance=[_same_by_chance(column) for column in prefixes.T],
     )
 
 
-def nearest_neighbours(vectors: Tensor, queries: Tensor, k: int = NEIGHBOURS) -> Tensor:
+def nearest_neighbors(vectors: Tensor, queries: Tensor, k: int = NEIGHBORS) -> Tensor:
     """The k rows of vectors (N, D) with the highest cosine to each of the rows `queries` (Q,), itself not: (Q, k)."""
     unit = F.normalize(vectors)
     found = []
@@ -127,14 +127,14 @@ def nearest_neighbours(vectors: Tensor, queries: Tensor, k: int = NEIGHBOURS) ->
     return torch.cat(found)
 
 
-def _shared_with_neighbours(prefixes: Tensor, vectors: Tensor) -> list[float]:
+def _shared_with_neighbors(prefixes: Tensor, vectors: Tensor) -> list[float]:
     told = vectors.abs().sum(1).nonzero().flatten()
     if len(told) > MAX_QUERIES:
         told = told[torch.linspace(0, len(told) - 1, MAX_QUERIES).long()]
     if len(told) == 0:
-        raise ValueError("All item vectors are zero; neighbours cannot be told from other items.")
-    neighbours = nearest_neighbours(vectors, told)
-    return (prefixes[neighbours] == prefixes[told, None]).double().mean((0, 1)).tolist()
+        raise ValueError("All item vectors are zero; neighbors cannot be told from other items.")
+    neighbors = nearest_neighbors(vectors, told)
+    return (prefixes[neighbors] == prefixes[told, None]).double().mean((0, 1)).tolist()
 
 
 def _same_by_chance(numbers: Tensor) -> float:

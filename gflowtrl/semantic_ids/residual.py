@@ -1,4 +1,4 @@
-"""Residual quantisation: what every quantizer shares, and residual k-means."""
+"""Residual quantization: what every quantizer shares, and residual k-means."""
 
 import math
 from abc import ABC, abstractmethod

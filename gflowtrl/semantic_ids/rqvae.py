@@ -1,4 +1,4 @@
-"""The residual-quantised autoencoder of TIGER."""
+"""The residual-quantized autoencoder of TIGER."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,10 +29,10 @@ class Quantized(NamedTuple):
 
 
 def quantize(latents: Tensor, codebooks: Tensor, commitment: float) -> Quantized:
-    """The quantiser's step (TIGER, arXiv 2305.05065, section 3.1; straight-through: VQ-VAE, arXiv 1711.00937).
+    """The quantizer's step (TIGER, arXiv 2305.05065, section 3.1; straight-through: VQ-VAE, arXiv 1711.00937).
 
     With residuals r_1 = z and r_{l+1} = r_l - e_l, e_l the centroid nearest to r_l, the loss is the sum over levels of
-    |sg[r_l] - e_l|^2 + commitment * |r_l - sg[e_l]|^2, averaged over rows and columns. The quantised latents are the
+    |sg[r_l] - e_l|^2 + commitment * |r_l - sg[e_l]|^2, averaged over rows and columns. The quantized latents are the
     sum of the e_l; their gradient goes to z unchanged.
     """
     codes = nearest_codes(latents.detach(), codebooks.detach())
@@ -63,7 +63,7 @@ def revive_dead_codes(codebooks: Tensor, latents: Tensor, used: Tensor, generato
 class RQVAE(ResidualQuantizer):
     """RQ-VAE (Lee et al., CVPR 2022; TIGER, arXiv 2305.05065): an autoencoder whose bottleneck is semantic ids.
 
-    An MLP brings vectors to a small latent space, where they are quantised by residuals, and a mirrored MLP
+    An MLP brings vectors to a small latent space, where they are quantized by residuals, and a mirrored MLP
     reconstructs them; encoder, decoder and codebooks are trained together by AdamW on the mean squared error of the
     reconstruction plus the loss of `quantize`. Codebooks begin as k-means of the encoded vectors. Every 100 steps the
     codes that were not used meanwhile are re-seeded with residuals of the batch, until a quarter of the steps is left.

@@ -18,7 +18,7 @@ def item_texts(
     """One text an item, in the order of `items` (all items of `data` by default): its features, one a line.
 
     Features that an item lacks are left out. Lists of words or of lists are joined by commas; so are the entries of an
-    object, `colour red`, but those without a value. An item without any of the features gets an empty text, and the
+    object, `color red`, but those without a value. An item without any of the features gets an empty text, and the
     log counts these items.
 
     Raises:
@@ -38,7 +38,7 @@ def item_texts(
     items = data.items if items is None else items
     unknown = next((item for item in items if item not in texts), None)
     if unknown is not None:
-        raise ValueError(f"{data.name}: item {unknown!r} is not in the catalogue.")
+        raise ValueError(f"{data.name}: item {unknown!r} is not in the catalog.")
     wanted = [texts[item] for item in items]
     if "" in wanted:
         logger.warning("%s: %d of %d items have no text.", data.name, wanted.count(""), len(wanted))

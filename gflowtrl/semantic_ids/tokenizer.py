@@ -74,7 +74,7 @@ class ItemTokenizer:
         return self._ids(slice(None))
 
     def fit(self, source: Source, items: Sequence[Item] | None = None) -> "ItemTokenizer":
-        """Learns codebooks from a catalogue and gives each of its items an id. What was fitted before is forgotten.
+        """Learns codebooks from a catalog and gives each of its items an id. What was fitted before is forgotten.
 
         Args:
             source: interaction data with features of items; or one text an item; or vectors (N, D).
@@ -100,7 +100,7 @@ class ItemTokenizer:
         """Gives new items ids, by the codebooks that are there; ids of other items do not change.
 
         Their tokens may be new to a language model's tokenizer: call `add_item_tokens` with these ids, and build its
-        catalogue again.
+        catalog again.
 
         Args:
             source, items: as in `fit`; of interaction data, the items that have no id yet. Vectors must be made in the

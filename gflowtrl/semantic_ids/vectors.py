@@ -73,12 +73,12 @@ def cooccurrence_vectors(
     """Collaborative vectors: items that the same users took are near each other.
 
     The matrix of positive pointwise mutual information, max(0, log P(i, j) / (P(i) P(j))) over pairs of different
-    items of a user, is factorised as U S V', and a row of U sqrt(S), scaled to length 1, is an item's vector (Levy and
+    items of a user, is factorized as U S V', and a row of U sqrt(S), scaled to length 1, is an item's vector (Levy and
     Goldberg, NeurIPS 2014).
 
     Args:
         train_sequences: `Splits.train_sequences`. Held-out items must not be among them, or the ids tell the answer.
-        items: the catalogue, the order of the rows.
+        items: the catalog, the order of the rows.
         dim: columns, at most; there are never as many as items.
 
     Returns:

@@ -17,12 +17,12 @@ import gflowtrl
 from gflowtrl.finite import NonFiniteError
 from gflowtrl.recommender import Recommender
 
-from . import checks
+from . import request_checks
 from .batching import Failed, Job, Unavailable, Worker
-from .gate import Gate
 from .limits import Limits
-from .messages import ExplainAnswer, ExplainRequest, Health, Problem, RecommendAnswer, RecommendRequest, sentence
+from .messages import ExplainAnswer, ExplainRequest, Health, Problem, RecommendAnswer, RecommendRequest, format_error
 from .metrics import CONTENT_TYPE, Metrics
+from .middleware import RequestMiddleware
 
 
 MODELS = {"/recommend": RecommendRequest, "/explain": ExplainRequest}
@@ -63,16 +63,16 @@ def create_app(recommender: Recommender, limits: Limits | None = None) -> FastAP
 
     lifespan = partial(_at_work, recommender, worker, problems)
     app = FastAPI(title="gflowtrl", version=gflowtrl.__version__, lifespan=lifespan)
-    app.add_middleware(Gate, metrics=metrics, paths=PATHS, max_body_bytes=limits.max_body_bytes)
+    app.add_middleware(RequestMiddleware, metrics=metrics, paths=PATHS, max_body_bytes=limits.max_body_bytes)
     _add_error_handlers(app)
     ask = partial(_ask, worker, limits, problems)
 
     @app.post("/recommend", responses=PROBLEMS)
     async def recommend(asked: RecommendRequest) -> RecommendAnswer:
         """The items that come next, for each history."""
-        checks.check_limits(asked, limits)
-        checks.check_allowed(asked.allowed_items, recommender.catalog)
-        histories, warnings = checks.known_items(asked.histories, recommender)
+        request_checks.check_limits(asked, limits)
+        request_checks.check_allowed(asked.allowed_items, recommender.catalog)
+        histories, warnings = request_checks.known_items(asked.histories, recommender)
         work = partial(recommender.recommend, **asked.model_dump(exclude={"histories"}))
         found = await ask(work, histories, batch_key(asked, histories))
         return RecommendAnswer(recommendations=found, warnings=warnings)
@@ -80,7 +80,7 @@ def create_app(recommender: Recommender, limits: Limits | None = None) -> FastAP
     @app.post("/explain", responses=PROBLEMS)
     async def explain(asked: ExplainRequest) -> ExplainAnswer:
         """Why an item is where it is in the list of a history."""
-        history, warnings = checks.known_to_explain(asked, limits, recommender.catalog)
+        history, warnings = request_checks.known_to_explain(asked, limits, recommender.catalog)
         (found,) = await ask(lambda rows: [recommender.explain(*row) for row in rows], [(history, asked.item)], None)
         return ExplainAnswer(**vars(found), probability=math.exp(found.log_prob), warnings=warnings)
 
@@ -152,7 +152,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def malformed(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         status = 400 if first["type"] == "json_invalid" else 422
-        return JSONResponse({"detail": sentence(MODELS[request.scope["route"].path], first)}, status)
+        return JSONResponse({"detail": format_error(MODELS[request.scope["route"].path], first)}, status)
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: StarletteHTTPException) -> Response:

@@ -93,7 +93,7 @@ class Worker:
             if self._stopping:
                 raise Unavailable("The server is shutting down; ask another one, or later.")
             if len(self._queue) >= self._limits.max_queue:  # those that nobody waits for any more make room
-                self._queue = [waiting for waiting in self._queue if not waiting.future.cancelled()]
+                self._queue = [waiting for waiting in self._queue if not waiting.future.canceled()]
             if len(self._queue) >= self._limits.max_queue:
                 raise Unavailable(f"{len(self._queue)} requests are waiting, as many as this server takes; ask later.")
             self._queue.append(job)

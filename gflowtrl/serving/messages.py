@@ -88,13 +88,13 @@ class Problem(BaseModel):
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes
-def shown(value: Any) -> str:
+def repr_json(value: Any) -> str:
     """A value as it stands in a request, cut where it is long."""
     text = json.dumps(value)  # ASCII: half a surrogate pair could not be sent back
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def sentence(model: type[Request], error: dict[str, Any]) -> str:
+def format_error(model: type[Request], error: dict[str, Any]) -> str:
     """What is wrong with a request and what is expected, of the first of pydantic's errors."""
     names = ", ".join(model.model_fields)
     _, *place = error["loc"]  # ("body", field, index, ..., branch of a union)
@@ -104,9 +104,9 @@ def sentence(model: type[Request], error: dict[str, Any]) -> str:
         return f"The body is no JSON object of type application/json; send one with the fields {names}."
     name, *inner = place
     if error["type"] == "extra_forbidden":
-        return f"{shown(name)} is no field of this request; its fields are {names}."
+        return f"{repr_json(name)} is no field of this request; its fields are {names}."
     expected = model.model_fields[name].description
     if error["type"] == "missing":
         return f"{name} is missing; give {expected}."
     where = "".join(f"[{index}]" for index in inner if isinstance(index, int))
-    return f"{name}{where} is {shown(error['input'])}; {name} must be {expected}."
+    return f"{name}{where} is {repr_json(error['input'])}; {name} must be {expected}."

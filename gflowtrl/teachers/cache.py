@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from .base import CONFIG_FILE, TeacherModule
+from .teacher import CONFIG_FILE, TeacherModule
 
 
 logger = logging.getLogger(__name__)

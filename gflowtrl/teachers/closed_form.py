@@ -10,7 +10,7 @@ from torch import Tensor
 from gflowtrl.catalog import Item
 from gflowtrl.checks import POSITIVE, check_number
 
-from .base import History, TeacherModule
+from .teacher import History, TeacherModule
 
 
 class EASE(TeacherModule):
@@ -21,7 +21,7 @@ class EASE(TeacherModule):
     broader than SASRec's. Time and memory grow with items cubed and squared: meant for up to about 30,000 items.
 
     Args:
-        items: the catalogue, in the order of the score columns.
+        items: the catalog, in the order of the score columns.
         temperature: what the scores are divided by.
     """
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from gflowtrl.catalog import Item
 from gflowtrl.checks import POSITIVE, check_choice, check_number
 
-from .base import History, Teacher, TeacherModule, as_teacher, build_teacher
+from .teacher import History, Teacher, TeacherModule, as_teacher, build_teacher
 
 
 class MixtureTeacher(TeacherModule):
-    """Weighted mean of teachers, each normalised per row first, since their scores have unrelated scales.
+    """Weighted mean of teachers, each normalized per row first, since their scores have unrelated scales.
 
     - `"softmax"`: the score is `log(sum of w_i * softmax(score_i))`; its softmax is exactly the mixture of the
       teachers' distributions. It takes their scores as logits (EASE: fit it with `validation`).

@@ -16,11 +16,11 @@ from gflowtrl.checks import COUNT, POSITIVE, SEED, SHARE_BELOW_ONE
 from gflowtrl.data.windows import Windows
 from gflowtrl.finite import NonFiniteError
 
-from .base import History, TeacherModule
+from .teacher import History, TeacherModule
 
 
 class Block(nn.Module):
-    """A causal transformer layer, normalised first."""
+    """A causal transformer layer, normalized first."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class SASRec(TeacherModule):
     *all* items at every position; with sampled negatives, as in the original, it is far weaker. Build one with `fit`.
 
     Args:
-        items: the catalogue, in the order of the score columns.
+        items: the catalog, in the order of the score columns.
         max_history_items: longest history that is read; longer ones are cut to their last items.
         width, layers, heads, dropout: shape of the transformer; heads divide the width.
 
@@ -141,11 +141,11 @@ class SASRec(TeacherModule):
 
         Args:
             train_sequences: one chronological list of items a user.
-            items: the whole catalogue.
+            items: the whole catalog.
             validation: rows with `"history"` and `"target"`; without them all epochs are run and the last is kept.
             patience: stop after so many epochs without a better validation NDCG@10.
             batch_size: targets a step.
-            seed: fixes initialisation, order and dropout; the global random state is left as it was.
+            seed: fixes initialization, order and dropout; the global random state is left as it was.
             **config: `max_history_items`, `width`, `layers`, `heads`, `dropout`.
 
         Raises:

@@ -19,7 +19,7 @@ from gflowtrl.compat import TrainableTokensWrapper, require
 from gflowtrl.policy import merge_tied_embeddings, whole_models
 from gflowtrl.policy.merging import check_mergeable
 from gflowtrl.policy.modules import mix_in
-from gflowtrl.policy.output_rows import keep_head_bias
+from gflowtrl.policy.restricted_head import keep_head_bias
 
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ else:
 def add_adapters(
     model: PreTrainedModel, peft_config: PeftConfig, catalog: ItemCatalog, train_item_tokens: bool = True
 ) -> PeftModel:
-    """Put adapters on a model, and make the embeddings of the catalogue's tokens trainable, at input and output.
+    """Put adapters on a model, and make the embeddings of the catalog's tokens trainable, at input and output.
 
     That is PEFT's `trainable_token_indices`, so a saved adapter holds these few rows and PEFT alone can load it.
     A configuration that speaks of the embeddings itself (in `trainable_token_indices`, `modules_to_save` or

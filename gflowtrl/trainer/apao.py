@@ -29,7 +29,7 @@ class APAOConfig(TreePolicyConfig):
     Parameters:
         method (`str`, *optional*, defaults to `"pointwise"`):
             L_m: `"pointwise"` is the prefix's own mean negative log-likelihood, `"pairwise"` sets it against the
-            prefixes of negatives drawn uniformly from the catalogue.
+            prefixes of negatives drawn uniformly from the catalog.
         beta (`float`, *optional*, defaults to `0.3`):
             Weight of the prefix losses. The paper's best for pointwise are .3 (T5) and .4 (Llama) on Office, .1 and .3
             on Beauty; for pairwise .2 and .1 (T5).

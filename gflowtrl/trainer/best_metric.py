@@ -12,7 +12,7 @@ from gflowtrl.metrics import primary_cutoff
 
 
 logger = logging.getLogger(__name__)
-# Of all that `metrics.summarise` knows, what a training log can hold and stay readable.
+# Of all that `metrics.summarize` knows, what a training log can hold and stay readable.
 LOGGED_METRICS = ("recall", "ndcg", "coverage", "entropy", "gini", "long_tail")
 DIRECTIONS = {"recall": True, "ndcg": True, "gini": False}  # whether more is better
 FOLLOWING = ("reduce_lr_on_plateau", "greedy")  # the schedulers that look at a metric

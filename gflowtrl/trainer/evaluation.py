@@ -15,13 +15,13 @@ from transformers import EvalPrediction, TrainingArguments
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.data import GroupCollator, PromptEncoder, Step, history_lengths
 from gflowtrl.finite import NonFiniteError, bad_ranking, check_ranked, describe
-from gflowtrl.metrics import binned_by_target, jensen_shannon, summarise, total_variation
+from gflowtrl.metrics import binned_by_target, jensen_shannon, summarize, total_variation
 from gflowtrl.policy import TreePolicy, check_exact, make_policy
 from gflowtrl.rewards import CompositeReward
 
 from .best_metric import LOGGED_METRICS, settle_metric
 from .checkpoints import TrainerBase
-from .finite import nonfinite_weight
+from .finite_steps import nonfinite_weight
 from .reference import ReferencePrior
 
 
@@ -61,7 +61,7 @@ class RankingEvaluationMixin(TrainerBase):
         """
         if item_counts.shape != (len(catalog),):
             raise ValueError(
-                f"item_counts has shape {tuple(item_counts.shape)}, but the catalogue has {len(catalog)} items; give "
+                f"item_counts has shape {tuple(item_counts.shape)}, but the catalog has {len(catalog)} items; give "
                 f"one number for each, in the order of catalog.items."
             )
         self._catalog, self._item_counts = catalog, item_counts
@@ -146,7 +146,7 @@ class RankingEvaluationMixin(TrainerBase):
 
     def _ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         leaves, targets = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
-        metrics = summarise(leaves, targets, self._catalog, self._item_counts, self._ks).metrics
+        metrics = summarize(leaves, targets, self._catalog, self._item_counts, self._ks).metrics
         return {name: value for name, value in metrics.items() if name.split("@")[0] in LOGGED_METRICS}
 
 
@@ -167,7 +167,7 @@ def rank_rows(
     """Constrained beam search for every row, in one process.
 
     Returns:
-        `(rows, num_beams)` leaves in the order of `rows`, best first, -1 where the catalogue has fewer leaves.
+        `(rows, num_beams)` leaves in the order of `rows`, best first, -1 where the catalog has fewer leaves.
 
     Raises:
         ValueError: the policy is not the model's own distribution (`check_exact`).
@@ -200,7 +200,7 @@ def compare_with_rewards(
     """How far the policy is from R / Z, exactly, over all leaves: what a GFlowNet promises to make small.
 
     The whole distribution costs about as much as one token for every inner node of the tree and row: meant for some
-    hundred rows of a catalogue of thousands.
+    hundred rows of a catalog of thousands.
 
     Args:
         policy: of a model in evaluation mode.

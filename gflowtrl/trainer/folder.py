@@ -85,7 +85,7 @@ class Parts:
 
 
 def folder_details(directory: str, catalog: ItemCatalog) -> dict[str, Any]:
-    """`titles` and `item_counts` of a folder, those that it has; none where its catalogue lists other items.
+    """`titles` and `item_counts` of a folder, those that it has; none where its catalog lists other items.
 
     Raises:
         ValueError: the folder's files are of different numbers of items.

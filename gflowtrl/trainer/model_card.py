@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 LIBRARY = "gflowtrl"
 SHOWN = ("recall", "ndcg", "coverage")  # of all metrics, what a card has room for
-LICENCE_FIELDS = ("license", "license_name", "license_link")
+LICENSE_FIELDS = ("license", "license_name", "license_link")
 #: By kind of method: a tag, and the paper.
 PAPERS = {
     "balance": (
@@ -46,12 +46,12 @@ class BaseModel:
     Attributes:
         name: what it is called: on the Hub, or its folder.
         on_hub: whether that is a name on the Hub.
-        licence: the fields of its card's front matter that tell the licence; empty where it has none.
+        license: the fields of its card's front matter that tell the license; empty where it has none.
     """
 
     name: str
     on_hub: bool
-    licence: dict[str, str] = field(default_factory=dict)
+    license: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -62,7 +62,7 @@ class CardFacts:
         name: of this model.
         architecture, auto_class: its class, and the one of transformers that loads it.
         trainer: the trainer's class.
-        items, depth, example: of the catalogue: how many, tokens of the longest id, an item.
+        items, depth, example: of the catalog: how many, tokens of the longest id, an item.
         beams: width of the beam search.
         methods: keys of `PAPERS`.
         settings: of the training, in words.
@@ -150,12 +150,12 @@ def base_model(name: str | None) -> BaseModel | None:
     folder = Path(name)
     local = folder.is_dir()
     own = _read_front_matter(folder / "README.md" if local else try_to_load_from_cache(name, "README.md"))
-    licence = {key: own[key] for key in LICENCE_FIELDS if own.get(key)}
+    license = {key: own[key] for key in LICENSE_FIELDS if own.get(key)}
     if own.get("library_name") == LIBRARY:
-        return BaseModel(own["base_model"], True, licence) if own.get("base_model") else None
+        return BaseModel(own["base_model"], True, license) if own.get("base_model") else None
     if found := _SNAPSHOT.search(str(folder)):
-        return BaseModel(found[1].replace("--", "/"), True, licence)
-    return BaseModel(folder.resolve().name if local else name, not local, licence)
+        return BaseModel(found[1].replace("--", "/"), True, license)
+    return BaseModel(folder.resolve().name if local else name, not local, license)
 
 
 def _read_front_matter(file: Any) -> dict[str, Any]:
@@ -181,12 +181,12 @@ def _front_matter(facts: CardFacts) -> ModelCardData:
         for result in facts.results
         for name, value in result["metrics"].items()
     ]  # fmt: skip
-    licence: dict[str, Any] = base.licence if base else {}
+    license: dict[str, Any] = base.license if base else {}
     return ModelCardData(
         library_name=LIBRARY,
         tags=tags,
         base_model=base.name if base and base.on_hub else None,
         model_name=facts.name,
         eval_results=results or None,
-        **licence,
+        **license,
     )

@@ -18,14 +18,14 @@ from gflowtrl.compat import empty_model_like, prepare_deepspeed, prepare_fsdp
 from gflowtrl.policy import Prompts, StepScores, TreePolicy, load_backbone, make_policy
 from gflowtrl.policy.modules import evaluation_mode
 
-from .checks import check_model
+from .input_checks import check_model
 
 
 class ReferencePrior:
     """`weight * log pi_ref(leaf | x)`, which is added to log R before anything is balanced.
 
     With weight 1 the target is the posterior `pi_ref * R / Z` that language models are tuned to; with R constant it is
-    pi_ref itself. pi_ref is normalised over the tree, and computed without gradient and without dropout.
+    pi_ref itself. pi_ref is normalized over the tree, and computed without gradient and without dropout.
 
     Args:
         weight: the exponent of pi_ref, > 0.
@@ -33,7 +33,7 @@ class ReferencePrior:
         model: the reference, frozen here for good; None: the trained model with its adapters switched off.
 
     Raises:
-        ValueError: the model does not fit the catalogue.
+        ValueError: the model does not fit the catalog.
     """
 
     def __init__(self, weight: float, catalog: ItemCatalog, model: PreTrainedModel | None = None):

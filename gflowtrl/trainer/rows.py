@@ -19,8 +19,8 @@ from gflowtrl.data import (
 from gflowtrl.policy.support import max_row_length
 
 from .checkpoints import TrainerBase
-from .checks import check_rows
 from .evaluation import rows_per_step
+from .input_checks import check_rows
 
 
 logger = logging.getLogger(__name__)

@@ -103,7 +103,7 @@ def _way(trainer: Trainer, directory: str | os.PathLike) -> str:
     if getattr(base, "hf_quantizer", None) is not None:
         if adapters and next(Path(directory).glob("adapter_model*.safetensors"), None):
             return "tensors"
-        return "the trained model is quantised, and the folder is not, so that they differ by more than rounding."
+        return "the trained model is quantized, and the folder is not, so that they differ by more than rounding."
     if adapters and not model.peft_config[model.active_adapters[0]].base_model_name_or_path:
         return (
             "it holds adapters of a model that was made in memory and cannot be loaded. Save the base model, and give "
@@ -140,7 +140,7 @@ def _compare_scores(
         with whole_models():
             loaded = Recommender.from_pretrained(directory, **model_kwargs)
         if loaded.catalog.items != catalog.items:
-            return f"The folder {directory} holds another catalogue than the trainer's."
+            return f"The folder {directory} holds another catalog than the trainer's."
         model: Any = loaded.model
         model.to(_roomy(trainer.args.device, model))
         found = _scores(trainer, loaded.model, loaded.catalog, loaded.encoder)

@@ -14,7 +14,7 @@ from gflowtrl.losses.prefix_weights import PrefixWeights
 from gflowtrl.policy.heads import has_flow_heads
 from gflowtrl.samplers import Sampler
 
-from .finite import HEADS_FILE
+from .finite_steps import HEADS_FILE
 from .resume import WEIGHTS
 
 

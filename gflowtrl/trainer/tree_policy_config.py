@@ -79,7 +79,7 @@ class TreePolicyConfig(TRLConfig):
         > Parameters that control adapters
 
         train_item_tokens (`bool`, *optional*, defaults to `True`):
-            Under `peft_config`, train the embeddings of the catalogue's tokens too, at input and output (PEFT's
+            Under `peft_config`, train the embeddings of the catalog's tokens too, at input and output (PEFT's
             `trainable_token_indices`). A `peft_config` that names the embeddings itself is followed instead.
 
         > Parameters that control data and evaluation

@@ -40,11 +40,11 @@ from gflowtrl.samplers import Sampler, Trajectories, build_sampler, validate_tra
 
 from .adapters import add_adapters
 from .checkpoints import CompleteCheckpointsMixin
-from .checks import check_encoder, check_model, check_rows, check_trainable, item_counts_of
 from .evaluation import RankingEvaluationMixin, rows_per_step
-from .finite import HEADS_FILE, FiniteMixin, group_parts
+from .finite_steps import HEADS_FILE, FiniteMixin, group_parts
 from .folder import Parts, kwargs_of_base
 from .group import Group, group_metrics, print_group
+from .input_checks import check_encoder, check_model, check_rows, check_trainable, item_counts_of
 from .model_card import write_model_card
 from .optimizers import adopt_optimizer, split_head_group
 from .rows import TrainingRowsMixin

@@ -66,7 +66,7 @@ def test_unknown_items_are_left_out_and_told_with_their_rows(catalog):
 
 def test_bad_input_is_named(catalog, tmp_path):
     tokenizer = build_tokenizer(IDS)
-    with pytest.raises(ValueError, match="'sock' is not in the catalogue"):
+    with pytest.raises(ValueError, match="'sock' is not in the catalog"):
         catalog.leaf_of(["hat", "sock"])
     with pytest.raises(ValueError, match="<a_77>.*'sock'"):
         ItemCatalog.from_semantic_ids({"sock": ("<a_77>", "<b_0>")}, tokenizer)

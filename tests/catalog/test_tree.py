@@ -129,10 +129,10 @@ def test_empty_and_float_tensors_are_refused():
 
 @given(prefix_free_paths())
 @settings(deadline=None)
-def test_the_catalogues_tokens_know_their_places(paths):
+def test_the_catalogs_tokens_know_their_places(paths):
     tree = PrefixTree(padded(paths))
     assert tree.tokens.tolist() == sorted({token for path in paths for token in path})
-    assert torch.equal(tree.places_of(tree.tokens), torch.arange(len(tree.tokens)))
+    assert torch.equal(tree.compact_token_ids(tree.tokens), torch.arange(len(tree.tokens)))
 
 
 def test_a_million_items():

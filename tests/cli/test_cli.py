@@ -88,7 +88,7 @@ def test_unknown_items_are_one_line_of_warning(home, results, capsys):
     assert main(["recommend", *words]) == 0
     told = capsys.readouterr()
     assert len(json.loads(told.out)["recommendations"]) == 2
-    assert "warning: 1 items of the histories are not in the catalogue" in told.err and "recommend(" not in told.err
+    assert "warning: 1 items of the histories are not in the catalog" in told.err and "recommend(" not in told.err
 
 
 def test_a_broken_line_is_named_and_leaves_no_half_file(home, results, capsys):
@@ -224,7 +224,7 @@ def test_recommend_names_the_line_of_the_file(home, results, capsys, monkeypatch
     told = capsys.readouterr()
     answers = [json.loads(line) for line in told.out.splitlines()]
     assert [answer["history"] for answer in answers] == [line for line in lines if line]
-    warned = "warning: 1 items of the histories are not in the catalogue and were left out; the first is 987654321"
+    warned = "warning: 1 items of the histories are not in the catalog and were left out; the first is 987654321"
     assert f"{warned} in {file}, line 7." in told.err
 
     shutil.copytree(model, tmp_path / "bare")
@@ -234,7 +234,7 @@ def test_recommend_names_the_line_of_the_file(home, results, capsys, monkeypatch
     assert f"The history in {file}, line 4 is empty or holds no known item" in capsys.readouterr().err
 
 
-def test_neighbouring_seeds_draw_different_lists(home, results, capsys, monkeypatch, tmp_path):
+def test_neighboring_seeds_draw_different_lists(home, results, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("gflowtrl.cli.recommend.CHUNK", 2)
     model = results["methods"]["gflownet"]["model"]
     recommender = Recommender.from_pretrained(model)

@@ -310,7 +310,7 @@ def test_attributes_make_ids(tmp_path):
             ["tokenize", "--data_dir", "DATA", "--overwrite", "--codes", "500"],
             "Choose num_codes (--codes) well",
         ),
-        (["tokenize", "--data_dir", "DATA", "--overwrite", "--features", "colour"], "colour; known are"),
+        (["tokenize", "--data_dir", "DATA", "--overwrite", "--features", "color"], "color; known are"),
         (["tokenize", "--data_dir", "/no/where"], "There is no folder /no/where. Check the path"),
     ],
 )
@@ -358,7 +358,7 @@ def test_hostile_files_are_one_line_that_names_them(tmp_path, file, content, mes
 
 
 @pytest.mark.parametrize("items", [4, 7, 8, 60, 320, 1023, 1024, 5000])
-def test_small_catalogues_have_fewer_codes(items):
+def test_small_catalogs_have_fewer_codes(items):
     codes = usual_codes(items)
     assert 4 * codes <= max(items, 8) and codes & (codes - 1) == 0
     assert codes == 256 or 8 * codes > items

@@ -337,11 +337,11 @@ def test_decimals_become_numbers(tmp_path):
 
 def test_a_feature_called_item_is_no_id(tmp_path):
     log = write_lines(tmp_path / "log.csv", ["user_id,sku,timestamp", "a,5,1", "a,6,2"])
-    items = write_lines(tmp_path / "items.csv", ["sku,item,item_name,colour", "5,green chair,,green", "6,lamp,L6,red"])
+    items = write_lines(tmp_path / "items.csv", ["sku,item,item_name,color", "5,green chair,,green", "6,lamp,L6,red"])
     data, _ = prepare("csv", log, items, tmp_path / "out", columns=Columns(item="sku"), k_core=None)
     assert data.item_features == {
-        5: {"item_name_": "green chair", "colour": "green"},
-        6: {"item_name_": "lamp", "item_name": "L6", "colour": "red"},
+        5: {"item_name_": "green chair", "color": "green"},
+        6: {"item_name_": "lamp", "item_name": "L6", "color": "red"},
     }
     assert read_folder(tmp_path / "out") == data
     assert clean_features({"item": "lamp"}, None) == {"item_name": "lamp"}

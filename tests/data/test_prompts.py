@@ -54,7 +54,7 @@ def test_padding_falls_back_and_is_masked():
     [
         ([], "no history to encode"),
         ([[1], []], "history in row 1 is empty"),
-        ([[1], [2, 77, 1]], "history in row 1 cannot be read. Item 77 is not in the catalogue"),
+        ([[1], [2, 77, 1]], "history in row 1 cannot be read. Item 77 is not in the catalog"),
     ],
 )
 def test_bad_histories_are_named(histories, message):

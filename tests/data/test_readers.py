@@ -34,7 +34,7 @@ def test_folder(tmp_path):
     data = read_interactions(write(tmp_path, items=items, semantic_ids=IDS))
     assert (data.name, data.synthetic, data.users) == (tmp_path.name, False, [0, 1])
     assert data.sequences == [[3, 1, 2], [1, 3, 10]]
-    assert data.items == [1, 2, 3, 10, 11]  # by number, and item 11, which nobody took, is in the catalogue
+    assert data.items == [1, 2, 3, 10, 11]  # by number, and item 11, which nobody took, is in the catalog
     assert data.item_features == {1: {"title": "Lamp"}, 10: {"title": ""}}
     assert list(data.semantic_ids) == data.items and data.semantic_ids[10] == ("<a_0>", "<b_1>")
     assert "2 users, 5 items, 6 interactions; 3 to 3" in data.summary()
@@ -75,9 +75,9 @@ def test_nothing_of_earlier_data_stays_in_a_written_folder(tmp_path, small_shop)
 
 
 def test_a_feature_called_item_does_not_overwrite_the_id(tmp_path):
-    data = InteractionData("toy", [0], [[1]], [1, 2], {1: {"item": "green chair", "colour": "green"}})
+    data = InteractionData("toy", [0], [[1]], [1, 2], {1: {"item": "green chair", "color": "green"}})
     write_folder(data, tmp_path)
-    assert read_folder(tmp_path) == replace(data, item_features={1: {"colour": "green"}})
+    assert read_folder(tmp_path) == replace(data, item_features={1: {"color": "green"}})
 
 
 def test_letter_users_of_more_than_64_bits_are_strings(tmp_path):
@@ -211,8 +211,8 @@ def test_missing_files_are_named(tmp_path):
         ({"users": [0]}, "1 users but 2 sequences"),
         ({"users": [0, 0]}, "user 0 is given twice"),
         ({"items": [1, 2, 2]}, "item 2 is given twice"),
-        ({"items": [1]}, "user 1 took item 2, which is not in the catalogue"),
-        ({"semantic_ids": {1: ("a",), 2: ("b",), 3: ("c",)}}, "id for item 3, which is not in the catalogue"),
+        ({"items": [1]}, "user 1 took item 2, which is not in the catalog"),
+        ({"semantic_ids": {1: ("a",), 2: ("b",), 3: ("c",)}}, "id for item 3, which is not in the catalog"),
         ({"users": [0, "1"]}, "all whole numbers or all strings"),
         ({"item_features": {2: {"title": float("nan")}}}, "toy: the title of item 2 must be text, but it is nan"),
         ({"item_features": {2: {"title": "a\ud83d"}}}, "toy: the title of item 2 holds half a character"),

@@ -118,7 +118,7 @@ def test_from_batch():
         "row_id": [7, 2**40], "history": [["fig"], ["nut"]], "target": ["date", "nut"], "price": [1.5, 1.5],
     }  # fmt: skip
     assert Step.from_batch(batch, catalog).progress == 0.0
-    with pytest.raises(ValueError, match="'melon' is not in the catalogue"):
+    with pytest.raises(ValueError, match="'melon' is not in the catalog"):
         Step.from_batch(collate(some_rows(target="melon")), catalog)
 
 

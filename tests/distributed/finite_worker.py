@@ -17,7 +17,7 @@ from accelerate import PartialState
 
 from gflowtrl.finite import NonFiniteError, own_part
 from gflowtrl.rewards import GroundTruthReward
-from gflowtrl.trainer.finite import is_split
+from gflowtrl.trainer.finite_steps import is_split
 from tests.trainer.world import make_rows, make_trainer
 
 from .launch import ENGINES

@@ -10,7 +10,7 @@ from accelerate import PartialState
 
 from gflowtrl import GFlowNetConfig
 from gflowtrl.cli.train import main
-from gflowtrl.pipeline.stage import Workshop
+from gflowtrl.pipeline.stage import RunContext
 from gflowtrl.trainer import processes
 from tests.pipeline.micro import micro_settings
 
@@ -47,7 +47,7 @@ def test_a_launcher_of_two_is_refused_by_one(tmp_path, monkeypatch):
     PartialState()
     GFlowNetConfig(str(tmp_path), use_cpu=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for build in (processes.check_processes, lambda: Workshop(tmp_path)):
+    for build in (processes.check_processes, lambda: RunContext(tmp_path)):
         with pytest.raises(ValueError, match=r"started 2 processes \(WORLD_SIZE\), but this one knows of 1.*use_cpu"):
             build()
     monkeypatch.setenv("WORLD_SIZE", "many")

@@ -5,11 +5,11 @@ import torch
 
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.data import build_tokenizer
-from gflowtrl.metrics import breadth_metrics, leaf_ranking_metrics, summarise, summarise_items
+from gflowtrl.metrics import breadth_metrics, leaf_ranking_metrics, summarize, summarize_items
 
 
 class OneItemPerLeaf:
-    """A catalogue in which leaf i holds item `order[i]` and nothing else."""
+    """A catalog in which leaf i holds item `order[i]` and nothing else."""
 
     def __init__(self, order):
         self.order = order
@@ -26,8 +26,8 @@ def test_leaves_and_items_agree_without_collisions():
     targets = torch.randint(30, (50,), generator=generator)
     counts = torch.randint(1, 40, (30,), generator=generator)
     ks = (5, 10)
-    from_leaves = summarise(leaves, targets, catalog, counts, ks)
-    from_items = summarise_items(catalog.order[leaves], catalog.order[targets], counts, ks)
+    from_leaves = summarize(leaves, targets, catalog, counts, ks)
+    from_items = summarize_items(catalog.order[leaves], catalog.order[targets], counts, ks)
     assert from_leaves.metrics == pytest.approx(from_items.metrics)
     assert from_leaves.standard_errors == pytest.approx(from_items.standard_errors)
     assert {"recall@5", "item_ndcg@10", "coverage@10", "entropy@10", "gini@10", "long_tail@10"} <= set(
@@ -43,7 +43,7 @@ def test_colliding_leaves_are_expanded_for_breadth():
     semantic_ids = {item: ("<a_0>", f"<b_{max(1, item)}>") for item in range(5)}
     catalog = ItemCatalog.from_semantic_ids(semantic_ids, build_tokenizer(semantic_ids))
     leaves, counts = torch.tensor([[0, 1], [0, 2]]), torch.tensor([5, 4, 3, 2, 1])
-    report = summarise(leaves, torch.tensor([1, 3]), catalog, counts, (2,))
+    report = summarize(leaves, torch.tensor([1, 3]), catalog, counts, (2,))
     ranking = leaf_ranking_metrics(leaves, torch.tensor([1, 3]), catalog.leaf_sizes, (2,))
     breadth = breadth_metrics(torch.tensor([[0, 1], [0, 1]]), counts, (2,))
     assert report.metrics == pytest.approx({name: v.mean().item() for name, v in ranking.items()} | breadth)
@@ -55,7 +55,7 @@ def test_lists_that_are_too_short_are_refused():
     catalog = OneItemPerLeaf(torch.arange(30))
     lists, targets = torch.arange(10)[None], torch.tensor([3])
     with pytest.raises(ValueError, match="at 20 .* only 10 leaves"):
-        summarise(lists, targets, catalog, counts, (20,))
+        summarize(lists, targets, catalog, counts, (20,))
     with pytest.raises(ValueError, match="at 20 .* only 10 items"):
-        summarise_items(lists, targets, counts, (20,))
-    assert summarise_items(lists, targets, torch.ones(10), (20,)).metrics["recall@20"] == 1  # the whole catalogue
+        summarize_items(lists, targets, counts, (20,))
+    assert summarize_items(lists, targets, torch.ones(10), (20,)).metrics["recall@20"] == 1  # the whole catalog

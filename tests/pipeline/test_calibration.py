@@ -7,8 +7,8 @@ import torch
 
 from gflowtrl.pipeline import calibration, plots, run
 from gflowtrl.pipeline.calibration import some
-from gflowtrl.pipeline.materials import prepare
-from gflowtrl.pipeline.report import text
+from gflowtrl.pipeline.run_data import prepare
+from gflowtrl.pipeline.run_report import text
 from gflowtrl.policy import load_backbone, make_policy
 from gflowtrl.teachers import load_teacher
 
@@ -38,13 +38,13 @@ def test_distances_are_those_of_the_enumerated_distributions(folder):
     rewards = [{"type": "ground_truth", "weight": 0.3}, {"type": "collaborative", "weight": 0.7}]
     recipe = short_recipe(folder, rows=9, rewards=rewards, reward_floor=0.0)
     results = run(recipe, quiet=True)
-    found, materials = results["calibration"], prepare(recipe)
+    found, run_data = results["calibration"], prepare(recipe)
     assert found["rows"] == 9 and found["target"] == "R / Z" and list(found["methods"]) == METHODS
     teacher = load_teacher(next(Path(recipe.output_dir).glob("teacher-*")) / "model")
-    catalog = materials.catalog
+    catalog = run_data.catalog
     for method in METHODS:
         policy = make_policy(load_backbone(results["methods"][method]["model"]).eval(), catalog)
-        for part, rows in (("training", materials.splits.train), ("test", materials.test)):
+        for part, rows in (("training", run_data.splits.train), ("test", run_data.test)):
             expected = []
             for row in some(rows, 9):
                 items = 0.7 * teacher.score([row["history"][-6:]])[0].double().softmax(0)
@@ -52,7 +52,7 @@ def test_distances_are_those_of_the_enumerated_distributions(folder):
                 target = torch.zeros(catalog.tree.num_leaves, dtype=torch.double)
                 target.index_add_(0, catalog.item_leaf.cpu(), items)
                 with torch.no_grad():
-                    probs = policy.leaf_log_probs(materials.encoder([row["history"]]))[0].double().exp()
+                    probs = policy.leaf_log_probs(run_data.encoder([row["history"]]))[0].double().exp()
                 expected.append((probs - target).abs().sum().item() / 2)
             own = found["methods"][method][part]
             assert own["total_variation"] == pytest.approx(sum(expected) / 9, rel=1e-4)
@@ -83,10 +83,10 @@ def test_the_reference_model_is_a_part_of_the_target(folder):
     recipe = short_recipe(folder, rows=3, reward_floor=0.0, ref_weight=1.0)
     results = run(recipe, quiet=True)
     assert results["calibration"]["target"] == "pi_ref^1 R / Z" and "from pi_ref^1 R / Z (over" in text(results)
-    materials = prepare(recipe)
-    policy = make_policy(load_backbone(results["methods"]["sft"]["model"]).eval(), materials.catalog)
+    run_data = prepare(recipe)
+    policy = make_policy(load_backbone(results["methods"]["sft"]["model"]).eval(), run_data.catalog)
     with torch.no_grad():
-        log_probs = policy.leaf_log_probs(materials.encoder(some(materials.test, 3)["history"])).double()
+        log_probs = policy.leaf_log_probs(run_data.encoder(some(run_data.test, 3)["history"])).double()
     expected = (log_probs.exp() - (2 * log_probs).softmax(1)).abs().sum(1).mean() / 2
     assert results["calibration"]["methods"]["sft"]["test"]["total_variation"] == pytest.approx(
         expected.item(), rel=1e-4

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 
 import pytest
 import yaml
@@ -85,7 +86,9 @@ CASES = [
 
 @pytest.mark.parametrize(("options", "message"), CASES, ids=[options for options, _ in CASES])
 def test_it_ends_with_a_line_and_code_2_before_the_teacher(tmp_path, capsys, monkeypatch, options, message):
-    monkeypatch.setattr("gflowtrl.pipeline.job.fit_teacher", lambda *_: pytest.fail("the teacher is fitted"))
+    monkeypatch.setattr(
+        sys.modules["gflowtrl.pipeline.run"], "fit_teacher", lambda *_: pytest.fail("the teacher is fitted")
+    )
     file = tmp_path / "micro.yaml"
     file.write_text(yaml.safe_dump(micro_settings(tmp_path / "out")))
     assert main(["--config", str(file), *shlex.split(re.sub(r"({.*})", r"'\1'", options))]) == 2

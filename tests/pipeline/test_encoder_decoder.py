@@ -8,11 +8,11 @@ from transformers import T5ForConditionalGeneration
 from gflowtrl import Recommender
 from gflowtrl.data import TargetCollator
 from gflowtrl.pipeline import run
-from gflowtrl.pipeline.materials import prepare
 from gflowtrl.pipeline.models import build_model
+from gflowtrl.pipeline.run_data import prepare
 
 from .micro import micro_recipe
-from .test_job import METHODS, Interrupt
+from .test_run import METHODS, Interrupt
 
 
 T5 = {
@@ -40,10 +40,10 @@ def test_all_stages_run_and_load(finished):
 def test_sft_lowers_the_loss_it_is_about(finished):
     """The negative log-likelihood of ids over the whole vocabulary, against the untrained model."""
     recipe, results = finished
-    materials = prepare(recipe)
-    batch = TargetCollator(materials.encoder)(materials.splits.train.to_list())
+    run_data = prepare(recipe)
+    batch = TargetCollator(run_data.encoder)(run_data.splits.train.to_list())
     torch.manual_seed(recipe.seed)
-    before = build_model(materials).eval()
+    before = build_model(run_data).eval()
     after = T5ForConditionalGeneration.from_pretrained(results["methods"]["sft"]["model"]).eval()
     with torch.no_grad():
         untrained, trained = (float(model(**batch).loss) for model in (before, after))

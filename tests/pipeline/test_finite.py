@@ -42,8 +42,8 @@ def test_a_finished_stage_that_was_spoiled_is_not_measured(tmp_path):
     monkey = pytest.MonkeyPatch()
     kept = stages.train
 
-    def spoiled(trainer, materials, folder, base):
-        record = kept(trainer, materials, folder, base)
+    def spoiled(trainer, run_data, folder, base):
+        record = kept(trainer, run_data, folder, base)
         tensors = load_file(folder / "model" / "model.safetensors")
         next(iter(tensors.values())).view(-1)[0] = float("nan")
         save_file(tensors, folder / "model" / "model.safetensors", {"format": "pt"})

@@ -12,15 +12,15 @@ from transformers import TrainerCallback
 
 from gflowtrl import Recommender
 from gflowtrl.pipeline import run
-from gflowtrl.pipeline.materials import prepare
 from gflowtrl.pipeline.models import build_model
-from gflowtrl.pipeline.training import _worded
+from gflowtrl.pipeline.run_data import prepare
+from gflowtrl.pipeline.training import prompt_fingerprint
 from gflowtrl.policy import load_backbone, make_policy
 from tests.data.words import CHAT, byte_tokenizer
 from tests.tiny import tiny_model
 
 from .micro import micro_recipe
-from .test_job import METHODS, Interrupt
+from .test_run import METHODS, Interrupt
 
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
@@ -68,10 +68,10 @@ def test_every_stage_leaves_adapters_and_the_merged_model(finished):
         assert method == "sft" or share < 0.1
 
 
-def test_cards_name_the_model_it_began_from_and_its_licence(finished, text_model):
+def test_cards_name_the_model_it_began_from_and_its_license(finished, text_model):
     for method in METHODS[1:]:
         card = ModelCard.load(Path(finished[1]["methods"][method]["model"], "README.md"))
-        assert f"It began as `{text_model.name}`, licence apache-2.0." in card.text
+        assert f"It began as `{text_model.name}`, license apache-2.0." in card.text
         assert card.data.license == "apache-2.0"
         assert card.data.base_model is None  # a folder is no name on the Hub
         assert "LlamaForCausalLM that recommends" in card.text and "AutoTokenizer" in card.text
@@ -79,12 +79,12 @@ def test_cards_name_the_model_it_began_from_and_its_licence(finished, text_model
 
 def test_recommendations_read_the_words(finished):
     recipe, results = finished
-    materials = prepare(recipe)
+    run_data = prepare(recipe)
     recommender = Recommender.from_pretrained(results["methods"]["gflownet"]["model"])
-    history = materials.splits.test["history"][0]
+    history = run_data.splits.test["history"][0]
     prompt = recommender.encoder([history])
     text = recommender.tokenizer.decode(prompt["input_ids"][0])
-    titles = [" ".join(materials.titles[item].split()[:2]) for item in history[-6:]]
+    titles = [" ".join(run_data.titles[item].split()[:2]) for item in history[-6:]]
     assert text.startswith("<user>Bought: ") and text.endswith("<end><assistant>")
     assert all(title in text for title in titles)
     assert len(recommender.recommend([history], k=5)[0]) == 5
@@ -94,13 +94,13 @@ def test_recommendations_read_the_words(finished):
 
 def test_sft_learns_the_ids(finished):
     recipe, results = finished
-    materials = prepare(recipe)
-    rows = materials.splits.train
-    prompts = materials.encoder(rows["history"])
-    leaves = materials.catalog.leaf_of(rows["target"])[:, None]
+    run_data = prepare(recipe)
+    rows = run_data.splits.train
+    prompts = run_data.encoder(rows["history"])
+    leaves = run_data.catalog.leaf_of(rows["target"])[:, None]
     likelihoods = [
-        make_policy(model.eval(), materials.catalog).score(prompts, leaves).trajectory_log_probs.mean().item()
-        for model in (build_model(materials), load_backbone(results["methods"]["sft"]["model"]))
+        make_policy(model.eval(), run_data.catalog).score(prompts, leaves).trajectory_log_probs.mean().item()
+        for model in (build_model(run_data), load_backbone(results["methods"]["sft"]["model"]))
     ]
     assert likelihoods[1] > likelihoods[0] + 0.1
 
@@ -138,18 +138,18 @@ def test_unknown_ways_to_begin_are_named(text_model, tmp_path):
 
 def test_the_stage_follows_the_words(finished, tmp_path):
     recipe, _ = finished
-    materials = prepare(recipe)
-    before = _worded(materials)
-    item = materials.data.items[0]
-    materials.data.item_features[item]["title"] = "something else"
-    assert _worded(materials) != before
-    assert _worded(prepare(micro_recipe(tmp_path))) == {}
+    run_data = prepare(recipe)
+    before = prompt_fingerprint(run_data)
+    item = run_data.interactions.items[0]
+    run_data.interactions.item_features[item]["title"] = "something else"
+    assert prompt_fingerprint(run_data) != before
+    assert prompt_fingerprint(prepare(micro_recipe(tmp_path))) == {}
 
 
 @pytest.mark.parametrize(
     "bits", [{"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, {"load_in_8bit": True}], ids=str
 )
-def test_adapters_on_quantised_weights(bits, text_model, tmp_path):
+def test_adapters_on_quantized_weights(bits, text_model, tmp_path):
     """The model is held in few bits while it is trained, and kept whole."""
     model = {"model_name_or_path": str(text_model), "new_tokens": "titles"}
     recipe = recipe_of(tmp_path, text_model, model=model | bits)
@@ -166,7 +166,7 @@ def test_adapters_on_quantised_weights(bits, text_model, tmp_path):
         folder = Path(results["methods"][method]["model"])
         assert not hasattr(load_backbone(folder).config, "quantization_config")
         assert all(value.dtype == torch.float32 for value in load_file(folder / "model.safetensors").values())
-    before, after = (build_model(prepare(recipe), quantised=False), load_backbone(results["methods"]["sft"]["model"]))
+    before, after = (build_model(prepare(recipe), quantized=False), load_backbone(results["methods"]["sft"]["model"]))
     changed = {n for (n, a), b in zip(before.named_parameters(), after.parameters(), strict=True) if not a.equal(b)}
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in changed} <= {
         "q_proj",
@@ -186,7 +186,7 @@ def test_adapters_on_the_untrained_model_are_merged_into_it(bits, text_model, tm
     assert list(results["methods"]) == ["teacher", "control", "gflownet"]
     for method in ("control", "gflownet"):
         folder = Path(results["methods"][method]["model"])
-        before, merged = build_model(prepare(recipe), quantised=False), load_backbone(folder).eval()
+        before, merged = build_model(prepare(recipe), quantized=False), load_backbone(folder).eval()
         pairs = zip(before.named_parameters(), merged.parameters(), strict=True)
         changed = {name.rpartition(".")[0].rpartition(".")[2] for (name, a), b in pairs if not a.equal(b)}
         assert {"q_proj", "v_proj"} < changed <= {"q_proj", "v_proj", "embed_tokens", "lm_head"}
@@ -194,7 +194,7 @@ def test_adapters_on_the_untrained_model_are_merged_into_it(bits, text_model, tm
         tokens = torch.tensor([[5, 9, 70, merged.config.vocab_size - 1, merged.config.vocab_size - 4]])
         torch.testing.assert_close(merged(tokens).logits, adapted(tokens).logits, rtol=1e-4, atol=1e-4)
         card = ModelCard.load(folder / "README.md")
-        assert f"It began as `{text_model.name}`, licence apache-2.0." in card.text
+        assert f"It began as `{text_model.name}`, license apache-2.0." in card.text
         inputs = json.loads((folder.parent / "inputs.json").read_text())
         assert {"model_files", "prompt", "titles"} < inputs["start"].keys() and inputs["peft"] == LORA
 
@@ -207,11 +207,11 @@ def test_adapters_on_the_untrained_model_are_merged_into_it(bits, text_model, tm
         ({"bnb_4bit_quant_type": "nf4"}, "bnb_4bit_quant_type is set, but neither"),
     ],
 )
-def test_quantisation_that_makes_no_sense(options, message, text_model, tmp_path):
+def test_quantization_that_makes_no_sense(options, message, text_model, tmp_path):
     with pytest.raises((TypeError, ValueError), match=message):
         recipe_of(tmp_path, text_model, model={"model_name_or_path": str(text_model), **options})
 
 
-def test_quantised_weights_cannot_be_trained_themselves(text_model, tmp_path):
+def test_quantized_weights_cannot_be_trained_themselves(text_model, tmp_path):
     with pytest.raises(ValueError, match="add a section peft"):
         recipe_of(tmp_path, text_model, model={"model_name_or_path": str(text_model), "load_in_4bit": True}, peft={})

@@ -12,43 +12,43 @@ from safetensors.torch import save_file
 
 from gflowtrl.cli.train import main
 from gflowtrl.pipeline.lock import sole_run
-from gflowtrl.pipeline.stage import Workshop
+from gflowtrl.pipeline.stage import RunContext
 
 from .micro import micro_settings
 
 
 @pytest.fixture
-def workshop(tmp_path):
-    return Workshop(tmp_path, quiet=True)
+def context(tmp_path):
+    return RunContext(tmp_path, quiet=True)
 
 
-def test_work_is_done_once(workshop):
+def test_work_is_done_once(context):
     calls = []
 
     def work(folder):
         calls.append(folder)
         return {"value": 3}
 
-    first = workshop.stage("x", {"a": 1}).run("", work)
-    second = workshop.stage("x", {"a": 1}).run("", work)
+    first = context.stage("x", {"a": 1}).run("", work)
+    second = context.stage("x", {"a": 1}).run("", work)
     assert first == second
     assert first["value"] == 3
     assert len(calls) == 1
 
 
-def test_other_inputs_are_another_stage(workshop):
-    stages = [workshop.stage(name, inputs) for name in "xy" for inputs in ({"a": 1}, {"a": 2}, {"b": 1})]
+def test_other_inputs_are_another_stage(context):
+    stages = [context.stage(name, inputs) for name in "xy" for inputs in ({"a": 1}, {"a": 2}, {"b": 1})]
     assert len({stage.folder for stage in stages}) == 6
 
 
-def test_failed_work_is_not_done_and_its_time_counts(workshop, monkeypatch):
+def test_failed_work_is_not_done_and_its_time_counts(context, monkeypatch):
     clock = iter([0.0, 5.0, 100.0, 102.0])
     monkeypatch.setattr("gflowtrl.pipeline.stage.time.monotonic", lambda: next(clock))
 
     def interrupted(folder):
         raise KeyboardInterrupt
 
-    stage = workshop.stage("x", {})
+    stage = context.stage("x", {})
     with pytest.raises(KeyboardInterrupt):
         stage.run("", interrupted)
     assert not stage.done
@@ -56,7 +56,7 @@ def test_failed_work_is_not_done_and_its_time_counts(workshop, monkeypatch):
     assert not [file for file in stage.folder.iterdir() if file.name.startswith(".")]
 
 
-def finish(workshop, name: str = "x", calls: list | None = None):
+def finish(context, name: str = "x", calls: list | None = None):
     """A stage that leaves the files of a model."""
 
     def work(folder):
@@ -68,7 +68,7 @@ def finish(workshop, name: str = "x", calls: list | None = None):
         (folder / "model" / "README.md").write_text("a card")
         return {}
 
-    stage = workshop.stage(name, {})
+    stage = context.stage(name, {})
     stage.run("", work)
     return stage
 
@@ -84,15 +84,15 @@ def finish(workshop, name: str = "x", calls: list | None = None):
     ],
 )
 def test_a_finished_stage_that_is_damaged_is_named_and_redone_on_request(tmp_path, name, damage):
-    file = finish(Workshop(tmp_path, quiet=True)).folder / name
+    file = finish(RunContext(tmp_path, quiet=True)).folder / name
     whole = file.read_bytes()
     if damage == "is missing":
         file.unlink()
     else:
         file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=rf"The stage x is finished, but .*{name} {damage}.*add --redo x"):
-        finish(Workshop(tmp_path, quiet=True))
-    calls, again = [], Workshop(tmp_path, quiet=True, redo=["x"])
+        finish(RunContext(tmp_path, quiet=True))
+    calls, again = [], RunContext(tmp_path, quiet=True, redo=["x"])
     finish(again, calls=calls)
     finish(again, calls=calls)
     finish(again, "y", calls)
@@ -100,11 +100,11 @@ def test_a_finished_stage_that_is_damaged_is_named_and_redone_on_request(tmp_pat
 
 
 def test_what_no_run_reads_may_be_gone(tmp_path):
-    stage = finish(Workshop(tmp_path, quiet=True))
+    stage = finish(RunContext(tmp_path, quiet=True))
     for name in ("inputs.json", "seconds.json", "model/README.md"):
         (stage.folder / name).unlink()
     calls = []
-    finish(Workshop(tmp_path, quiet=True), calls=calls)
+    finish(RunContext(tmp_path, quiet=True), calls=calls)
     assert not calls
 
 

@@ -12,14 +12,14 @@ from gflowtrl import Recommender
 from gflowtrl.cli.train import main
 from gflowtrl.pipeline import run
 from gflowtrl.pipeline.dry_run import dry_run
-from gflowtrl.pipeline.materials import prepare
 from gflowtrl.pipeline.models import build_model
 from gflowtrl.pipeline.plots import titles_of
 from gflowtrl.pipeline.recipe import STAGES
-from gflowtrl.pipeline.report import text
+from gflowtrl.pipeline.run_data import prepare
+from gflowtrl.pipeline.run_report import text
 
 from .micro import micro_recipe, micro_settings
-from .test_job import Forbidden, Interrupt, weights
+from .test_run import Forbidden, Interrupt, weights
 
 
 METHODS = ["teacher", "control", "gflownet"]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gflowtrl.policy import CausalTreePolicy, StatelessNoise, attach_flow_heads
-from gflowtrl.policy.branches import merge_branches, places, put
+from gflowtrl.policy.branches import dense_rank, merge_branches, scatter_rows
 from gflowtrl.policy.packing import lay_out
 from gflowtrl.trunks import Trunks
 from tests.tiny import catalog_of, random_paths, tiny_model
@@ -21,8 +21,8 @@ trees = st.builds(
 @given(st.lists(st.lists(st.integers(-1, 6), min_size=5, max_size=5), min_size=1, max_size=4))
 def test_places_are_ranks_among_the_distinct(rows):
     values = torch.tensor(rows)
-    place = places(values)
-    for row, found, back in zip(rows, place.tolist(), put(values, place, 8, empty=-9).tolist(), strict=True):
+    place = dense_rank(values)
+    for row, found, back in zip(rows, place.tolist(), scatter_rows(values, place, 8, empty=-9).tolist(), strict=True):
         ordered = sorted(set(row) - {-1})
         assert found == [-1 if value < 0 else ordered.index(value) for value in row]
         assert back == ordered + [-9] * (8 - len(ordered))
@@ -34,7 +34,7 @@ def test_every_trajectory_finds_its_states_and_no_prompt_has_one_twice(paths, co
     leaves = torch.randint(0, tree.num_leaves, (3, count), generator=torch.Generator().manual_seed(seed))
     states = tree.walk(leaves)[:, :, :-1]
     if open_only:
-        states = states.masked_fill(tree.settled(states), -1)
+        states = states.masked_fill(tree.is_determined(states), -1)
     branches = merge_branches(tree, states)
     wanted = {(row, node) for row in range(3) for node in [0, *states[row].flatten().tolist()] if node >= 0}
     found = list(zip(branches.prompts.tolist(), branches.nodes.tolist(), strict=True))
@@ -69,11 +69,11 @@ def test_rows_hold_every_state_behind_its_prompt_at_its_position(paths, count, s
     )  # fmt: skip
     layout = lay_out(tree, trunks, branches, aligned)
     kept = len(layout.keep)
-    for state, place in enumerate(layout.places(kept=True).tolist()):
+    for state, place in enumerate(layout.flat_indices(kept=True).tolist()):
         prompt, depth = int(branches.prompts[state]), int(branches.depths[state])
         trunk, column = int(trunks.trunk[prompt]), int(layout.keep[place % kept])
         assert place // kept == trunk
-        assert layout.places(kept=False)[state] == trunk * layout.input_ids.shape[1] + column
+        assert layout.flat_indices(kept=False)[state] == trunk * layout.input_ids.shape[1] + column
         assert layout.position_ids[trunk, column] == trunks.cut[prompt] + depth - 1
         seen = layout.visible[trunk, column].nonzero().flatten()
         seen = seen[layout.position_ids[trunk, seen].argsort(stable=True)]
@@ -98,7 +98,7 @@ def test_many_trajectories_cost_no_more_than_the_tree_has_inner_nodes():
     every = torch.arange(40).expand(2, -1)
     once = policy.score(prompts, every)
     thrice = policy.score(prompts, every.repeat(1, 3))
-    below_root = tree.num_open[1:]
+    below_root = tree.num_branching[1:]
     assert 0 < sum(below_root) < tree.level_start[3] - 1  # some inner nodes lead to one leaf only
     assert read[0].shape == read[1].shape == (2, 2 + sum(below_root))
     torch.testing.assert_close(thrice.log_probs, once.log_probs.repeat(1, 3, 1))

@@ -1,4 +1,4 @@
-"""The policy against the naive way: repeat the prompt, score the full sequence, mask, renormalise."""
+"""The policy against the naive way: repeat the prompt, score the full sequence, mask, renormalize."""
 
 import pytest
 import scipy

@@ -1,4 +1,4 @@
-"""Encoder-decoders against the naive way: encode each prompt, one full sequence a row, mask, renormalise."""
+"""Encoder-decoders against the naive way: encode each prompt, one full sequence a row, mask, renormalize."""
 
 import copy
 

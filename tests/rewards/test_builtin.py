@@ -37,12 +37,12 @@ BUILT_IN = {
     "interaction": lambda catalog: InteractionReward(),
     "interaction_of_levels": lambda catalog: InteractionReward((0.5, 2.0, 3.0), target=None),
     "token_similarity": lambda catalog: TokenSimilarityReward(),
-    "shared_prefix": lambda catalog: TokenSimilarityReward(normalise=True, prefix=True),
+    "shared_prefix": lambda catalog: TokenSimilarityReward(normalize=True, prefix=True),
     "likelihood": lambda catalog: LikelihoodReward(make_policy(catalog)),
     "likelihood_of_model": lambda catalog: LikelihoodReward(make_policy(catalog).model),
     "likelihood_of_encoder_decoder": lambda catalog: LikelihoodReward(make_seq2seq()),
     "titles": lambda catalog: make_title_reward(all_items=True),
-    "whole_titles": lambda catalog: make_title_reward(normalise="sum", batch_size=3, all_items=True),
+    "whole_titles": lambda catalog: make_title_reward(normalize="sum", batch_size=3, all_items=True),
 }
 
 
@@ -168,7 +168,7 @@ def test_token_similarity_by_hand():
     leaves = all_leaves(catalog, step)
     every, prefix, share = (
         TokenSimilarityReward(**options).bind(catalog).score_leaves(step, leaves)
-        for options in ({}, {"prefix": True}, {"normalise": True})
+        for options in ({}, {"prefix": True}, {"normalize": True})
     )
     for row, target in enumerate(step.columns["target"]):
         own = SEMANTIC_IDS[target]
@@ -266,7 +266,7 @@ def test_completions_of_a_plain_trl_trainer():
 
 def test_mistakes_are_explained():
     catalog, step = make_catalog(), make_step()
-    with pytest.raises(ValueError, match=r"'ground_truth' does not know the catalogue yet; call bind"):
+    with pytest.raises(ValueError, match=r"'ground_truth' does not know the catalog yet; call bind"):
         GroundTruthReward().score_items(step)
     with pytest.raises(ValueError, match="'ground_truth' needs the dataset column 'target'"):
         GroundTruthReward().bind(catalog).score_items(make_step(without=["target"]))
@@ -276,7 +276,7 @@ def test_mistakes_are_explained():
         CollaborativeReward(TableTeacher(), temperature=0)
     with pytest.raises(ValueError, match="needs item_counts"):
         CollaborativeReward(TableTeacher(), popularity_correction=0.5)
-    with pytest.raises(ValueError, match=r"item_counts has shape \(2,\), but the catalogue has 9 items"):
+    with pytest.raises(ValueError, match=r"item_counts has shape \(2,\), but the catalog has 9 items"):
         CollaborativeReward(TableTeacher(), popularity_correction=0.5, item_counts=[1, 2]).bind(catalog)
     with pytest.raises(ValueError, match="normalization is 'minmax'; choose 'softmax' or 'min_max'"):
         CollaborativeReward(TableTeacher(), normalization="minmax")
@@ -318,7 +318,7 @@ def test_interaction_values_are_checked(options, message):
         ({"session_levels": [[0, 1, 2, "x"], [0, 1], [2, 0, 1], [1]]}, "has the level 'x'; 3 values were given"),
         (
             {"session_items": [["fig"] * 3 + ["soap"], ["fig"] * 2, ["nut"] * 3, ["fig"]]},
-            "Item 'soap' is not in the catalogue",
+            "Item 'soap' is not in the catalog",
         ),
         ({"session_items": None}, "'interaction' needs the dataset column 'session_items'"),
     ],

@@ -175,7 +175,7 @@ def test_mixed_kinds_agree_with_all_tensors():
         torch.testing.assert_close(slow.of(make_step()).log(leaves), expected)
 
 
-def test_one_synchronisation_a_batch(monkeypatch):
+def test_one_synchronization_a_batch(monkeypatch):
     """On an accelerator every look at a value stops the queue: one look decides all checks."""
     composite, step, looks = over_leaves(TABLE + 1), make_step(), []
     for name in ("__bool__", "item", "tolist", "__float__", "__int__"):

@@ -18,7 +18,7 @@ from tests.rewards.world import (
 from tests.tiny import tiny_model
 
 
-def naive(model, history, item, words=16, items=10, normalise="mean"):
+def naive(model, history, item, words=16, items=10, normalize="mean"):
     """One forward over one full text, no padding, no cache."""
     tokenizer = text_tokenizer()
     titles = {name: " ".join(title.split()[:words]) for name, title in TITLES.items()}
@@ -27,18 +27,18 @@ def naive(model, history, item, words=16, items=10, normalise="mean"):
     with torch.no_grad():
         log_probs = model(torch.tensor([prompt + title])).logits[0].log_softmax(-1)
     each = [log_probs[len(prompt) - 1 + i, token].item() for i, token in enumerate(title)]
-    total = torch.tensor(sum(each) / (len(each) if normalise == "mean" else 1))
+    total = torch.tensor(sum(each) / (len(each) if normalize == "mean" else 1))
     return total.exp().item()
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 32, 1000])
-@pytest.mark.parametrize("normalise", ["mean", "sum"])
-def test_it_is_the_score_of_the_full_text(batch_size, normalise):
+@pytest.mark.parametrize("normalize", ["mean", "sum"])
+def test_it_is_the_score_of_the_full_text(batch_size, normalize):
     """Ragged titles and histories, chunks of rows and of titles, dropout off: the naive score of all pairs."""
     catalog, step = make_catalog(), make_step()
-    reward = make_title_reward(normalise=normalise, batch_size=batch_size, max_history_items=2, max_title_words=3)
+    reward = make_title_reward(normalize=normalize, batch_size=batch_size, max_history_items=2, max_title_words=3)
     expected = torch.tensor([
-        [naive(reward.model, history, item, 3, 2, normalise) for item in catalog.items]
+        [naive(reward.model, history, item, 3, 2, normalize) for item in catalog.items]
         for history in step.columns["history"]
     ])  # fmt: skip
     reward.model.train()
@@ -95,7 +95,7 @@ def test_all_items_only_on_request():
     ("options", "message"),
     [
         ({"template": "Next:"}, "must hold {history}, but it is 'Next:'"),
-        ({"normalise": "none"}, "normalise is 'none'; choose 'mean'"),
+        ({"normalize": "none"}, "normalize is 'none'; choose 'mean'"),
         (
             {"max_history_items": 0},
             "max_history_items of TitleLikelihoodReward is 0; it must be a whole number of at least 1",

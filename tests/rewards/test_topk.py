@@ -21,9 +21,9 @@ def top_of(table: torch.Tensor, k: int, tree: PrefixTree) -> tuple[TopKReward, t
     leaves = table.argsort(1, descending=True)[:, :k].sort(1).values
     best = torch.zeros_like(table, dtype=torch.bool).scatter(1, leaves, True)
     rest = table.double().exp().masked_fill(best, 0).sum(1) / max(table.shape[1] - k, 1)
-    levelled = torch.where(best, table.double().exp(), rest[:, None])
+    leveled = torch.where(best, table.double().exp(), rest[:, None])
     top = TopKReward(leaves, table.gather(1, leaves), rest.log().float(), tree, exact=lambda leaves: None)
-    return top, levelled.log().float()
+    return top, leveled.log().float()
 
 
 @pytest.mark.parametrize("k", [1, 7, 60])
@@ -31,9 +31,9 @@ def test_flows_of_all_nodes(k):
     """Of ragged trees too, and for rewards over many orders of magnitude; Z is that of the full reward."""
     tree = PrefixTree(random_paths(60, ragged=True))
     table = 6 * torch.randn(3, tree.num_leaves, generator=torch.Generator().manual_seed(k))
-    top, levelled = top_of(table, min(k, tree.num_leaves), tree)
+    top, leveled = top_of(table, min(k, tree.num_leaves), tree)
     nodes = torch.arange(tree.num_nodes).expand(3, -1)
-    torch.testing.assert_close(top.log_flows(nodes), tree.log_flows(levelled), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(top.log_flows(nodes), tree.log_flows(leveled), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(top.log_flows(nodes)[:, 0], table.logsumexp(1))
     shaped = torch.tensor([[[0, -1], [3, 2]]] * 3)
     assert (top.log_flows(shaped).isneginf() == (shaped < 0)).all()
@@ -66,8 +66,8 @@ def test_the_best_leaves_of_a_batch():
 def test_draws_follow_the_reward(k, temperature):
     """A grid of numbers in (0, 1) hits every leaf as often as its share says, and each with its probability."""
     table = torch.randn(2, 8, generator=torch.Generator().manual_seed(k))
-    top, levelled = top_of(table, k, PrefixTree(torch.arange(8)[:, None]))
+    top, leveled = top_of(table, k, PrefixTree(torch.arange(8)[:, None]))
     leaves, log_q = top.sample(20_000, Grid(), temperature)
     shares = torch.stack([torch.bincount(row, minlength=8) for row in leaves]) / 20_000
-    torch.testing.assert_close(shares, (levelled / temperature).softmax(1), atol=2e-4, rtol=0)
-    torch.testing.assert_close(log_q, (levelled / temperature).log_softmax(1).gather(1, leaves))
+    torch.testing.assert_close(shares, (leveled / temperature).softmax(1), atol=2e-4, rtol=0)
+    torch.testing.assert_close(log_q, (leveled / temperature).log_softmax(1).gather(1, leaves))

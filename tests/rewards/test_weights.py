@@ -28,9 +28,9 @@ ITEMS = list(SEMANTIC_IDS)
 class Table:
     """Values on the items by the last item of the history."""
 
-    def __init__(self, seed, normalised=True, power=3.0):
+    def __init__(self, seed, normalized=True, power=3.0):
         table = torch.rand(9, 9, generator=torch.Generator().manual_seed(seed)) ** power
-        self.table = table / table.sum(1, keepdim=True) if normalised else table
+        self.table = table / table.sum(1, keepdim=True) if normalized else table
         self.asked = []
 
     def score_items(self, step):
@@ -80,10 +80,10 @@ def objective(rewards, data, floor=1e-3, column="target"):
     return mean
 
 
-@pytest.mark.parametrize("normalised", [True, False])
-def test_no_point_of_a_grid_is_better(normalised):
+@pytest.mark.parametrize("normalized", [True, False])
+def test_no_point_of_a_grid_is_better(normalized):
     """Three rewards, all shares in steps of a tenth; also where a reward's total differs from row to row."""
-    rewards = [Table(seed, normalised) for seed in (1, 2, 3)]
+    rewards = [Table(seed, normalized) for seed in (1, 2, 3)]
     mixture = 0.6 * rewards[0].table + 0.4 * rewards[2].table
     data = rows(drawn_from(mixture), 40)
     found = fit(rewards, data, batch_size=7)

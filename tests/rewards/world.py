@@ -38,7 +38,7 @@ TITLES = {
 
 
 class TableTeacher:
-    """Scores that depend on the last item of the history; its items stand in another order than the catalogue's."""
+    """Scores that depend on the last item of the history; its items stand in another order than the catalog's."""
 
     def __init__(self):
         self.items = sorted(SEMANTIC_IDS)

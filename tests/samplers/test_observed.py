@@ -35,8 +35,8 @@ def leaves_of(items):
 
 # ----------------------------------------------------------------------------------------------------- sets of leaves
 @st.composite
-def catalogues(draw):
-    """A catalogue and histories with a target of its items, at least one item being left."""
+def catalogs(draw):
+    """A catalog and histories with a target of its items, at least one item being left."""
     catalog = catalog_of(random_paths(draw(st.integers(2, 60)), depth=2, codes=8, seed=draw(st.integers(0, 9))))
     items = st.sampled_from(catalog.items)
     row = st.lists(items, min_size=1, max_size=len(catalog) - 1).filter(lambda r: len(set(r)) < len(catalog))
@@ -44,7 +44,7 @@ def catalogues(draw):
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(catalogues())
+@given(catalogs())
 def test_ranks_enumerate_exactly_the_allowed_leaves(world):
     catalog, rows = world
     forbidden = distinct_sorted(leaf_rows(catalog, rows))
@@ -76,7 +76,7 @@ def test_subsets_are_uniform():
 
 # --------------------------------------------------------------------------------------------------------- unobserved
 @settings(max_examples=15, deadline=None, derandomize=True)
-@given(catalogues())
+@given(catalogs())
 def test_unobserved_follows_its_distribution(world):
     catalog, rows = world
     columns = {"history": [row[:-1] for row in rows], "target": [row[-1] for row in rows]}
@@ -154,8 +154,8 @@ def test_mistakes_are_explained():
         InteractionLogSampler(3)
     with pytest.raises(ValueError, match="UnobservedSampler needs the dataset column 'history'"):
         UnobservedSampler().sample(make_step(without=("history",)), policy, None, 1, noise)
-    with pytest.raises(ValueError, match="History and target of row 1 hold all 8 leaves of the catalogue"):
+    with pytest.raises(ValueError, match="History and target of row 1 hold all 8 leaves of the catalog"):
         step = make_step(history=[["fig"], policy.catalog.items, ["fig"], ["fig"]])
         UnobservedSampler().sample(step, policy, None, 1, noise)
-    with pytest.raises(ValueError, match="Item 'melon' is not in the catalogue"):
+    with pytest.raises(ValueError, match="Item 'melon' is not in the catalog"):
         UnobservedSampler().sample(make_step(history=[["melon"]] * 4), policy, None, 1, noise)

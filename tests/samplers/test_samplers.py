@@ -129,7 +129,7 @@ def test_draw_leaves_on_a_grid():
     assert draw_leaves(probabilities, edges)[0].tolist() == [[1, 3, 3], [0, 4, 4]]
 
 
-def test_draw_leaves_reaches_the_end_of_a_large_catalogue():
+def test_draw_leaves_reaches_the_end_of_a_large_catalog():
     """In 32 bits the cumulative sum of many small numbers is too coarse for this."""
     size = 3_000_000
     wanted = torch.tensor([[0, 1_234_567, size - 2, size - 1]])

@@ -1,4 +1,4 @@
-"""A catalogue of made-up items with text, and vectors in clusters."""
+"""A catalog of made-up items with text, and vectors in clusters."""
 
 import pytest
 import torch
@@ -7,15 +7,15 @@ from gflowtrl.data import InteractionData
 
 
 KINDS = ("lamp", "desk", "chair", "pen", "ink", "paper", "folder", "stapler")
-COLOURS = ("red", "blue", "green", "black", "white")
+COLORS = ("red", "blue", "green", "black", "white")
 
 
 @pytest.fixture(scope="session")
-def catalogue() -> InteractionData:
-    """120 items (8 kinds in 5 colours, 3 equal ones each), one without text; users stay with a kind."""
+def catalog() -> InteractionData:
+    """120 items (8 kinds in 5 colors, 3 equal ones each), one without text; users stay with a kind."""
     items = list(range(120))
     features = {
-        item: {"title": f"{COLOURS[item % 5]} {KINDS[item % 8]}", "categories": [["office", f"{KINDS[item % 8]}s"]]}
+        item: {"title": f"{COLORS[item % 5]} {KINDS[item % 8]}", "categories": [["office", f"{KINDS[item % 8]}s"]]}
         for item in items
     }
     features[119] = {"title": "", "categories": None}

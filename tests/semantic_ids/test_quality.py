@@ -10,7 +10,7 @@ import torch
 
 from gflowtrl.data import read_interactions
 from gflowtrl.semantic_ids import ItemTokenizer, ResidualKMeans, quality_report
-from gflowtrl.semantic_ids.quality import nearest_neighbours
+from gflowtrl.semantic_ids.quality import nearest_neighbors
 
 
 def test_figures_by_hand():
@@ -23,14 +23,14 @@ def test_figures_by_hand():
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert report.perplexity == pytest.approx([2.0, math.exp(entropy)])
     # all three other items are among the 10 nearest: of 6 pairs 2 share the first token and 1 both
-    assert report.neighbours_kept == pytest.approx([2 / 6, 1 / 6]) == report.neighbours_by_chance
+    assert report.neighbors_kept == pytest.approx([2 / 6, 1 / 6]) == report.neighbors_by_chance
     assert report.common_prefix == pytest.approx(0.5) == report.common_prefix_by_chance
     assert json.loads(json.dumps(report.as_dict()))["common_prefix"] == report.common_prefix
     assert "4 items, 2 of them share an id; relative error not known" in str(report)
 
 
-def test_neighbours_by_brute_force(vectors):
-    found = nearest_neighbours(vectors, torch.tensor([3, 50]), k=5)
+def test_neighbors_by_brute_force(vectors):
+    found = nearest_neighbors(vectors, torch.tensor([3, 50]), k=5)
     for query, row in zip((3, 50), found, strict=True):
         cosines = torch.nn.functional.cosine_similarity(vectors[query], vectors)
         cosines[query] = -2
@@ -45,8 +45,8 @@ def test_a_tokenizers_report(vectors):
         float(left.var(0, correction=0).sum() / vectors.var(0, correction=0).sum())
     )
     assert report.colliding_items == 0 and report.share_used[2] is None and report.share_used[0] == 1.0
-    # the neighbours of an item are the nine others of its cluster, and its cluster has one token
-    assert report.neighbours_kept[0] > 0.7 > 0.1 > report.neighbours_by_chance[0]
+    # the neighbors of an item are the nine others of its cluster, and its cluster has one token
+    assert report.neighbors_kept[0] > 0.7 > 0.1 > report.neighbors_by_chance[0]
     assert len(str(report).splitlines()) == 5
 
 
@@ -79,4 +79,4 @@ def test_real_items_get_ids_of_their_own():
     vectors = tokenizer.embedder.embed([feature["title"] for feature in data.item_features.values()])
     published, ours = quality_report(data.semantic_ids, vectors), quality_report(tokenizer, vectors)
     assert published.colliding_items == 10 and ours.colliding_items == 0
-    assert ours.neighbours_kept[0] > 5 * ours.neighbours_by_chance[0]
+    assert ours.neighbors_kept[0] > 5 * ours.neighbors_by_chance[0]

@@ -110,7 +110,7 @@ def test_balanced_codes_are_evenly_used(vectors):
     assert torch.bincount(ResidualKMeans(2, 10).fit_encode(crowded)[:, 0]).max() > 100
 
 
-def test_a_quantiser_step_by_hand():
+def test_a_quantizer_step_by_hand():
     """z = (1, 3); level one has (0, 2) nearest, left over is (1, 1); level two has (1, 0) nearest."""
     latents = torch.tensor([[1.0, 3.0]], requires_grad=True)
     codebooks = torch.tensor([[[5.0, 5.0], [0.0, 2.0]], [[1.0, 0.0], [-3.0, 0.0]]], requires_grad=True)

@@ -19,31 +19,31 @@ def make(collisions="reassign", quantizer=None, **options):
 
 
 @pytest.mark.parametrize(("collisions", "length"), [("reassign", 2), ("level", 3)])
-def test_a_catalogue_of_unique_ids(collisions, length, catalogue, tmp_path):
-    tokenizer = ItemTokenizer(ResidualKMeans(2, 16), collisions=collisions).fit(catalogue)
+def test_a_catalog_of_unique_ids(collisions, length, catalog, tmp_path):
+    tokenizer = ItemTokenizer(ResidualKMeans(2, 16), collisions=collisions).fit(catalog)
     ids = tokenizer.semantic_ids
-    assert list(ids) == catalogue.items and {len(tokens) for tokens in ids.values()} == {length}
+    assert list(ids) == catalog.items and {len(tokens) for tokens in ids.values()} == {length}
     assert ids[7] == tuple(
         f"<{letter}_{code}>" for letter, code in zip("abc", tokenizer.codes[7].tolist(), strict=False)
     )
     catalog = ItemCatalog.from_semantic_ids(ids, build_tokenizer(ids))
     assert catalog.tree.num_leaves == 120 and catalog.tree.max_depth == length
-    write_folder(replace(catalogue, semantic_ids=ids), tmp_path)
+    write_folder(replace(catalog, semantic_ids=ids), tmp_path)
     assert read_folder(tmp_path).semantic_ids == ids
 
 
-def test_kept_collisions_are_merged_leaves(catalogue):
-    ids = make("keep").fit(catalogue).semantic_ids
+def test_kept_collisions_are_merged_leaves(catalog):
+    ids = make("keep").fit(catalog).semantic_ids
     assert ItemCatalog.from_semantic_ids(ids, build_tokenizer(ids)).tree.num_leaves == len(set(ids.values())) < 120
 
 
 @pytest.mark.parametrize("collisions", ["reassign", "level", "keep"])
 @pytest.mark.parametrize("kind", ["text", "vectors", "rqvae"])
-def test_save_load_and_add(collisions, kind, catalogue, vectors, tmp_path):
+def test_save_load_and_add(collisions, kind, catalog, vectors, tmp_path):
     first, later = list(range(50)), list(range(50, 60))
     quantizer = small_rqvae(num_codes=16) if kind == "rqvae" else ResidualKMeans(2, 16)
     tokenizer = make(collisions, quantizer)
-    texts = [f"{feature['title']} no {item % 7}" for item, feature in catalogue.item_features.items()]
+    texts = [f"{feature['title']} no {item % 7}" for item, feature in catalog.item_features.items()]
     rows = texts if kind == "text" else vectors
     assert tokenizer.fit(rows[:50], first) is tokenizer
     before = tokenizer.semantic_ids
@@ -64,35 +64,35 @@ def test_save_load_and_add(collisions, kind, catalogue, vectors, tmp_path):
     assert again.quantizer.decode(again.codes[:, :2]).equal(tokenizer.quantizer.decode(tokenizer.codes[:, :2]))
 
 
-def test_items_of_a_grown_catalogue_are_added(catalogue):
-    young = replace(catalogue, items=catalogue.items[:100], users=[], sequences=[])
+def test_items_of_a_grown_catalog_are_added(catalog):
+    young = replace(catalog, items=catalog.items[:100], users=[], sequences=[])
     tokenizer = ItemTokenizer(ResidualKMeans(2, 16)).fit(young)
     before = tokenizer.semantic_ids
-    added = tokenizer.add(catalogue)
-    assert list(added) == catalogue.items[100:] and tokenizer.semantic_ids == {**before, **added}
-    assert tokenizer.add(catalogue) == {}
+    added = tokenizer.add(catalog)
+    assert list(added) == catalog.items[100:] and tokenizer.semantic_ids == {**before, **added}
+    assert tokenizer.add(catalog) == {}
 
 
-def test_new_items_are_read_by_the_features_of_the_fit(catalogue, tmp_path):
-    young = replace(catalogue, items=catalogue.items[:100], users=[], sequences=[])
+def test_new_items_are_read_by_the_features_of_the_fit(catalog, tmp_path):
+    young = replace(catalog, items=catalog.items[:100], users=[], sequences=[])
     tokenizer = ItemTokenizer(ResidualKMeans(2, 16), collisions="keep", features=["title"]).fit(young)
     tokenizer.save_pretrained(tmp_path)
     loaded = ItemTokenizer.from_pretrained(tmp_path)
     assert loaded.features == ["title"]
-    moved = {item: {**known, "categories": "green ink"} for item, known in catalogue.item_features.items()}
-    added = loaded.add(replace(catalogue, item_features=moved))
+    moved = {item: {**known, "categories": "green ink"} for item, known in catalog.item_features.items()}
+    added = loaded.add(replace(catalog, item_features=moved))
     assert added[110] == tokenizer.semantic_ids[30]  # the same title
-    assert len(ItemTokenizer.from_pretrained(tmp_path).add(catalogue)) == 20
+    assert len(ItemTokenizer.from_pretrained(tmp_path).add(catalog)) == 20
 
 
-def test_the_same_seed_gives_the_same_ids(catalogue):
-    with_seed = [ItemTokenizer(ResidualKMeans(2, 16, seed=seed)).fit(catalogue).semantic_ids for seed in (0, 0, 1)]
+def test_the_same_seed_gives_the_same_ids(catalog):
+    with_seed = [ItemTokenizer(ResidualKMeans(2, 16, seed=seed)).fit(catalog).semantic_ids for seed in (0, 0, 1)]
     assert with_seed[0] == with_seed[1] != with_seed[2]
 
 
-def test_bad_input_is_refused(catalogue, vectors):
+def test_bad_input_is_refused(catalog, vectors):
     with pytest.raises(ValueError, match="120 vectors cannot be grouped into 256 codes"):
-        ItemTokenizer().fit(catalogue)
+        ItemTokenizer().fit(catalog)
     with pytest.raises(ValueError, match="199 items but 200 texts or vectors"):
         make().fit(vectors, list(range(199)))
     with pytest.raises(ValueError, match="Item 5 is given twice"):

@@ -19,35 +19,35 @@ from gflowtrl.semantic_ids import (
 )
 
 
-def test_texts_hold_what_is_known_and_items_without_any_are_counted(catalogue, caplog):
-    texts = item_texts(catalogue)
+def test_texts_hold_what_is_known_and_items_without_any_are_counted(catalog, caplog):
+    texts = item_texts(catalog)
     assert texts[:2] == ["red lamp\noffice, lamps", "blue desk\noffice, desks"]
     assert texts[119] == "" and "1 of 120 items have no text" in caplog.text
-    assert item_texts(catalogue, features=("title",), items=[8, 1]) == ["black lamp", "blue desk"]
-    with pytest.raises(ValueError, match="any of the features colour; known are: categories, title"):
-        item_texts(catalogue, features=("colour",))
-    with pytest.raises(ValueError, match="item 120 is not in the catalogue"):
-        item_texts(catalogue, items=[120])
+    assert item_texts(catalog, features=("title",), items=[8, 1]) == ["black lamp", "blue desk"]
+    with pytest.raises(ValueError, match="any of the features color; known are: categories, title"):
+        item_texts(catalog, features=("color",))
+    with pytest.raises(ValueError, match="item 120 is not in the catalog"):
+        item_texts(catalog, items=[120])
     with pytest.raises(ValueError, match="known are: none"):
-        item_texts(replace(catalogue, item_features={}))
-    specs = {"colour": "red", "size": {"width": 0, "depth": None}, "tags": ["a", "b"], "note": ""}
-    told = item_texts(replace(catalogue, item_features={0: {"specs": specs}}), features=("specs",))
-    assert told[0] == "colour red, size width 0, tags a, b"
+        item_texts(replace(catalog, item_features={}))
+    specs = {"color": "red", "size": {"width": 0, "depth": None}, "tags": ["a", "b"], "note": ""}
+    told = item_texts(replace(catalog, item_features={0: {"specs": specs}}), features=("specs",))
+    assert told[0] == "color red, size width 0, tags a, b"
 
 
-def test_items_of_like_text_are_near_each_other(catalogue):
-    texts = item_texts(catalogue)
+def test_items_of_like_text_are_near_each_other(catalog):
+    texts = item_texts(catalog)
     vectors = TfidfEmbedder(dim=8).fit(texts).embed(texts)
     assert vectors.shape == (120, 8) and vectors.dtype == torch.float32
     torch.testing.assert_close(vectors[:119].norm(dim=1), torch.ones(119))
     assert not vectors[119].any()
     cosines = vectors @ vectors.T
-    assert cosines[0, 40] > 0.999 and cosines[0, 8] > cosines[0, 5]  # the same text; the same kind; the same colour
+    assert cosines[0, 40] > 0.999 and cosines[0, 8] > cosines[0, 5]  # the same text; the same kind; the same color
     assert TfidfEmbedder(dim=256).fit(texts).embed(texts).shape[1] < 24  # no more columns than words
 
 
-def test_a_loaded_embedder_learns_the_words_of_new_texts(catalogue):
-    texts = item_texts(catalogue)
+def test_a_loaded_embedder_learns_the_words_of_new_texts(catalog):
+    texts = item_texts(catalog)
     fitted = TfidfEmbedder(dim=8).fit(texts)
     loaded = TfidfEmbedder.from_state(fitted.config, fitted.state())
     assert loaded.embed(texts).equal(fitted.embed(texts))
@@ -126,7 +126,7 @@ def test_vectors_of_the_user(tmp_path):
         load_vectors(tmp_path / "none.npy", [])
 
 
-def test_co_occurrence_is_the_factorised_ppmi():
+def test_co_occurrence_is_the_factorized_ppmi():
     """With as many columns as the matrix has rank, products of the vectors are cosines of rows of |PPMI|."""
     sequences = [[0, 1], [1, 0, 0], [2, 3], [3, 2], [0, 4], [2]]
     vectors = cooccurrence_vectors(sequences, [0, 1, 2, 3, 4, 5], dim=5).double()
@@ -147,14 +147,14 @@ def test_co_occurrence_is_the_factorised_ppmi():
     assert not vectors[5].any()
 
 
-def test_co_occurrence_sees_who_took_what_together(catalogue, caplog):
-    vectors = cooccurrence_vectors(catalogue.sequences, catalogue.items, dim=16)
+def test_co_occurrence_sees_who_took_what_together(catalog, caplog):
+    vectors = cooccurrence_vectors(catalog.sequences, catalog.items, dim=16)
     cosines = vectors @ vectors.T
     assert cosines[0, 8] > 0.9 and cosines[0, 1].abs() < 0.1  # users stay with a kind
     assert "8 of 120 items occur beside no other one" in caplog.text and not vectors[112:].any()
-    assert vectors.equal(cooccurrence_vectors(catalogue.sequences, catalogue.items, dim=16))
-    with pytest.raises(ValueError, match="Item 8 is not in the catalogue of 2 items"):
-        cooccurrence_vectors(catalogue.sequences, [0, 1])
+    assert vectors.equal(cooccurrence_vectors(catalog.sequences, catalog.items, dim=16))
+    with pytest.raises(ValueError, match="Item 8 is not in the catalog of 2 items"):
+        cooccurrence_vectors(catalog.sequences, [0, 1])
     with pytest.raises(ValueError, match="Item 1 is given twice"):
         cooccurrence_vectors([[1]], [1, 1])
     with pytest.raises(ValueError, match="No two items occur together"):

@@ -138,7 +138,7 @@ def test_unknown_items_are_named_in_the_answer(client, oracle):
     assert_equal(answer, oracle.recommend([["i010"], ["i010"]]))
     (warning,) = answer.json()["warnings"]
     assert warning == (
-        'histories[1]: items that are not in the catalogue of 24 items (they look like "i001") were left out: '
+        'histories[1]: items that are not in the catalog of 24 items (they look like "i001") were left out: '
         '"nonsense", 7.'
     )
 
@@ -167,7 +167,7 @@ def test_explanations_are_those_of_the_recommender(client, oracle):
     assert [step["rank"] for step in answer["steps"]] == [step.rank for step in expected.steps]
     assert answer["shares_id_with"] == ["i001"] and answer["teacher_rank"] is None
     assert answer["warnings"] == [
-        'history: items that are not in the catalogue of 24 items (they look like "i001") were left out: "?".'
+        'history: items that are not in the catalog of 24 items (they look like "i001") were left out: "?".'
     ]
 
 

@@ -1,4 +1,4 @@
-"""What all teachers share: saving, caching, alignment to a catalogue, memoised scores, top items."""
+"""What all teachers share: saving, caching, alignment to a catalog, memoized scores, top items."""
 
 import gc
 import json

@@ -163,7 +163,7 @@ def test_bad_input_is_named():
     teachers = [SASRec(ITEMS, width=8), EASE(ITEMS), MixtureTeacher({EASE(ITEMS): 1.0})]
     for teacher in teachers:
         assert isinstance(teacher, Teacher)
-        with pytest.raises(ValueError, match="Item 'gnu' is not in the catalogue"):
+        with pytest.raises(ValueError, match="Item 'gnu' is not in the catalog"):
             teacher.score([["tea"], ["cup", "gnu"]])
     with pytest.raises(ValueError, match="History 1 is empty"):
         teachers[0].score([["tea"], []])
@@ -175,7 +175,7 @@ def test_bad_input_is_named():
 
 @pytest.mark.skipif("GFLOWTRL_TEST_DATA" not in os.environ, reason="GFLOWTRL_TEST_DATA is not set")
 def test_ease_reaches_its_known_figures_on_office():
-    """Recall@10 / NDCG@10 .0408 / .0232 (regularisation unknown) under the benchmark protocol."""
+    """Recall@10 / NDCG@10 .0408 / .0232 (regularization unknown) under the benchmark protocol."""
     lines = (Path(os.environ["GFLOWTRL_TEST_DATA"]) / "office" / "sequences.jsonl").read_text().splitlines()
     sequences = [json.loads(line)["items"] for line in lines]
     items = sorted({item for sequence in sequences for item in sequence})

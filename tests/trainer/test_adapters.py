@@ -169,9 +169,9 @@ def test_adapters_on_a_base_that_had_fewer_tokens(tmp_path, kind):
     torch.testing.assert_close(log_probs(loaded.model), log_probs(trainer.model), rtol=1e-4, atol=1e-4)
 
 
-def test_adapters_on_a_quantised_base_recommend_but_are_not_trained_on(tmp_path):
+def test_adapters_on_a_quantized_base_recommend_but_are_not_trained_on(tmp_path):
     pytest.importorskip("bitsandbytes")
-    needs_transformers("5.18", "adapters on a quantised model")
+    needs_transformers("5.18", "adapters on a quantized model")
     folder = adapters_on(tmp_path / "base", tmp_path / "first")
     options = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     recommender = Recommender.from_pretrained(folder, **options)

@@ -62,9 +62,9 @@ CONSTRUCTION = {
     "no leaf with a reward of its own": ({"exact_top_items": 0}, "exact_top_items is 0"),
     "no such sampler": ({"sampler": "greedy"}, "Unknown sampler 'greedy'"),
     "sampler without its teacher": ({"sampler": {"collaborative": 1}}, "needs a teacher"),
-    "item counts of another catalogue": ({"item_counts": torch.ones(3)}, r"shape \(3,\), but.* has 24 items"),
+    "item counts of another catalog": ({"item_counts": torch.ones(3)}, r"shape \(3,\), but.* has 24 items"),
     "arguments for a model that exists": ({"model_init_kwargs": {"dtype": "float32"}}, "the model is built already"),
-    "no catalogue": ({"catalog": None}, "processing_class and catalog are needed"),
+    "no catalog": ({"catalog": None}, "processing_class and catalog are needed"),
     "reference without weight": ({"ref_model": tiny_model(len(TOKENIZER))}, "ref_model was given, but ref_weight is"),
     "reference of another vocabulary": ({"ref_model": tiny_model(9), "ref_weight": 1.0}, "embeds only 9 tokens"),
     "title that is no text": ({"item_titles": {"i010": math.nan}}, "title of item 'i010' must be text, but it is nan"),
@@ -121,7 +121,7 @@ TRAINING = {
         r"leaves of shape \(8, 3\)",
     ),
     "sampling by unknown rewards": ({"reward_funcs": no_items, "sampler": "reward"}, "RewardSampler needs"),
-    "teacher of another catalogue": (
+    "teacher of another catalog": (
         {"reward_funcs": CollaborativeReward(lambda histories: torch.ones(len(histories), 5))},
         r"must return .* \(8, 24\), not \(8, 5\)",
     ),
@@ -184,7 +184,7 @@ def test_a_bad_configuration_is_refused(tmp_path, options, message):
         GFlowNetConfig(str(tmp_path), use_cpu=True, **options)
 
 
-def test_a_folder_without_a_catalogue_says_so(tmp_path):
+def test_a_folder_without_a_catalog_says_so(tmp_path):
     tiny_model(len(TOKENIZER)).save_pretrained(tmp_path)
     TOKENIZER.save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"catalog\.json is missing"):

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from gflowtrl import APAOConfig, APAOTrainer
 from gflowtrl.finite import NonFiniteError
 from gflowtrl.rewards import GroundTruthReward
-from gflowtrl.trainer.finite import CHECK_EVERY, FP16_PATIENCE, GRADIENT, LOSS, FirstSteps
+from gflowtrl.trainer.finite_steps import CHECK_EVERY, FP16_PATIENCE, GRADIENT, LOSS, FirstSteps
 from tests.tiny import tiny_model
 
 from .world import TOKENIZER, make_catalog, make_rows, make_trainer

@@ -35,7 +35,7 @@ def test_all_leaves_as_the_best_ones_are_the_exact_flows(tmp_path):
         assert second == pytest.approx(first, rel=1e-4, abs=1e-6) and len(first) == 4
 
 
-def test_few_best_leaves_are_the_flows_of_the_levelled_reward(tmp_path, monkeypatch):
+def test_few_best_leaves_are_the_flows_of_the_leveled_reward(tmp_path, monkeypatch):
     """The loss of the first step by brute force: the reward of all but three leaves made alike by hand."""
     seen, original = [], CompositeReward.of
     monkeypatch.setattr(
@@ -52,8 +52,8 @@ def test_few_best_leaves_are_the_flows_of_the_levelled_reward(tmp_path, monkeypa
     best = torch.zeros_like(table, dtype=torch.bool).scatter(1, table.topk(3, 1).indices, True)
     assert torch.equal(best.nonzero()[:, 1].view(-1, 3), top.leaves)
     rest = table.exp().masked_fill(best, 0.0).sum(1, keepdim=True) / 20
-    levelled = torch.where(best, table, rest.log())
-    assert trainer.state.log_history[0]["log_z"] == pytest.approx(levelled.logsumexp(1).mean().item(), rel=1e-5)
+    leveled = torch.where(best, table, rest.log())
+    assert trainer.state.log_history[0]["log_z"] == pytest.approx(leveled.logsumexp(1).mean().item(), rel=1e-5)
     nodes = torch.arange(trainer._catalog.tree.num_nodes).expand(len(table), -1)
-    flows = trainer._catalog.tree.log_flows(levelled)
+    flows = trainer._catalog.tree.log_flows(leveled)
     torch.testing.assert_close(top.log_flows(nodes), flows, atol=1e-5, rtol=1e-5)

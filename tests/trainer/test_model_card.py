@@ -34,7 +34,7 @@ def test_a_base_is_known_by_its_card_its_place_in_the_cache_or_its_folder(tmp_pa
     assert base_model(str(folder)) == BaseModel("bytes", on_hub=False)
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n")
     own = {"license": "other", "license_name": "own", "license_link": "LICENSE"}
-    assert base_model(str(folder)) == BaseModel("bytes", on_hub=False, licence=own)
+    assert base_model(str(folder)) == BaseModel("bytes", on_hub=False, license=own)
     cached = tmp_path / "models--some--model" / "snapshots" / "abc"
     cached.mkdir(parents=True)
     assert base_model(str(cached)) == BaseModel("some/model", on_hub=True)
@@ -42,10 +42,10 @@ def test_a_base_is_known_by_its_card_its_place_in_the_cache_or_its_folder(tmp_pa
 
 
 def test_what_continues_a_model_of_ours_has_its_base(tmp_path):
-    base = {"name": "some/model", "on_hub": True, "licence": {"license": "apache-2.0"}}
+    base = {"name": "some/model", "on_hub": True, "license": {"license": "apache-2.0"}}
     card = card_of(replace(FACTS, base=base), tmp_path)
     assert card.data.base_model == "some/model" and card.data.license == "apache-2.0"
-    assert "It began as `some/model`, licence apache-2.0." in card.text
+    assert "It began as `some/model`, license apache-2.0." in card.text
     assert base_model(str(tmp_path)) == BaseModel("some/model", True, {"license": "apache-2.0"})
     card_of(FACTS, tmp_path)
     assert base_model(str(tmp_path)) is None  # began at random
@@ -55,7 +55,7 @@ def test_data_results_and_odd_characters(tmp_path):
     results = [{"split": "test", "users": 1234, "metrics": {"recall@5": 0.1 + 0.2, "ndcg@5": 0.0}}]
     data = DATA | {"license": "CC BY 4.0", "source": None}
     card = card_of(replace(FACTS, data=data, results=results), tmp_path)
-    for line in ("| licence | CC BY 4.0 |", "| source | not stated |", "| users | 1,234 |", "| recall@5 | 0.3000 |",
+    for line in ("| license | CC BY 4.0 |", "| source | not stated |", "| users | 1,234 |", "| recall@5 | 0.3000 |",
                  "| metric | test, 1,234 users |", "| losses | 1 x exact_flow \\| more |", '[["it\'s"]]'):  # fmt: skip
         assert line in card.text
     assert {r.metric_name: r.metric_value for r in card.data.eval_results} == results[0]["metrics"]

@@ -134,7 +134,7 @@ def test_what_cannot_be_compared_is_said(tmp_path, caplog, monkeypatch):
     assert "holds no whole weights" in second
 
 
-def test_adapters_on_a_quantised_base_are_compared_tensor_by_tensor(tmp_path, monkeypatch, loads):
+def test_adapters_on_a_quantized_base_are_compared_tensor_by_tensor(tmp_path, monkeypatch, loads):
     pytest.importorskip("bitsandbytes")
     tiny_model(len(TOKENIZER)).save_pretrained(tmp_path / "base")
     options = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}

@@ -4,7 +4,7 @@ import ast
 from collections.abc import Callable, Sequence
 
 from ..readers import json_object
-from .base import Columns, Format, Header, Parsed, Request
+from .format import Columns, Format, Header, Parsed, Request
 from .headerless import headerless_interactions
 from .source import Source
 
@@ -49,7 +49,9 @@ def _check_order(source: Source, ratings: Sequence[str], fields: list[str]) -> N
     user, item = (fields[ratings.index(name)].strip('" ') for name in ("user", "item"))
     if len(user) == 10 < len(item):
         release = "amazon-2018" if ratings == _RATINGS_2014 else "amazon-2014"
-        raise source.misfit(1, f"users and items seem to be the other way round. Read it with format {release}")
+        raise source.format_error_at(
+            1, f"users and items seem to be the other way round. Read it with format {release}"
+        )
 
 
 def _reviews_2023(source: Source, request: Request) -> Parsed:

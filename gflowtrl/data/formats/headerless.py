@@ -3,8 +3,8 @@
 import csv
 from collections.abc import Callable, Iterable, Sequence
 
-from .base import Columns, Parsed, Table, reads_as
-from .log import moment
+from .format import Columns, Parsed, Table, reads_as
+from .log import parse_time
 from .source import Source
 
 
@@ -23,7 +23,7 @@ def headerless_interactions(
     """
     wanted = columns.user, columns.item, columns.time, columns.rating if rated else None
     table = _table(source, names, filter(None, wanted))
-    numeric = (columns.time, moment), (columns.rating, float)
+    numeric = (columns.time, parse_time), (columns.rating, float)
     parsers = {names.index(name): parse for name, parse in numeric if name in names}
     return Parsed(source.csv_rows(_delimiter(source, names, parsers, option)), table.interactions(*wanted))
 
@@ -54,15 +54,15 @@ def _delimiter(source: Source, names: Sequence[str], parsers: dict[int, Callable
     try:
         rows = {sign: list(csv.reader(lines, delimiter=sign)) for sign in DELIMITERS}
     except csv.Error as error:
-        raise source.misfit(1, str(error)) from None
+        raise source.format_error_at(1, str(error)) from None
     fits = [sign for sign in DELIMITERS if len(rows[sign][0]) == len(names)]
     if not fits:
         most = max(len(found[0]) for found in rows.values())
         reason = f"it has {most} fields, where {len(names)} columns are named; commas, tabs, ';' and '|' were tried"
-        raise source.misfit(1, reason)
+        raise source.format_error_at(1, reason)
     first, second = (*rows[fits[0]], [])[:2]
     if _is_header(first, second, names, parsers):
-        raise source.misfit(
+        raise source.format_error_at(
             1,
             f"it looks like a header ({', '.join(first)}), where a table without one is read. Take this line out, or "
             + (f"leave out {option} (--{option})" if option else "use format csv"),

@@ -11,7 +11,7 @@ import numpy as np
 from gflowtrl.catalog import Item
 
 from ..interactions import InteractionData, flatten
-from .base import Parsed
+from .format import Parsed
 from .source import MALFORMED, Source
 
 
@@ -100,7 +100,7 @@ def read_log(files: Iterable[tuple[Source, Parsed]], min_rating: float | None) -
                 if min_rating is not None and not float(rating) >= min_rating:
                     below += 1
                     continue
-                when, user_number, item_number = moment(time), user_numbers[user], item_numbers[item]
+                when, user_number, item_number = parse_time(time), user_numbers[user], item_numbers[item]
             except MALFORMED as error:
                 source.reject(line, error)
                 continue
@@ -164,7 +164,7 @@ class _Numbers(dict):
         return number
 
 
-def moment(time: Any) -> float:
+def parse_time(time: Any) -> float:
     """A time as a number: the number itself, or the seconds of ISO 8601 text. Raises a ValueError if it is none."""
     try:
         seconds = float(time)

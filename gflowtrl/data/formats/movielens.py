@@ -1,6 +1,6 @@
 """MovieLens: `ratings.csv` and `movies.csv`, `ratings.dat` and `movies.dat`, and `u.data` and `u.item` of ml-100k."""
 
-from .base import Format, Header, Parsed, Request
+from .format import Format, Header, Parsed, Request
 from .source import Source
 
 

@@ -11,12 +11,12 @@ from gflowtrl.checks import COUNT, SHARE, check_choice, check_number
 
 from ..interactions import InteractionData, core_members
 from ..readers import write_folder
-from .base import Columns, Request
 from .cleaning import clean_features
+from .format import Columns, Request
 from .log import Duplicates, InteractionLog, log_of, read_log, sequences_of
 from .output import check_target, new_folder
+from .preparation_report import Preparation
 from .registry import COMPLETE, RAW_FORMATS, STREAMED, Paths, find_files, read_complete, read_features
-from .report import Preparation
 from .source import Source
 
 

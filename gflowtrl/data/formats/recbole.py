@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .base import Format, Header, Parsed, Request
+from .format import Format, Header, Parsed, Request
 from .source import Source
 
 
@@ -46,7 +46,7 @@ def _items(source: Source, request: Request) -> Parsed:
 def _item_column(source: Source, header: Header) -> str:
     found = next((name for name in _ITEM if name in header.names), None)
     if found is None:
-        raise source.misfit(1, f"the header lacks item_id; it has {', '.join(header.names)}")
+        raise source.format_error_at(1, f"the header lacks item_id; it has {', '.join(header.names)}")
     return found
 
 

@@ -9,12 +9,12 @@ from gflowtrl.catalog import Item
 from ..interactions import InteractionData
 from ..readers import read_folder, read_letter
 from .amazon import AMAZON_2014, AMAZON_2018, AMAZON_2023
-from .base import Request
 from .cleaning import clean_features
+from .format import Request
 from .log import UNREADABLE, identifier
 from .movielens import MOVIELENS
+from .preparation_report import Preparation
 from .recbole import RECBOLE
-from .report import Preparation
 from .s3rec import S3REC
 from .source import MALFORMED, Source
 from .tables import CSV, JSONL, PARQUET

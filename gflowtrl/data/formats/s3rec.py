@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..readers import json_object
-from .base import Format, Parsed, Request
+from .format import Format, Parsed, Request
 from .source import Source
 
 
@@ -37,7 +37,7 @@ def _described(source: Source) -> Iterator[tuple[int, tuple[str, Any]]]:
     try:
         content = json_object(text)
     except ValueError as error:
-        raise source.misfit(1, str(error)) from None
+        raise source.format_error_at(1, str(error)) from None
     for number, pair in enumerate(content.items(), 1):
         source.lines = number
         yield number, pair

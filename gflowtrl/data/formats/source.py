@@ -37,7 +37,7 @@ class Source:
     """A raw file, and what was wrong in it.
 
     Args:
-        path: the file; gzip is recognised by its content.
+        path: the file; gzip is recognized by its content.
         format: name of the format, for messages.
         expected: what a line of this file should be, for messages.
         max_malformed: share of the lines, 0 to 1, that may be malformed.
@@ -167,9 +167,9 @@ class Source:
         if len(self.malformed_lines) < _NAMED_LINES:
             self.malformed_lines.append(f"line {number}: {reason}")
         if number <= self.first_line:
-            raise self.misfit(number, reason)
+            raise self.format_error_at(number, reason)
 
-    def misfit(self, number: int, reason: str) -> ValueError:
+    def format_error_at(self, number: int, reason: str) -> ValueError:
         """The error for a file that is not of its format."""
         return ValueError(
             f"{self.path}, line {number} is not {self.format!r}: {_short(reason)}. Expected is {self.expected}. "

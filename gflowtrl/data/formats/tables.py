@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from ..readers import json_object
 from .amazon import json_interactions
-from .base import Format, Header, Parsed, Request
+from .format import Format, Header, Parsed, Request
 from .headerless import DELIMITERS, headerless_interactions, headerless_items
 from .source import Source
 

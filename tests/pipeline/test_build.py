@@ -8,17 +8,17 @@ import torch
 
 from gflowtrl.data import GroupCollator, Step
 from gflowtrl.pipeline import run
-from gflowtrl.pipeline.materials import prepare
-from gflowtrl.pipeline.models import build_model
-from gflowtrl.pipeline.signals import (
+from gflowtrl.pipeline.build import (
     build_rewards,
-    check_signals,
+    check_data_needs,
     final_weights,
     fit_teacher,
     load_function,
     reward_key,
 )
-from gflowtrl.pipeline.stage import Workshop
+from gflowtrl.pipeline.models import build_model
+from gflowtrl.pipeline.run_data import prepare
+from gflowtrl.pipeline.stage import RunContext
 from gflowtrl.rewards import (
     CompositeReward,
     InteractionReward,
@@ -37,20 +37,20 @@ CODE = (
 )
 
 
-def step_of(materials, rows):
-    return Step.from_batch(GroupCollator(materials.encoder)(rows.to_list()), materials.catalog)
+def step_of(run_data, rows):
+    return Step.from_batch(GroupCollator(run_data.encoder)(rows.to_list()), run_data.catalog)
 
 
 def test_a_mixture_fits_each_part_once(tmp_path):
     parts = [{"type": "ease", "regularization": 5.0, "weight": 3}, {"type": "popularity"}]
     mixture = {"type": "mixture", "parts": parts}
     recipe = micro_recipe(tmp_path, teacher=mixture)
-    materials, workshop = prepare(recipe), Workshop(tmp_path, quiet=True)
-    teacher = fit_teacher(workshop, materials, recipe.teacher)
-    ease = fit_teacher(workshop, materials, {"type": "ease", "regularization": 5.0})
-    popularity = fit_teacher(workshop, materials, {"type": "popularity"})
+    run_data, context = prepare(recipe), RunContext(tmp_path, quiet=True)
+    teacher = fit_teacher(context, run_data, recipe.teacher)
+    ease = fit_teacher(context, run_data, {"type": "ease", "regularization": 5.0})
+    popularity = fit_teacher(context, run_data, {"type": "popularity"})
     assert len(list(tmp_path.glob("teacher-*"))) == 2
-    histories = materials.splits.test["history"][:4]
+    histories = run_data.splits.test["history"][:4]
     expected = 0.75 * ease.score(histories).softmax(1) + 0.25 * popularity.score(histories).softmax(1)
     torch.testing.assert_close(teacher.score(histories).softmax(1), expected)
 
@@ -60,20 +60,20 @@ def test_reward_functions_get_item_features_and_their_code_is_part_of_the_key(tm
     file.write_text(CODE)
     rewards = [{"function": "my_rewards.py:cheap", "weight": 0.5}]
     recipe = micro_recipe(tmp_path, rewards=rewards, folder=str(tmp_path), gflownet={"reward_transform": "exp"})
-    materials = prepare(recipe)
-    (reward,) = build_rewards(Workshop(tmp_path, quiet=True), materials, None, tmp_path)
-    item = materials.data.items[0]
-    assert reward(items=[[item]], prompts=[""]) == [-materials.data.item_features[item]["price"]]
-    before = reward_key(recipe, materials)
-    materials.data.item_features[item] |= {"price": 0.0}
-    dearer = reward_key(recipe, materials)
+    run_data = prepare(recipe)
+    (reward,) = build_rewards(RunContext(tmp_path, quiet=True), run_data, None, tmp_path)
+    item = run_data.interactions.items[0]
+    assert reward(items=[[item]], prompts=[""]) == [-run_data.interactions.item_features[item]["price"]]
+    before = reward_key(recipe, run_data)
+    run_data.interactions.item_features[item] |= {"price": 0.0}
+    dearer = reward_key(recipe, run_data)
     file.write_text(CODE + "# changed\n")
-    assert len({str(key) for key in (before, dearer, reward_key(recipe, materials))}) == 3
+    assert len({str(key) for key in (before, dearer, reward_key(recipe, run_data))}) == 3
 
 
 REWARDS = [
     {"type": "interaction", "values": [0, 2, 5], "target": 7},
-    {"type": "token_similarity", "normalise": True},
+    {"type": "token_similarity", "normalize": True},
     {"type": "collaborative", "normalization": "min_max", "exponent": 4.0},
     {"type": "likelihood"},
     {"type": "likelihood", "of": "policy"},
@@ -88,28 +88,28 @@ def test_rewards_named_in_a_recipe_are_those_of_the_library(tmp_path):
     reader = tiny_model(len(tokenizer))
     reader.save_pretrained(tmp_path / "reader")
     tokenizer.save_pretrained(tmp_path / "reader")
-    materials = prepare(micro_recipe(tmp_path, rewards=REWARDS, folder=str(tmp_path), gflownet={}))
-    model = build_model(materials).eval()
+    run_data = prepare(micro_recipe(tmp_path, rewards=REWARDS, folder=str(tmp_path), gflownet={}))
+    model = build_model(run_data).eval()
     model.save_pretrained(tmp_path / "sft")
-    workshop = Workshop(tmp_path, quiet=True)
-    teacher = fit_teacher(workshop, materials, {"type": "ease", "regularization": 5.0})
-    built = build_rewards(workshop, materials, teacher, tmp_path / "sft")
+    context = RunContext(tmp_path, quiet=True)
+    teacher = fit_teacher(context, run_data, {"type": "ease", "regularization": 5.0})
+    built = build_rewards(context, run_data, teacher, tmp_path / "sft")
 
-    titles = {item: features["title"] for item, features in materials.data.item_features.items()}
+    titles = {item: features["title"] for item, features in run_data.interactions.item_features.items()}
     expected = [
         InteractionReward((0, 2, 5), 7),
-        TokenSimilarityReward(normalise=True),
+        TokenSimilarityReward(normalize=True),
         built[2],
         LikelihoodReward(model),
         LikelihoodReward(),
         TitleLikelihoodReward(reader, tokenizer, titles, max_title_words=4),
     ]
-    rows = materials.splits.train.select(range(4))
-    step = step_of(materials, rows)
+    rows = run_data.splits.train.select(range(4))
+    step = step_of(run_data, rows)
     leaves, policy_log_probs = torch.arange(6).expand(4, -1).contiguous(), torch.randn(4, 6)
     for own, other in zip(built, expected, strict=True):
         one, two = (
-            CompositeReward(reward, materials.catalog, materials.tokenizer, transform="exp")
+            CompositeReward(reward, run_data.catalog, run_data.tokenizer, transform="exp")
             .of(step)
             .score(leaves, policy_log_probs)
             for reward in (own, other)
@@ -123,12 +123,12 @@ def test_rewards_named_in_a_recipe_are_those_of_the_library(tmp_path):
 def test_titles_and_their_reader_are_part_of_the_key(tmp_path):
     tiny_model(9).save_pretrained(tmp_path / "reader")
     recipe = micro_recipe(tmp_path, rewards=REWARDS[-1:], folder=str(tmp_path))
-    materials = prepare(recipe)
-    keys = [reward_key(recipe, materials)]
-    materials.data.item_features[materials.data.items[0]]["title"] = "another title"
-    keys.append(reward_key(recipe, materials))
+    run_data = prepare(recipe)
+    keys = [reward_key(recipe, run_data)]
+    run_data.interactions.item_features[run_data.interactions.items[0]]["title"] = "another title"
+    keys.append(reward_key(recipe, run_data))
     tiny_model(10).save_pretrained(tmp_path / "reader")
-    keys.append(reward_key(recipe, materials))
+    keys.append(reward_key(recipe, run_data))
     assert keys[0] != keys[1] != keys[2]
 
 
@@ -138,11 +138,11 @@ def test_what_rewards_need_of_the_data_is_named(tmp_path):
         (REWARDS[-1:], "has no title of 1 of 30 items (items.jsonl), for example 3"),
         ([{"type": "collaborative", "popularity": "impressions"}], "has no impressions (events.jsonl)"),
     ):
-        materials = prepare(micro_recipe(tmp_path, rewards=rewards))
-        materials.data.events = materials.splits.impression_counts = None
-        del materials.data.item_features[3]
+        run_data = prepare(micro_recipe(tmp_path, rewards=rewards))
+        run_data.interactions.events = run_data.splits.impression_counts = None
+        del run_data.interactions.item_features[3]
         with pytest.raises(ValueError, match=re.escape(message)):
-            check_signals(materials)
+            check_data_needs(run_data)
 
 
 def test_a_missing_reward_function_is_named(tmp_path):
@@ -159,9 +159,9 @@ def test_a_missing_reward_function_is_found_before_any_training(tmp_path):
     (tmp_path / "r.py").write_text(CODE)
     for reference, error in (("r.py:cheap", None), ("r.py:dear", ValueError), ("absent.py:cheap", FileNotFoundError)):
         rewards = [{"function": f"{tmp_path}/{reference}"}]
-        materials = prepare(micro_recipe(tmp_path, rewards=rewards, stages=["sft", "gflownet"], gflownet={}))
+        run_data = prepare(micro_recipe(tmp_path, rewards=rewards, stages=["sft", "gflownet"], gflownet={}))
         with pytest.raises(error) if error else nullcontext():
-            check_signals(materials)
+            check_data_needs(run_data)
 
 
 def test_what_only_scores_drawn_items_is_refused_before_any_training(tmp_path):
@@ -170,33 +170,33 @@ def test_what_only_scores_drawn_items_is_refused_before_any_training(tmp_path):
     for reward in (function, {"type": "rank_penalty"}, {"type": "likelihood", "of": "policy"}):
         rewards = [{"type": "ground_truth"}, reward]
         with pytest.raises(ValueError, match=r"rewards\.1 \(.*\) scores drawn items only, but exact_flow needs"):
-            check_signals(prepare(micro_recipe(tmp_path, rewards=rewards)))
-        check_signals(prepare(micro_recipe(tmp_path, rewards=rewards, stages=["teacher", "sft"])))
+            check_data_needs(prepare(micro_recipe(tmp_path, rewards=rewards)))
+        check_data_needs(prepare(micro_recipe(tmp_path, rewards=rewards, stages=["teacher", "sft"])))
     rewards = [{"type": "title_likelihood", "model": str(tmp_path / "absent"), "all_items": True}]
     with pytest.raises(OSError, match="absent"):
-        check_signals(prepare(micro_recipe(tmp_path, rewards=rewards)))
+        check_data_needs(prepare(micro_recipe(tmp_path, rewards=rewards)))
 
 
 def test_learned_weights_are_fitted_to_validation_targets_and_trained_with(tmp_path, capsys):
-    """The share of a reward is what maximises the likelihood, found here by trying a thousand of them."""
+    """The share of a reward is what maximizes the likelihood, found here by trying a thousand of them."""
     popularity = {"type": "collaborative", "teacher": {"type": "popularity"}, "weight": "learned"}
     rewards = [{"type": "ground_truth", "weight": 0.25}, {"type": "collaborative", "weight": "learned"}, popularity]
     recipe = micro_recipe(tmp_path, rewards=rewards, stages=["teacher", "sft", "gflownet"])
-    materials, workshop = prepare(recipe), Workshop(tmp_path, quiet=True)
-    teacher = fit_teacher(workshop, materials, recipe.teacher)
-    functions = build_rewards(workshop, materials, teacher, tmp_path)
-    weights = final_weights(workshop, materials, functions)
-    rows = materials.splits.validation
-    step = step_of(materials, rows)
-    both = CompositeReward(functions[1:], materials.catalog, floor=0.0)
+    run_data, context = prepare(recipe), RunContext(tmp_path, quiet=True)
+    teacher = fit_teacher(context, run_data, recipe.teacher)
+    functions = build_rewards(context, run_data, teacher, tmp_path)
+    weights = final_weights(context, run_data, functions)
+    rows = run_data.splits.validation
+    step = step_of(run_data, rows)
+    both = CompositeReward(functions[1:], run_data.catalog, floor=0.0)
     result = both.of(step).score(step.target_leaves[:, None])
     parts = torch.stack(list(result.parts.values()), -1).double().squeeze(1)
-    parts += 1e-3 / materials.catalog.tree.num_leaves
+    parts += 1e-3 / run_data.catalog.tree.num_leaves
     shares = torch.linspace(0, 1, 1001, dtype=torch.double)
     likelihood = (parts @ torch.stack([shares, 1 - shares])).log().mean(0)
     assert weights[0] == 0.25 and 0 < weights[1] < 1
     assert weights[1] == pytest.approx(shares[likelihood.argmax()].item(), abs=2e-3)
     assert weights[1] + weights[2] == pytest.approx(1, abs=1e-6)
-    results = run(recipe, materials)
+    results = run(recipe, run_data)
     assert results["methods"]["gflownet"]["reward_weights"] == weights
     assert "Learned shares of the rewards: rewards.1 (collaborative)" in capsys.readouterr().out

@@ -11,22 +11,22 @@ from transformers import TrainerCallback
 from gflowtrl.samplers import uses_teacher
 from gflowtrl.teachers import fingerprint
 
-from . import report
+from . import run_report
+from .build import check_data_needs, fit_teacher, teacher_key
 from .calibration import measure_calibration
 from .configuration import check_names
 from .dry_run import dry_run
 from .evaluation import measure_policy, measure_teacher
 from .lock import sole_run
-from .materials import Materials, prepare
 from .recipe import Recipe
-from .signals import check_signals, fit_teacher, teacher_key
-from .stage import Stage, Workshop
+from .run_data import RunData, prepare
+from .stage import RunContext, Stage
 from .training import train_control, train_gflownet, train_sft, update_model_folder
 
 
 def run(
     recipe: Recipe,
-    materials: Materials | None = None,
+    data: RunData | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     quiet: bool = False,
     redo: Collection[str] = (),
@@ -34,7 +34,7 @@ def run(
     """Runs all stages of a recipe; stages that are finished already are loaded, one that was interrupted goes on.
 
     Args:
-        materials: what `prepare(recipe)` returned, if it was called already.
+        data: what `prepare(recipe)` returned, if it was called already.
         callbacks: handed to every trainer.
         quiet: print no stage lines and no report.
         redo: names of stages (`stage_names`) that are done again, although they are finished.
@@ -46,12 +46,12 @@ def run(
         ValueError: bad input, a finished stage whose files are damaged, or another run at work in `output_dir`.
     """
     check_names(redo, stage_names(recipe), "redo")
-    materials = materials or prepare(recipe)
-    check_signals(materials)
-    dry_run(materials)
-    workshop = Workshop(recipe.output_dir, quiet, callbacks, redo)
-    with sole_run(workshop.root):
-        return _run(workshop, materials)
+    data = data or prepare(recipe)
+    check_data_needs(data)
+    dry_run(data)
+    run = RunContext(recipe.output_dir, quiet, callbacks, redo)
+    with sole_run(run.root):
+        return _run(run, data)
 
 
 def stage_names(recipe: Recipe) -> list[str]:
@@ -60,9 +60,9 @@ def stage_names(recipe: Recipe) -> list[str]:
     return ["teacher", *trained, *(f"test-{name}" for name in ("teacher", *trained)), "calibration"]
 
 
-def _run(workshop: Workshop, materials: Materials) -> dict[str, Any]:
-    recipe = materials.recipe
-    workshop.say(materials.data.summary())
+def _run(run: RunContext, data: RunData) -> dict[str, Any]:
+    recipe = data.recipe
+    run.log(data.interactions.summary())
     wanted = recipe.stages
     trained: dict[str, Stage] = {}
     tested: dict[str, Stage] = {}
@@ -70,33 +70,31 @@ def _run(workshop: Workshop, materials: Materials) -> dict[str, Any]:
     uses_own = "gflownet" in wanted and needs_teacher(recipe)
     teacher, teacher_seconds = None, 0.0
     if "teacher" in wanted or uses_own:
-        teacher = fit_teacher(workshop, materials, recipe.teacher)
-        teacher_seconds = sum(workshop.seconds.values())  # of its stages, which are the first: several of a mixture
-        key = teacher_key(recipe, materials, recipe.teacher)
-        tested["teacher"] = measure_teacher(workshop, materials, teacher, key)
+        teacher = fit_teacher(run, data, recipe.teacher)
+        teacher_seconds = sum(run.seconds.values())  # of its stages, which are the first: several of a mixture
+        key = teacher_key(recipe, data, recipe.teacher)
+        tested["teacher"] = measure_teacher(run, data, teacher, key)
     used = teacher if uses_own else None
     if "sft" in recipe.trained_stages:
-        trained["sft"] = train_sft(workshop, materials)
+        trained["sft"] = train_sft(run, data)
     start = trained["sft"] if recipe.start == "sft" and trained else None
     if "control" in wanted:
-        trained["control"] = train_control(workshop, materials, start)
+        trained["control"] = train_control(run, data, start)
     if "gflownet" in wanted:
-        trained["gflownet"] = train_gflownet(workshop, materials, start, used)
-    tested |= {method: measure_policy(workshop, materials, stage) for method, stage in trained.items()}
-    calibration = measure_calibration(workshop, materials, trained, used)
-    results = report.collect(materials, trained, tested, workshop.seconds, teacher_seconds, calibration)
-    if workshop.is_main:
-        own = workshop.root / f"report-{recipe.name}-{fingerprint(recipe.as_dict())[:8]}"
+        trained["gflownet"] = train_gflownet(run, data, start, used)
+    tested |= {method: measure_policy(run, data, stage) for method, stage in trained.items()}
+    calibration = measure_calibration(run, data, trained, used)
+    results = run_report.collect(data, trained, tested, run.seconds, teacher_seconds, calibration)
+    if run.is_main:
+        own = run.root / f"report-{recipe.name}-{fingerprint(recipe.as_dict())[:8]}"
         logs = {method: stage.record["log"] for method, stage in trained.items()}
-        for folder in (own, workshop.root):
-            report.write(results, logs, folder)
+        for folder in (own, run.root):
+            run_report.write(results, logs, folder)
         for method, stage in trained.items():
             metrics = results["methods"][method]["metrics"]
-            update_model_folder(stage, materials, metrics, results["data"]["test_users"])
-        workshop.say(
-            f"\n{report.text(results)}\n\nresults.json, report.md and the models are in {Path(workshop.root)}."
-        )
-    workshop.state.wait_for_everyone()
+            update_model_folder(stage, data, metrics, results["data"]["test_users"])
+        run.log(f"\n{run_report.text(results)}\n\nresults.json, report.md and the models are in {Path(run.root)}.")
+    run.state.wait_for_everyone()
     return results
 
 

@@ -1,4 +1,4 @@
-"""What can only be said of a request with the catalogue and the limits at hand."""
+"""What can only be said of a request with the catalog and the limits at hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.recommender import Recommender
 
 from .limits import Limits
-from .messages import ExplainRequest, RecommendRequest, shown
+from .messages import ExplainRequest, RecommendRequest, repr_json
 
 
 def check_limits(asked: RecommendRequest, limits: Limits) -> None:
@@ -29,11 +29,11 @@ def check_allowed(items: Sequence[Item] | None, catalog: ItemCatalog) -> None:
     """Refuses `allowed_items` that cannot be recommended: what is meant by them is unclear."""
     for place, item in enumerate(items or ()):
         if item not in catalog:
-            raise HTTPException(422, f"allowed_items[{place}] is {shown(item)}, which is not in {_the(catalog)}.")
+            raise HTTPException(422, f"allowed_items[{place}] is {repr_json(item)}, which is not in {_the(catalog)}.")
 
 
 def known_items(histories: list[list[Item]], recommender: Recommender) -> tuple[list[list[Item]], list[str]]:
-    """Histories without items that are not in the catalogue, and a sentence for each row that is answered otherwise
+    """Histories without items that are not in the catalog, and a sentence for each row that is answered otherwise
     than it was asked."""
     rows, warnings = [], []
     for row, history in enumerate(histories):
@@ -51,21 +51,21 @@ def known_items(histories: list[list[Item]], recommender: Recommender) -> tuple[
 
 
 def known_to_explain(asked: ExplainRequest, limits: Limits, catalog: ItemCatalog) -> tuple[list[Item], list[str]]:
-    """The history without items that are not in the catalogue, and what was left out."""
+    """The history without items that are not in the catalog, and what was left out."""
     _check_at_most("history holds", len(asked.history), limits.max_history_items, " items; send the latest")
     if asked.item not in catalog:
-        raise HTTPException(422, f"item is {shown(asked.item)}, which is not in {_the(catalog)}.")
+        raise HTTPException(422, f"item is {repr_json(asked.item)}, which is not in {_the(catalog)}.")
     known, warnings = _split("history", asked.history, catalog)
     if not known:
         raise HTTPException(
-            422, f"history is {shown(asked.history)}, of which nothing is in {_the(catalog)}; give one known item."
+            422, f"history is {repr_json(asked.history)}, of which nothing is in {_the(catalog)}; give one known item."
         )
     return known, warnings
 
 
 def _check_at_most(what: str, number: int, limit: int, remedy: str = "") -> None:
     if number > limit:
-        raise HTTPException(422, f"{what} {shown(number)}, but this server allows at most {limit}{remedy}.")
+        raise HTTPException(422, f"{what} {repr_json(number)}, but this server allows at most {limit}{remedy}.")
 
 
 def _split(name: str, history: Sequence[Item], catalog: ItemCatalog) -> tuple[list[Item], list[str]]:
@@ -73,9 +73,9 @@ def _split(name: str, history: Sequence[Item], catalog: ItemCatalog) -> tuple[li
     (known,), unknown = catalog.known_items([history])
     if not unknown:
         return known, []
-    some = ", ".join(shown(item) for _, item in unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+    some = ", ".join(repr_json(item) for _, item in unknown[:5]) + (", ..." if len(unknown) > 5 else "")
     return known, [f"{name}: items that are not in {_the(catalog)} were left out: {some}."]
 
 
 def _the(catalog: ItemCatalog) -> str:
-    return f"the catalogue of {len(catalog)} items (they look like {shown(catalog.items[0])})"
+    return f"the catalog of {len(catalog)} items (they look like {repr_json(catalog.items[0])})"

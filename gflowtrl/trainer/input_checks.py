@@ -53,7 +53,7 @@ def check_encoder(
             f"{encoder.max_history_items}. Leave it out of the configuration, or make the encoder with it."
         )
     if encoder.catalog.items != catalog.items:
-        raise ValueError("The prompt_encoder was made of another catalogue than the trainer's.")
+        raise ValueError("The prompt_encoder was made of another catalog than the trainer's.")
     check_embedded(model, encoder.largest_token, "The prompts use")
     check_positions(model, encoder.max_length, catalog.tree.max_depth, encoder.max_history_items)
 
@@ -87,7 +87,7 @@ def check_rows(rows: Dataset | None, catalog: ItemCatalog) -> None:
         if target not in known or not known.issuperset(history):
             stranger = next(item for item in [target, *history] if item not in known)
             raise ValueError(
-                f"Row {row_id} holds item {stranger!r}, which is not in the catalogue of {len(catalog)} items. "
+                f"Row {row_id} holds item {stranger!r}, which is not in the catalog of {len(catalog)} items. "
                 f"Leave it out of the data or give it a semantic id."
             )
 

@@ -17,8 +17,8 @@ from gflowtrl.cli.train import main
 from gflowtrl.data import SyntheticShop, write_folder
 from gflowtrl.metrics import popularity_groups
 from gflowtrl.pipeline import run
-from gflowtrl.pipeline.materials import files_fingerprint, prepare
-from gflowtrl.pipeline.report import table
+from gflowtrl.pipeline.run_data import files_fingerprint, prepare
+from gflowtrl.pipeline.run_report import table
 from gflowtrl.pipeline.training import _sft_trainer
 from gflowtrl.trainer.resume import last_checkpoint
 from tests.tiny import tiny_model
@@ -88,14 +88,14 @@ def test_results_hold_what_a_reader_needs(finished):
 
 def test_recall_by_popularity_is_that_of_the_targets_groups(finished):
     recipe, results = finished
-    materials = prepare(recipe)
-    groups = popularity_groups(materials.item_counts)
-    targets = materials.test["target"]
+    run_data = prepare(recipe)
+    groups = popularity_groups(run_data.item_counts)
+    targets = run_data.test["target"]
     for entry in results["methods"].values():
         recall = load_file(Path(entry["folder"], "per_user.safetensors"))["recall@5"]
         found = {}
         for target, value in zip(targets, recall.tolist(), strict=True):
-            found.setdefault(int(groups[materials.data.items.index(target)]), []).append(value)
+            found.setdefault(int(groups[run_data.interactions.items.index(target)]), []).append(value)
         expected = [sum(found[g]) / len(found[g]) if g in found else None for g in range(int(groups.max()) + 1)]
         assert entry["recall_by_popularity"] == pytest.approx(expected)
 
@@ -287,13 +287,13 @@ def test_a_sample_of_the_users_is_measured(finished, tmp_path):
     recipe, whole = finished
     settings = micro_settings(tmp_path)
     part = run(micro_recipe(tmp_path, evaluation=settings["evaluation"] | {"users": 11}, seed=8), quiet=True)
-    materials = prepare(micro_recipe(tmp_path, evaluation=settings["evaluation"] | {"users": 11}))
-    assert len(set(materials.test["user"])) == 11 and materials.test["user"] == materials.validation["user"]
+    run_data = prepare(micro_recipe(tmp_path, evaluation=settings["evaluation"] | {"users": 11}))
+    assert len(set(run_data.test["user"])) == 11 and run_data.test["user"] == run_data.validation["user"]
     assert part["data"]["test_users"] == 11
     every = load_file(Path(whole["methods"]["teacher"]["folder"], "per_user.safetensors"))
     for method in METHODS:
         own = load_file(Path(part["methods"][method]["folder"], "per_user.safetensors"))
-        assert own["row_id"].tolist() == materials.test["row_id"]
+        assert own["row_id"].tolist() == run_data.test["row_id"]
         if method == "teacher":
             places = [every["row_id"].tolist().index(row) for row in own["row_id"].tolist()]
             assert torch.equal(own["leaves"], every["leaves"][places])

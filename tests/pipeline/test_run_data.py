@@ -1,11 +1,11 @@
-"""Data, tokenizer, catalogue and model of a run."""
+"""Data, tokenizer, catalog and model of a run."""
 
 import pytest
 import torch
 
 from gflowtrl.data import SyntheticShop, build_tokenizer, write_folder
-from gflowtrl.pipeline.materials import prepare
 from gflowtrl.pipeline.models import build_model
+from gflowtrl.pipeline.run_data import prepare
 from gflowtrl.policy import CausalTreePolicy
 from gflowtrl.policy.temperature import set_temperature, temperature_of
 from tests.tiny import tiny_model
@@ -19,12 +19,12 @@ def test_a_local_checkpoint_gets_the_item_tokens(tmp_path):
     set_temperature(checkpoint, 0.5)  # as MSL leaves it; SFT is of the logits as they are
     checkpoint.save_pretrained(tmp_path / "checkpoint")
     recipe = micro_recipe(tmp_path, model={"model_name_or_path": "checkpoint"}, folder=str(tmp_path))
-    materials = prepare(recipe)
-    model = build_model(materials)
+    run_data = prepare(recipe)
+    model = build_model(run_data)
     assert temperature_of(model) == 1.0
-    assert model.get_input_embeddings().num_embeddings == len(materials.tokenizer) > 4
-    policy = CausalTreePolicy(model.eval(), materials.catalog)
-    log_probs = policy.leaf_log_probs(materials.encoder(materials.splits.test["history"][:3]))
+    assert model.get_input_embeddings().num_embeddings == len(run_data.tokenizer) > 4
+    policy = CausalTreePolicy(model.eval(), run_data.catalog)
+    log_probs = policy.leaf_log_probs(run_data.encoder(run_data.splits.test["history"][:3]))
     torch.testing.assert_close(log_probs.exp().sum(1), torch.ones(3))
 
 
@@ -46,7 +46,7 @@ def test_data_without_semantic_ids_is_refused(tmp_path):
 
 
 def test_no_row_or_teacher_input_refers_to_the_truth(tmp_path):
-    materials = prepare(micro_recipe(tmp_path))
+    run_data = prepare(micro_recipe(tmp_path))
     allowed = {"row_id", "user", "history", "target", "session_items", "session_levels"}
-    for split in (materials.splits.train, materials.splits.validation, materials.splits.test):
+    for split in (run_data.splits.train, run_data.splits.validation, run_data.splits.test):
         assert set(split.column_names) == allowed

@@ -18,12 +18,12 @@ from gflowtrl.checks import COUNT, POSITIVE, SHARE, check_number
 from gflowtrl.compat import attention_implementation
 from gflowtrl.trunks import Prompts, num_prompts
 
-from .branches import Branches, merge_branches, places, put
+from .branches import Branches, dense_rank, merge_branches, scatter_rows
 from .heads import has_flow_heads
 from .modules import evaluation_mode, innermost
 from .noise import Noise, inverse_cdf
-from .output_rows import num_rows, only_rows, only_states, selectable_head
 from .packing import BranchDecoder
+from .restricted_head import num_rows, only_rows, only_states, selectable_head
 from .scores import StepScores
 from .stochastic_beam import StochasticBeams, conditional_gumbels, log_inclusion
 from .support import check_positions
@@ -31,7 +31,7 @@ from .temperature import temperature_of
 
 
 class TreePolicy(ABC):
-    """The distribution over leaves that a model gives when its logits are renormalised over the children of a node.
+    """The distribution over leaves that a model gives when its logits are renormalized over the children of a node.
 
     At a node s the probability of token t is the softmax of the model's logits over the children of s only, so leaf
     probabilities sum to one, and training and decoding see the same distribution.
@@ -69,7 +69,7 @@ class TreePolicy(ABC):
         """One forward for the n states of a group.
 
         Returns:
-            logits `(n, V)` in float32 (or of the catalogue's tokens only, see `_chosen_logits`), and log F `(n,)`,
+            logits `(n, V)` in float32 (or of the catalog's tokens only, see `_chosen_logits`), and log F `(n,)`,
             None where the model has no heads.
         """
 
@@ -106,7 +106,7 @@ class TreePolicy(ABC):
         nodes = tree.walk(leaves)
         # A head's log F is wanted in every state, a distribution only where there is something to choose.
         states = nodes[:, :, :-1]
-        wanted = states if self._heads or vocabulary else states.masked_fill(tree.settled(states), -1)
+        wanted = states if self._heads or vocabulary else states.masked_fill(tree.is_determined(states), -1)
         branches = merge_branches(tree, wanted)
         with nullcontext() if vocabulary else self._chosen_logits(tree):
             logits, flows = self._packed(prompts, branches)
@@ -160,8 +160,8 @@ class TreePolicy(ABC):
         tokens, children = self.catalog.tree.children(nodes, depth)
         present = children >= 0
         # A finite fill keeps states without children (ended ids) free of NaN, in value and in gradient.
-        if logits.shape[-1] == len(self.catalog.tree.tokens):  # those of the catalogue's tokens only
-            tokens = self.catalog.tree.places_of(tokens)
+        if logits.shape[-1] == len(self.catalog.tree.tokens):  # those of the catalog's tokens only
+            tokens = self.catalog.tree.compact_token_ids(tokens)
         chosen = logits.gather(-1, tokens.clamp(min=0)) / self.temperature
         chosen = chosen.masked_fill(~present, torch.finfo(logits.dtype).min)
         return children, chosen.log_softmax(-1).masked_fill(~present, -torch.inf)
@@ -195,14 +195,14 @@ class TreePolicy(ABC):
         with self._decoding(prompts) as decoder:
             logits = decoder.root_logits
             for depth in range(tree.max_depth):
-                if not tree.num_open[depth]:
+                if not tree.num_branching[depth]:
                     break  # nowhere is anything left to choose, in no process
-                settled = tree.settled(nodes)
-                place = places(nodes.masked_fill(settled, -1))  # trajectories at one state share its computation
-                width = _width(place.amax(1) + 1, min(num_generations, tree.num_open[depth]))
-                states = put(nodes, place, width, empty=-1)
+                settled = tree.is_determined(nodes)
+                place = dense_rank(nodes.masked_fill(settled, -1))  # trajectories at one state share its computation
+                width = _width(place.amax(1) + 1, min(num_generations, tree.num_branching[depth]))
+                states = scatter_rows(nodes, place, width, empty=-1)
                 if depth:
-                    logits = decoder.extend(tree.tokens_of(states), put(parents, place, width))
+                    logits = decoder.extend(tree.tokens_of(states), scatter_rows(parents, place, width))
                 children, log_probs = self._distribution(logits / temperature, states, depth)
                 present = children >= 0
                 probs = log_probs.exp().double()
@@ -217,7 +217,7 @@ class TreePolicy(ABC):
                 log_q += torch.where(settled, 0.0, chosen.log()).float()
                 nodes = torch.where(settled, nodes, children.gather(-1, choice).squeeze(-1))
                 parents = place.clamp(min=0)
-        return tree.only_leaf(nodes), log_q
+        return tree.unique_leaf(nodes), log_q
 
     @torch.no_grad()
     def beam_search(self, prompts: Prompts, num_beams: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -226,11 +226,11 @@ class TreePolicy(ABC):
         Args:
             prompts: the batch.
             num_beams: width of the beam.
-            allowed: bool `(M,)` nodes that may be entered (`PrefixTree.ways_to`), by default all. Probabilities stay
+            allowed: bool `(M,)` nodes that may be entered (`PrefixTree.path_mask`), by default all. Probabilities stay
                 those over the whole tree.
 
         Returns:
-            leaves `(B, num_beams)`, best first, and their tree-normalised log-probabilities. Where there are fewer
+            leaves `(B, num_beams)`, best first, and their tree-normalized log-probabilities. Where there are fewer
             leaves than beams, the rest is leaf -1 with -inf.
         """
 
@@ -282,7 +282,7 @@ class TreePolicy(ABC):
 
     @torch.no_grad()
     def leaf_log_probs(self, prompts: Prompts, chunk_size: int = 256) -> Tensor:
-        """The exact distribution over all leaves: `(B, N)`. For small catalogues and for tests.
+        """The exact distribution over all leaves: `(B, N)`. For small catalogs and for tests.
 
         Args:
             prompts: the batch.
@@ -300,7 +300,7 @@ class TreePolicy(ABC):
                 for depth in range(tree.max_depth):
                     if depth:
                         nodes = paths[:, depth].unique()
-                        nodes = nodes[~tree.settled(nodes)]
+                        nodes = nodes[~tree.is_determined(nodes)]
                         if not len(nodes):
                             break
                         parents = torch.searchsorted(previous, tree.parent[nodes].long())
@@ -311,7 +311,7 @@ class TreePolicy(ABC):
                     present = children[0] >= 0
                     totals[:, children[0][present]] = (totals[:, previous, None] + log_probs)[:, present]
         # A leaf's probability is that of the first node on its way that leads nowhere else.
-        first = (~tree.settled(tree.path_nodes)).sum(1, keepdim=True)
+        first = (~tree.is_determined(tree.path_nodes)).sum(1, keepdim=True)
         return totals[:, tree.path_nodes.gather(1, first).squeeze(1).long()]
 
     # ------------------------------------------------------------------------------------------------------- helpers
@@ -338,10 +338,10 @@ class TreePolicy(ABC):
         with self._decoding(prompts) as decoder:
             logits, parents = decoder.root_logits, torch.zeros_like(nodes)
             for depth in range(tree.max_depth):
-                if not tree.num_open[depth]:
+                if not tree.num_branching[depth]:
                     break  # nowhere is anything left to choose, in no process
-                settled = tree.settled(nodes)
-                count = _width((~settled).sum(1), min(nodes.shape[1], tree.num_open[depth]))
+                settled = tree.is_determined(nodes)
+                count = _width((~settled).sum(1), min(nodes.shape[1], tree.num_branching[depth]))
                 going_on = settled.to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
                 states = nodes.masked_fill(settled, -1).gather(1, going_on)
                 if depth:
@@ -358,7 +358,7 @@ class TreePolicy(ABC):
                 totals = totals.masked_fill(missing, -torch.inf)
                 nodes = torch.cat([children.flatten(1), nodes], 1).gather(1, place).masked_fill(missing, -1)
         rest = (0, width - nodes.shape[1])
-        leaves = nn.functional.pad(tree.only_leaf(nodes), rest, value=-1)
+        leaves = nn.functional.pad(tree.unique_leaf(nodes), rest, value=-1)
         totals = nn.functional.pad(totals, rest, value=-torch.inf)
         return leaves, totals, nn.functional.pad(ranks, rest, value=-torch.inf)
 
@@ -372,7 +372,7 @@ class TreePolicy(ABC):
         return self.catalog.tree
 
     def _chosen_logits(self, tree: PrefixTree) -> AbstractContextManager:
-        """Within, the model gives logits of the catalogue's tokens only, where that is worth while and possible."""
+        """Within, the model gives logits of the catalog's tokens only, where that is worth while and possible."""
         return nullcontext() if self._output is None else only_rows(self._output, tree.tokens)
 
     def _chosen_states(self, states: Tensor) -> AbstractContextManager:

@@ -147,9 +147,9 @@ class Header(Table):
         if missing:
             reason = f"the header lacks {', '.join(missing)}; it has {', '.join(self.names)}"
             data = any(reads_as(float, name) for name in self.names)
-            raise source.misfit(number, reason + (_NO_HEADER if data else ""))
+            raise source.format_error_at(number, reason + (_NO_HEADER if data else ""))
         if len(self.names) < len(named):
-            raise source.misfit(number, "the header names a column twice")
+            raise source.format_error_at(number, "the header names a column twice")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What all stages of a run share: interactions, splits, tokenizer, catalogue. Reading them finds all bad input."""
+"""What all stages of a run share: interactions, splits, tokenizer, catalog. Reading them finds all bad input."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SAMPLED = 1 << 16  # bytes of each of up to 17 blocks of a file that make its fi
 
 
 @dataclass
-class Materials:
+class RunData:
     """The data of a run.
 
     Attributes:
@@ -48,7 +48,7 @@ class Materials:
     """
 
     recipe: Recipe
-    data: InteractionData
+    interactions: InteractionData
     truth: ShopTruth | None
     splits: Splits
     tokenizer: PreTrainedTokenizerBase
@@ -65,8 +65,8 @@ class Materials:
     @property
     def titles(self) -> dict[Any, str]:
         """The title of each item that has one (items.jsonl)."""
-        features = self.data.item_features
-        return {i: features[i]["title"] for i in self.data.items if features.get(i, {}).get("title")}
+        features = self.interactions.item_features
+        return {i: features[i]["title"] for i in self.interactions.items if features.get(i, {}).get("title")}
 
     @property
     def item_counts(self) -> Tensor:
@@ -91,44 +91,45 @@ class Materials:
 
     @property
     def kind(self) -> str:
-        return "SYNTHETIC data" if self.data.synthetic else "real data"
+        return "SYNTHETIC data" if self.interactions.synthetic else "real data"
 
 
-def prepare(recipe: Recipe) -> Materials:
-    """Reads or makes the data, splits it, and builds tokenizer and catalogue.
+def prepare(recipe: Recipe) -> RunData:
+    """Reads or makes the interactions, splits them, and builds tokenizer and catalog.
 
     Raises:
         ValueError, FileNotFoundError: bad input; the message says what and where.
     """
     truth = None
     if recipe.data_dir is None:
-        data, truth = SyntheticShop(**recipe.data.shop).generate()
+        interactions, truth = SyntheticShop(**recipe.data.shop).generate()
     else:
-        data = read_interactions(recipe.data_dir)
+        interactions = read_interactions(recipe.data_dir)
         if recipe.data.k_core:
-            data = k_core(data, recipe.data.k_core)
-    if data.semantic_ids is None:
+            interactions = k_core(interactions, recipe.data.k_core)
+    if interactions.semantic_ids is None:
         raise ValueError(
-            f"{data.name} has no semantic ids: {recipe.data_dir} holds no semantic_ids.json. `gflowtrl tokenize "
-            f"--data_dir {recipe.data_dir}` makes it; or give each item a list of tokens there (docs/data.md)."
+            f"{interactions.name} has no semantic ids: {recipe.data_dir} holds no semantic_ids.json. `gflowtrl "
+            f"tokenize --data_dir {recipe.data_dir}` makes it; or give each item a list of tokens there "
+            f"(docs/data.md)."
         )
-    splits = leave_one_out(data, _history_cut(data, recipe.data.max_history_items))
+    splits = leave_one_out(interactions, _history_cut(interactions, recipe.data.max_history_items))
     if recipe.model.get("model_name_or_path") is None:
-        tokenizer = build_tokenizer(data.semantic_ids)
+        tokenizer = build_tokenizer(interactions.semantic_ids)
     else:
         tokenizer = load_tokenizer(**recipe.pretrained)
-        add_item_tokens(tokenizer, data.semantic_ids)
-    catalog = ItemCatalog.from_semantic_ids(data.semantic_ids, tokenizer)
+        add_item_tokens(tokenizer, interactions.semantic_ids)
+    catalog = ItemCatalog.from_semantic_ids(interactions.semantic_ids, tokenizer)
     content = {
         "section": asdict(recipe.data),
-        "users": data.users,
-        "sequences": data.sequences,
-        "events": data.events,
-        "semantic_ids": list(data.semantic_ids.items()),
+        "users": interactions.users,
+        "sequences": interactions.sequences,
+        "events": interactions.events,
+        "semantic_ids": list(interactions.semantic_ids.items()),
     }
-    materials = Materials(recipe, data, truth, splits, tokenizer, catalog, fingerprint(content))
-    materials.encoder  # noqa: B018  (it names what its prompts lack)
-    return materials
+    data = RunData(recipe, interactions, truth, splits, tokenizer, catalog, fingerprint(content))
+    data.encoder  # noqa: B018  (it names what its prompts lack)
+    return data
 
 
 def _history_cut(data: InteractionData, max_history_items: int) -> int | None:

@@ -1,4 +1,4 @@
-"""What a teacher is, and what all teachers share: item lookup, saving, loading, memoised scoring."""
+"""What a teacher is, and what all teachers share: item lookup, saving, loading, memoized scoring."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ BATCH = 512  # histories scored together
 
 @runtime_checkable
 class Teacher(Protocol):
-    """A model that scores the whole catalogue for a history.
+    """A model that scores the whole catalog for a history.
 
     `items` fixes the order of the score columns; `score(histories)` returns a float tensor `(B, len(items))`, higher
     is better. Built-in teachers return *logits*: `softmax(score)` is their distribution over the next item.
@@ -46,7 +46,7 @@ class TeacherModule(nn.Module):
     all that saving and loading need.
 
     Args:
-        items: the catalogue, without duplicates, in the order of the score columns.
+        items: the catalog, without duplicates, in the order of the score columns.
         **config: the JSON-able keyword arguments that rebuild the (untrained) teacher.
     """
 

@@ -15,8 +15,8 @@ import torch
 from gflowtrl.metrics import group_means, paired_bootstrap, popularity_groups, primary_cutoff
 
 from .evaluation import per_user
-from .materials import Materials
 from .plots import NAMES, plot_run, titles_of
+from .run_data import RunData
 from .stage import Stage, write_json
 
 
@@ -26,7 +26,7 @@ PACKAGES = ("gflowtrl", "torch", "transformers", "trl", "accelerate", "datasets"
 
 
 def collect(
-    materials: Materials,
+    data: RunData,
     trained: Mapping[str, Stage],
     tested: Mapping[str, Stage],
     seconds: Mapping[str, float],
@@ -42,9 +42,9 @@ def collect(
         teacher_seconds: of fitting the recipe's own teacher.
         calibration: of `measure_calibration`, where there is one.
     """
-    recipe, k = materials.recipe, materials.recipe.evaluation.primary_k
-    of_item = popularity_groups(materials.item_counts)
-    groups, count = of_item[materials.catalog.index_of(materials.test["target"])], int(of_item.max()) + 1
+    recipe, k = data.recipe, data.recipe.evaluation.primary_k
+    of_item = popularity_groups(data.item_counts)
+    groups, count = of_item[data.catalog.index_of(data.test["target"])], int(of_item.max()) + 1
     methods = {}
     for method, stage in tested.items():
         record = stage.record
@@ -64,11 +64,11 @@ def collect(
     results = {
         "recipe": recipe.as_dict(),
         "data": {
-            "summary": materials.data.summary(),
-            "synthetic": materials.data.synthetic,
-            "test_users": len(materials.test),
-            "leaves": materials.catalog.tree.num_leaves,
-            "fingerprint": materials.fingerprint,
+            "summary": data.interactions.summary(),
+            "synthetic": data.interactions.synthetic,
+            "test_users": len(data.test),
+            "leaves": data.catalog.tree.num_leaves,
+            "fingerprint": data.fingerprint,
         },
         "methods": methods,
         "seconds": dict(seconds),
@@ -82,17 +82,17 @@ def collect(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if {"gflownet", "control"} <= tested.keys():
-        results["gflownet_minus_control"] = compare(materials, tested["gflownet"], tested["control"], k)
+        results["gflownet_minus_control"] = compare(data, tested["gflownet"], tested["control"], k)
     if calibration is not None:
         results["calibration"] = calibration
     return results
 
 
-def compare(materials: Materials, first: Stage, second: Stage, k: int) -> dict[str, dict[str, float]]:
+def compare(data: RunData, first: Stage, second: Stage, k: int) -> dict[str, dict[str, float]]:
     """Paired bootstrap over test users of the difference of two methods, for each headline metric."""
     a, b = per_user(first), per_user(second)
     names = [f"recall@{k}", f"ndcg@{k}"] + [n for n in ("unseen_liked_mass", "total_variation") if n in a]
-    samples = materials.recipe.evaluation.bootstrap_samples
+    samples = data.recipe.evaluation.bootstrap_samples
     return {name: paired_bootstrap(a[name], b[name], samples=samples) for name in names}
 
 

@@ -1,15 +1,15 @@
-"""Logits of the catalogue's tokens only: the same policy, the same gradients, fewer rows computed."""
+"""Logits of the catalog's tokens only: the same policy, the same gradients, fewer rows computed."""
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from gflowtrl.policy import StatelessNoise, make_policy
-from gflowtrl.policy.output_rows import only_rows, selectable_head
+from gflowtrl.policy.restricted_head import only_rows, selectable_head
 from tests.tiny import catalog_of, ragged_prompts, random_paths, tiny_model, tiny_seq2seq
 
 
-VOCAB = 100  # of which the catalogue uses 18
+VOCAB = 100  # of which the catalog uses 18
 KINDS = [
     ("llama", False, None), ("llama", True, None), ("qwen3", False, None), ("t5", True, None), ("mt5", False, None),
     ("llama", False, "all"), ("qwen3", True, "all"), ("llama", False, "some"), ("t5", True, "all"),
@@ -17,7 +17,7 @@ KINDS = [
 
 
 def build(kind, tied, trained=None):
-    """A model; with `trained`, PEFT trains the rows of all or of some of the catalogue's tokens, and of others."""
+    """A model; with `trained`, PEFT trains the rows of all or of some of the catalog's tokens, and of others."""
     model = (tiny_seq2seq if kind.endswith("t5") else tiny_model)(VOCAB, kind)
     model.config.tie_word_embeddings = tied
     if tied:
@@ -84,7 +84,7 @@ def test_with_adapters_switched_off_the_rows_are_the_base_models():
         torch.testing.assert_close(policy.leaf_log_probs(prompts), expected)
 
 
-def test_the_model_computes_the_catalogues_rows_and_is_its_old_self_afterwards():
+def test_the_model_computes_the_catalogs_rows_and_is_its_old_self_afterwards():
     catalog, model = catalog_of(random_paths(40)), build("llama", False)
     policy, prompts = make_policy(model, catalog), ragged_prompts(2, VOCAB)
     widths = []
@@ -122,5 +122,7 @@ def test_the_head_computes_states_with_a_choice_only():
     leaves = torch.arange(6).view(2, 3)
     make_policy(model, catalog).score(prompts, leaves)
     tree, nodes = catalog.tree, catalog.tree.walk(leaves)[:, :, :-1]
-    open_states = {(row, int(node)) for row in range(2) for node in nodes[row].flatten() if not tree.settled(node)}
+    open_states = {
+        (row, int(node)) for row in range(2) for node in nodes[row].flatten() if not tree.is_determined(node)
+    }
     assert read == [(len(open_states), len(tree.tokens))]

@@ -18,7 +18,7 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
-class Gate:
+class RequestMiddleware:
     """ASGI middleware.
 
     Args:

@@ -1,7 +1,7 @@
 """Logits of the catalog's tokens only, and of the states that are asked for.
 
 A language model's head has a row for every token of its vocabulary (150,000, say); the policy asks for those of the
-catalogue's tokens only (a thousand). The product with all others would be most of a training step. Rows are chosen
+catalog's tokens only (a thousand). The product with all others would be most of a training step. Rows are chosen
 inside the head's own forward, so that sharded engines gather the weight where they always do, and gradients reach the
 chosen rows as if all had been computed. So are the states: of a packed row those where there is something to choose.
 """
@@ -92,7 +92,7 @@ def _trained_rows(layer: TrainableTokensLayer, rows: Tensor) -> Tensor:
 def selectable_head(model: nn.Module) -> nn.Module | None:
     """The output head of `model` where some of its rows can be computed alone, else None.
 
-    That is a plain linear layer, or one of which PEFT trains single rows: not one that is quantised or adapted, nor
+    That is a plain linear layer, or one of which PEFT trains single rows: not one that is quantized or adapted, nor
     one whose logits the model adds a number per token to (BART). The head's class gets a subclass of the same name;
     calls outside `only_rows` are untouched.
     """

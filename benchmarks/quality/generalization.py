@@ -1,7 +1,7 @@
 """Beyond the test split as it is: rare targets, and histories with random items in them; GFlowNet against the control.
 
-    python benchmarks/quality/generalisation.py --data_dir DIR
-    python benchmarks/quality/generalisation.py --data_dir DIR --recipe recipes/gflowgr_office_llama_vargrad.yaml
+    python benchmarks/quality/generalization.py --data_dir DIR
+    python benchmarks/quality/generalization.py --data_dir DIR --recipe recipes/gflowgr_office_llama_vargrad.yaml
 
 Evaluates the models of a run (which is made, or loaded from --output_dir where it is finished). Rows: all users, those
 whose target is no item of any training history, those whose target is one of few, and all users with 10 % and 30 % of
@@ -18,8 +18,8 @@ from office import KEPT, ROOT, make_parser, places
 
 from gflowtrl.metrics import leaf_ranking_metrics, paired_bootstrap
 from gflowtrl.pipeline import load_recipe, run
-from gflowtrl.pipeline.materials import Materials, prepare
-from gflowtrl.pipeline.report import aligned, interval_text
+from gflowtrl.pipeline.run_data import RunData, prepare
+from gflowtrl.pipeline.run_report import aligned, interval_text
 from gflowtrl.policy import StatelessNoise, load_backbone, make_policy
 from gflowtrl.trainer import rank_rows
 
@@ -44,24 +44,24 @@ def noisy(rows: Dataset, items: list, share: float, seed: int = 0) -> Dataset:
     return rows.remove_columns("history").add_column("history", histories)
 
 
-def per_user(materials: Materials, folder: str, rows: Dataset) -> dict[str, torch.Tensor]:
+def per_user(run_data: RunData, folder: str, rows: Dataset) -> dict[str, torch.Tensor]:
     model = load_backbone(folder).eval()
-    policy = make_policy(model, materials.catalog)
-    leaves = rank_rows(policy, materials.encoder, rows, materials.recipe.evaluation.num_beams, progress=False)
-    targets = materials.catalog.leaf_of(rows["target"])
-    return leaf_ranking_metrics(leaves, targets, materials.catalog.leaf_sizes, materials.recipe.evaluation.ks)
+    policy = make_policy(model, run_data.catalog)
+    leaves = rank_rows(policy, run_data.encoder, rows, run_data.recipe.evaluation.num_beams, progress=False)
+    targets = run_data.catalog.leaf_of(rows["target"])
+    return leaf_ranking_metrics(leaves, targets, run_data.catalog.leaf_sizes, run_data.recipe.evaluation.ks)
 
 
-def conditions(materials: Materials, models: dict[str, str]) -> list[dict]:
+def conditions(run_data: RunData, models: dict[str, str]) -> list[dict]:
     """One record a condition: means of each method, and the difference of GFlowNet and control with its interval."""
-    rows = materials.splits.test
-    count = materials.item_counts[materials.catalog.index_of(rows["target"])]
+    rows = run_data.splits.test
+    count = run_data.item_counts[run_data.catalog.index_of(rows["target"])]
     groups = {"target never in training": count == 0, "1 to 4 times": (count > 0) & (count < 5)}
     groups["5 times and more"] = count >= 5
     records = []
     for share in SHARES:
-        changed = noisy(rows, list(materials.catalog.items), share)
-        figures = {method: per_user(materials, folder, changed) for method, folder in models.items()}
+        changed = noisy(rows, list(run_data.catalog.items), share)
+        figures = {method: per_user(run_data, folder, changed) for method, folder in models.items()}
         everyone = torch.ones(len(rows), dtype=torch.bool)
         chosen = {"all users": everyone, **groups} if not share else {f"{share:.0%} of the history random": everyone}
         for name, mask in chosen.items():
@@ -95,11 +95,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42)
     given = parser.parse_args()
     recipe = load_recipe(given.recipe, places(given, given.seed))
-    materials = prepare(recipe)
-    results = run(recipe, materials, quiet=True)
-    records = conditions(materials, {method: results["methods"][method]["model"] for method in METHODS})
+    run_data = prepare(recipe)
+    results = run(recipe, run_data, quiet=True)
+    records = conditions(run_data, {method: results["methods"][method]["model"] for method in METHODS})
     print(table(records))
-    file = KEPT / f"generalisation-{recipe.name}-seed{given.seed}.json"
+    file = KEPT / f"generalization-{recipe.name}-seed{given.seed}.json"
     file.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
 
 

@@ -33,7 +33,7 @@ class ScoresLeaves(Protocol):
 
 
 class Binds(Protocol):
-    """What wants to know the catalogue before it is used."""
+    """What wants to know the catalog before it is used."""
 
     def bind(self, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase | None, leaf_reduction: str) -> Any: ...
 
@@ -55,7 +55,7 @@ def scores_leaves(reward: object) -> TypeGuard[ScoresLeaves]:
 
 
 def binds(reward: object) -> TypeGuard[Binds]:
-    """Whether a reward wants to know the catalogue."""
+    """Whether a reward wants to know the catalog."""
     return hasattr(reward, "bind")
 
 
@@ -89,14 +89,14 @@ class Reward:
     def bind(
         self, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase | None = None, leaf_reduction: str = "sum"
     ) -> Self:
-        """Tell the reward which catalogue it scores. `CompositeReward` does; do it yourself to use a reward alone."""
+        """Tell the reward which catalog it scores. `CompositeReward` does; do it yourself to use a reward alone."""
         if catalog is not getattr(self, "catalog", None):
             self._prepare(catalog)
         self.catalog, self.tokenizer, self.leaf_reduction = catalog, tokenizer, leaf_reduction
         return self
 
     def _prepare(self, catalog: ItemCatalog) -> None:
-        """What a reward does when it is bound to another catalogue. The default does nothing."""
+        """What a reward does when it is bound to another catalog. The default does nothing."""
 
     def score_items(self, step: Step) -> Tensor:
         """Reward of every item for every row: `(B, items)`, in the order of `catalog.items`."""
@@ -108,7 +108,7 @@ class Reward:
         return scores.gather(1, leaves.to(scores.device))
 
     def __call__(self, prompts: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
-        """The same reward with TRL's signature: one value per completion, 0 for one that is no id of the catalogue."""
+        """The same reward with TRL's signature: one value per completion, 0 for one that is no id of the catalog."""
         leaves = self._leaves_of(completion_ids)
         columns = {name: values for name, values in columns.items() if name not in REWARD_ARGUMENTS}
         row_ids = torch.as_tensor(columns.get("row_id", range(len(prompts))))
@@ -131,7 +131,7 @@ class Reward:
 
     def _bound_catalog(self) -> ItemCatalog:
         if not hasattr(self, "catalog"):
-            raise ValueError(f"{self._owner} does not know the catalogue yet; call bind(catalog) first.")
+            raise ValueError(f"{self._owner} does not know the catalog yet; call bind(catalog) first.")
         return self.catalog
 
     def _items_from_leaves(self, values: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class Reward:
     def _fold_some(self, leaves: Tensor, items: Tensor, values: Tensor) -> Tensor:
         """Rewards of `leaves (B, K)` from those of some distinct items of each row, 0 for all others: `(B, K)`.
 
-        `items (B, S)` are positions in the catalogue, padded with -1, and `values (B, S)` their rewards.
+        `items (B, S)` are positions in the catalog, padded with -1, and `values (B, S)` their rewards.
         """
         items, values = items.to(leaves.device), values.to(leaves.device)
         leaf = self._bound_catalog().item_leaf.to(leaves.device)[items.clamp(min=0)]

@@ -14,7 +14,7 @@ from .statistics import mean_and_error
 
 @dataclass
 class RankingReport:
-    """What `summarise` and `summarise_items` return.
+    """What `summarize` and `summarize_items` return.
 
     Attributes:
         metrics: flat floats: `"recall@10"`, `"item_ndcg@10"`, `"coverage@10"`, ...; means over users for the ranking
@@ -28,7 +28,7 @@ class RankingReport:
     per_user: dict[str, Tensor]
 
 
-def summarise(
+def summarize(
     leaf_lists: Tensor,
     target_leaves: Tensor,
     catalog: ItemCatalog,
@@ -51,7 +51,7 @@ def summarise(
     return _report(per_user, catalog.expand_leaves(leaf_lists, max(ks)).cpu(), item_counts, ks)
 
 
-def summarise_items(
+def summarize_items(
     item_lists: Tensor, targets: Tensor, item_counts: Tensor, ks: Sequence[int] = DEFAULT_KS
 ) -> RankingReport:
     """The same for ranked item indices `(U, R)` and target item indices `(U,)`, as a teacher's `top_items` gives them.
