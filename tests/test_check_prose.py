@@ -110,3 +110,6 @@ def test_the_command_names_file_and_line(tmp_path):
     assert ran.stdout.splitlines() == [f"{tmp_path / 'page.md'}:3: catalogue -> catalog"]
     (tmp_path / "page.md").write_text("A catalog.\n")
     assert subprocess.run([sys.executable, SCRIPT, tmp_path / "page.md"]).returncode == 0
+    for other in ("missing", "setup.cfg"):  # a mistyped name must not pass as clean
+        (tmp_path / "setup.cfg").touch()
+        assert subprocess.run([sys.executable, SCRIPT, tmp_path / other], capture_output=True).returncode == 2

@@ -135,8 +135,11 @@ def files_in(path: Path) -> list[Path]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", type=Path, nargs="*", default=[ROOT], help="files or folders; the repository")
-    count = 0
-    for file in (file for path in parser.parse_args().paths for file in files_in(path)):
+    paths, count = parser.parse_args().paths, 0
+    for path in paths:
+        if not path.is_dir() and not (path.is_file() and path.suffix in READERS):
+            parser.error(f"{path} is neither a folder nor a file that ends with {', '.join(READERS)}")
+    for file in (file for path in paths for file in files_in(path)):
         source = file.read_text(encoding="utf-8")
         found = findings(source, file.suffix)
         if file.resolve() == ROOT / "README.md":
