@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 import gflowtrl
-from gflowtrl.pipeline.configuration import known_files, recipe_folder
+from gflowtrl.configuration import known_files, recipe_folder
 
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +102,7 @@ def test_the_source_archive_makes_the_same_wheel_as_the_tree(tree, wheel, tmp_pa
 
 def recipe_folder_of(package: Path) -> Path:
     """The result of `recipe_folder` in another copy of the package."""
-    file = package / "pipeline" / "configuration.py"
+    file = package / "configuration.py"
     spec = importlib.util.spec_from_file_location("configuration_elsewhere", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
