@@ -95,7 +95,7 @@ def test_a_recommender_that_breaks_later_gives_no_lists():
 def test_numbers_that_overflow_are_told_from_bad_weights():
     recommender = make_recommender()
     recommender.model.model.norm.register_forward_hook(lambda module, inputs, output: output * INF)
-    with pytest.raises(NonFiniteError, match=r"although its weights are finite: its numbers overflow in float32"):
+    with pytest.raises(NonFiniteError, match=r"although its weights are finite: its activations overflow in float32"):
         recommender.recommend([HISTORY], k=2)
 
 
