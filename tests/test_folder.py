@@ -187,7 +187,7 @@ def test_a_plain_model_may_hold_more_but_not_less(tmp_path):
     change(tmp_path / "model.safetensors", lambda c: c.update(extra=torch.ones(1)))
     load_backbone(tmp_path)
     change(tmp_path / "model.safetensors", lambda c: drop(c, "lm_head.weight"))
-    with pytest.raises(ValueError, match="lacks 1 tensors .'lm_head.weight'.*can be loaded by its own class"):
+    with pytest.raises(ValueError, match="lacks 1 tensors .'lm_head.weight'.*load it by its own class"):
         load_backbone(tmp_path)
 
 
