@@ -60,19 +60,18 @@ def check_tensors(tensors: Mapping[str, Tensor], source: object) -> None:
         )
 
 
-def check_weights(model: nn.Module, name: object = None) -> None:
+def check_weights(model: nn.Module) -> None:
     """Check that the weights of a model are finite.
 
     Args:
         model: bare or wrapped. Of a sharded model, only the shards of this process are read.
-        name: the model's name in the error. Default: where it was loaded from.
 
     Raises:
         NonFiniteError: names the model and the first weight that holds NaN or infinity.
     """
     if (weight := find_nonfinite_weight(model)) is not None:
         raise NonFiniteError(
-            f"{name or describe(model)} has NaN or infinity in its weight {weight!r}: its training diverged, or its "
+            f"{describe(model)} has NaN or infinity in its weight {weight!r}: its training diverged, or its "
             f"files are damaged. Use an earlier checkpoint, or train again with a lower learning rate."
         )
 

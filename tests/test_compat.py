@@ -322,7 +322,7 @@ def test_every_overridden_private_name_is_listed(trainer):
 
 
 # ------------------------------------------------------------------------------- private names are used in compat only
-def own_names() -> set[str]:
+def defined_names() -> set[str]:
     """Return all names that gflowtrl itself defines: functions, classes, variables and attributes that it sets."""
     found = set()
     for path, tree in TREES.items():
@@ -342,7 +342,7 @@ def is_self(node: ast.expr) -> bool:
     return isinstance(node, ast.Name) and node.id in ("self", "cls")
 
 
-def private_uses(tree: ast.Module, own: set[str], modules: set[str]) -> list[tuple[int, str]]:
+def private_uses(tree: ast.Module, defined: set[str], modules: set[str]) -> list[tuple[int, str]]:
     """Return the line and name of each use of a private name, or of a module that only compat may import from."""
     found = []
     for node in ast.walk(tree):
@@ -353,16 +353,16 @@ def private_uses(tree: ast.Module, own: set[str], modules: set[str]) -> list[tup
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
             found += [(node.lineno, n) for n in names if n in modules or any(map(is_private, n.split(".")))]
-        elif isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own:
+        elif isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in defined:
             found.append((node.lineno, node.attr))
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr", "delattr"):
             name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
-            found += [(node.lineno, name)] if is_private(name) and name not in own else []
+            found += [(node.lineno, name)] if is_private(name) and name not in defined else []
     return found
 
 
 def test_no_private_name_of_another_library_is_used_elsewhere():
-    allowed = own_names() | {name for names in OVERRIDES.values() for name in names}
+    allowed = defined_names() | {name for names in OVERRIDES.values() for name in names}
     modules = {module for module, _ in compat.NAMES.values()} | {"transformers.integrations"}
     for path, tree in TREES.items():
         if path.name != "compat.py":
@@ -384,5 +384,5 @@ def test_no_private_name_of_another_library_is_used_elsewhere():
 )
 def test_the_search_finds_private_names(line):
     modules = {module for module, _ in compat.NAMES.values()}
-    assert private_uses(ast.parse(line), own_names(), modules)
-    assert not private_uses(ast.parse("from trl import SFTConfig\nself._catalog\nx.weight"), own_names(), modules)
+    assert private_uses(ast.parse(line), defined_names(), modules)
+    assert not private_uses(ast.parse("from trl import SFTConfig\nself._catalog\nx.weight"), defined_names(), modules)

@@ -1,6 +1,9 @@
 """Tiny catalogs and models for tests."""
 
+from collections.abc import Mapping
+
 import pytest
+import scipy
 import torch
 from accelerate.utils import compare_versions
 from transformers import (
@@ -20,6 +23,7 @@ from transformers import (
 )
 
 from gflowtrl.catalog import ItemCatalog
+from gflowtrl.policy import CausalTreePolicy
 
 
 FIRST_TOKEN = 3  # 0 padding, 1 beginning, 2 end
@@ -123,3 +127,39 @@ def naive_log_probs(tree, prompts, leaves, vocab_size, logits_of) -> torch.Tenso
             taken = masked.log_softmax(-1).gather(1, path[:, None]).squeeze(1)
             rows.append(torch.nn.functional.pad(taken, (0, tree.max_depth - len(path))))
     return torch.stack(rows).view(*leaves.shape, -1)
+
+
+def causal_log_probs(policy: CausalTreePolicy, prompts, leaves) -> torch.Tensor:
+    """Compute `naive_log_probs` with the model of a causal policy."""
+
+    def logits_of(prompt, path):
+        return policy.model(input_ids=torch.cat([prompt, path])[None]).logits[0, len(prompt) - 1 : -1].float()
+
+    return naive_log_probs(policy.catalog.tree, prompts, leaves, policy.model.config.vocab_size, logits_of)
+
+
+def gradients(model, loss):
+    """Return gradients by name; None for a parameter that the loss does not depend on."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return dict(zip(parameters, torch.autograd.grad(loss, parameters.values(), allow_unused=True), strict=True))
+
+
+def assert_close_gradients(actual: Mapping, expected: Mapping, tolerance: float = 1e-5) -> None:
+    """Compare gradients, relative to the largest one; None for a parameter that the loss does not depend on."""
+    scale = max(float(gradient.abs().max()) for gradient in expected.values() if gradient is not None)
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (actual[name] is None) == (gradient is None), name
+        if gradient is not None:
+            assert float((actual[name] - gradient).abs().max()) <= tolerance * scale, name
+
+
+def assert_distributed(outcomes: torch.Tensor, expected: torch.Tensor) -> None:
+    """Compare outcomes with probabilities by a chi-square test; rare outcomes are pooled."""
+    assert abs(float(expected.sum()) - 1) < 1e-4
+    counts = torch.bincount(outcomes, minlength=len(expected)).double()
+    common = expected * counts.sum() >= 5
+    observed = torch.cat([counts[common], counts[~common].sum()[None]])
+    wanted = torch.cat([expected[common], expected[~common].sum()[None]]).double()
+    observed, wanted = observed[wanted > 0], wanted[wanted > 0] * counts.sum() / wanted.sum()
+    assert scipy.stats.chisquare(observed.numpy(), wanted.numpy()).pvalue > 1e-3

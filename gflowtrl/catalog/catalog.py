@@ -45,7 +45,7 @@ class ItemCatalog:
         if not len(self.items) == len(self.semantic_ids) == len(item_token_ids):
             raise ValueError(
                 f"{len(self.items)} items, {len(self.semantic_ids)} semantic ids and {len(item_token_ids)} rows of "
-                f"token ids were given; their numbers must be equal."
+                f"token ids were given. Give one of each per item."
             )
         self._index = ItemIndex(self.items)
         self.item_token_ids = item_token_ids.long()

@@ -27,6 +27,4 @@ class ItemIndex(dict[Item, int]):
 
     def __missing__(self, item: Item) -> int:
         known = f"{len(self)} items (the first is {next(iter(self), None)!r})"
-        raise ValueError(
-            f"Item {item!r} is not in the catalog of {known}. Remove it from the data, or add it to the catalog."
-        )
+        raise ValueError(f"Item {item!r} is not in the catalog of {known}. Remove it, or add it to the catalog.")

@@ -101,10 +101,8 @@ def load_adapters(
     with _loading(f"The adapters of {name}, on the base model {model.name_or_path!r},"):
         adapted = PeftModel.from_pretrained(model, str(name), **where)
     expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    tables = [
-        model.get_input_embeddings(),
-        model.get_output_embeddings(),
-    ]  # PEFT saves them whole if they were resized
+    # PEFT saves the embeddings and the head whole if they were resized.
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     names = [name for name, module in model.named_modules() if module in tables]
     unexpected = {key for key in saved.keys() - expected if not any(f".{name}." in key for name in names)}
     wrong = {"lacks": expected - saved.keys(), "holds, but the model does not have,": unexpected}

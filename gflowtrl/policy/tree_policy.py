@@ -123,7 +123,9 @@ class TreePolicy(ABC):
         lengths, over_vocabulary = tree.leaf_lengths[leaves], None
         if vocabulary:
             tempered = logits if self.temperature == 1 else logits / self.temperature
-            over_vocabulary = _over_vocabulary(tempered, branches, nodes[:, :, 1:], tree)
+            # log_softmax is one pass, forward and backward; logits - logsumexp would be several.
+            taken = tempered.log_softmax(-1)[branches.slots.clamp(min=0), tree.tokens_of(nodes[:, :, 1:])]
+            over_vocabulary = torch.where(nodes[:, :, 1:] >= 0, taken, 0.0)
         return StepScores(
             log_probs=torch.stack(log_probs, 2),
             child_log_probs=torch.stack(child_log_probs, 2),
@@ -383,13 +385,6 @@ def _flows_of_states(flows: Tensor, branches: Branches, lengths: Tensor) -> Tens
     """Turn log F of the states `(n,)` into log F of each trajectory's s_0 .. s_{L-1} `(B, K, L)`, 0 after its end."""
     states = flows[branches.slots.clamp(min=0)]
     return torch.where(torch.arange(states.shape[2], device=flows.device) < lengths[..., None], states, 0.0)
-
-
-def _over_vocabulary(logits: Tensor, branches: Branches, reached: Tensor, tree: PrefixTree) -> Tensor:
-    """Return log P of the tokens that lead to the nodes `reached` `(B, K, L)`, from their states' logits `(n, V)`."""
-    log_probs = logits.log_softmax(-1)  # one pass, forward and backward; logits - logsumexp would be several
-    taken = log_probs[branches.slots.clamp(min=0), tree.tokens_of(reached)]
-    return torch.where(reached >= 0, taken, 0.0)
 
 
 def _width(needed: Tensor, bound: int) -> int:

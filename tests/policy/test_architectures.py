@@ -80,20 +80,13 @@ def encoder(catalog):
     return PromptEncoder(catalog, TOKENIZER, max_history_items=HISTORY)
 
 
-def naive(policy, prompts, leaves):
-    def logits_of(prompt, path):
-        return policy.model(input_ids=torch.cat([prompt, path])[None]).logits[0, len(prompt) - 1 : -1].float()
-
-    return tiny.naive_log_probs(policy.catalog.tree, prompts, leaves, len(TOKENIZER), logits_of)
-
-
 @pytest.mark.parametrize("kind", [*WINDOWED, *WHOLE])
 def test_exact(kind, catalog, encoder):
     policy = make_policy(build(kind, {**WHOLE, **WINDOWED}[kind]), catalog)
     prompts = encoder([list(range(HISTORY)), [26, 3]])
     leaves = torch.tensor([[0, 1, 13, 26]]).expand(2, -1)
     with torch.no_grad():
-        expected = naive(policy, prompts, leaves)
+        expected = tiny.causal_log_probs(policy, prompts, leaves)
         torch.testing.assert_close(policy.score(prompts, leaves).log_probs, expected, rtol=0, atol=1e-4)
         decoded = policy.leaf_log_probs(prompts).gather(1, leaves)
     torch.testing.assert_close(decoded, expected.sum(-1), rtol=0, atol=2e-4)
@@ -114,15 +107,11 @@ def test_gradients_beyond_the_window(kind, catalog, encoder):
     policy = make_policy(build(kind, WINDOWED[kind]), catalog)
     prompts, leaves = encoder([list(range(HISTORY)), [26, 3]]), torch.tensor([[0, 5, 13], [2, 2, 25]])
     weights = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(2))
-    parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     packed, expected = (
-        torch.autograd.grad((log_probs * weights).sum(), parameters, allow_unused=True)
-        for log_probs in (policy.score(prompts, leaves).log_probs, naive(policy, prompts, leaves))
+        tiny.gradients(policy.model, (log_probs * weights).sum())
+        for log_probs in (policy.score(prompts, leaves).log_probs, tiny.causal_log_probs(policy, prompts, leaves))
     )
-    scale = max(float(gradient.abs().max()) for gradient in expected if gradient is not None)
-    for actual, other in zip(packed, expected, strict=True):
-        assert (actual is None) == (other is None)
-        assert actual is None or float((actual - other).abs().max()) <= 1e-4 * scale
+    tiny.assert_close_gradients(packed, expected, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("kind", UNSUPPORTED)
@@ -153,7 +142,7 @@ def test_models_that_count_columns_raise_beyond_their_limit(kind, catalog, encod
     prompts = encoder([list(range(HISTORY))])  # 25 tokens
     fits, too_many = torch.tensor([[0, 1]]), torch.arange(27)[None]
     with torch.no_grad():
-        expected = naive(policy, prompts, fits)
+        expected = tiny.causal_log_probs(policy, prompts, fits)
         torch.testing.assert_close(policy.score(prompts, fits).log_probs, expected, rtol=0, atol=1e-4)
     for use in (lambda: policy.score(prompts, too_many), lambda: policy.leaf_log_probs(prompts)):
         with pytest.raises(ValueError, match="exact for up to 30; a prompt and its branches take"):

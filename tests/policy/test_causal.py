@@ -1,13 +1,20 @@
 """Tests against a naive reference: repeat the prompt, score the full sequence, mask, renormalize."""
 
 import pytest
-import scipy
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gflowtrl.policy import CausalTreePolicy, StatelessNoise
-from tests import tiny
-from tests.tiny import catalog_of, ragged_prompts, random_paths, tiny_model
+from tests.tiny import (
+    assert_close_gradients,
+    assert_distributed,
+    catalog_of,
+    causal_log_probs,
+    gradients,
+    ragged_prompts,
+    random_paths,
+    tiny_model,
+)
 
 
 BATCH, VOCAB = 3, 30
@@ -21,13 +28,6 @@ def build(kind="llama", attention="sdpa", ragged=False, num_leaves=40, depth=3):
     return CausalTreePolicy(tiny_model(VOCAB, kind, attention), catalog)
 
 
-def naive_log_probs(policy, prompts, leaves):
-    def logits_of(prompt, path):
-        return policy.model(input_ids=torch.cat([prompt, path])[None]).logits[0, len(prompt) - 1 : -1]
-
-    return tiny.naive_log_probs(policy.catalog.tree, prompts, leaves, VOCAB, logits_of)
-
-
 def every_leaf(policy, batch=BATCH):
     return torch.arange(policy.catalog.tree.num_leaves).expand(batch, -1)
 
@@ -38,17 +38,12 @@ def test_scores_equal_the_naive_reference_in_value_and_gradient(kind, attention,
     prompts = ragged_prompts(BATCH, VOCAB)
     leaves = torch.randint(policy.catalog.tree.num_leaves, (BATCH, 5), generator=torch.Generator().manual_seed(1))
     weights = torch.randn(BATCH, 5, 3, generator=torch.Generator().manual_seed(2))
-    parameters = list(policy.model.parameters())
-
     packed = policy.score(prompts, leaves)
-    packed_gradient = torch.autograd.grad((packed.log_probs * weights).sum(), parameters)
-    naive = naive_log_probs(policy, prompts, leaves)
-    naive_gradient = torch.autograd.grad((naive * weights).sum(), parameters)
-
+    naive = causal_log_probs(policy, prompts, leaves)
     torch.testing.assert_close(packed.log_probs, naive, rtol=0, atol=1e-5)
-    scale = max(float(g.abs().max()) for g in naive_gradient)
-    for got, expected in zip(packed_gradient, naive_gradient, strict=True):
-        assert float((got - expected).abs().max()) <= 1e-5 * scale
+    assert_close_gradients(
+        gradients(policy.model, (packed.log_probs * weights).sum()), gradients(policy.model, (naive * weights).sum())
+    )
     assert torch.equal(packed.lengths, policy.catalog.tree.leaf_lengths[leaves])
 
 
@@ -75,7 +70,7 @@ def test_leaf_log_probs_are_the_whole_distribution(kind, attention, ragged):
     torch.testing.assert_close(exact, policy.leaf_log_probs(prompts), rtol=0, atol=1e-5)
     torch.testing.assert_close(exact.logsumexp(1), torch.zeros(BATCH), rtol=0, atol=1e-5)
     with torch.no_grad():
-        naive = naive_log_probs(policy, prompts, every_leaf(policy)).sum(-1)
+        naive = causal_log_probs(policy, prompts, every_leaf(policy)).sum(-1)
     torch.testing.assert_close(exact, naive, rtol=0, atol=2e-5)
 
 
@@ -131,12 +126,7 @@ def test_samples_follow_the_exact_distribution(temperature, epsilon, ragged):
         expected = drawn_with.exp()
         assert abs(float(expected.sum()) - 1) < 0.02  # leaves that were never drawn have little probability
         expected /= expected.sum()
-    counts = torch.bincount(leaves.flatten(), minlength=num_leaves)
-    keep = expected * counts.sum() >= 5
-    observed = torch.cat([counts[keep], counts[~keep].sum()[None]]).double()
-    wanted = torch.cat([expected[keep], expected[~keep].sum()[None]]).double()
-    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
-    assert scipy.stats.chisquare(observed.numpy(), (wanted / wanted.sum() * observed.sum()).numpy()).pvalue > 1e-3
+    assert_distributed(leaves.flatten(), expected)
 
 
 def test_cached_log_probabilities_equal_recomputed_ones():

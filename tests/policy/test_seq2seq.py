@@ -3,7 +3,6 @@
 import copy
 
 import pytest
-import scipy
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import distributed
@@ -23,7 +22,17 @@ from gflowtrl.policy import (
 )
 from gflowtrl.policy.modules import innermost
 from tests import tiny
-from tests.tiny import SEQ2SEQ, catalog_of, ragged_prompts, random_paths, tiny_model, tiny_seq2seq
+from tests.tiny import (
+    SEQ2SEQ,
+    assert_close_gradients,
+    assert_distributed,
+    catalog_of,
+    gradients,
+    ragged_prompts,
+    random_paths,
+    tiny_model,
+    tiny_seq2seq,
+)
 
 
 BATCH, VOCAB = 3, 30
@@ -48,21 +57,6 @@ def naive_log_probs(model, tree, prompts, leaves):
 
 def some_leaves(policy, count=5):
     return torch.randint(policy.catalog.tree.num_leaves, (BATCH, count), generator=torch.Generator().manual_seed(1))
-
-
-def gradients(model, loss):
-    """Return gradients by name; None for a parameter that the loss does not depend on."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return dict(zip(parameters, torch.autograd.grad(loss, parameters.values(), allow_unused=True), strict=True))
-
-
-def assert_close_gradients(actual, expected):
-    scale = max(float(g.abs().max()) for g in expected.values() if g is not None)
-    assert actual.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert (actual[name] is None) == (gradient is None), name
-        if gradient is not None:
-            assert float((actual[name] - gradient).abs().max()) <= 1e-5 * scale, name
 
 
 @pytest.mark.parametrize(("kind", "attention", "ragged"), CASES)
@@ -126,13 +120,7 @@ def test_samples_follow_the_exact_distribution():
     leaves, log_q = policy.sample(prompts, 100, StatelessNoise(5).at(0, torch.arange(50)))
     exact = policy.leaf_log_probs(prompt)[0]
     torch.testing.assert_close(log_q, exact[leaves], rtol=0, atol=1e-4)
-    counts = torch.bincount(leaves.flatten(), minlength=len(exact))
-    keep = exact.exp() * counts.sum() >= 5
-    observed = torch.cat([counts[keep], counts[~keep].sum()[None]]).double()
-    expected = torch.cat([exact.exp()[keep], exact.exp()[~keep].sum()[None]]).double()
-    observed, expected = observed[expected > 0], expected[expected > 0]
-    expected *= observed.sum() / expected.sum()
-    assert scipy.stats.chisquare(observed.numpy(), expected.numpy()).pvalue > 1e-3
+    assert_distributed(leaves.flatten(), exact.exp())
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])

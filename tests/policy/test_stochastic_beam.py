@@ -8,7 +8,7 @@ import torch
 
 from gflowtrl.policy import CausalTreePolicy, Seq2SeqTreePolicy, StatelessNoise, StochasticBeams
 from gflowtrl.policy.stochastic_beam import conditional_gumbels, log1mexp, log_inclusion
-from tests.tiny import catalog_of, ragged_prompts, random_paths, tiny_model, tiny_seq2seq
+from tests.tiny import assert_distributed, catalog_of, ragged_prompts, random_paths, tiny_model, tiny_seq2seq
 
 
 VOCAB = 30
@@ -27,17 +27,6 @@ def draw(
     prompts = {name: value.expand(rows, -1) for name, value in prompt.items()}
     noise = StatelessNoise(seed).at(0, torch.arange(rows))
     return policy.leaf_log_probs(prompt)[0], policy.stochastic_beam_search(prompts, count, noise, temperature)
-
-
-def assert_distributed(outcomes: torch.Tensor, expected: torch.Tensor) -> None:
-    """Compare outcomes with probabilities by a chi-square test; rare outcomes are pooled."""
-    assert abs(float(expected.sum()) - 1) < 1e-4
-    counts = torch.bincount(outcomes, minlength=len(expected)).double()
-    common = expected * counts.sum() >= 5
-    observed = torch.cat([counts[common], counts[~common].sum()[None]])
-    wanted = torch.cat([expected[common], expected[~common].sum()[None]]).double()
-    observed, wanted = observed[wanted > 0], wanted[wanted > 0] * counts.sum() / wanted.sum()
-    assert scipy.stats.chisquare(observed.numpy(), wanted.numpy()).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("kind", [CausalTreePolicy, Seq2SeqTreePolicy])
