@@ -1,4 +1,4 @@
-"""A comparison of the policy with the model's own distribution, made once, on the longest prompts.
+"""A check that the policy is the model's own distribution, made once, on the longest prompts.
 
 Packed scoring relies on models that compute each branch of a row as in a row of its own. A model with another kind of
 layer (for example a window under an unknown name, or a layer that counts columns) would be trained and evaluated on a
@@ -44,7 +44,7 @@ ROUNDING = {torch.float32: 2e-3, torch.float64: 2e-3, torch.float16: 0.03, torch
 def check_exact(policy: TreePolicy, encoder: Encoder, dtype: torch.dtype | None = None) -> None:
     """Check packed scoring and decoding against the model's plain forward on one full sequence at a time.
 
-    All processes of a sharded model must call this, since each runs the wrapped model the same number of times.
+    It runs the wrapped model, so every process of a sharded model must call it. All run it the same number of times.
 
     Args:
         policy: the policy of a model, bare or wrapped.

@@ -120,8 +120,8 @@ def check_positions(
         what = "The longest prompt" if max_history_items is None else f"A prompt of {max_history_items} items"
         raise TooLongError(
             f"{what} takes up to {prompt_length} tokens, and with an id {needed}, but {type(model).__name__} has "
-            f"{limit} positions. Lower max_history_items, or use a model with more positions (a model made from "
-            f"scratch has max_position_embeddings of them)."
+            f"{limit} positions. Lower max_history_items, or use a model with more positions (for a new model, "
+            f"raise max_position_embeddings)."
         )
     if not model.config.is_encoder_decoder:
         check_row_length(model, needed)
