@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .files import write_text
+from gflowtrl.files import write_text
+
 from .items import Item, ItemIndex
 from .saved import read_catalog
 from .tree import PrefixTree

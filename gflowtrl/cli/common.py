@@ -47,7 +47,7 @@ def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     first.add_argument("--config")
     config, words = first.parse_known_args(arguments)[0].config, []
     if config is not None:
-        from gflowtrl.pipeline.configuration import check_names, read_yaml
+        from gflowtrl.configuration import check_names, read_yaml
 
         actions = {name.lstrip("-"): a for a in parser_actions(parser) for name in (a.dest, *a.option_strings)}
         content = read_yaml(config)

@@ -13,8 +13,8 @@ import torch
 from accelerate import PartialState
 
 from gflowtrl.compat import launch_command, launch_command_parser
+from gflowtrl.configuration import check_names, find_file, known_files, read_yaml, recipe_folder
 from gflowtrl.pipeline import Recipe, load_recipe, run
-from gflowtrl.pipeline.configuration import check_names, find_file, known_files, read_yaml, recipe_folder
 from gflowtrl.pipeline.lock import sole_run
 from gflowtrl.pipeline.memory import keep_freed_memory
 from gflowtrl.pipeline.run import stage_names

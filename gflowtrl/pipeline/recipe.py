@@ -16,6 +16,19 @@ from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, SFTConfig
 
 from gflowtrl.checks import COUNT, SEED, SHARE_BELOW_ONE, check_choice, check_finite, check_number
+from gflowtrl.configuration import (
+    KINDS,
+    check_names,
+    check_types,
+    field_names,
+    find_file,
+    locate_errors,
+    merged,
+    parse_options,
+    read_yaml,
+    recipe_folder,
+    set_option,
+)
 from gflowtrl.data import PromptFormat, SyntheticShop
 from gflowtrl.losses import get_loss
 from gflowtrl.policy.loading import load_config
@@ -27,20 +40,9 @@ from gflowtrl.trainer.processes import A_DAY, asked_for
 from gflowtrl.trainer.tree_policy_config import computes_in_bf16
 from gflowtrl.trainer.weighting import source_table
 
-from .configuration import (
-    check_names,
-    check_types,
-    field_names,
-    find_file,
-    merged,
-    parse_options,
-    read_yaml,
-    recipe_folder,
-    set_option,
-)
 from .fields import check_derived, check_enums, check_model_fields
 from .sections import DataSection, EvaluationSection, setting
-from .specs import LEARNED, REWARDS, TEACHERS, check_reward, check_teacher
+from .specs import LEARNED, REWARDS, TEACHERS, check_reward, check_teacher, needs_of
 
 
 #: Stages that a recipe may choose among, in the order in which they run; data, test and report always run.
@@ -214,19 +216,14 @@ class Recipe:
         check_derived(stage, section if stage != "control" else self.control)
         check_enums(stage, section)
         values |= check_types(kind, section, stage)
-        try:
+        if stage == "control" and "gflownet" in self.stages:
+            self.training_arguments("gflownet", output_dir)  # errors about the schedule that the control copies
+        with locate_errors(stage, field_names(kind)):
             if values["greater_is_better"] is None:
                 values["greater_is_better"] = more_is_better(str(values["metric_for_best_model"])) is not False
             args = kind(output_dir=str(output_dir), seed=self.seed, **values)
             check_training_arguments(args)
             settle_metric(args, self.evaluation.ks)
-        except (ValueError, TypeError) as error:
-            # "learning_rate is -1" is told as "sft.learning_rate is -1"; the control's schedule is the GFlowNet's.
-            name = str(error).partition(" ")[0]
-            copied = stage == "control" and name in SCHEDULE and name not in self.control
-            where = "gflownet" if copied else stage
-            dot = "." if name in field_names(kind) else ": "
-            raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{where}{dot}{error}") from error
         return args
 
     def _check_model(self) -> None:
@@ -313,7 +310,7 @@ class Recipe:
         if self.start == "sft":
             return
         for number, reward in enumerate(self.rewards):
-            if reward.get("type") == "likelihood" and reward.get("of") != "policy":
+            if "sft_model" in needs_of(reward):
                 raise ValueError(
                     f"rewards.{number} is the likelihood of the SFT model, but under start: untrained there is none: "
                     f"set start: sft, or rewards.{number}.of: policy."
@@ -353,7 +350,10 @@ def load_recipe(path: str | Path, arguments: Sequence[str] = ()) -> Recipe:
     known = [name for name in field_names(Recipe) if name != "folder"]
     check_names(content.keys() - {"folder"}, known)
     gflownet = field_names(GFlowNetConfig)
-    for name, value in parse_options(arguments).items():
+    options = parse_options(arguments)
+    # What a section is about first: the other options are fields of the new kind.
+    for name in sorted(options, key=lambda name: name.rpartition(".")[2] not in KINDS):
+        value = options[name]
         section, dot, _ = name.partition(".")
         if section not in known:
             if section not in gflownet:

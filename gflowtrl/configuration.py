@@ -8,14 +8,15 @@ import site
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from gflowtrl.catalog.files import reading
+from gflowtrl.files import reading
 
 
 #: Fields that say what a section is about.
@@ -60,7 +61,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def recipe_folder() -> Path:
     """Where the recipes are that come with the library: in the source tree, or where an installation has put them."""
-    above = Path(__file__).parents[2]  # the source tree, site-packages, or the folder of `pip install --target`
+    above = Path(__file__).parents[1]  # the source tree, site-packages, or the folder of `pip install --target`
     shares = [Path(base, "share", "gflowtrl", "recipes") for base in (above, sys.prefix, site.getuserbase())]
     # Not any folder of that name: another package may have brought one into site-packages.
     known = [folder for folder in (above / "recipes", *shares) if (folder / "quickstart.yaml").is_file()]
@@ -135,7 +136,10 @@ def parse_options(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def set_option(tree: Any, path: str, value: Any) -> None:
-    """Sets `a.b.0.c` in nested dictionaries and lists, in place. Missing dictionaries are made."""
+    """Set `a.b.0.c` in nested dictionaries and lists, in place. Missing dictionaries are made.
+
+    Another kind (`teacher.type`) replaces the whole section but for its weight, as in a recipe with a `base`.
+    """
     keys = path.split(".")
     for number, key in enumerate(keys, 1):
         if not isinstance(tree, dict | list):
@@ -147,6 +151,10 @@ def set_option(tree: Any, path: str, value: Any) -> None:
                 raise ValueError(f"--{where} cannot be set: it is a list with the places 0 to {len(tree) - 1}.")
             key = int(key)
         if number == len(keys):
+            if key in KINDS and number > 1 and tree.get(key) != value:
+                kept = {name: tree[name] for name in ("weight",) if name in tree}
+                tree.clear()
+                tree.update(kept)
             tree[key] = value
         else:
             tree = tree[key] if isinstance(tree, list) else tree.setdefault(key, {})
@@ -161,6 +169,21 @@ def check_names(given: Iterable[str], known: Iterable[str], where: str = "") -> 
             close = difflib.get_close_matches(str(name), known, n=1)
             remedy = f"Did you mean {prefix + close[0]!r}?" if close else f"Known are {', '.join(known)}."
             raise ValueError(f"There is no field {prefix + str(name)!r}. {remedy}")
+
+
+@contextmanager
+def locate_errors(where: str, names: Container[str]) -> Iterator[None]:
+    """Context manager: errors say where in the recipe a value is.
+
+    Args:
+        where: a section. "learning_rate is -1" becomes "sft.learning_rate is -1" where `names` holds that name.
+        names: the section's fields. Before other messages comes "sft: ".
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        dot = "." if str(error).partition(" ")[0] in names else ": "
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{where}{dot}{error}") from error
 
 
 def field_names(kind: type) -> list[str]:
