@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +11,9 @@ from torch import Tensor
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.checks import NOT_NEGATIVE, POSITIVE, check_choice, check_number
 from gflowtrl.data import Step
-from gflowtrl.teachers import as_teacher, teacher_scores
+from gflowtrl.teachers import Teacher, as_teacher, teacher_scores
 
 from .reward import Reward
-
-
-if TYPE_CHECKING:
-    from gflowtrl.teachers import Teacher
 
 
 class CollaborativeReward(Reward):

@@ -269,13 +269,13 @@ class CompositeReward:
         # The softmax over a row is the share of each distinct leaf in the total R.
         share = torch.softmax(log_rewards.masked_fill(~counted, -math.inf), 1)
         floored_mass = (share * (rewards < floor)).sum(1).mean()
-        cause = "All other rewards of this row are zero too, so the floor is zero."
+        cause = "All other rewards of this row are zero too. Add"
         if self.floor == 0:
-            cause = "reward_floor is 0; set it to 1e-3, for example."
+            cause = "reward_floor is 0. Set it to 1e-3, for example, or add"
         zero = (
-            f"The reward of {{where}} is zero, and GFlowNets need a positive one. {cause} You can also add a reward "
-            f"that is positive for some leaf of every row (a GroundTruthReward with the ground truth among the "
-            f"trajectories, or a constant), or use reward_transform='exp'."
+            f"The reward of {{where}} is zero, and GFlowNets need a positive one. {cause} a reward that is positive for "
+            f"some leaf of every row (a GroundTruthReward with the ground truth among the trajectories, or a constant), "
+            f"or use reward_transform='exp'."
         )
         return log_rewards, floored_mass, (~torch.isfinite(log_rewards), rewards, zero)
 
@@ -344,7 +344,9 @@ def _check_options(
         raise ValueError("reward_funcs is empty; give at least one reward.")
     for func in funcs:
         if not (callable(func) or _is_tensor_reward(func)):
-            raise TypeError(f"A reward is {func!r}; it must be a callable or have score_items or score_leaves.")
+            raise TypeError(
+                f"reward_funcs contains {func!r}; a reward must be callable or have score_items or score_leaves."
+            )
     if len(weights) != len(funcs):
         raise ValueError(f"{len(weights)} reward_weights were given for {len(funcs)} rewards; give one per reward.")
     check_weights(weights, transform)
