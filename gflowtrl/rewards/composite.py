@@ -273,9 +273,9 @@ class CompositeReward:
         if self.floor == 0:
             cause = "reward_floor is 0. Set it to 1e-3, for example, or add"
         zero = (
-            f"The reward of {{where}} is zero, and GFlowNets need a positive one. {cause} a reward that is positive for "
-            f"some leaf of every row (a GroundTruthReward with the ground truth among the trajectories, or a constant), "
-            f"or use reward_transform='exp'."
+            f"The reward of {{where}} is zero, and GFlowNets need a positive one. {cause} a reward that is positive "
+            f"for some leaf of every row (a GroundTruthReward with the ground truth among the trajectories, or a "
+            f"constant), or use reward_transform='exp'."
         )
         return log_rewards, floored_mass, (~torch.isfinite(log_rewards), rewards, zero)
 
