@@ -145,7 +145,7 @@ def test_samplers_raise_for_scores_that_are_not_finite(tmp_path, sampler):
 
 
 def test_a_teacher_that_diverges_stops():
-    with pytest.raises(NonFiniteError, match="SASRec diverged: its loss is nan"):
+    with pytest.raises(NonFiniteError, match="The loss of SASRec is nan: the training diverged"):
         fitted(SASRec, epochs=20, progress=False, learning_rate=1e30)
 
 

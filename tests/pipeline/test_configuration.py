@@ -168,7 +168,7 @@ def test_command_line_sets_any_field(recipe_file):
         ("--rewards.1.popularity views", "rewards.1.popularity is 'views'; choose 'interactions' or 'impressions'"),
         ("--rewards.1.item_counts 3", "no field 'rewards.1.item_counts'"),
         ("--rewards.0.normalize true", "no field 'rewards.0.normalize'"),
-        ("--rewards.0.type interaction --rewards.0.values 1 0", "rewards.0: A higher level must not be worth less"),
+        ("--rewards.0.type interaction --rewards.0.values 1 0", "rewards.0: The values of InteractionReward are"),
         ("--rewards.0.type interaction --rewards.0.value 1", "Did you mean 'rewards.0.values'"),
         ("--rewards.0.type token_similarity --rewards.0.prefixes true", "Did you mean 'rewards.0.prefix'"),
         ("--rewards.0.type likelihood --rewards.0.of teacher", "rewards.0.of is 'teacher'; choose 'sft' or 'policy'"),
