@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import site
-import sys
 import types
 import typing
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
@@ -62,12 +60,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def recipe_folder() -> Path:
-    """Where the recipes are that come with the library: in the source tree, or where an installation has put them."""
-    above = Path(__file__).parents[1]  # the source tree, site-packages, or the folder of `pip install --target`
-    shares = [Path(base, "share", "gflowtrl", "recipes") for base in (above, sys.prefix, site.getuserbase())]
-    # Not any folder of that name: another package may have brought one into site-packages.
-    known = [folder for folder in (above / "recipes", *shares) if (folder / "quickstart.yaml").is_file()]
-    return (known or shares)[0]
+    """The folder of the recipes that come with the library: package data, in the repository a link to recipes/."""
+    package = Path(__file__).parent
+    packaged = package / "recipes"
+    return packaged if packaged.is_dir() else package.parent / "recipes"  # a checkout without symbolic links
 
 
 def known_files(folder: Path) -> dict[str, Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -81,9 +80,9 @@ BAD_INPUT = (ValueError, TypeError, OSError, ImportError, *PARSERS)
 
 def guarded(work: Callable[[], int | None]) -> int:
     """Does the work; bad input is one line on stderr and exit code 2, Ctrl-C is 130; our warnings are one line too."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of loading weights; that of the work itself stays
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of other libraries, about their own next versions
             default = warnings.showwarning
             warnings.showwarning = lambda message, category, *place: (
                 print(f"warning: {message}", file=sys.stderr)
