@@ -170,7 +170,8 @@ class TeacherModule(nn.Module):
             context: what the run provides: `train_sequences`, `items`, and, if `fit` has such parameters, `validation`
                 (rows), `device`, `progress` (whether to show progress bars) and `max_history_items`.
         """
-        provided = {name: context[name] for name in cls._fit_parameters() & PROVIDED & context.keys()}
+        names = cls._fit_parameters() & PROVIDED & context.keys() - {"items"}
+        provided = {name: context[name] for name in names}
         return cls.fit(context["train_sequences"], context["items"], **provided, **spec)
 
 
