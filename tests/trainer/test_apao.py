@@ -179,7 +179,7 @@ def test_invalid_values_are_errors(tmp_path, options, message):
 
 
 def test_it_accepts_no_rewards(tmp_path):
-    with pytest.raises(ValueError, match="has no reward_funcs"):
+    with pytest.raises(ValueError, match="does not use reward_funcs"):
         APAOTrainer(tiny_model(len(TOKENIZER)), APAOConfig(str(tmp_path)), reward_funcs=[len])
 
 

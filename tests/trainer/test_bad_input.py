@@ -33,11 +33,11 @@ def no_items(items, **_):
 REWARDS = {"reward_funcs": [GroundTruthReward()]}
 CONSTRUCTION = {
     "unknown item in a history": (
-        {"train_dataset": rows(history=[["i010"], ["i011"], ["twin"]])}, "Row 2 holds item 'i011'.*not in the cat",
+        {"train_dataset": rows(history=[["i010"], ["i011"], ["twin"]])}, "Row 2 contains item 'i011'.*not in the cat",
     ),
-    "unknown target": ({"train_dataset": rows(target=["i222", "i001", "x"])}, "Row 3 holds item 'x'"),
+    "unknown target": ({"train_dataset": rows(target=["i222", "i001", "x"])}, "Row 3 contains item 'x'"),
     "unknown item in the evaluation": (
-        {"eval_dataset": {"good": rows(), "bad": rows(target=["i222", "i001", "x"])}}, "Row 3 holds item 'x'",
+        {"eval_dataset": {"good": rows(), "bad": rows(target=["i222", "i001", "x"])}}, "Row 3 contains item 'x'",
     ),
     "empty history": ({"train_dataset": rows(history=[["i010"], [], ["twin"]])}, "Row 2 has an empty history"),
     "no rows": ({"train_dataset": make_rows().select([])}, "no rows"),
@@ -171,7 +171,7 @@ CONFIGURATION = [
     ({"label_space": "vocabulary"}, "the losses .'vargrad'. always use the tree"),
     ({"trajectory_weighting": "reward", "loss_type": "sft"}, "trajectory_weighting is 'reward', but no loss"),
     ({"trajectory_weighting": "length"}, "trajectory_weighting is 'length'; choose"),
-    ({"trajectory_weighting": "source"}, "is 'source' and source_weights None"),
+    ({"trajectory_weighting": "source"}, "is 'source' and source_weights is None"),
     ({"trajectory_weighting": "reward", "source_weights": {"a": 1.0}}, "is 'reward' and source_weights"),
     ({"trajectory_weighting": "source", "source_weights": {"a": 0}}, "The weight of source 'a' is 0"),
     ({"trajectory_weighting": "source", "source_weights": {"a": "high"}}, "The weight of source 'a' is 'high'"),

@@ -62,7 +62,7 @@ def test_weights_are_checked_when_the_trainer_is_created(tmp_path, value):
 def test_nonfinite_weights_stop_training_before_a_checkpoint(tmp_path):
     trainer = make_trainer(tmp_path, rewards(), max_steps=6, logging_steps=100, callbacks=[SpoilAt(3)], **PAIR)
     with pytest.raises(
-        NonFiniteError, match=r"at step 4 the policy's score was not finite.*Lower learning_rate.*its weight 'model"
+        NonFiniteError, match=r"at step 4 the policy's score was not finite.*Lower learning_rate.*weight 'model"
     ):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]

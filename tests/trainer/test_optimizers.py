@@ -62,7 +62,7 @@ def test_heads_that_are_already_in_the_optimizer_stay_in_their_group(tmp_path):
 
 def test_mismatched_optimizers_are_errors(tmp_path):
     trained, other = model(), model()
-    with pytest.raises(ValueError, match=r"holds 21 parameters, of which 21 do not belong to the LlamaForCausalLM"):
+    with pytest.raises(ValueError, match=r"has 21 parameters, of which 21 do not belong to the LlamaForCausalLM"):
         made(tmp_path, trained, (sgd(other.parameters()), None))
     with pytest.raises(ValueError, match="of which 1 do not belong"):
         made(tmp_path, trained, (sgd([*trained.parameters(), torch.nn.Parameter(torch.ones(1))]), None))

@@ -109,7 +109,7 @@ def test_prefix_weights_are_part_of_the_state(tmp_path):
 
     apao().train()
     checkpoint = tmp_path / "checkpoint-2"
-    with pytest.raises(ValueError, match=r"prefix_weights.safetensors is of \['prefix_pointwise'\], but .*pairwise"):
+    with pytest.raises(ValueError, match=r"has the prefix weights of \['prefix_pointwise'\], but .*pairwise"):
         apao(method="pairwise", num_negatives=2).train(resume_from_checkpoint=str(checkpoint))
     (checkpoint / "prefix_weights.safetensors").unlink()
     with pytest.raises(ValueError, match=r"lacks prefix_weights\.safetensors"):
@@ -123,7 +123,7 @@ def test_the_best_model_has_its_heads(tmp_path):
     )  # fmt: skip
     best.train()
     (tmp_path / "checkpoint-2" / "flow_heads.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"flow_heads\.safetensors, the flow heads .* is missing"):
+    with pytest.raises(ValueError, match=r"flow_heads\.safetensors is missing: .* flow heads"):
         best._load_best_model()
 
 

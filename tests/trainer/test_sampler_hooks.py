@@ -116,7 +116,7 @@ def test_every_process_has_its_own_file(tmp_path):
         load_sampler(loaded, tmp_path / "checkpoint", process, processes=2)
         assert (loaded.counts == process + 1).all()
     for processes in (1, 3):
-        with pytest.raises(ValueError, match=rf"sampler-0-of-2.*not that of {processes} process"):
+        with pytest.raises(ValueError, match=rf"sampler-0-of-2.*not the state of {processes} process"):
             load_sampler(Counting(), tmp_path / "checkpoint", 0, processes)
 
 

@@ -212,7 +212,7 @@ def test_rows_of_other_datasets_have_no_windows(tmp_path):
     trainer.train_dataset = make_rows(9, first_row_id=9000)
     assert len(next(iter(trainer.get_train_dataloader()))["row_ids"]) == 8
     trainer.train_dataset = Dataset.from_list([{"row_id": 1, "history": ["nope"], "target": ITEMS[0]}])
-    with pytest.raises(ValueError, match="Row 1 holds item 'nope'"):
+    with pytest.raises(ValueError, match="Row 1 contains item 'nope'"):
         trainer.get_train_dataloader()
 
 
