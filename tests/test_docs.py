@@ -9,11 +9,13 @@ import ast
 import importlib
 import importlib.util
 import json
+import math
 import re
 import shlex
 import sys
 from pathlib import Path
 from pkgutil import iter_modules
+from types import ModuleType
 
 import pytest
 
@@ -142,11 +144,44 @@ def test_choosing_has_every_loss_reward_and_sampler():
         assert set(re.findall(r"`(\w+)`", first)) - {"loss_type"} == set(names), heading
 
 
+def load_script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # where dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_of_results_are_what_the_records_give(monkeypatch):
+    script = load_script("make_results", monkeypatch)
+    pages = {page: page.read_text() for page in script.PAGES}
+    used = [name for text in pages.values() for _, name, _ in script.MARKED.findall(text)]
+    assert sorted(used) == sorted(script.TABLES)
+    for page, text in pages.items():
+        assert script.filled(text) == text, f"{page.name}: run python docs/make_results.py"
+
+
+def test_tables_of_results_are_made_anew_where_a_figure_differs(monkeypatch, tmp_path):
+    script = load_script("make_results", monkeypatch)
+    page = tmp_path / "page.md"
+    monkeypatch.setattr(script, "PAGES", [page])
+    monkeypatch.setattr(sys, "argv", ["make_results.py"])
+    page.write_text("before\n<!-- results:shop -->\n<!-- /results -->\nafter\n")
+    script.main()
+    made = page.read_text()
+    assert re.search(r"\| GFlowNet, exact flows .*\| +\.337 ± \.011 ", made)
+    assert made.startswith("before\n") and made.endswith("\nafter\n")
+    monkeypatch.setattr(sys, "argv", ["make_results.py", "--check"])
+    script.main()
+    page.write_text(made.replace(".337", ".338"))
+    with pytest.raises(SystemExit, match="page.md does not agree"):
+        script.main()
+    assert ".338" in page.read_text()  # a check writes nothing
+
+
 def test_pictures_are_made_by_the_script_shown_and_small(monkeypatch):
-    spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs" / "pictures.py")
-    pictures = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "pictures", pictures)  # where dataclasses look their module up
-    spec.loader.exec_module(pictures)
+    pictures = load_script("pictures", monkeypatch)
     files = sorted((ROOT / "docs" / "images").iterdir())
     made = [*pictures.PICTURES, "seconds"]  # the last by benchmarks/quality/seconds.py
     assert [file.name for file in files] == sorted(f"{name}.png" for name in made)
@@ -165,7 +200,7 @@ def test_notebooks_are_kept_without_outputs():
 
 def run_page(name: str, folder: Path) -> str:
     """All Python of a page, from top to bottom, in a process of its own; what it printed."""
-    page = (ROOT / "docs" / name).read_text()
+    page = (ROOT / name).read_text()
     script = folder / "page.py"
     script.write_text("\n".join(code for kind, code in BLOCK.findall(page) if kind == "python"))
     ran = run_python([script], folder, timeout=600)
@@ -174,7 +209,7 @@ def run_page(name: str, folder: Path) -> str:
 
 
 def test_extending_runs_and_does_what_it_says(tmp_path):
-    said = run_page("extending.md", tmp_path)
+    said = run_page("docs/extending.md", tmp_path)
     plain, cheap = map(float, re.search(r"mean price (\S+), with the reward (\S+)", said).groups())
     exact = float(re.search(r"mean price with exact flows (\S+)", said)[1])
     assert cheap < plain / 2 and exact < plain / 2
@@ -183,13 +218,25 @@ def test_extending_runs_and_does_what_it_says(tmp_path):
     assert last < 0.7 * first
 
 
+def test_the_code_of_the_readme_runs_and_recommends(tmp_path):
+    code = [text for kind, text in BLOCK.findall((ROOT / "README.md").read_text()) if kind == "python"]
+    assert len(code) == 1
+    found = re.findall(
+        r"^(\w+ / \w+ no\. \d+) +(\d+\.\d\d) (-\d+\.\d\d)$", run_page("README.md", tmp_path), re.MULTILINE
+    )
+    assert len({title for title, _, _ in found}) == 5
+    log_probs = [float(log_prob) for _, _, log_prob in found]
+    assert log_probs == sorted(log_probs, reverse=True)
+    assert log_probs[0] > math.log(2 / 120)  # trained: of 120 items the first one has more than twice its even share
+
+
 def test_quickstart_runs_and_recommends(tmp_path):
-    said = run_page("quickstart.md", tmp_path)
+    said = run_page("docs/quickstart.md", tmp_path)
     lines = re.findall(r"^(\w+ / \w+ no\. \d+) +(-\d+\.\d+)$", said, re.MULTILINE)
     assert len({title for title, _ in lines}) == 5
     assert [float(value) for _, value in lines] == sorted((float(value) for _, value in lines), reverse=True)
 
 
 def test_the_way_from_trl_runs(tmp_path):
-    said = run_page("trl.md", tmp_path)
+    said = run_page("docs/trl.md", tmp_path)
     assert said.count("train_runtime") == 2  # GRPO's and ours

@@ -1,6 +1,8 @@
-"""The examples that train with TRL's own trainers, on a micro shop written to a folder."""
+"""The examples that train with TRL's own trainers, and the paper's method, on micro shops."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,3 +65,38 @@ def test_prompts_as_text_are_the_tokens_that_recommending_reads(folders, monkeyp
         completion = rows.tokenizer(" " + rows.semantic_id(history[-1]))["input_ids"]
         nodes = rows.catalog.tree.walk(rows.catalog.leaf_of([history[-1]]))[0, 1:]
         assert completion == rows.catalog.tree.tokens_of(nodes).tolist()
+
+
+@pytest.mark.parametrize("source", ["shop", "folder"])
+def test_the_papers_method_trains_measures_and_leaves_recommenders(source, folders, tmp_path):
+    """The shop logs sessions, a folder without events knows the target alone."""
+    if source == "shop":
+        data, where, rewarded = SyntheticShop(n_users=60).generate()[0], ["--users", "60"], "1 x interaction"
+    else:
+        folder = shutil.copytree(folders[0], tmp_path / "data", ignore=shutil.ignore_patterns("events.jsonl"))
+        data, where, rewarded = read_interactions(folder), ["--data_dir", folder], "10 x ground_truth"
+    out = tmp_path / "out"
+    ran = run_python([EXAMPLES / "gflowgr_paper.py", *where, "--epochs", "1", "1", "--output_dir", out], tmp_path)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    table = {name: values for name, values in re.findall(r"^(SFT|SFT continued|GFlowGR) {2,}(.*)$", ran.stdout, re.M)}
+    assert list(table) == ["SFT", "SFT continued", "GFlowGR"]
+    test = leave_one_out(data).test
+    for values, name in zip(table.values(), ["sft", "sft_continued", "gflowgr"], strict=True):
+        recall, ndcg, coverage = map(float, values.split())
+        assert 0 <= ndcg <= recall <= 1 and 0 < coverage <= 1  # NaN is not
+        lists = Recommender.from_pretrained(out / name).recommend(test["history"], k=10, num_beams=20)
+        found = [[one.item for one in ranked] for ranked in lists]
+        hits = [target in items for items, target in zip(found, test["target"], strict=True)]
+        assert recall == pytest.approx(sum(hits) / len(hits), abs=5e-5)
+        assert coverage == pytest.approx(len(set(sum(found, []))) / len(data.items), abs=5e-5)
+    card = (out / "gflowgr" / "README.md").read_text()
+    assert "| losses | 1 x sft, 1 x trajectory_balance |" in card
+    assert f"| rewards | {rewarded}, 1 x collaborative, 1 x token_similarity |" in card
+    assert "| trajectories | 3 a prompt from ground_truth, curriculum |" in card
+
+
+def test_the_page_of_the_paper_shows_the_whole_script_in_its_order():
+    page = (EXAMPLES.parent / "docs" / "paper.md").read_text()
+    shown = re.findall(r":start-after: \"- (\d\. .*)\"", page)
+    headings = re.findall(r"^# -+ (\d\. .*)$", (EXAMPLES / "gflowgr_paper.py").read_text(), re.M)
+    assert shown == headings == re.findall(r"^## (\d\. .*)$", page, re.M)

@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -159,16 +160,26 @@ def small_t5(tokenizer: PreTrainedTokenizerBase, hidden_size: int = 64) -> T5For
 BACKBONES = {"llama": small_llama, "t5": small_t5}
 
 
-def train(problem: Problem, model: PreTrainedModel, objective: str, setting: Setting, seed: int) -> None:
-    """Train `model` in place; every step has each of the prompts once, under a row id of its own."""
+def train(
+    problem: Problem,
+    model: PreTrainedModel,
+    objective: str,
+    setting: Setting,
+    seed: int,
+    arguments: Mapping[str, Any] = MappingProxyType({"use_cpu": True}),
+) -> None:
+    """Train `model` in place; every step has each of the prompts once, under a row id of its own.
+
+    `arguments` are further ones of the configuration: device and precision.
+    """
     count = problem.num_prompts
     rows = [{"row_id": i, "history": [i % count], "target": 0} for i in range(count * setting.steps)]
     with tempfile.TemporaryDirectory() as scratch:
         args = GFlowNetConfig(
             scratch, loss_type=objective, num_generations=setting.num_generations, reward_transform="exp",
             per_device_train_batch_size=count, train_sampling_strategy="sequential", num_train_epochs=1,
-            learning_rate=setting.learning_rate, lr_scheduler_type="cosine", warmup_steps=50, seed=seed, use_cpu=True,
-            save_strategy="no", logging_strategy="no", disable_tqdm=not sys.stderr.isatty(),
+            learning_rate=setting.learning_rate, lr_scheduler_type="cosine", warmup_steps=50, seed=seed,
+            save_strategy="no", logging_strategy="no", disable_tqdm=not sys.stderr.isatty(), **arguments,
         )  # fmt: skip
         trainer = GFlowNetTrainer(
             model, problem.reward, args, Dataset.from_list(rows), processing_class=problem.tokenizer,

@@ -65,8 +65,8 @@ def office(data_dir: str) -> RunData:
     return prepare(load_recipe(ROOT / "recipes" / "gflowgr_office_llama.yaml", ["--data_dir", data_dir]))
 
 
-#: Width, layers and heads; with a vocabulary of some 1,000 tokens about 0.2, 1.2 and 6.5 million parameters.
-SIZES = {"0.2M": (64, 2, 4), "1.2M": (128, 4, 4), "6.5M": (256, 6, 8)}
+#: Width, layers and heads; with a vocabulary of some 1,000 tokens about 0.2, 1.2, 6.5 and 113 million parameters.
+SIZES = {"0.2M": (64, 2, 4), "1.2M": (128, 4, 4), "6.5M": (256, 6, 8), "113M": (768, 12, 12)}
 
 
 def llama(vocab_size: int, size: str = "1.2M") -> LlamaForCausalLM:

@@ -22,8 +22,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from gflowtrl.pipeline import load_recipe
-from gflowtrl.pipeline.build import fit_teacher
-from gflowtrl.pipeline.run import needs_teacher
+from gflowtrl.pipeline.build import fit_teacher, needs_teacher
 from gflowtrl.pipeline.run_data import prepare
 from gflowtrl.pipeline.stage import RunContext
 from gflowtrl.pipeline.training import gflownet_trainer, train_sft

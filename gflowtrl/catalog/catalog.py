@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .files import write_text
+from gflowtrl.files import write_text
+
 from .items import Item, ItemIndex
 from .saved import read_catalog
 from .tree import PrefixTree

@@ -8,7 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from .files import read_json
+from gflowtrl.files import read_json
+
 from .items import Item
 
 

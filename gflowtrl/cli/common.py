@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -47,7 +48,7 @@ def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     first.add_argument("--config")
     config, words = first.parse_known_args(arguments)[0].config, []
     if config is not None:
-        from gflowtrl.pipeline.configuration import check_names, read_yaml
+        from gflowtrl.configuration import check_names, read_yaml
 
         actions = {name.lstrip("-"): a for a in parser_actions(parser) for name in (a.dest, *a.option_strings)}
         content = read_yaml(config)
@@ -80,9 +81,7 @@ BAD_INPUT = (ValueError, TypeError, OSError, ImportError, *PARSERS)
 
 def guarded(work: Callable[[], int | None]) -> int:
     """Does the work; bad input is one line on stderr and exit code 2, Ctrl-C is 130; our warnings are one line too."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # of loading weights; that of the work itself stays
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of loading weights; that of the work itself stays
     try:
         with warnings.catch_warnings():
             default = warnings.showwarning

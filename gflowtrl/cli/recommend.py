@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _recommend(given: argparse.Namespace) -> None:
-    from gflowtrl.catalog.files import write_atomically
+    from gflowtrl.files import write_atomically
 
     allowed = _allowed(given.allowed_items)
     with open(os.dup(0) if given.input == "-" else given.input, encoding="utf-8-sig") as lines:

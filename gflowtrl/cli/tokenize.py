@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _tokenize(given: argparse.Namespace) -> None:
-    from gflowtrl.catalog.files import write_text
+    from gflowtrl.files import write_text
     from gflowtrl.semantic_ids import quality_report
 
     data = _read(given.data_dir)

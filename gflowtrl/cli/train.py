@@ -1,4 +1,4 @@
-"""`gflowtrl train`: a recipe, under accelerate's launcher where more than one process is asked for."""
+"""`gflowtrl train`: run a recipe, through accelerate's launcher if more than one process is asked for."""
 
 from __future__ import annotations
 
@@ -7,20 +7,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import get_type_hints
+from typing import TYPE_CHECKING, get_type_hints
 
-import torch
-from accelerate import PartialState
-
-from gflowtrl.compat import launch_command, launch_command_parser
-from gflowtrl.pipeline import Recipe, load_recipe, run
-from gflowtrl.pipeline.configuration import check_names, find_file, known_files, read_yaml, recipe_folder
-from gflowtrl.pipeline.lock import sole_run
-from gflowtrl.pipeline.memory import keep_freed_memory
-from gflowtrl.pipeline.run import stage_names
-from gflowtrl.trainer.processes import NO_FSDP, join_on_cpu
+from gflowtrl.configuration import check_names, find_file, known_files, read_yaml, recipe_folder
 
 from .common import Parser, guarded
+from .early import check_early
+
+
+if TYPE_CHECKING:
+    from gflowtrl.pipeline import Recipe
 
 
 USAGE = """\
@@ -81,33 +77,55 @@ def _train(arguments: Sequence[str], command: str) -> int:
         if any(word.partition("=")[0] == "--stages" for word in options):
             raise ValueError(f"gflowtrl {command} decides the stages; leave --stages out, or use gflowtrl train.")
         options += ["--stages", command]
-    join_on_cpu()
+    if given.num_processes is not None and given.num_processes < 1:
+        raise ValueError(f"--num_processes is {given.num_processes}; give a whole number of at least 1.")
+    engine = given.accelerate_config
+    if engine is not None:
+        engine = find_file(engine, recipe_folder() / ENGINES, "accelerate configuration")
     file = find_file(given.config, recipe_folder())
-    recipe = load_recipe(file, options)  # a mistake is told here, once, and not by every process
+    check_early(file, options)
+
+    from gflowtrl.compat import launch_command, launch_command_parser
+    from gflowtrl.pipeline import load_recipe
+    from gflowtrl.pipeline.lock import sole_run
+    from gflowtrl.pipeline.run import stage_names
+    from gflowtrl.trainer.processes import join_on_cpu
+
+    join_on_cpu()
+    recipe = load_recipe(file, options)  # a mistake is reported here, once, and not by every process
     check_names(given.redo, stage_names(recipe), "redo")
-    if given.num_processes in (None, 1) and given.accelerate_config is None:
+    if given.num_processes in (None, 1) and engine is None:
         return _run(recipe, given.redo)
-    launcher = PLAIN
-    if given.accelerate_config is not None:
-        engine = find_file(given.accelerate_config, recipe_folder() / ENGINES, "accelerate configuration")
-        launcher = ["--config_file", str(engine)]
-        if read_yaml(engine).get("distributed_type") == "FSDP" and not torch.accelerator.is_available():
-            raise ValueError(NO_FSDP)
+    launcher = PLAIN if engine is None else _engine_options(engine)
     if given.num_processes is not None:
-        if given.num_processes < 1:
-            raise ValueError(f"--num_processes is {given.num_processes}; give a whole number of at least 1.")
         launcher = [*launcher, "--num_processes", str(given.num_processes)]
     if Path(recipe.output_dir).is_dir():
         with sole_run(recipe.output_dir):
-            pass  # told here, once; the first of the processes takes the lock for good
+            pass  # another run in this folder is reported here, once; the first process then takes the lock
     words = [*launcher, "--module", "gflowtrl", "train", "--config", str(file), *options]
     words += ["--redo", *given.redo] if given.redo else []
     launch_command(launch_command_parser().parse_args(words))  # as TRL's own command does it
     return 0
 
 
+def _engine_options(engine: Path) -> list[str]:
+    """Options of accelerate's launcher for one of its configuration files."""
+    import torch
+
+    from gflowtrl.trainer.processes import NO_FSDP
+
+    if read_yaml(engine).get("distributed_type") == "FSDP" and not torch.accelerator.is_available():
+        raise ValueError(NO_FSDP)
+    return ["--config_file", str(engine)]
+
+
 def _run(recipe: Recipe, redo: Sequence[str]) -> int:
-    """Runs the recipe in this process, one of several where a launcher has started it."""
+    """Run the recipe in this process, which is one of several if a launcher started it."""
+    from accelerate import PartialState
+
+    from gflowtrl.pipeline import run
+    from gflowtrl.pipeline.memory import keep_freed_memory
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     is_main = os.environ.get("RANK", "0") == "0"
     keep_freed_memory()
@@ -130,6 +148,9 @@ def _run(recipe: Recipe, redo: Sequence[str]) -> int:
 
 
 def help_text(command: str) -> str:
+    """What `--help` prints: the fields of a recipe with their help texts."""
+    from gflowtrl.pipeline import Recipe
+
     lines, hints = [], get_type_hints(Recipe)
     for entry in fields(Recipe):
         if "help" in entry.metadata:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gflowtrl.catalog import Item, ItemCatalog
-from gflowtrl.catalog.files import read_json, reading, write_text
+from gflowtrl.files import read_json, reading, write_text
 
 from .prompts import PromptEncoder, PromptFormat
 

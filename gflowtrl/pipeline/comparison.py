@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from gflowtrl.catalog.files import read_json
+from gflowtrl.files import read_json
 from gflowtrl.metrics import paired_bootstrap
 
 from .evaluation import PER_USER_FILE

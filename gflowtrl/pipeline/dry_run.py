@@ -16,11 +16,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 
 from gflowtrl.compat import find_adapter_config_file
+from gflowtrl.configuration import check_names
 from gflowtrl.policy import check_exact, make_policy, whole_models
 from gflowtrl.policy.loading import load_config
 from gflowtrl.trainer.input_checks import check_encoder, check_model
 
-from .configuration import check_names
 from .models import build_model, scratch_config, untrained
 from .recipe import QUANTIZATION, Recipe
 from .run_data import RunData

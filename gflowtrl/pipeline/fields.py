@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from enum import Enum
 from typing import Any
 
-from transformers import CONFIG_MAPPING, IntervalStrategy, SchedulerType
-from transformers.training_args import OptimizerNames
+from transformers import CONFIG_MAPPING
 
-from gflowtrl.checks import COUNT, SHARE_BELOW_ONE, check_choice, check_number
-from gflowtrl.compat import SaveStrategy
+from gflowtrl.checks import COUNT, SHARE_BELOW_ONE, check_number
 
 
 _RUN = "the command, which runs the stages and goes on by itself"
@@ -42,11 +39,6 @@ DERIVED_CONTROL_FIELDS = DERIVED_FIELDS | dict.fromkeys(
     ),
     _NO_DRAWS,
 )
-#: Fields of training arguments that are one of several words.
-WORDS: dict[str, type[Enum]] = {
-    "optim": OptimizerNames, "lr_scheduler_type": SchedulerType, "eval_strategy": IntervalStrategy,
-    "logging_strategy": IntervalStrategy, "save_strategy": SaveStrategy,
-}  # fmt: skip
 #: Sizes in the configurations of transformers' models; those of a class are named by its `attribute_map` too.
 _SIZES = {
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -64,17 +56,6 @@ def check_derived(stage: str, section: Mapping[str, Any]) -> None:
     owners = {"sft": DERIVED_SFT_FIELDS, "control": DERIVED_CONTROL_FIELDS}.get(stage, DERIVED_FIELDS)
     for name in owners.keys() & section.keys():
         raise ValueError(f"{stage}.{name} cannot be set: it follows from {owners[name]}.")
-
-
-def check_enums(stage: str, section: Mapping[str, Any]) -> None:
-    """Refuse a word that transformers does not know, by the name of its field.
-
-    Raises:
-        ValueError: lists the words.
-    """
-    for name, words in WORDS.items():
-        if name in section:
-            check_choice(f"{stage}.{name}", section[name], [word.value for word in words])
 
 
 def check_model_fields(kind: str, model: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
-from gflowtrl.catalog.files import write_text
+from gflowtrl.files import write_text
 
 
 LOCK_FILE = ".lock"

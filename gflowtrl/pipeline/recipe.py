@@ -16,6 +16,7 @@ from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, SFTConfig
 
 from gflowtrl.checks import COUNT, SEED, SHARE_BELOW_ONE, check_choice, check_finite, check_number
+from gflowtrl.configuration import check_names, check_types, field_names, locate_errors, read_recipe
 from gflowtrl.data import PromptFormat, SyntheticShop
 from gflowtrl.losses import get_loss
 from gflowtrl.policy.loading import load_config
@@ -27,20 +28,9 @@ from gflowtrl.trainer.processes import A_DAY, launched_with
 from gflowtrl.trainer.tree_policy_config import computes_in_bf16
 from gflowtrl.trainer.weighting import source_table
 
-from .configuration import (
-    check_names,
-    check_types,
-    field_names,
-    find_file,
-    merged,
-    parse_options,
-    read_yaml,
-    recipe_folder,
-    set_option,
-)
-from .fields import check_derived, check_enums, check_model_fields
+from .fields import check_derived, check_model_fields
 from .sections import DataSection, EvaluationSection, setting
-from .specs import LEARNED, REWARDS, TEACHERS, check_reward, check_teacher
+from .specs import LEARNED, REWARDS, TEACHERS, check_reward, check_teacher, needs_of
 
 
 #: Stages that a recipe may choose among, in the order in which they run; data, test and report always run.
@@ -54,10 +44,7 @@ SCHEDULE = (*LENGTH, "per_device_train_batch_size", "gradient_accumulation_steps
 #: What the weights of rewards are learned for.
 FITTED_FOR = {"reward_transform": "power", "reward_beta": 1}
 #: Fields of `model` that are those of `trl.ModelConfig`: the weights that adapters stand on are held in few bits.
-QUANTIZATION = (
-    *("load_in_4bit", "load_in_8bit"),
-    *("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
-)
+QUANTIZATION = tuple(name for name in field_names(ModelConfig) if "bit" in name or "bnb" in name)
 
 
 @dataclass
@@ -125,11 +112,10 @@ class Recipe:
         self._check_learned_weights()
         sampler = None if self.sampler is None else build_sampler(self.sampler, teacher=lambda histories: None)
         self._check_schedule()
-        for stage in self.trained_stages:
-            self.training_arguments(stage, Path(self.output_dir) / stage)
+        args = {stage: self.training_arguments(stage, Path(self.output_dir) / stage) for stage in self.trained_stages}
         if "gflownet" in self.stages:
-            self._check_gflownet(sampler)
-            self._check_start()
+            self._check_gflownet(args["gflownet"], sampler)
+            self._check_start(args["gflownet"])
 
     def as_dict(self) -> dict[str, Any]:
         """All settings."""
@@ -210,23 +196,16 @@ class Recipe:
             }
             if stage == "gflownet":
                 values["reward_weights"] = self.reward_weights or None
-        check_names(section, field_names(kind), stage)
-        check_derived(stage, section if stage != "control" else self.control)
-        check_enums(stage, section)
         values |= check_types(kind, section, stage)
-        try:
+        check_derived(stage, section if stage != "control" else self.control)
+        if stage == "control":
+            self.training_arguments("gflownet", output_dir)  # errors about the schedule that the control copies
+        with locate_errors(stage, field_names(kind)):
             if values["greater_is_better"] is None:
                 values["greater_is_better"] = more_is_better(str(values["metric_for_best_model"])) is not False
             args = kind(output_dir=str(output_dir), seed=self.seed, **values)
             check_training_arguments(args)
             resolve_metric(args, self.evaluation.ks)
-        except (ValueError, TypeError) as error:
-            # "learning_rate is -1" is told as "sft.learning_rate is -1"; the control's schedule is the GFlowNet's.
-            name = str(error).partition(" ")[0]
-            copied = stage == "control" and name in SCHEDULE and name not in self.control
-            where = "gflownet" if copied else stage
-            dot = "." if name in field_names(kind) else ": "
-            raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{where}{dot}{error}") from error
         return args
 
     def _check_model(self) -> None:
@@ -244,7 +223,7 @@ class Recipe:
     def _check_quantization(self) -> None:
         given = {name: value for name, value in self.model.items() if name in QUANTIZATION}
         check_types(ModelConfig, given, "model")
-        which = next((name for name in QUANTIZATION[:2] if given.get(name)), None)
+        which = next((name for name in QUANTIZATION if name.startswith("load") and given.get(name)), None)
         if which is None and given:
             raise ValueError(f"model.{next(iter(given))} is set, but neither load_in_4bit nor load_in_8bit is.")
         if which is None:
@@ -285,10 +264,8 @@ class Recipe:
 
     def _check_schedule(self) -> None:
         for name in SCHEDULE:
-            own, copied = self.control.get(name), self.gflownet.get(name)
-            if self.start == "untrained" and name in LENGTH:
-                continue
-            if name in self.control and own != copied:
+            own, copied = (section.get(name) for section in (self.control, self.gflownet))
+            if name in self.control and own != copied and not (self.start == "untrained" and name in LENGTH):
                 exactly = "steps" if self.start == "sft" else "rows in a step"
                 raise ValueError(
                     f"control.{name} is {own!r} and gflownet.{name} is {copied!r}, but the control takes exactly the "
@@ -297,9 +274,8 @@ class Recipe:
         if "loss_type" in self.control:
             raise ValueError("The control is cross entropy on the same rows: leave control.loss_type out.")
 
-    def _check_gflownet(self, sampler: Sampler | None) -> None:
+    def _check_gflownet(self, args: GFlowNetConfig, sampler: Sampler | None) -> None:
         """What the trainer would refuse after teacher, SFT and control have been trained."""
-        args = self.training_arguments("gflownet", self.output_dir)
         if not self.rewards and any(get_loss(name).needs_rewards for name in args.loss_type):
             raise ValueError(
                 f"gflownet.loss_type {args.loss_type} needs rewards, but the recipe's section rewards is empty. Add "
@@ -308,21 +284,21 @@ class Recipe:
         if sampler is not None:
             source_table(args.source_weights or {}, sampler.source_names)
 
-    def _check_start(self) -> None:
+    def _check_start(self, args: GFlowNetConfig) -> None:
         """Nothing of a GFlowNet that begins untrained may look at the SFT model."""
         if self.start == "sft":
             return
         for number, reward in enumerate(self.rewards):
-            if reward.get("type") == "likelihood" and reward.get("of") != "policy":
+            if "sft_model" in needs_of(reward):
                 raise ValueError(
                     f"rewards.{number} is the likelihood of the SFT model, but under start: untrained there is none: "
                     f"set start: sft, or rewards.{number}.of: policy."
                 )
-        args = self.training_arguments("gflownet", self.output_dir)
         needy = next((name for name in args.loss_type if get_loss(name).needs_reference), None)
         if args.ref_weight or needy:
-            what = f"ref_weight is {args.ref_weight:g}" if args.ref_weight else f"loss_type {needy!r} has a reference"
-            remedy = "leave gflownet.ref_weight out" if args.ref_weight else "choose another loss"
+            what, remedy = f"loss_type {needy!r} has a reference", "choose another loss"
+            if args.ref_weight:
+                what, remedy = f"ref_weight is {args.ref_weight:g}", "leave gflownet.ref_weight out"
             raise ValueError(
                 f"gflownet.{what}, but under start: untrained the reference model would be untrained too, and its "
                 f"probabilities mean nothing: set start: sft, or {remedy}."
@@ -340,35 +316,13 @@ def control_section(start: str, control: Mapping[str, Any], gflownet: Mapping[st
 
 
 def load_recipe(path: str | Path, arguments: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe file and sets what a command line changes.
+    """Read a recipe file, and set what a command line changes.
 
     Args:
-        path: the YAML file. Its field `base` may name another one, seen from its folder, or one that comes with the
-            library, of which it tells the differences.
+        path: the YAML file (`configuration.read_recipe`).
         arguments: `--section.field value`, `--rewards.0.weight .5`, `--data_dir DIR`. Options of `gflownet` may leave
             out the section: `--learning_rate 1e-3`, `--loss_kwargs.vargrad.huber_delta 1`. Values are YAML.
     """
-    path = Path(path)
-    content = {"name": path.stem, **_on_its_base(path), "folder": str(path.resolve().parent)}
-    known = [name for name in field_names(Recipe) if name != "folder"]
-    check_names(content.keys() - {"folder"}, known)
-    gflownet = field_names(GFlowNetConfig)
-    for name, value in parse_options(arguments).items():
-        section, dot, _ = name.partition(".")
-        if section not in known:
-            if section not in gflownet:
-                check_names([section], known if dot else {*known, *gflownet})
-            name = f"gflownet.{name}"
-        set_option(content, name, value)
-    return Recipe(**content)
-
-
-def _on_its_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The content of a recipe with that of its base, and of its base's base."""
-    if path.resolve() in above:
-        raise ValueError(f"{path} is among its own bases: {' <- '.join(str(file) for file in above)}.")
-    content = read_yaml(path)
-    if "base" not in content:
-        return content
-    base = find_file(content.pop("base"), recipe_folder(), base_of=path)
-    return merged(_on_its_base(base, (*above, path.resolve())), content)
+    known = {*field_names(Recipe)} - {"folder"}
+    content = read_recipe(path, arguments, known, field_names(GFlowNetConfig))
+    return Recipe(**content, folder=str(Path(path).resolve().parent))

@@ -8,13 +8,12 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from gflowtrl.samplers import uses_teacher
+from gflowtrl.configuration import check_names
 from gflowtrl.teachers import fingerprint
 
 from . import run_report
-from .build import check_data_needs, fit_teacher, teacher_key
+from .build import check_needs, fit_teacher, needs_teacher, teacher_key
 from .calibration import measure_calibration
-from .configuration import check_names
 from .dry_run import dry_run
 from .evaluation import measure_policy, measure_teacher
 from .lock import sole_run
@@ -47,7 +46,7 @@ def run(
     """
     check_names(redo, stage_names(recipe), "redo")
     data = data or prepare(recipe)
-    check_data_needs(data)
+    check_needs(data)
     dry_run(data)
     run = RunContext(recipe.output_dir, quiet, callbacks, redo)
     with sole_run(run.root):
@@ -72,7 +71,7 @@ def _run(run: RunContext, data: RunData) -> dict[str, Any]:
     if "teacher" in wanted or uses_own:
         teacher = fit_teacher(run, data, recipe.teacher)
         teacher_seconds = sum(run.seconds.values())  # of its stages, which are the first: several of a mixture
-        key = teacher_key(recipe, data, recipe.teacher)
+        key = teacher_key(data, recipe.teacher)
         tested["teacher"] = measure_teacher(run, data, teacher, key)
     used = teacher if uses_own else None
     if "sft" in recipe.trained_stages:
@@ -96,9 +95,3 @@ def _run(run: RunContext, data: RunData) -> dict[str, Any]:
         run.log(f"\n{run_report.text(results)}\n\nresults.json, report.md and the models are in {Path(run.root)}.")
     run.state.wait_for_everyone()
     return results
-
-
-def needs_teacher(recipe: Recipe) -> bool:
-    """Whether a reward or the sampler uses the recipe's own teacher."""
-    rewards = any(reward.get("type") == "collaborative" and "teacher" not in reward for reward in recipe.rewards)
-    return rewards or (recipe.sampler is not None and uses_teacher(recipe.sampler))

@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from gflowtrl.catalog.files import damage_of, write_text
+from gflowtrl.files import damage_of, write_text
 from gflowtrl.teachers import fingerprint
 from gflowtrl.trainer.processes import A_DAY, check_processes
 

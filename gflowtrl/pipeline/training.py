@@ -185,9 +185,9 @@ def train_gflownet(run: RunContext, data: RunData, start: Stage | None, teacher:
     inputs = {
         **_start_inputs(data, start),
         "gflownet": result_fields(recipe.gflownet),
-        "rewards": reward_key(recipe, data),
+        "rewards": reward_key(data),
         "sampler": recipe.sampler,
-        "teacher": teacher_key(recipe, data, recipe.teacher) if teacher is not None else None,
+        "teacher": teacher_key(data, recipe.teacher) if teacher is not None else None,
     }
 
     def work(folder: Path) -> Record:

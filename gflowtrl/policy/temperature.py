@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from gflowtrl.catalog.files import read_json, write_text
 from gflowtrl.checks import POSITIVE, check_number
+from gflowtrl.files import read_json, write_text
 
 from .modules import innermost
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from .reward import Reward
 
 if TYPE_CHECKING:
     from gflowtrl.teachers import Teacher
+
+    from .from_spec import RewardContext
 
 
 class CollaborativeReward(Reward):
@@ -40,6 +42,9 @@ class CollaborativeReward(Reward):
         normalization: "softmax" or "min_max".
         exponent: of min-max, > 0. (Of a softmax it would be the temperature 1 / exponent.)
     """
+
+    provided = frozenset({"item_counts"})
+    reads_target = False
 
     def __init__(
         self,
@@ -88,6 +93,27 @@ class CollaborativeReward(Reward):
         low, high = scores.aminmax(dim=1, keepdim=True)
         # Compared for equality, so that NaN stays NaN and is reported.
         return torch.where(high == low, torch.ones_like(scores), (scores - low) / (high - low)) ** self.exponent
+
+    @classmethod
+    def option_names(cls) -> set[str]:
+        return super().option_names() | {"popularity"}
+
+    @classmethod
+    def check_spec(cls, spec: Mapping[str, Any]) -> None:
+        check_choice("popularity", spec.get("popularity", "interactions"), ("interactions", "impressions"))
+        options = {name: value for name, value in spec.items() if name not in ("teacher", "popularity")}
+        cls(lambda histories: None, item_counts=(), **options)
+
+    @classmethod
+    def needs(cls, spec: Mapping[str, Any]) -> set[str]:
+        impressions = {"impressions"} if spec.get("popularity") == "impressions" else set()
+        return impressions if "teacher" in spec else impressions | {"teacher"}
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], context: RewardContext) -> Self:
+        options = dict(spec)
+        teacher, kind = options.pop("teacher", None), options.pop("popularity", "interactions")
+        return cls(context.teacher(teacher), item_counts=context.counts(kind), **options)
 
 
 def _counts(counts: Mapping[Item, int] | Sequence[int] | Tensor | None, items: Sequence[Item]) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,3 +93,7 @@ class InteractionReward(Reward):
         if self.target is not None and target is not None:
             worth[target] = float(self.target)
         return worth
+
+    @classmethod
+    def needs(cls, spec: Mapping[str, Any]) -> set[str]:
+        return {"sessions"}

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from gflowtrl.catalog import ItemCatalog
+from gflowtrl.checks import check_choice
 from gflowtrl.data import Step
 from gflowtrl.policy import TreePolicy, make_policy
 from gflowtrl.policy.modules import evaluation_mode
 
 from .reward import Reward
+
+
+if TYPE_CHECKING:
+    from .from_spec import RewardContext
 
 
 class LikelihoodReward(Reward):
@@ -40,6 +46,7 @@ class LikelihoodReward(Reward):
     """
 
     reads_prompts = True
+    reads_target = False
 
     def __init__(self, model_or_policy: TreePolicy | nn.Module | None = None, catalog: ItemCatalog | None = None):
         super().__init__("likelihood")
@@ -82,6 +89,22 @@ class LikelihoodReward(Reward):
             )
         with frozen(getattr(self.policy, "model", None), device):
             yield self.policy
+
+    @classmethod
+    def option_names(cls) -> set[str]:
+        return {"of"}
+
+    @classmethod
+    def check_spec(cls, spec: Mapping[str, Any]) -> None:
+        check_choice("of", spec.get("of", "sft"), ("sft", "policy"))
+
+    @classmethod
+    def needs(cls, spec: Mapping[str, Any]) -> set[str]:
+        return {"policy"} if spec.get("of") == "policy" else {"sft_model"}
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], context: RewardContext) -> Self:
+        return cls(None if spec.get("of") == "policy" else context.sft_model())
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -38,3 +39,7 @@ class RankPenaltyReward(Reward):
         share = 1 / torch.log2(torch.arange(leaves.shape[1], device=leaves.device) + 2.0)
         penalty = -(share / share.sum()) * hit.any(1, keepdim=True)
         return torch.where(hit, 1.0, penalty)
+
+    @classmethod
+    def needs(cls, spec: Mapping[str, Any]) -> set[str]:
+        return {"group"}

@@ -13,6 +13,8 @@ from gflowtrl.catalog import ItemCatalog
 from gflowtrl.data import Step
 from gflowtrl.data.step import REWARD_ARGUMENTS
 
+from .from_spec import FromSpec
+
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +61,7 @@ def binds(reward: object) -> TypeGuard[Binds]:
     return hasattr(reward, "bind")
 
 
-class Reward:
+class Reward(FromSpec):
     """Base class of rewards that are tensors. A subclass writes `score_items`; the other two forms follow from it.
 
     A reward need not derive from this class: any callable with TRL's signature is one, and any object with

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM
 
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.checks import COUNT, check_choice, check_number
-from gflowtrl.compat import attention_implementation
+from gflowtrl.compat import attention_implementation, whole_models
 from gflowtrl.data import Step
 from gflowtrl.policy import check_causal
 from gflowtrl.policy.causal import CausalDecoder
+from gflowtrl.policy.loading import load_tokenizer, load_weights
 from gflowtrl.policy.packing import separate_branches
 
 from .likelihood import frozen
@@ -23,6 +25,8 @@ from .reward import Reward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .from_spec import RewardContext
 
 #: What the language model reads; `{history}` becomes the titles, oldest first, one a line.
 TEMPLATE = "A customer bought these products, the oldest first:\n{history}\nThe next product that the customer bought:"
@@ -54,6 +58,9 @@ class TitleLikelihoodReward(Reward):
         ValueError: bad options; an item without a title; a prompt that is longer than the model's positions.
     """
 
+    provided = frozenset({"tokenizer", "titles"})
+    reads_target = False
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -67,7 +74,10 @@ class TitleLikelihoodReward(Reward):
         all_items: bool = False,
     ):
         super().__init__("title_likelihood")
-        check_title_options(template, max_history_items, max_title_words, normalize, batch_size)
+        _check_options(
+            template=template, max_history_items=max_history_items, max_title_words=max_title_words,
+            normalize=normalize, batch_size=batch_size,
+        )  # fmt: skip
         attention = attention_implementation(model.config)
         if model.config.is_encoder_decoder or "flash" in attention:
             raise ValueError(
@@ -143,6 +153,27 @@ class TitleLikelihoodReward(Reward):
                 f"positions; lower max_history_items ({self.max_history_items}) or max_title_words."
             )
 
+    @classmethod
+    def check_spec(cls, spec: Mapping[str, Any]) -> None:
+        if not isinstance(spec.get("model"), str):
+            raise ValueError("model must name the language model that reads the titles, for example its folder.")
+        _check_options(**spec)
+
+    @classmethod
+    def needs(cls, spec: Mapping[str, Any]) -> set[str]:
+        return {"titles"}
+
+    @classmethod
+    def scores_every_item(cls, spec: Mapping[str, Any]) -> bool:
+        return bool(spec.get("all_items", False))
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], context: RewardContext) -> Self:
+        folder = context.local(spec["model"])
+        with whole_models():
+            model = load_weights(AutoModelForCausalLM, folder)
+        return cls(**{**spec, "model": model, "tokenizer": load_tokenizer(folder), "titles": context.titles})
+
 
 def title_log_probs(model: nn.Module, prompts: Mapping[str, Tensor], titles: Tensor, chunk: int) -> Tensor:
     """Log-probability of every token of several continuations behind each prompt, which is computed once.
@@ -176,16 +207,14 @@ def title_log_probs(model: nn.Module, prompts: Mapping[str, Tensor], titles: Ten
     return torch.cat(found, 1)
 
 
-def check_title_options(
-    template: str, max_history_items: int, max_title_words: int, normalize: str, batch_size: int
-) -> None:
-    """Raises ValueError for an option of `TitleLikelihoodReward` that cannot be, before any model is loaded."""
+def _check_options(**options: Any) -> None:
+    """Check options of `TitleLikelihoodReward`, before any model is loaded; those not given are fine."""
+    template = options.get("template", TEMPLATE)
     if "{history}" not in template:
         raise ValueError(f"The template of TitleLikelihoodReward must hold {{history}}, but it is {template!r}.")
-    sizes = {"max_history_items": max_history_items, "max_title_words": max_title_words, "batch_size": batch_size}
-    for name, value in sizes.items():
-        check_number(f"{name} of TitleLikelihoodReward", value, COUNT)
-    check_choice("normalize", normalize, ("mean", "sum"))
+    for name in ("max_history_items", "max_title_words", "batch_size"):
+        check_number(f"{name} of TitleLikelihoodReward", options.get(name, 1), COUNT)
+    check_choice("normalize", options.get("normalize", "mean"), ("mean", "sum"))
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:

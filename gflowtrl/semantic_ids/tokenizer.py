@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gflowtrl.catalog import Item
-from gflowtrl.catalog.files import read_json, reading, write_atomically, write_text
 from gflowtrl.catalog.items import ItemIndex
 from gflowtrl.data import InteractionData
+from gflowtrl.files import read_json, reading, write_atomically, write_text
 
 from .collisions import POLICIES, resolve_collisions
 from .embedders import Embedder, SentenceTransformerEmbedder, TfidfEmbedder

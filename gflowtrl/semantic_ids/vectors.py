@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gflowtrl.catalog import Item
-from gflowtrl.catalog.files import reading
 from gflowtrl.data.interactions import flatten
+from gflowtrl.files import reading
 
 
 logger = logging.getLogger(__name__)

@@ -64,6 +64,22 @@ class MixtureTeacher(TeacherModule):
         parts = [build_teacher(part, items) for part in config["parts"]]
         return cls(dict(zip(parts, config["weights"], strict=True)), config["normalization"])
 
+    @classmethod
+    def option_names(cls) -> set[str]:
+        return {"parts", "normalization"}
+
+    @classmethod
+    def check_options(cls, **options: Any) -> None:
+        check_choice("normalization", options.get("normalization", "softmax"), ("softmax", "zscore"))
+        if not isinstance(options.get("parts"), list) or not options["parts"]:
+            raise ValueError("parts must list the mixture's teachers, each with type, weight and options.")
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], context: Mapping[str, Any]) -> "MixtureTeacher":
+        """Mix the teachers of `spec["parts"]`; `context["fit"]` turns each of them into a fitted teacher."""
+        parts = {context["fit"](part): float(part.get("weight", 1.0)) for part in spec["parts"]}
+        return cls(parts, spec.get("normalization", "softmax"))
+
 
 def _zscore(scores: Tensor) -> Tensor:
     centered = scores - scores.mean(-1, keepdim=True)

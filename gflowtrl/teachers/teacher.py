@@ -1,5 +1,6 @@
 """What a teacher is, and what all teachers share: item lookup, saving, loading, memoized scoring."""
 
+import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -11,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gflowtrl.catalog import Item
-from gflowtrl.catalog.files import read_json, reading, write_atomically, write_text
 from gflowtrl.catalog.items import ItemIndex
 from gflowtrl.checks import Bound, check_number
 from gflowtrl.data.step import Step
 from gflowtrl.data.windows import Windows
+from gflowtrl.files import read_json, reading, write_atomically, write_text
 from gflowtrl.finite import NonFiniteError, check_tensors
 
 
@@ -24,6 +25,8 @@ History = Sequence[Item]
 CONFIG_FILE = "teacher.json"
 TENSOR_FILE = "teacher.safetensors"
 BATCH = 512  # histories scored together
+#: Parameters of a teacher and its `fit` that a run provides, and a recipe cannot set.
+PROVIDED = {"items", "validation", "device", "progress", "max_history_items", "config"}
 
 
 @runtime_checkable
@@ -133,6 +136,40 @@ class TeacherModule(nn.Module):
         check_tensors(tensors, path.with_name(TENSOR_FILE))
         teacher.load_state_dict(tensors)
         return teacher.eval()
+
+    @classmethod
+    def fit(cls, train_sequences: Iterable[History], items: Sequence[Item], **options: Any) -> "TeacherModule":
+        """Train a teacher; a subclass that recipes may name writes it.
+
+        Args:
+            train_sequences: items of each user, oldest first.
+            items: the catalog, in the order of the score columns.
+            **options: the subclass's own. Those named as in `from_spec` are provided by the run.
+        """
+        raise NotImplementedError(f"{cls.__name__} must define fit(train_sequences, items, ...).")
+
+    @classmethod
+    def _fit_parameters(cls) -> set[str]:
+        """Parameters of `fit` after the first two, and the constructor's where `fit` passes them on as `**config`."""
+        names = [*inspect.signature(cls.fit).parameters][2:]
+        return {*names, *inspect.signature(cls).parameters} if "config" in names else {*names}
+
+    @classmethod
+    def option_names(cls) -> set[str]:
+        """Names of the options that a recipe may set."""
+        return cls._fit_parameters() - PROVIDED
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], context: Mapping[str, Any]) -> "TeacherModule":
+        """Fit the teacher that a recipe describes.
+
+        Args:
+            spec: the options of the recipe, without type and weight.
+            context: what the run provides: `train_sequences`, `items`, and for parameters of these names `validation`
+                (rows), `device`, `progress` (whether to show bars) and `max_history_items`.
+        """
+        provided = {name: context[name] for name in cls._fit_parameters() & PROVIDED & context.keys()}
+        return cls.fit(context["train_sequences"], context["items"], **provided, **spec)
 
 
 def build_teacher(description: Mapping[str, Any], items: Sequence[Item]) -> TeacherModule:

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.catalog.catalog import CATALOG_FILE
-from gflowtrl.catalog.files import read_json
 from gflowtrl.checks import check_titles
 from gflowtrl.data import PromptEncoder
+from gflowtrl.files import read_json
 from gflowtrl.policy import load_backbone
 from gflowtrl.policy.loading import WHERE, load_tokenizer
 from gflowtrl.recommender import read_details, read_encoder

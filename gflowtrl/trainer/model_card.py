@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
-from gflowtrl.catalog.files import write_text
+from gflowtrl.files import write_text
 from gflowtrl.policy.modules import innermost
 
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 
-from gflowtrl.catalog.files import MISSING, damage_of
 from gflowtrl.compat import OPTIMIZER_NAME, PREFIX_CHECKPOINT_DIR, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from gflowtrl.files import MISSING, damage_of
 
 
 if TYPE_CHECKING:

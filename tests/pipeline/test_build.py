@@ -10,7 +10,7 @@ from gflowtrl.data import GroupCollator, Step
 from gflowtrl.pipeline import run
 from gflowtrl.pipeline.build import (
     build_rewards,
-    check_data_needs,
+    check_needs,
     final_weights,
     fit_teacher,
     load_function,
@@ -64,11 +64,11 @@ def test_reward_functions_get_item_features_and_their_code_is_part_of_the_key(tm
     (reward,) = build_rewards(RunContext(tmp_path, quiet=True), run_data, None, tmp_path)
     item = run_data.interactions.items[0]
     assert reward(items=[[item]], prompts=[""]) == [-run_data.interactions.item_features[item]["price"]]
-    before = reward_key(recipe, run_data)
+    before = reward_key(run_data)
     run_data.interactions.item_features[item] |= {"price": 0.0}
-    dearer = reward_key(recipe, run_data)
+    dearer = reward_key(run_data)
     file.write_text(CODE + "# changed\n")
-    assert len({str(key) for key in (before, dearer, reward_key(recipe, run_data))}) == 3
+    assert len({str(key) for key in (before, dearer, reward_key(run_data))}) == 3
 
 
 REWARDS = [
@@ -124,25 +124,25 @@ def test_titles_and_their_reader_are_part_of_the_key(tmp_path):
     tiny_model(9).save_pretrained(tmp_path / "reader")
     recipe = micro_recipe(tmp_path, rewards=REWARDS[-1:], folder=str(tmp_path))
     run_data = prepare(recipe)
-    keys = [reward_key(recipe, run_data)]
+    keys = [reward_key(run_data)]
     run_data.interactions.item_features[run_data.interactions.items[0]]["title"] = "another title"
-    keys.append(reward_key(recipe, run_data))
+    keys.append(reward_key(run_data))
     tiny_model(10).save_pretrained(tmp_path / "reader")
-    keys.append(reward_key(recipe, run_data))
+    keys.append(reward_key(run_data))
     assert keys[0] != keys[1] != keys[2]
 
 
 def test_what_rewards_need_of_the_data_is_named(tmp_path):
     for rewards, message in (
-        (REWARDS[:1], "has no sessions (events.jsonl), which the reward interaction reads"),
-        (REWARDS[-1:], "has no title of 1 of 30 items (items.jsonl), for example 3"),
+        (REWARDS[:1], "has no sessions (events.jsonl), which rewards.0 (interaction) reads"),
+        (REWARDS[-1:], "has no title for 1 of 30 items (items.jsonl), for example 3"),
         ([{"type": "collaborative", "popularity": "impressions"}], "has no impressions (events.jsonl)"),
     ):
         run_data = prepare(micro_recipe(tmp_path, rewards=rewards))
         run_data.interactions.events = run_data.splits.impression_counts = None
         del run_data.interactions.item_features[3]
         with pytest.raises(ValueError, match=re.escape(message)):
-            check_data_needs(run_data)
+            check_needs(run_data)
 
 
 def test_a_missing_reward_function_is_named(tmp_path):
@@ -161,7 +161,7 @@ def test_a_missing_reward_function_is_found_before_any_training(tmp_path):
         rewards = [{"function": f"{tmp_path}/{reference}"}]
         run_data = prepare(micro_recipe(tmp_path, rewards=rewards, stages=["sft", "gflownet"], gflownet={}))
         with pytest.raises(error) if error else nullcontext():
-            check_data_needs(run_data)
+            check_needs(run_data)
 
 
 def test_what_only_scores_drawn_items_is_refused_before_any_training(tmp_path):
@@ -170,11 +170,11 @@ def test_what_only_scores_drawn_items_is_refused_before_any_training(tmp_path):
     for reward in (function, {"type": "rank_penalty"}, {"type": "likelihood", "of": "policy"}):
         rewards = [{"type": "ground_truth"}, reward]
         with pytest.raises(ValueError, match=r"rewards\.1 \(.*\) scores drawn items only, but exact_flow needs"):
-            check_data_needs(prepare(micro_recipe(tmp_path, rewards=rewards)))
-        check_data_needs(prepare(micro_recipe(tmp_path, rewards=rewards, stages=["teacher", "sft"])))
+            check_needs(prepare(micro_recipe(tmp_path, rewards=rewards)))
+        check_needs(prepare(micro_recipe(tmp_path, rewards=rewards, stages=["teacher", "sft"])))
     rewards = [{"type": "title_likelihood", "model": str(tmp_path / "absent"), "all_items": True}]
     with pytest.raises(OSError, match="absent"):
-        check_data_needs(prepare(micro_recipe(tmp_path, rewards=rewards)))
+        check_needs(prepare(micro_recipe(tmp_path, rewards=rewards)))
 
 
 def test_learned_weights_are_fitted_to_validation_targets_and_trained_with(tmp_path, capsys):

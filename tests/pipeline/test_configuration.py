@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gflowtrl.configuration import merged, parse_options, parse_value, read_yaml, set_option
 from gflowtrl.pipeline import load_recipe
-from gflowtrl.pipeline.configuration import merged, parse_options, parse_value, read_yaml, set_option
 from gflowtrl.pipeline.recipe import SCHEDULE
 from tests.tiny import tiny_model
 
@@ -144,28 +144,28 @@ def test_command_line_sets_any_field(recipe_file):
         ("--gflowent.learning_rate 1", "Did you mean 'gflownet'"),
         ("--evaluation.beams 4", "no field 'evaluation.beams'"),
         ("--data.shop.n_user 4", "Did you mean 'data.shop.n_users'"),
-        ("--teacher.regularization 4", "Did you mean 'teacher.regularization'"),
+        ("--teacher.regularizaton 4", "Did you mean 'teacher.regularization'"),
         ("--rewards.1.temprature 1", "Did you mean 'rewards.1.temperature'"),
         ("--model.hidden_sizes 1", "Did you mean 'model.hidden_size'"),
         ("--teacher.type als", "teacher.type is 'als'; choose from sasrec"),
         ("--rewards.0.type none", "rewards.0.type is 'none'"),
         ("--rewards.0.weight much", "rewards.0.weight must be a number or 'learned'"),
-        ("--rewards.0.weight learned", "rewards.0.weight is 'learned', which validation rows decide"),
+        ("--rewards.0.weight learned", "rewards.0.weight is 'learned': validation rows decide it"),
         ("--rewards.1.weight learned --reward_beta 2", "not gflownet.reward_beta: 2"),
         ("--rewards.1.temperature 0", "rewards.1: The temperature of CollaborativeReward is 0; it must be a finite"),
-        ("--rewards.1.normalization minmax", "rewards.1: normalization is 'minmax'; choose 'softmax' or 'min_max'"),
-        ("--rewards.1.popularity views", "rewards.1.popularity is 'views'; choose interactions or impressions"),
+        ("--rewards.1.normalization minmax", "rewards.1.normalization is 'minmax'; choose 'softmax' or 'min_max'"),
+        ("--rewards.1.popularity views", "rewards.1.popularity is 'views'; choose 'interactions' or 'impressions'"),
         ("--rewards.1.item_counts 3", "no field 'rewards.1.item_counts'"),
         ("--rewards.0.normalize true", "no field 'rewards.0.normalize'"),
         ("--rewards.0.type interaction --rewards.0.values 1 0", "rewards.0: A higher level must not be worth less"),
         ("--rewards.0.type interaction --rewards.0.value 1", "Did you mean 'rewards.0.values'"),
         ("--rewards.0.type token_similarity --rewards.0.prefixes true", "Did you mean 'rewards.0.prefix'"),
-        ("--rewards.0.type likelihood --rewards.0.of teacher", "rewards.0.of is 'teacher'; choose sft or policy"),
+        ("--rewards.0.type likelihood --rewards.0.of teacher", "rewards.0.of is 'teacher'; choose 'sft' or 'policy'"),
         ("--rewards.0.type title_likelihood", "rewards.0.model must name the language model"),
         ("--rewards.0.type title_likelihood --rewards.0.model m --rewards.0.titles t", "no field 'rewards.0.titles'"),
         (
             "--rewards.0.type title_likelihood --rewards.0.model m --rewards.0.batch_size 0",
-            "rewards.0: batch_size of TitleLikelihoodReward is 0; it must be a whole number of at least 1",
+            "rewards.0.batch_size of TitleLikelihoodReward is 0; it must be a whole number of at least 1",
         ),
         ("--seed soon", "seed must be a whole number, but it is 'soon'"),
         ("--sft.learning_rate fast", "sft.learning_rate must be a number"),

@@ -86,7 +86,7 @@ def test_the_card_of_adapters_does_not_load_the_weights_alone(tmp_path):
 def test_a_card_that_cannot_be_written_keeps_the_old_one(tmp_path, monkeypatch):
     card_of(FACTS, tmp_path)
     before = (tmp_path / "README.md").read_text()
-    monkeypatch.setattr("gflowtrl.catalog.files.os.replace", lambda *names: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr("gflowtrl.files.os.replace", lambda *names: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         write_card(replace(FACTS, name="other"), tmp_path)
     assert (tmp_path / "README.md").read_text() == before and [f.name for f in tmp_path.iterdir()] == ["README.md"]

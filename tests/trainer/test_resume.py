@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from gflowtrl import APAOConfig, APAOTrainer, GFlowNetTrainer
-from gflowtrl.catalog.files import damage_of
+from gflowtrl.files import damage_of
 from gflowtrl.rewards import GroundTruthReward
 from gflowtrl.trainer.resume import _deepspeed_files, _engine_files, last_checkpoint, remove_checkpoints
 from tests.tiny import tiny_model

@@ -8,14 +8,17 @@ import site
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from gflowtrl.catalog.files import reading
+from gflowtrl.checks import check_choice
+from gflowtrl.files import reading
 
 
 #: Fields that say what a section is about.
@@ -60,7 +63,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def recipe_folder() -> Path:
     """Where the recipes are that come with the library: in the source tree, or where an installation has put them."""
-    above = Path(__file__).parents[2]  # the source tree, site-packages, or the folder of `pip install --target`
+    above = Path(__file__).parents[1]  # the source tree, site-packages, or the folder of `pip install --target`
     shares = [Path(base, "share", "gflowtrl", "recipes") for base in (above, sys.prefix, site.getuserbase())]
     # Not any folder of that name: another package may have brought one into site-packages.
     known = [folder for folder in (above / "recipes", *shares) if (folder / "quickstart.yaml").is_file()]
@@ -134,22 +137,67 @@ def parse_options(arguments: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def set_option(tree: Any, path: str, value: Any) -> None:
-    """Sets `a.b.0.c` in nested dictionaries and lists, in place. Missing dictionaries are made."""
-    keys = path.split(".")
-    for number, key in enumerate(keys, 1):
-        if not isinstance(tree, dict | list):
-            where = ".".join(keys[: number - 1])
-            raise ValueError(f"--{path} cannot be set: {where} is the value {tree!r} and has no fields.")
-        if isinstance(tree, list):
-            if not key.isdecimal() or int(key) >= len(tree):
-                where = ".".join(keys[:number])
-                raise ValueError(f"--{where} cannot be set: it is a list with the places 0 to {len(tree) - 1}.")
-            key = int(key)
-        if number == len(keys):
-            tree[key] = value
-        else:
-            tree = tree[key] if isinstance(tree, list) else tree.setdefault(key, {})
+def set_option(tree: Any, path: str, value: Any, above: str = "") -> None:
+    """Set `a.b.0.c` in nested dictionaries and lists, in place. Missing dictionaries are made.
+
+    Another kind (`teacher.type`) replaces the whole section but for its weight, as in a recipe with a `base`.
+
+    Raises:
+        ValueError: the path goes through a plain value, or to a position that a list does not have.
+    """
+    key, dot, rest = path.partition(".")
+    if not isinstance(tree, dict | list):
+        raise ValueError(f"--{above}{path} cannot be set: {above[:-1]} is the value {tree!r} and has no fields.")
+    if isinstance(tree, list) and not (key.isdecimal() and int(key) < len(tree)):
+        raise ValueError(f"--{above}{key} cannot be set: it is a list with the places 0 to {len(tree) - 1}.")
+    index = int(key) if isinstance(tree, list) else key
+    if dot:
+        inner = tree[index] if isinstance(tree, list) else tree.setdefault(index, {})
+        set_option(inner, rest, value, f"{above}{key}.")
+        return
+    if above and key in KINDS and tree.get(key) != value:
+        for name in tree.keys() - {"weight"}:
+            del tree[name]
+    tree[index] = value
+
+
+def read_recipe(
+    path: str | Path, arguments: Sequence[str], known: Collection[str], gflownet: Collection[str]
+) -> dict[str, Any]:
+    """The content of a recipe file with its bases and the options of a command line.
+
+    Args:
+        path: the YAML file. Its field `base` may name another one, relative to its folder, or one that comes with the
+            library; the file then holds the differences.
+        arguments: see `gflowtrl.pipeline.load_recipe`.
+        known: fields of a recipe.
+        gflownet: fields of its section `gflownet`, whose options need no section.
+
+    Raises:
+        ValueError: an unknown field; the message offers the closest known one.
+    """
+    path = Path(path)
+    content = {"name": path.stem, **_on_its_base(path)}
+    check_names(content, known)
+    options = parse_options(arguments)
+    # The kind of a section first: other options are fields of that kind.
+    for name in sorted(options, key=lambda name: name.rpartition(".")[2] not in KINDS):
+        section, dot, _ = name.partition(".")
+        if section not in known and section not in gflownet:
+            check_names([section], known if dot else {*known, *gflownet})
+        set_option(content, name if section in known else f"gflownet.{name}", options[name])
+    return content
+
+
+def _on_its_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The content of a recipe with that of its base, and of its base's base."""
+    if path.resolve() in above:
+        raise ValueError(f"{path} is among its own bases: {' <- '.join(str(file) for file in above)}.")
+    content = read_yaml(path)
+    if "base" not in content:
+        return content
+    base = find_file(content.pop("base"), recipe_folder(), base_of=path)
+    return merged(_on_its_base(base, (*above, path.resolve())), content)
 
 
 def check_names(given: Iterable[str], known: Iterable[str], where: str = "") -> None:
@@ -163,6 +211,21 @@ def check_names(given: Iterable[str], known: Iterable[str], where: str = "") -> 
             raise ValueError(f"There is no field {prefix + str(name)!r}. {remedy}")
 
 
+@contextmanager
+def locate_errors(where: str, names: Container[str]) -> Iterator[None]:
+    """Context manager: errors say where in the recipe a value is.
+
+    Args:
+        where: a section. "learning_rate is -1" becomes "sft.learning_rate is -1" where `names` holds that name.
+        names: the section's fields. Before other messages comes "sft: ".
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        dot = "." if str(error).partition(" ")[0] in names else ": "
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{where}{dot}{error}") from error
+
+
 def field_names(kind: type) -> list[str]:
     """The fields of a dataclass that its constructor takes."""
     return [entry.name for entry in fields(kind) if entry.init]
@@ -171,6 +234,7 @@ def field_names(kind: type) -> list[str]:
 def check_types(kind: type, values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """`values` for the fields of the dataclass `kind`, each checked against its annotation; one value for a list is
     made a list of one, as on the command line of TRL, and fields of a section are made a section."""
+    check_names(values, field_names(kind), where)
     hints = typing.get_type_hints(kind)
     return {name: _fit(hints[name], value, f"{where}.{name}" if where else name) for name, value in values.items()}
 
@@ -179,8 +243,10 @@ _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def _fit(hint: Any, value: Any, where: str) -> Any:
-    if is_dataclass(hint):
-        return _fit_section(hint, value, where)
+    if is_dataclass(hint) and not isinstance(value, hint):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{where} must be fields with values, but it is {value!r}.")
+        return hint(**check_types(hint, value, where))
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     choices = typing.get_args(hint) if is_union else (hint,)
     plain = [typing.get_origin(choice) or choice for choice in choices]
@@ -190,6 +256,9 @@ def _fit(hint: Any, value: Any, where: str) -> Any:
         listed = value if isinstance(value, list) or str in plain else [value]
         inner = typing.get_args(choices[plain.index(list)])
         return [_fit(inner[0], v, where) for v in listed] if inner and isinstance(listed, list) else listed
+    for kind in plain:
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            check_choice(where, value, [word.value for word in kind])
     checkable = [kind for kind in plain if kind in _NAMES]
     if len(checkable) < len([kind for kind in plain if kind is not type(None)]):
         return value  # an annotation that says more than these kinds: the class itself checks
@@ -197,12 +266,3 @@ def _fit(hint: Any, value: Any, where: str) -> Any:
         kinds = " or ".join(_NAMES[kind] for kind in checkable)
         raise TypeError(f"{where} must be {kinds}, but it is {value!r}.")
     return value
-
-
-def _fit_section(kind: type, value: Any, where: str) -> Any:
-    if isinstance(value, kind):
-        return value
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{where} must be fields with values, but it is {value!r}.")
-    check_names(value, field_names(kind), where)
-    return kind(**check_types(kind, value, where))

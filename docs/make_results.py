@@ -1,0 +1,249 @@
+"""Writes the tables of docs/results.md and README.md from the records in benchmarks/results/.
+
+    python docs/make_results.py            # after a benchmark has written new records
+    python docs/make_results.py --check    # fail where a table is not what the records give
+
+A table is between `<!-- results:NAME -->` and `<!-- /results -->`; the text around it is written by hand. Figures are
+means over seeds ± standard deviation, differences have the 95 % interval of a paired bootstrap over users.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from statistics import fmean, stdev
+
+from safetensors.torch import load_file
+
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))
+
+from benchmarks.quality.office import KEPT, difference, gains  # noqa: E402
+from gflowtrl.pipeline.comparison import spread  # noqa: E402
+from gflowtrl.pipeline.run_report import aligned  # noqa: E402
+
+
+PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
+MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+
+
+@cache
+def read(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method of the records RUNS-seed42.json and so on, one per seed."""
+
+    title: str
+    runs: str
+    method: str = "gflownet"
+
+    def files(self) -> list[Path]:
+        found = sorted(KEPT.glob(f"{self.runs}-seed??.json"))
+        if not found:
+            raise FileNotFoundError(f"{KEPT} has no records {self.runs}-seed??.json, which the table needs.")
+        return found
+
+    def values(self, metric: str) -> list[float]:
+        """One per seed."""
+        return [read(file)["methods"][self.method]["metrics"][metric] for file in self.files()]
+
+    def gains(self) -> list[dict]:
+        """Recall@10 and NDCG@10 of every user, one per seed."""
+        return [gains(load_file(file.with_suffix(".safetensors"))[self.method]) for file in self.files()]
+
+
+Column = Callable[[Row], str]
+
+
+def metric(name: str, digits: int = 4) -> Column:
+    """Mean, and standard deviation where the seeds differ."""
+
+    def cell(row: Row) -> str:
+        values = row.values(name)
+        return spread(values if len(set(values)) > 1 else values[:1], digits)
+
+    return cell
+
+
+def minus(words: str, runs: str | None = None, method: str = "control") -> dict[str, Column]:
+    """Differences to another method, by default the control of the same runs. That method's own cells are empty."""
+
+    def column(name: str) -> Column:
+        def cell(row: Row) -> str:
+            other = Row(row.title, runs or row.runs, method)
+            if len(row.files()) != len(other.files()):
+                raise ValueError(f"{row.runs} and {other.runs} are of different seeds; run the missing ones.")
+            return "" if row == other else difference(row.gains(), other.gains(), name)
+
+        return cache(cell)
+
+    return {f"{title} minus {words}": column(title.lower()) for title in ("Recall@10", "NDCG@10")}
+
+
+def ratio(name: str) -> Column:
+    """The value over that of the control of the same run, seed by seed."""
+
+    def cell(row: Row) -> str:
+        pairs = zip(row.values(name), replace(row, method="control").values(name), strict=True)
+        return "" if row.method == "control" else " / ".join(f"{ours / theirs:.2f}" for ours, theirs in pairs)
+
+    return cell
+
+
+def kept_prefix(row: Row) -> str:
+    """Share of test users whose target's first two tokens are still in the beam."""
+    files = [file.with_name(f"{file.stem}-prefixes.json") for file in row.files()]
+    found = [read(file)["methods"] for file in files if file.is_file()]
+    return spread([methods[row.method]["survival@2"] for methods in found], 3)
+
+
+def seconds_per_epoch(row: Row) -> str:
+    costs = read(KEPT.parent / "speed" / "methods.json")["rows"]
+    found = {f"office-{cost['method']}": cost["seconds_an_epoch"] for cost in costs}
+    return f"{found[row.runs]:.0f}" if row.method == "gflownet" else ""
+
+
+def baselines(runs: str) -> list[Row]:
+    titles = {"SASRec, the teacher": "teacher", "SFT": "sft", "SFT continued for the same steps (control)": "control"}
+    return [Row(title, runs, method) for title, method in titles.items()]
+
+
+def markdown(columns: Iterable[str], lines: list[list[str]]) -> str:
+    """A table whose figures have no zero before the point, as in papers."""
+    return aligned([["", *columns], *([re.sub(r"(?<![\d.,])0\.", ".", cell) for cell in line] for line in lines)])
+
+
+def table(rows: list[Row], columns: dict[str, Column]) -> str:
+    return markdown(columns, [[row.title, *(column(row) for column in columns.values())] for row in rows])
+
+
+MAIN, BEAUTY = "office-gflowgr_office_llama", "beauty-gflowgr_beauty_llama"
+COSTS = {"kept": kept_prefix, "seconds per epoch": seconds_per_epoch}
+ACCURACY = {"Recall@10": metric("recall@10"), "NDCG@10": metric("ndcg@10"), "coverage@10": metric("coverage@10", 3)}
+MINUS_CONTROL = minus("control")
+MINUS_TEACHERS = minus("its teacher", method="teacher") | minus(
+    "distillation", "office-distillation_office_llama", "gflownet"
+)
+MINUS_CROSS_ENTROPY = minus("cross entropy", "office-cross_entropy", "gflownet")
+PAPER = Row("GFlowNet, the paper's configuration (`gflowgr_paper`)", "office-gflowgr_paper")
+VARGRAD = Row("GFlowNet, VarGrad, .7 target + .3 teacher", f"{MAIN}_vargrad")
+DISTILLATION = Row("exact flows, teacher alone (distillation)", "office-distillation_office_llama")
+EXACT = Row("exact flows, .3 target + .7 teacher", MAIN)
+ENSEMBLE = Row("exact flows towards three SASRec averaged, four epochs", f"{MAIN}_ensemble")
+OFFICE = [
+    *baselines(MAIN),
+    PAPER,
+    Row("the same with detailed balance", "office-paper_detailed_balance"),
+    VARGRAD,
+    Row("the same with contrastive balance", "office-contrastive"),
+    DISTILLATION,
+    EXACT,
+    Row("the same, teacher at temperature .7, popularity correction .5", f"{MAIN}_broad"),
+    Row("the same, teacher at temperature .7, popularity correction 1", f"{MAIN}_broader"),
+    Row("three SASRec averaged, the teacher of the last row", f"{MAIN}_ensemble", "teacher"),
+    Row("SFT continued for four epochs (control of the last row)", f"{MAIN}_ensemble", "control"),
+    ENSEMBLE,
+]
+SHORT = [*baselines(MAIN), PAPER, VARGRAD, DISTILLATION, EXACT, ENSEMBLE]
+OBJECTIVES = [
+    Row("SFT, the checkpoint", "office-cross_entropy", "sft"),
+    Row("cross entropy over the vocabulary", "office-cross_entropy"),
+    Row("cross entropy over the tree (MSL, temperature 1)", "office-cross_entropy", "control"),
+    Row("APAO, pointwise", "office-apao_pointwise"),
+    Row("APAO, pairwise, 32 negatives", "office-apao_pairwise"),
+    Row("S-DPO", "office-sdpo"),
+    Row("GRPO in ReRe's form, 16 beams", "office-grpo"),
+    Row("the paper's configuration (`gflowgr_paper`)", "office-gflowgr_paper"),
+    Row("exact flows", MAIN),
+    Row("exact flows + APAO's pairwise loss", "office-exact_prefix"),
+]
+BREADTH = [
+    *baselines("breadth-0"),
+    Row(".3 target + .7 teacher", "breadth-0"),
+    Row(".8 target + .2 teacher", "breadth-1"),
+    Row("teacher at temperature .7", "breadth-2"),
+    Row("teacher at temperature 1.5", "breadth-3"),
+    Row("popularity correction .5", "breadth-4"),
+    Row("popularity correction 1", "breadth-5"),
+    Row("half of the teacher's share to EASE", "breadth-6"),
+    Row(".6 target + .4 teacher, popularity correction .5", "breadth-7"),
+    Row("temperature .7, popularity correction .5", "breadth-8"),
+]
+KNOWN_TRUTH = {
+    "unseen liked": metric("unseen_liked_mass", 3),
+    "over control, per seed": ratio("unseen_liked_mass"),
+    "TV to truth": metric("total_variation", 3),
+    "TV over control, per seed": ratio("total_variation"),
+    "Recall@10 of the log": metric("recall@10", 3),
+}
+#: Title, way in seconds.json, number of seeds.
+WAYS = [
+    ("SASRec, the teacher", "teacher", 1),
+    ("SFT, 12 epochs", "sft", 1),
+    ("SFT, then two epochs of exact flows by separate rows", "separate", 1),
+    ("six epochs of exact flows by whole rows, from random weights", "whole", 1),
+    ("the same, three seeds", "whole", 3),
+    ("cross entropy by whole rows, the same six epochs", "visits", 1),
+    ("cross entropy by whole rows, the same seconds (14 epochs)", "seconds", 1),
+]
+
+
+def seconds() -> str:
+    """What ways to train reach, and the processor seconds that they take."""
+    records = read(KEPT / "seconds.json")["rows"]
+    teacher = next(record["seconds"] for record in records if record["way"] == "teacher")
+    lines = []
+    for title, way, seeds in WAYS:
+        found = [record for record in records if record["way"] == way][:seeds]
+        spent = [record["seconds"] for record in found]
+        cell = f"{fmean(spent):,.0f}" + (f" ± {stdev(spent):.0f}" if seeds > 1 else "")
+        if way in ("separate", "whole"):  # which need a teacher
+            cell += f" + {fmean(record.get('teacher', teacher) for record in found):.0f}"
+        shown = {"test_recall@10": 4, "test_ndcg@10": 4, "test_coverage@10": 3}
+        cells = [spread([record[name] for record in found], digits) for name, digits in shown.items()]
+        lines.append([title, str(seeds), cell, *cells])
+    return markdown(["seeds", "seconds", *ACCURACY], lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "office": lambda: table(SHORT, ACCURACY | dict([next(iter(MINUS_CONTROL.items()))])),
+    "office_all": lambda: table(OFFICE, ACCURACY | MINUS_CONTROL),
+    "teachers": lambda: table([DISTILLATION, EXACT, ENSEMBLE], MINUS_TEACHERS),
+    "objectives": lambda: table(OBJECTIVES, ACCURACY | COSTS | MINUS_CROSS_ENTROPY),
+    "beauty": lambda: table([*baselines(BEAUTY), Row(EXACT.title, BEAUTY)], ACCURACY | MINUS_CONTROL),
+    "breadth": lambda: table(sorted(BREADTH, key=lambda row: -row.values("coverage@10")[0]), ACCURACY),
+    "shop": lambda: table([*baselines("shop"), Row("GFlowNet, exact flows", "shop")], KNOWN_TRUTH),
+    "seconds": seconds,
+}
+
+
+def filled(text: str) -> str:
+    """A page with its tables made anew."""
+    return MARKED.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n\n{found[3]}", text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a table is out of date")
+    check = parser.parse_args().check
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        new = filled(text)
+        if check and new != text:
+            sys.exit(f"{page.name} does not agree with benchmarks/results; run python docs/make_results.py.")
+        if not check:
+            page.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
