@@ -46,11 +46,10 @@ def check_metric(args: TrainingArguments, ks: Sequence[int]) -> None:
     Raises:
         ValueError: the metric is a loss, which is not evaluated, or the direction contradicts the metric.
     """
-    if args.metric_for_best_model is None:
-        return
     if args.metric_for_best_model in ("loss", "eval_loss"):
         raise _unknown_metric(args.metric_for_best_model, metric_names(ks))
-    _check_direction(args)
+    if args.metric_for_best_model is not None:
+        _check_direction(args)
 
 
 def resolve_metric(

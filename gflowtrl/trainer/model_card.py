@@ -170,7 +170,7 @@ def _read_front_matter(file: Any) -> dict[str, Any]:
 def _front_matter(facts: CardFacts) -> ModelCardData:
     base = BaseModel(**facts.base) if facts.base else None
     tags = ["recommendation", "generative-recommendation", *(PAPERS[m][0] for m in facts.methods), "trl"]
-    data_name = facts.data["name"] if facts.data else "rows given to the trainer"
+    data_name = facts.data["name"] if facts.data else "rows passed to the trainer"
     data_type = re.sub(r"[^\w.-]+", "-", data_name.lower())
     results = [
         EvalResult(

@@ -112,7 +112,7 @@ def next_trainer(folder: str, out, **options) -> GFlowNetTrainer:
 
 
 @pytest.mark.parametrize(("kind", "tied", "tokens"), [(*kind, True) for kind in KINDS] + [("llama", True, False)])
-def test_a_folder_of_adapters_is_trained_on_as_a_whole(tmp_path, kind, tied, tokens):
+def test_a_folder_of_adapters_is_trained_further_as_one_model(tmp_path, kind, tied, tokens):
     folder = adapters_on(tmp_path / "base", tmp_path / "first", kind, tied, train_item_tokens=tokens)
     expected = log_probs(Recommender.from_pretrained(folder).model)
     trainer = next_trainer(folder, tmp_path / "second")

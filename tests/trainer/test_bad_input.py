@@ -184,14 +184,14 @@ def test_a_bad_configuration_is_an_error(tmp_path, options, message):
         GFlowNetConfig(str(tmp_path), use_cpu=True, **options)
 
 
-def test_a_folder_without_a_catalog_says_so(tmp_path):
+def test_a_folder_without_a_catalog_is_an_error(tmp_path):
     tiny_model(len(TOKENIZER)).save_pretrained(tmp_path)
     TOKENIZER.save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"catalog\.json is missing"):
         GFlowNetTrainer(str(tmp_path), GroundTruthReward(), GFlowNetConfig(str(tmp_path / "out"), use_cpu=True))
 
 
-def test_evaluate_without_rows_says_so(tmp_path):
+def test_evaluate_without_rows_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no evaluation rows"):
         make_trainer(tmp_path, **REWARDS).evaluate()
 

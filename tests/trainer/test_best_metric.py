@@ -51,7 +51,7 @@ def test_best_checkpoints_and_early_stopping_work_without_a_name(tmp_path):
     assert made.state.best_metric == max(history.values()) == history[made.state.best_global_step]
 
 
-def test_early_stopping_alone_gets_a_metric(tmp_path):
+def test_early_stopping_gets_a_default_metric(tmp_path):
     stopping = EarlyStoppingCallback(early_stopping_patience=1)
     made = trainer(tmp_path, learning_rate=0.0, max_steps=20, **EVERY, callbacks=[stopping])
     assert made.args.metric_for_best_model == "eval_ndcg@10"

@@ -74,7 +74,7 @@ def test_a_damaged_part_is_named(checkpoint, name):
     refused(checkpoint, rf"{name} is (empty or cut off|not a whole safetensors file|not valid JSON)")
 
 
-def test_a_checkpoint_of_the_model_alone_says_so(tmp_path):
+def test_a_checkpoint_with_only_the_model_is_an_error(tmp_path):
     trainer(tmp_path, save_only_model=True, max_steps=2).train()
     refused(tmp_path / "checkpoint-2", r"only the model \(save_only_model=True\), not .*optimizer.pt.*as the model")
 

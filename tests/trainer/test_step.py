@@ -192,7 +192,7 @@ def test_the_target_is_scored_once(tmp_path, monkeypatch, sampler, scored):
     assert widths == [scored]
 
 
-# ------------------------------------------------------------------------------------------- whole runs compared
+# ------------------------------------------------------------------------------------------------ complete trainings
 def trained(tmp_path, reward_funcs=None, **options) -> tuple[dict, list[float]]:
     trainer = make_trainer(tmp_path, rewards() if reward_funcs is None else reward_funcs, **options)
     trainer.train()

@@ -1,6 +1,6 @@
 """A transformer trained with each objective reaches R / Z: the benchmark total_variation.py on a smaller tree.
 
-The benchmark's own ruler is the policy's `leaf_log_probs`, which tests/policy compares with brute force.
+The benchmark measures the policy's `leaf_log_probs`, which tests/policy compares with brute force.
 """
 
 import pytest

@@ -73,7 +73,7 @@ def test_weights_keep_the_fixed_point(name):
 
 
 def test_away_from_it_weighted_vargrad_moves_all_trajectories_together():
-    """What docs/objectives.md says: the gradient is that of the weighted variance and, because the mean in vargrad is
+    """As in docs/objectives.md: the gradient is that of the weighted variance and, because the mean in vargrad is
     unweighted, `2 (weighted mean - mean)` times that of the weighted mean of log pi."""
     generator = torch.Generator().manual_seed(3)
     surplus = torch.randn(1, 5, 1, dtype=torch.double, generator=generator).requires_grad_()

@@ -16,9 +16,9 @@ from .world import ITEMS, TOKENIZER, losses, make_catalog, make_rows, make_train
 
 
 def run(tmp_path, shared: bool, reward_funcs=None, rows=None, seen=None, **options):
-    """Four steps on rows of users, of whom some have done more than a prompt may hold; and the tokens that they read.
+    """Train four steps on rows of users, some with more items than a prompt can contain, and count the tokens read.
 
-    `seen` gets what is drawn.
+    The drawn leaves are appended to `seen`.
     """
     reward_funcs = [GroundTruthReward(), CollaborativeReward(teacher)] if reward_funcs is None else reward_funcs
     trainer = make_trainer(
@@ -189,7 +189,7 @@ def test_the_log_describes_the_prompts(tmp_path, caplog, options, words):
     assert words in line and "targets" in line
 
 
-def test_the_policys_own_likelihood_is_a_reward(tmp_path):
+def test_the_policys_likelihood_can_be_a_reward(tmp_path):
     """r = pi: with log Z = 0, as at the start, every residual log Z + log pi - log r is 0."""
     trainer = make_trainer(
         tmp_path, [LikelihoodReward()], loss_type="trajectory_balance", max_steps=1, train_dataset=make_rows(8),
