@@ -18,7 +18,7 @@ from .world import ITEMS, TOKENIZER, losses, make_catalog, make_rows, make_train
 def run(tmp_path, shared: bool, reward_funcs=None, rows=None, seen=None, **options):
     """Train four steps on rows of users, some with more items than a prompt can contain, and count the tokens read.
 
-    The drawn leaves are appended to `seen`.
+    The drawn leaves are recorded in `seen`.
     """
     reward_funcs = [GroundTruthReward(), CollaborativeReward(teacher)] if reward_funcs is None else reward_funcs
     trainer = make_trainer(
