@@ -198,7 +198,7 @@ def title_log_probs(model: nn.Module, prompts: Mapping[str, Tensor], titles: Ten
             # A title's last token predicts nothing, so it is not fed.
             visible = separate_branches(count, width, device).expand(batch, -1, -1)
             steps = torch.arange(width, device=device).repeat(count)
-            logits = decoder.read_behind(tokens[:, :, :-1].reshape(batch, -1), visible, steps)
+            logits = decoder.feed(tokens[:, :, :-1].reshape(batch, -1), visible, steps)
             logits = logits.view(batch, count, width, -1)
             decoder.restart()
             chosen = logits.gather(-1, tokens[:, :, 1:, None]).squeeze(-1).float()

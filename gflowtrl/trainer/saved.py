@@ -23,7 +23,7 @@ from transformers import Trainer
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.data import PromptEncoder
 from gflowtrl.policy import make_policy, whole_models
-from gflowtrl.policy.exactness import computed_in
+from gflowtrl.policy.exactness import compute_dtype
 from gflowtrl.policy.heads import is_head
 from gflowtrl.policy.modules import evaluation_mode, innermost
 from gflowtrl.recommender import Recommender
@@ -146,7 +146,9 @@ def _compare_scores(
     except Exception as error:  # any error, because the other processes wait for the result
         return f"The folder {directory} was saved, but it cannot be loaded: {error}"
     parameters = [*trained.parameters(), *model.parameters()]
-    types = {parameter.dtype for parameter in parameters if parameter.dtype.is_floating_point} | {computed_in(trained)}
+    types = {parameter.dtype for parameter in parameters if parameter.dtype.is_floating_point} | {
+        compute_dtype(trained)
+    }
     types |= {torch.bfloat16} if trainer.args.bf16 else {torch.float16} if trainer.args.fp16 else set()
     rounding = max(ROUNDING.get(dtype, 0.1) for dtype in types)
     difference = float((expected - actual).abs().sum(-1).max() / 2)

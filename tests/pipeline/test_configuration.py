@@ -53,6 +53,17 @@ def test_set_option_reaches_into_lists_and_makes_sections():
         set_option(tree, "seed.x", 5)
 
 
+def test_another_kind_replaces_its_section(recipe_file):
+    """Whatever the order of the options; the weight of a reward stays, and so does a section of the same kind."""
+    options = "--teacher.epochs 2 --teacher.type sasrec --rewards.1.type token_similarity --rewards.1.prefix true"
+    recipe = load_recipe(recipe_file, shlex.split(options))
+    assert recipe.teacher == {"type": "sasrec", "epochs": 2}
+    assert recipe.rewards[1] == {"type": "token_similarity", "weight": 0.7, "prefix": True}
+    assert load_recipe(recipe_file, shlex.split("--teacher.type ease")).teacher["regularization"] == 5.0
+    text = load_recipe(recipe_file, shlex.split("--model.model_type gpt_neox --model.hidden_size 64")).model
+    assert text == {"model_type": "gpt_neox", "hidden_size": 64}
+
+
 def test_a_recipe_tells_its_differences_to_the_base():
     base = {
         "model": {"model_type": "llama", "hidden_size": 8},

@@ -55,7 +55,7 @@ CASES = [
     ("--model.attention_dropout 1.0", "model.attention_dropout is 1.0; it must be a number in [0, 1)"),
     ("--model.attention_dropout -0.1", "model.attention_dropout is -0.1"),
     ("--model.max_position_embeddings 8", "A prompt of 6 items takes up to"),
-    ("--model {model_type: mamba}", "cannot be scored behind one prompt"),
+    ("--model {model_type: mamba}", "cannot score several items after one prompt"),
     ("--peft {target_modules: [q_prj]}", "The section peft does not fit the model"),
     ("--peft {r: 0, target_modules: [q_proj]}", "peft.r is 0"),
     ("--peft {lora_dropout: 1.5, target_modules: [q_proj]}", "peft.lora_dropout is 1.5"),
