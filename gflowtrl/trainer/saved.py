@@ -145,10 +145,8 @@ def _compare_scores(
         actual = _scores(trainer, loaded.model, loaded.catalog, loaded.encoder)
     except Exception as error:  # any error, because the other processes wait for the result
         return f"The folder {directory} was saved, but it cannot be loaded: {error}"
-    parameters = [*trained.parameters(), *model.parameters()]
-    types = {parameter.dtype for parameter in parameters if parameter.dtype.is_floating_point} | {
-        compute_dtype(trained)
-    }
+    types = {p.dtype for p in [*trained.parameters(), *model.parameters()] if p.dtype.is_floating_point}
+    types.add(compute_dtype(trained))
     types |= {torch.bfloat16} if trainer.args.bf16 else {torch.float16} if trainer.args.fp16 else set()
     rounding = max(ROUNDING.get(dtype, 0.1) for dtype in types)
     difference = float((expected - actual).abs().sum(-1).max() / 2)
