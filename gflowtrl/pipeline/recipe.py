@@ -102,7 +102,9 @@ class Recipe:
             raise ValueError(f"stages is empty; choose among {', '.join(STAGES)}.")
         check_number("seed", self.seed, SEED)
         if self.data_dir is None:
-            check_names(self.data.shop, inspect.signature(SyntheticShop).parameters, "data.shop")
+            check_types(SyntheticShop, self.data.shop, "data.shop")
+            with locate_errors("data.shop", field_names(SyntheticShop)):
+                SyntheticShop(**self.data.shop)
             if self.data.k_core:
                 raise ValueError("data.k_core is set, but data_dir is null: the synthetic shop is taken as it is.")
         self._check_model()
