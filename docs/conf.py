@@ -44,6 +44,18 @@ nb_output_stderr = "remove"  # progress bars
 
 html_theme = "furo"
 html_title = f"gflowtrl {release}"
+templates_path = ["_templates"]
+# Furo's own sidebar, and the versions below the name (tools/keep_docs.py).
+html_sidebars = {
+    "**": [
+        "sidebar/brand.html",
+        "versions.html",
+        "sidebar/search.html",
+        "sidebar/scroll-start.html",
+        "sidebar/navigation.html",
+        "sidebar/scroll-end.html",
+    ]
+}
 html_extra_path = ["site"]  # index.html, which leads to docs/index.html
 html_copy_source = False
 html_show_sourcelink = False
@@ -105,7 +117,7 @@ def outside_code(line: str) -> str:
 
 
 def short_signature(app: Sphinx, what: str, name: str, obj: object, options: object, signature: str, returns: str):
-    """The configurations have every field of TrainingArguments: a hundred of them are no signature to read."""
+    """The configurations have every field of TrainingArguments: a hundred of them are not a signature to read."""
     if what == "class" and name.endswith("Config") and len(signature or "") > 2000:
         return "(output_dir, **fields)", returns
     return None

@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # type checkers and editors do not see what __getattr__ finds
     from .recommender import Recommender
     from .trainer import APAOConfig, APAOTrainer, GFlowNetConfig, GFlowNetTrainer
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "APAOConfig": "trainer",

@@ -22,7 +22,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
 
 # DESIGN: imports go one way, from the right to the left.
 LAYERS = (
-    {"checks", "compat", "finite", "trunks"},
+    {"checks", "compat", "configuration", "files", "finite", "trunks"},
     {"catalog"},
     {"data", "policy", "semantic_ids", "teachers"},
     {"rewards", "samplers", "losses", "metrics"},

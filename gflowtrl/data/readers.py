@@ -172,7 +172,7 @@ def _rows(file: Path, key: str) -> Iterator[tuple[str, Item, dict[str, Any]]]:
         try:
             row = _check_characters(json_object(line, _decode), line)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}. Fix or remove the line.") from None
+            raise ValueError(f"{where}: {error}. Correct or remove the line.") from None
         row_id = _check_id(row.get(key), key, where)
         if row_id in seen:
             raise ValueError(f"{where}: {key} {row_id!r} is on an earlier line already. Merge the two lines.")
@@ -232,7 +232,7 @@ def _check_features(features: dict[str, Any], where: str) -> None:
                 stack += part.values() if isinstance(part, dict) else part
             elif isinstance(part, int | float) and not is_finite(part):
                 number = str(part) if isinstance(part, float) else f"a number of {len(str(abs(part)))} digits"
-                raise ValueError(f"{where}: {name!r} is {number}, which exceeds a float. Fix it or leave it out.")
+                raise ValueError(f"{where}: {name!r} is {number}, which exceeds a float. Correct it or leave it out.")
 
 
 def _read_text(file: Path) -> str:
@@ -277,7 +277,7 @@ def _check_characters(row: dict[str, Any], text: str) -> dict[str, Any]:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start].encode("ascii", "backslashreplace").decode()
-            raise ValueError(f"{half} is half a character (an unpaired surrogate)") from None
+            raise ValueError(f"{half} is half a character (half of a surrogate pair)") from None
     return row
 
 
@@ -301,7 +301,7 @@ def _read_object(file: Path) -> dict[str, Any]:
         decoder = json.JSONDecoder(object_pairs_hook=unique, parse_constant=_refuse_constant)
         return _check_characters(json_object(text, decoder.decode), text)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}. Fix or replace the file.") from None
+        raise ValueError(f"{file}: {error}. Repair or replace the file.") from None
 
 
 def _check_id(value: Any, what: str, where: str) -> Item:

@@ -37,7 +37,7 @@ def as_vectors(vectors: Tensor | np.ndarray, rows: int | None = None, dim: int |
         raise ValueError(f"The vectors have {vectors.shape[1]} columns; they must have {dim}, as in fit().")
     broken = (~vectors.isfinite().all(1)).nonzero().flatten()
     if len(broken):
-        raise ValueError(f"{len(broken)} item vectors are not finite, the first in row {int(broken[0])}. Fix them.")
+        raise ValueError(f"{len(broken)} item vectors are not finite, the first in row {int(broken[0])}. Correct them.")
     return vectors
 
 

@@ -99,7 +99,7 @@ def test_license_and_source_are_kept(tmp_path):
     about = {"name": None, "license": None}
     data = read_folder(write(tmp_path, dataset=about))
     assert (data.name, data.license, data.source) == (tmp_path.name, None, None)
-    with pytest.raises(ValueError, match=r"dataset\.json: 'source' must be text, but it is \['a'\]\. Mend it"):
+    with pytest.raises(ValueError, match=r"dataset\.json: 'source' must be text, but it is \['a'\]\. Correct it"):
         read_folder(write(tmp_path, dataset={"source": ["a"]}))
 
 
