@@ -70,12 +70,11 @@ class InteractionData:
         if self.semantic_ids is not None:
             self.semantic_ids = _in_item_order(self.semantic_ids, self.items, self.name)
         if self.events is not None:
-            self._check_events()
+            self._check_events(known)
 
-    def _check_events(self) -> None:
+    def _check_events(self, known: set[Item]) -> None:
         if len(self.events) != len(self.users):
             raise ValueError(f"{self.name}: {len(self.users)} users but {len(self.events)} event lists were given.")
-        known = set(self.items)
         for user, sequence, events in zip(self.users, self.sequences, self.events, strict=True):
             self._check_known(user, "was shown", [event.item for event in events], known)
             if [event.item for event in events if event.level >= CLICKED] != list(sequence):

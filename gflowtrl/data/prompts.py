@@ -152,10 +152,7 @@ class PromptEncoder:
         """
         _check_not_empty(windows.histories)
         if self.tail:
-            raise ValueError(
-                "The prompts end with text after the history, so no prompt is a prefix of another and prompts cannot "
-                "share a trunk. Encode them separately."
-            )
+            raise ValueError("Text follows the history, so no prompt is a prefix of another. Encode them separately.")
         # The target of a prompt is scored on the trunk tokens after it, so the last token of a trunk is not needed.
         # Text prompts contain more than semantic ids, so their targets cannot be scored on the trunk.
         items = windows.items if self.format is None else windows.prompts

@@ -31,9 +31,7 @@ def read_interactions(path: str | Path, with_ids: bool = True) -> InteractionDat
     if (path / "sequences.jsonl").is_file():
         return read_folder(path, with_ids)
     if path.is_dir() and not any(path.glob("*.inter.json")):
-        raise FileNotFoundError(
-            f"{path} contains neither sequences.jsonl nor X.inter.json. docs/data.md describes both formats."
-        )
+        raise FileNotFoundError(f"{path} contains neither sequences.jsonl nor X.inter.json; see docs/data.md.")
     if not path.exists() and not path.with_name(f"{path.name}.inter.json").is_file():
         raise FileNotFoundError(f"There is no folder {path}. Check the path; `gflowtrl prepare` creates one.")
     return read_letter(path, with_ids)
@@ -99,9 +97,7 @@ def read_letter(path: str | Path, with_ids: bool = True) -> InteractionData:
         files = sorted(path.glob("*.inter.json"))
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
-            raise ValueError(
-                f"{path} contains several data sets ({names}). Pass the path of one without '.inter.json'."
-            )
+            raise ValueError(f"{path} contains several data sets ({names}). Give the path without '.inter.json'.")
         path = path / (files[0].name.removesuffix(".inter.json") if files else "X")
     inter_file, index_file, item_file = (
         path.with_name(f"{path.name}.{part}.json") for part in ("inter", "index", "item")

@@ -42,7 +42,7 @@ def write_recommender_files(
     if titles:
         details["titles"] = [titles.get(item) for item in encoder.catalog.items]
     if details:
-        _write_json(Path(directory, DETAILS_FILE), details)
+        write_text(Path(directory, DETAILS_FILE), json.dumps(details, indent=2, ensure_ascii=False))
 
 
 def read_details(directory: str | os.PathLike, catalog: ItemCatalog) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def write_encoder(encoder: PromptEncoder, directory: str | os.PathLike) -> None:
     if encoder.format is not None:
         settings |= {"prompt_format": "text", **asdict(encoder.format), "head": encoder.head, "tail": encoder.tail}
         save_file({"tokens": encoder.table.int()}, Path(directory, TABLE_FILE))
-    _write_json(Path(directory, RECOMMENDER_FILE), settings)
+    write_text(Path(directory, RECOMMENDER_FILE), json.dumps(settings, indent=2, ensure_ascii=False))
 
 
 def read_encoder(
@@ -157,7 +157,3 @@ def _read_settings(file: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{file} must contain a JSON object. {RESTORE}")
     return settings
-
-
-def _write_json(file: Path, content: Any) -> None:
-    write_text(file, json.dumps(content, indent=2, ensure_ascii=False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -143,11 +143,11 @@ class Step:
 
     def rows(self, rows: slice) -> Step:
         """Return a slice of the rows as a step with its own memo."""
-        return Step(
+        return replace(
+            self,
             prompts=some_prompts(self.prompts, rows),
             row_ids=self.row_ids[rows],
             target_leaves=self.target_leaves[rows],
             columns={name: values[rows] for name, values in self.columns.items()},
-            progress=self.progress,
             windows=None if self.windows is None else self.windows.rows(rows),
         )

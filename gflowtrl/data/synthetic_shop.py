@@ -148,7 +148,7 @@ class SyntheticShop:
             raise ValueError(f"n_items is {self.n_items}; it must be above min_items={self.min_items}. Raise n_items.")
         if self.min_users_shown > self.n_users:
             raise ValueError(
-                f"n_users is {self.n_users}, below min_users_shown={self.min_users_shown}. Raise n_users."
+                f"min_users_shown is {self.min_users_shown}, above n_users={self.n_users}. Raise n_users."
             )
 
     def generate(self) -> tuple[InteractionData, ShopTruth]:

@@ -67,9 +67,8 @@ class TextPromptEncoder(PromptEncoder):
             untitled = [item for item in self.catalog.items if not str(titles.get(item) or "").split()]
             if untitled:
                 raise ValueError(
-                    f"The prompt contains titles, but {len(untitled)} of {len(self.catalog)} items have none, for "
-                    f"example {untitled[0]!r}. Give titles, set untitled to a replacement, or use an item format "
-                    "without {title}."
+                    f"The prompt has titles, but {len(untitled)} of {len(self.catalog)} items have none, for example "
+                    f"{untitled[0]!r}. Give titles, a replacement as untitled, or an item format without {{title}}."
                 )
         texts = []
         for item, tokens in zip(self.catalog.items, self.catalog.semantic_ids, strict=True):

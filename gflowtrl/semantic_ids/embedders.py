@@ -5,17 +5,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gflowtrl.checks import COUNT, check_number
-
-
-if TYPE_CHECKING:
-    from sklearn.feature_extraction.text import TfidfVectorizer
 
 
 class Embedder(ABC):
@@ -105,8 +101,8 @@ class TfidfEmbedder(Embedder):
         return embedder
 
 
-def _vectorizer() -> "TfidfVectorizer":
-    from sklearn.feature_extraction.text import TfidfVectorizer
+def _vectorizer() -> Any:
+    from sklearn.feature_extraction.text import TfidfVectorizer  # slow to import, and rarely needed
 
     return TfidfVectorizer(min_df=2, sublinear_tf=True)
 

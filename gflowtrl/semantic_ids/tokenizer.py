@@ -173,9 +173,7 @@ class ItemTokenizer:
                 raise FileNotFoundError(f"There is no saved ItemTokenizer in {directory}: {file.name} is missing.")
         description = read_json(description_file)
         if description["tensors_sha256"] != _digest(tensor_file):
-            raise ValueError(
-                f"The files of the ItemTokenizer in {directory} come from different saves. Save it again."
-            )
+            raise ValueError(f"The ItemTokenizer in {directory} has files of different saves. Save it again.")
         with reading(tensor_file, "a .safetensors file"):
             tensors = load_file(tensor_file)
 
@@ -211,8 +209,7 @@ def _items_and_rows(
         if known and isinstance(item, str) != isinstance(known[0], str):
             raise ValueError(
                 f"Item {item!r} is of type {type(item).__name__}, but items with a semantic id are of type "
-                f"{type(known[0]).__name__}, for example {known[0]!r}. Give all items in one type, or old items would "
-                "count as new."
+                f"{type(known[0]).__name__}, for example {known[0]!r}. Use one type, or old items would count as new."
             )
     for item in known:
         if item in index:

@@ -28,16 +28,14 @@ def as_vectors(vectors: Tensor | np.ndarray, rows: int | None = None, dim: int |
     """
     vectors = torch.as_tensor(vectors).detach().to("cpu", torch.float32)
     if vectors.ndim != 2 or 0 in vectors.shape:
-        raise ValueError(
-            f"Item vectors must be a matrix with one row per item, but their shape is {tuple(vectors.shape)}."
-        )
+        raise ValueError(f"The shape of item vectors is {tuple(vectors.shape)}; it must be (items, dimensions).")
     if rows is not None and len(vectors) != rows:
         raise ValueError(f"There are {rows} items but {len(vectors)} rows of vectors. Give one row per item.")
     if dim is not None and vectors.shape[1] != dim:
         raise ValueError(f"The vectors have {vectors.shape[1]} columns; they must have {dim}, as in fit().")
     broken = (~vectors.isfinite().all(1)).nonzero().flatten()
     if len(broken):
-        raise ValueError(f"{len(broken)} item vectors are not finite, the first in row {int(broken[0])}. Correct them.")
+        raise ValueError(f"{len(broken)} item vectors are not finite, the first in row {broken[0]}. Correct them.")
     return vectors
 
 
@@ -59,9 +57,7 @@ def load_vectors(path: str | Path, items: Sequence[Item]) -> Tensor:
         with reading(path, "a .safetensors file"):
             tensors = load_file(path)
         if len(tensors) != 1:
-            raise ValueError(
-                f"{path} contains {len(tensors)} tensors ({', '.join(sorted(tensors))}); it must contain one."
-            )
+            raise ValueError(f"{path} has {len(tensors)} tensors ({', '.join(sorted(tensors))}); it must have one.")
         (vectors,) = tensors.values()
     else:
         raise ValueError(f"{path} is neither .npy nor .safetensors. Save the item vectors in one of these formats.")

@@ -170,7 +170,7 @@ def test_bad_input_is_refused(make, vectors):
     broken[3, 1] = math.nan
     with pytest.raises(ValueError, match="1 item vectors are not finite, the first in row 3"):
         make(num_codes=4).fit(broken)
-    with pytest.raises(ValueError, match=r"their shape is \(200,\)"):
+    with pytest.raises(ValueError, match=r"item vectors is \(200,\)"):
         make(num_codes=4).fit(vectors[:, 0])
     with pytest.raises(ValueError, match="num_levels is 0; it must be 1 to 25"):
         make(num_levels=0)

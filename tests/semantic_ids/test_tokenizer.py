@@ -116,7 +116,7 @@ def test_bad_new_items_are_refused(vectors):
     codes = tokenizer.codes
     with pytest.raises(ValueError, match="Item 49 has a semantic id already"):
         tokenizer.add(vectors[:2], [49, 50])
-    with pytest.raises(ValueError, match="Item 'A21' is of type str, but .* of type int, for example 0. Give all"):
+    with pytest.raises(ValueError, match="Item 'A21' is of type str, but .* of type int, for example 0. Use one type"):
         tokenizer.add(vectors[:2], ["A21", "A22"])
     with pytest.raises(ValueError, match="cannot embed texts"):
         tokenizer.add(["red lamp"], [50])

@@ -45,7 +45,10 @@ def _reviews(ratings: Sequence[str]) -> Callable[[Source, Request], Parsed]:
 
 
 def _check_order(source: Source, ratings: Sequence[str], fields: list[str]) -> None:
-    """Check that the columns are not those of the other release: item ids have ten characters, user ids often more."""
+    """Check that the columns are not those of the other release.
+
+    Item ids have ten characters, user ids nearly always more.
+    """
     user, item = (fields[ratings.index(name)].strip('" ') for name in ("user", "item"))
     if len(user) == 10 < len(item):
         release = "amazon-2018" if ratings == _RATINGS_2014 else "amazon-2014"

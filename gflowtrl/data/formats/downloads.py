@@ -203,7 +203,7 @@ def _fetch(url: str, part: Path) -> None:
         ) as error:
             problem = str(getattr(error, "reason", error)) or type(error).__name__
         done = part.stat().st_size if part.exists() else 0
-        failures = 1 if done > before else failures + 1  # attempts that received bytes do not count
+        failures = 1 if done > before else failures + 1  # the count restarts whenever bytes arrive
         if failures >= _ATTEMPTS:
             raise ConnectionError(
                 f"{url}: {problem}, {_ATTEMPTS} times in a row, at byte {done:,}. Call again to resume from there."

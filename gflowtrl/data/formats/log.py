@@ -85,7 +85,7 @@ class InteractionLog:
 
 
 def read_log(files: Iterable[tuple[Source, Parsed]], min_rating: float | None) -> tuple[InteractionLog, int]:
-    """Read the interactions of all files; return them and the number of those rated below `min_rating`, left out.
+    """Read the interactions of all files, except those rated below `min_rating`; return them and the number left out.
 
     A file is taken from the iterator, and thus opened, after the file before it has been read.
     """
