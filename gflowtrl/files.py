@@ -1,4 +1,4 @@
-"""Files that a reader sees whole or not at all, and errors that name a file which cannot be read."""
+"""Atomic writing of files, and errors that name a file that cannot be read."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from safetensors import SafetensorError, safe_open
 
 
 MISSING = "is missing"
-ARCHIVES = (".pt", ".pth", ".bin")  # what torch.save writes: zip archives
+ARCHIVES = (".pt", ".pth", ".bin")  # torch.save writes zip archives
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a file next to `path`, which then takes its name; an unfinished one is removed.
+    """Let `write` fill a temporary file next to `path`, then rename it to `path`. An unfinished file is removed.
 
-    The folder is made where it is missing.
+    The folder is created if it is missing.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,52 +39,48 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 @contextmanager
 def reading(path: str | os.PathLike, what: str) -> Iterator[None]:
-    """Within, a file is read by another library, and whatever that library makes of broken content names the file.
+    """Context manager around reading a file with another library: errors about its content name the file.
 
-    numpy, safetensors, yaml and json raise a dozen kinds of errors on bytes that are not theirs, `RecursionError` and
-    `tokenize.TokenError` among them, and hardly one says which file it was.
+    numpy, safetensors, yaml and json raise a dozen kinds of errors on malformed content, `RecursionError` and
+    `tokenize.TokenError` among them, and few of these errors name the file.
 
     Args:
         path: the file.
-        what: what it should be, as in "... cannot be read as {what}".
+        what: the expected content, as in "... cannot be read as {what}".
 
     Raises:
-        ValueError: names the file, what it should be and the reason.
-        OSError: the file is not there or may not be read, as ever.
+        ValueError: names the file, the expected content and the reason.
+        OSError: the file does not exist or cannot be opened (the operating system's own error, unchanged).
     """
     try:
         yield
-    except OSError as error:
-        if error.filename is not None:  # the operating system's own, which names the file
-            raise
-        raise _unreadable(path, what, error) from None
     except Exception as error:
-        raise _unreadable(path, what, error) from None
+        if isinstance(error, OSError) and error.filename is not None:  # the operating system's own error
+            raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if isinstance(error, RecursionError):
+            reason = "it is nested too deeply"
+        raise ValueError(
+            f"{os.fspath(path)} cannot be read as {what} ({reason.rstrip('.')}). Repair or replace the file."
+        ) from None
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """The content of a JSON file that a program has written.
+    """Return the content of a JSON file that a program wrote.
 
     Raises:
-        ValueError: it is broken; the message names the file.
-        OSError: it is not there.
+        ValueError: the file is not valid JSON; the message names the file.
+        OSError: the file does not exist.
     """
     with reading(path, "JSON"):
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def _unreadable(path: str | os.PathLike, what: str, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
-    if isinstance(error, RecursionError):
-        reason = "it is nested too deeply"
-    return ValueError(f"{os.fspath(path)} cannot be read as {what} ({reason.rstrip('.')}). Mend or replace the file.")
-
-
 def damage_of(path: str | os.PathLike) -> str | None:
-    """What is wrong with a file, as far as its form tells; None where nothing is. Tensors are not read.
+    """Describe visible damage of a file, or return None. Tensor values are not read.
 
-    JSON is parsed, the header of safetensors is compared with the file's size, and of torch's archives the directory
-    at the end is looked for.
+    JSON is parsed. For safetensors, the header is compared with the file's size. For torch's archives, the directory
+    at the end must be present.
 
     Returns:
         The end of a sentence that begins with the file's name: `"is missing"`, `"is empty or cut off"`, ...

@@ -121,7 +121,7 @@ def test_single_stages_run_alone(home, capsys):
     assert main(["teacher", *options]) == 0
     assert {folder.name.split("-")[0] for folder in (home / "alone").glob("*-*")} == {"teacher", "test", "report"}
     assert main(["sft", *options, "--stages", "teacher"]) == 2
-    assert "decides the stages; leave --stages out" in capsys.readouterr().err
+    assert "sets the stages itself; leave --stages out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_single_stages_run_alone(home, capsys):
         (["train", "--accelerate_config", "zero9"], "no accelerate configuration zero9.*zero2"),
         (["evaluate"], "are required: --model, --data_dir. gflowtrl evaluate --help"),
         (["recommend", "--model", "/no/where"], "/no/where is not a folder"),
-        (["compare", "/no/where"], "/no/where holds no results.json"),
+        (["compare", "/no/where"], "/no/where has no results.json"),
     ],
 )
 def test_mistakes_are_one_line(words, message, capsys, tmp_path):
@@ -177,7 +177,7 @@ def test_a_recipe_that_is_nested_too_deeply_is_named(tmp_path, capsys):
     file.write_text(f"a: {9999 * '['}")
     assert main(["train", "--config", str(file)]) == 2
     shown = capsys.readouterr().err
-    assert shown == f"error: {file} cannot be read as YAML (it is nested too deeply). Mend or replace the file.\n"
+    assert shown == f"error: {file} cannot be read as YAML (it is nested too deeply). Repair or replace the file.\n"
 
 
 def test_help_and_version(capsys):

@@ -211,7 +211,7 @@ def test_a_file_of_options_may_hold_what_stands_without_a_name(tmp_path, capsys)
     assert (parsed("--config", file, "--k", "3", "c", "d").runs, parsed("c").k) == (["c", "d"], 10)
     assert "unrecognized arguments: --conf" in error_of(["compare", "a", "--conf", file], capsys)
     assert "the following arguments are required: runs" in error_of(["compare"], capsys)
-    assert "a holds no results.json" in error_of(["compare", "--config", file], capsys)
+    assert "a has no results.json" in error_of(["compare", "--config", file], capsys)
 
 
 def test_json_has_no_number_that_is_none(tmp_path, capsys):
