@@ -58,7 +58,7 @@ def test_distances_are_those_of_the_enumerated_distributions(folder):
             assert own["total_variation"] == pytest.approx(sum(expected) / 9, rel=1e-4)
             assert sum(own["reliability"]["leaves"]) == 9 * catalog.tree.num_leaves
     report = text(results)
-    assert "How far each policy is from R / Z" in report
+    assert "Distance of each policy to R / Z (all" in report
     values = [
         found["methods"]["gflownet"][p][n] for p in ("training", "test") for n in ("total_variation", "jensen_shannon")
     ]
@@ -82,7 +82,7 @@ def test_the_reference_model_is_a_part_of_the_target(folder):
     """pi_ref^1 R / Z with pi_ref = R = SFT is SFT squared."""
     recipe = short_recipe(folder, rows=3, reward_floor=0.0, ref_weight=1.0)
     results = run(recipe, quiet=True)
-    assert results["calibration"]["target"] == "pi_ref^1 R / Z" and "from pi_ref^1 R / Z (over" in text(results)
+    assert results["calibration"]["target"] == "pi_ref^1 R / Z" and "to pi_ref^1 R / Z (all" in text(results)
     run_data = prepare(recipe)
     policy = make_policy(load_backbone(results["methods"]["sft"]["model"]).eval(), run_data.catalog)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_it_is_left_out_where_it_is_not_wanted_or_means_nothing(folder, capsys, 
     assert "Distance to R / Z left out: 'likelihood'" in text(sampled)
     monkeypatch.setattr(calibration, "AFFORDABLE", {"cpu": 1e6, "other": 1e6})
     large = run(short_recipe(folder), quiet=True)["calibration"]
-    assert list(large) == ["left_out"] and "evaluation.calibration_rows: 40 asks for it" in large["left_out"]
+    assert list(large) == ["left_out"] and "Set evaluation.calibration_rows: 40 to compare anyway" in large["left_out"]
     assert run(short_recipe(folder, rows=2), quiet=True)["calibration"]["rows"] == 2
     with pytest.raises(ValueError, match="calibration_rows is .*; it must be a whole number of at least 0 or None"):
         short_recipe(folder, rows=-1)
