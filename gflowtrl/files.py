@@ -1,4 +1,4 @@
-"""Files that a reader sees whole or not at all, and errors that name a file which cannot be read."""
+"""Atomic writes, reads whose errors name the file, and a check for damaged files."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from safetensors import SafetensorError, safe_open
 
 
 MISSING = "is missing"
-ARCHIVES = (".pt", ".pth", ".bin")  # what torch.save writes: zip archives
+ARCHIVES = (".pt", ".pth", ".bin")  # files of torch.save, which are zip archives
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a file next to `path`, which then takes its name; an unfinished one is removed.
+    """Write to a temporary file in the same folder and rename it to `path`; delete it if writing fails.
 
-    The folder is made where it is missing.
+    Args:
+        path: the file. Its folder is created if it does not exist.
+        write: writes the file whose path it is given.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,61 +35,55 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], Any]) -> N
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write text atomically, in UTF-8."""
+    """Write text in UTF-8 atomically."""
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 @contextmanager
 def reading(path: str | os.PathLike, what: str) -> Iterator[None]:
-    """Within, a file is read by another library, and whatever that library makes of broken content names the file.
+    """Context manager: errors of a library that reads a file become a `ValueError` that names the file.
 
-    numpy, safetensors, yaml and json raise a dozen kinds of errors on bytes that are not theirs, `RecursionError` and
-    `tokenize.TokenError` among them, and hardly one says which file it was.
+    numpy, safetensors, yaml and json raise a dozen kinds of errors on damaged content, for example `RecursionError`
+    and `tokenize.TokenError`. Most of them do not name the file.
 
     Args:
         path: the file.
-        what: what it should be, as in "... cannot be read as {what}".
+        what: the expected format, as in "... cannot be read as {what}".
 
     Raises:
-        ValueError: names the file, what it should be and the reason.
-        OSError: the file is not there or may not be read, as ever.
+        ValueError: the content is damaged; the message names the file, the expected format and the reason.
+        OSError: the file does not exist or may not be read.
     """
     try:
         yield
-    except OSError as error:
-        if error.filename is not None:  # the operating system's own, which names the file
-            raise
-        raise _unreadable(path, what, error) from None
     except Exception as error:
-        raise _unreadable(path, what, error) from None
+        if isinstance(error, OSError) and error.filename is not None:  # the operating system has named the file
+            raise
+        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        if isinstance(error, RecursionError):
+            reason = "it is nested too deeply"
+        raise ValueError(f"{path} cannot be read as {what} ({reason}). Repair or replace the file.") from None
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """The content of a JSON file that a program has written.
+    """Return the content of a JSON file that a program has written.
 
     Raises:
-        ValueError: it is broken; the message names the file.
-        OSError: it is not there.
+        ValueError: it is damaged; the message names the file.
+        OSError: it does not exist.
     """
     with reading(path, "JSON"):
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def _unreadable(path: str | os.PathLike, what: str, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
-    if isinstance(error, RecursionError):
-        reason = "it is nested too deeply"
-    return ValueError(f"{os.fspath(path)} cannot be read as {what} ({reason.rstrip('.')}). Mend or replace the file.")
-
-
 def damage_of(path: str | os.PathLike) -> str | None:
-    """What is wrong with a file, as far as its form tells; None where nothing is. Tensors are not read.
+    """Return what is wrong with the format of a file, or None. Tensors are not read.
 
-    JSON is parsed, the header of safetensors is compared with the file's size, and of torch's archives the directory
-    at the end is looked for.
+    JSON is parsed; the header of a safetensors file is compared with the file's size; an archive of torch must have
+    its directory at the end.
 
     Returns:
-        The end of a sentence that begins with the file's name: `"is missing"`, `"is empty or cut off"`, ...
+        The end of a sentence that starts with the file's name: `"is missing"`, `"is empty or cut off"`, ...
     """
     path = Path(path)
     if not path.is_file():

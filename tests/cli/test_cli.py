@@ -177,7 +177,7 @@ def test_a_recipe_that_is_nested_too_deeply_is_named(tmp_path, capsys):
     file.write_text(f"a: {9999 * '['}")
     assert main(["train", "--config", str(file)]) == 2
     shown = capsys.readouterr().err
-    assert shown == f"error: {file} cannot be read as YAML (it is nested too deeply). Mend or replace the file.\n"
+    assert shown == f"error: {file} cannot be read as YAML (it is nested too deeply). Repair or replace the file.\n"
 
 
 def test_help_and_version(capsys):

@@ -117,7 +117,7 @@ def test_vectors_of_the_user(tmp_path):
     }  # fmt: skip
     for name, content in broken.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=rf"/{name} cannot be read as .*\. Mend or replace the file\."):
+        with pytest.raises(ValueError, match=rf"/{name} cannot be read as .*\. Repair or replace the file\."):
             load_vectors(tmp_path / name, ["a", "b", "c"])
     (tmp_path / "v.csv").write_text("")
     with pytest.raises(ValueError, match=r"neither .npy nor .safetensors"):
