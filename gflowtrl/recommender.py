@@ -348,7 +348,7 @@ class Recommender:
         if unknown:
             row, item = unknown[0]
             warnings.warn(
-                f"{len(unknown)} items of the histories are not in the catalog and were skipped; the first is "
+                f"{len(unknown)} items of the histories are not in the catalog and were left out; the first is "
                 f"{item!r} in {names[row]}.",
                 stacklevel=3,
             )
