@@ -15,17 +15,14 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command and return the exit code."""
     parser = make_parser("prepare", "Convert a raw dump to a data folder for training (docs/data.md).")
     parser.add_argument("--format", help="amazon-2014, -2018 or -2023, movielens, recbole, letter, s3rec, csv, ...")
-    parser.add_argument("--interactions", "--reviews", nargs="+", metavar="FILE",
-                        help="interaction files, plain or gzipped")  # fmt: skip
-    parser.add_argument("--items", "--meta", nargs="+", metavar="FILE", help="item metadata files, plain or gzipped")
-    parser.add_argument("--download", metavar="NAME", help="download a public data set to --raw instead of using files")
+    parser.add_argument("--interactions", "--reviews", nargs="+", metavar="FILE", help="logs, plain or gzipped")
+    parser.add_argument("--items", "--meta", nargs="+", metavar="FILE", help="item metadata, plain or gzipped")
+    parser.add_argument("--download", metavar="NAME", help="download a public data set to --raw instead")
     parser.add_argument("--raw", metavar="DIR", default="raw", help="folder for downloaded files")
     parser.add_argument("--out", required=True, metavar="DIR", help="output folder")
-    parser.add_argument("--k_core", type=int, default=5,
-                        help="minimum number of interactions per user and item; 0: no filter")  # fmt: skip
+    parser.add_argument("--k_core", type=int, default=5, help="fewest interactions per user and item; 0: no filter")
     parser.add_argument("--min_rating", type=float, help="lowest rating that counts as an interaction")
-    parser.add_argument("--duplicates", default="first",
-                        help="repeated interactions of a user with an item: keep the first, the last, or all (keep)")  # fmt: skip
+    parser.add_argument("--duplicates", default="first", help="of one user and item: first, last, or keep (all)")
     parser.add_argument("--max_description_characters", type=int, default=1000, help="longer descriptions are cut")
     parser.add_argument("--max_malformed", type=float, default=0.01, help="tolerated fraction of malformed lines")
     parser.add_argument("--encoding", help="text encoding of the files, for example cp1252; by default the format's")
@@ -34,9 +31,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--source", metavar="TEXT", help="source of the data; known for downloads")
     parser.add_argument("--overwrite", action="store_true", help="replace a data folder, but not its item tokenizer")
     for column, default in (("user", "user_id"), ("item", "item_id"), ("time", "timestamp"), ("rating", "rating")):
-        parser.add_argument(f"--{column}_column", help=f"{column} column of csv, jsonl and parquet; by default {default}"
+        parser.add_argument(f"--{column}_column", help=f"column name in csv, jsonl and parquet; by default {default}"
                             + ("; none: the file is in order of time" if column == "time" else ""))  # fmt: skip
-    parser.add_argument("--title_column", help="title column of items in csv, jsonl and parquet; by default title")
+    parser.add_argument("--title_column", help="the same for titles in the file of items; by default title")
     parser.add_argument("--header", nargs="+", metavar="COLUMN", help="column names of a csv file without a header")
     parser.add_argument("--items_header", nargs="+", metavar="COLUMN", help="the same for a csv file of items")
     return guarded(lambda: _prepare(parse(parser, arguments)))

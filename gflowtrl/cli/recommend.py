@@ -21,7 +21,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command and return the exit code."""
     parser = make_parser(
         "recommend",
-        'Recommend items for each line of a file. A line is {"history": [5, 9]}, whose other fields are kept, or [5, 9].',
+        'Recommend items for each line of a file: {"history": [5, 9]}, whose other fields are kept, or [5, 9].',
     )
     parser.add_argument("--model", required=True, help="folder of a recommender, or its name on the Hub")
     parser.add_argument("--input", default="-", help="file with one history per line; - is standard input")
@@ -99,7 +99,7 @@ def _parse_row(line: str, name: str) -> dict[str, Any]:
         raise ValueError(f"{name}: {error}.") from None
     row = row if isinstance(row, dict) else {"history": row}
     if not _are_items(row.get("history")):
-        raise ValueError(f'{name}: must be a list of items (numbers or strings), or {{"history": [...]}}.')
+        raise ValueError(f"{name}: the history must be a list of items (numbers or strings), as in [5, 9].")
     return row
 
 

@@ -94,8 +94,8 @@ class Worker:
         with self._changed:
             if self._stopping:
                 raise Unavailable("The server is shutting down. Try again later, or use another server.")
-            if len(self._queue) >= self._limits.max_queue:  # drop jobs that nobody waits for any more
-                self._queue = [waiting for waiting in self._queue if not waiting.future.cancelled()]
+            if len(self._queue) >= self._limits.max_queue:  # remove canceled jobs
+                self._queue = [waiting for waiting in self._queue if not waiting.future.done()]
             if len(self._queue) >= self._limits.max_queue:
                 raise Unavailable(f"The queue is full ({len(self._queue)} requests are waiting). Try again later.")
             self._queue.append(job)

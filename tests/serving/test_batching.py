@@ -109,12 +109,12 @@ def test_an_exception_affects_only_its_own_request_and_the_worker_continues(harn
 
 
 @pytest.mark.parametrize("harness", [{"max_queue": 2}], indirect=True)
-def test_a_full_queue_refuses_jobs_and_cancelled_jobs_leave_it(harness):
+def test_a_full_queue_refuses_jobs_and_canceled_jobs_leave_it(harness):
     harness.block()
-    cancelled, kept = harness.submit([1], "a"), harness.submit([2], "a")
+    canceled, kept = harness.submit([1], "a"), harness.submit([2], "a")
     with pytest.raises(Unavailable, match="2 requests are waiting"):
         harness.submit([3], "a")
-    cancelled.cancel()
+    canceled.cancel()
     late = harness.submit([4], "a")
     harness.release()
     assert results([kept, late]) == [[4], [8]] and harness.calls == [[2, 4]]
