@@ -3,8 +3,10 @@
 #   PIP_CONSTRAINT  pip's variable, to pin versions:      PIP_CONSTRAINT=pins.txt make demo
 #   ARGS            options of the recipe for the demo:   make demo ARGS="--sft.num_train_epochs 2 --teacher.epochs 3"
 #   JOBS            processes that tests run in:           make test JOBS=8
+#   SITE            the site with the docs of all releases: make docs-release SITE=../pages
 PYTHON ?= python3
 JOBS ?= 2
+SITE ?= docs/_build/site
 BIN := .venv/bin
 STAMP := .venv/.installed
 LOWEST := .venv-lowest
@@ -26,7 +28,7 @@ LOWEST_TESTS := tests/policy tests/test_recommender.py tests/trainer tests/data 
 # All tests of a file run in one process, so that they create shared fixtures once. Files start in alphabetical order.
 IN_PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-rest test-all test-lowest lint docs clean
+.PHONY: help demo test test-rest test-all test-lowest lint docs docs-release clean
 
 help:
 	@echo "make demo   train, fine-tune and compare a small recommender on the synthetic shop (CPU, a few minutes)"
@@ -36,6 +38,7 @@ help:
 	@echo "make test-lowest   run some of the tests with the lowest versions that setup.cfg allows"
 	@echo "make lint   check style and format with ruff, and the types of the core with basedpyright"
 	@echo "make docs   build the documentation into docs/_build/html, with warnings as errors"
+	@echo "make docs-release   build it and keep it under its version in SITE, next to earlier releases"
 	@echo "make clean  remove both environments and the documentation"
 
 # All options are set, so that accelerate neither warns nor reads this machine's configuration. One thread, because a
@@ -66,6 +69,10 @@ docs: .venv/.docs-installed
 	rm -rf docs/_build/html
 	$(BIN)/python -m sphinx --quiet -E --fail-on-warning --keep-going -c docs . docs/_build/html
 	@echo "docs/_build/html/index.html"
+
+docs-release: docs
+	$(BIN)/python tools/keep_docs.py docs/_build/html $(SITE) $$($(BIN)/gflowtrl --version)
+	@echo "$(SITE)/index.html"
 
 clean:
 	rm -rf .venv $(LOWEST) docs/_build

@@ -44,6 +44,18 @@ nb_output_stderr = "remove"  # progress bars
 
 html_theme = "furo"
 html_title = f"gflowtrl {release}"
+templates_path = ["_templates"]
+# Furo's own sidebar, and the versions below the name (tools/keep_docs.py).
+html_sidebars = {
+    "**": [
+        "sidebar/brand.html",
+        "versions.html",
+        "sidebar/search.html",
+        "sidebar/scroll-start.html",
+        "sidebar/navigation.html",
+        "sidebar/scroll-end.html",
+    ]
+}
 html_extra_path = ["site"]  # index.html, which leads to docs/index.html
 html_copy_source = False
 html_show_sourcelink = False

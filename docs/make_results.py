@@ -154,7 +154,7 @@ OFFICE = [
     Row("SFT continued for four epochs (control of the last row)", f"{MAIN}_ensemble", "control"),
     ENSEMBLE,
 ]
-SHORT = [*baselines(MAIN), PAPER, VARGRAD, DISTILLATION, EXACT, ENSEMBLE]
+SHORT = [*baselines(MAIN), PAPER, DISTILLATION, EXACT, ENSEMBLE]
 OBJECTIVES = [
     Row("SFT, the checkpoint", "office-cross_entropy", "sft"),
     Row("cross entropy over the vocabulary", "office-cross_entropy"),

@@ -35,7 +35,7 @@ from gflowtrl.teachers import SASRec
 
 
 IMAGES = Path(__file__).parent / "images"
-BLUE, ORANGE, GREEN, RED, GREY, LIGHT = "#1f6fb4", "#d9760a", "#2b8a4b", "#c22f3d", "#6b6b6b", "#cfcfcf"
+BLUE, ORANGE, GREEN, RED, GRAY, LIGHT = "#1f6fb4", "#d9760a", "#2b8a4b", "#c22f3d", "#6b6b6b", "#cfcfcf"
 EXPLORING = {"on_policy": 2, "flattened": (OnPolicySampler(temperature=2.0), 1), "uniform": 1}
 
 
@@ -210,7 +210,7 @@ def beam() -> plt.Figure:
     wanted = set(tree.walk(best[user]).tolist())
 
     def color(node: int) -> str:
-        return ORANGE if node in kept else RED if node in wanted else GREY
+        return ORANGE if node in kept else RED if node in wanted else GRAY
 
     def text(leaf: int) -> str:
         return {int(greedy[0, 0]): "what a beam of 1 finds", int(best[user]): "the most probable item"}.get(leaf, "")
@@ -314,7 +314,7 @@ def exposure() -> plt.Figure:
         "liked and shown": liked & shown, "liked, never shown": liked & ~shown, "not liked": ~liked,
     }  # fmt: skip
     figure, axes = plt.subplots(figsize=(8.5, 4.4))
-    for place, ((name, probs), color) in enumerate(zip(methods.items(), (GREY, BLUE, ORANGE), strict=True)):
+    for place, ((name, probs), color) in enumerate(zip(methods.items(), (GRAY, BLUE, ORANGE), strict=True)):
         open_probs = probs * ~taken  # what was taken is not taken again
         open_probs = open_probs / open_probs.sum(1, keepdim=True)
         masses = [float((open_probs * mask).sum(1).mean()) for mask in groups.values()]
@@ -408,7 +408,7 @@ def apao() -> plt.Figure:
     left.set_title("weights of the prefixes", loc="left")
     left.legend()
     targets = it.task.catalog.leaf_of(it.splits.test["target"])
-    for place, ((name, model), color) in enumerate(zip(models.items(), (GREY, BLUE), strict=True)):
+    for place, ((name, model), color) in enumerate(zip(models.items(), (GRAY, BLUE), strict=True)):
         log_probs = it.task.leaf_log_probs(model, list(it.splits.test["history"]))
         metrics = prefix_metrics(log_probs.float(), targets, it.task.catalog.tree, num_beams=5)
         kept = [float(metrics[f"survival@{m}"].mean()) for m in (1, 2, 3)]

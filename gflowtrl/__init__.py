@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # type checkers and editors cannot follow __getattr__
     from .recommender import Recommender
     from .trainer import APAOConfig, APAOTrainer, GFlowNetConfig, GFlowNetTrainer
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "APAOConfig": "trainer",

@@ -1,4 +1,4 @@
-"""Checks of single options, so that all errors about them read alike. Any room may use them."""
+"""Checks of single options, with uniform error messages. Every package may use them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 
 class Bound(NamedTuple):
-    """What a number may be: as an error says it, and as a test. Infinity, NaN and True are refused before it."""
+    """A range of numbers: its description in errors, and its test. `check_number` excludes NaN, infinity and True."""
 
     meaning: str
     holds: Callable[[Any], bool]
 
 
 def at_least(least: int) -> Bound:
-    """Whole numbers from `least` on."""
+    """Return the bound of all whole numbers from `least` on."""
     return Bound(
         f"a whole number of at least {least}", lambda value: isinstance(value, Integral) and int(value) >= least
     )
@@ -34,7 +34,7 @@ SHARE_BELOW_ONE = Bound("a number in [0, 1)", lambda value: 0 <= value < 1)
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a number fits into a float: JSON has whole numbers of any length, and `1e400` for infinity."""
+    """Return whether a number fits into a float: JSON allows integers of any length, and `1e400` for infinity."""
     try:
         return math.isfinite(value)
     except OverflowError:
@@ -42,13 +42,13 @@ def is_finite(value: Any) -> bool:
 
 
 def check_number(name: str, value: object, bound: Bound, optional: bool = False) -> None:
-    """Refuse an option that is not a finite number within its bound.
+    """Check that an option is a finite number within its bound.
 
     Args:
-        name: what the error calls the option.
-        value: what was given.
+        name: the option's name in the error.
+        value: the option's value.
         bound: `COUNT`, `POSITIVE`, ...
-        optional: None will do as well.
+        optional: also allow None.
 
     Raises:
         ValueError: names the option, its value and the bound.
@@ -61,39 +61,39 @@ def check_number(name: str, value: object, bound: Bound, optional: bool = False)
 
 
 def check_text(name: str, value: object, optional: bool = False) -> None:
-    """Refuse what is no text, or holds half a character, which JSON and Python can hold and no file or answer can.
+    """Check that a value is a string without lone surrogates, which JSON and Python allow and UTF-8 cannot encode.
 
     Args:
-        name: what the error calls the text.
-        value: what was given.
-        optional: None will do as well.
+        name: the value's name in the error.
+        value: the value.
+        optional: also allow None.
 
     Raises:
-        ValueError: names the text and its value.
+        ValueError: names the value and shows it.
     """
     if optional and value is None:
         return
     if not isinstance(value, str):
-        raise ValueError(f"{name} must be text, but it is {value!r}. Mend it or leave it out.")
+        raise ValueError(f"{name} must be text, but it is {value!r}. Correct it or leave it out.")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError(f"{name} holds half a character (of a surrogate pair, cut apart): {value!r}. Mend it.")
+        raise ValueError(f"{name} holds half a character (half of a surrogate pair): {value!r}. Correct it.")
 
 
 def check_titles(titles: Mapping[Any, object]) -> None:
-    """Refuse titles of items that are no text (`check_text`); the error names the item."""
+    """Check that the titles of items are strings (`check_text`). The error names the item."""
     for item, title in titles.items():
         check_text(f"The title of item {item!r}", title)
 
 
 def check_finite(value: object, where: str = "") -> None:
-    """Refuse NaN and infinity anywhere in options: in dataclasses, mappings, lists and tuples.
+    """Check that options hold no NaN and no infinity, inside dataclasses, mappings, lists and tuples too.
 
     Args:
-        value: an option, or what holds options.
-        where: its name, for the error; "" where the names inside are enough.
+        value: an option, or a container of options.
+        where: the value's name in the error. Default: only the names inside it are used.
 
     Raises:
-        ValueError: names the first such number, as `rewards.0.weight`, say.
+        ValueError: names the first such number, for example as `rewards.0.weight`.
     """
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where} is {value!r}; it must be a finite number.")
@@ -108,7 +108,7 @@ def check_finite(value: object, where: str = "") -> None:
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    """Refuse an option that is not one of several words.
+    """Check that an option is one of several words.
 
     Raises:
         ValueError: names the option, its value and the choices.

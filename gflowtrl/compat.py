@@ -1,12 +1,12 @@
-"""All that gflowtrl uses of other libraries and that their documentation does not promise, in one file.
+"""Everything that gflowtrl uses of other libraries' undocumented API.
 
-When a new release of transformers, trl, peft or accelerate moves such a name, this file changes and no other;
-`tests/test_compat.py` has a test for each name and says which one is gone. It also lists the private methods and
-attributes of base classes that our subclasses replace or call. Two kinds:
+When a new release of transformers, trl, peft or accelerate moves such a name, only this file changes.
+`tests/test_compat.py` tests each name, so a failing test says which one is gone. It also lists the private methods
+and attributes of base classes that gflowtrl's subclasses override or call. The module has two parts:
 
-- **names** (`NAMES`): classes, functions and constants under a public name, imported on first use, so that importing
+- **names** (`NAMES`): classes, functions and constants under a public name, imported at first use, so that importing
   this module loads no library;
-- **functions** that read or change what a library keeps to itself, an underscore attribute of a model, say.
+- **functions** that read or change the private state of a library, for example an underscore attribute of a model.
 """
 
 from __future__ import annotations
@@ -72,19 +72,18 @@ def __getattr__(name: str) -> Any:
     except (ImportError, AttributeError) as error:
         library = module.partition(".")[0]
         raise ImportError(
-            f"gflowtrl uses {original} of {module}, which is not in the installed version of {library}: {error}. "
-            f"Install a version of {library} that gflowtrl was tested with (setup.cfg); "
-            f"gflowtrl/compat.py is the one file to adapt."
+            f"gflowtrl uses {original} of {module}, which the installed version of {library} does not have: {error}. "
+            f"Install a version of {library} that gflowtrl was tested with (setup.cfg), or adapt gflowtrl/compat.py."
         ) from error
 
 
 def require(library: str, version: str, feature: str) -> None:
-    """Refuse a feature that older releases of a library compute wrongly, where all else works with them.
+    """Check that the installed version of a library supports a feature that older releases compute wrongly.
 
     Args:
-        library: its name on the package index.
-        version: the first release with which the feature passes our tests.
-        feature: what needs it, as the subject of a sentence.
+        library: name of the library on the package index.
+        version: first release with which the feature passes gflowtrl's tests.
+        feature: the feature, as the subject of a sentence.
 
     Raises:
         ValueError: an older version is installed.
@@ -100,27 +99,27 @@ def require(library: str, version: str, feature: str) -> None:
 
 # --------------------------------------------------------------------------------------------------- transformers
 def attention_implementation(config: Any) -> str:
-    """What a model's configuration computes attention with ("sdpa", say); "" where it does not say, or for None."""
+    """Return the attention implementation in a model's configuration, for example "sdpa"; "" if it names none."""
     return getattr(config, "_attn_implementation", None) or ""
 
 
 def is_stateful(model: nn.Module) -> bool:
-    """Whether a model says that it is recurrent: it carries a state from token to token, past the attention mask."""
+    """Return whether a model declares itself recurrent: it passes a state between tokens, whatever the mask says."""
     return bool(getattr(model, "_is_stateful", False))
 
 
 def carries_adapters(model: nn.Module) -> bool:
-    """Whether adapters lie on a model that transformers itself has loaded (`load_adapter`), without being merged."""
+    """Return whether transformers (`load_adapter`) added adapters to a model that are not merged into it."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def tied_weights(model: object) -> dict[str, str]:
-    """Names of a model's tied weights, each with the name of the weight that it is tied to."""
+    """Return the names of a model's tied weights, each with the name of the weight that it is tied to."""
     return getattr(model, "all_tied_weights_keys", None) or {}
 
 
 def drop_ties(model: PreTrainedModel, head: str) -> None:
-    """Say that the output head `head` shares its weight with no other layer any more."""
+    """Record that the output head `head` no longer shares its weight with another layer."""
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.tie_word_embeddings = False
     model.all_tied_weights_keys = {
@@ -129,31 +128,31 @@ def drop_ties(model: PreTrainedModel, head: str) -> None:
 
 
 def set_name_or_path(model: PreTrainedModel, name: str | os.PathLike[str]) -> None:
-    """Say where a model comes from, as `from_pretrained` does: it is saved with the model's configuration."""
+    """Record where a model comes from, as `from_pretrained` does. The model's configuration saves it."""
     model.name_or_path = model.config._name_or_path = os.fspath(name)
 
 
 def empty_model_like(model: PreTrainedModel, config: Any) -> PreTrainedModel:
-    """A new model of the class and dtype of `model`, its weights not loaded: under ZeRO-3 in shards from the start."""
+    """Create a model of the class and dtype of `model` without loading weights. Under ZeRO-3 it is sharded at once."""
     return type(model)._from_config(config, dtype=model.dtype)
 
 
 @contextmanager
 def whole_models() -> Iterator[None]:
-    """Within, models are loaded and adapted whole in every process, where ZeRO-3 or FSDP would have them in parts.
+    """Context manager: every process loads and adapts whole models, even if ZeRO-3 or FSDP would shard them.
 
-    Meant for models that no engine will take over: frozen ones, and those that are evaluated.
+    For models that no engine manages: frozen models, and models that are only evaluated.
     """
     from transformers.integrations import deepspeed as zero
 
-    kept, efficient = zero._hf_deepspeed_config_weak_ref, os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")
+    config, efficient = zero._hf_deepspeed_config_weak_ref, os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")
     zero.unset_hf_deepspeed_config()
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     try:
         yield
     finally:
-        if kept is not None and kept() is not None:
-            zero.set_hf_deepspeed_config(kept())
+        if config is not None and config() is not None:
+            zero.set_hf_deepspeed_config(config())
         os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING")
         if efficient is not None:
             os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = efficient
@@ -161,16 +160,21 @@ def whole_models() -> Iterator[None]:
 
 # --------------------------------------------------------------------------------------------------------- others
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The module inside the wrapper of `torch.compile`; any other module as it is."""
+    """Return the module inside the wrapper of `torch.compile`; any other module unchanged."""
     return getattr(model, "_orig_mod", model)
 
 
 def parser_actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """The arguments that a parser knows, `--help` included."""
+    """Return the arguments of a parser, including `--help`."""
     return parser._actions
 
 
-def quiet_bitsandbytes() -> None:
-    """For commands, not for libraries: where bitsandbytes is installed, importing PEFT makes it warn of a CPU kernel
-    that gflowtrl does not use."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+def quiet_libraries() -> None:
+    """Hide messages that mean nothing to the user of a command.
+
+    These are bitsandbytes on a CPU kernel that gflowtrl does not use, DeepSpeed on the accelerator that it found, and
+    the progress bars of loading weights.
+    """
+    for name in ("bitsandbytes.backends.cpu.ops", "DeepSpeed"):
+        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

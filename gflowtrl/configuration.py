@@ -1,11 +1,9 @@
-"""Names, values and command lines: what recipes need to be strict and friendly, whatever their fields are."""
+"""Reading of recipes and options: YAML, command lines, names and types, with helpful errors."""
 
 from __future__ import annotations
 
 import difflib
 import re
-import site
-import sys
 import types
 import typing
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
@@ -21,19 +19,19 @@ from gflowtrl.checks import check_choice
 from gflowtrl.files import reading
 
 
-#: Fields that say what a section is about.
+#: Fields that decide which other fields a section has.
 KINDS = ("type", "model_type", "model_name_or_path")
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-3 as a number and `no` as a word (`eval_strategy: no`), as everyone but YAML 1.1 does;
-    it refuses a key that stands twice."""
+    """Safe YAML that reads 1e-3 as a number and `no` as a word (`eval_strategy: no`), unlike YAML 1.1, and raises an
+    error for duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands twice", node.start_mark)
+        duplicate = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
+        if duplicate is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {duplicate!r}", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -50,7 +48,7 @@ RecipeLoader.add_implicit_resolver(
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Errors name the file and the line."""
+    """Read the mapping in a YAML file. Errors name the file and the line."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no recipe {path}. Give a YAML file with --config.")
@@ -62,30 +60,28 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def recipe_folder() -> Path:
-    """Where the recipes are that come with the library: in the source tree, or where an installation has put them."""
-    above = Path(__file__).parents[1]  # the source tree, site-packages, or the folder of `pip install --target`
-    shares = [Path(base, "share", "gflowtrl", "recipes") for base in (above, sys.prefix, site.getuserbase())]
-    # Not any folder of that name: another package may have brought one into site-packages.
-    known = [folder for folder in (above / "recipes", *shares) if (folder / "quickstart.yaml").is_file()]
-    return (known or shares)[0]
+    """The folder of the recipes that come with the library: package data, in the repository a link to recipes/."""
+    package = Path(__file__).parent
+    packaged = package / "recipes"
+    return packaged if packaged.is_dir() else package.parent / "recipes"  # a checkout without symbolic links
 
 
 def known_files(folder: Path) -> dict[str, Path]:
-    """The YAML files of a folder, by name."""
+    """YAML files of a folder, by name."""
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
 def find_file(name: str | Path, folder: Path, what: str = "recipe", base_of: Path | None = None) -> Path:
-    """A recipe's file, or a configuration of accelerate's: the file itself, or the one of that name in `folder`.
+    """Find a recipe or a configuration of accelerate: a file, or one of that name in `folder`.
 
     Args:
         name: the file or the name.
-        folder: `recipe_folder()`, or that of the configurations of accelerate inside it.
-        what: what the message calls it.
-        base_of: the recipe whose `base` it is; then the file is seen from that one's folder.
+        folder: `recipe_folder()`, or the folder of accelerate configurations in it.
+        what: its name in the error.
+        base_of: the recipe whose `base` it is; the file is then relative to that recipe.
 
     Raises:
-        FileNotFoundError: there is neither; the message lists the names.
+        FileNotFoundError: neither exists; the message lists the known names.
     """
     known = known_files(folder)
     file = Path(name) if base_of is None else base_of.parent / str(name)
@@ -94,15 +90,15 @@ def find_file(name: str | Path, folder: Path, what: str = "recipe", base_of: Pat
     if str(name) in known:
         return known[str(name)]
     who = "" if base_of is None else f", which {base_of} names as its base"
-    where = "" if base_of is None else f", seen from the folder of {base_of}"
+    where = "" if base_of is None else f", relative to the folder of {base_of}"
     raise FileNotFoundError(f"There is no {what} {name}{who}; give a YAML file{where}, or one of {', '.join(known)}.")
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes`: fields of sections one by one, everything else (lists too) as a whole.
+    """`base` updated by `changes`: sections field by field, everything else (lists too) as a whole.
 
-    A section that names another kind than the base (another teacher, another model) replaces it as a whole: the fields
-    of the one are not those of the other.
+    A section with another kind than the base's (another teacher, another model) replaces it as a whole, since its
+    fields differ.
     """
     result = dict(base)
     for name, value in changes.items():
@@ -113,7 +109,7 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def parse_value(text: str) -> Any:
-    """A command line's value, read as YAML; what is no YAML is a string."""
+    """Read a value of the command line as YAML, or as text if it is not valid YAML."""
     try:
         return yaml.load(text, RecipeLoader)
     except yaml.YAMLError:
@@ -121,13 +117,15 @@ def parse_value(text: str) -> Any:
 
 
 def parse_options(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--a.b value`, `--a.b=value`, `--flag` (true) and `--list 1 2 3` as a flat `{"a.b": value}`."""
+    """Read `--a.b value`, `--a.b=value`, `--flag` (true) and `--list 1 2 3` into a flat `{"a.b": value}`."""
     options: dict[str, Any] = {}
     words = list(arguments)
     while words:
         word = words.pop(0)
         if not word.startswith("--") or word == "--":
-            raise ValueError(f"{word!r} is no option; give --data_dir DIR or --gflownet.learning_rate 1e-3, say.")
+            raise ValueError(
+                f"{word!r} is not an option; give, for example, --data_dir DIR or --gflownet.learning_rate 1e-3."
+            )
         name, equals, text = word[2:].partition("=")
         values = [text] if equals else []
         while not equals and words and not words[0].startswith("--"):
@@ -149,7 +147,7 @@ def set_option(tree: Any, path: str, value: Any, above: str = "") -> None:
     if not isinstance(tree, dict | list):
         raise ValueError(f"--{above}{path} cannot be set: {above[:-1]} is the value {tree!r} and has no fields.")
     if isinstance(tree, list) and not (key.isdecimal() and int(key) < len(tree)):
-        raise ValueError(f"--{above}{key} cannot be set: it is a list with the places 0 to {len(tree) - 1}.")
+        raise ValueError(f"--{above}{key} cannot be set: it is a list with positions 0 to {len(tree) - 1}.")
     index = int(key) if isinstance(tree, list) else key
     if dot:
         inner = tree[index] if isinstance(tree, list) else tree.setdefault(index, {})
@@ -201,13 +199,13 @@ def _on_its_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def check_names(given: Iterable[str], known: Iterable[str], where: str = "") -> None:
-    """Refuses a field that does not exist, and offers the closest one that does."""
+    """Raise an error for an unknown field; the message offers the closest known one."""
     known = sorted(known)
     for name in given:
         if name not in known:
             prefix = f"{where}." if where else ""
             close = difflib.get_close_matches(str(name), known, n=1)
-            remedy = f"Did you mean {prefix + close[0]!r}?" if close else f"Known are {', '.join(known)}."
+            remedy = f"Did you mean {prefix + close[0]!r}?" if close else f"Known fields: {', '.join(known)}."
             raise ValueError(f"There is no field {prefix + str(name)!r}. {remedy}")
 
 
@@ -227,13 +225,16 @@ def locate_errors(where: str, names: Container[str]) -> Iterator[None]:
 
 
 def field_names(kind: type) -> list[str]:
-    """The fields of a dataclass that its constructor takes."""
+    """Names of the fields that a dataclass's constructor takes."""
     return [entry.name for entry in fields(kind) if entry.init]
 
 
 def check_types(kind: type, values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """`values` for the fields of the dataclass `kind`, each checked against its annotation; one value for a list is
-    made a list of one, as on the command line of TRL, and fields of a section are made a section."""
+    """Check values against the annotations of the dataclass `kind`.
+
+    As on TRL's command line, a single value for a list becomes a list of one. A mapping for a section becomes the
+    section's dataclass.
+    """
     check_names(values, field_names(kind), where)
     hints = typing.get_type_hints(kind)
     return {name: _fit(hints[name], value, f"{where}.{name}" if where else name) for name, value in values.items()}
@@ -261,7 +262,7 @@ def _fit(hint: Any, value: Any, where: str) -> Any:
             check_choice(where, value, [word.value for word in kind])
     checkable = [kind for kind in plain if kind in _NAMES]
     if len(checkable) < len([kind for kind in plain if kind is not type(None)]):
-        return value  # an annotation that says more than these kinds: the class itself checks
+        return value  # the annotation allows other types too: the class itself checks
     if type(value) not in checkable and not (float in checkable and type(value) is int):
         kinds = " or ".join(_NAMES[kind] for kind in checkable)
         raise TypeError(f"{where} must be {kinds}, but it is {value!r}.")

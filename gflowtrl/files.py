@@ -1,4 +1,4 @@
-"""Atomic writes, reads whose errors name the file, and a check for damaged files."""
+"""Atomic writing of files, and errors that name a file that cannot be read."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ from safetensors import SafetensorError, safe_open
 
 
 MISSING = "is missing"
-ARCHIVES = (".pt", ".pth", ".bin")  # files of torch.save, which are zip archives
+ARCHIVES = (".pt", ".pth", ".bin")  # torch.save writes zip archives
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[Path], Any]) -> None:
-    """Write to a temporary file in the same folder and rename it to `path`; delete it if writing fails.
+    """Let `write` fill a temporary file next to `path`, then rename it to `path`. An unfinished file is removed.
 
-    Args:
-        path: the file. Its folder is created if it does not exist.
-        write: writes the file whose path it is given.
+    The folder is created if it is missing.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,29 +33,29 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], Any]) -> N
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write text in UTF-8 atomically."""
+    """Write text atomically, in UTF-8."""
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 @contextmanager
 def reading(path: str | os.PathLike, what: str) -> Iterator[None]:
-    """Context manager: errors of a library that reads a file become a `ValueError` that names the file.
+    """Context manager around reading a file with another library: errors about its content name the file.
 
-    numpy, safetensors, yaml and json raise a dozen kinds of errors on damaged content, for example `RecursionError`
-    and `tokenize.TokenError`. Most of them do not name the file.
+    numpy, safetensors, yaml and json raise a dozen kinds of errors on malformed content, `RecursionError` and
+    `tokenize.TokenError` among them, and few of these errors name the file.
 
     Args:
         path: the file.
-        what: the expected format, as in "... cannot be read as {what}".
+        what: the expected content, as in "... cannot be read as {what}".
 
     Raises:
-        ValueError: the content is damaged; the message names the file, the expected format and the reason.
-        OSError: the file does not exist or may not be read.
+        ValueError: names the file, the expected content and the reason.
+        OSError: the file does not exist or cannot be opened (the operating system's own error, unchanged).
     """
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError) and error.filename is not None:  # the operating system has named the file
+        if isinstance(error, OSError) and error.filename is not None:  # the operating system's own error
             raise
         reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         if isinstance(error, RecursionError):
@@ -66,24 +64,24 @@ def reading(path: str | os.PathLike, what: str) -> Iterator[None]:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Return the content of a JSON file that a program has written.
+    """Return the content of a JSON file that a program wrote.
 
     Raises:
-        ValueError: it is damaged; the message names the file.
-        OSError: it does not exist.
+        ValueError: the file is not valid JSON; the message names the file.
+        OSError: the file does not exist.
     """
     with reading(path, "JSON"):
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def damage_of(path: str | os.PathLike) -> str | None:
-    """Return what is wrong with the format of a file, or None. Tensors are not read.
+    """Describe visible damage of a file, or return None. Tensor values are not read.
 
-    JSON is parsed; the header of a safetensors file is compared with the file's size; an archive of torch must have
-    its directory at the end.
+    JSON is parsed. For safetensors, the header is compared with the file's size. For torch's archives, the directory
+    at the end must be present.
 
     Returns:
-        The end of a sentence that starts with the file's name: `"is missing"`, `"is empty or cut off"`, ...
+        The end of a sentence that begins with the file's name: `"is missing"`, `"is empty or cut off"`, ...
     """
     path = Path(path)
     if not path.is_file():

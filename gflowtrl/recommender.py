@@ -25,7 +25,7 @@ from gflowtrl.finite import check_ranked, check_weights
 from gflowtrl.policy import Noise, StatelessNoise, check_exact, check_positions, load_backbone, make_policy
 from gflowtrl.policy.heads import split_heads
 from gflowtrl.policy.loading import check_embedded, load_tokenizer
-from gflowtrl.policy.merging import settle_adapter_files
+from gflowtrl.policy.merging import update_adapter_files
 from gflowtrl.teachers import TeacherModule, load_teacher
 
 
@@ -184,7 +184,7 @@ class Recommender:
         self.model.save_pretrained(directory, state_dict=state_dict)
         self.tokenizer.save_pretrained(directory)
         write_recommender_files(directory, self.encoder, self.item_counts, self.titles)
-        settle_adapter_files(self.model, directory)
+        update_adapter_files(self.model, directory)
         if self.teacher is not None:
             self.teacher.save_pretrained(Path(directory, TEACHER_FOLDER))
 

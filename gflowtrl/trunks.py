@@ -1,11 +1,11 @@
-"""The two formats of prompts: each in a row of its own, or as beginnings of rows that several share.
+"""The two formats of prompts: one row per prompt, or windows, in which several prompts share a row.
 
-*Separate*: a left-padded batch `{"input_ids": (B, P), "attention_mask": (B, P)}`.
+*Separate prompts*: a left-padded batch `{"input_ids": (B, P), "attention_mask": (B, P)}`.
 
-*Windows*: U left-padded trunks `{"input_ids": (U, T), "attention_mask": (U, T)}`, and for each of B prompts the trunk
-that it begins, `"trunk"` `(B,)`, and its cut, `"cut"` `(B,)`: how many tokens of the trunk, padding not counted, it
-sees. What follows behind the cut is hidden from the prompt; where it happens to be a trajectory's beginning, the
-trajectory is read off the trunk and costs nothing.
+*Windows*: U left-padded trunks `{"input_ids": (U, T), "attention_mask": (U, T)}` and, for each of B prompts, the index
+of its trunk, `"trunk"` `(B,)`, and its cut, `"cut"` `(B,)`: the prompt is the first `cut` tokens of the trunk, padding
+not counted. The tokens after the cut are hidden from the prompt. Where they are also the first tokens of a trajectory,
+that part of the trajectory is read from the trunk at no extra cost.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Prompts = Mapping[str, Tensor]
 
 
 class Trunks(NamedTuple):
-    """Prompts of either format as beginnings of trunks.
+    """Prompts of either format as prefixes of trunks.
 
     Attributes:
         input_ids, mask: `(U, T)`, left-padded.
-        trunk: `(B,)` the trunk that each prompt begins.
-        cut: `(B,)` how many of its tokens each prompt sees.
-        shared: whether prompts may share trunks; else U = B, and each prompt is its whole trunk.
+        trunk: `(B,)` index of each prompt's trunk.
+        cut: `(B,)` number of the trunk's tokens that each prompt sees.
+        shared: whether prompts may share trunks. If not, U = B, and each prompt is its whole trunk.
     """
 
     input_ids: Tensor
@@ -38,6 +38,7 @@ class Trunks(NamedTuple):
 
     @classmethod
     def of(cls, prompts: Prompts) -> Trunks:
+        """Return prompts of either format as trunks."""
         ids, mask = prompts["input_ids"], prompts["attention_mask"]
         if "trunk" in prompts:
             return cls(ids, mask, prompts["trunk"], prompts["cut"], True)
@@ -51,7 +52,7 @@ class Trunks(NamedTuple):
         return (self.mask.shape[1] - self.mask.sum(1))[self.trunk] + self.cut - 1
 
     def following(self, count: int) -> Tensor:
-        """The tokens that stand behind each prompt in its trunk, -1 beyond its end: `(B, count)`."""
+        """Return the next `count` tokens of the trunk after each prompt, -1 after its end: `(B, count)`."""
         columns = self.last[:, None] + torch.arange(1, count + 1, device=self.cut.device)
         width = self.mask.shape[1]
         tokens = self.input_ids[self.trunk[:, None], columns.clamp(max=width - 1)]
@@ -59,12 +60,12 @@ class Trunks(NamedTuple):
 
 
 def num_prompts(prompts: Prompts) -> int:
-    """B, the number of prompts."""
+    """Return the number of prompts, B."""
     return len(prompts["cut"] if "cut" in prompts else prompts["input_ids"])
 
 
 def some_prompts(prompts: Prompts, rows: slice) -> Prompts:
-    """Some of the prompts, in their format; trunks that none of them begins are left out."""
+    """Select prompts and keep their format. Trunks without a selected prompt are dropped."""
     if "trunk" not in prompts:
         return {name: value[rows] for name, value in prompts.items()}
     used, trunk = prompts["trunk"][rows].unique(return_inverse=True)
@@ -73,12 +74,12 @@ def some_prompts(prompts: Prompts, rows: slice) -> Prompts:
 
 
 def separate_prompts(prompts: Prompts) -> Prompts:
-    """Prompts of either format, each in a left-padded row of its own."""
+    """Convert prompts of either format to separate prompts: one left-padded row per prompt."""
     if "trunk" not in prompts:
         return prompts
     trunks = Trunks.of(prompts)
-    back = torch.arange(int(trunks.cut.max()) - 1, -1, -1, device=trunks.cut.device)
-    columns = trunks.last[:, None] - back
+    offsets = torch.arange(1 - int(trunks.cut.max()), 1, device=trunks.cut.device)
+    columns = trunks.last[:, None] + offsets
     mask = columns > (trunks.last - trunks.cut)[:, None]
     ids = trunks.input_ids[trunks.trunk[:, None], columns.clamp(min=0)]
     return {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long()}

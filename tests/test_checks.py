@@ -29,7 +29,7 @@ def test_bounds(bound, good, bad):
         assert str(error.value) == f"It is {value!r}; it must be {bound.meaning}."
 
 
-def test_numbers_beyond_a_float_are_refused():
+def test_numbers_too_large_for_a_float_raise():
     assert checks.is_finite(10**300) and not checks.is_finite(10**400) and not checks.is_finite(math.nan)
     with pytest.raises(ValueError, match="it must be a finite number above 0"):
         checks.check_number("It", 10**400, checks.POSITIVE)

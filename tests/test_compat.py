@@ -1,4 +1,4 @@
-"""What gflowtrl uses of other libraries without their promise: a failing test says what a release has moved."""
+"""Tests of the undocumented API of other libraries that gflowtrl uses. A failure names what a release has moved."""
 
 from __future__ import annotations
 
@@ -70,36 +70,36 @@ def parameters(function: Any) -> list[inspect.Parameter]:
 
 # ---------------------------------------------------------------------------------------------------------- names
 @pytest.mark.parametrize("name", sorted(compat.NAMES))
-def test_every_name_is_where_it_was(name):
+def test_every_name_can_be_imported(name):
     assert getattr(compat, name) is not None
 
 
-def test_the_names_are_what_they_are_used_as():
+def test_names_have_the_expected_meaning():
     assert issubclass(compat.TRLTrainer, Trainer)
     assert {"output_dir", "train_sampling_strategy"} <= compat.TRLConfig.__dataclass_fields__.keys()
     assert (compat.PREFIX_CHECKPOINT_DIR, compat.TRAINER_STATE_NAME) == ("checkpoint", "trainer_state.json")
-    parts = (compat.OPTIMIZER_NAME, compat.SCHEDULER_NAME, compat.SCALER_NAME)
-    assert parts == ("optimizer.pt", "scheduler.pt", "scaler.pt")
+    files = (compat.OPTIMIZER_NAME, compat.SCHEDULER_NAME, compat.SCALER_NAME)
+    assert files == ("optimizer.pt", "scheduler.pt", "scaler.pt")
     assert {word.value for word in compat.SaveStrategy} == {"no", "steps", "epoch", "best"}
-    given = compat.launch_command_parser().parse_args(["--num_processes", "2", "--module", "gflowtrl", "train"])
-    assert (given.num_processes, given.training_script, given.training_script_args) == (2, "gflowtrl", ["train"])
+    args = compat.launch_command_parser().parse_args(["--num_processes", "2", "--module", "gflowtrl", "train"])
+    assert (args.num_processes, args.training_script, args.training_script_args) == (2, "gflowtrl", ["train"])
     assert [p.name for p in inspect.signature(compat.launch_command).parameters.values()] == ["args"]
     for prepare in (compat.prepare_deepspeed, compat.prepare_fsdp):
         assert list(inspect.signature(prepare).parameters)[:2] == ["model", "accelerator"]
 
 
-def test_the_type_checkers_names_are_the_tables():
+def test_imports_for_the_type_checker_equal_the_table():
     (branch,) = (n for n in TREES[PACKAGE / "compat.py"].body if isinstance(n, ast.If))
-    told = {
+    imported = {
         alias.asname: (node.module, alias.name)
         for node in branch.body
         for alias in node.names
         if alias.asname is not None
     }
-    assert told == compat.NAMES
+    assert imported == compat.NAMES
 
 
-def test_a_name_that_has_moved_is_told_with_the_remedy(monkeypatch):
+def test_the_error_about_a_moved_name_has_a_remedy(monkeypatch):
     monkeypatch.setitem(compat.NAMES, "Gone", ("peft.utils.other", "Gone"))
     with pytest.raises(ImportError, match="uses Gone of peft.utils.other.*Install a version of peft"):
         _ = compat.Gone
@@ -107,14 +107,14 @@ def test_a_name_that_has_moved_is_told_with_the_remedy(monkeypatch):
         _ = compat.Unheard
 
 
-def test_importing_it_loads_no_library():
+def test_importing_compat_loads_no_library():
     code = "import sys, gflowtrl.compat; heavy = {'torch', 'trl', 'transformers', 'peft', 'accelerate'}; " + (
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
 
 
-def test_trainable_tokens_keep_what_output_rows_reads():
+def test_trainable_tokens_have_what_the_restricted_head_reads():
     model = get_peft_model(tiny_model(40), LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5, 3]))
     wrapper = model.get_base_model().get_input_embeddings()
     assert isinstance(wrapper, compat.TrainableTokensWrapper)
@@ -138,13 +138,13 @@ def test_adapter_folders_are_recognized(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ functions
-def test_a_feature_that_needs_a_newer_version_is_refused():
+def test_a_feature_that_needs_a_newer_version_raises():
     compat.require("transformers", "5.0", "Anything")
     with pytest.raises(ValueError, match=r"^A dream needs transformers 99.1 or newer, and \d.* is installed: pip"):
         compat.require("transformers", "99.1", "A dream")
 
 
-def test_what_older_versions_of_transformers_compute_wrongly_is_refused(monkeypatch):
+def test_models_that_older_transformers_compute_wrongly_raise(monkeypatch):
     def refuse(library, version, feature):
         raise ValueError(f"{feature} needs {library} {version}")
 
@@ -156,7 +156,7 @@ def test_what_older_versions_of_transformers_compute_wrongly_is_refused(monkeypa
         make_policy(models["umt5"], catalog)
 
 
-def test_attention_implementation_is_what_was_asked_for():
+def test_attention_implementation_is_the_requested_one():
     assert [compat.attention_implementation(tiny_model(40, attention=a).config) for a in ("sdpa", "eager")] == [
         "sdpa",
         "eager",
@@ -164,14 +164,14 @@ def test_attention_implementation_is_what_was_asked_for():
     assert compat.attention_implementation(None) == compat.attention_implementation(SimpleNamespace()) == ""
 
 
-def test_recurrent_models_say_so():
+def test_recurrent_models_are_detected():
     from transformers import MambaConfig, MambaForCausalLM
 
     config = MambaConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, state_size=2)
     assert compat.is_stateful(MambaForCausalLM(config)) and not compat.is_stateful(tiny_model(40))
 
 
-def test_adapters_that_transformers_has_loaded_are_seen(tmp_path):
+def test_adapters_loaded_by_transformers_are_detected(tmp_path):
     get_peft_model(tiny_model(40), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     model = tiny_model(40)
     assert not compat.carries_adapters(model)
@@ -179,7 +179,7 @@ def test_adapters_that_transformers_has_loaded_are_seen(tmp_path):
     assert compat.carries_adapters(model)
 
 
-def test_a_compiled_module_is_seen_inside_its_wrapper():
+def test_a_compiled_module_is_unwrapped():
     model = torch.nn.Linear(2, 2)
     assert compat.uncompiled(torch.compile(model)) is model is compat.uncompiled(model)
 
@@ -193,7 +193,7 @@ def test_tied_weights_are_named():
     assert compat.tied_weights(torch.nn.Linear(2, 2)) == compat.tied_weights(tiny_model(40)) == {}
 
 
-def test_a_model_without_its_ties_is_saved_with_both_tables(tmp_path):
+def test_an_untied_model_is_saved_with_both_tables(tmp_path):
     config = LlamaConfig(
         vocab_size=40,
         hidden_size=16,
@@ -212,7 +212,7 @@ def test_a_model_without_its_ties_is_saved_with_both_tables(tmp_path):
     assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
 
 
-def test_wrappers_of_peft_are_told_apart():
+def test_wrappers_of_peft_can_be_distinguished():
     config = LoraConfig(target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
     model = get_peft_model(tiny_model(40), config).get_base_model()
     layer, copied = model.get_input_embeddings(), model.get_output_embeddings()
@@ -222,7 +222,7 @@ def test_wrappers_of_peft_are_told_apart():
     assert issubclass(compat.TrainableTokensWrapper, compat.AuxiliaryTrainingWrapper)
 
 
-def test_a_model_says_where_it_comes_from(tmp_path):
+def test_the_origin_of_a_model_is_recorded(tmp_path):
     model = tiny_model(40)
     compat.set_name_or_path(model, tmp_path)
     assert model.name_or_path == str(tmp_path)
@@ -230,7 +230,7 @@ def test_a_model_says_where_it_comes_from(tmp_path):
     assert named.peft_config["default"].base_model_name_or_path == str(tmp_path)
 
 
-def test_an_empty_model_is_of_the_same_kind():
+def test_an_empty_model_has_the_same_class_and_shapes():
     model = tiny_model(40).to(torch.bfloat16)
     other = compat.empty_model_like(model, copy.deepcopy(model.config))
     assert type(other) is LlamaForCausalLM and other.dtype == torch.bfloat16
@@ -238,13 +238,13 @@ def test_an_empty_model_is_of_the_same_kind():
     assert shapes[0] == shapes[1]
 
 
-def test_models_are_loaded_whole_although_zero3_and_fsdp_are_on(tmp_path, monkeypatch):
+def test_models_are_loaded_whole_under_zero3_and_fsdp(tmp_path, monkeypatch):
     class Config:
         def is_zero3(self):
             return True
 
-    kept = Config()
-    monkeypatch.setattr(zero, "_hf_deepspeed_config_weak_ref", weakref.ref(kept))
+    config = Config()
+    monkeypatch.setattr(zero, "_hf_deepspeed_config_weak_ref", weakref.ref(config))
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     tiny_model(40).save_pretrained(tmp_path)
     assert zero.is_deepspeed_zero3_enabled()
@@ -260,21 +260,22 @@ def test_models_are_loaded_whole_although_zero3_and_fsdp_are_on(tmp_path, monkey
     assert "FSDP_CPU_RAM_EFFICIENT_LOADING" not in os.environ and zero.is_deepspeed_zero3_enabled()
 
 
-def test_a_parsers_actions_are_its_arguments():
+def test_parser_actions_are_its_arguments():
     parser = argparse.ArgumentParser()
     added = [parser.add_argument("rows"), parser.add_argument("--width", type=int)]
     assert compat.parser_actions(parser)[1:] == added
 
 
-def test_bitsandbytes_is_silenced_by_the_command_only():
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    before = logger.level
-    try:
-        logger.setLevel(logging.NOTSET)
-        compat.quiet_bitsandbytes()
-        assert not logger.isEnabledFor(logging.WARNING) and logger.isEnabledFor(logging.ERROR)
-    finally:
-        logger.setLevel(before)
+@pytest.mark.parametrize("name", ["bitsandbytes.backends.cpu.ops", "DeepSpeed"])
+def test_other_libraries_warnings_are_hidden_by_commands_only(name, monkeypatch, caplog):
+    logger = logging.getLogger(name)
+    monkeypatch.setattr(logger, "filters", [])
+    monkeypatch.setattr(logger, "propagate", True)
+    logger.warning("before")
+    compat.quiet_libraries()
+    logger.warning("after")
+    logger.error("an error")
+    assert list(dict.fromkeys(caplog.messages)) == ["before", "an error"]
 
 
 # ------------------------------------------------------------------------------------------------------ overrides
@@ -283,11 +284,11 @@ def test_bitsandbytes_is_silenced_by_the_command_only():
     [(b, name) for b in OVERRIDES for name in OVERRIDES[b]],
     ids=lambda value: value.rpartition(":")[2],
 )
-def test_what_is_overridden_is_still_there(base, name):
+def test_overridden_names_still_exist(base, name):
     if name == "_send_telemetry" and compare_versions("trl", "<", "1.5"):
         pytest.skip("older releases of trl send no telemetry")
     owner, expected = base_class(base), OVERRIDES[base][name]
-    assert hasattr(owner, name), f"{base} has no {name} any more; what calls it, and what in gflowtrl overrides it?"
+    assert hasattr(owner, name), f"{base} no longer has {name}; find its callers there and its overrides in gflowtrl"
     if expected is None:
         assert not callable(getattr(owner, name))
         return
@@ -313,7 +314,7 @@ def test_overriding_methods_can_be_called_as_the_base_calls_them(trainer):
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_no_private_name_of_a_base_class_is_overridden_by_accident(trainer):
+def test_every_overridden_private_name_is_listed(trainer):
     listed = {name for names in OVERRIDES.values() for name in names}
     ours = {name for cls in trainer.__mro__ if cls.__module__.startswith("gflowtrl.") for name in vars(cls)}
     theirs = {name for cls in trainer.__mro__ if not cls.__module__.startswith("gflowtrl.") for name in vars(cls)}
@@ -321,9 +322,9 @@ def test_no_private_name_of_a_base_class_is_overridden_by_accident(trainer):
     assert shared <= listed, f"{trainer.__name__} overrides {sorted(shared - listed)}; list them in OVERRIDES"
 
 
-# ------------------------------------------------------------------------------- nothing private goes past compat
-def own_names() -> set[str]:
-    """All names that gflowtrl itself defines: functions, classes, variables, attributes that it sets, parameters."""
+# ------------------------------------------------------------------------------- private names are used in compat only
+def defined_names() -> set[str]:
+    """Return all names that gflowtrl itself defines: functions, classes, variables and attributes that it sets."""
     found = set()
     for path, tree in TREES.items():
         if path.name == "compat.py":
@@ -342,8 +343,8 @@ def is_self(node: ast.expr) -> bool:
     return isinstance(node, ast.Name) and node.id in ("self", "cls")
 
 
-def private_uses(tree: ast.Module, own: set[str], modules: set[str]) -> list[tuple[int, str]]:
-    """Line and name of every private name, and of every module that only compat may import from, in a module."""
+def private_uses(tree: ast.Module, defined: set[str], modules: set[str]) -> list[tuple[int, str]]:
+    """Return the line and name of each use of a private name, or of a module that only compat may import from."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and not node.level and not (node.module or "").startswith("gflowtrl"):
@@ -353,21 +354,21 @@ def private_uses(tree: ast.Module, own: set[str], modules: set[str]) -> list[tup
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
             found += [(node.lineno, n) for n in names if n in modules or any(map(is_private, n.split(".")))]
-        elif isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own:
+        elif isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in defined:
             found.append((node.lineno, node.attr))
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr", "delattr"):
             name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
-            found += [(node.lineno, name)] if is_private(name) and name not in own else []
+            found += [(node.lineno, name)] if is_private(name) and name not in defined else []
     return found
 
 
 def test_no_private_name_of_another_library_is_used_elsewhere():
-    allowed = own_names() | {name for names in OVERRIDES.values() for name in names}
+    allowed = defined_names() | {name for names in OVERRIDES.values() for name in names}
     modules = {module for module, _ in compat.NAMES.values()} | {"transformers.integrations"}
     for path, tree in TREES.items():
         if path.name != "compat.py":
             found = private_uses(tree, allowed, modules)
-            assert not found, f"{path}: {found} belongs to another library; let it go through gflowtrl/compat.py"
+            assert not found, f"{path}: {found} belongs to another library; use it through gflowtrl/compat.py"
 
 
 @pytest.mark.parametrize(
@@ -382,7 +383,7 @@ def test_no_private_name_of_another_library_is_used_elsewhere():
         "getattr(model, '_is_stateful', False)",
     ],
 )
-def test_the_search_finds_what_it_is_for(line):
+def test_the_search_finds_private_names(line):
     modules = {module for module, _ in compat.NAMES.values()}
-    assert private_uses(ast.parse(line), own_names(), modules)
-    assert not private_uses(ast.parse("from trl import SFTConfig\nself._catalog\nx.weight"), own_names(), modules)
+    assert private_uses(ast.parse(line), defined_names(), modules)
+    assert not private_uses(ast.parse("from trl import SFTConfig\nself._catalog\nx.weight"), defined_names(), modules)

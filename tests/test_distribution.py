@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,13 +15,16 @@ from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+import yaml
 
 import gflowtrl
+from gflowtrl.configuration import known_files, recipe_folder
 
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("gflowtrl", "recipes", "tests", "docs", "examples", "benchmarks", "tools")
 FILES = (
+    "CITATION.cff",
     "LICENSE",
     "README.md",
     "CHANGELOG.md",
@@ -73,6 +78,11 @@ def wheel(archive, tmp_path_factory) -> Path:
     return build("wheel", archive, tmp_path_factory.mktemp("wheel") / "dist")
 
 
+def where(folder: Path) -> dict[str, str]:
+    """An environment in which `folder` comes before everything that is installed."""
+    return os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+
+
 def contents(wheel: Path) -> dict[str, bytes]:
     with zipfile.ZipFile(wheel) as packed:
         return {name: packed.read(name) for name in packed.namelist()}
@@ -90,14 +100,46 @@ def test_the_source_archive_makes_the_same_wheel_as_the_tree(tree, wheel, tmp_pa
     assert contents(build("wheel", tree, tmp_path / "dist")) == contents(wheel)
 
 
+def recipe_folder_of(package: Path) -> Path:
+    """The result of `recipe_folder` in another copy of the package."""
+    file = package / "configuration.py"
+    spec = importlib.util.spec_from_file_location("configuration_elsewhere", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.recipe_folder()
+
+
+def test_recipes_are_found_in_the_source_tree_and_in_an_unpacked_wheel(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(tmp_path)
+    folder = recipe_folder_of(tmp_path / "gflowtrl")
+    assert folder == tmp_path / "gflowtrl" / "recipes" and recipe_folder().resolve() == ROOT / "recipes"
+    for inner in ("", "accelerate_configs"):
+        names = {path.stem for path in (ROOT / "recipes" / inner).glob("*.yaml")}
+        assert names >= {"quickstart"} if not inner else names >= {"single", "multi_cpu", "zero3", "fsdp2"}
+        assert names == known_files(folder / inner).keys() == known_files(recipe_folder() / inner).keys()
+
+
+def test_a_checkout_without_symbolic_links_has_its_recipes(tree, tmp_path):
+    copy = shutil.copytree(tree / "gflowtrl", tmp_path / "gflowtrl", ignore=shutil.ignore_patterns("recipes"))
+    (copy / "recipes").write_text("../recipes")  # what git makes of a link there
+    assert recipe_folder_of(copy) == tmp_path / "recipes"
+
+
+def test_the_version_and_its_date_are_the_same_in_all_files():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    latest = re.search(r"^## (\S+) \((\S+)\)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert (citation["version"], str(citation["date-released"])) == latest.groups()
+    assert citation["version"] == gflowtrl.__version__
+
+
 def test_the_wheel_holds_the_package_its_license_and_its_recipes(wheel):
     packed = contents(wheel)
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "gflowtrl").rglob("*.py")}
     recipes = {str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml")}
-    data = f"{NAME}.data/data/share/gflowtrl"
     about = f"{NAME}.dist-info"
     modules |= {"gflowtrl/py.typed", "gflowtrl/trainer/model_card.jinja"}
-    expected = modules | {f"{data}/{recipe}" for recipe in recipes} | {f"{about}/licenses/LICENSE"}
+    expected = modules | {f"gflowtrl/{recipe}" for recipe in recipes} | {f"{about}/licenses/LICENSE"}
     assert {name for name in packed if not name.startswith(about) or name.endswith("LICENSE")} == expected
     metadata = message_from_bytes(packed[f"{about}/METADATA"])
     assert metadata["Version"] == gflowtrl.__version__
@@ -113,13 +155,13 @@ def test_the_wheel_works_without_the_source_tree(wheel, tmp_path):
     subprocess.run([sys.executable, "-m", "pip", *install], check=True)
 
     def run(*command: str | Path) -> str:
-        environment = os.environ | {"PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"}
-        ran = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=300)
+        ran = subprocess.run(command, cwd=elsewhere, env=where(target), capture_output=True, text=True, timeout=300)
         assert ran.returncode == 0, ran.stderr[-3000:]
         return ran.stdout
 
     used = run(sys.executable, "-c", "import gflowtrl; print(gflowtrl.__file__)")
     assert Path(used.strip()).is_relative_to(target)
+    assert run(target / "bin" / "gflowtrl", "--version").strip() == gflowtrl.__version__
     usage = run(target / "bin" / "gflowtrl", "--help")
     assert usage.startswith("usage: gflowtrl") and usage == run(sys.executable, "-m", "gflowtrl", "--help")
     few = {
@@ -127,5 +169,9 @@ def test_the_wheel_works_without_the_source_tree(wheel, tmp_path):
         "control.max_steps": 2, "gflownet.max_steps": 2, "evaluation.num_beams": 20,
     }  # fmt: skip
     options = [word for name, value in few.items() for word in (f"--{name}", str(value))]
-    run(target / "bin" / "gflowtrl", "train", "--config", "quickstart", *options)
+    run(target / "bin" / "gflowtrl", "train", "--config", "quickstart", "--accelerate_config", "single", *options)
     assert {"sft", "gflownet"} <= json.loads((elsewhere / "out" / "results.json").read_text())["methods"].keys()
+    (model,) = elsewhere.glob("out/gflownet*/model")
+    (elsewhere / "histories.jsonl").write_text('{"history": [1, 2, 3]}\n')
+    answer = json.loads(run(target / "bin" / "gflowtrl", "recommend", "--model", model, "--input", "histories.jsonl"))
+    assert answer["history"] == [1, 2, 3] and len(answer["recommendations"]) == 10

@@ -1,4 +1,4 @@
-"""Models, teachers and options that are not finite are refused wherever they would be used."""
+"""Tests that models, teachers and options that are not finite raise an error wherever they are used."""
 
 import dataclasses
 import importlib
@@ -29,20 +29,20 @@ BAD = [NAN, INF, -INF]
 # -------------------------------------------------------------------------------------------------------- the search
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("value", BAD)
-def test_every_place_of_every_dtype_is_seen(dtype, value):
+def test_every_position_and_dtype_is_checked(dtype, value):
     good = {
         "whole": torch.arange(4),
         "empty": torch.zeros(0),
         "largest": torch.full((2,), torch.finfo(dtype).max, dtype=dtype),
     }
     assert find_nonfinite(good.items()) is None
-    for place in range(6):
+    for index in range(6):
         bad = torch.zeros(2, 3, dtype=dtype)
-        bad.view(-1)[place] = value
+        bad.view(-1)[index] = value
         assert find_nonfinite([*good.items(), ("bad", bad), ("worse", bad)]) == "bad"
 
 
-def test_beams_that_are_absent_are_normal():
+def test_missing_beams_may_be_infinite():
     model = tiny_model(9)
     leaves = torch.tensor([[3, 1, -1]])
     check_ranked(leaves, torch.tensor([[-0.5, -1.0, -INF]]), model)
@@ -54,12 +54,12 @@ def test_beams_that_are_absent_are_normal():
 
 
 # ------------------------------------------------------------------------------------------------------- recommenders
-def spoil(recommender: Recommender) -> None:
+def set_nan(recommender: Recommender) -> None:
     with torch.no_grad():
         recommender.model.lm_head.weight[:] = NAN
 
 
-def test_a_folder_with_nan_is_refused_by_its_name(tmp_path, capsys):
+def test_a_folder_with_nan_raises_an_error_that_names_it(tmp_path, capsys):
     make_recommender().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
@@ -74,9 +74,9 @@ def test_a_folder_with_nan_is_refused_by_its_name(tmp_path, capsys):
         assert error.startswith(f"error: {message}") and error.endswith(".")
 
 
-def test_a_recommender_that_breaks_later_gives_no_lists():
+def test_a_recommender_with_nan_returns_no_lists():
     recommender = make_recommender()
-    spoil(recommender)
+    set_nan(recommender)
     options = [
         {},
         {"strategy": "sample"},
@@ -92,10 +92,10 @@ def test_a_recommender_that_breaks_later_gives_no_lists():
         rank_rows(recommender.policy, recommender.encoder, make_rows(3), 5, progress=False)
 
 
-def test_numbers_that_overflow_are_told_from_bad_weights():
+def test_overflow_is_distinguished_from_bad_weights():
     recommender = make_recommender()
     recommender.model.model.norm.register_forward_hook(lambda module, inputs, output: output * INF)
-    with pytest.raises(NonFiniteError, match=r"although its weights are finite: its numbers overflow in float32"):
+    with pytest.raises(NonFiniteError, match=r"although its weights are finite: its activations overflow in float32"):
         recommender.recommend([HISTORY], k=2)
 
 
@@ -106,7 +106,7 @@ def fitted(kind, **options):
 
 
 @pytest.mark.parametrize("kind", [SASRec, EASE, Popularity])
-def test_a_teacher_with_nan_neither_ranks_nor_is_saved_or_loaded(tmp_path, kind):
+def test_a_teacher_with_nan_cannot_rank_be_saved_or_loaded(tmp_path, kind):
     teacher = fitted(kind, **({"epochs": 1, "progress": False} if kind is SASRec else {}))
     teacher.save_pretrained(tmp_path)
     file = tmp_path / "teacher.safetensors"
@@ -126,10 +126,10 @@ def test_a_teacher_with_nan_neither_ranks_nor_is_saved_or_loaded(tmp_path, kind)
 
 
 @pytest.mark.parametrize("sampler", ["collaborative", "curriculum"])
-def test_samplers_refuse_scores_that_are_not_finite(tmp_path, sampler):
+def test_samplers_raise_for_scores_that_are_not_finite(tmp_path, sampler):
     def teacher(histories):
         scores = torch.zeros(len(histories), len(ITEMS))
-        scores[:, 1] = -INF  # an item that is left out
+        scores[:, 1] = -INF  # an excluded item
         scores[2, 3] = broken
         return scores
 
@@ -145,12 +145,12 @@ def test_samplers_refuse_scores_that_are_not_finite(tmp_path, sampler):
 
 
 def test_a_teacher_that_diverges_stops():
-    with pytest.raises(NonFiniteError, match="SASRec diverged: its loss is nan"):
+    with pytest.raises(NonFiniteError, match="The loss of SASRec is nan: the training diverged"):
         fitted(SASRec, epochs=20, progress=False, learning_rate=1e30)
 
 
 # ------------------------------------------------------------------------------------------------------------ options
-def test_the_place_of_a_number_is_named():
+def test_the_error_names_the_option():
     check_finite({"a": [1, 2.0, "nan", None], "b": {"c": (1e308,)}})
     with pytest.raises(ValueError, match=r"^rewards.1.weight is nan; it must be a finite number.$"):
         check_finite({"rewards": [{"weight": 1.0}, {"weight": NAN}]})
@@ -158,18 +158,18 @@ def test_the_place_of_a_number_is_named():
 
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("kind", [GFlowNetConfig, APAOConfig])
-def test_every_float_of_a_configuration(tmp_path, kind, value):
+def test_every_float_of_a_config(tmp_path, kind, value):
     names = {entry.name for entry in dataclasses.fields(kind) if entry.init and "float" in str(entry.type)}
     assert {"learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "temperature"} <= names
     for name in names - {"loss_weights", "reward_weights"}:
         with pytest.raises(ValueError, match=rf"^{name} is {value}[;,] "):
             kind(str(tmp_path), use_cpu=True, **{name: value})
-    for name, given, place in (
+    for name, value_text, path in (
         ("loss_kwargs", '{"sft": {"token_mean": NaN}}', "loss_kwargs.sft.token_mean"),
         ("lr_scheduler_kwargs", '{"min_lr": Infinity}', "lr_scheduler_kwargs.min_lr"),
     ):
-        with pytest.raises(ValueError, match=f"^{place} is (nan|inf)"):
-            kind(str(tmp_path), use_cpu=True, **{name: given})
+        with pytest.raises(ValueError, match=f"^{path} is (nan|inf)"):
+            kind(str(tmp_path), use_cpu=True, **{name: value_text})
     if kind is GFlowNetConfig:
         for name, owner in (("loss_weights", "loss_type"), ("reward_weights", "loss_type")):
             with pytest.raises(ValueError, match=f"{name}.0 is {value}"):
@@ -206,12 +206,11 @@ ARGUMENTS = {
 
 
 def classes_with_floats() -> list:
-    """Every public class or `fit` of samplers, rewards, teachers, quantizers and the shop with a float parameter."""
+    """Return the float parameters of the public classes, functions and `fit` methods of five packages."""
     found = []
-    for room in ("samplers", "rewards", "teachers", "semantic_ids", "data"):
-        package = importlib.import_module(f"gflowtrl.{room}")
-        for name in package.__all__:
-            member = getattr(package, name)
+    for name in ("samplers", "rewards", "teachers", "semantic_ids", "data"):
+        package = importlib.import_module(f"gflowtrl.{name}")
+        for member in (getattr(package, public) for public in package.__all__):
             for call in (member, getattr(member, "fit", None)) if inspect.isclass(member) else (member,):
                 if not callable(call):
                     continue
@@ -222,7 +221,7 @@ def classes_with_floats() -> list:
 
 
 def needed(call) -> set[str]:
-    """Names of what it cannot be called without."""
+    """Return the names of the required parameters."""
     parameters = inspect.signature(call).parameters.values()
     return {p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
 
@@ -231,14 +230,14 @@ def needed(call) -> set[str]:
     ("call", "name"), classes_with_floats(), ids=lambda value: getattr(value, "__qualname__", value)
 )
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_floats_of_parts_are_refused(call, name, value):
+def test_floats_that_are_not_finite_raise(call, name, value):
     taken = needed(call) | inspect.signature(call).parameters.keys() & {"teacher"}
     arguments = {entry: ARGUMENTS[entry] for entry in taken - {name}}
     with pytest.raises(ValueError, match=f"(?i){name}.*{value}|finite|{value}"):
         call(**{**arguments, name: value})
 
 
-def test_the_parts_with_floats_are_found():
+def test_the_search_finds_float_parameters():
     found = {(call.__qualname__, name) for call, name in classes_with_floats()}
     assert len(found) >= 25
     assert {("SASRec.fit", "learning_rate"), ("CompositeReward", "beta"), ("build_sampler", "epsilon")} <= found

@@ -86,7 +86,7 @@ FAULTS = {
     "swapped tokens": (
         "tokenizer.json",
         lambda c: swap(c["model"]["vocab"], "<a_0>", "<a_1>"),
-        r"catalog\.json gives token '<a_0>' the number 3, but the tokenizer gives it 4 \(2 of",
+        r"catalog\.json gives token '<a_0>' the token id 3, but the tokenizer gives it 4 \(2 of",
     ),
     "swapped numbers in the catalog": (
         "catalog.json",
@@ -100,23 +100,23 @@ FAULTS = {
             "semantic_ids": [["<new>" if t == "<a_2>" else t for t in ids] for ids in c["semantic_ids"]],
             "token_ids": {"<new>" if t == "<a_2>" else t: n for t, n in c["token_ids"].items()},
         },
-        "gives token '<new>' the number 5, but the tokenizer does not know it",
+        "gives token '<new>' the token id 5, but the tokenizer does not know it",
     ),
     "shared tokens": (
         "catalog.json",
         lambda c: c["token_ids"].update({"<a_0>": c["token_ids"]["<a_1>"]}),
-        r"catalog\.json gives the tokens '<a_0>' and '<a_1>' one number",
+        r"catalog\.json gives the tokens '<a_0>' and '<a_1>' the same token id",
     ),
     "a token out of range": (
         "catalog.json",
         lambda c: c["token_ids"].update({"<a_0>": 10**6}),
-        r"catalog\.json gives token '<a_0>' the number 1000000, but the tokenizer gives it 3",
+        r"catalog\.json gives token '<a_0>' the token id 1000000, but the tokenizer gives it 3",
     ),
-    "a negative token": ("catalog.json", lambda c: c["token_ids"].update({"<a_0>": -1}), "the number -1, which is"),
-    "a token without number": ("catalog.json", lambda c: drop(c["token_ids"], "<a_0>"), "no number to token '<a_0>'"),
+    "a negative token": ("catalog.json", lambda c: c["token_ids"].update({"<a_0>": -1}), "of '<a_0>' is -1; it"),
+    "a token without number": ("catalog.json", lambda c: drop(c["token_ids"], "<a_0>"), "no token id for '<a_0>'"),
     "a null item": ("catalog.json", lambda c: c["items"].__setitem__(3, None), r"catalog\.json: item 3 is None"),
     "a number that is not whole": ("catalog.json", lambda c: c["items"].__setitem__(3, 1.5), "item 3 is 1.5"),
-    "an item twice": ("catalog.json", lambda c: c["items"].__setitem__(3, c["items"][0]), "lists item 'i001' twice"),
+    "an item twice": ("catalog.json", lambda c: c["items"].__setitem__(3, c["items"][0]), "lists item 'i001' 2 times"),
     "a null id": ("catalog.json", lambda c: c["semantic_ids"].__setitem__(3, None), "semantic id of item .* is None"),
     "a null token": ("catalog.json", lambda c: c["semantic_ids"][3].__setitem__(0, None), r"is \[None, "),
     "a missing id": ("catalog.json", lambda c: drop(c["semantic_ids"], -1), "has 24 items and 23 semantic ids"),
@@ -158,7 +158,7 @@ def test_damaged_files_are_named(folder, name, content):
 
 def test_a_trainer_names_inconsistent_files_too(folder):
     change(folder / "tokenizer.json", FAULTS["swapped tokens"][1])
-    with pytest.raises(ValueError, match="gives token '<a_0>' the number 3, but the tokenizer gives it 4"):
+    with pytest.raises(ValueError, match="gives token '<a_0>' the token id 3, but the tokenizer gives it 4"):
         GFlowNetTrainer(str(folder), [GroundTruthReward()], GFlowNetConfig(str(folder), use_cpu=True), make_rows())
 
 
@@ -187,7 +187,7 @@ def test_a_plain_model_may_have_extra_tensors_but_none_missing(tmp_path):
     change(tmp_path / "model.safetensors", lambda c: c.update(extra=torch.ones(1)))
     load_backbone(tmp_path)
     change(tmp_path / "model.safetensors", lambda c: drop(c, "lm_head.weight"))
-    with pytest.raises(ValueError, match="lacks 1 tensors .'lm_head.weight'.*can be loaded by its own class"):
+    with pytest.raises(ValueError, match="lacks 1 tensors .'lm_head.weight'.*load it by its own class"):
         load_backbone(tmp_path)
 
 

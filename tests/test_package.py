@@ -22,7 +22,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
 
 # A package imports from its own layer and from those above it, never from those below it.
 LAYERS = (
-    {"checks", "compat", "finite", "trunks"},
+    {"checks", "compat", "configuration", "files", "finite", "trunks"},
     {"catalog"},
     {"data", "policy", "semantic_ids", "teachers"},
     {"rewards", "samplers", "losses", "metrics"},

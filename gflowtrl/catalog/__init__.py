@@ -1,4 +1,4 @@
-"""The catalog: items, their token paths and the prefix tree over them. No model and no trainer here."""
+"""The catalog: items, their token paths and the prefix tree over them."""
 
 from .catalog import ItemCatalog
 from .items import Item

@@ -1,4 +1,4 @@
-"""The catalog: which item has which semantic id, and the prefix tree over all ids."""
+"""The item catalog: the semantic id of each item, and the prefix tree over all semantic ids."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,12 +32,12 @@ class ItemCatalog:
     """Items, their semantic ids and the prefix tree over them.
 
     Every tensor with an item axis is in the order of `items`; every tensor with a leaf axis is in the order of
-    `tree.paths`. Items that share one semantic id (a collision) share one leaf.
+    `tree.paths`. Items with the same semantic id (a collision) share one leaf.
 
     Args:
         items: the items, integers or strings, without duplicates.
-        semantic_ids: the token texts of each item, parallel to `items`.
-        item_token_ids: `(items, L)` token numbers of each item, padded with -1 at the right.
+        semantic_ids: the tokens of each item as text, parallel to `items`.
+        item_token_ids: `(items, L)` token ids of each item, padded with -1 on the right.
     """
 
     def __init__(self, items: Sequence[Item], semantic_ids: Sequence[Sequence[str]], item_token_ids: Tensor):
@@ -45,7 +46,7 @@ class ItemCatalog:
         if not len(self.items) == len(self.semantic_ids) == len(item_token_ids):
             raise ValueError(
                 f"{len(self.items)} items, {len(self.semantic_ids)} semantic ids and {len(item_token_ids)} rows of "
-                f"token numbers were given; there must be one of each per item."
+                f"token ids were given. Give one of each per item."
             )
         self._index = ItemIndex(self.items)
         self.item_token_ids = item_token_ids.long()
@@ -53,7 +54,7 @@ class ItemCatalog:
         self.tree = PrefixTree(paths)
         self.item_leaf = self.tree.leaf_of_row[row].long()
         self.leaf_sizes = torch.bincount(self.item_leaf, minlength=self.tree.num_leaves)
-        # Items of a leaf: a slice of `_items_by_leaf`, in the catalog's order.
+        # The items of a leaf are a slice of `_items_by_leaf`, in the catalog's order.
         self._items_by_leaf = torch.argsort(self.item_leaf, stable=True)
         self._leaf_start = torch.cumsum(self.leaf_sizes, 0) - self.leaf_sizes
 
@@ -61,17 +62,17 @@ class ItemCatalog:
     def from_semantic_ids(
         cls, semantic_ids: Mapping[Item, Sequence[str]], tokenizer: PreTrainedTokenizerBase
     ) -> ItemCatalog:
-        """Build the catalog of `{item: ("<a_1>", "<b_7>", ...)}` with the token numbers of `tokenizer`.
+        """Build a catalog from `{item: ("<a_1>", "<b_7>", ...)}` with the token ids of `tokenizer`.
 
-        Items with equal ids are merged into one leaf, and the log says how many.
+        Items with equal semantic ids are merged into one leaf, and their number is logged.
 
         Raises:
-            ValueError: no items, an item without tokens, a token that the tokenizer does not know as one token.
+            ValueError: there are no items, an item has no tokens, or the tokenizer does not know a token.
         """
         if not semantic_ids:
             raise ValueError("semantic_ids is empty; the catalog needs at least one item.")
         texts = sorted({token for tokens in semantic_ids.values() for token in tokens})
-        numbers = dict(zip(texts, tokenizer.convert_tokens_to_ids(texts), strict=True))
+        token_ids = dict(zip(texts, tokenizer.convert_tokens_to_ids(texts), strict=True))
         for item, tokens in semantic_ids.items():
             if not tokens:
                 raise ValueError(f"Item {item!r} has an empty semantic id.")
@@ -80,17 +81,16 @@ class ItemCatalog:
                     f"The semantic id of item {item!r} is the text {tokens!r}; give a list of its tokens."
                 )
             for token in tokens:
-                if numbers[token] in (None, tokenizer.unk_token_id):
+                if token_ids[token] in (None, tokenizer.unk_token_id):
                     raise ValueError(
                         f"The tokenizer does not know token {token!r} of item {item!r}. Build it with "
                         f"gflowtrl.data.build_tokenizer or add the tokens with gflowtrl.data.add_item_tokens."
                     )
-        catalog = cls(list(semantic_ids), list(semantic_ids.values()), _numbered(semantic_ids.values(), numbers))
-        merged = int((catalog.leaf_sizes - 1).sum())
-        if merged:
+        catalog = cls(list(semantic_ids), list(semantic_ids.values()), _pad_ids(semantic_ids.values(), token_ids))
+        if colliding := int(catalog.leaf_sizes[catalog.leaf_sizes > 1].sum()):
             logger.info(
-                "%d of %d items share a semantic id with another one; they are merged into %d leaves.",
-                int(catalog.leaf_sizes[catalog.leaf_sizes > 1].sum()), len(catalog), catalog.tree.num_leaves,
+                "%d of %d items share their semantic id with another item; the catalog has %d leaves.",
+                colliding, len(catalog), catalog.tree.num_leaves,
             )  # fmt: skip
         return catalog
 
@@ -109,38 +109,38 @@ class ItemCatalog:
         return self.tree.device
 
     def to(self, device: torch.device | str) -> ItemCatalog:
-        """Move all tensors to `device`, in place, but for `item_token_ids`: prompts are made on the CPU."""
+        """Move all tensors to `device`, in place, except `item_token_ids`, since prompts are built on the CPU."""
         self.tree.to(device)
         for name in ("item_leaf", "leaf_sizes", "_items_by_leaf", "_leaf_start"):
             setattr(self, name, getattr(self, name).to(device))
         return self
 
     def index_of(self, items: Sequence[Item]) -> Tensor:
-        """Positions of items in `items`: `(n,)`, on the CPU. Raises a ValueError that names an unknown item."""
+        """Return the positions `(n,)` of items, on the CPU. An unknown item raises a ValueError that names it."""
         return torch.tensor([self._index[item] for item in items], dtype=torch.long)
 
     def known_items(self, histories: Iterable[Sequence[Item]]) -> tuple[list[list[Item]], list[tuple[int, Item]]]:
-        """Histories without the items that are not in the catalog, and those items, each with the row it is in."""
+        """Return the histories without items that are not in the catalog, and `(row, item)` for each such item."""
         histories = list(histories)
         unknown = [(row, item) for row, history in enumerate(histories) for item in history if item not in self]
         return [[item for item in history if item in self] for history in histories], unknown
 
     def leaf_of(self, items: Sequence[Item]) -> Tensor:
-        """Leaf of each item: `(n,)`."""
+        """Return the leaf of each item: `(n,)`."""
         return self.item_leaf[self.index_of(items).to(self.device)]
 
     def items_of(self, leaf: int) -> list[Item]:
-        """All items at a leaf, in the catalog's order."""
+        """Return all items at a leaf, in the catalog's order."""
         start = int(self._leaf_start[leaf])
         rows = self._items_by_leaf[start : start + int(self.leaf_sizes[leaf])]
         return [self.items[i] for i in rows.tolist()]
 
     def leaf_text(self, leaf: int) -> str:
-        """The semantic id of a leaf as text, tokens joined by spaces."""
+        """Return the semantic id of a leaf as text, its tokens joined by spaces."""
         return " ".join(self.semantic_ids[int(self._items_by_leaf[self._leaf_start[leaf]])])
 
     def fold_items(self, values: Tensor, reduction: str = "sum") -> Tensor:
-        """Values per item to values per leaf: `(B, items) -> (B, N)`; "sum" or "max" over a leaf's items."""
+        """Reduce values per item to values per leaf, `(B, items) -> (B, N)`, by the "sum" or "max" over its items."""
         if reduction not in ("sum", "max"):
             raise ValueError(f"reduction is {reduction!r}; choose 'sum' or 'max'.")
         index = self.item_leaf.to(values.device).expand(values.shape[0], -1)
@@ -150,7 +150,7 @@ class ItemCatalog:
         return folded.scatter_reduce_(1, index, values, "amax", include_self=False)
 
     def expand_leaves(self, leaves: Tensor, k: int) -> Tensor:
-        """Ranked leaves to ranked items: a leaf yields all its items, and the list is cut at `k`.
+        """Turn ranked leaves into ranked items. Each leaf yields all its items, and the list is cut at `k`.
 
         Args:
             leaves: `(U, R)`, best first; -1 is skipped.
@@ -162,69 +162,71 @@ class ItemCatalog:
         leaves = leaves.to(self.device)
         sizes = torch.where(leaves >= 0, self.leaf_sizes[leaves.clamp(min=0)], 0)
         ends = torch.cumsum(sizes, 1)
-        wanted = torch.arange(k, device=leaves.device).expand(len(leaves), k).contiguous()
-        place = torch.searchsorted(ends, wanted, right=True)
-        found = place < leaves.shape[1]
-        place = place.clamp(max=leaves.shape[1] - 1)
-        leaf = leaves.gather(1, place).clamp(min=0)
-        within = wanted - (ends - sizes).gather(1, place)
-        rows = torch.where(found, self._leaf_start[leaf] + within, 0)
-        return torch.where(found, self._items_by_leaf[rows], -1)
+        ranks = torch.arange(k, device=leaves.device).expand(len(leaves), k).contiguous()
+        column = torch.searchsorted(ends, ranks, right=True)  # the leaf that holds each rank
+        exists = column < leaves.shape[1]
+        column = column.clamp(max=leaves.shape[1] - 1)
+        leaf = leaves.gather(1, column).clamp(min=0)
+        within_leaf = ranks - (ends - sizes).gather(1, column)
+        rows = torch.where(exists, self._leaf_start[leaf] + within_leaf, 0)
+        return torch.where(exists, self._items_by_leaf[rows], -1)
 
     # ------------------------------------------------------------------------------------------------ saving, loading
     def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Write `catalog.json` (items, token texts, token numbers) into `directory`, atomically."""
-        numbers = {}
-        for tokens, row in zip(self.semantic_ids, self.item_token_ids.tolist(), strict=True):
-            numbers.update(zip(tokens, row, strict=False))
-        content = {"items": self.items, "semantic_ids": self.semantic_ids, "token_ids": numbers}
+        """Write `catalog.json` (items, tokens as text, token ids) into `directory`, atomically."""
+        token_ids = dict(zip(*self._distinct_tokens(), strict=True))
+        content = {"items": self.items, "semantic_ids": self.semantic_ids, "token_ids": token_ids}
         write_text(Path(directory, CATALOG_FILE), json.dumps(content))
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> ItemCatalog:
-        """Read what `save_pretrained` wrote.
+        """Read a catalog that `save_pretrained` wrote.
 
         Raises:
             FileNotFoundError: `catalog.json` is missing.
-            ValueError: it is damaged (`saved.read_catalog`).
+            ValueError: `catalog.json` is damaged (`saved.read_catalog`).
         """
         path = Path(directory) / CATALOG_FILE
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} is missing. A recommender checkpoint of gflowtrl holds it; a plain language model does not."
+                f"{path} is missing. A recommender checkpoint of gflowtrl has this file; a plain language model does "
+                f"not. Use the folder of a recommender."
             )
-        items, texts, numbers = read_catalog(path)
-        return cls(items, texts, _numbered(texts, numbers))
+        items, semantic_ids, token_ids = read_catalog(path)
+        return cls(items, semantic_ids, _pad_ids(semantic_ids, token_ids))
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase, where: str = "The catalog") -> None:
-        """Every token must have the number that the tokenizer gives it.
+        """Check that each token has the token id that the tokenizer gives it.
 
         Args:
-            tokenizer: of the same model.
-            where: what an error calls the catalog, its file say.
+            tokenizer: the tokenizer of the same model.
+            where: the catalog's name in the error, for example its file.
 
         Raises:
-            ValueError: a token has another number, or none: the catalog of another tokenizer, or swapped tokens.
+            ValueError: a token has another id in the tokenizer, or none: the catalog belongs to another tokenizer, or
+                tokens were swapped.
         """
-        flat = self.item_token_ids.flatten()
-        numbers, row = torch.unique(flat, return_inverse=True)
-        first = torch.full((len(numbers),), len(flat)).scatter_reduce_(0, row, torch.arange(len(flat)), "amin")
-        places = [pair for pair in zip(numbers.tolist(), first.tolist(), strict=True) if pair[0] >= 0]
-        width = self.item_token_ids.shape[1]
-        texts = [self.semantic_ids[place // width][place % width] for _, place in places]
-        known = tokenizer.convert_tokens_to_ids(texts)
-        pairs = zip(texts, [number for number, _ in places], known, strict=True)
-        if wrong := [(text, number, other) for text, number, other in pairs if number != other]:
-            text, number, other = wrong[0]
-            told = "does not know it" if other in (None, tokenizer.unk_token_id) else f"gives it {other}"
+        tokens, token_ids = self._distinct_tokens()
+        expected = tokenizer.convert_tokens_to_ids(tokens)
+        entries = zip(tokens, token_ids, expected, strict=True)
+        if wrong := [(token, token_id, other) for token, token_id, other in entries if token_id != other]:
+            token, token_id, other = wrong[0]
+            problem = "does not know it" if other in (None, tokenizer.unk_token_id) else f"gives it {other}"
             raise ValueError(
-                f"{where} gives token {text!r} the number {number}, but the tokenizer {told} ({len(wrong)} of "
-                f"{len(texts)} tokens differ): they do not belong together. Restore the catalog and the tokenizer "
-                f"that were saved with this model; ItemCatalog.from_semantic_ids builds a catalog for a tokenizer."
+                f"{where} gives token {token!r} the token id {token_id}, but the tokenizer {problem} ({len(wrong)} of "
+                f"{len(tokens)} tokens differ): they do not belong together. Restore the catalog and the tokenizer "
+                f"that were saved with this model. ItemCatalog.from_semantic_ids builds a catalog for a tokenizer."
             )
 
+    def _distinct_tokens(self) -> tuple[list[str], list[int]]:
+        """Return the tokens of all semantic ids, each once, as text and as token ids."""
+        token_ids, first = np.unique(self.item_token_ids.numpy(), return_index=True)
+        rows, columns = np.divmod(first[token_ids >= 0], self.item_token_ids.shape[1])
+        tokens = [self.semantic_ids[row][column] for row, column in zip(rows, columns, strict=True)]
+        return tokens, token_ids[token_ids >= 0].tolist()
 
-def _numbered(semantic_ids: Iterable[Sequence[str]], numbers: Mapping[str, int]) -> Tensor:
-    """The token numbers of ids, padded with -1 at the right."""
-    levels = zip_longest(*([numbers[token] for token in tokens] for tokens in semantic_ids), fillvalue=-1)
+
+def _pad_ids(semantic_ids: Iterable[Sequence[str]], token_ids: Mapping[str, int]) -> Tensor:
+    """Return the token ids of semantic ids, padded with -1 on the right."""
+    levels = zip_longest(*([token_ids[token] for token in tokens] for tokens in semantic_ids), fillvalue=-1)
     return torch.tensor(list(levels)).T.contiguous()

@@ -1,4 +1,4 @@
-"""What an item is called, and the numbers of items."""
+"""The type of items, and an index from items to positions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ Item = int | str
 
 
 class ItemIndex(dict[Item, int]):
-    """The position of each item, or user. A ValueError names an item that is not there.
+    """Position of each item (or user). Looking up an unknown item raises a ValueError that names it.
 
     Args:
         items: the items, without duplicates.
-        what: what one that is given twice is called.
+        what: the word for one entry in the error about duplicates.
 
     Raises:
         ValueError: names an item that is given twice.
@@ -22,9 +22,9 @@ class ItemIndex(dict[Item, int]):
     def __init__(self, items: Sequence[Item], what: str = "Item"):
         super().__init__({item: position for position, item in enumerate(items)})
         if len(self) < len(items):
-            twice = next(item for position, item in enumerate(items) if self[item] != position)
-            raise ValueError(f"{what} {twice!r} is given twice. Give every one once.")
+            duplicate = next(item for position, item in enumerate(items) if self[item] != position)
+            raise ValueError(f"{what} {duplicate!r} is given twice. Give each one once.")
 
     def __missing__(self, item: Item) -> int:
-        some = f"{len(self)} items (they look like {next(iter(self), None)!r})"
-        raise ValueError(f"Item {item!r} is not in the catalog of {some}. Take it out of the data, or add it there.")
+        known = f"{len(self)} items (the first is {next(iter(self), None)!r})"
+        raise ValueError(f"Item {item!r} is not in the catalog of {known}. Remove it, or add it to the catalog.")

@@ -1,10 +1,10 @@
 """The prefix tree of all semantic ids as flat tensors.
 
-Every level of the tree is one contiguous block of node numbers, sorted by path, so that
+The nodes of each level have consecutive numbers, sorted by path, so
 
-- the children of a node are consecutive numbers (`first_child[node] ... + num_children[node] - 1`),
-- the leaves below a node are consecutive too, and
-- "child of `node` reached by `token`" is one binary search in the sorted array `node * num_tokens + token`.
+- the children of a node have consecutive numbers (`first_child[node] ... + num_children[node] - 1`),
+- the leaves below a node have consecutive numbers, and
+- the child of `node` by `token` is found by one binary search in the sorted array `node * num_tokens + token`.
 
 No query walks a dictionary or loops over items in Python (the idea of STATIC, arXiv 2602.22647).
 """
@@ -22,20 +22,20 @@ class PrefixTree:
     """Prefix tree over token paths; node 0 is the root, -1 marks "none".
 
     Args:
-        token_paths: integer tensor `(N, L)`, one id a row, shorter ids padded with -1 at the right. Rows may come in
-            any order; **leaf i** is row i of the lexicographically sorted paths (`paths`), and `leaf_of_row` maps the
-            rows that were given to leaves.
+        token_paths: integer tensor `(N, L)`, one semantic id per row, shorter ids padded with -1 on the right. The
+            rows may have any order. **Leaf i** is row i of the lexicographically sorted paths (`paths`), and
+            `leaf_of_row` maps the rows of `token_paths` to leaves.
 
     Raises:
-        ValueError: an empty tensor, a path without tokens, a hole (-1 before a token), two equal paths, or a path
-            that is a prefix of another one (generation could not know where to stop).
+        ValueError: the tensor is empty, a path has no tokens or has -1 before a token, two paths are equal, or a path
+            is a prefix of another path (generation could not know where to stop).
     """
 
-    # Node and leaf numbers are stored in 32 bits: half the memory, 2 billion nodes.
+    # Node and leaf numbers are stored in 32 bits, which halves the memory and allows 2 billion nodes.
 
     def __init__(self, token_paths: Tensor):
-        paths = _checked(token_paths)
-        order = torch.from_numpy(np.lexsort(paths.T.flip(0).numpy()))  # stable, and the last key counts most
+        paths = _check_paths(token_paths)
+        order = torch.from_numpy(np.lexsort(paths.T.flip(0).numpy()))  # stable; the last key is the primary key
         paths = paths[order]
         self._check_prefix_free(paths, order)
         self.leaf_of_row = torch.empty(len(paths), dtype=torch.int32)
@@ -48,7 +48,7 @@ class PrefixTree:
 
     # ------------------------------------------------------------------------------------------------ construction
     def _build(self, paths: Tensor) -> None:
-        """Number the nodes level by level. `paths` is sorted, so a new node begins where the prefix changes."""
+        """Number the nodes level by level. `paths` is sorted, so a new node starts where the prefix changes."""
         num_leaves, depth = paths.shape
         changed = torch.zeros(num_leaves, dtype=torch.bool)
         changed[0] = True
@@ -79,18 +79,16 @@ class PrefixTree:
         first_child = self.num_children.cumsum(0) - self.num_children + 1
         self.first_child = torch.where(self.num_children > 0, first_child, -1).to(torch.int32)
         self._child_keys = parent * self.num_tokens + self.node_token[1:].long()
-        used = torch.zeros(self.num_tokens, dtype=torch.bool)
-        used[self.node_token[1:].long()] = True
-        self.tokens = torch.nonzero(used).squeeze(1)
-        self._token_place = torch.cumsum(used, 0) - 1
-        # How many nodes of each depth lead to more than one leaf: where something is left to decide.
+        self.tokens = self.node_token[1:].long().unique()
+        self._compact_ids = torch.searchsorted(self.tokens, torch.arange(self.num_tokens))
+        # The number of nodes at each depth that lead to more than one leaf, so that a choice is left.
         sizes = [1, *self.nodes_per_depth]
         self.num_branching = [int(level.sum()) for level in (self.leaf_count > 1).split(sizes)[:-1]]
         self.max_children = [int(level.max()) for level in self.num_children.split(sizes)[:-1]]
 
     @staticmethod
     def _check_prefix_free(paths: Tensor, order: Tensor) -> None:
-        # -1 sorts before every token: an equal or longer path with the same beginning comes next.
+        # -1 sorts before every token, so an equal path, or a longer one with this prefix, comes next.
         continued = ((paths[:-1] == paths[1:]) | (paths[:-1] < 0)).all(1).nonzero()
         if not len(continued):
             return
@@ -99,12 +97,12 @@ class PrefixTree:
         rows = f"rows {int(order[i])} and {int(order[i + 1])}"
         if short == other:
             raise ValueError(
-                f"Token path {short} stands twice ({rows}). Paths of a PrefixTree must be distinct; items "
-                f"that share an id are merged by ItemCatalog.from_semantic_ids."
+                f"Token path {short} occurs twice ({rows}). Paths of a PrefixTree must be distinct; "
+                f"ItemCatalog.from_semantic_ids merges items that share an id."
             )
         raise ValueError(
-            f"Token path {short} is a prefix of {other} ({rows}), so "
-            f"generation could not tell where the shorter id ends. Give ids of equal length or add an end token."
+            f"Token path {short} is a prefix of {other} ({rows}), so generation could not tell where the shorter id "
+            f"ends. Use ids of equal length, or add an end token."
         )
 
     # ------------------------------------------------------------------------------------------------------ queries
@@ -114,7 +112,7 @@ class PrefixTree:
 
     @property
     def nodes_per_depth(self) -> list[int]:
-        """The number of prefixes of 1, 2, ... `max_depth` tokens."""
+        """The number of nodes at the depths 1, 2, ... `max_depth`."""
         return [end - begin for begin, end in itertools.pairwise(self.level_start)][1:]
 
     def to(self, device: torch.device | str) -> PrefixTree:
@@ -125,25 +123,25 @@ class PrefixTree:
         return self
 
     def step(self, nodes: Tensor, tokens: Tensor) -> Tensor:
-        """Child of each node by each token, elementwise: `(...,), (...,) -> (...,)`; -1 where there is none.
+        """Return the child of each node by each token, elementwise: `(...,), (...,) -> (...,)`; -1 for no child.
 
         A node or token of -1 has no child.
         """
         known = (nodes >= 0) & (tokens >= 0) & (tokens < self.num_tokens)
         keys = torch.where(known, nodes * self.num_tokens + tokens, 0)
-        place = torch.searchsorted(self._child_keys, keys).clamp_(max=self.num_nodes - 2)
-        return torch.where(known & (self._child_keys[place] == keys), place + 1, -1)
+        index = torch.searchsorted(self._child_keys, keys).clamp_(max=self.num_nodes - 2)
+        return torch.where(known & (self._child_keys[index] == keys), index + 1, -1)
 
     def tokens_of(self, nodes: Tensor) -> Tensor:
-        """The token that leads to each node, 0 for the root and for -1: `(...,) -> (...,)`."""
+        """Return the token that leads to each node, 0 for the root and for -1: `(...,) -> (...,)`."""
         return self.node_token[nodes.clamp(min=0)].long().clamp(min=0)
 
     def compact_token_ids(self, tokens: Tensor) -> Tensor:
-        """Where each token of the catalog stands in `tokens`, all that occur in ids: `(...,) -> (...,)`."""
-        return self._token_place[tokens]
+        """Return the index of each token in `self.tokens`, the sorted tokens of all ids: `(...,) -> (...,)`."""
+        return self._compact_ids[tokens]
 
     def children(self, nodes: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-        """Children of nodes of one depth, padded with -1 to the largest number of children at that depth.
+        """Return the children of nodes of one depth, padded with -1 to the largest number of children at that depth.
 
         Args:
             nodes: `(...,)` nodes of depth `depth`; -1 has no children.
@@ -163,10 +161,10 @@ class PrefixTree:
         return tokens, child_nodes
 
     def allowed_tokens(self, nodes: Tensor, vocab_size: int) -> Tensor:
-        """Mask over the vocabulary of the tokens that lead to a child: `(...,) -> bool (..., vocab_size)`."""
+        """Return a mask of the tokens that lead to a child: `(...,) -> bool (..., vocab_size)`."""
         if vocab_size < self.num_tokens:
             raise ValueError(
-                f"vocab_size is {vocab_size}, but the catalog uses token {self.num_tokens - 1}. "
+                f"vocab_size is {vocab_size}, but the catalog uses token id {self.num_tokens - 1}. "
                 f"Resize the model's embeddings to the tokenizer's length."
             )
         tokens, _ = self._children(nodes, max(self.max_children))
@@ -174,45 +172,45 @@ class PrefixTree:
         return mask.scatter_(-1, torch.where(tokens >= 0, tokens, vocab_size), True)[..., :vocab_size]
 
     def walk(self, leaves: Tensor) -> Tensor:
-        """Nodes on the way to each leaf: `(...,) -> (..., L + 1)`, root first, -1 after a shorter id's end."""
+        """Return the nodes of each leaf's path: `(...,) -> (..., L + 1)`, root first, -1 after a shorter id's end."""
         return self.path_nodes[leaves].long()
 
     def leaf_nodes(self) -> Tensor:
-        """The node at which each leaf ends: `(N,)`."""
+        """Return the last node of each leaf's path: `(N,)`."""
         return self.path_nodes.gather(1, self.leaf_lengths[:, None]).squeeze(1).long()
 
     def path_mask(self, leaves: Tensor) -> Tensor:
-        """Which nodes lie on the way to one of `leaves` `(n,)`, root and end among them: bool `(M,)`."""
+        """Return a mask, bool `(M,)`, of the nodes on the paths to `leaves` `(n,)`, root and last nodes included."""
         path = self.walk(leaves)
-        found = torch.zeros(self.num_nodes, dtype=torch.bool, device=path.device)
-        found[path[path >= 0]] = True
-        return found
+        mask = torch.zeros(self.num_nodes, dtype=torch.bool, device=path.device)
+        mask[path[path >= 0]] = True
+        return mask
 
     def is_determined(self, nodes: Tensor) -> Tensor:
-        """Whether at most one leaf can be reached from each node: `(...,) -> bool (...,)`; True for -1.
+        """Return whether at most one leaf can be reached from each node: `(...,) -> bool (...,)`; True for -1.
 
-        Whatever tokens follow there, they are certain: a policy gives them probability 1 without being asked.
+        The remaining tokens from such a node are certain, so a policy gives them probability 1 without the model.
         """
         return (nodes < 0) | (self.leaf_count[nodes.clamp(min=0)] == 1)
 
     def unique_leaf(self, nodes: Tensor) -> Tensor:
-        """The leaf of settled nodes, -1 for all others and for -1: `(...,) -> (...,)`."""
+        """Return the only leaf below each determined node, -1 for all other nodes and for -1: `(...,) -> (...,)`."""
         return torch.where((nodes >= 0) & self.is_determined(nodes), self.first_leaf[nodes.clamp(min=0)].long(), -1)
 
     def leaf_at(self, nodes: Tensor) -> Tensor:
-        """The leaf that a node is, -1 for inner nodes: `(...,) -> (...,)`."""
+        """Return the leaf that ends at each node, -1 for inner nodes: `(...,) -> (...,)`."""
         safe = nodes.clamp(min=0)
         return torch.where((nodes >= 0) & (self.num_children[safe] == 0), self.first_leaf[safe].long(), -1)
 
     def log_flows(self, leaf_log_rewards: Tensor) -> Tensor:
-        """Log of the total reward below every node: `log F(s) = logsumexp of log R over the leaves below s`.
+        """Return the log of the total reward below every node, log F(s) = logsumexp of log R over the leaves below s.
 
         Args:
             leaf_log_rewards: `(B, N)`; -inf is a reward of zero.
 
         Returns:
-            `(B, M)`; column 0 is log Z. Computed level by level from below, so that a subtree with tiny rewards keeps
-            its relative precision.
+            `(B, M)`; column 0 is log Z. The flows are computed level by level, bottom-up, so that a subtree with tiny
+            rewards keeps its relative precision.
         """
         batch, num_leaves = leaf_log_rewards.shape
         if num_leaves != self.num_leaves:
@@ -235,20 +233,22 @@ class PrefixTree:
         return f"PrefixTree(num_leaves={self.num_leaves}, num_nodes={self.num_nodes}, max_depth={self.max_depth})"
 
 
-def _checked(token_paths: Tensor) -> Tensor:
+def _check_paths(token_paths: Tensor) -> Tensor:
     if token_paths.ndim != 2 or token_paths.numel() == 0 or token_paths.is_floating_point():
         raise ValueError(
-            f"token_paths must be a non-empty integer tensor of shape (items, tokens per id), got shape "
-            f"{tuple(token_paths.shape)} of {token_paths.dtype}."
+            f"token_paths must be a non-empty integer tensor of shape (items, tokens per id), but its "
+            f"shape is {tuple(token_paths.shape)} and its dtype {token_paths.dtype}."
         )
     paths = token_paths.detach().cpu().long()
     if int(paths.min()) < -1:
-        raise ValueError(f"token_paths holds {int(paths.min())}; tokens are >= 0 and -1 is the only padding.")
+        raise ValueError(f"token_paths holds {int(paths.min())}; token ids must be >= 0, and the padding -1.")
     present = paths >= 0
     empty = torch.nonzero(~present[:, 0]).squeeze(1)
     if len(empty):
-        raise ValueError(f"Row {int(empty[0])} of token_paths has no first token; every id needs at least one token.")
+        raise ValueError(
+            f"Row {int(empty[0])} of token_paths has no first token; every semantic id needs at least one token."
+        )
     holes = torch.nonzero((present[:, 1:] & ~present[:, :-1]).any(1)).squeeze(1)
     if len(holes):
-        raise ValueError(f"Row {int(holes[0])} of token_paths has a token after padding; pad with -1 at the right.")
+        raise ValueError(f"Row {int(holes[0])} of token_paths has a token after padding; pad with -1 on the right.")
     return paths[:, : int(present.sum(1).max())]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import gflowtrl
-from gflowtrl.compat import quiet_bitsandbytes
+from gflowtrl.compat import quiet_libraries
 
 
 #: Name of each command -> its description in `--help`. Its module has a `main` and is imported on use.
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 for invalid input, with one line on stderr that explains it; 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    quiet_bitsandbytes()
+    quiet_libraries()
     try:
         code = _run(words)
         sys.stdout.flush()

@@ -1,10 +1,9 @@
-"""What the commands share: options from a YAML file, errors as one line, JSON for shells."""
+"""Parts shared by the commands: options from a YAML file, one-line errors, JSON output."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,21 +15,21 @@ from gflowtrl.compat import parser_actions
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are those of the commands: `guarded` prints them as one line."""
+    """A parser that raises its errors, so that `guarded` prints them as one line."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}. {self.prog} --help says what it takes.")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults stand in the help, but not that of an option which is off, or must be given."""
+    """Show defaults in the help, except for flags and required options."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def make_parser(name: str, description: str, prints_json: bool = True) -> Parser:
-    """A parser with `--config`, and `--json` where the command has a result to print."""
+    """A parser with `--config`, and `--json` if the command prints a result."""
     parser = Parser(prog=f"gflowtrl {name}", description=description, formatter_class=_Formatter, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with options; the command line overrides it")
     if prints_json:
@@ -39,10 +38,10 @@ def make_parser(name: str, description: str, prints_json: bool = True) -> Parser
 
 
 def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
-    """Options of the command line over those of `--config`.
+    """Parse the command line, whose options override those of `--config`.
 
     Raises:
-        ValueError: an option that the command does not have, one that is missing, or a value of the wrong kind.
+        ValueError: an unknown or missing option, or a value of the wrong type.
     """
     first = Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
     first.add_argument("--config")
@@ -58,32 +57,32 @@ def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _as_words(action: argparse.Action, value: Any) -> list[str]:
-    """An option of a file as words of a command line, so that it is checked as such; those that follow win."""
+    """An option of a file as words of a command line, so that it is checked in the same way; later words win."""
     if value is None or value is False:
         return []
     values = list(map(str, value if isinstance(value, list) else [value]))
-    if not action.option_strings:  # a list without an option's name: the file's where the command line has none
+    if not action.option_strings:  # positional: the file's values are the default
         action.nargs, action.required, action.default = "*", False, values
         return []
     return [action.option_strings[-1], *(values if value is not True else [])]
 
 
-#: What a parser raises on content that is not its own, where no reader has named the file (`files.reading` does).
+#: Errors of parsers on bad content, if no reader has named the file (`files.reading` does).
 PARSERS: dict[type[Exception], str] = {
     RecursionError: "Something in the input is nested too deeply to be read",
     OverflowError: "A number in the input is too large",
     SafetensorError: "A file of tensors cannot be read",
     EOFError: "A file ends too early",
 }
-#: Errors that say what is wrong with the input; an ImportError, that an optional package is missing.
+#: Errors about the input, and ImportError for a missing optional package.
 BAD_INPUT = (ValueError, TypeError, OSError, ImportError, *PARSERS)
 
 
 def guarded(work: Callable[[], int | None]) -> int:
-    """Does the work; bad input is one line on stderr and exit code 2, Ctrl-C is 130; our warnings are one line too."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of loading weights; that of the work itself stays
+    """Do the work. Bad input is one line on stderr and exit code 2, Ctrl-C is 130; our warnings are one line too."""
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of other libraries, about their own next versions
             default = warnings.showwarning
             warnings.showwarning = lambda message, category, *place: (
                 print(f"warning: {message}", file=sys.stderr)
@@ -92,18 +91,18 @@ def guarded(work: Callable[[], int | None]) -> int:
             )
             return work() or 0
     except BAD_INPUT as error:
-        print(f"error: {_sentence(error)}", file=sys.stderr)
+        print(f"error: {_format_error(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
 
 
-def _sentence(error: Exception) -> str:
-    """What went wrong; the operating system's own errors (`[Errno 2] ...`) and those of parsers are put into words."""
+def _format_error(error: Exception) -> str:
+    """The message of an error; those of the operating system (`[Errno 2] ...`) and of parsers are put into words."""
     for kind, what in PARSERS.items():
         if isinstance(error, kind):
-            return f"{what} ({str(error) or type(error).__name__}). Check the files and options that were given."
+            return f"{what} ({str(error) or type(error).__name__}). Check the files and options."
     if not isinstance(error, OSError) or error.strerror is None or error.filename is None:
         return str(error)
     if isinstance(error, FileNotFoundError):
@@ -112,5 +111,5 @@ def _sentence(error: Exception) -> str:
 
 
 def show(given: argparse.Namespace, content: Any, text: str) -> None:
-    """Prints the result: `content` as JSON where `--json` is given, else `text`."""
+    """Print the result: `content` as JSON with `--json`, else `text`."""
     print(json.dumps(content, ensure_ascii=False) if given.json else text)

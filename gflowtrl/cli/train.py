@@ -24,10 +24,10 @@ usage: gflowtrl {command} [--config RECIPE] [--data_dir DIR] [--section.field VA
                       [--num_processes N] [--accelerate_config NAME_OR_FILE] [--redo STAGE ...]
 
 {what}
-RECIPE is a file or the name of one that comes with the library: {recipes}.
-An accelerate configuration is a file or one of {engines} (docs/distributed.md).
-Without a recipe: quickstart, on the SYNTHETIC shop. A run that was interrupted goes on when it is started again;
---redo does finished stages again, by the names that the output shows in brackets.
+RECIPE is a file, or the name of a recipe of the library: {recipes}.
+An accelerate configuration is a file, or one of {engines} (docs/distributed.md).
+Without a recipe: quickstart, on the SYNTHETIC shop. Start an interrupted run again to continue it. --redo repeats
+finished stages; their names are in brackets in the output.
 
 Every field of the recipe is an option. Values are YAML: --gflownet.loss_type vargrad sft, --rewards.0.weight 0.5,
 --sampler '{{ground_truth: 1, on_policy: 3}}'.
@@ -35,30 +35,30 @@ Every field of the recipe is an option. Values are YAML: --gflownet.loss_type va
 {fields}
 """
 WHAT = {
-    "train": "Trains a generative recommender, fine-tunes it with a GFlowNet and compares both with SFT continued.",
-    "sft": "Trains a generative recommender by supervised fine-tuning: the first half of `gflowtrl train`.",
-    "teacher": "Fits the collaborative teacher of a recipe and measures its recommendations.",
+    "train": "Train a generative recommender, fine-tune it with a GFlowNet, and compare it with continued SFT.",
+    "sft": "Train a generative recommender by supervised fine-tuning: the first half of `gflowtrl train`.",
+    "teacher": "Fit the collaborative teacher of a recipe, and measure its recommendations.",
 }
 OTHER_DATA = """
-This was a SYNTHETIC shop. For data of your own, a dump of Amazon or MovieLens or a table (docs/command.md):
+These are results on a SYNTHETIC shop. For your own data, a table or a dump of Amazon or MovieLens (docs/command.md):
   gflowtrl prepare --format FORMAT --interactions FILE --items FILE --out DIR
   gflowtrl tokenize --data_dir DIR
   gflowtrl train --config gflowgr_office_llama --data_dir DIR"""
 
-ENGINES = "accelerate_configs"  # the folder of the configurations that come with the library
-#: All that accelerate asks for where there is no configuration of its own.
+ENGINES = "accelerate_configs"  # subfolder of the recipes
+#: Everything that accelerate asks for if it has no configuration.
 PLAIN = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
 def main(arguments: Sequence[str], command: str = "train") -> int:
-    """Runs the stages of a recipe.
+    """Run the stages of a recipe.
 
     Args:
-        arguments: `--config RECIPE`, how to start processes, and the recipe's fields.
-        command: which stages: all of them, `sft` or `teacher`.
+        arguments: `--config RECIPE`, options that start processes, and fields of the recipe.
+        command: which stages to run: `train` (all), `sft` or `teacher`.
 
     Returns:
-        The exit code: 0, 2 for bad input (one line says what), 130 after Ctrl-C (one line says how to go on).
+        The exit code: 0, 2 for bad input (with a one-line error), 130 after Ctrl-C (with a line on how to continue).
     """
     if {"-h", "--help"} & set(arguments):
         print(help_text(command))
@@ -75,7 +75,7 @@ def _train(arguments: Sequence[str], command: str) -> int:
     given, options = parser.parse_known_args(arguments)
     if command != "train":
         if any(word.partition("=")[0] == "--stages" for word in options):
-            raise ValueError(f"gflowtrl {command} decides the stages; leave --stages out, or use gflowtrl train.")
+            raise ValueError(f"gflowtrl {command} sets the stages itself; leave --stages out, or use gflowtrl train.")
         options += ["--stages", command]
     if given.num_processes is not None and given.num_processes < 1:
         raise ValueError(f"--num_processes is {given.num_processes}; give a whole number of at least 1.")
@@ -131,14 +131,14 @@ def _run(recipe: Recipe, redo: Sequence[str]) -> int:
     keep_freed_memory()
     try:
         run(recipe, redo=redo)
-        # The run ended with a barrier, so no thread of the backend still holds a tensor of ours: one that did would
-        # abort the interpreter's exit ("terminate called without an active exception").
+        # The run ended with a barrier, so no thread of the backend still holds one of our tensors. If one did, the
+        # interpreter would abort on exit ("terminate called without an active exception").
         PartialState().destroy_process_group()
     except KeyboardInterrupt:
         if is_main:
             print(
-                f"\nInterrupted. Finished stages and checkpoints are in {recipe.output_dir}; start the same command "
-                f"again to continue.",
+                f"\nInterrupted. Finished stages and checkpoints are in {recipe.output_dir}; run the same "
+                f"command again to continue.",
                 file=sys.stderr,
             )
         return 130

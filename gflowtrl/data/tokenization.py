@@ -54,7 +54,7 @@ def add_item_tokens(
         model: gets embeddings for them, at input and output. transformers draws them from the distribution of those
             that are there, unless titles are given.
         titles: new tokens begin near the words of the titles of the items that have them: the mean over these words,
-            centred over the tokens of a level and as large as the embeddings of the vocabulary.
+            centered over the tokens of a level and as large as the embeddings of the vocabulary.
 
     Returns:
         The number of tokens added.

@@ -1,4 +1,4 @@
-"""Ranking, breadth, fairness and calibration."""
+"""Metrics of ranking, breadth, fairness and calibration."""
 
 from .breadth import breadth_metrics, popularity_groups
 from .prefixes import prefix_metrics

@@ -1,4 +1,4 @@
-"""Ranking metrics with one target a user. All results are per user, so that they can be averaged and bootstrapped."""
+"""Ranking metrics with one target per user. Results are per user, so that they can be averaged and bootstrapped."""
 
 from collections.abc import Sequence
 
@@ -10,17 +10,17 @@ DEFAULT_KS = (5, 10, 20)
 
 
 def primary_cutoff(ks: Sequence[int]) -> int:
-    """The cut-off that chooses checkpoints and fills the table: 10, or the largest where 10 is not measured."""
+    """Return the cut-off for checkpoint selection and the results table: 10, or the largest one if 10 is missing."""
     return 10 if 10 in ks else max(ks)
 
 
 def item_ranking_metrics(items: Tensor, targets: Tensor, ks: Sequence[int] = DEFAULT_KS) -> dict[str, Tensor]:
-    """Recall, NDCG and MRR of ranked lists.
+    """Compute recall, NDCG and MRR of ranked lists.
 
     Args:
-        items: LongTensor `(U, R)`, best first, without repetitions; -1 marks "no item".
+        items: LongTensor `(U, R)`, best first, without repetitions; -1 means "no item".
         targets: LongTensor `(U,)`.
-        ks: cut-offs. A list shorter than a cut-off is scored as it stands.
+        ks: cut-offs. A list that is shorter than a cut-off is scored without padding.
 
     Returns:
         `"recall@k"` (target within the first k), `"ndcg@k"` (1 / log2(rank + 1)), `"mrr@k"` (1 / rank), each a float
@@ -40,19 +40,19 @@ def item_ranking_metrics(items: Tensor, targets: Tensor, ks: Sequence[int] = DEF
 def leaf_ranking_metrics(
     leaves: Tensor, target_leaves: Tensor, leaf_sizes: Tensor, ks: Sequence[int] = DEFAULT_KS
 ) -> dict[str, Tensor]:
-    """Ranking metrics of ranked leaves, plain and corrected for collisions.
+    """Compute ranking metrics of ranked leaves, both plain and corrected for collisions.
 
-    The plain figures (`"recall@k"`, `"ndcg@k"`, `"mrr@k"`), which published tables use, treat a leaf as one item. The
-    item figures (`"item_recall@k"`, `"item_ndcg@k"`) are the expectation over the unknown order of the items inside
-    each leaf: with G items at the target's leaf and P items before it, eff = min(G, max(0, k - P)) of its items lie
-    inside the cut, item recall is eff / G, and item NDCG is (1 / G) * sum over i = 1 .. eff of 1 / log2(P + i + 1).
-    Without collisions both are equal.
+    The plain metrics (`"recall@k"`, `"ndcg@k"`, `"mrr@k"`), which published tables use, treat a leaf as one item. The
+    item metrics (`"item_recall@k"`, `"item_ndcg@k"`) are the expectation over the unknown order of the items at each
+    leaf: with G items at the target's leaf and P items before it, eff = min(G, max(0, k - P)) of its items are within
+    the cut-off. Item recall is eff / G, and item NDCG is (1 / G) * sum over i = 1 .. eff of 1 / log2(P + i + 1).
+    Without collisions, both are equal.
 
     Args:
-        leaves: LongTensor `(U, R)`, best first, without repetitions; -1 marks "no leaf".
+        leaves: LongTensor `(U, R)`, best first, without repetitions; -1 means "no leaf".
         target_leaves: LongTensor `(U,)`.
-        leaf_sizes: LongTensor `(N,)`, items at each leaf (`catalog.leaf_sizes`).
-        ks: cut-offs, of leaves in the plain figures and of items in the item figures.
+        leaf_sizes: LongTensor `(N,)`, number of items at each leaf (`catalog.leaf_sizes`).
+        ks: cut-offs, in leaves for the plain metrics and in items for the item metrics.
 
     Returns:
         Float tensors `(U,)`.
@@ -63,7 +63,7 @@ def leaf_ranking_metrics(
     before = ((sizes.cumsum(1) - sizes) * hits).sum(1)
     target_sizes = leaf_sizes[target_leaves]
     longest = max(ks, default=1)
-    # discounts[p] = sum of the first p terms 1 / log2(position + 1), so a leaf's gain is one difference.
+    # discounts[p] is the sum of the first p terms 1 / log2(position + 1), so the gain of a leaf is a difference.
     discounts = 1 / torch.log2(torch.arange(longest, dtype=torch.double, device=leaves.device) + 2)
     discounts = torch.cat([discounts.new_zeros(1), discounts.cumsum(0)])
     for k in ks:
@@ -75,11 +75,11 @@ def leaf_ranking_metrics(
 
 
 def group_means(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
-    """Mean of per-user values by group, for example recall by the popularity group of the target.
+    """Average per-user values by group, for example recall by the popularity group of the target.
 
     Args:
         values: float tensor `(U,)`.
-        groups: LongTensor `(U,)`, entries in [0, num_groups).
+        groups: LongTensor `(U,)` with entries in [0, num_groups).
 
     Returns:
         Float tensor `(num_groups,)`, NaN for a group without users.

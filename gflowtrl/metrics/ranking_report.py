@@ -1,4 +1,4 @@
-"""All figures of one row of a results table."""
+"""All metrics of one row of a results table."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from .statistics import mean_and_error
 
 @dataclass
 class RankingReport:
-    """What `summarize` and `summarize_items` return.
+    """Result of `summarize` and `summarize_items`.
 
     Attributes:
-        metrics: flat floats: `"recall@10"`, `"item_ndcg@10"`, `"coverage@10"`, ...; means over users for the ranking
-            metrics.
-        standard_errors: of the ranking metrics' means, under the same names.
-        per_user: the ranking metrics before averaging, float tensors `(U,)`, for `paired_bootstrap`.
+        metrics: floats by name: `"recall@10"`, `"item_ndcg@10"`, `"coverage@10"`, ... Ranking metrics are means over
+            users.
+        standard_errors: standard errors of the ranking metrics, under the same names.
+        per_user: ranking metrics per user, float tensors `(U,)`, for `paired_bootstrap`.
     """
 
     metrics: dict[str, float]
@@ -35,15 +35,18 @@ def summarize(
     item_counts: Tensor,
     ks: Sequence[int] = DEFAULT_KS,
 ) -> RankingReport:
-    """Ranking and breadth of ranked leaves, as a generative recommender's beam search returns them.
+    """Compute ranking and breadth metrics of ranked leaves, as returned by beam search.
 
     Args:
-        leaf_lists: LongTensor `(U, R)`, best first, -1 for "none". R must reach the largest cut-off (or the number of
-            leaves), else the figures at that cut-off would be too low in silence.
+        leaf_lists: LongTensor `(U, R)`, best first; -1 means "no leaf". R must be at least the largest cut-off (or the
+            number of leaves), because shorter lists would lower the metrics without notice.
         target_leaves: LongTensor `(U,)`.
-        catalog: each leaf is expanded to all its items for the breadth metrics.
-        item_counts: `(n_items,)`, training interactions, in the order of `catalog.items`.
+        catalog: expands each leaf to its items for the breadth metrics.
+        item_counts: `(n_items,)`, training interactions in the order of `catalog.items`.
         ks: cut-offs.
+
+    Raises:
+        ValueError: the lists are shorter than the largest cut-off.
     """
     _check_width(leaf_lists, len(catalog.leaf_sizes), ks, "leaves; use at least that many beams")
     leaf_lists, target_leaves = leaf_lists.cpu(), target_leaves.cpu()
@@ -54,9 +57,9 @@ def summarize(
 def summarize_items(
     item_lists: Tensor, targets: Tensor, item_counts: Tensor, ks: Sequence[int] = DEFAULT_KS
 ) -> RankingReport:
-    """The same for ranked item indices `(U, R)` and target item indices `(U,)`, as a teacher's `top_items` gives them.
+    """Compute the metrics of `summarize` for ranked items `(U, R)`, as returned by `top_items`, and targets `(U,)`.
 
-    Items do not collide, so the item figures (`"item_recall@10"`, ...) are the plain ones.
+    Both are item indices. Items do not collide, so the item metrics (`"item_recall@10"`, ...) equal the plain ones.
     """
     _check_width(item_lists, len(item_counts), ks, "items; ask for at least that many")
     item_lists = item_lists.cpu()
@@ -73,4 +76,4 @@ def _report(per_user: dict[str, Tensor], item_lists: Tensor, item_counts: Tensor
 
 def _check_width(lists: Tensor, available: int, ks: Sequence[int], remedy: str) -> None:
     if lists.shape[1] < min(max(ks), available):
-        raise ValueError(f"Figures at {max(ks)} were asked for, but the lists hold only {lists.shape[1]} {remedy}.")
+        raise ValueError(f"The largest cut-off is {max(ks)}, but the lists have only {lists.shape[1]} {remedy}.")

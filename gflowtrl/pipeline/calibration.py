@@ -1,4 +1,4 @@
-"""How far each policy is from R / Z, what a GFlowNet promises to make small: over all items, on a few rows."""
+"""Distance of each policy to R / Z over all items, on a few rows."""
 
 from __future__ import annotations
 
@@ -27,30 +27,31 @@ from .stage import Record, RunContext, Stage, if_set
 
 
 ROWS = 64
-#: Multiply-adds that nobody has to ask for: a minute or two of one thread of a CPU (some 1e10 a second), or of a GPU.
+#: Multiply-adds spent without being asked: one or two minutes of one CPU thread (about 1e10 per second) or of a GPU.
 AFFORDABLE = {"cpu": 1e12, "other": 1e14}
 
 
 def measure_calibration(
     run: RunContext, data: RunData, trained: Mapping[str, Stage], teacher: TeacherModule | None
 ) -> Record | None:
-    """Every trained policy against the recipe's R / Z (pi_ref^weight R / Z under `gflownet.ref_weight`), on training
-    rows and test rows.
+    """Compare every trained policy with the recipe's R / Z on training and test rows.
+
+    Under `gflownet.ref_weight` the target is pi_ref^weight R / Z.
 
     Args:
         trained: stages by method.
-        teacher: of rewards that use the recipe's own.
+        teacher: the recipe's own, for rewards that use it.
 
     Returns:
-        `"rows"` of either part, `"leaves"`, `"target"` in words, and `"methods"`: by method and part (`"training"`,
+        `"rows"` per part, `"leaves"`, `"target"` in words, and `"methods"`: by method and part (`"training"`,
         `"test"`) the means `"total_variation"` and `"jensen_shannon"`, and `"reliability"`
-        (`metrics.reliability_curve`). Or `"left_out"`, why there is nothing of this; or None where the recipe wants
-        none or has no rewards.
+        (`metrics.reliability_curve`). Or `"left_out"`, the reason why nothing was compared. None if the recipe asks
+        for no comparison or has no rewards.
     """
     measure = data.recipe.evaluation
     if measure.calibration_rows == 0 or "gflownet" not in trained or not trained["gflownet"].record["reward_weights"]:
         return None
-    # Not more than are measured elsewhere: evaluation.users says that measuring is expensive.
+    # Not more rows than are measured elsewhere: evaluation.users is set where measuring is expensive.
     count = min(measure.calibration_rows or ROWS, len(data.test))
     found = None if measure.calibration_rows else _too_much(run, data, trained, count)
     if found is None:
@@ -62,7 +63,7 @@ def measure_calibration(
             rewards, prior = _target(run, data, trained, teacher)
             if not rewards.can_score_all:
                 lacking = ", ".join(map(repr, rewards.sampled_only))
-                return {"left_out": f"{lacking} scores drawn items only, so that R / Z over all items is not known."}
+                return {"left_out": f"{lacking} scores drawn items only, so R / Z over all items is unknown."}
             compare = partial(compare_with_rewards, rewards=rewards, encoder=data.encoder, prior=prior)
             methods = {method: _compared(compare, data, stage, rows) for method, stage in trained.items()}
             target = "R / Z" if prior is None else f"pi_ref^{prior.weight:g} R / Z"
@@ -76,12 +77,15 @@ def measure_calibration(
 
 
 def some(rows: Dataset, count: int) -> Dataset:
-    """Rows spread evenly over all."""
+    """`count` rows, evenly spaced."""
     return rows.select([i * len(rows) // count for i in range(min(count, len(rows)))])
 
 
 def _too_much(run: RunContext, data: RunData, trained: Mapping[str, Stage], count: int) -> Record | None:
-    """Why nobody should wait for it unasked: a whole distribution costs a token at every fork of the tree."""
+    """Why the comparison is too expensive to do without being asked, or None.
+
+    A whole distribution costs one token per fork of the tree.
+    """
     forks = int((data.catalog.tree.leaf_count > 1).sum())
     parameters = sum(get_local_safetensors_metadata(trained["gflownet"].folder / "model").parameter_count.values())
     affordable = AFFORDABLE.get(run.state.device.type, AFFORDABLE["other"])
@@ -89,15 +93,15 @@ def _too_much(run: RunContext, data: RunData, trained: Mapping[str, Stage], coun
         return None
     return {
         "left_out": f"{2 * count} rows x {len(trained)} policies x {forks:,} forks of the tree x {parameters:,} "
-        f"parameters take long on this machine. evaluation.calibration_rows: {count} asks for it all the same, a "
-        f"smaller number for less."
+        f"parameters take long on this machine. Set evaluation.calibration_rows: {count} to compare anyway, or "
+        f"a smaller number."
     }
 
 
 def _target(
     run: RunContext, data: RunData, trained: Mapping[str, Stage], teacher: TeacherModule | None
 ) -> tuple[CompositeReward, ReferencePrior | None]:
-    """R as the GFlowNet stage was trained with, and the SFT model where the target holds it too."""
+    """R as the GFlowNet stage was trained with, and the SFT model if the target includes it."""
     args = data.recipe.training_arguments("gflownet", run.root)
     sft = trained["sft"].folder / "model" if data.recipe.start == "sft" else None
     rewards = build_rewards(run, data, teacher, sft)
@@ -111,7 +115,7 @@ def _target(
 def _compared(
     compare: Callable[..., dict[str, Tensor]], data: RunData, trained: Stage, rows: Mapping[str, Dataset]
 ) -> Record:
-    """The model of a stage against R / Z on each part of the rows; of these, each process takes its share."""
+    """Compare the model of a stage with R / Z on each part of the rows, which the processes share."""
     policy, state = make_policy(trained_model(trained), data.catalog), trained.context.state
     found = {}
     for part, some_rows in rows.items():

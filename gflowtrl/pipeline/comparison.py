@@ -1,4 +1,4 @@
-"""Several runs in one table: means over seeds, differences over users, a picture."""
+"""Several runs in one table: means over seeds, paired differences over users, a figure."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from .training import result_fields
 
 
 RESULTS_FILE = "results.json"
-#: Fields of a recipe that make no other setting of any method. The data are compared by their fingerprint.
+#: Fields of a recipe that do not distinguish settings. Data are compared by their fingerprint.
 NO_SETTING = {"output_dir", "seed", "stages", "data", "evaluation"}
 _SFT = {"data_dir", "model", "prompt", "peft", "sft"}
-#: Fields of a recipe that a method depends on; the GFlowNet on all but the control's.
+#: Fields of a recipe that a method depends on. The GFlowNet depends on all but the control's.
 SETTINGS = {"teacher": {"data_dir", "teacher"}, "sft": _SFT, "control": _SFT | {"control"}}
 
 
@@ -36,8 +36,8 @@ class ComparedRow:
     """One method in one setting.
 
     Attributes:
-        title: what the table calls it, no two rows alike.
-        entries: its record in `results.json` by seed.
+        title: name in the table, unique.
+        entries: the method's record in `results.json`, by seed.
     """
 
     title: str
@@ -51,27 +51,27 @@ class ComparedRow:
 
 
 def spread(values: Sequence[float], digits: int = 4) -> str:
-    """Mean, and standard deviation where there are several values."""
+    """The mean, with the standard deviation if there are several values."""
     mean = f"{fmean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {stdev(values):.{digits}f}"
 
 
 def find_results(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """All results at these places: `results.json` files, output folders with the runs kept in them, or run folders.
+    """Read the results at these paths: `results.json` files, output folders with several runs, or run folders.
 
     Returns:
-        The content of each file, and its path as `file`. Folders of tests are where they are now.
+        The content of each file, with its path as `file` and the present paths of its test folders.
 
     Raises:
-        FileNotFoundError: a place has no results.
-        ValueError: a file is none of a run.
+        FileNotFoundError: a path has no results.
+        ValueError: a file does not hold the results of a run.
     """
     files: dict[Path, None] = {}
     for path in map(Path, paths):
         inside = sorted(path.glob(f"report-*/{RESULTS_FILE}")) or list(path.glob(RESULTS_FILE))
         found = [path] if path.is_file() else inside
         if not found:
-            raise FileNotFoundError(f"{path} holds no {RESULTS_FILE} of a run; give the output_dir of a recipe.")
+            raise FileNotFoundError(f"{path} has no {RESULTS_FILE} of a run; give the output_dir of a recipe.")
         files |= dict.fromkeys(file.resolve() for file in found)
     return [_read(file) for file in files]
 
@@ -82,24 +82,26 @@ def _read(file: Path) -> dict[str, Any]:
     except ValueError:
         content = None
     if not isinstance(content, dict) or not {"recipe", "data", "methods"} <= content.keys():
-        raise ValueError(f"{file} is no {RESULTS_FILE} of a run; give the output_dir of a recipe, or a file in it.")
+        raise ValueError(
+            f"{file} is not the {RESULTS_FILE} of a run; give the output_dir of a recipe, or a file in it."
+        )
     for entry in content["methods"].values():
-        # As it was called where the run was started. Outputs may have moved since.
+        # The path where the run was started; outputs may have been moved since.
         places = [Path(entry["folder"]), *(root / Path(entry["folder"]).name for root in file.parents[:2])]
         entry["folder"] = str(next((place.resolve() for place in places if place.is_dir()), places[0]))
     return {**content, "file": str(file)}
 
 
 def compared_rows(results: Sequence[Mapping[str, Any]]) -> list[ComparedRow]:
-    """A row for each setting of each method, over its seeds; what recipes share (the same test folder) is there once.
+    """One row per setting of each method, over its seeds. A stage that recipes share counts once.
 
-    A title that would be there twice gets a `'`: another setting, or another run of the same setting and seed.
+    If a title occurs again, for another setting or another run of the same setting and seed, it gets a `'`.
 
     Args:
-        results: of `find_results`, or what `run` returned.
+        results: from `find_results`, or the return values of `run`.
 
     Raises:
-        ValueError: the runs are of different data, or were measured differently.
+        ValueError: the runs use different data or were measured differently.
     """
     _check_measured_alike(results)
     rows: dict[tuple[str, str], list[ComparedRow]] = {}  # by method and setting
@@ -131,7 +133,7 @@ def _check_measured_alike(results: Sequence[Mapping[str, Any]]) -> None:
     }
     for (one, other), (name, value) in product(pairwise(results), values.items()):
         if value(one) != value(other):
-            raise ValueError(f"{_named(one)} and {_named(other)} differ in {name}; compare runs that are alike in it.")
+            raise ValueError(f"{_named(one)} and {_named(other)} differ in {name}; compare runs with the same value.")
 
 
 def _named(result: Mapping[str, Any]) -> str:
@@ -139,17 +141,17 @@ def _named(result: Mapping[str, Any]) -> str:
 
 
 def _setting(method: str, recipe: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """All that a method's figures depend on, apart from data, evaluation and seed."""
+    """All that the metrics of a method depend on, except data, evaluation and seed."""
     found = {name: recipe[name] for name in SETTINGS.get(method, recipe.keys() - NO_SETTING - {"control"})}
     start = recipe.get("start", "sft")
     if method in ("control", "gflownet"):
         found |= {"start": start, "sft": recipe["sft"] if start == "sft" else None}
     if method == "control":
         section = control_section(start, recipe["control"], recipe["gflownet"])
-        found |= {"control": section, "steps": entry["steps"]}  # as the title says
+        found |= {"control": section, "steps": entry["steps"]}  # shown in the title
     found |= {name: result_fields(section) for name, section in found.items() if isinstance(section, Mapping)}
-    found["windows"] = bool(entry.get("windows"))  # records of before there were any lack it
-    return found | {"rows_per_step": entry.get("rows_per_step")}  # which grow with the processes
+    found["windows"] = bool(entry.get("windows"))  # missing in records of older versions
+    return found | {"rows_per_step": entry.get("rows_per_step")}  # depends on the number of processes
 
 
 def _free_title(method: str, recipe: Mapping[str, Any], entry: Mapping[str, Any], taken: set[str]) -> str:
@@ -161,8 +163,10 @@ def _free_title(method: str, recipe: Mapping[str, Any], entry: Mapping[str, Any]
 
 
 def difference(row: ComparedRow, other: ComparedRow, metric: str) -> dict[str, float] | None:
-    """Paired bootstrap over users of `row` minus `other`, each user's figures averaged over the seeds that both have;
-    None where they share none, or the users' figures are not there any more."""
+    """Paired bootstrap over users of `row` minus `other`, with each user's metrics averaged over their common seeds.
+
+    None if they have no common seed, or if the files with the metrics of users are gone.
+    """
     seeds = row.entries.keys() & other.entries.keys()
     if not seeds or row is other:
         return None
@@ -183,21 +187,21 @@ def plot_comparison(
     differences: Mapping[str, Mapping[str, float]] | None = None,
     against: str = "",
 ) -> None:
-    """Accuracy against breadth, a dot a method; bars are standard deviations over seeds. Beside it, where there are
-    any, the differences of `accuracy` to one row.
+    """Plot accuracy against breadth, one marker per method; bars are standard deviations over seeds. A second panel
+    shows the differences of `accuracy` to one row, if given.
 
     Args:
         rows: the methods.
-        accuracy, breadth: metrics.
-        file: where to, a PNG.
-        differences: title of a row to what `difference` gives.
-        against: the title of the row that the others are compared with.
+        accuracy, breadth: names of metrics.
+        file: the PNG to write.
+        differences: title of a row to the result of `difference`.
+        against: title of the row that the others are compared with.
     """
-    from matplotlib.figure import Figure  # slow to import, and rarely needed
+    from matplotlib.figure import Figure  # slow to import, rarely needed
 
     panels = 2 if differences else 1
     figure = Figure(figsize=(7 * panels, 4.5 + 0.15 * len(rows)), layout="constrained")
-    axes, *beside = figure.subplots(1, panels, squeeze=False)[0]
+    axes, *right = figure.subplots(1, panels, squeeze=False)[0]
     for number, row in enumerate(rows):
         values = torch.tensor([[e["metrics"][name] for name in (breadth, accuracy)] for e in row.entries.values()])
         error = values.std(0).tolist() if len(values) > 1 else [0.0, 0.0]
@@ -206,10 +210,10 @@ def plot_comparison(
         axes.errorbar(x, y, error[1], error[0], fmt=marker, color=color, capsize=3, label=row.title)
     axes.set(xlabel=breadth, ylabel=accuracy, title="Accuracy against breadth, test split")
     axes.margins(0.15)
-    figure.legend(loc="outside lower left", ncols=panels, fontsize="small")  # never over a dot
-    for other in beside:
+    figure.legend(loc="outside lower left", ncols=panels, fontsize="small")  # never covers a marker
+    for other in right:
         plot_differences(
             other, {fill(title, 24, break_long_words=False): found for title, found in differences.items()}
         )
-        other.set(xlabel="95 % interval over users (filled: without 0)", title=f"{accuracy}: difference to {against}")
+        other.set(xlabel="95 % interval over users (filled: excludes 0)", title=f"{accuracy}: difference to {against}")
     figure.savefig(file, dpi=DPI)

@@ -1,7 +1,6 @@
-"""What only shows when a model, an optimizer and a schedule are made: tried before the first stage.
+"""Checks that need a model, an optimizer and a schedule, done before the first stage.
 
-A model from scratch scores its longest prompts once. Of a large one, and of one that is loaded, the modules are made
-without memory for their weights.
+A new model scores its longest prompts once. Large models and checkpoints are made without memory for their weights.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from .recipe import QUANTIZATION, Recipe
 from .run_data import RunData
 
 
-SMALL = 50_000_000  # parameters; a model from scratch with more of them is not run
-#: What `from_pretrained` takes of `model` besides fields of the model's configuration.
+SMALL = 50_000_000  # parameters; a larger new model is not run
+#: Arguments of `from_pretrained` that the section `model` may hold besides fields of the model's configuration.
 LOADING = {
     *("dtype", "attn_implementation", "revision", "code_revision", "gguf_file", "subfolder", "token", "cache_dir"),
     *("local_files_only", "force_download", "proxies", "variant", "use_safetensors", "device_map", "max_memory"),
@@ -38,10 +37,10 @@ FAULTS = (ValueError, TypeError, RuntimeError, AssertionError, IndexError, KeyEr
 
 
 def dry_run(data: RunData) -> None:
-    """Try what could otherwise fail after a teacher, and the stages before, have been trained.
+    """Check what would otherwise fail only after the teacher and earlier stages have been trained.
 
     Raises:
-        ValueError: names the section of the recipe, and what is wrong.
+        ValueError: names the section of the recipe and what is wrong.
     """
     recipe = data.recipe
     if not recipe.trained_stages:
@@ -56,9 +55,9 @@ def dry_run(data: RunData) -> None:
 
 
 def _check_optimizer(args: TrainingArguments, stage: str) -> None:
-    """Make the optimizer of one parameter, and its schedule, as the Trainer will."""
+    """Make an optimizer and a schedule for one parameter, as the Trainer will."""
     if args.optim_target_modules:
-        return  # it needs the modules
+        return  # it needs the model's modules
     model = nn.Linear(1, 1)
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
@@ -115,7 +114,7 @@ def _check_loaded(data: RunData) -> None:
 
 
 def _line(error: Exception) -> str:
-    """Its message on one line; a KeyError has only the key."""
+    """Type and message of an error on one line (the message of a KeyError is only the key)."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -125,7 +124,7 @@ def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _check_fit(data: RunData, model: PreTrainedModel) -> None:
-    """As the trainer checks it when it is made."""
+    """The checks of the trainer's constructor."""
     check_model(model, data.catalog)
     check_encoder(data.encoder, data.catalog, model)
 
@@ -133,7 +132,7 @@ def _check_fit(data: RunData, model: PreTrainedModel) -> None:
 def _check_adapters(recipe: Recipe, skeleton: PreTrainedModel) -> None:
     if recipe.peft_config is None:
         return
-    # Some first values (pissa, olora, mica) are decomposed weights, which the skeleton has not.
+    # Some initializations (pissa, olora, mica) decompose the weights, which the skeleton does not have.
     usual = recipe.peft_config.init_lora_weights in (True, False, "gaussian", "orthogonal", "eva")
     try:
         get_peft_model(skeleton, recipe.peft_config if usual else replace(recipe.peft_config, init_lora_weights=True))

@@ -1,4 +1,4 @@
-"""The test split: one record of metrics a method, and the figures of each user for paired comparisons."""
+"""The test split: metrics of each method, and of each user for paired comparisons."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ PER_USER_FILE = "per_user.safetensors"
 
 
 def measure_policy(run: RunContext, data: RunData, trained: Stage) -> Stage:
-    """Constrained beam search over the test split by the model of a training stage; each process takes its share of
-    the users."""
+    """Measure the model of a training stage by beam search on the test split, which the processes share."""
 
     def recommend() -> tuple[RankingReport, Tensor, Callable[[list], Tensor]]:
         model, rows, measure = trained_model(trained), data.test, data.recipe.evaluation
@@ -50,7 +49,7 @@ def measure_policy(run: RunContext, data: RunData, trained: Stage) -> Stage:
 
 
 def measure_teacher(run: RunContext, data: RunData, teacher: TeacherModule, key: Any) -> Stage:
-    """The teacher's own recommendations on the test split; `key` is what the teacher depends on."""
+    """Measure the teacher's own recommendations on the test split; `key`: all that the teacher depends on."""
 
     def recommend() -> tuple[RankingReport, Tensor, Callable[[list], Tensor]]:
         rows, measure, longest = data.test, data.recipe.evaluation, data.encoder.max_history_items
@@ -75,7 +74,7 @@ def per_user(stage: Stage) -> dict[str, Tensor]:
 def _test(
     run: RunContext, data: RunData, method: str, key: Any, recommend: Callable[[], tuple], main_only: bool
 ) -> Stage:
-    """The stage that keeps what `recommend` finds: a report, ranked leaves, and the distribution over all items."""
+    """The stage that saves the results of `recommend`: a report, ranked leaves, and a distribution over all items."""
     rows, measure = data.test, data.recipe.evaluation
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Fields of a recipe's training sections and of `model` that cannot be set, would change nothing, or cannot work."""
+"""Checks of fields in the training sections and in `model`: those that cannot be set or cannot work."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from transformers import CONFIG_MAPPING
 from gflowtrl.checks import COUNT, SHARE_BELOW_ONE, check_number
 
 
-_RUN = "the command, which runs the stages and goes on by itself"
-_ROWS = "the rows, which are tokenized and cut already"
-_SEARCH = "evaluation: policies are measured by a search of the tree"
-_NO_DRAWS = "nothing: the control is cross entropy on the observed targets alone. It would change nothing"
-#: Fields of training arguments that the pipeline fills in or does not look at, and what they follow from.
+_RUN = "the command, which runs the stages and resumes by itself"
+_ROWS = "the rows, which are already tokenized and cut"
+_SEARCH = "evaluation: policies are measured by beam search on the tree"
+_NO_DRAWS = "nothing: the control is cross entropy on the observed targets only, and the field would have no effect"
+#: Fields of training arguments that the pipeline sets or ignores, and what they follow from.
 DERIVED_FIELDS = {
     "output_dir": "output_dir", "seed": "seed", "reward_weights": "the weight of each entry of rewards",
     "max_history_items": "data.max_history_items", "model_init_kwargs": "model",
     "eval_num_beams": "evaluation.num_beams", "eval_ks": "evaluation.ks",
     "do_train": _RUN, "do_eval": _RUN, "do_predict": _RUN, "resume_from_checkpoint": _RUN,
 }  # fmt: skip
-#: Those of `trl.SFTConfig` and `Seq2SeqTrainingArguments` besides.
+#: The same for `trl.SFTConfig` and `Seq2SeqTrainingArguments`.
 DERIVED_SFT_FIELDS = DERIVED_FIELDS | {
     "packing": "the rows, one per user", "max_length": "data.max_history_items, which cuts the rows",
     "dataset_kwargs": _ROWS, "dataset_text_field": _ROWS, "dataset_num_proc": _ROWS, "truncation_mode": _ROWS,
@@ -30,7 +30,7 @@ DERIVED_SFT_FIELDS = DERIVED_FIELDS | {
     "trust_remote_code": "model", "predict_with_generate": _SEARCH, "generation_max_length": _SEARCH,
     "generation_num_beams": _SEARCH, "generation_config": _SEARCH, "sortish_sampler": "train_sampling_strategy",
 }  # fmt: skip
-#: Those of the control besides: what draws, rewards and weighs trajectories.
+#: The same for the control: fields that draw, reward and weight trajectories.
 DERIVED_CONTROL_FIELDS = DERIVED_FIELDS | dict.fromkeys(
     (
         *("num_generations", "temperature", "epsilon", "log_z_learning_rate", "loss_reduction", "source_weights"),
@@ -39,7 +39,7 @@ DERIVED_CONTROL_FIELDS = DERIVED_FIELDS | dict.fromkeys(
     ),
     _NO_DRAWS,
 )
-#: Sizes in the configurations of transformers' models; those of a class are named by its `attribute_map` too.
+#: Sizes in the configurations of transformers' models; a class's `attribute_map` adds its own names.
 _SIZES = {
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "max_position_embeddings", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers"),
@@ -48,7 +48,7 @@ _SIZES = {
 
 
 def check_derived(stage: str, section: Mapping[str, Any]) -> None:
-    """Refuse what a stage's section cannot set.
+    """Check that a stage's section sets no field that follows from others.
 
     Raises:
         ValueError: names the field and what it follows from.
@@ -59,7 +59,7 @@ def check_derived(stage: str, section: Mapping[str, Any]) -> None:
 
 
 def check_model_fields(kind: str, model: Mapping[str, Any]) -> None:
-    """Refuse sizes and rates with which a model from scratch cannot be made, or cannot be run.
+    """Check that a new model can be made and run with these sizes and rates.
 
     Args:
         kind: a `model_type` of transformers.
@@ -82,19 +82,19 @@ def check_model_fields(kind: str, model: Mapping[str, Any]) -> None:
         for name in ("hidden_size", "num_attention_heads")
     )
     named = {name: f"model.{mapped.get(name, name)}" for name in ("hidden_size", "num_attention_heads")}
-    free = "head_dim" in given or hasattr(usual, "d_kv")  # heads have a size of their own
+    free = "head_dim" in given or hasattr(usual, "d_kv")  # the size of a head is set separately
     if isinstance(hidden, int) and isinstance(heads, int) and hidden % heads and not free:
         raise ValueError(
             f"{named['hidden_size']} is {hidden}, not a multiple of {named['num_attention_heads']}, which is {heads}: "
-            f"each head takes an equal part."
+            f"all heads have the same size."
         )
     try:
         config = CONFIG_MAPPING[kind](**{name: value for name, value in model.items() if name != "model_type"})
-    except Exception as error:  # each class checks in a way of its own
-        raise ValueError(f"The section model is not one of a {kind}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # each class raises its own types of errors
+        raise ValueError(f"The section model does not describe a {kind}: {' '.join(str(error).split())}") from error
     groups = getattr(config, "num_key_value_heads", None)
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
         raise ValueError(
             f"model.num_key_value_heads is {groups}, which does not divide {named['num_attention_heads']}, which is "
-            f"{heads}: each of them is shared by an equal number of heads."
+            f"{heads}: each key-value head serves the same number of heads."
         )

@@ -18,25 +18,25 @@ from gflowtrl.files import write_text
 
 
 LOCK_FILE = ".lock"
-HOLDER_FILE = ".running.json"  # for the error of whoever comes second; the lock alone decides
+HOLDER_FILE = ".running.json"  # names the owner in the error of a second run; only the lock decides
 
 
 @contextmanager
 def sole_run(folder: str | os.PathLike) -> Iterator[None]:
-    """Within, this run alone works in `folder`; the first process holds the lock, for all that belong to the run.
+    """Context manager: no other run works in `folder`. The first process holds the lock for all processes of the run.
 
-    The operating system gives the lock back when the process ends, however it ends.
+    The operating system releases the lock when the process ends, whatever ends it.
 
     Raises:
-        ValueError: another run is at work there; in all processes alike.
+        ValueError: another run works in the folder; raised in all processes.
     """
-    state, lock, told = PartialState(), FileLock(Path(folder, LOCK_FILE)), [None]
+    state, lock, reason = PartialState(), FileLock(Path(folder, LOCK_FILE)), [None]
     if state.is_main_process:
-        told = [_take(lock, Path(folder))]
+        reason = [_take(lock, Path(folder))]
     if state.num_processes > 1:
-        broadcast_object_list(told)
-    if told[0] is not None:
-        raise ValueError(told[0])
+        broadcast_object_list(reason)
+    if reason[0] is not None:
+        raise ValueError(reason[0])
     try:
         yield
     finally:
@@ -46,17 +46,17 @@ def sole_run(folder: str | os.PathLike) -> Iterator[None]:
 
 
 def _take(lock: FileLock, folder: Path) -> str | None:
-    """None where the lock is taken now, else why not."""
+    """Take the lock. Returns None, or why it cannot be taken."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except OSError as error:
         if not isinstance(error, Timeout):
             return (
-                f"{folder} cannot be locked ({error}). Choose an output_dir on a disk that can be written and locked."
+                f"{folder} cannot be locked ({error}). Choose an output_dir on a disk that allows writing and locking."
             )
         return (
-            f"{folder} is in use by {_holder(folder)}: two runs in one folder would write over each other's stages. "
+            f"{folder} is in use by {_holder(folder)}: two runs in one folder would overwrite each other's stages. "
             f"Wait until that run has ended, or choose another output_dir."
         )
     holder = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}

@@ -1,4 +1,4 @@
-"""Memory of a training on a CPU."""
+"""Memory allocation while training on a CPU."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc's allocator to keep what tensors have freed, for the next ones.
+    """Tell glibc's allocator to keep the memory of freed tensors for the next ones.
 
-    Otherwise each large activation is taken from the system anew, page by page, and given back: up to a third of the
-    time of a step with many branches (`benchmarks/speed/prefix_losses.py`). The peak stays the same. Nothing is done
-    where one of glibc's own variables (`MALLOC_MMAP_MAX_`, ...) says what to do, and with another C library.
+    Otherwise the system maps each large activation again, page by page, and takes it back: up to a third of the time
+    of a step with many branches (`benchmarks/speed/prefix_losses.py`). Peak memory does not change. Nothing is done if
+    one of glibc's own variables (`MALLOC_MMAP_MAX_`, ...) is set, or with another C library.
 
     Returns:
         Whether memory is kept from now on.

@@ -1,4 +1,4 @@
-"""Models of the stages: made from scratch or loaded, quantized where the recipe says so, merged with adapters."""
+"""Models of the stages: made from scratch or loaded, quantized if the recipe says so, merged with adapters."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ from .stage import Stage
 
 
 def build_model(data: RunData, quantized: bool = True) -> PreTrainedModel:
-    """The model before any training: a small one from scratch, or a checkpoint with item tokens added, which begin
-    near the titles where `model.new_tokens` is `titles`.
+    """The model before any training: a new one, or a checkpoint with item tokens added.
+
+    The embeddings of item tokens are initialized from the titles if `model.new_tokens` is `titles`.
 
     Args:
-        data: of the run; its recipe's seed decides what begins at random.
-        quantized: False leaves the model in its own precision, whatever the recipe says.
+        data: of the run; the seed of its recipe decides all random initial values.
+        quantized: False: load the model in its own precision, whatever the recipe says.
     """
     set_seed(data.recipe.seed)
     recipe, options = data.recipe, dict(data.recipe.model)
@@ -44,10 +45,10 @@ def build_model(data: RunData, quantized: bool = True) -> PreTrainedModel:
         options = {key: value for key, value in options.items() if key not in QUANTIZATION}
         options |= quantization(recipe) if quantized else {}
         model = load_backbone(recipe.local(name), **options)
-        set_temperature(model, 1.0)  # SFT is of the logits as they are, whatever the checkpoint was read at
+        set_temperature(model, 1.0)  # SFT uses the logits as they are
         if not model.config.is_encoder_decoder:
-            check_causal(model)  # before SFT, which would not notice
-        # The tokenizer as it was before item tokens, so that they are new, and begin as new ones.
+            check_causal(model)  # SFT would not notice
+        # The tokenizer without item tokens, so that they are added as new ones.
         tokenizer = load_tokenizer(**recipe.pretrained)
         add_item_tokens(tokenizer, data.interactions.semantic_ids, model, titles)
         return model
@@ -58,22 +59,22 @@ def build_model(data: RunData, quantized: bool = True) -> PreTrainedModel:
 
 
 def scratch_config(data: RunData) -> PreTrainedConfig:
-    """The configuration of a model that begins from scratch."""
+    """The configuration of a new model."""
     tokenizer, options = data.tokenizer, dict(data.recipe.model)
     special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
     config = AutoConfig.for_model(options.pop("model_type", "llama"), vocab_size=len(tokenizer), **special, **options)
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
-        config.decoder_start_token_id = tokenizer.pad_token_id  # as the published T5 checkpoints have it
+        config.decoder_start_token_id = tokenizer.pad_token_id  # as in published T5 checkpoints
     return config
 
 
 def untrained(config: PreTrainedConfig) -> PreTrainedModel:
-    """A language model of a configuration, its weights random."""
+    """A language model with random weights."""
     return (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config)
 
 
 def trained_model(stage: Stage) -> PreTrainedModel:
-    """The model that a training stage has left, whole, to be measured."""
+    """The model of a training stage, unsharded and in evaluation mode."""
     with whole_models():
         model = load_backbone(stage.folder / "model")
     check_weights(model)
@@ -81,7 +82,7 @@ def trained_model(stage: Stage) -> PreTrainedModel:
 
 
 def save_merged(base: Callable[[], PreTrainedModel], adapters: Path, folder: Path) -> None:
-    """Merges adapters into what `base` gives, the model that they were trained on (not quantized), and saves it."""
+    """Merge adapters into the model that they were trained on (`base()`, not quantized), and save it."""
     with whole_models():
         merged = merge_adapters(load_adapters(base(), adapters, load_peft_weights(str(adapters), device="cpu")))
     read_temperature(merged, adapters)
@@ -89,7 +90,7 @@ def save_merged(base: Callable[[], PreTrainedModel], adapters: Path, folder: Pat
 
 
 def quantization(recipe: Recipe) -> dict[str, Any]:
-    """TRL's fields of quantized loading, as `from_pretrained` takes them."""
+    """Arguments of `from_pretrained` for quantized loading, from TRL's fields in the recipe."""
     given = {name: recipe.model[name] for name in QUANTIZATION if name in recipe.model}
     if not given:
         return {}

@@ -1,5 +1,5 @@
-"""Pictures of a run: what every method reaches, accuracy against breadth, for whom, how training went, and how near
-the policies are to R / Z."""
+"""Figures of a run: metrics of each method, accuracy against breadth, recall by popularity, training curves, and the
+distance of the policies to R / Z."""
 
 from __future__ import annotations
 
@@ -17,33 +17,34 @@ if TYPE_CHECKING:
 
 
 TITLES = {"teacher": "Teacher", "sft": "SFT", "control": "SFT continued (control)", "gflownet": "GFlowNet"}
-#: The control that begins from a model that no SFT has trained.
+#: The control of a run that starts from an untrained model.
 UNTRAINED_CONTROL = "Cross entropy (control)"
-#: A method looks the same in all pictures.
+#: A method looks the same in all figures.
 STYLES = {
     "teacher": {"color": "tab:gray", "marker": "s"},
     "sft": {"color": "tab:blue", "marker": "^"},
     "control": {"color": "tab:orange", "marker": "D"},
     "gflownet": {"color": "tab:green", "marker": "o"},
 }
-#: Metrics whose own names are no words, as the report calls them.
+#: Names that the report uses for metrics whose keys are not readable.
 NAMES = {"unseen_liked_mass": "unseen liked", "total_variation": "TV to truth"}
 DPI = 150
 
 
 def titles_of(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """The title of each method of a run; `recipe` as `results.json` has it."""
+    """Title of each method of a run; `recipe` is the one in `results.json`."""
     return TITLES if recipe.get("start", "sft") == "sft" else TITLES | {"control": UNTRAINED_CONTROL}
 
 
 def plot_run(results: Mapping[str, Any], logs: Mapping[str, list[dict]], folder: Path) -> None:
-    """Writes `accuracy_vs_coverage.png`, `metrics.png`, `recall_by_popularity.png` and, where something was trained,
-    `training.png`, and where policies were compared with R / Z, `calibration.png`.
+    """Write `accuracy_vs_coverage.png`, `metrics.png` and `recall_by_popularity.png`.
+
+    `training.png` is added if something was trained, `calibration.png` if policies were compared with R / Z.
 
     Args:
         results: content of `results.json`.
         logs: the Trainer's log of each training stage, by method.
-        folder: where to.
+        folder: where to write.
     """
     k = primary_cutoff(results["recipe"]["evaluation"]["ks"])
     recipe, synthetic = results["recipe"]["name"], results["data"]["synthetic"]
@@ -65,20 +66,20 @@ def plot_run(results: Mapping[str, Any], logs: Mapping[str, list[dict]], folder:
 
 
 def plot_differences(axes: Axes, intervals: Mapping[str, Mapping[str, float]]) -> None:
-    """Differences with their 95 % intervals, one a line, and a line at zero: filled where the interval excludes it.
+    """Plot differences with their 95 % intervals, one per line. A marker is filled if the interval excludes zero.
 
     Args:
-        intervals: label to what `metrics.paired_bootstrap` gives.
+        intervals: label to the result of `metrics.paired_bootstrap`.
     """
-    for place, found in enumerate(intervals.values()):
-        mean, low, high = found["mean_difference"], found["low"], found["high"]
+    for row, interval in enumerate(intervals.values()):
+        mean, low, high = interval["mean_difference"], interval["low"], interval["high"]
         clear = low > 0 or high < 0
-        sides = [[max(mean - low, 0)], [max(high - mean, 0)]]  # of few resamples the interval may lie beside the mean
+        sides = [[max(mean - low, 0)], [max(high - mean, 0)]]  # with few resamples the interval may miss the mean
         axes.errorbar(
-            mean, place, xerr=sides, fmt="o", capsize=4, color="black", markerfacecolor="black" if clear else "white"
+            mean, row, xerr=sides, fmt="o", capsize=4, color="black", markerfacecolor="black" if clear else "white"
         )
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # over the line at zero
-        axes.annotate(f"{mean:+.4f}", (mean, place), textcoords="offset points", xytext=(0, 8), ha="center", bbox=box)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # hides the line at zero
+        axes.annotate(f"{mean:+.4f}", (mean, row), textcoords="offset points", xytext=(0, 8), ha="center", bbox=box)
     axes.axvline(0, color="tab:red", linewidth=1, zorder=0)
     axes.set_yticks(range(len(intervals)), list(intervals))
     axes.set_ylim(len(intervals) - 0.5, -0.6)
@@ -100,22 +101,22 @@ def _accuracy_against_breadth(methods: Mapping[str, Any], titles: Mapping[str, s
 def _metrics(
     methods: Mapping[str, Any], titles: Mapping[str, str], k: int, differences: Mapping[str, Mapping[str, float]]
 ) -> Figure:
-    """Bars of each method, and beside them the differences to the control: users are the same, and an interval of the
-    difference says more than bars that overlap."""
-    figure, (axes, *beside) = _figure(11 if differences else 7, 2 if differences else 1)
+    """Bars of each method, and next to them the differences to the control. The users are the same, so an interval of
+    the difference says more than overlapping bars."""
+    figure, (axes, *right) = _figure(11 if differences else 7, 2 if differences else 1)
     names = [f"recall@{k}", f"ndcg@{k}", f"mrr@{k}"]
     width = 0.8 / len(methods)
     for number, (method, entry) in enumerate(methods.items()):
-        places = [place + (number - (len(methods) - 1) / 2) * width for place in range(len(names))]
+        positions = [x + (number - (len(methods) - 1) / 2) * width for x in range(len(names))]
         errors = [1.96 * entry["standard_errors"][name] for name in names]
         heights = [entry["metrics"][name] for name in names]
         color = STYLES[method]["color"]
-        axes.bar(places, heights, width, yerr=errors, capsize=2, label=titles[method], color=color)
+        axes.bar(positions, heights, width, yerr=errors, capsize=2, label=titles[method], color=color)
     axes.set_xticks(range(len(names)), names)
     _name(axes, "", "mean over users (bars: 95 %)")
-    for other in beside:
+    for other in right:
         plot_differences(other, {NAMES.get(name, name): found for name, found in differences.items()})
-        other.set_xlabel("GFlowNet - control, 95 % interval over users (filled: without 0)")
+        other.set_xlabel("GFlowNet - control, 95 % interval over users (filled: excludes 0)")
         other.set_title("Difference to the control")
     return figure
 
@@ -125,12 +126,14 @@ def _by_popularity(methods: Mapping[str, Any], titles: Mapping[str, str], k: int
     for method, entry in methods.items():
         values = [float("nan") if mean is None else mean for mean in entry["recall_by_popularity"]]
         axes.plot(range(1, len(values) + 1), values, label=titles[method], **STYLES[method])
-    _name(axes, "popularity of the target: groups of equal interactions, 1 the rarest items", f"Recall@{k}")
+    _name(
+        axes, "popularity of the target: groups with equal numbers of interactions, 1: the rarest items", f"Recall@{k}"
+    )
     return figure
 
 
 def _training(logs: Mapping[str, list[dict]], titles: Mapping[str, str], chosen: str) -> Figure:
-    """Losses, with their parts where there are several, and the metric that chooses the checkpoint."""
+    """Losses, with their parts if there are several, and the metric that chooses the checkpoint."""
     figure, (left, right) = _figure(11, 2)
     for method, log in logs.items():
         parts = sorted({key for entry in log for key in entry if key.startswith("loss/")})
@@ -140,13 +143,13 @@ def _training(logs: Mapping[str, list[dict]], titles: Mapping[str, str], chosen:
             label = f"{titles[method]}, {key.removeprefix('loss/')}"
             left.plot(*_series(log, key), label=label, linestyle=line, color=color)
         right.plot(*_series(log, chosen), label=titles[method], **STYLES[method])
-    _name(left, "step of the stage", "loss (of each stage its own)")
+    _name(left, "step of the stage", "loss (each stage has its own)")
     _name(right, "step of the stage", f"{chosen.removeprefix('eval_')}, validation")
     return figure
 
 
 def _calibration(calibration: Mapping[str, Any], titles: Mapping[str, str]) -> Figure:
-    """Reliability diagrams: what the policies give to the leaves of which R / Z wants so and so much."""
+    """Reliability diagrams: mean probability of the policies on leaves of a given R / Z."""
     figure, all_axes = _figure(11, 2)
     target = calibration["target"]
     for part, axes in zip(("training", "test"), all_axes, strict=True):

@@ -1,4 +1,4 @@
-"""Recipes: what a run does, from YAML and the command line, checked before any work begins."""
+"""Recipes: the settings of a run, from YAML and the command line, checked before any work begins."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from .sections import DataSection, EvaluationSection, setting
 from .specs import LEARNED, REWARDS, TEACHERS, check_reward, check_teacher, needs_of
 
 
-#: Stages that a recipe may choose among, in the order in which they run; data, test and report always run.
+#: Stages that a recipe may choose from, in order. Data, test and report always run.
 STAGES = ("teacher", "sft", "control", "gflownet")
-#: What the GFlowNet and its control begin from: the model that SFT leaves, or the one before any training.
+#: What the GFlowNet and its control start from: the SFT model, or the model before any training.
 STARTS = ("sft", "untrained")
 #: How long a stage trains.
 LENGTH = ("num_train_epochs", "max_steps")
-#: Fields that decide how many steps a stage takes, and on what: the control copies them from `gflownet`.
+#: Fields that decide a stage's number of steps and rows per step. The control copies them from `gflownet`.
 SCHEDULE = (*LENGTH, "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last")
-#: What the weights of rewards are learned for.
+#: Learned reward weights assume these values of `gflownet`.
 FITTED_FOR = {"reward_transform": "power", "reward_beta": 1}
-#: Fields of `model` that are those of `trl.ModelConfig`: the weights that adapters stand on are held in few bits.
+#: Fields of `model` from `trl.ModelConfig` that quantize the weights under adapters.
 QUANTIZATION = tuple(name for name in field_names(ModelConfig) if "bit" in name or "bnb" in name)
 
 
@@ -53,41 +53,42 @@ class Recipe:
 
     Raises:
         ValueError, TypeError: on construction, for an unknown field (with the closest known name), a value of the
-            wrong kind, or values that contradict each other.
+            wrong type, or values that contradict each other.
     """
 
-    output_dir: str = setting("outputs", "where stages and results are kept; recipes with one output_dir share stages")
+    output_dir: str = setting("outputs", "folder of stages and results; recipes with the same output_dir share stages")
     data_dir: str | None = setting(None, "folder with interactions (docs/data.md); null: the SYNTHETIC shop")
-    name: str = setting("recipe", "what the report calls this run; the file's name if not given")
-    seed: int = setting(42, "of initialization, order and trajectories")
+    name: str = setting("recipe", "name of the run in the report; default: the file's name")
+    seed: int = setting(42, "seed of initialization, order and trajectories")
     start: str = setting(
-        "sft", "what control and gflownet begin from: sft, its model, or untrained, the model before any training"
+        "sft", "what control and gflownet start from: sft (its model) or untrained (the model before any training)"
     )
     stages: list[str] = setting(
-        None, f"which of {', '.join(STAGES)} to run; null: all, under start: untrained all but sft"
+        None, f"which of {', '.join(STAGES)} to run; null: all (under start: untrained all but sft)"
     )
-    data: DataSection = setting({}, "what is read")
+    data: DataSection = setting({}, "how the data are read")
     model: dict = setting(
         {}, "model_name_or_path of a causal or encoder-decoder model, or model_type and fields of its configuration"
     )
-    prompt: dict = setting({}, "fields of gflowtrl.data.PromptFormat: prompts in words; none: the ids alone")
+    prompt: dict = setting({}, "fields of gflowtrl.data.PromptFormat for prompts in words; empty: only ids")
     peft: dict = setting(
-        {}, "fields of peft.LoraConfig: adapters are trained, and merged when a stage ends; none: all"
+        {},
+        "fields of peft.LoraConfig: adapters are trained, then merged when a stage ends; empty: train all weights",
     )
     teacher: dict = setting({"type": "sasrec"}, f"type ({', '.join(TEACHERS)}) and its options")
     sft: dict = setting({}, "fields of trl.SFTConfig, or of Seq2SeqTrainingArguments for an encoder-decoder")
     control: dict = setting(
         {},
-        f"fields of GFlowNetConfig; {', '.join(SCHEDULE)} are those of gflownet, but under start: untrained a "
-        f"length of its own is allowed",
+        f"fields of GFlowNetConfig; {', '.join(SCHEDULE)} are copied from gflownet, but under start: untrained the "
+        f"control may have its own length",
     )
-    gflownet: dict = setting({}, "fields of gflowtrl.GFlowNetConfig; an option without a section goes here")
+    gflownet: dict = setting({}, "fields of gflowtrl.GFlowNetConfig; an option without a section belongs here")
     rewards: list[dict] = setting(
-        [], f"each a type ({', '.join(REWARDS)}) or function (file.py:name), weight, options"
+        [], f"list of rewards: type ({', '.join(REWARDS)}) or function (file.py:name), weight, options"
     )
     sampler: str | dict | None = setting(None, "where trajectories come from: a name, or {name: weight}")
     evaluation: EvaluationSection = setting({}, "how validation and test are measured")
-    folder: str = field(default=".", metadata={"internal": True})  # files named in the recipe are looked up here too
+    folder: str = field(default=".", metadata={"internal": True})  # files that the recipe names may be relative to it
 
     def __post_init__(self) -> None:
         check_choice("start", self.start, STARTS)
@@ -118,49 +119,49 @@ class Recipe:
             self._check_start(args["gflownet"])
 
     def as_dict(self) -> dict[str, Any]:
-        """All settings."""
+        """All settings as a dictionary."""
         return {name: value for name, value in asdict(self).items() if name != "folder"}
 
     @property
     def trained_stages(self) -> list[str]:
-        """The stages that train a policy, in their order: those asked for, and SFT where others begin from it."""
+        """The stages that train a policy, in order: those requested, and SFT if others start from its model."""
         needed = {*self.stages, *(["sft"] if self.start == "sft" and {*self.stages} - {"teacher"} else [])}
         return [stage for stage in STAGES[1:] if stage in needed]
 
     @property
     def control_fields(self) -> dict[str, Any]:
-        """The control's section, with the schedule of `gflownet` and the loss: cross entropy of the targets."""
+        """The control's section with the schedule of `gflownet` and cross entropy as its loss."""
         return control_section(self.start, self.control, self.gflownet) | {"loss_type": ["sft"]}
 
     @property
     def pretrained(self) -> dict[str, Any]:
-        """What `load_config` and `load_tokenizer` need: where the language model is, and whether its code may run."""
+        """Arguments of `load_config` and `load_tokenizer`: the language model, and whether its code may run."""
         where = {key: self.model[key] for key in ("gguf_file", "revision", "trust_remote_code") if key in self.model}
         return {"name": self.local(self.model["model_name_or_path"]), **where}
 
     def local(self, name: str) -> str:
-        """A model's folder that the recipe names, seen from here or from the recipe; else a name on the Hub."""
-        beside = Path(self.folder, name)
-        return str(beside) if not Path(name).is_dir() and beside.is_dir() else name
+        """Resolve a model's name: a folder, relative to here or to the recipe, else a name on the Hub."""
+        relative = Path(self.folder, name)
+        return str(relative) if not Path(name).is_dir() and relative.is_dir() else name
 
     @cached_property
     def encoder_decoder(self) -> bool:
-        """Whether the model is one (T5, say), and not a causal language model."""
+        """Whether the model is an encoder-decoder (such as T5), not a causal language model."""
         if self.model.get("model_name_or_path"):
             return load_config(**self.pretrained).is_encoder_decoder
         return CONFIG_MAPPING[self.model.get("model_type", "llama")]().is_encoder_decoder
 
     @property
     def reward_weights(self) -> list[float]:
-        """One weight a reward, 1 for those that are still to be learned (`build.final_weights`)."""
+        """One weight per reward; 1 for weights still to be learned (`build.final_weights`)."""
         given = [reward.get("weight", 1.0) for reward in self.rewards]
         return [1.0 if weight == LEARNED else float(weight) for weight in given]
 
     def training_arguments(self, stage: str, output_dir: str | Path) -> Any:
-        """The `SFTConfig` (`Seq2SeqTrainingArguments` for encoder-decoders) or `GFlowNetConfig` of a stage: the
-        recipe's fields over the pipeline's own.
+        """The `SFTConfig` (`Seq2SeqTrainingArguments` for encoder-decoders) or `GFlowNetConfig` of a stage.
 
-        A stage is measured and saved once an epoch, and ends with its checkpoint of the highest validation NDCG.
+        The recipe's fields override the pipeline's defaults: a stage is measured and saved once per epoch, and ends
+        with its checkpoint of the highest validation NDCG.
         """
         values = {
             "eval_strategy": "epoch",
@@ -216,7 +217,7 @@ class Recipe:
             return
         kind = self.model.get("model_type", "llama")
         if kind not in CONFIG_MAPPING:
-            raise ValueError(f"model.model_type {kind!r} is unknown to transformers; 'llama' is a fair start.")
+            raise ValueError(f"model.model_type {kind!r} is unknown to transformers; start with 'llama', for example.")
         ours = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}  # the tokenizer decides them
         check_names(self.model, {"model_type", *inspect.signature(CONFIG_MAPPING[kind]).parameters} - ours, "model")
 
@@ -236,7 +237,7 @@ class Recipe:
 
     def _check_adapters(self) -> None:
         if self.prompt and "model_name_or_path" not in self.model:
-            raise ValueError("prompt is set, but a model from scratch knows no words: set model.model_name_or_path.")
+            raise ValueError("prompt is set, but a new model knows no words: set model.model_name_or_path.")
         for name, kind in (("prompt", PromptFormat), ("peft", LoraConfig)):
             check_names(getattr(self, name), field_names(kind), name)
         check_number("peft.lora_dropout", self.peft.get("lora_dropout", 0.0), SHARE_BELOW_ONE)
@@ -272,27 +273,27 @@ class Recipe:
                     f"GFlowNet's {exactly}. Leave control.{name} out."
                 )
         if "loss_type" in self.control:
-            raise ValueError("The control is cross entropy on the same rows: leave control.loss_type out.")
+            raise ValueError("The loss of the control is always cross entropy: leave control.loss_type out.")
 
     def _check_gflownet(self, args: GFlowNetConfig, sampler: Sampler | None) -> None:
-        """What the trainer would refuse after teacher, SFT and control have been trained."""
+        """Checks of the trainer, done before teacher, SFT and control are trained."""
         if not self.rewards and any(get_loss(name).needs_rewards for name in args.loss_type):
             raise ValueError(
                 f"gflownet.loss_type {args.loss_type} needs rewards, but the recipe's section rewards is empty. Add "
-                f"one, {{type: ground_truth}} for example (docs/rewards.md)."
+                f"one, for example {{type: ground_truth}} (docs/rewards.md)."
             )
         if sampler is not None:
             source_table(args.source_weights or {}, sampler.source_names)
 
     def _check_start(self, args: GFlowNetConfig) -> None:
-        """Nothing of a GFlowNet that begins untrained may look at the SFT model."""
+        """Check that an untrained start uses nothing of the SFT model."""
         if self.start == "sft":
             return
         for number, reward in enumerate(self.rewards):
             if "sft_model" in needs_of(reward):
                 raise ValueError(
-                    f"rewards.{number} is the likelihood of the SFT model, but under start: untrained there is none: "
-                    f"set start: sft, or rewards.{number}.of: policy."
+                    f"rewards.{number} is the likelihood of the SFT model, which does not exist under start: "
+                    f"untrained: set start: sft, or rewards.{number}.of: policy."
                 )
         needy = next((name for name in args.loss_type if get_loss(name).needs_reference), None)
         if args.ref_weight or needy:
@@ -300,16 +301,16 @@ class Recipe:
             if args.ref_weight:
                 what, remedy = f"ref_weight is {args.ref_weight:g}", "leave gflownet.ref_weight out"
             raise ValueError(
-                f"gflownet.{what}, but under start: untrained the reference model would be untrained too, and its "
-                f"probabilities mean nothing: set start: sft, or {remedy}."
+                f"gflownet.{what}, but under start: untrained the reference model would be untrained too, with "
+                f"meaningless probabilities: set start: sft, or {remedy}."
             )
 
 
 def control_section(start: str, control: Mapping[str, Any], gflownet: Mapping[str, Any]) -> dict[str, Any]:
-    """The control's section with the GFlowNet's schedule; one that begins untrained may have a length of its own.
+    """The control's section with the GFlowNet's schedule; under start: untrained it may have its own length.
 
     Args:
-        start, control, gflownet: of a recipe.
+        start, control, gflownet: fields of a recipe.
     """
     own = LENGTH if start == "untrained" and control.keys() & {*LENGTH} else ()
     return {**control, **{name: gflownet[name] for name in SCHEDULE if name in gflownet and name not in own}}

@@ -1,8 +1,8 @@
-"""The run: which stage follows which."""
+"""The run of a recipe: its stages in order."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,33 +30,56 @@ def run(
     quiet: bool = False,
     redo: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Runs all stages of a recipe; stages that are finished already are loaded, one that was interrupted goes on.
+    """Run all stages of a recipe. Finished stages are loaded, and an interrupted one continues.
 
     Args:
-        data: what `prepare(recipe)` returned, if it was called already.
-        callbacks: handed to every trainer.
-        quiet: print no stage lines and no report.
-        redo: names of stages (`stage_names`) that are done again, although they are finished.
+        data: the result of `prepare(recipe)`, if you have it already.
+        callbacks: passed to every trainer.
+        quiet: print neither stages nor the report.
+        redo: names of finished stages (`stage_names`) to do again.
 
     Returns:
-        The content of `results.json`, which lies in `output_dir` and, for good, in the run's own folder there.
+        The content of `results.json`. The file is in `output_dir`, where the next run replaces it, and in the run's
+        own folder there.
 
     Raises:
-        ValueError: bad input, a finished stage whose files are damaged, or another run at work in `output_dir`.
+        ValueError: bad input, damaged files of a finished stage, or another run is working in `output_dir`.
     """
     check_names(redo, stage_names(recipe), "redo")
     data = data or prepare(recipe)
     check_needs(data)
     dry_run(data)
-    run = RunContext(recipe.output_dir, quiet, callbacks, redo)
+    run = RunContext(recipe.output_dir, quiet, callbacks, redo, _plan(recipe))
     with sole_run(run.root):
         return _run(run, data)
 
 
 def stage_names(recipe: Recipe) -> list[str]:
-    """The stages that a run of the recipe may have, by the names of its messages and folders."""
+    """Names of the stages that a run of the recipe may have, as in its messages and folders."""
     trained = recipe.trained_stages
     return ["teacher", *trained, *(f"test-{name}" for name in ("teacher", *trained)), "calibration"]
+
+
+def _plan(recipe: Recipe) -> dict[str, float]:
+    """The stages of a run, in order, with their rough costs in epochs of SFT (measured on Amazon Office)."""
+    cost = {"teacher": 2.0, "sft": _epochs(recipe.sft), "control": 2 * _epochs(recipe.control_fields)}
+    trajectories = recipe.training_arguments("gflownet", recipe.output_dir).num_generations
+    cost["gflownet"] = (2 + 0.6 * trajectories) * _epochs(recipe.gflownet)
+    before = ["teacher", "test-teacher"] if "teacher" in recipe.stages or _uses_teacher(recipe) else []
+    trained = recipe.trained_stages
+    names = [*before, *trained, *(f"test-{name}" for name in trained)]
+    if "gflownet" in trained and recipe.rewards and recipe.evaluation.calibration_rows != 0:
+        names.append("calibration")
+    return {name: cost.get(name, 0.5) for name in names}
+
+
+def _epochs(section: Mapping[str, Any]) -> float:
+    return float(section.get("num_train_epochs", 3.0))
+
+
+def _uses_teacher(recipe: Recipe) -> bool:
+    """Whether the run's GFlowNet needs the recipe's own teacher."""
+    return "gflownet" in recipe.stages and needs_teacher(recipe)
 
 
 def _run(run: RunContext, data: RunData) -> dict[str, Any]:
@@ -66,11 +89,11 @@ def _run(run: RunContext, data: RunData) -> dict[str, Any]:
     trained: dict[str, Stage] = {}
     tested: dict[str, Stage] = {}
 
-    uses_own = "gflownet" in wanted and needs_teacher(recipe)
+    uses_own = _uses_teacher(recipe)
     teacher, teacher_seconds = None, 0.0
     if "teacher" in wanted or uses_own:
         teacher = fit_teacher(run, data, recipe.teacher)
-        teacher_seconds = sum(run.seconds.values())  # of its stages, which are the first: several of a mixture
+        teacher_seconds = sum(run.seconds.values())  # of the first stages; a mixture has several
         key = teacher_key(data, recipe.teacher)
         tested["teacher"] = measure_teacher(run, data, teacher, key)
     used = teacher if uses_own else None

@@ -1,4 +1,4 @@
-"""What all stages of a run share: interactions, splits, tokenizer, catalog. Reading them finds all bad input."""
+"""The data that all stages of a run share: interactions, splits, tokenizer and catalog."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from gflowtrl.teachers import fingerprint
 from .recipe import Recipe
 
 
-MOST_ITEMS = 1 << 28  # of the histories of all rows: some gigabytes
-SAMPLED = 1 << 16  # bytes of each of up to 17 blocks of a file that make its fingerprint
+MOST_ITEMS = 1 << 28  # in the histories of all rows: some gigabytes
+SAMPLED = 1 << 16  # bytes per block; a file's fingerprint reads up to 17 blocks
 
 
 @dataclass
@@ -43,8 +43,8 @@ class RunData:
     """The data of a run.
 
     Attributes:
-        truth: of the synthetic shop; only `evaluation` may look at it.
-        fingerprint: changes with any change of what was read and how it is split.
+        truth: of the synthetic shop; only the evaluation reads it.
+        fingerprint: changes with the data and with the way they are split.
     """
 
     recipe: Recipe
@@ -64,23 +64,23 @@ class RunData:
 
     @property
     def titles(self) -> dict[Any, str]:
-        """The title of each item that has one (items.jsonl)."""
+        """Title of each item that has one (items.jsonl)."""
         features = self.interactions.item_features
         return {i: features[i]["title"] for i in self.interactions.items if features.get(i, {}).get("title")}
 
     @property
     def item_counts(self) -> Tensor:
-        """Training interactions of each item, in the order of `catalog.items` (which is that of the data)."""
+        """Training interactions of each item, in the order of `catalog.items`."""
         return self.splits.item_counts
 
     @cached_property
     def validation(self) -> Dataset:
-        """The validation rows of the users who are measured."""
+        """The validation rows of the measured users."""
         return self._measured(self.splits.validation)
 
     @cached_property
     def test(self) -> Dataset:
-        """The test rows of the same users."""
+        """The test rows of the measured users."""
         return self._measured(self.splits.test)
 
     def _measured(self, rows: Dataset) -> Dataset:
@@ -95,10 +95,10 @@ class RunData:
 
 
 def prepare(recipe: Recipe) -> RunData:
-    """Reads or makes the interactions, splits them, and builds tokenizer and catalog.
+    """Read or make the interactions, split them, and build tokenizer and catalog.
 
     Raises:
-        ValueError, FileNotFoundError: bad input; the message says what and where.
+        ValueError, FileNotFoundError: bad input; the message says what is wrong and where.
     """
     truth = None
     if recipe.data_dir is None:
@@ -128,26 +128,28 @@ def prepare(recipe: Recipe) -> RunData:
         "semantic_ids": list(interactions.semantic_ids.items()),
     }
     data = RunData(recipe, interactions, truth, splits, tokenizer, catalog, fingerprint(content))
-    data.encoder  # noqa: B018  (it names what its prompts lack)
+    data.encoder  # noqa: B018  (its construction checks the prompts)
     return data
 
 
 def _history_cut(data: InteractionData, max_history_items: int) -> int | None:
-    """None, so that rows of one user can be computed together; a number where whole histories would not fit."""
+    """None: whole histories, so that rows of one user are computed together. A number if they would not fit."""
     total = sum(len(sequence) * (len(sequence) - 1) // 2 for sequence in data.sequences)
     if total <= MOST_ITEMS:
         return None
     warnings.warn(
-        f"{data.name}: the histories of all rows hold {total:,} items. They are cut to {max_history_items} each, and "
-        f"each row is computed by itself.",
+        f"{data.name}: the histories of all rows hold {total:,} items. Each is cut to {max_history_items} items, and "
+        f"each row is computed separately.",
         stacklevel=3,
     )
     return max_history_items
 
 
 def files_fingerprint(folder: str | Path) -> str | None:
-    """Of the files of a local model: names, sizes and blocks spread over each, so that other weights are another model
-    and gigabytes need not be read; None where there is no such folder (a name on the Hub)."""
+    """Fingerprint of a local model's files: their names, sizes and sampled blocks, so that gigabytes are not read.
+
+    None if there is no such folder (a name on the Hub).
+    """
     if not Path(folder).is_dir():
         return None
     found = []

@@ -1,4 +1,4 @@
-"""What a run found out: a table, intervals, results.json, a picture."""
+"""The report of a run: a table, intervals, results.json and figures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .run_data import RunData
 from .stage import Stage, write_json
 
 
-#: What the results take over from the record of a training.
+#: Entries of a training stage's record that the results contain.
 KEPT = ("steps", "rows_per_step", "windows", "best_step", "seconds", "reward_weights")
 PACKAGES = ("gflowtrl", "torch", "transformers", "trl", "accelerate", "datasets", "numpy")
 
@@ -36,11 +36,11 @@ def collect(
     """Everything about a run as one JSON-able value.
 
     Args:
-        trained: stages by method; the teacher, which may be several stages, is missing.
+        trained: training stages by method, without the teacher.
         tested: test stages by method.
         seconds: of each stage, by the name of its folder.
         teacher_seconds: of fitting the recipe's own teacher.
-        calibration: of `measure_calibration`, where there is one.
+        calibration: the result of `measure_calibration`, if any.
     """
     recipe, k = data.recipe, data.recipe.evaluation.primary_k
     of_item = popularity_groups(data.item_counts)
@@ -89,7 +89,7 @@ def collect(
 
 
 def compare(data: RunData, first: Stage, second: Stage, k: int) -> dict[str, dict[str, float]]:
-    """Paired bootstrap over test users of the difference of two methods, for each headline metric."""
+    """Paired bootstrap over test users of the difference of two methods, for each main metric."""
     a, b = per_user(first), per_user(second)
     names = [f"recall@{k}", f"ndcg@{k}"] + [n for n in ("unseen_liked_mass", "total_variation") if n in a]
     samples = data.recipe.evaluation.bootstrap_samples
@@ -97,7 +97,7 @@ def compare(data: RunData, first: Stage, second: Stage, k: int) -> dict[str, dic
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The results as a markdown table."""
+    """The results as a Markdown table."""
     ks = results["recipe"]["evaluation"]["ks"]
     k = primary_cutoff(ks)
     shown = {f"Recall@{n}": f"recall@{n}" for n in sorted(ks) if n <= k}
@@ -113,7 +113,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the headings first, as a markdown table: the first column aligned left, the others right."""
+    """Rows of cells, headings first, as a Markdown table: the first column left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -121,21 +121,21 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 
 
 def interval_text(interval: Mapping[str, float]) -> str:
-    """Mean and 95 % interval of what `metrics.paired_bootstrap` gives."""
+    """Mean and 95 % interval of a `metrics.paired_bootstrap`."""
     return f"{interval['mean_difference']:+.4f} [{interval['low']:+.4f}, {interval['high']:+.4f}]"
 
 
 def text(results: Mapping[str, Any]) -> str:
-    """The whole report as it is printed."""
+    """The whole printed report."""
     recipe, data = results["recipe"], results["data"]
     lines = [
         f"Results of {recipe['name']!r}, seed {recipe['seed']}"
-        + (" - SYNTHETIC data, no evidence about real users" if data["synthetic"] else ""),
+        + (" - SYNTHETIC data, not evidence about real users" if data["synthetic"] else ""),
         data["summary"],
         "",
         table(results),
         "",
-        f"Test split, {data['test_users']:,} users, last item left out, all items are candidates, items already seen "
+        f"Test split, {data['test_users']:,} users, last item left out; all items are candidates, seen items are "
         f"not removed.",
     ]
     for name, interval in results.get("gflownet_minus_control", {}).items():
@@ -147,7 +147,7 @@ def text(results: Mapping[str, Any]) -> str:
         )
     if _truth_is_known(results):
         lines.append(
-            "Recall and NDCG count what was bought, and mostly popular items were shown: they see half of the truth."
+            "Recall and NDCG count what was bought, and mostly popular items were shown, so they miss a part."
         )
         lines.append("unseen liked: probability on items that a user likes and was never shown (higher is better).")
         lines.append("TV to truth: total variation to the user's true preference (lower is better).")
@@ -157,12 +157,12 @@ def text(results: Mapping[str, Any]) -> str:
 
 
 def write(results: Mapping[str, Any], logs: Mapping[str, list[dict]], folder: Path) -> None:
-    """Writes `results.json`, `report.md` and the pictures.
+    """Write `results.json`, `report.md` and the figures.
 
     Args:
-        results: of `collect`.
+        results: from `collect`.
         logs: the Trainer's log of each training stage, by method.
-        folder: where to.
+        folder: where to write.
     """
     folder.mkdir(parents=True, exist_ok=True)
     plot_run(results, logs, folder)
@@ -179,13 +179,13 @@ def _calibration(found: Mapping[str, Any], titles: Mapping[str, str]) -> list[st
     for method, entry in found["methods"].items():
         lines.append([titles[method], *(f"{entry[part][name]:.4f}" for part, name in shown)])
     return [
-        f"How far each policy is from {found['target']} (over all {found['leaves']:,} leaves, {found['rows']} "
-        f"training and {found['rows']} test rows):",
+        f"Distance of each policy to {found['target']} (all {found['leaves']:,} leaves, {found['rows']} training and "
+        f"{found['rows']} test rows):",
         "",
         aligned(lines),
         "",
-        "TV: total variation, 0 to 1; JS: Jensen-Shannon divergence, nats; lower is nearer. A reward that reads the "
-        "target knows that of a test row, a policy does not.",
+        "TV: total variation, 0 to 1; JS: Jensen-Shannon divergence, nats; lower is closer. A reward that reads the "
+        "target knows the target of a test row; a policy does not.",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Sections of a recipe that have fields of their own."""
+"""Sections of a recipe with fields of our own."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def setting(default: Any, help: str) -> Any:
 
 @dataclass
 class DataSection:
-    """What is read.
+    """How the data are read.
 
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: a number is out of range.
     """
 
-    k_core: int | None = setting(None, "drop users and items with fewer interactions; null: take the data as it is")
-    max_history_items: int = setting(20, "items of a history that models see, the last ones")
-    shop: dict = setting({}, "fields of gflowtrl.data.SyntheticShop, used where data_dir is null")
+    k_core: int | None = setting(None, "drop users and items with fewer interactions; null: keep all")
+    max_history_items: int = setting(20, "how many items of a history models see, the last ones")
+    shop: dict = setting({}, "fields of gflowtrl.data.SyntheticShop, used if data_dir is null")
 
     def __post_init__(self) -> None:
         check_number("data.k_core", self.k_core, COUNT, optional=True)
@@ -35,16 +35,18 @@ class EvaluationSection:
     """How policies are measured.
 
     Raises:
-        ValueError: a number is out of its range, or the beam is narrower than the lists are long.
+        ValueError: a number is out of range, or the beam is narrower than the longest list.
     """
 
     num_beams: int = setting(20, "width of the constrained beam search")
-    ks: list[int] = setting([5, 10, 20], "cut-offs of the metrics")
+    ks: list[int] = setting([5, 10, 20], "cutoffs of the metrics")
     batch_size: int = setting(256, "prompts decoded together")
-    users: int | None = setting(None, "how many users are measured, chosen at random, the same in all runs; null: all")
+    users: int | None = setting(
+        None, "how many users are measured, a random choice that is the same in all runs; null: all"
+    )
     bootstrap_samples: int = setting(10_000, "resamples of users for the interval of GFlowNet minus control")
     calibration_rows: int | None = setting(
-        None, "training and test rows on which policies are compared with R/Z; null: 64 where that is quick; 0: none"
+        None, "training and test rows on which policies are compared with R/Z; null: 64 if that is quick; 0: none"
     )
 
     def __post_init__(self) -> None:
@@ -53,7 +55,7 @@ class EvaluationSection:
             optional = name in ("users", "calibration_rows")
             check_number(f"evaluation.{name}", getattr(self, name), at_least(low), optional)
         if not self.ks or min(self.ks) < 1:
-            raise ValueError(f"evaluation.ks is {self.ks}; give lengths of lists, each at least 1.")
+            raise ValueError(f"evaluation.ks is {self.ks}; give lengths of at least 1.")
         if self.num_beams < max(self.ks):
             raise ValueError(f"evaluation.num_beams is {self.num_beams}; evaluation.ks needs at least {max(self.ks)}.")
 

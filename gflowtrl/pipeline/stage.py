@@ -1,10 +1,11 @@
-"""A stage: a folder with a fingerprint, work that is done once, and a file that says that it is done."""
+"""A stage: a folder with a fingerprint, work that is done once, and a file that marks it as done."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from gflowtrl.trainer.processes import A_DAY, check_processes
 
 DONE_FILE = "done.json"
 CLOCK_FILE = "seconds.json"
-CHECKPOINTS = "checkpoints"  # of a training; given up when the stage is done, and not before
-#: In the folder of a stage: what nothing of a run reads, or what is written again at the end of each run.
+CHECKPOINTS = "checkpoints"  # of a training; removed once the stage is done
+#: Files of a stage that no later stage reads, or that are written again at the end of each run.
 UNREAD = {DONE_FILE, CLOCK_FILE, "inputs.json", "README.md"}
 
 Record = dict[str, Any]
@@ -28,13 +29,14 @@ Work = Callable[[Path], Record]
 
 
 class RunContext:
-    """Where stages live, and the processes that share the work.
+    """The output folder of a run, and the processes that share its work.
 
     Args:
         root: folder of all stages.
         quiet: print nothing.
         callbacks: handed to every trainer.
-        redo: names of stages that are done again, although they are finished.
+        redo: names of finished stages to do again.
+        plan: names of the run's stages in order, with rough costs relative to each other.
     """
 
     def __init__(
@@ -43,13 +45,15 @@ class RunContext:
         quiet: bool = False,
         callbacks: Sequence[TrainerCallback] = (),
         redo: Collection[str] = (),
+        plan: Mapping[str, float] | None = None,
     ):
         self.root = Path(root)
-        # The other processes wait while the first one fits a teacher, longer than the usual half hour.
+        # The other processes wait while the first one fits a teacher, possibly longer than the default half hour.
         self.state = PartialState(timeout=A_DAY)
         check_processes()
         self.quiet, self.callbacks, self.redo = quiet, list(callbacks), set(redo)
-        self.seconds: dict[str, float] = {}  # of each stage that this run used, whenever it was done
+        self.seconds: dict[str, float] = {}  # of each stage that this run used, by folder
+        self.plan, self._spent = dict(plan or {}), Counter[str]()
 
     @property
     def is_main(self) -> bool:
@@ -63,16 +67,29 @@ class RunContext:
         if self.shows_progress:
             print(text, flush=True)
 
+    def position(self, name: str) -> str:
+        """ "stage 3 of 9: "; "" for a stage that is not in the plan."""
+        return f"stage {[*self.plan].index(name) + 1} of {len(self.plan)}: " if name in self.plan else ""
+
+    def time_left(self, name: str, seconds: float) -> str:
+        """ "; about 4 min left", estimated from the stages so far, after one of that name took `seconds`; or ""."""
+        if name not in self.plan:
+            return ""
+        self._spent[name] += seconds
+        rest = sum([*self.plan.values()][[*self.plan].index(name) + 1 :])
+        left = rest * self._spent.total() / sum(self.plan[done] for done in self._spent)
+        return f"; about {left / 60:.0f} min left" if left >= 60 else f"; about {left:.0f} s left" if rest else ""
+
     def stage(self, name: str, inputs: Mapping[str, Any]) -> Stage:
-        """The stage of that name for these inputs: a JSON-able value of all that its result depends on."""
+        """The stage of this name. `inputs` is a JSON-able value of everything that its result depends on."""
         return Stage(self, name, dict(inputs))
 
 
 class Stage:
     """One unit of work and its folder `<root>/<name>-<fingerprint of its inputs>`.
 
-    The same inputs lead to the same folder, so runs that agree up to some point share what comes before it. A folder
-    with `done.json` is finished; one without was interrupted.
+    Equal inputs give the same folder, so runs share the stages in which they agree. A folder with `done.json` is
+    finished; one without it was interrupted.
     """
 
     def __init__(self, run: RunContext, name: str, inputs: Record):
@@ -86,19 +103,19 @@ class Stage:
 
     @property
     def record(self) -> Record:
-        """What the work returned, `seconds`, interrupted attempts included, and `files`, what it has left."""
+        """What the work returned, with `seconds` (interrupted attempts included) and `files` (what it wrote)."""
         return json.loads((self.folder / DONE_FILE).read_text(encoding="utf-8"))
 
     def run(self, title: str, work: Work, main_only: bool = False) -> Record:
-        """Does the work unless it is done.
+        """Do the work unless it is done.
 
         Args:
             title: what to print.
-            work: gets the folder and returns a JSON-able record.
-            main_only: the first process works, the others wait for it; else all of them work together.
+            work: takes the folder and returns a JSON-able record.
+            main_only: only the first process works, and the others wait for it; otherwise all work together.
 
         Raises:
-            ValueError: the stage is finished, but files of it are missing or damaged.
+            ValueError: the stage is finished, but some of its files are missing or damaged.
         """
         run = self.context
         run.state.wait_for_everyone()
@@ -108,9 +125,10 @@ class Stage:
             run.state.wait_for_everyone()
         if self.done:
             self._check()
-            run.log(f"[{self.name}] {title}: done before, kept in {self.folder}")
+            run.log(f"[{self.name}] {run.position(self.name)}{title}: done before, kept in {self.folder}")
+            run.time_left(self.name, self.record["seconds"])
         elif run.is_main or not main_only:
-            run.log(f"[{self.name}] {title}")
+            run.log(f"[{self.name}] {run.position(self.name)}{title}")
             if run.is_main:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_json(self.folder / "inputs.json", self.inputs)
@@ -124,7 +142,7 @@ class Stage:
                     write_json(clock, seconds)
             if run.is_main:
                 write_json(self.folder / DONE_FILE, {**record, "seconds": seconds, "files": self._files()})
-            run.log(f"[{self.name}] finished in {seconds:.0f} s")
+            run.log(f"[{self.name}] finished in {seconds:.0f} s{run.time_left(self.name, seconds)}")
         if run.is_main:
             shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
         run.state.wait_for_everyone()
@@ -133,19 +151,19 @@ class Stage:
         return record
 
     def _files(self) -> list[str]:
-        """What later stages, reports and recommenders read of a finished stage, by the path in its folder."""
+        """Files that later stages, reports and recommenders read, as paths in the stage's folder."""
         found = [*self.folder.glob("*"), *(self.folder / "model").rglob("*")]
         return sorted(path.relative_to(self.folder).as_posix() for path in found if _is_read(path))
 
     def _check(self) -> None:
-        """Refuse a finished stage whose files are not what they were."""
+        """Raise an error if files of a finished stage are missing or damaged."""
         damaged = damage_of(self.folder / DONE_FILE)
         names = [DONE_FILE] if damaged else self.record.get("files", self._files())
-        found = {name: damage_of(self.folder / name) for name in names}
-        told = "; ".join(f"{self.folder / name} {damage}" for name, damage in found.items() if damage)
-        if told:
+        damages = {name: damage_of(self.folder / name) for name in names}
+        text = "; ".join(f"{self.folder / name} {damage}" for name, damage in damages.items() if damage)
+        if text:
             raise ValueError(
-                f"The stage {self.name} is finished, but {told}. Restore the file, or do the stage again: add "
+                f"The stage {self.name} is finished, but {text}. Restore the file, or do the stage again: add "
                 f"--redo {self.name}."
             )
 
@@ -155,10 +173,10 @@ def _is_read(path: Path) -> bool:
 
 
 def if_set(**inputs: Any) -> Record:
-    """Inputs that a stage depends on only where they are set."""
+    """Those inputs of a stage that are set; a stage does not depend on the others."""
     return {name: value for name, value in inputs.items() if value}
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never half of it."""
+    """Write JSON atomically: a reader sees the old file or the new one."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

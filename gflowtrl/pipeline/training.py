@@ -1,4 +1,4 @@
-"""The three training stages: SFT with TRL's own trainer, the control, and the GFlowNet."""
+"""The three training stages: SFT with TRL's trainer, the control, and the GFlowNet."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ from .run_data import RunData, files_fingerprint
 from .stage import CHECKPOINTS, Record, RunContext, Stage, Work, if_set
 
 
-#: Fields of training arguments that change what is shown or how fast it is, never the result.
+#: Fields of training arguments that change what is shown or how fast training is, but not its result.
 NON_RESULT_FIELDS = {
     *("disable_tqdm", "log_completions", "log_level", "logging_steps", "logging_strategy", "report_to", "run_name"),
     *("dataloader_num_workers", "dataloader_pin_memory", "save_total_limit"),
     *("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
 }
-CURVES = "runs"  # where transformers has TensorBoard write, beside the checkpoints
+CURVES = "runs"  # TensorBoard's folder, next to the checkpoints
 
 
 class _Stage(CompleteCheckpointsMixin, FiniteMixin, RankingEvaluationMixin):
-    """Evaluated by constrained beam search; the order of rows is a function of (seed, epoch), so that a resumed run
-    repeats an undisturbed one.
+    """Trainer of a stage. It evaluates by constrained beam search, and orders rows by (seed, epoch), so that a resumed
+    run repeats an uninterrupted one.
 
     Attributes:
-        row_lengths: `(rows,)` of the training rows; rows of like length are put together.
+        row_lengths: `(rows,)` lengths of the training rows; rows of similar length form a batch.
     """
 
     row_lengths: Tensor
@@ -73,24 +73,24 @@ class _Stage(CompleteCheckpointsMixin, FiniteMixin, RankingEvaluationMixin):
 
 
 class SFTStage(_Stage, SFTTrainer):
-    """TRL's SFTTrainer. Nothing is sent anywhere."""
+    """TRL's SFTTrainer without telemetry."""
 
     def _send_telemetry(self) -> None:
-        """Nothing."""
+        """Send nothing."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if isinstance(innermost(model).get_output_embeddings(), TrainableTokensWrapper):
-            # TRL multiplies by the head's weight outside the head, where rows that are trained apart are not known.
+            # TRL multiplies by the head's weight outside the head, which misses rows that are trained separately.
             return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
 class Seq2SeqSFTStage(_Stage, Seq2SeqTrainer):
-    """transformers' Seq2SeqTrainer on one row a target."""
+    """transformers' Seq2SeqTrainer on one row per target."""
 
 
 class ShortProgress(ProgressCallback):
-    """The Trainer's bars, and below them one short line a log entry instead of all that was logged."""
+    """The Trainer's progress bars, and one short line per log entry instead of the whole entry."""
 
     SHOWN = ("loss", "eval_recall", "eval_ndcg", "eval_coverage", "residual", "policy_entropy")
 
@@ -106,9 +106,9 @@ class ShortProgress(ProgressCallback):
 
 
 def train_sft(run: RunContext, data: RunData) -> Stage:
-    """Supervised fine-tuning on the whole vocabulary; every item is predicted once from the items before it.
+    """Supervised fine-tuning over the whole vocabulary; every item is predicted once from the items before it.
 
-    Causal models read one row a user (TRL's SFTTrainer), encoder-decoders one row a target (Seq2SeqTrainer).
+    Causal models read one row per user (TRL's SFTTrainer), encoder-decoders one row per target (Seq2SeqTrainer).
     """
     inputs = {**_untrained_inputs(data), "sft": result_fields(data.recipe.sft)}
 
@@ -135,7 +135,7 @@ def _sft_trainer(data: RunData, folder: Path, callbacks: Sequence[TrainerCallbac
     else:
         rows = sft_dataset(data.splits.train_sequences, data.catalog, data.tokenizer, longest)
     if kind is SFTStage:
-        args.dataset_kwargs = {"skip_prepare_dataset": True}  # rows are tokenized and cut already
+        args.dataset_kwargs = {"skip_prepare_dataset": True}  # rows are already tokenized and cut
         lengths = torch.tensor([len(tokens) for tokens in rows["input_ids"]])
     trainer = kind(
         model,
@@ -148,8 +148,8 @@ def _sft_trainer(data: RunData, folder: Path, callbacks: Sequence[TrainerCallbac
     )
     trainer.row_lengths = lengths
     if recipe.encoder_decoder:
-        # The models take the number of tokens of the whole step and make nothing of it: their loss is a mean of the
-        # micro-batch, which the Trainer would multiply by the number of processes and not divide by the accumulation.
+        # These models accept the number of tokens of the whole step but ignore it. Their loss is a mean over the
+        # micro-batch, which the Trainer would multiply by the processes and not divide by the accumulation steps.
         trainer.model_accepts_loss_kwargs = False
     measure, counts = recipe.evaluation, data.item_counts
     trainer.set_up_ranking(data.catalog, data.encoder, counts, measure.num_beams, measure.ks)
@@ -157,10 +157,10 @@ def _sft_trainer(data: RunData, folder: Path, callbacks: Sequence[TrainerCallbac
 
 
 def train_control(run: RunContext, data: RunData, start: Stage | None) -> Stage:
-    """Cross entropy on single targets, from the same model as the GFlowNet: what any gain has to be compared with.
+    """Cross entropy on single targets, from the same model as the GFlowNet: the baseline for any gain.
 
     Args:
-        start: the stage whose model it begins from (SFT is continued then); None: untrained.
+        start: the stage whose model it starts from (so SFT is continued); None: the untrained model.
     """
     recipe = data.recipe
     inputs = {**_start_inputs(data, start), "control": result_fields(recipe.control_fields)}
@@ -178,8 +178,8 @@ def train_gflownet(run: RunContext, data: RunData, start: Stage | None, teacher:
     """GFlowNet training with the recipe's rewards and sampler.
 
     Args:
-        start: the stage whose model it begins from; None: untrained.
-        teacher: of rewards and samplers that use the recipe's own.
+        start: the stage whose model it starts from; None: the untrained model.
+        teacher: the recipe's own, for rewards and samplers that use it.
     """
     recipe = data.recipe
     inputs = {
@@ -194,7 +194,7 @@ def train_gflownet(run: RunContext, data: RunData, start: Stage | None, teacher:
         trainer = gflownet_trainer(run, data, start, teacher, folder)
         record = train(trainer, data, folder, partial(_start_model, data, start, quantized=False))
         if teacher is not None and run.is_main:
-            teacher.save_pretrained(folder / "model" / TEACHER_FOLDER)  # the recommender explains itself by it
+            teacher.save_pretrained(folder / "model" / TEACHER_FOLDER)  # for the explanations of the recommender
         return {**record, "reward_weights": trainer.rewards.weights if trainer.rewards else []}
 
     about = "GFlowNet training from the untrained model" if start is None else "GFlowNet fine-tuning"
@@ -204,8 +204,8 @@ def train_gflownet(run: RunContext, data: RunData, start: Stage | None, teacher:
 def gflownet_trainer(
     run: RunContext, data: RunData, start: Stage | None, teacher: TeacherModule | None, folder: Path
 ) -> GFlowNetTrainer:
-    """The trainer of the recipe's GFlowNet stage in `folder`, which continues what the stage `start` has left; None:
-    it begins untrained."""
+    """The trainer of the recipe's GFlowNet stage in `folder`, starting from the model of the stage `start`; None: from
+    the untrained model."""
     recipe = data.recipe
     args = recipe.training_arguments("gflownet", folder / CHECKPOINTS)
     sft_model = None if start is None else start.folder / "model"
@@ -237,21 +237,21 @@ def _flow_trainer(
 
 
 def _start_model(data: RunData, start: Stage | None, quantized: bool = True) -> PreTrainedModel:
-    """What control and GFlowNet begin from: the model of the stage `start`, or, None, the one before any training."""
+    """The model that control and GFlowNet start from: that of the stage `start`; None: the untrained model."""
     if start is None:
         return build_model(data, quantized)
     return load_backbone(start.folder / "model", **(quantization(data.recipe) if quantized else {}))
 
 
 def _start_inputs(data: RunData, start: Stage | None) -> Record:
-    """What that model depends on besides the seed."""
-    windows = not data.recipe.encoder_decoder and not data.encoder.tail  # what prompts hold follows from it
+    """What the start model depends on besides the seed."""
+    windows = not data.recipe.encoder_decoder and not data.encoder.tail  # the content of prompts follows from it
     begins = {"start": _untrained_inputs(data)} if start is None else {"sft": start.fingerprint}
     return begins | ({"windows": True} if windows else {})
 
 
 def _untrained_inputs(data: RunData) -> Record:
-    """What a model before any training depends on besides the seed, and the prompts that it reads."""
+    """What an untrained model and its prompts depend on besides the seed."""
     recipe = data.recipe
     begins = recipe.model.get("model_name_or_path")
     files = files_fingerprint(recipe.local(begins)) if begins else None
@@ -262,7 +262,7 @@ def _untrained_inputs(data: RunData) -> Record:
 
 def _run_stage(run: RunContext, data: RunData, name: str, inputs: Record, about: str, work: Work) -> Stage:
     recipe = data.recipe
-    # What of the evaluation decides which checkpoint is kept.
+    # The parts of the evaluation that decide which checkpoint is kept.
     selection = {"num_beams": recipe.evaluation.num_beams, "k": recipe.evaluation.primary_k}
     selection |= if_set(users=recipe.evaluation.users)
     inputs = {**inputs, "seed": recipe.seed, "evaluation": selection, **if_set(peft=recipe.peft)}
@@ -272,9 +272,9 @@ def _run_stage(run: RunContext, data: RunData, name: str, inputs: Record, about:
 
 
 def train(trainer: Trainer, data: RunData, folder: Path, base: Callable[[], PreTrainedModel]) -> Record:
-    """Trains, from the last checkpoint where there is one, and keeps the best model as `folder/model`.
+    """Train, starting from the last checkpoint if there is one, and save the best model as `folder/model`.
 
-    Adapters are kept as `folder/adapters` and merged into what `base` gives, the model as it was before.
+    Adapters are saved as `folder/adapters` and merged into `base()`, the model before training.
     """
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ShortProgress())
@@ -291,9 +291,9 @@ def train(trainer: Trainer, data: RunData, folder: Path, base: Callable[[], PreT
             save_merged(base, folder / "adapters", folder / "model")
             data.tokenizer.save_pretrained(folder / "model")
         write_recommender_files(folder / "model", data.encoder, data.item_counts, data.titles)
-        if (curves := folder / CHECKPOINTS / CURVES).is_dir():  # the folder of checkpoints is given up
+        if (curves := folder / CHECKPOINTS / CURVES).is_dir():  # the checkpoints are removed later
             shutil.copytree(curves, folder / CURVES, dirs_exist_ok=True)
-    if adapted or not isinstance(trainer, GFlowNetTrainer):  # which has compared what it saved itself
+    if adapted or not isinstance(trainer, GFlowNetTrainer):  # GFlowNetTrainer checks what it saves
         trusted = {key: value for key, value in data.recipe.model.items() if key == "trust_remote_code"}
         check_saved(trainer, folder / "model", data.catalog, data.encoder, **trusted)
     facts = _card(trainer, data, folder)
@@ -311,11 +311,11 @@ def train(trainer: Trainer, data: RunData, folder: Path, base: Callable[[], PreT
 
 
 def update_model_folder(trained: Stage, data: RunData, metrics: Mapping[str, float], users: int) -> None:
-    """Writes what a stage's model reaches on the test split into its model card, and the items' titles, which may have
-    changed since it was trained, beside it.
+    """Write a stage's test metrics into its model card, and the present titles of items next to it.
 
     Args:
-        metrics, users: of the test, and how many users it has.
+        metrics: of the test split.
+        users: number of test users.
     """
     write_recommender_files(trained.folder / "model", data.encoder, data.item_counts, data.titles)
     facts = CardFacts(**trained.record["card"])
@@ -324,7 +324,7 @@ def update_model_folder(trained: Stage, data: RunData, metrics: Mapping[str, flo
 
 
 def _card(trainer: Trainer, data: RunData, folder: Path) -> CardFacts:
-    """What the trainer knows, and what the recipe and the data do."""
+    """Facts for the model card from the trainer, the recipe and the data."""
     recipe, source = data.recipe, data.interactions
     begins = recipe.model.get("model_name_or_path")
     base = base_model(recipe.local(begins)) if begins else None
@@ -335,7 +335,7 @@ def _card(trainer: Trainer, data: RunData, folder: Path) -> CardFacts:
 
 
 def prompt_fingerprint(data: RunData) -> Record:
-    """What the training of a language model depends on beside its data: the words."""
+    """Inputs of a stage that reads words: the prompt format and the titles; empty if it reads only ids."""
     recipe = data.recipe
     if not recipe.prompt and recipe.model.get("new_tokens") != "titles":
         return {}
@@ -343,5 +343,5 @@ def prompt_fingerprint(data: RunData) -> Record:
 
 
 def result_fields(section: Mapping[str, Any]) -> Record:
-    """The fields of a training section that its result depends on."""
+    """The fields of a training section that affect the result."""
     return {name: value for name, value in section.items() if name not in NON_RESULT_FIELDS}

@@ -1,4 +1,4 @@
-"""A language model read as a policy on the prefix tree: score, sample, beam search, exact leaf distribution."""
+"""Language models as policies on the prefix tree: scoring, sampling, beam search, exact leaf distribution."""
 
 from torch import nn
 
@@ -45,7 +45,7 @@ __all__ = [
 
 
 def make_policy(model: nn.Module, catalog: ItemCatalog) -> TreePolicy:
-    """The policy for this kind of model: `Seq2SeqTreePolicy` for an encoder-decoder, else `CausalTreePolicy`.
+    """Create the policy for a kind of model: `Seq2SeqTreePolicy` for an encoder-decoder, else `CausalTreePolicy`.
 
     Args:
         model: bare or wrapped (PEFT, DDP, DeepSpeed, FSDP).

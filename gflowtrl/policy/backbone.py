@@ -1,4 +1,4 @@
-"""Load a language model of either kind by its name."""
+"""Loading a causal language model or an encoder-decoder by its name."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from .temperature import read_temperature
 
 
 def load_backbone(name: str | os.PathLike, **model_kwargs: Any) -> PreTrainedModel:
-    """A causal or an encoder-decoder language model, whichever the folder or name holds.
+    """Load a causal or an encoder-decoder language model, whichever the folder or name contains.
 
-    A folder of adapters stands for its base model with them: they are merged into it, and the result is trained and
-    saved as a whole. Into a quantized base nothing can be merged: the adapters lie on it, frozen.
+    For a folder of adapters, their base model is loaded and the adapters are merged into it. The result is trained and
+    saved as a whole. Nothing can be merged into a quantized base: the adapters are added to it and frozen.
 
     Args:
         name: folder or name, as for `from_pretrained`, of a model or of adapters.
-        **model_kwargs: handed to `from_pretrained`. What `gguf_file` names is no longer quantized afterwards. Code
-            that comes with the model runs only with `trust_remote_code=True`.
+        **model_kwargs: passed to `from_pretrained`. A model from a `gguf_file` is dequantized. Python code that comes
+            with the model runs only with `trust_remote_code=True`.
 
     Raises:
-        OSError: there is no such model.
-        ValueError: the weights are not those of the model (`loading.load_weights`); the adapters are prompts (prompt
-            tuning, say), which cannot be merged; or the base is quantized, and the installed version of transformers
-            would leave out the adapters' item tokens.
+        OSError: the model does not exist.
+        ValueError: the weights are not those of the model (`loading.load_weights`), the adapters are prompts (for
+            example prompt tuning), which cannot be merged, or the base is quantized and the installed version of
+            transformers would not load the adapters' item tokens.
     """
     where = {key: model_kwargs[key] for key in WHERE if key in model_kwargs}
     if find_adapter_config_file(name, **where) is not None:
@@ -44,16 +44,16 @@ def load_backbone(name: str | os.PathLike, **model_kwargs: Any) -> PreTrainedMod
     config = load_config(name, model_kwargs.get("trust_remote_code", False), **where)
     loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = load_weights(loader, name, **model_kwargs)
-    return _as_if_never_quantized(model) if "gguf_file" in model_kwargs else model
+    return _dequantized(model) if "gguf_file" in model_kwargs else model
 
 
 def _load_adapted(name: str | os.PathLike, where: dict[str, Any], model_kwargs: dict[str, Any]) -> PreTrainedModel:
-    """The base model of adapters, which may itself be a folder of adapters, with these merged."""
+    """Load the base model of adapters, which may itself be a folder of adapters, and merge the adapters into it."""
     adapters = PeftConfig.from_pretrained(name, **where)
     if adapters.is_prompt_learning:
         raise ValueError(
             f"{name} holds {adapters.peft_type.value} adapters, which are prompts and cannot be merged into a model. "
-            f"Train adapters of its weights instead (LoraConfig, say)."
+            f"Train adapters of its weights instead (for example with LoraConfig)."
         )
     options = {key: value for key, value in model_kwargs.items() if key not in ("revision", "subfolder")}
     if adapters.revision is not None:
@@ -70,17 +70,19 @@ def _load_adapted(name: str | os.PathLike, where: dict[str, Any], model_kwargs: 
         require("peft", "0.21.2", "Adapters on an encoder-decoder")
     frozen = {key for key, parameter in model.named_parameters() if not parameter.requires_grad}
     model = merge_adapters(load_adapters(model, name, saved, **where))
-    for key, parameter in model.named_parameters():  # PEFT has frozen all of them
+    for key, parameter in model.named_parameters():  # PEFT has frozen all parameters
         parameter.requires_grad_(key not in frozen)
-    # The base of adapters that are put on it next: not the base below, which knows nothing of these.
+    # Adapters that are added next must refer to these merged adapters, not to the base model without them.
     set_name_or_path(model, name)
     read_temperature(model, name, **where)
     return model
 
 
 def _resize_embeddings(model: PreTrainedModel, adapters: Mapping[str, Tensor]) -> None:
-    """To as many rows as the saved adapters hold: they hold the whole embeddings where tokens were added to the base
-    before the training."""
+    """Resize the embeddings to the number of rows in the saved adapters.
+
+    The adapters contain the whole embeddings if tokens were added to the base model before the training.
+    """
     table = model.get_input_embeddings()
     name = next(key for key, module in model.named_modules() if module is table)
     for key, value in adapters.items():
@@ -90,8 +92,12 @@ def _resize_embeddings(model: PreTrainedModel, adapters: Mapping[str, Tensor]) -
             return
 
 
-def _as_if_never_quantized(model: PreTrainedModel) -> PreTrainedModel:
-    """transformers reads the weights of a GGUF file into ordinary tensors, and then refuses to train or save them."""
+def _dequantized(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy a model from a GGUF file to an ordinary model.
+
+    transformers reads the weights into ordinary tensors, but still treats the model as quantized, so that it could
+    neither be trained nor saved.
+    """
     config = copy.deepcopy(model.config)
     del config.quantization_config
     plain = type(model)(config).to(model.dtype)
@@ -101,13 +107,15 @@ def _as_if_never_quantized(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def merge_tied_embeddings(model: PreTrainedModel) -> None:
-    """Make the embeddings of an encoder-decoder that share one weight one module, in place. Nothing is computed
-    otherwise; FSDP2 refuses a weight that belongs to several modules."""
+    """Replace the embeddings of an encoder-decoder that share one weight by one module, in place.
+
+    The outputs do not change. FSDP2 does not support a weight that belongs to several modules.
+    """
     first = model.get_input_embeddings()
     if not model.config.is_encoder_decoder:
         return
-    for part in (model.get_encoder(), model.get_decoder()):
-        own = getattr(part, "embed_tokens", None)
-        same_scale = getattr(own, "embed_scale", None) == getattr(first, "embed_scale", None)
-        if type(own) is type(first) and own.weight is first.weight and same_scale:
-            part.embed_tokens = first
+    for stack in (model.get_encoder(), model.get_decoder()):
+        table = getattr(stack, "embed_tokens", None)
+        same_scale = getattr(table, "embed_scale", None) == getattr(first, "embed_scale", None)
+        if type(table) is type(first) and table.weight is first.weight and same_scale:
+            stack.embed_tokens = first

@@ -1,18 +1,18 @@
-"""Branches of one decoder row at the positions they would have alone.
+"""Positions of the branches in one decoder row: each branch gets the positions it would have in a row of its own.
 
-Causal models take `position_ids`; encoder-decoders do not: they count along the row, so the second branch of a packed
-row would be computed as if it followed the first. `place_branches` teaches a model the keyword `branch_positions`
-`(S,)`, the position of every token of the decoder row, cached ones included. Everything happens inside the model's own
-forward, with its own parameters, so sharded parameters, gradients and hooks are met where they always are:
+Causal models take `position_ids`, but encoder-decoders do not: they count along the row, so the second branch of a
+packed row would be computed as if it followed the first. `place_branches` adds the keyword `branch_positions` `(S,)`
+to a model: the position of every token of the decoder row, including cached tokens. Everything happens inside the
+model's own forward, with its own parameters, so sharded parameters, gradients and hooks work as usual:
 
-- **T5 and its kin** add a bias to self-attention that depends on the distance of two tokens in the row. The modules
-  that own this bias look up the distance of the branch positions instead. The keyword travels through the layers, so
-  a layer that is computed a second time by gradient checkpointing computes the same.
-- **BART and its kin** add a vector for the position to each token before the first layer; that lookup is replaced. It
-  stands before the checkpointed layers.
+- **T5 and similar models** add a bias to self-attention that depends on the distance of two tokens in the row. The
+  modules that hold this bias look up the distance of the branch positions instead. The keyword is passed through the
+  layers, so a layer that gradient checkpointing computes again gives the same result.
+- **BART and similar models** add a position vector to each token before the first layer. That lookup is replaced. It
+  happens before the checkpointed layers.
 
-Calls without the keyword are untouched. Only kinds of models that tests compare with the naive way are accepted: a
-model that ignored the keyword would be silently wrong.
+Calls without the keyword are unchanged. Only kinds of models that the tests compare with separate rows are accepted,
+since a model that ignored the keyword would silently give wrong results.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ABSOLUTE = ("bart", "mbart", "pegasus", "marian")
 
 
 class _PlacedAttention:
-    """Mixed into the class of a self-attention that owns a relative position bias."""
+    """Mixed into the class of a self-attention that holds a relative position bias."""
 
     _branch_positions: Tensor | None = None
 
@@ -43,10 +43,10 @@ class _PlacedAttention:
             self._branch_positions = None
 
     def compute_bias(self, query_length: int, key_length: int, device=None, past_seen_tokens: int = 0) -> Tensor:
-        """The bias `(1, heads, query_length, key_length)` between branch positions.
+        """Return the bias `(1, heads, query_length, key_length)` between branch positions.
 
-        The last query of an ordinary row of this length meets every distance that can occur; its entries are put where
-        they belong. Pairs in which the key comes later get any value: the mask hides them.
+        The last query of an ordinary row of this length has a key at every possible distance, and its bias is looked
+        up by distance. Pairs with a later key get an arbitrary value, since the mask hides them.
         """
         positions = self._branch_positions
         if positions is None:
@@ -68,8 +68,11 @@ class _PlacedEmbedding:
         return super().forward(*args, **kwargs)
 
 
-def _hand_over_positions(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Before a decoder's forward: tell its position embedding where the new tokens stand; None is the usual way."""
+def _pass_positions(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Pre-hook of a decoder's forward: set the positions of the new tokens in its position embedding.
+
+    Without `branch_positions` they are None, and the embedding counts along the row.
+    """
     positions = kwargs.get("branch_positions")
     if positions is not None:
         positions = positions[-kwargs["input_ids"].shape[1] :]
@@ -77,11 +80,11 @@ def _hand_over_positions(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]
 
 
 def place_branches(model: nn.Module) -> None:
-    """Teach an encoder-decoder the keyword `branch_positions`, in place. A second call changes nothing.
+    """Add the keyword `branch_positions` to an encoder-decoder, in place. A second call changes nothing.
 
     Raises:
-        ValueError: a kind of model for which nobody has checked that branches are placed exactly, or one whose
-            attention in the installed version of transformers does not do what its mask says.
+        ValueError: the kind of model is not known to be exact, or its attention does not follow the mask in the
+            installed version of transformers.
     """
     model = innermost(model)
     kind = model.config.model_type
@@ -94,7 +97,7 @@ def place_branches(model: nn.Module) -> None:
     elif kind in ABSOLUTE:
         if not isinstance(decoder.embed_positions, _PlacedEmbedding):
             mix_in(_PlacedEmbedding, decoder.embed_positions)
-            decoder.register_forward_pre_hook(_hand_over_positions, with_kwargs=True)
+            decoder.register_forward_pre_hook(_pass_positions, with_kwargs=True)
     else:
         raise ValueError(
             f"A tree policy on an encoder-decoder of kind {kind!r} is not known to be exact. Use one of "

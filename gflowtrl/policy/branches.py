@@ -1,12 +1,13 @@
-"""What stands behind prompts: the states of their trajectories, each of them once.
+"""The distinct states of each prompt's trajectories.
 
-Trajectories of one prompt begin alike, often: two of them that share their first token share the state behind it.
-Such states are computed once, and states from which only one leaf can be reached not at all: what follows there is
-certain.
+Trajectories of one prompt often share a prefix: two trajectories with the same first token share the state after it.
+Each such state is computed once. A state from which only one leaf can be reached is not computed at all, since the
+remaining tokens are certain.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -16,14 +17,13 @@ from gflowtrl.catalog import PrefixTree
 
 
 class Branches(NamedTuple):
-    """The distinct states of K trajectories for each of B prompts, level by level; n in all, the B roots first.
+    """The n distinct states of K trajectories for each of B prompts, level by level, the B roots first.
 
     Attributes:
         nodes: `(n,)` the node of each state.
-        prompts: `(n,)` the prompt that it stands behind.
+        prompts: `(n,)` the prompt of each state.
         begin: L + 1 numbers: the states of depth d are begin[d] ... begin[d + 1] - 1.
-        slots: `(B, K, L)` which of them the states s_0 .. s_{L-1} of each trajectory are, -1 for those that are not
-            computed.
+        slots: `(B, K, L)` index of the states s_0 .. s_{L-1} of each trajectory, -1 for states that are not computed.
     """
 
     nodes: Tensor
@@ -33,32 +33,37 @@ class Branches(NamedTuple):
 
     @property
     def depths(self) -> Tensor:
-        """The number of tokens behind the prompt: `(n,)`."""
-        counts = [end - start for start, end in zip(self.begin, self.begin[1:], strict=False)]
+        """The number of tokens after the prompt: `(n,)`."""
+        counts = [end - start for start, end in pairwise(self.begin)]
         depths = torch.arange(len(counts), device=self.nodes.device)
         return depths.repeat_interleave(depths.new_tensor(counts), output_size=len(self.nodes))
 
 
 def dense_rank(nodes: Tensor) -> Tensor:
-    """The place of each node among the distinct nodes of its row in ascending order, -1 for -1: `(B, K, ...)`."""
+    """Return the dense rank of each node among the distinct nodes of its row (smallest = 0). Padding (-1) stays -1.
+
+    Args:
+        nodes: `(B, K, ...)`; ranks are taken along K.
+    """
     ordered, order = nodes.sort(dim=1)
-    begins = torch.zeros_like(order)
-    begins[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    rank = begins.cumsum(1) - (ordered[:, :1] < 0).long()
+    differs = torch.zeros_like(order)
+    differs[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    rank = differs.cumsum(1) - (ordered[:, :1] < 0).long()
     return torch.empty_like(order).scatter_(1, order, rank)
 
 
-def scatter_rows(values: Tensor, place: Tensor, width: int, empty: int = 0) -> Tensor:
-    """`values` `(B, K)` at their places `(B, K)` in `(B, width)`; those whose place is -1 are left out."""
-    return values.new_full((len(values), 1 + width), empty).scatter_(1, place + 1, values)[:, 1:]
+def scatter_rows(values: Tensor, index: Tensor, width: int, empty: int = 0) -> Tensor:
+    """Scatter `values` `(B, K)` to the columns `index` `(B, K)` of a `(B, width)` tensor; index -1 drops a value."""
+    return values.new_full((len(values), 1 + width), empty).scatter_(1, index + 1, values)[:, 1:]
 
 
 def merge_branches(tree: PrefixTree, states: Tensor) -> Branches:
-    """Trajectories as states of which no prompt has one twice.
+    """Merge the states of trajectories so that each prompt has each state once.
 
     Args:
         tree: on the device of `states`.
-        states: `(B, K, L)` the nodes s_0 .. s_{L-1} of each, -1 for those that need not be computed; roots always are.
+        states: `(B, K, L)` the nodes s_0 .. s_{L-1} of each trajectory, -1 for states that need not be computed.
+            The roots are always included.
     """
     batch = len(states)
     states = states.clone()
@@ -67,8 +72,8 @@ def merge_branches(tree: PrefixTree, states: Tensor) -> Branches:
     prompt = torch.arange(batch, device=states.device)[:, None, None]
     keys = torch.where(states >= 0, states * batch + prompt, -1)
     distinct, slots = keys.unique(return_inverse=True)
-    none = int((distinct[:1] < 0).sum())  # a device has to be waited for anyway
-    distinct, slots = distinct[none:], slots - none
+    padding = int((distinct[:1] < 0).sum())  # `unique` has already synchronized with the device
+    distinct, slots = distinct[padding:], slots - padding
     bounds = distinct.new_tensor(tree.level_start[:-1]) * batch
     return Branches(
         nodes=distinct // batch,

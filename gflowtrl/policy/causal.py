@@ -1,7 +1,7 @@
-"""A causal language model read as a policy on the prefix tree.
+"""A causal language model as a policy on the prefix tree.
 
-Trunk and branches stand in one row (see `packing`); Llama, Qwen and their kin take the positions of the branches as
-`position_ids`, so nothing in the model has to be changed.
+Trunk and branches are in one row (see `packing`). Llama, Qwen and similar models take the positions of the branches as
+`position_ids`, so the model needs no changes.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from .branches import Branches
 from .masks import attention_mask, layer_reaches
 from .modules import forward_parameters, innermost, model_dtype
 from .packing import BranchDecoder, lay_out, prompt_positions, prompt_visibility
+from .restricted_head import only_states
 from .support import check_causal, check_row_length
 from .tree_policy import TreePolicy
 
 
 class CausalTreePolicy(TreePolicy):
-    """The distribution over leaves that a causal model gives when its logits are renormalized over a node's children.
+    """The distribution over leaves of a causal model, with its logits renormalized over a node's children.
 
-    Prompts that are windows are computed once for all that begin them; see `TreePolicy`.
+    A window is computed once for all its prompts; see `TreePolicy`.
 
     Raises:
-        ValueError: a model that is not known to be exact (`check_causal`), or a row that is too long for one whose
-            layers count its columns (`max_row_length`).
+        ValueError: the model is not known to be exact (`check_causal`), or a row is too long for a model whose layers
+            count columns (`max_row_length`).
     """
 
     def __init__(self, model: nn.Module, catalog: ItemCatalog):
@@ -43,7 +44,7 @@ class CausalTreePolicy(TreePolicy):
         extra = {"logits_to_keep": layout.keep} if self._keep else {}
         if self._heads:
             extra["flow_positions"] = layout.keep
-        with self._chosen_states(layout.flat_indices(self._keep)):
+        with only_states(self._head, layout.flat_indices(self._keep)):
             output = self.model(
                 input_ids=layout.input_ids,
                 attention_mask=attention_mask(
@@ -53,9 +54,7 @@ class CausalTreePolicy(TreePolicy):
                 use_cache=False,
                 **extra,
             )
-        logits = output.logits if output.logits.dim() == 2 else layout.states(output.logits, self._keep)
-        flows = getattr(output, "log_flows", None)
-        return logits.float(), None if flows is None else layout.states(flows, True)
+        return layout.at_states(output, self._keep)
 
     def _decoder(self, prompts: Prompts) -> BranchDecoder:
         return CausalDecoder(self.model, prompts)
@@ -67,7 +66,7 @@ class CausalTreePolicy(TreePolicy):
 
 
 class CausalDecoder(BranchDecoder):
-    """Branches behind the cached prompt of a causal model."""
+    """Branches after the cached prompt of a causal model."""
 
     def __init__(self, model: nn.Module, prompts: Prompts):
         self.reaches = layer_reaches(innermost(model).config)
@@ -88,7 +87,7 @@ class CausalDecoder(BranchDecoder):
         self.mask, self.prompt_positions, self.lengths = trunks.mask.bool(), positions, trunks.cut[:, None]
         if not trunks.shared:
             return logits
-        # Each prompt gets its trunk's keys and values, of which it sees its own: reading them again is what costs.
+        # Each prompt gets a copy of its trunk's keys and values and sees its own part; computing them would cost more.
         self.cache.batch_select_indices(trunks.trunk)
         self.mask = self.mask[trunks.trunk] & (positions[trunks.trunk] < self.lengths)
         self.prompt_positions = positions[trunks.trunk]
@@ -101,18 +100,19 @@ class CausalDecoder(BranchDecoder):
         self.positions = self.prompt_positions  # of all cached tokens
 
     def _feed(self, tokens: Tensor) -> Tensor:
-        return self.read_behind(tokens, self.visible, tokens.new_full(tokens.shape[1:], self.depth))
+        return self.feed(tokens, self.visible, tokens.new_full(tokens.shape[1:], self.depth))
 
-    def read_behind(self, tokens: Tensor, visible: Tensor, steps: Tensor) -> Tensor:
-        """Run the model on tokens behind the prompts.
+    def feed(self, tokens: Tensor, visible: Tensor, steps: Tensor) -> Tensor:
+        """Run the model on tokens after the prompts.
 
         Args:
             tokens: `(B, n)`; each sees its whole prompt.
-            visible: `bool (B, n, S)`, which of the S tokens behind the prompt each sees, those of this call the last.
-            steps: `(n,)` how many tokens of its branch precede each.
+            visible: `bool (B, n, S)`, which of the S tokens after the prompt each sees; the last n of the S are
+                `tokens`.
+            steps: `(n,)` number of tokens that precede each token in its branch.
 
         Returns:
-            logits `(B, n, V)`.
+            Logits `(B, n, V)`.
         """
         prompt = self.mask[:, None].expand(-1, tokens.shape[1], -1)
         positions = self.lengths + steps

@@ -1,11 +1,11 @@
-"""Flow heads: log F(state) predicted from the hidden state that gives the state's logits, inside the model's forward.
+"""Flow heads: log F(state) predicted inside the model's forward, from the hidden state that gives the state's logits.
 
-A parameter or a head used outside the forward fails under DDP, ZeRO-3 or FSDP2; inside the forward every wrapper
-sees an ordinary module. The class of the model is replaced by a subclass of the same name, so a checkpoint's
-`architectures` stay loadable by `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`; the trainer keeps the head's
-weights in a file of their own.
+A parameter or a head used outside the forward fails under DDP, ZeRO-3 or FSDP2. Inside the forward, every wrapper
+sees an ordinary module. The class of the model is replaced by a subclass of the same name, so `AutoModelForCausalLM`
+or `AutoModelForSeq2SeqLM` can still load a checkpoint by its `architectures`. The trainer saves the head's weights in
+a separate file.
 
-There is one head for all states: log Z(x) is log F of the root, so a model that has learned the one knows the other.
+One head predicts all states: log Z(x) is log F of the root, so learning one also teaches the other.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HEADS_ATTRIBUTE = "flow_heads"
 
 @dataclass
 class FlowOutput(ModelOutput):
-    """A model's logits, and `log_flows` `(B, n)` at the n `flow_positions` (of the decoder) given to the forward."""
+    """A model's logits, and `log_flows` `(B, n)` at the n (decoder) positions `flow_positions` of the forward."""
 
     logits: Tensor | None = None
     log_flows: Tensor | None = None
@@ -33,7 +33,7 @@ class FlowOutput(ModelOutput):
 class FlowHeads(nn.Module):
     """log F(s) = w . gelu(A h + b) + c on the hidden state h of the token that ends the prefix s.
 
-    The last layer starts at zero, so that log F starts at 0 in every state.
+    The last layer is initialized to zero, so log F starts at 0 in every state.
     """
 
     def __init__(self, hidden_size: int):
@@ -51,7 +51,7 @@ class _FlowForward:
     """Mixed into a model's class by `attach_flow_heads`."""
 
     def forward(self, *args, flow_positions: Tensor | None = None, **kwargs):
-        """The model's own forward; with `flow_positions` `(n,)` the output holds `log_flows` `(B, n)` too."""
+        """Run the model's own forward. With `flow_positions` `(n,)` the output also has `log_flows` `(B, n)`."""
         if flow_positions is None:
             return super().forward(*args, **kwargs)
         kwargs["output_hidden_states"] = True
@@ -62,19 +62,20 @@ class _FlowForward:
 
 
 def has_flow_heads(model: nn.Module) -> bool:
-    """Whether `attach_flow_heads` was called on this model (seen through PEFT, DDP and DeepSpeed wrappers)."""
+    """Return whether the model has flow heads, also inside PEFT, DDP and DeepSpeed wrappers."""
     return any(isinstance(module, FlowHeads) for module in model.modules())
 
 
 def attach_flow_heads(model: PreTrainedModel) -> PreTrainedModel:
-    """Give a causal or encoder-decoder model a log F head, in place. A second call changes nothing.
+    """Add a log F head to a causal or encoder-decoder model, in place. A second call changes nothing.
 
-    Under PEFT attach to `get_base_model()` after wrapping: adapters would freeze or adapt a head that is there before.
+    With PEFT, call this on `get_base_model()` after the adapters were added. They would freeze or adapt an earlier
+    head.
     """
     if has_flow_heads(model):
         return model
     hidden_size = model.config.get_text_config().hidden_size
-    example = next(model.get_input_embeddings().parameters())  # `.weight` of wrapped embeddings is computed anew
+    example = next(model.get_input_embeddings().parameters())  # `.weight` of wrapped embeddings is computed
     heads = FlowHeads(hidden_size).to(device=example.device, dtype=example.dtype)
     setattr(model, HEADS_ATTRIBUTE, heads)
     mix_in(_FlowForward, model)
@@ -82,24 +83,27 @@ def attach_flow_heads(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def is_head(name: str) -> bool:
-    """Whether a parameter of this name belongs to the heads."""
+    """Return whether a parameter of this name belongs to the heads."""
     return f"{HEADS_ATTRIBUTE}." in name
 
 
 def split_heads(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A state dict as (the language model's own, the heads')."""
+    """Split a state dict into the language model's part and the heads' part."""
     heads = {name: value for name, value in state_dict.items() if is_head(name)}
     return {name: value for name, value in state_dict.items() if name not in heads}, heads
 
 
 def load_heads(model: nn.Module, heads: dict[str, Tensor]) -> None:
-    """Load what `split_heads` took out, in all processes where FSDP2 shards the model.
+    """Load the heads' part of a state dict (`split_heads`). If FSDP2 shards the model, every process must call this.
 
     Raises:
-        ValueError: names do not match.
+        ValueError: the names do not match the model's.
     """
-    own = {name: parameter for name, parameter in model.named_parameters() if is_head(name)}
-    if own.keys() != heads.keys():
-        raise ValueError(f"The flow heads in the checkpoint are {sorted(heads)}, the model's are {sorted(own)}.")
-    for name, parameter in own.items():
+    parameters = {name: parameter for name, parameter in model.named_parameters() if is_head(name)}
+    if parameters.keys() != heads.keys():
+        raise ValueError(
+            f"The flow heads in the checkpoint are {sorted(heads)}, but the model's are {sorted(parameters)}. Use a "
+            f"checkpoint of this model."
+        )
+    for name, parameter in parameters.items():
         copy_whole(heads[name], parameter)

@@ -1,8 +1,8 @@
-"""Weights that fill their model, or an error.
+"""Strict loading of configurations, tokenizers, weights and adapters.
 
-transformers gives tensors that it misses in a folder random values and goes on with a warning; for a recommender that
-is a wrong answer to every question. And it runs a folder's own Python code where a user says `y` at the terminal; here
-code runs only where `trust_remote_code=True` was passed for that model.
+If tensors are missing in a folder, transformers initializes them at random with a warning. A recommender would then
+give wrong answers, so it is an error here. transformers also runs Python code from a folder if the user types `y` at
+the terminal. Here such code runs only with `trust_remote_code=True` for that model.
 """
 
 from __future__ import annotations
@@ -25,58 +25,60 @@ from gflowtrl.catalog.catalog import CATALOG_FILE
 from .modules import innermost
 
 
-# Arguments of `from_pretrained` that say where the files lie, and so hold for the configuration as for the model.
+# Arguments of `from_pretrained` that locate the files. They apply to the configuration as well as to the model.
 WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 def load_config(name: str | os.PathLike, trust_remote_code: bool = False, **where: Any) -> PreTrainedConfig:
-    """A model's configuration. Code that comes with it runs only with `trust_remote_code`.
+    """Load a model's configuration. Python code in the folder runs only with `trust_remote_code`.
 
     Raises:
-        OSError: there is none.
-        ValueError: it is damaged, of an unknown kind, or needs code of its own.
+        OSError: the configuration does not exist.
+        ValueError: it is damaged, of an unknown kind, or needs Python code from the folder.
     """
-    with _named(f"The configuration (config.json) of {name}"):
+    with _loading(f"The configuration (config.json) of {name}"):
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
 
 
 def load_tokenizer(name: str | os.PathLike, trust_remote_code: bool = False, **where: Any) -> PreTrainedTokenizerBase:
-    """A model's tokenizer. Code that comes with it runs only with `trust_remote_code`.
+    """Load a model's tokenizer. Python code in the folder runs only with `trust_remote_code`.
 
     Raises:
-        OSError: there is none.
-        ValueError: it is damaged, or needs code of its own.
+        OSError: the tokenizer does not exist.
+        ValueError: it is damaged, or needs Python code from the folder.
     """
-    with _named(f"The tokenizer (tokenizer.json, tokenizer_config.json) of {name}"):
+    with _loading(f"The tokenizer (tokenizer.json, tokenizer_config.json) of {name}"):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
 
 
 def load_weights(loader: Any, name: str | os.PathLike, **model_kwargs: Any) -> PreTrainedModel:
-    """`loader.from_pretrained(name)` whose every tensor came from the files.
+    """Return `loader.from_pretrained(name)` and check that every tensor came from the files.
 
     Args:
-        loader: a class of models, or an auto class.
-        name: folder or name.
-        **model_kwargs: of `from_pretrained`.
+        loader: a model class or an auto class.
+        name: folder or name on the Hub.
+        **model_kwargs: keyword arguments of `from_pretrained`.
 
     Raises:
-        OSError: there is no such model, or one of its files is missing.
-        ValueError: a tensor is missing or of another shape; or, in the folder of a recommender, there is one that the
-            model has not, or the model is of another class than the one that was saved.
+        OSError: the model or one of its files does not exist.
+        ValueError: a tensor is missing or has another shape. For the folder of a recommender also: the file has a
+            tensor that the model does not have, or the model's class is not the class that was saved.
     """
     options = {"trust_remote_code": False, **model_kwargs, "ignore_mismatched_sizes": True}  # reported below
-    with _named(f"The model (config.json, model.safetensors) of {name}"):
-        model, found = loader.from_pretrained(name, output_loading_info=True, **options)
-    kind, saved = type(model).__name__, Path(name, CATALOG_FILE).is_file()
-    wrong = {"lacks": found["missing_keys"], "holds in another shape": [key[0] for key in found["mismatched_keys"]]}
-    if saved:
-        wrong["holds, but the model does not have,"] = found["unexpected_keys"]
-    _refuse(wrong, f"The weights of {name} are not those of {kind}, which its config.json describes", "config.json")
-    written = model.config.architectures or [kind]
-    known = hasattr(transformers, written[0].removeprefix("FSDP"))  # a user's own subclass is compared by its scores
-    if saved and known and kind.removeprefix("FSDP") not in [one.removeprefix("FSDP") for one in written]:
+    with _loading(f"The model (config.json, model.safetensors) of {name}"):
+        model, info = loader.from_pretrained(name, output_loading_info=True, **options)
+    kind, is_recommender = type(model).__name__, Path(name, CATALOG_FILE).is_file()
+    wrong = {"lacks": info["missing_keys"], "holds in another shape": [key[0] for key in info["mismatched_keys"]]}
+    if is_recommender:
+        wrong["holds, but the model does not have,"] = info["unexpected_keys"]
+    _check_keys(
+        wrong, f"The weights of {name} are not those of {kind}, which its config.json describes", "config.json"
+    )
+    saved = [architecture.removeprefix("FSDP") for architecture in model.config.architectures or [kind]]
+    known = hasattr(transformers, saved[0])  # a user's own subclass is compared by its scores instead
+    if is_recommender and known and kind.removeprefix("FSDP") not in saved:
         raise ValueError(
-            f"{name} was saved as {written[0]}, but its config.json describes {kind} (model_type "
+            f"{name} was saved as {saved[0]}, but its config.json describes {kind} (model_type "
             f"{model.config.model_type!r}). Restore the config.json that was saved with the weights."
         )
     return model
@@ -85,78 +87,78 @@ def load_weights(loader: Any, name: str | os.PathLike, **model_kwargs: Any) -> P
 def load_adapters(
     model: PreTrainedModel, name: str | os.PathLike, saved: Mapping[str, Any], **where: Any
 ) -> PeftModel:
-    """Put saved adapters on their base model, every one of them from the file.
+    """Add saved adapters to their base model and check that every tensor came from the file.
 
     Args:
-        model: the base.
+        model: the base model.
         name: folder or name of the adapters.
-        saved: what their file holds (`load_peft_weights`).
-        **where: of `from_pretrained`.
+        saved: the content of their file (`load_peft_weights`).
+        **where: `revision`, `cache_dir`, ..., as for `from_pretrained`.
 
     Raises:
-        ValueError: the file lacks a tensor of an adapter, holds one that belongs nowhere, or one of another shape.
+        ValueError: the file lacks a tensor, or holds one that no adapter has or that has another shape.
     """
-    with _named(f"The adapters of {name}, on the base model {model.name_or_path!r},"):
+    with _loading(f"The adapters of {name}, on the base model {model.name_or_path!r},"):
         adapted = PeftModel.from_pretrained(model, str(name), **where)
-    own = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    tables = [model.get_input_embeddings(), model.get_output_embeddings()]  # PEFT saves them whole where they grew
+    expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    # PEFT saves the embeddings and the head whole if they were resized.
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     names = [name for name, module in model.named_modules() if module in tables]
-    strangers = {key for key in saved.keys() - own if not any(f".{name}." in key for name in names)}
-    wrong = {"lacks": own - saved.keys(), "holds, but the model does not have,": strangers}
-    _refuse(wrong, f"The adapters of {name} do not fit their adapter_config.json", "adapter_config.json")
+    unexpected = {key for key in saved.keys() - expected if not any(f".{name}." in key for name in names)}
+    wrong = {"lacks": expected - saved.keys(), "holds, but the model does not have,": unexpected}
+    _check_keys(wrong, f"The adapters of {name} do not fit their adapter_config.json", "adapter_config.json")
     return adapted
 
 
 def num_embeddings(model: nn.Module) -> int:
-    """How many tokens a model embeds, bare or under adapters, sharded or not."""
-    # Adapters may have wrapped the table, whose own weight an engine may have split.
+    """Return the number of tokens that a model embeds, bare or with adapters, sharded or not."""
+    # Adapters may wrap the table, and an engine may shard its weight.
     table: Any = innermost(model).get_input_embeddings()
     return next(module.num_embeddings for module in table.modules() if hasattr(module, "num_embeddings"))
 
 
 def check_embedded(model: nn.Module, token: int, what: str = "The catalog uses") -> None:
-    """A token must be one that the model embeds.
+    """Check that the model has an embedding for a token.
 
     Args:
         model: bare or wrapped.
-        token: the largest that is used.
-        what: by whom, as the beginning of a sentence.
+        token: the largest token id in use.
+        what: what uses the token, as the beginning of a sentence.
 
     Raises:
-        ValueError: the model has no row for it.
+        ValueError: the model has no embedding for the token.
     """
-    known = num_embeddings(model)
-    if token >= known:
+    if token >= (size := num_embeddings(model)):
         raise ValueError(
-            f"{what} token {token}, but the model embeds only {known} tokens. Call "
-            f"gflowtrl.data.add_item_tokens(tokenizer, semantic_ids, model), which resizes them; in a saved folder, "
+            f"{what} token {token}, but the model embeds only {size} tokens. Call "
+            f"gflowtrl.data.add_item_tokens(tokenizer, semantic_ids, model), which resizes them. For a saved folder, "
             f"restore the files that were saved together."
         )
 
 
-def _refuse(wrong: Mapping[str, Collection[str]], about: str, config: str) -> None:
-    """Raise where anything is listed."""
-    told = []
+def _check_keys(wrong: Mapping[str, Collection[str]], about: str, config: str) -> None:
+    """Raise an error if any tensor is listed in `wrong` (problem -> names of tensors)."""
+    problems = []
     for what, keys in wrong.items():
         if keys:
-            some = ", ".join(map(repr, sorted(keys)[:2])) + (", ..." if len(keys) > 2 else "")
-            told.append(f"the file {what} {len(keys)} tensors ({some})")
-    if told:
+            examples = ", ".join(map(repr, sorted(keys)[:2])) + (", ..." if len(keys) > 2 else "")
+            problems.append(f"the file {what} {len(keys)} tensors ({examples})")
+    if problems:
         raise ValueError(
-            f"{about}: {' and '.join(told)}. What is missing would begin at random. Restore {config} and the weights "
-            f"that were saved together; a model that lacks layers on purpose can be loaded by its own class and given "
-            f"as an object."
+            f"{about}: {' and '.join(problems)}. Missing tensors would be initialized at random. Restore {config} and "
+            f"the weights that were saved together. To use a model that lacks layers on purpose, load it by its own "
+            f"class and pass the object."
         )
 
 
 @contextmanager
-def _named(what: str) -> Iterator[None]:
-    """Within, what libraries raise of every kind becomes a ValueError that says what was being loaded."""
+def _loading(what: str) -> Iterator[None]:
+    """Context manager: errors about damaged files become a ValueError that names what was being loaded."""
+    # Readable messages, or mistakes in the arguments. tokenizers and safetensors raise other errors, even `Exception`.
+    clear = (OSError, ValueError, TypeError, ImportError, NotImplementedError, torch.OutOfMemoryError)
     try:
         yield
-    except (OSError, ValueError, TypeError, ImportError, NotImplementedError, torch.OutOfMemoryError) as error:
-        if not isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
-            raise  # sentences already, or mistakes in the arguments
-        raise ValueError(f"{what} cannot be loaded: {error}. Restore the files that were saved together.") from error
-    except Exception as error:  # tokenizers and safetensors have their own kinds, some of them bare `Exception`
+    except Exception as error:
+        if isinstance(error, clear) and not isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+            raise
         raise ValueError(f"{what} cannot be loaded: {error}. Restore the files that were saved together.") from error

@@ -1,4 +1,4 @@
-"""Looking into wrapped models, and teaching a module something without changing its parameters."""
+"""Helpers to inspect wrapped models and to extend modules without changing their parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from gflowtrl.compat import uncompiled
 
 
 def innermost(model: nn.Module) -> nn.Module:
-    """The language model inside PEFT, DDP, DeepSpeed, FSDP and torch.compile wrappers: to look at, never to call."""
+    """Return the model inside PEFT, DDP, DeepSpeed, FSDP and torch.compile wrappers, for inspection only.
+
+    Calling it would bypass the wrappers.
+    """
     while True:
         model = uncompiled(model)
         if hasattr(model, "get_base_model"):
@@ -27,26 +30,27 @@ def innermost(model: nn.Module) -> nn.Module:
 
 
 def forward_parameters(model: nn.Module) -> frozenset[str]:
-    """Names of what the model inside all wrappers takes, in its own forward and in those of its base classes: a
-    subclass with flow heads takes `**kwargs` and hands them on."""
+    """Return the parameter names of the forward of the innermost model and of its base classes.
+
+    The base classes count because a subclass with flow heads takes `**kwargs` and passes them on.
+    """
     return _forward_parameters(type(innermost(model)))
 
 
-@cache
-def _forward_parameters(kind: type[nn.Module]) -> frozenset[str]:
-    """Reading signatures takes longer than a small model's forward, and decoding asks at every token."""
-    forwards = [vars(base)["forward"] for base in kind.__mro__ if "forward" in vars(base)]
+@cache  # reading signatures takes longer than a small model's forward, and decoding needs the names at every token
+def _forward_parameters(model_class: type[nn.Module]) -> frozenset[str]:
+    forwards = [vars(base)["forward"] for base in model_class.__mro__ if "forward" in vars(base)]
     return frozenset(name for forward in forwards for name in inspect.signature(forward).parameters)
 
 
 def cache_argument(model: nn.Module, cache: object) -> dict[str, object]:
-    """The keyword of a decoder's cache, which transformers has renamed."""
+    """Return the keyword argument for a decoder's cache, which transformers has renamed."""
     return {"cache" if "cache" in forward_parameters(model) else "past_key_values": cache}
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Within, no module trains (dropout is off); afterwards each does, or does not, as before."""
+    """Context manager: all modules are in evaluation mode (no dropout). Each one's mode is restored afterwards."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -58,12 +62,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype of the first floating-point parameter."""
     return next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
 
 
 @torch.no_grad()
 def copy_whole(value: Tensor, target: Tensor) -> None:
-    """Copy a whole tensor into one that FSDP2 may have split over processes, all of which must call this."""
+    """Copy a whole tensor into a tensor that FSDP2 may have sharded. Every process must call this."""
     value = value.to(target.device, target.dtype)
     if isinstance(target, DTensor):
         value = distribute_tensor(value, target.device_mesh, target.placements)
@@ -71,7 +76,9 @@ def copy_whole(value: Tensor, target: Tensor) -> None:
 
 
 def mix_in(mixin: type, module: nn.Module) -> None:
-    """Make the module's class a subclass of `mixin` and of what it was, under the same name, so that what a checkpoint
-    says of the model (`architectures`) stays as it was."""
+    """Replace the module's class by a subclass of `mixin` and the original class, with the original name.
+
+    The name stays the same so that the `architectures` in a checkpoint's configuration do.
+    """
     original = type(module)
     module.__class__ = type(original.__name__, (mixin, original), {"__module__": original.__module__})

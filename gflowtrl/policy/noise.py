@@ -1,8 +1,8 @@
-"""Randomness as a function: the same (seed, step, row, trajectory, depth, purpose) always gives the same number.
+"""Stateless random numbers: a function of (seed, step, row, trajectory, depth, purpose).
 
-A generator's next number depends on everything drawn before, so trajectories would change with the number of
-processes, the order of rows and every interruption. Here each number is a hash of what it is for (the counter-based
-generators of Salmon et al., SC 2011, with SplitMix64 as the mixing function).
+The next number of an ordinary generator depends on all numbers drawn before, so trajectories would change with the
+number of processes, the order of rows and every interruption. Here each number is a hash of its purpose (a
+counter-based generator as in Salmon et al., SC 2011, with SplitMix64 as the mixing function).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's shift of a signed integer fills with the sign bit."""
+    """Shift right and fill with zeros; torch's shift of a signed integer fills with the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser; int64 multiplication wraps around, which is what it needs."""
+    """Apply the finalizer of SplitMix64, which needs multiplication modulo 2^64, as int64 tensors multiply."""
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
     return x ^ _shift_right(x, 31)
@@ -35,12 +35,12 @@ def _combine(state: Tensor, value: Tensor | int) -> Tensor:
 
 
 def _wrap(value: int) -> int:
-    """Any Python integer as a signed 64-bit one."""
+    """Reduce any Python integer to a signed 64-bit integer."""
     return (value + 2**63) % 2**64 - 2**63
 
 
 class StatelessNoise:
-    """Source of all randomness of a run.
+    """The source of all random numbers of a run.
 
     Args:
         seed: any integer.
@@ -48,7 +48,7 @@ class StatelessNoise:
     Example:
         ```python
         noise = StatelessNoise(42).at(step=7, row_ids=torch.tensor([3, 8]))
-        noise.uniform("on_policy", num=4, depth=0)  # (2, 4), the same whenever and wherever it is asked for
+        noise.uniform("on_policy", num=4, depth=0)  # (2, 4), the same in every call and every process
         ```
     """
 
@@ -56,13 +56,13 @@ class StatelessNoise:
         self.seed = int(seed)
 
     def at(self, step: int, row_ids: Tensor) -> Noise:
-        """The noise of one training step for rows with these ids, `(B,)` integers."""
+        """Return the noise of one training step for the rows with these ids, `(B,)` integers."""
         state = _combine(torch.zeros_like(row_ids, dtype=torch.long), _wrap(self.seed))
         return Noise(_combine(_combine(state, _wrap(int(step))), row_ids.long()))
 
 
 class Noise:
-    """The noise of some rows at one step. Made by `StatelessNoise.at`."""
+    """The noise of some rows at one step, created by `StatelessNoise.at`."""
 
     def __init__(self, row_state: Tensor, prefix: str = ""):
         self._row_state, self._prefix = row_state, prefix
@@ -71,21 +71,21 @@ class Noise:
         return len(self._row_state)
 
     def named(self, name: str) -> Noise:
-        """The same rows' noise for someone called `name`: independent of what others draw for the same purposes."""
+        """Return noise of the same rows that is independent of the noise under other names, for every purpose."""
         return Noise(self._row_state, f"{self._prefix}{name}/")
 
     def uniform(self, purpose: str, num: int, depth: int = 0) -> Tensor:
-        """Uniform numbers in the open interval (0, 1): float64 `(B, num)`, one for each row and trajectory."""
+        """Return uniform numbers in the open interval (0, 1): float64 `(B, num)`, one per row and trajectory."""
         index = torch.arange(num, device=self._row_state.device).expand(len(self), -1)
         return self.uniform_at(purpose, index, depth)
 
     def uniform_at(self, purpose: str, index: Tensor, depth: int = 0) -> Tensor:
-        """Uniform numbers of anything that has a number of its own, for example nodes.
+        """Return uniform numbers in (0, 1) for indices, for example of nodes.
 
         Args:
-            purpose: what for; different purposes are independent.
-            index: integers `(B, ...)`, the rows first.
-            depth: one more number that tells apart.
+            purpose: what the numbers are used for. Different purposes give independent numbers.
+            index: integers `(B, ...)`, one row per row id.
+            depth: a further integer. Different depths give independent numbers.
 
         Returns:
             float64, in the shape of `index`: a function of the row, the purpose, the depth and the index only.
@@ -97,7 +97,7 @@ class Noise:
         return (_shift_right(state, 11).double() + 0.5) * 2.0**-53
 
     def gumbel_at(self, purpose: str, index: Tensor) -> Tensor:
-        """Standard Gumbel numbers, float64, in the shape of `index`: a function of what `uniform_at` is one of."""
+        """Return standard Gumbel numbers, float64, in the shape of `index`; otherwise like `uniform_at`."""
         return -(-self.uniform_at(purpose, index).clamp(max=1 - 2.0**-53).log()).log()
 
 
@@ -109,11 +109,11 @@ def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
         uniforms: `(.., K)` in (0, 1).
 
     Returns:
-        indices `(.., K)`, never of an entry of weight 0 (unless all are).
+        Indices `(.., K)`, never of an entry with weight 0 (unless all weights are 0).
     """
-    # 64 bits: in 32 the sums of a million small numbers stand still, and entries at the end are never drawn.
+    # 64 bits: in 32, cumulative sums of a million small numbers stop growing, and the last entries are never drawn.
     sums = weights.double().cumsum(-1)
     total = sums[..., -1:]
-    # Rounding must not reach the total itself, beyond which there is no entry.
-    place = torch.minimum(uniforms.to(sums.device) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(sums, place, right=True).clamp(max=weights.shape[-1] - 1)
+    # The product must not round up to the total, which would be after the last entry.
+    target = torch.minimum(uniforms.to(sums.device) * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(sums, target, right=True).clamp(max=weights.shape[-1] - 1)

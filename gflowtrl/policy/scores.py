@@ -1,4 +1,4 @@
-"""What a policy says about trajectories."""
+"""The scores that a policy gives trajectories."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor
 
 @dataclass
 class StepScores:
-    """Tree-normalized scores of `K` trajectories for each of `B` prompts (`L` tokens an id, `C` children a node).
+    """Tree-normalized scores of `K` trajectories for each of `B` prompts (`L` tokens per id, `C` children per node).
 
     Attributes:
-        log_probs: `(B, K, L)` log-probability of each token taken, 0 where a shorter id has ended.
+        log_probs: `(B, K, L)` log-probability of each token taken, 0 after the end of a shorter id.
         child_log_probs: `(B, K, L, C)` the whole distribution at each visited state, -inf on padding.
-        child_nodes: `(B, K, L, C)` the nodes that distribution is over, -1 on padding.
+        child_nodes: `(B, K, L, C)` the child nodes of that distribution, -1 on padding.
         lengths: `(B, K)` number of tokens of each trajectory.
-        log_z: `(B,)` log Z(x), where the model carries that head.
-        log_flows: `(B, K, L)` log F of the states s_0 .. s_{L-1}, where the model carries that head.
-        vocabulary_log_probs: `(B, K, L)` log-probability of each token taken over the whole vocabulary, 0 where a
-            shorter id has ended; where it was asked for.
-        ref_log_probs, ref_vocabulary_log_probs: `(B, K, L)` what a reference model says of the same tokens, over the
-            tree and over the whole vocabulary; where there is one.
+        log_z: `(B,)` log Z(x). None: the model has no flow heads.
+        log_flows: `(B, K, L)` log F of the states s_0 .. s_{L-1}. None: the model has no flow heads.
+        vocabulary_log_probs: `(B, K, L)` log-probability of each token taken over the whole vocabulary, 0 after the
+            end of a shorter id. None: not requested.
+        ref_log_probs, ref_vocabulary_log_probs: `(B, K, L)` log-probabilities of the same tokens under a reference
+            model, over the tree and over the whole vocabulary. None: no reference model.
     """
 
     log_probs: Tensor
@@ -40,6 +40,6 @@ class StepScores:
         return self.log_probs.sum(-1)
 
     def of_trajectories(self, columns: slice) -> StepScores:
-        """The scores of some of the K trajectories."""
-        given = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "log_z"}
-        return replace(self, **{name: None if value is None else value[:, columns] for name, value in given.items()})
+        """Return the scores of some of the K trajectories."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "log_z"}
+        return replace(self, **{name: None if value is None else value[:, columns] for name, value in values.items()})

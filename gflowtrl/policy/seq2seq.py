@@ -1,14 +1,13 @@
-"""An encoder-decoder read as a policy on the prefix tree.
+"""An encoder-decoder as a policy on the prefix tree.
 
-The encoder reads the prompt once. All branches of a prompt stand in *one* decoder row `[start, branches]` under a 4-D
-additive mask, so the cross-attention's keys and values are computed once per prompt as well: there is one encoder row
-for one decoder row. The self-attention bias (T5) or position vectors (BART) that these models take from a token's
-place in the row are looked up at its place in the branch instead: see `branch_positions`, which does so inside the
-model's forward.
+The encoder reads the prompt once. All branches of a prompt are in *one* decoder row `[start, branches]` with a 4-D
+additive mask, so there is one encoder row per decoder row, and the cross-attention's keys and values are computed once
+per prompt as well. These models take the self-attention bias (T5) or the position vectors (BART) from a token's
+position in the row. `branch_positions` changes this to its position in the branch, inside the model's forward.
 
-Two other ways are exact too and were not taken. Rows of single branches behind one expanded cross-attention cache
-need a cache that carries gradients, which gradient checkpointing switches off, and two forwards before one backward.
-Correcting the bias through the mask uses a parameter outside the model's forward, which sharded engines do not allow.
+Two alternatives are exact too, but not used. Rows of single branches with one expanded cross-attention cache need a
+cache that carries gradients, which gradient checkpointing disables, and two forwards before one backward. Correcting
+the bias through the mask would use a parameter outside the model's forward, which sharded engines do not allow.
 """
 
 from __future__ import annotations
@@ -26,17 +25,19 @@ from .branches import Branches
 from .masks import additive
 from .modules import innermost, model_dtype
 from .packing import BranchDecoder, lay_out
+from .restricted_head import only_states
 from .tree_policy import TreePolicy
 
 
 class Seq2SeqTreePolicy(TreePolicy):
-    """The distribution over leaves that an encoder-decoder gives when its logits are renormalized over the children.
+    """The distribution over leaves of an encoder-decoder, with its logits renormalized over a node's children.
 
-    The prompt goes to the encoder, the id to the decoder; the root is the decoder's start token. Prompts come in
-    both formats, but an encoder shares nothing; models that count positions from the left get them right-padded.
+    The prompt goes to the encoder, and the semantic id to the decoder; the root is the decoder's start token. Prompts
+    of both formats are accepted, but the encoder reads every prompt separately. Prompts are right-padded, since some
+    models count positions from the left.
 
     Raises:
-        ValueError: a kind of model that is not known to be exact (see `branch_positions`), or one without
+        ValueError: the kind of model is not known to be exact (see `branch_positions`), or the model has no
             `decoder_start_token_id`.
     """
 
@@ -51,19 +52,17 @@ class Seq2SeqTreePolicy(TreePolicy):
         start = {"input_ids": root, "attention_mask": torch.ones_like(root)}
         layout = lay_out(self.catalog.tree, Trunks.of(start), branches, aligned=True)
         extra = {"flow_positions": layout.keep} if self._heads else {}
-        with self._chosen_states(layout.flat_indices(kept=False)):
+        with only_states(self._head, layout.flat_indices(kept=False)):
             output = self.model(
                 input_ids=tokens,
                 attention_mask=mask,
                 decoder_input_ids=layout.input_ids,
                 decoder_attention_mask=additive(layout.visible, model_dtype(self.model)),
-                branch_positions=layout.position_ids.amax(0),  # empty places are at 0
+                branch_positions=layout.position_ids.amax(0),  # empty columns have position 0
                 use_cache=False,
                 **extra,
             )
-        logits = output.logits if output.logits.dim() == 2 else layout.states(output.logits, kept=False)
-        flows = getattr(output, "log_flows", None)
-        return logits.float(), None if flows is None else layout.states(flows, kept=True)
+        return layout.at_states(output, kept=False)
 
     def _decoder(self, prompts: Prompts) -> BranchDecoder:
         return Seq2SeqDecoder(self.model, separate_prompts(prompts), self._start)
@@ -75,7 +74,7 @@ class Seq2SeqTreePolicy(TreePolicy):
 
 
 class Seq2SeqDecoder(BranchDecoder):
-    """Branches behind the cached root of an encoder-decoder, whose cross-attention is cached per prompt."""
+    """Branches after the cached root of an encoder-decoder, with one cross-attention cache per prompt."""
 
     def __init__(self, model: nn.Module, prompts: Prompts, start: int):
         self.start = start
@@ -106,7 +105,7 @@ class Seq2SeqDecoder(BranchDecoder):
 
 
 def _right_padded(prompts: Prompts) -> tuple[Tensor, Tensor]:
-    """Tokens and mask `(B, P)` with the padding at the right, whatever side it was on."""
+    """Move the padding to the right, whatever side it is on, and return tokens and mask `(B, P)`."""
     mask = prompts["attention_mask"]
     order = (mask == 0).to(torch.uint8).argsort(dim=1, stable=True)
     return prompts["input_ids"].gather(1, order), mask.gather(1, order)

@@ -1,7 +1,8 @@
-"""The temperature that a model is read at: `softmax(logits / temperature)` over the children of a node.
+"""The temperature of a policy: `softmax(logits / temperature)` over the children of a node.
 
-Dividing by it changes which items are best, not only how sure the policy is: it is renormalized at every step. So what
-a model was trained at belongs to the model, as a field of its configuration, and every policy made of it obeys.
+The policy is renormalized at every step, so the temperature changes which items rank first, not only how peaked the
+distribution is. The temperature of the training is therefore saved in the model's configuration, and every policy of
+the model uses it.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from .modules import innermost
 
 
 FIELD = "policy_temperature"
-FILE = "policy_config.json"  # beside adapters, whose folder has no configuration of the model
+FILE = "policy_config.json"  # next to adapters, whose folder has no model configuration
 
 
 def temperature_of(model: nn.Module) -> float:
-    """What the logits of a model, bare or wrapped, are divided by; 1 where its configuration says nothing.
+    """Return the temperature of a model, bare or wrapped; 1 if its configuration has none.
 
     Raises:
-        ValueError: the configuration holds what is not a temperature.
+        ValueError: the value in the configuration is not a temperature.
     """
     temperature = getattr(getattr(innermost(model), "config", None), FIELD, 1.0)
     check_number(f"{FIELD} of the model's configuration", temperature, POSITIVE)
@@ -37,7 +38,7 @@ def temperature_of(model: nn.Module) -> float:
 
 
 def set_temperature(model: nn.Module, temperature: float) -> None:
-    """Make every policy of this model, and of what is saved of it, divide the logits by `temperature`."""
+    """Set the temperature that every policy of this model, and of its checkpoints, divides the logits by."""
     check_number("temperature", temperature, POSITIVE)
     config: Any = innermost(model).config
     if temperature != 1.0:
@@ -47,7 +48,7 @@ def set_temperature(model: nn.Module, temperature: float) -> None:
 
 
 def write_temperature(model: nn.Module, directory: str | os.PathLike) -> None:
-    """Write the temperature of a model with adapters beside them, where it is not 1."""
+    """Write the temperature of a model with adapters into their folder, if it is not 1."""
     file, temperature = Path(directory, FILE), temperature_of(model)
     file.unlink(missing_ok=True)
     if temperature != 1.0:
@@ -55,20 +56,20 @@ def write_temperature(model: nn.Module, directory: str | os.PathLike) -> None:
 
 
 def read_temperature(model: PreTrainedModel, adapters: str | os.PathLike, **where: Any) -> None:
-    """Set the temperature of a model to what `write_temperature` wrote beside the adapters that were merged into it.
+    """Set the temperature of a model from the file that `write_temperature` wrote next to its adapters.
 
     Args:
-        model: the base model with the adapters; it is read at 1 where the folder says nothing.
-        adapters: their folder, or their name on the Hub.
+        model: the base model with the adapters. Its temperature becomes 1 if there is no file.
+        adapters: the adapters' folder, or their name on the Hub.
         **where: `revision`, `cache_dir`, ..., as for `from_pretrained`.
     """
     try:
         file = cached_file(os.fspath(adapters), FILE, **where)
-    except OSError:  # there is none: the adapters themselves have just been read from the same place
+    except OSError:  # no such file: the adapters themselves have just been read from the same folder
         file = None
-    known = {} if file is None else read_json(file)
-    if not isinstance(known, dict):
-        raise ValueError(f"{file} must hold a JSON object, but it holds {known!r}. Restore it or take it out.")
-    temperature = known.get(FIELD, 1.0)
+    content = {} if file is None else read_json(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds {content!r}; it must hold a JSON object. Restore the file or delete it.")
+    temperature = content.get(FIELD, 1.0)
     check_number(f"{FIELD} of {file}", temperature, POSITIVE)
     set_temperature(model, temperature)

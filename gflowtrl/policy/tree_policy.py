@@ -1,14 +1,14 @@
-"""What every tree policy shares: scores from logits, sampling, beam search, the exact leaf distribution.
+"""The base class of policies: scores from logits, sampling, beam search, the exact leaf distribution.
 
-A kind of model has to bring two things only: the logits of a group in one forward (`_packed`), and a decoder that
-extends branches on a cached prompt (`_decoder`).
+A subclass for a kind of model provides the logits of a group in one forward (`_packed`), a decoder that extends
+branches of a cached prompt (`_decoder`), and the model's plain forward for comparison (`_plain_logits`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from .heads import has_flow_heads
 from .modules import evaluation_mode, innermost
 from .noise import Noise, inverse_cdf
 from .packing import BranchDecoder
-from .restricted_head import num_rows, only_rows, only_states, selectable_head
+from .restricted_head import num_rows, only_rows, selectable_head
 from .scores import StepScores
 from .stochastic_beam import StochasticBeams, conditional_gumbels, log_inclusion
 from .support import check_positions
@@ -31,29 +31,29 @@ from .temperature import temperature_of
 
 
 class TreePolicy(ABC):
-    """The distribution over leaves that a model gives when its logits are renormalized over the children of a node.
+    """The distribution over leaves of a language model, with its logits renormalized over the children of a node.
 
     At a node s the probability of token t is the softmax of the model's logits over the children of s only, so leaf
     probabilities sum to one, and training and decoding see the same distribution.
 
     Args:
-        model: a language model, bare or wrapped (PEFT, DDP, DeepSpeed, FSDP); it is only ever called with ordinary
-            keyword arguments. `policy_temperature` in its configuration, 1 by default, divides the logits everywhere.
+        model: a language model, bare or wrapped (PEFT, DDP, DeepSpeed, FSDP). It is called only with ordinary keyword
+            arguments. `policy_temperature` in its configuration (default 1) divides the logits in all methods.
         catalog: the items. It is moved to the prompts' device when needed.
 
-    Prompts are a left-padded batch `{"input_ids": (B, P), "attention_mask": (B, P)}`, or windows that several of them
-    begin, `{"input_ids": (U, T), "attention_mask": (U, T), "trunk": (B,), "cut": (B,)}`: each sees the first `cut`
-    tokens of its trunk. Every method takes both, with equal results.
+    Prompts are a left-padded batch `{"input_ids": (B, P), "attention_mask": (B, P)}`, or windows that several prompts
+    share, `{"input_ids": (U, T), "attention_mask": (U, T), "trunk": (B,), "cut": (B,)}`: each prompt sees the first
+    `cut` tokens of its trunk. Every method takes both formats, with equal results.
 
     Raises:
-        ValueError: the model uses FlashAttention, which takes no 4-D mask.
+        ValueError: the model uses FlashAttention, which does not support 4-D masks.
     """
 
     def __init__(self, model: nn.Module, catalog: ItemCatalog):
         implementation = attention_implementation(getattr(innermost(model), "config", None))
         if "flash" in implementation:
             raise ValueError(
-                f"The model uses {implementation!r} attention, which takes no 4-D mask. Load it with "
+                f"The model uses {implementation!r} attention, which does not support 4-D masks. Load it with "
                 f"attn_implementation='sdpa' (or 'eager')."
             )
         self.model = model
@@ -66,49 +66,49 @@ class TreePolicy(ABC):
 
     @abstractmethod
     def _packed(self, prompts: Prompts, branches: Branches) -> tuple[Tensor, Tensor | None]:
-        """One forward for the n states of a group.
+        """Run one forward for the n states of a group.
 
         Returns:
-            logits `(n, V)` in float32 (or of the catalog's tokens only, see `_chosen_logits`), and log F `(n,)`,
-            None where the model has no heads.
+            Logits `(n, V)` in float32, or of the catalog's tokens only (`only_rows`), and log F `(n,)`, None if the
+            model has no flow heads.
         """
 
     @abstractmethod
     def _decoder(self, prompts: Prompts) -> BranchDecoder:
-        """A decoder whose prompts are computed already."""
+        """Return a decoder with cached prompts."""
 
     @abstractmethod
     def _plain_logits(self, prompt: Tensor, paths: Tensor) -> Tensor:
-        """The model's own forward, one full sequence per row, without padding, mask or cache.
+        """Run the model's own forward with one full sequence per row, without padding, mask or cache.
 
         Args:
             prompt: `(P,)` tokens.
-            paths: `(K, L)` ids behind it.
+            paths: `(K, L)` semantic ids that follow it.
 
         Returns:
-            logits `(K, L, V)` before each token of the ids.
+            Logits `(K, L, V)` that predict each token of the ids.
         """
 
     # ------------------------------------------------------------------------------------------------------ scoring
     def score(self, prompts: Prompts, leaves: Tensor, vocabulary: bool = False) -> StepScores:
-        """Score K leaves a prompt in one packed forward, differentiably.
+        """Score K leaves per prompt in one packed forward, differentiably.
 
         Args:
             prompts: the batch.
             leaves: `(B, K)` leaves.
-            vocabulary: give the tokens' log-probabilities over the whole vocabulary too, in states without a choice
-                as well.
+            vocabulary: also return the tokens' log-probabilities over the whole vocabulary, including those of states
+                without a choice.
 
         Returns:
-            `StepScores`; equal to scoring every full sequence by itself.
+            `StepScores`, equal to scoring every full sequence separately.
         """
         tree = self._tree(prompts)
         nodes = tree.walk(leaves)
-        # A head's log F is wanted in every state, a distribution only where there is something to choose.
+        # log F is needed at every state, a distribution only where there is a choice.
         states = nodes[:, :, :-1]
-        wanted = states if self._heads or vocabulary else states.masked_fill(tree.is_determined(states), -1)
-        branches = merge_branches(tree, wanted)
-        with nullcontext() if vocabulary else self._chosen_logits(tree):
+        needed = states if self._heads or vocabulary else states.masked_fill(tree.is_determined(states), -1)
+        branches = merge_branches(tree, needed)
+        with only_rows(None if vocabulary else self._output, tree.tokens):
             logits, flows = self._packed(prompts, branches)
         width = max(tree.max_children)
         log_probs, child_log_probs, child_nodes = [], [], []
@@ -123,7 +123,9 @@ class TreePolicy(ABC):
         lengths, over_vocabulary = tree.leaf_lengths[leaves], None
         if vocabulary:
             tempered = logits if self.temperature == 1 else logits / self.temperature
-            over_vocabulary = _over_vocabulary(tempered, branches, nodes[:, :, 1:], tree)
+            # log_softmax is one pass, forward and backward; logits - logsumexp would be several.
+            taken = tempered.log_softmax(-1)[branches.slots.clamp(min=0), tree.tokens_of(nodes[:, :, 1:])]
+            over_vocabulary = torch.where(nodes[:, :, 1:] >= 0, taken, 0.0)
         return StepScores(
             log_probs=torch.stack(log_probs, 2),
             child_log_probs=torch.stack(child_log_probs, 2),
@@ -137,7 +139,7 @@ class TreePolicy(ABC):
     def _at_trajectories(
         self, logits: Tensor, branches: Branches, following: Tensor, depth: int
     ) -> tuple[Tensor, Tensor]:
-        """Children and their log-probabilities `(B, K, C)` at one depth, from the logits of the states there.
+        """Return the children and their log-probabilities `(B, K, C)` at one depth, from the logits of its states.
 
         `following` `(B, K)` are the trajectories' next nodes: the only children of states that were not computed.
         """
@@ -146,43 +148,43 @@ class TreePolicy(ABC):
         certain = torch.where(following >= 0, 0.0, -torch.inf)[..., None]
         if level.start == level.stop:
             return following[..., None], certain
-        # States that trajectories of a prompt share are computed once, the root among them.
+        # States that trajectories of a prompt share, such as the root, are computed once.
         children, distribution = self._distribution(logits[level], branches.nodes[level], depth)
-        place = (slots[..., 0] - level.start).clamp(min=0)
-        children, distribution = children[place], distribution[place]
+        index = (slots[..., 0] - level.start).clamp(min=0)
+        children, distribution = children[index], distribution[index]
         rest = (0, children.shape[-1] - 1)
         children = torch.where(slots >= 0, children, nn.functional.pad(following[..., None], rest, value=-1))
         certain = nn.functional.pad(certain, rest, value=-torch.inf)
         return children, torch.where(slots >= 0, distribution, certain)
 
     def _distribution(self, logits: Tensor, nodes: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-        """Children `(.., C)` of `nodes` `(..)` and their log-probabilities, -inf on padding."""
+        """Return the children `(.., C)` of `nodes` `(..)` and their log-probabilities, -inf on padding."""
         tokens, children = self.catalog.tree.children(nodes, depth)
         present = children >= 0
-        # A finite fill keeps states without children (ended ids) free of NaN, in value and in gradient.
-        if logits.shape[-1] == len(self.catalog.tree.tokens):  # those of the catalog's tokens only
+        if logits.shape[-1] == len(self.catalog.tree.tokens):  # logits of the catalog's tokens only
             tokens = self.catalog.tree.compact_token_ids(tokens)
-        chosen = logits.gather(-1, tokens.clamp(min=0)) / self.temperature
-        chosen = chosen.masked_fill(~present, torch.finfo(logits.dtype).min)
-        return children, chosen.log_softmax(-1).masked_fill(~present, -torch.inf)
+        selected = logits.gather(-1, tokens.clamp(min=0)) / self.temperature
+        # With a finite fill, states without children (ended ids) give no NaN, in value and in gradient.
+        selected = selected.masked_fill(~present, torch.finfo(logits.dtype).min)
+        return children, selected.log_softmax(-1).masked_fill(~present, -torch.inf)
 
     # ----------------------------------------------------------------------------------------------------- decoding
     @torch.no_grad()
     def sample(
         self, prompts: Prompts, num_generations: int, noise: Noise, temperature: float = 1.0, epsilon: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Draw leaves, with replacement.
+        """Sample leaves with replacement.
 
         Args:
             prompts: the batch.
-            num_generations: K, trajectories a prompt.
+            num_generations: K, trajectories per prompt.
             noise: `StatelessNoise(seed).at(step, row_ids)`.
-            temperature: divides the policy's logits once more; above 1 explores more.
-            epsilon: probability, at each step, of a uniform child instead.
+            temperature: divides the logits in addition to the policy's temperature; above 1 explores more.
+            epsilon: probability of a uniformly random child at each step.
 
         Returns:
-            leaves `(B, K)` and `log_q` `(B, K)`, their log-probability under the distribution that drew them
-            (tempered, mixed), not under the policy.
+            Leaves `(B, K)` and `log_q` `(B, K)`, their log-probability under the sampling distribution (with
+            `temperature` and `epsilon`), not under the policy.
         """
         check_number("temperature", temperature, POSITIVE)
         check_number("epsilon", epsilon, SHARE)
@@ -196,42 +198,42 @@ class TreePolicy(ABC):
             logits = decoder.root_logits
             for depth in range(tree.max_depth):
                 if not tree.num_branching[depth]:
-                    break  # nowhere is anything left to choose, in no process
-                settled = tree.is_determined(nodes)
-                place = dense_rank(nodes.masked_fill(settled, -1))  # trajectories at one state share its computation
-                width = _width(place.amax(1) + 1, min(num_generations, tree.num_branching[depth]))
-                states = scatter_rows(nodes, place, width, empty=-1)
+                    break  # no choices are left, in any process
+                determined = tree.is_determined(nodes)
+                rank = dense_rank(nodes.masked_fill(determined, -1))  # trajectories at one state share its computation
+                width = _width(rank.amax(1) + 1, min(num_generations, tree.num_branching[depth]))
+                states = scatter_rows(nodes, rank, width, empty=-1)
                 if depth:
-                    logits = decoder.extend(tree.tokens_of(states), scatter_rows(parents, place, width))
+                    logits = decoder.extend(tree.tokens_of(states), scatter_rows(parents, rank, width))
                 children, log_probs = self._distribution(logits / temperature, states, depth)
                 present = children >= 0
                 probs = log_probs.exp().double()
-                probs = torch.where(probs.isnan(), present, probs)  # leaves all the same; whoever scores them will see
+                probs = torch.where(probs.isnan(), present, probs)  # still sample a leaf; scoring it will show the NaN
                 if epsilon:
                     uniform = present / present.sum(-1, keepdim=True).clamp(min=1)
                     probs = (1 - epsilon) * probs + epsilon * uniform
-                each = place.clamp(min=0)[..., None].expand(-1, -1, children.shape[-1])
-                children, probs = children.gather(1, each), probs.gather(1, each)
+                parents = rank.clamp(min=0)
+                index = parents[..., None].expand(-1, -1, children.shape[-1])
+                children, probs = children.gather(1, index), probs.gather(1, index)
                 choice = inverse_cdf(probs, noise.uniform("policy", num_generations, depth)[..., None])
                 chosen = probs.gather(-1, choice).squeeze(-1)
-                log_q += torch.where(settled, 0.0, chosen.log()).float()
-                nodes = torch.where(settled, nodes, children.gather(-1, choice).squeeze(-1))
-                parents = place.clamp(min=0)
+                log_q += torch.where(determined, 0.0, chosen.log()).float()
+                nodes = torch.where(determined, nodes, children.gather(-1, choice).squeeze(-1))
         return tree.unique_leaf(nodes), log_q
 
     @torch.no_grad()
     def beam_search(self, prompts: Prompts, num_beams: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The most probable leaves by beam search on the tree.
+        """Find the most probable leaves by beam search on the tree.
 
         Args:
             prompts: the batch.
             num_beams: width of the beam.
-            allowed: bool `(M,)` nodes that may be entered (`PrefixTree.path_mask`), by default all. Probabilities stay
-                those over the whole tree.
+            allowed: bool `(M,)` nodes that may be visited (`PrefixTree.path_mask`). Default: all. Probabilities are
+                still normalized over the whole tree.
 
         Returns:
-            leaves `(B, num_beams)`, best first, and their tree-normalized log-probabilities. Where there are fewer
-            leaves than beams, the rest is leaf -1 with -inf.
+            Leaves `(B, num_beams)`, best first, and their tree-normalized log-probabilities. If there are fewer leaves
+            than beams, the rest is padded with leaf -1 and log-probability -inf.
         """
 
         def rank(_: Tensor, totals: Tensor, children: Tensor) -> Tensor:
@@ -245,16 +247,16 @@ class TreePolicy(ABC):
     def stochastic_beam_search(
         self, prompts: Prompts, num_generations: int, noise: Noise, temperature: float = 1.0
     ) -> StochasticBeams:
-        """Draw K *distinct* leaves, without replacement (Kool, van Hoof and Welling, ICML 2019).
+        """Sample K *distinct* leaves, without replacement (Kool, van Hoof and Welling, ICML 2019).
 
-        Every leaf gets an independent Gumbel number on top of its log-probability, and the K largest sums are the
-        sample. They are found top-down, since the largest sum below a node has a known distribution, with a beam of
-        K + 1 (one more gives the threshold) and no approximation. A node's number depends on the row, the step
-        and the node only, so a sample of K begins with the sample of K - 1.
+        Independent Gumbel noise is added to the log-probability of every leaf, and the K leaves with the largest sums
+        are the sample. They are found top-down, since the largest sum below a node has a known distribution, with a
+        beam of K + 1 (the last one gives the threshold) and no approximation. A node's noise depends only on the row,
+        the step and the node, so a sample of size K begins with the sample of size K - 1.
 
         Args:
             prompts: the batch.
-            num_generations: K, trajectories a prompt.
+            num_generations: K, trajectories per prompt.
             noise: `StatelessNoise(seed).at(step, row_ids)`.
             temperature: divides the logits; above 1 explores more.
 
@@ -282,7 +284,7 @@ class TreePolicy(ABC):
 
     @torch.no_grad()
     def leaf_log_probs(self, prompts: Prompts, chunk_size: int = 256) -> Tensor:
-        """The exact distribution over all leaves: `(B, N)`. For small catalogs and for tests.
+        """Return the exact distribution over all leaves: `(B, N)`. For small catalogs and for tests.
 
         Args:
             prompts: the batch.
@@ -310,7 +312,7 @@ class TreePolicy(ABC):
                     children, log_probs = self._distribution(logits, previous.expand(batch, -1), depth)
                     present = children[0] >= 0
                     totals[:, children[0][present]] = (totals[:, previous, None] + log_probs)[:, present]
-        # A leaf's probability is that of the first node on its way that leads nowhere else.
+        # A leaf's probability is that of the first node on its path that leads to no other leaf.
         first = (~tree.is_determined(tree.path_nodes)).sum(1, keepdim=True)
         return totals[:, tree.path_nodes.gather(1, first).squeeze(1).long()]
 
@@ -319,18 +321,18 @@ class TreePolicy(ABC):
         self, prompts: Prompts, width: int, temperature: float, start: Tensor,
         rank: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Keep the `width` best-ranked prefixes at every depth.
+        """Keep the prefixes with the `width` largest ranking scores at every depth.
 
         Args:
             prompts: the batch.
             width: number of beams.
             temperature: divides the logits.
-            start: `(B, 1)` the root's rank; its dtype is that of all sums.
-            rank: ranks of the beams `(B, n)`, log-probabilities of their children `(B, n, C)` and the children
-                `(B, n, C)` -> the children's ranks `(B, n, C)`, -inf where there is none.
+            start: `(B, 1)` the root's ranking score; its dtype is used for all sums.
+            rank: function from ranking scores of the beams `(B, n)`, log-probabilities of their children `(B, n, C)`
+                and the children `(B, n, C)` to the children's ranking scores `(B, n, C)`, -inf for missing children.
 
         Returns:
-            leaves, log-probabilities and ranks `(B, width)`, the best rank first; the rest is -1, -inf and -inf.
+            Leaves, log-probabilities and ranking scores `(B, width)`, best first, padded with -1, -inf and -inf.
         """
         tree = self._tree(prompts)
         nodes = torch.zeros(start.shape, dtype=torch.long, device=start.device)
@@ -339,69 +341,56 @@ class TreePolicy(ABC):
             logits, parents = decoder.root_logits, torch.zeros_like(nodes)
             for depth in range(tree.max_depth):
                 if not tree.num_branching[depth]:
-                    break  # nowhere is anything left to choose, in no process
-                settled = tree.is_determined(nodes)
-                count = _width((~settled).sum(1), min(nodes.shape[1], tree.num_branching[depth]))
-                going_on = settled.to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
-                states = nodes.masked_fill(settled, -1).gather(1, going_on)
+                    break  # no choices are left, in any process
+                determined = tree.is_determined(nodes)
+                count = _width((~determined).sum(1), min(nodes.shape[1], tree.num_branching[depth]))
+                active = determined.to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+                states = nodes.masked_fill(determined, -1).gather(1, active)
                 if depth:
-                    logits = decoder.extend(tree.tokens_of(states), parents.gather(1, going_on))
+                    logits = decoder.extend(tree.tokens_of(states), parents.gather(1, active))
                 children, log_probs = self._distribution(logits / temperature, states, depth)
-                candidates = totals.gather(1, going_on)[..., None] + log_probs
-                ranked = rank(ranks.gather(1, going_on), candidates, children)
-                # Settled beams stay as they are, among the children of the others.
-                flat = torch.cat([ranked.flatten(1), ranks.masked_fill(~settled, -torch.inf)], 1)
-                ranks, place = flat.topk(min(width, flat.shape[1]), dim=1)
-                parents = (place // children.shape[-1]).clamp(max=count - 1)
+                candidates = totals.gather(1, active)[..., None] + log_probs
+                ranked = rank(ranks.gather(1, active), candidates, children)
+                # Determined beams compete unchanged with the children of the others.
+                flat = torch.cat([ranked.flatten(1), ranks.masked_fill(~determined, -torch.inf)], 1)
+                ranks, best = flat.topk(min(width, flat.shape[1]), dim=1)
+                parents = (best // children.shape[-1]).clamp(max=count - 1)
                 missing = ranks == -torch.inf
-                totals = torch.cat([candidates.flatten(1), totals], 1).gather(1, place)
+                totals = torch.cat([candidates.flatten(1), totals], 1).gather(1, best)
                 totals = totals.masked_fill(missing, -torch.inf)
-                nodes = torch.cat([children.flatten(1), nodes], 1).gather(1, place).masked_fill(missing, -1)
+                nodes = torch.cat([children.flatten(1), nodes], 1).gather(1, best).masked_fill(missing, -1)
         rest = (0, width - nodes.shape[1])
         leaves = nn.functional.pad(tree.unique_leaf(nodes), rest, value=-1)
         totals = nn.functional.pad(totals, rest, value=-torch.inf)
         return leaves, totals, nn.functional.pad(ranks, rest, value=-torch.inf)
 
     def _tree(self, prompts: Prompts) -> PrefixTree:
-        # A trunk goes on behind its prompts, as far as an id does or not.
-        behind = self.catalog.tree.max_depth if "trunk" not in prompts else 1
-        check_positions(self.model, prompts["input_ids"].shape[1], behind)
+        """Check that the prompts fit the model, move the catalog to their device and return its tree."""
+        # A trunk may already include the tokens after its prompts.
+        id_length = self.catalog.tree.max_depth if "trunk" not in prompts else 1
+        check_positions(self.model, prompts["input_ids"].shape[1], id_length)
         device = prompts["input_ids"].device
         if self.catalog.device != device:
             self.catalog.to(device)
         return self.catalog.tree
 
-    def _chosen_logits(self, tree: PrefixTree) -> AbstractContextManager:
-        """Within, the model gives logits of the catalog's tokens only, where that is worth while and possible."""
-        return nullcontext() if self._output is None else only_rows(self._output, tree.tokens)
-
-    def _chosen_states(self, states: Tensor) -> AbstractContextManager:
-        """Within, the model gives logits `(n, V)` at these places of its rows only, where that is possible."""
-        return nullcontext() if self._head is None else only_states(self._head, states)
-
     @contextmanager
     def _decoding(self, prompts: Prompts) -> Iterator[BranchDecoder]:
-        """A decoder with dropout off; the model's mode is restored afterwards."""
-        with evaluation_mode(self.model), self._chosen_logits(self.catalog.tree):
+        """Context manager: a decoder of the model in evaluation mode. The model's mode is restored afterwards."""
+        with evaluation_mode(self.model), only_rows(self._output, self.catalog.tree.tokens):
             yield self._decoder(prompts)
 
 
 def _flows_of_states(flows: Tensor, branches: Branches, lengths: Tensor) -> Tensor:
-    """log F at the states `(n,)` -> at each trajectory's s_0 .. s_{L-1} `(B, K, L)`, 0 after its end."""
+    """Turn log F of the states `(n,)` into log F of each trajectory's s_0 .. s_{L-1} `(B, K, L)`, 0 after its end."""
     states = flows[branches.slots.clamp(min=0)]
     return torch.where(torch.arange(states.shape[2], device=flows.device) < lengths[..., None], states, 0.0)
 
 
-def _over_vocabulary(logits: Tensor, branches: Branches, reached: Tensor, tree: PrefixTree) -> Tensor:
-    """log P of the tokens that lead to the nodes `reached` `(B, K, L)`, from all logits of their states `(n, V)`."""
-    log_probs = logits.log_softmax(-1)  # one pass, forward and backward; logits - logsumexp would be several
-    taken = log_probs[branches.slots.clamp(min=0), tree.tokens_of(reached)]
-    return torch.where(reached >= 0, taken, 0.0)
-
-
 def _width(needed: Tensor, bound: int) -> int:
-    """How many states a row needs at most, `needed` `(B,)`; at least 1, so that all processes run the same forwards.
+    """Return the largest of the rows' numbers of states, `needed` `(B,)`, but at least 1 and at most `bound`.
 
-    An accelerator would have to be waited for to know, so there it is what the tree says it can be.
+    At least 1 so that all processes run the same forwards. On an accelerator, reading the numbers would synchronize
+    with the device, so there the result is `bound`.
     """
     return bound if needed.device.type != "cpu" else min(bound, max(int(needed.max()), 1))

@@ -1,4 +1,4 @@
-"""Rewards: what makes a recommendation good, and how several opinions become one `log R`."""
+"""Rewards score recommended items; `CompositeReward` combines several of them into one `log R`."""
 
 from .collaborative import CollaborativeReward
 from .composite import CompositeReward

@@ -1,4 +1,4 @@
-"""Calling plain reward functions the way TRL's GRPOTrainer does: lists in, a list out, sync or async."""
+"""Call plain reward functions as TRL's GRPOTrainer does: lists in, one list out, sync or async."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 def reward_keywords(
     step: Step, leaves: Tensor, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, list]:
-    """The keyword arguments of a reward function, all lists of length B * K, row by row.
+    """Return the keyword arguments of a reward function: lists of length B * K, row by row.
 
-    `prompts` are the texts the model sees (without padding), `completions` the id's tokens joined by spaces,
-    `completion_ids` their numbers, `items` the items at the leaf; then every dataset column, each value K times.
+    `prompts` are the texts that the model sees, without padding; `completions` are the tokens of the semantic ids,
+    joined by spaces; `completion_ids` are their token ids; `items` are the items at each leaf. Every dataset column is
+    passed on too, with each value repeated K times.
     """
     check_column_names(step.columns)
     repeats = leaves.shape[1]
@@ -55,18 +56,18 @@ def reward_keywords(
 
 
 class RewardLog:
-    """What reward functions report besides their values: `log_extra(column, values)`, `log_metric(name, value)`."""
+    """Collects what reward functions report with `log_extra(column, values)` and `log_metric(name, value)`."""
 
     def __init__(self) -> None:
         self.extra: dict[str, list] = {}
         self._metrics: defaultdict[str, list[float]] = defaultdict(list)
 
     def log_extra(self, column: str, values: Sequence) -> None:
-        """Add a column to the table of logged completions: one value per completion."""
+        """Add a column to the table of logged completions, with one value per completion."""
         self.extra[column] = list(values)
 
     def log_metric(self, name: str, value: float) -> None:
-        """Add a number to the training metrics; several values of one name are averaged."""
+        """Add a value to the training metrics. Values with the same name are averaged."""
         self._metrics[name].append(float(value))
 
     @property
@@ -75,20 +76,20 @@ class RewardLog:
 
 
 def call_rewards(functions: Mapping[str, Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Call all functions; those that return awaitables run concurrently. An exception gets a note with the reward."""
-    results, waiting = {}, {}
+    """Call all functions. Awaitables run concurrently. An exception gets a note that names the reward."""
+    results, pending = {}, {}
     for name, function in functions.items():
-        with _naming(name):
+        with _note_reward(name):
             result = function(**keywords)
-        (waiting if inspect.isawaitable(result) else results)[name] = result
-    if waiting:
-        gathered = asyncio.run_coroutine_threadsafe(_gather(waiting), _event_loop()).result()
-        results.update(zip(waiting, gathered, strict=True))
+        (pending if inspect.isawaitable(result) else results)[name] = result
+    if pending:
+        gathered = asyncio.run_coroutine_threadsafe(_gather(pending), _event_loop()).result()
+        results.update(zip(pending, gathered, strict=True))
     return results
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
+def _note_reward(name: str) -> Iterator[None]:
     """Add the reward's name to an exception."""
     try:
         yield
@@ -97,25 +98,39 @@ def _naming(name: str) -> Iterator[None]:
         raise
 
 
-async def _gather(waiting: Mapping[str, Any]) -> list[Any]:
-    async def noted(name: str, awaitable: Any) -> Any:
-        with _naming(name):
+async def _gather(pending: Mapping[str, Any]) -> list[Any]:
+    async def result_of(name: str, awaitable: Any) -> Any:
+        with _note_reward(name):
             return await awaitable
 
-    return await asyncio.gather(*(noted(name, awaitable) for name, awaitable in waiting.items()))
+    return await asyncio.gather(*(result_of(name, awaitable) for name, awaitable in pending.items()))
 
 
 @functools.cache
 def _event_loop() -> asyncio.AbstractEventLoop:
-    """One loop in a thread of its own for the whole run: it works inside notebooks, and a reward's open connections,
-    which belong to a loop, survive from step to step."""
+    """Return the event loop of the run, which has its own thread.
+
+    A separate thread also works inside notebooks. A single loop keeps the open connections of a reward, which belong
+    to a loop, alive from step to step.
+    """
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="gflowtrl-rewards", daemon=True).start()
     return loop
 
 
-def checked_values(name: str, values: Any, count: int, where: Callable[[int], str]) -> list[float]:
-    """A reward function's answer as `count` numbers, NaN for None; `where` names the completion in an error."""
+def checked_values(name: str, values: Any, count: int, describe: Callable[[int], str]) -> list[float]:
+    """Return the result of a reward function as `count` floats, with NaN for None.
+
+    Args:
+        name: name of the reward, for errors.
+        values: what the function returned.
+        count: expected number of values.
+        describe: describes completion i in an error message.
+
+    Raises:
+        TypeError: `values` is not a list, or a value is not a number.
+        ValueError: the number of values is wrong, or a value is not finite.
+    """
     if isinstance(values, Tensor):
         values = values.tolist()
     try:
@@ -134,11 +149,13 @@ def checked_values(name: str, values: Any, count: int, where: Callable[[int], st
         try:
             number = math.nan if value is None else float(value)
         except (TypeError, ValueError):
-            raise TypeError(f"Reward {name!r} returned {value!r} for {where(i)}; return a number or None.") from None
+            raise TypeError(
+                f"Reward {name!r} returned {value!r} for {describe(i)}; return a number or None."
+            ) from None
         if value is not None and not math.isfinite(number):
             raise ValueError(
-                f"Reward {name!r} returned {number} for {where(i)}; return a finite number, or None where the reward "
-                f"does not apply."
+                f"Reward {name!r} returned {number} for {describe(i)}; return a finite number, or None where the "
+                f"reward does not apply."
             )
         numbers.append(number)
     return numbers

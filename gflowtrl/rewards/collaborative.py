@@ -1,9 +1,9 @@
-"""What a collaborative model thinks of every item."""
+"""A reward from the scores of a collaborative model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -11,36 +11,32 @@ from torch import Tensor
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.checks import NOT_NEGATIVE, POSITIVE, check_choice, check_number
 from gflowtrl.data import Step
-from gflowtrl.teachers import as_teacher, teacher_scores
+from gflowtrl.teachers import Teacher, as_teacher, teacher_scores
 
+from .from_spec import RewardContext
 from .reward import Reward
 
 
-if TYPE_CHECKING:
-    from gflowtrl.teachers import Teacher
-
-    from .from_spec import RewardContext
-
-
 class CollaborativeReward(Reward):
-    """What the teacher thinks, made positive user by user. Reads the column `history`.
+    """The teacher's scores of all items, normalized per user to positive values. Reads the column `history`.
 
-    - `normalization="softmax"`: a probability over all items, `softmax((score - c * log(count + 1)) / temperature)`.
+    - `normalization="softmax"`: `softmax((score - c * log(count + 1)) / temperature)`, a probability over all items.
     - `normalization="min_max"`: `((s - min s) / (max s - min s)) ** exponent` with s = score - c * log(count + 1), in
-      [0, 1]; 1 for all items where they score alike. The squashed score of GFlowGR (arXiv 2506.16114).
+      [0, 1]. If all items have the same score, all get 1. This is the squashed score of GFlowGR (arXiv 2506.16114).
 
-    A softmax by default, because a target over thousands of items is nearly flat under min-max: the mean item gets
-    about half of what the best one gets. An exponent of 10, say, repairs it. A higher temperature (a lower exponent)
-    and a popularity correction c spread the target over more items.
+    The default is a softmax, because with min-max a target over thousands of items is nearly flat: the mean item gets
+    about half the value of the best one. An exponent of 10, for example, corrects this. A higher temperature (or a
+    lower exponent) and a popularity correction c spread the target over more items.
 
     Args:
         teacher: a `gflowtrl.teachers.Teacher`, or any callable `histories -> (B, items)` in the catalog's order.
-        temperature: of the softmax, > 0, in units of the teacher's scores. Min-max has no unit and takes none.
+        temperature: temperature of the softmax, > 0, in units of the teacher's scores. Not used with min-max, which
+            has no unit.
         popularity_correction: c, >= 0; 0.5 is mild.
-        item_counts: how often each item occurs in training: a mapping of items (missing ones count 0), or one number
-            per item in the catalog's order. Needed where c > 0.
+        item_counts: how often each item occurs in training: a mapping from items (missing items count 0), or one
+            number per item in the catalog's order. Required if c > 0.
         normalization: "softmax" or "min_max".
-        exponent: of min-max, > 0. (Of a softmax it would be the temperature 1 / exponent.)
+        exponent: exponent of min-max, > 0. (With a softmax it would be the temperature 1 / exponent.)
     """
 
     provided = frozenset({"item_counts"})
@@ -61,21 +57,21 @@ class CollaborativeReward(Reward):
         check_number("popularity_correction", popularity_correction, NOT_NEGATIVE)
         check_choice("normalization", normalization, ("softmax", "min_max"))
         if popularity_correction and item_counts is None:
-            raise ValueError("popularity_correction needs item_counts: how often each item occurs in training.")
+            raise ValueError("popularity_correction needs item_counts; pass how often each item occurs in training.")
         if normalization == "softmax" and exponent != 1:
             raise ValueError(
-                f"The exponent {exponent} belongs to normalization='min_max'; of a softmax it is a temperature: give "
-                f"temperature={temperature / exponent:g}."
+                f"The exponent is {exponent}; it is used with normalization='min_max' only. For a softmax, set "
+                f"temperature={temperature / exponent:g} instead."
             )
         if normalization == "min_max" and temperature != 1:
             raise ValueError(
-                f"normalization='min_max' does not depend on a temperature, but temperature={temperature} was given; "
-                f"use exponent to sharpen or flatten."
+                f"The temperature is {temperature}, but normalization='min_max' does not depend on a temperature. Use "
+                f"the exponent to sharpen or flatten the scores."
             )
         self.teacher, self.temperature = teacher, temperature
         self.popularity_correction, self.item_counts = popularity_correction, item_counts
         self.normalization, self.exponent = normalization, exponent
-        self._aligned: Teacher  # the teacher, its columns in the catalog's order
+        self._aligned: Teacher  # the teacher with its columns in the catalog's order
         self._penalty: Tensor | None = None
 
     def _prepare(self, catalog: ItemCatalog) -> None:
@@ -91,7 +87,7 @@ class CollaborativeReward(Reward):
         if self.normalization == "softmax":
             return torch.softmax(scores / self.temperature, 1)
         low, high = scores.aminmax(dim=1, keepdim=True)
-        # Compared for equality, so that NaN stays NaN and is reported.
+        # The test for equality keeps NaN as NaN, which is then reported.
         return torch.where(high == low, torch.ones_like(scores), (scores - low) / (high - low)) ** self.exponent
 
     @classmethod

@@ -1,4 +1,4 @@
-"""From several rewards to one `log R`: call them, check them, add them up, transform the sum."""
+"""Combination of several rewards into one `log R`: call them, check their values, add them, transform the sum."""
 
 from __future__ import annotations
 
@@ -26,38 +26,38 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# A test for bad values: where it fails (B, n), the values to show, and the sentence that explains it.
+# A check for invalid values: a mask of the failures (B, n), the values for the message, and the message's template.
 _Check = tuple[Tensor, Tensor, str]
 
 
 class CompositeReward:
-    """Combines rewards: `r = sum of weights[i] * r_i`, then
+    """Combines rewards into log R: computes the sum `r = sum of weights[i] * r_i` and transforms it.
 
-    - `transform="power"`: `log R = beta * log max(r, floor * mean of r over the prompt's leaves)`, r >= 0;
-    - `transform="exp"`: `log R = beta * r`, any sign.
+    - `transform="power"`: `log R = beta * log max(r, floor * mean of r over the prompt's leaves)`, r >= 0.
+    - `transform="exp"`: `log R = beta * r`, where r may have any sign.
 
-    The floor keeps R positive (GFlowNets need it) without giving the many worthless leaves together more than about
-    `floor` of the mass. Its mean runs over **all** leaves where every reward scores all items; otherwise over the
-    group's distinct leaves, which is only an approximation and depends on the trajectories drawn.
+    The floor keeps R positive, as GFlowNets require, and limits the total mass of the many leaves without reward to
+    about `floor`. Its mean is over **all** leaves if every reward scores all items. Otherwise it is over the distinct
+    leaves of the group, which is an approximation that depends on the drawn trajectories.
 
     Args:
-        reward_funcs: one reward or a list: callables with TRL's signature (sync or async), or objects with
+        reward_funcs: one reward or a list of rewards: callables with TRL's signature (sync or async), or objects with
             `score_items(step) -> (B, items)` or `score_leaves(step, leaves) -> (B, K)`.
         catalog: the items.
-        tokenizer: turns prompts into text; only plain callables need it.
-        weights: one number per reward (default 1 each); >= 0 under "power". Weight 0 logs a reward without using it.
+        tokenizer: decodes the prompts; required for plain callables only.
+        weights: one number per reward (default 1); >= 0 with "power". With weight 0 a reward is only logged.
         transform: "power" or "exp".
         beta: exponent, or inverse temperature; > 0.
-        floor: share of the prompt's mean reward, in [0, 1); with 0 every reward must be positive.
-        leaf_reduction: how values of items become one of their leaf, reward by reward: "sum" or "max".
-        max_elements: largest table (prompts x leaves) that `of` makes. None: no limit.
-        top_items: where a table would be larger, so many leaves of each prompt keep their own reward, and the others
-            share the rest of the mass evenly; None: drawn leaves are scored by themselves, and the floor follows the
-            group's mean.
+        floor: share of the prompt's mean reward, in [0, 1). With 0 every reward must be positive.
+        leaf_reduction: "sum" or "max": how each reward reduces the values of the items at a leaf.
+        max_elements: largest table (prompts x leaves) that `of` computes. None: no limit.
+        top_items: number of best leaves per prompt that keep their own reward if the full table would be larger than
+            `max_elements`; the other leaves share the remaining mass equally. None: only drawn leaves are scored, and
+            the floor uses the group's mean.
 
     Raises:
-        ValueError: bad options; when used, a reward of the wrong shape, NaN or infinite values, a negative one under
-            "power", a completion for which all rewards are None, a row without any positive reward. The error names
+        ValueError: invalid options; later, a reward of the wrong shape, a NaN or infinite value, a negative value with
+            "power", a completion for which all rewards are None, or a row without a positive reward. The error names
             the reward and the first bad row.
     """
 
@@ -86,53 +86,51 @@ class CompositeReward:
             if binds(reward):
                 reward.bind(catalog, tokenizer, leaf_reduction)
             elif not _is_tensor_reward(reward) and tokenizer is None:
-                raise ValueError(
-                    f"Reward {name!r} is a plain callable, which is called with text: give the tokenizer."
-                )
+                raise ValueError(f"Reward {name!r} is a plain callable, which is called with text; pass a tokenizer.")
 
     @property
     def names(self) -> list[str]:
-        """What the rewards are called in logs: `__name__` or the class name, numbered where it repeats."""
+        """Names of the rewards in logs: `__name__` or the class name, with a number if a name repeats."""
         return list(self.rewards)
 
     @property
     def can_score_all(self) -> bool:
-        """Whether every reward scores all items, so that R is known on all leaves (what exact flows need)."""
+        """Whether every reward scores all items. R is then known for all leaves, as exact flows require."""
         return not self.sampled_only
 
     @property
     def sampled_only(self) -> list[str]:
-        """Names of the rewards that score drawn leaves only, not all items."""
+        """Names of the rewards that cannot score all items, but only drawn leaves."""
         return [name for name, reward in self.rewards.items() if not _scores_all(reward)]
 
     def check_scores_all(self, need: str) -> None:
-        """Refuse rewards that score drawn leaves only.
+        """Check that every reward scores all items.
 
         Args:
-            need: what the error begins with.
+            need: first words of the error message: what needs all items.
 
         Raises:
-            ValueError: names those rewards.
+            ValueError: a reward scores drawn leaves only; the error names all such rewards.
         """
         if self.sampled_only:
             raise ValueError(
                 f"{need}, but {', '.join(map(repr, self.sampled_only))} cannot score all items. Give it a "
                 f"method score_items(step) -> Tensor (B, {len(self.catalog)}), or choose an objective that needs only "
-                f"sampled rewards (vargrad, say)."
+                f"sampled rewards, for example vargrad."
             )
 
     @property
     def reads_policy(self) -> bool:
-        """Whether a reward is the likelihood under the policy in training."""
+        """Whether a reward depends on the likelihood under the policy in training."""
         return any(getattr(reward, "reads_policy", False) for reward in self.rewards.values())
 
     def of(self, step: Step, policy: TreePolicy | None = None, trainer_state: Any = None) -> StepReward:
-        """R of a step's prompts, of as many leaves as rewards and `max_elements` allow.
+        """Return R of a step's prompts, for as many leaves as the rewards and `max_elements` allow.
 
         Args:
             step: the prompts and their columns.
-            policy: in training; a reward that is its likelihood may have to ask it.
-            trainer_state: handed to plain reward functions.
+            policy: the policy in training. A reward that reads its likelihood may need a forward pass.
+            trainer_state: passed to plain reward functions.
         """
         fits = self.max_elements is None or len(step) * self.catalog.tree.num_leaves <= self.max_elements
         if self.can_score_all and fits:
@@ -143,20 +141,20 @@ class CompositeReward:
             return TopKReward.best_of(tables, self.top_items, self.catalog.tree, exact)
 
         score = partial(self.score_drawn, step, trainer_state=trainer_state)
-        ask = partial(_policy_log_probs, policy, step) if self.reads_policy and policy is not None else None
-        why = "some reward scores drawn leaves only: give it a method score_items(step) -> Tensor (B, items)"
+        ask_policy = partial(_policy_log_probs, policy, step) if self.reads_policy and policy is not None else None
+        reason = "a reward scores drawn leaves only: give it a method score_items(step) -> Tensor (B, items)"
         if self.can_score_all:
-            why = f"a table of all leaves is larger than max_exact_elements={self.max_elements}: raise it"
-        return SampledReward(score, ask, why)
+            reason = f"a table of all leaves is larger than max_exact_elements={self.max_elements}: raise it"
+        return SampledReward(score, ask_policy, reason)
 
     @torch.no_grad()
     def dense(self, step: Step) -> DenseReward:
-        """R of all leaves, computed once per step.
+        """Return R of all leaves. The result is computed once per step.
 
         Raises:
             ValueError: a reward scores drawn leaves only.
         """
-        self.check_scores_all("log R of all leaves is needed")
+        self.check_scores_all("log R of all leaves is required")
 
         def compute() -> DenseReward:
             parts = {name: self._item_scores(name, step) for name in self.rewards}
@@ -168,13 +166,13 @@ class CompositeReward:
     def score_drawn(
         self, step: Step, leaves: Tensor, policy_log_probs: Tensor | None = None, trainer_state: Any = None
     ) -> RewardResult:
-        """Rewards of `leaves (B, K)` by themselves; the floor follows from the mean over the group's distinct ones.
+        """Return the rewards of `leaves (B, K)`, with a floor from the mean over the distinct leaves of each group.
 
         Args:
             step: the prompts and their columns.
-            leaves: to score.
-            policy_log_probs: `(B, K)` log pi of them, for rewards that read it.
-            trainer_state: handed to plain reward functions.
+            leaves: the leaves to score.
+            policy_log_probs: `(B, K)` log pi of the leaves, for rewards that read it.
+            trainer_state: passed to plain reward functions.
         """
         log = RewardLog()
         plain = {name: reward for name, reward in self.rewards.items() if not _is_tensor_reward(reward)}
@@ -186,20 +184,20 @@ class CompositeReward:
         parts = {}
         for name, reward in self.rewards.items():
             if name in plain:
-                parts[name] = self._listed(name, answers[name], step, leaves)
+                parts[name] = self._list_scores(name, answers[name], step, leaves)
             elif scores_leaves(reward):
-                known = {"policy_log_probs": policy_log_probs} if getattr(reward, "reads_policy", False) else {}
-                scores = reward.score_leaves(step, leaves, **known)
-                parts[name] = _shaped(name, "score_leaves", scores, leaves.shape, leaves)
+                extra = {"policy_log_probs": policy_log_probs} if getattr(reward, "reads_policy", False) else {}
+                scores = reward.score_leaves(step, leaves, **extra)
+                parts[name] = _checked_shape(name, "score_leaves", scores, leaves.shape, leaves)
             else:
                 parts[name] = self._item_scores(name, step).gather(1, leaves)
         return replace(self._combine(parts, step, leaves), metrics=log.metrics, extra=log.extra)
 
     @torch.no_grad()
     def score_in_chunks(self, step: Step, leaves: Tensor, policy_log_probs: Tensor | None = None) -> RewardResult:
-        """Rewards of `leaves (B, K)` with the floor that follows from the mean over all leaves.
+        """Return the rewards of `leaves (B, K)`, with a floor from the mean over all leaves.
 
-        No table is larger than `max_elements` (one row at least).
+        No table is larger than `max_elements`, except that a chunk has at least one row.
         """
         chunks = self.chunks(step)
         results = [self.dense(step.rows(rows)).score(leaves[rows]) for rows in chunks]
@@ -213,7 +211,7 @@ class CompositeReward:
         )
 
     def chunks(self, step: Step) -> list[slice]:
-        """The step's rows in slices whose table of all leaves is allowed (one row at least)."""
+        """Split the step's rows into slices whose table of all leaves fits `max_elements`, with at least one row."""
         leaves = self.catalog.tree.num_leaves
         rows = len(step) if self.max_elements is None else max(self.max_elements // leaves, 1)
         return [slice(start, min(start + rows, len(step))) for start in range(0, len(step), rows)]
@@ -223,42 +221,41 @@ class CompositeReward:
         shape = (len(step), len(self.catalog))
         reward = self.rewards[name]
         assert scores_items(reward)
-        scores = _shaped(name, "score_items", reward.score_items(step), shape, step.row_ids)
+        scores = _checked_shape(name, "score_items", reward.score_items(step), shape, step.row_ids)
         return self.catalog.fold_items(scores, self.leaf_reduction)
 
-    def _listed(self, name: str, values: Any, step: Step, leaves: Tensor) -> Tensor:
-        def where(i: int) -> str:
-            return self._where(step, leaves, *divmod(i, leaves.shape[1]))
-
-        numbers = checked_values(name, values, leaves.numel(), where)
+    def _list_scores(self, name: str, values: Any, step: Step, leaves: Tensor) -> Tensor:
+        width = leaves.shape[1]
+        numbers = checked_values(
+            name, values, leaves.numel(), lambda i: self._describe(step, leaves, i // width, i % width)
+        )
         return torch.tensor(numbers, dtype=torch.float32, device=leaves.device).view(leaves.shape)
 
     # ------------------------------------------------------------------------------------------------- sum, transform
     def _combine(self, parts: dict[str, Tensor], step: Step, leaves: Tensor | None) -> RewardResult:
-        """Parts `(B, n)` to log R. `leaves` of None: the columns are all leaves."""
+        """Combine the values `(B, n)` of each reward into log R. With `leaves` None, the columns are all leaves."""
         checks: list[_Check] = []
         total = torch.zeros_like(next(iter(parts.values())))
-        silent = torch.ones_like(total, dtype=torch.bool)
+        all_none = torch.ones_like(total, dtype=torch.bool)
         for (name, values), weight in zip(parts.items(), self.weights, strict=True):
-            # NaN means None, and only a list can hold None: a tensor's NaN is an error.
-            none = torch.isnan(values) if not _is_tensor_reward(self.rewards[name]) else torch.zeros_like(silent)
-            silent &= none
+            # In a list, NaN stands for None. In a tensor, NaN is an error.
+            none = torch.isnan(values) if not _is_tensor_reward(self.rewards[name]) else torch.zeros_like(all_none)
+            all_none &= none
             total += weight * values.masked_fill(none, 0.0)
-            finite = f"Reward {name!r} returned {{value}} for {{where}}; return a finite number."
-            checks.append((~torch.isfinite(values) & ~none, values, finite))
+            not_finite = f"Reward {name!r} returned {{value}} for {{where}}; return a finite number."
+            checks.append((~torch.isfinite(values) & ~none, values, not_finite))
             if self.transform == "power":
                 negative = (
-                    f"Reward {name!r} returned {{value}} for {{where}}; under reward_transform='power' rewards must "
-                    f"be >= 0. Shift or squash it, or use reward_transform='exp', which takes any sign."
+                    f"Reward {name!r} returned {{value}} for {{where}}; with reward_transform='power' rewards must "
+                    f"be >= 0. Shift or rescale it, or use reward_transform='exp', which allows any sign."
                 )
                 checks.append((weight * values < 0, values, negative))
-        checks.append(
-            (silent, total, "All rewards are None for {where}; at least one must apply to every completion.")
-        )
-        log_rewards, floored, vanishing = self._transform(total, leaves)
-        checks.append(vanishing)
+        missing = "All rewards are None for {where}; at least one reward must apply to every completion."
+        checks.append((all_none, total, missing))
+        log_rewards, floored_mass, not_positive = self._transform(total, leaves)
+        checks.append(not_positive)
         self._raise_first(checks, step, leaves)
-        return RewardResult(log_rewards, total, parts, floored)
+        return RewardResult(log_rewards, total, parts, floored_mass)
 
     def _transform(self, rewards: Tensor, leaves: Tensor | None) -> tuple[Tensor, Tensor, _Check]:
         if self.transform == "exp":
@@ -269,30 +266,32 @@ class CompositeReward:
         mean = (rewards * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True)
         floor = self.floor * mean
         log_rewards = self.beta * torch.log(torch.maximum(rewards, floor))
-        # Softmax within the row: the share of each distinct leaf in the total R.
+        # The softmax over a row is the share of each distinct leaf in the total R.
         share = torch.softmax(log_rewards.masked_fill(~counted, -math.inf), 1)
-        floored = (share * (rewards < floor)).sum(1).mean()
+        floored_mass = (share * (rewards < floor)).sum(1).mean()
+        cause = "All other rewards of this row are zero too. Add"
+        if self.floor == 0:
+            cause = "reward_floor is 0. Set it to 1e-3, for example, or add"
         zero = (
-            "The reward of {where} is zero, and GFlowNets need a positive one. "
-            + ("reward_floor is 0: set it to 1e-3, say. " if self.floor == 0 else "So are all others of this row. ")
-            + "Or add a reward that is positive somewhere for every row (a GroundTruthReward together with the ground "
-            "truth among the trajectories, or a constant), or use reward_transform='exp'."
+            f"The reward of {{where}} is zero, and GFlowNets need a positive one. {cause} a reward that is positive "
+            f"for some leaf of every row (a GroundTruthReward with the ground truth among the trajectories, or a "
+            f"constant), or use reward_transform='exp'."
         )
-        return log_rewards, floored, (~torch.isfinite(log_rewards), rewards, zero)
+        return log_rewards, floored_mass, (~torch.isfinite(log_rewards), rewards, zero)
 
     # --------------------------------------------------------------------------------------------------------- errors
     def _raise_first(self, checks: list[_Check], step: Step, leaves: Tensor | None) -> None:
-        """Raise the first check that fails; a good batch costs a single synchronization for all of them."""
+        """Raise the error of the first check that fails. A valid batch costs one synchronization for all checks."""
         if not torch.stack([mask.any() for mask, _, _ in checks]).any():
             return
-        for mask, values, sentence in checks:
+        for mask, values, message in checks:
             if mask.any():
                 row, column = mask.nonzero()[0].tolist()
-                where = self._where(step, leaves, row, column)
-                raise ValueError(sentence.format(value=values[row, column].item(), where=where))
+                where = self._describe(step, leaves, row, column)
+                raise ValueError(message.format(value=values[row, column].item(), where=where))
 
-    def _where(self, step: Step, leaves: Tensor | None, row: int, column: int) -> str:
-        """For example `row 3 of the batch (row_id 17), item 'B01' ('<a_1> <b_7>')`."""
+    def _describe(self, step: Step, leaves: Tensor | None, row: int, column: int) -> str:
+        """Describe a value, for example `row 3 of the batch (row_id 17), item 'B01' ('<a_1> <b_7>')`."""
         leaf = column if leaves is None else int(leaves[row, column])
         items = ", ".join(map(repr, self.catalog.items_of(leaf)))
         row_id = int(step.row_ids[row])
@@ -300,7 +299,7 @@ class CompositeReward:
 
 
 def _scores_all(reward: AnyReward) -> bool:
-    reads_policy = getattr(reward, "reads_policy", False)  # which is known of drawn leaves only
+    reads_policy = getattr(reward, "reads_policy", False)  # log pi is known for drawn leaves only
     return scores_items(reward) and getattr(reward, "scores_all_items", True) and not reads_policy
 
 
@@ -313,17 +312,17 @@ def _policy_log_probs(policy: TreePolicy, step: Step, leaves: Tensor) -> Tensor:
         return policy.score(step.prompts, leaves).trajectory_log_probs
 
 
-def _shaped(name: str, method: str, scores: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
+def _checked_shape(name: str, method: str, scores: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
     if not isinstance(scores, Tensor) or scores.shape != tuple(shape):
-        got = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        actual = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(
-            f"{method} of reward {name!r} returned {got}; it must return a tensor of shape {tuple(shape)}."
+            f"{method} of reward {name!r} returned {actual}; it must return a tensor of shape {tuple(shape)}."
         )
     return scores.detach().to(like.device, torch.float32)
 
 
 def _first_occurrence(leaves: Tensor) -> Tensor:
-    """True at the first of equal leaves of a row: `(B, K) -> bool (B, K)`."""
+    """Mask of the first occurrence of each leaf in its row: `(B, K) -> bool (B, K)`."""
     same = leaves[:, :, None] == leaves[:, None, :]
     return ~same.tril(-1).any(-1)
 
@@ -331,7 +330,7 @@ def _first_occurrence(leaves: Tensor) -> Tensor:
 def _names(funcs: Sequence[Any]) -> list[str]:
     names: list[str] = []
     for func in funcs:
-        named = getattr(func, "func", func)  # of a functools.partial
+        named = getattr(func, "func", func)  # the function inside a functools.partial
         base = getattr(named, "__name__", type(func).__name__)
         taken = sum(name == base or name.startswith(f"{base}_") and name[len(base) + 1 :].isdigit() for name in names)
         names.append(f"{base}_{taken + 1}" if taken else base)
@@ -345,7 +344,9 @@ def _check_options(
         raise ValueError("reward_funcs is empty; give at least one reward.")
     for func in funcs:
         if not (callable(func) or _is_tensor_reward(func)):
-            raise TypeError(f"A reward must be a callable or have score_items or score_leaves; got {func!r}.")
+            raise TypeError(
+                f"reward_funcs contains {func!r}; a reward must be callable or have score_items or score_leaves."
+            )
     if len(weights) != len(funcs):
         raise ValueError(f"{len(weights)} reward_weights were given for {len(funcs)} rewards; give one per reward.")
     check_weights(weights, transform)
@@ -356,11 +357,15 @@ def _check_options(
 
 
 def check_weights(weights: Sequence[float], transform: str) -> None:
-    """Refuse `reward_weights` that are not finite, all 0, or negative where "power" needs r >= 0."""
+    """Check that `reward_weights` are finite, not all zero, and not negative with the transform "power".
+
+    Raises:
+        ValueError: the weights are invalid.
+    """
     if not all(map(math.isfinite, weights)) or not any(weights):
-        raise ValueError(f"reward_weights must be finite and not all zero, got {weights}.")
+        raise ValueError(f"reward_weights is {weights}; the weights must be finite and not all zero.")
     if transform == "power" and min(weights) < 0:
         raise ValueError(
-            f"reward_weights {weights} hold a negative number; under reward_transform='power' they must be >= 0. Use "
-            f"reward_transform='exp', which takes any sign."
+            f"reward_weights is {weights}; with reward_transform='power' the weights must be >= 0. Use "
+            f"reward_transform='exp', which allows any sign."
         )

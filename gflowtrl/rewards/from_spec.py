@@ -1,4 +1,4 @@
-"""How an entry of a recipe's section `rewards`, `{type: ..., option: value}`, becomes a reward."""
+"""Construction of rewards from the entries of a recipe, `{type: ..., option: value}`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class RewardContext(Protocol):
-    """What a run offers while its rewards are made.
+    """What a run provides to its rewards.
 
     Attributes:
         titles: title of each item that has one.
@@ -30,29 +30,29 @@ class RewardContext(Protocol):
     def item_features(self) -> Mapping[Item, Mapping[str, Any]]: ...
 
     def teacher(self, spec: Mapping[str, Any] | None = None) -> Teacher:
-        """The teacher of `spec`, fitted if it is not yet; None: the recipe's own."""
+        """Return the teacher of `spec`, fitted if necessary. None: the teacher of the recipe."""
         ...
 
     def counts(self, kind: str) -> Tensor:
-        """How often each item was taken ("interactions") or shown ("impressions") in training: `(items,)`."""
+        """Return the training count of each item, `(items,)`: of "interactions" or of "impressions"."""
         ...
 
     def sft_model(self) -> PreTrainedModel:
-        """The model that supervised fine-tuning has trained."""
+        """Return the model from supervised fine-tuning."""
         ...
 
     def local(self, name: str) -> str:
-        """A folder that the recipe names, relative to the working directory or to the recipe."""
+        """Return the path of a folder in the recipe, relative to the working directory or to the recipe."""
         ...
 
 
 class FromSpec:
-    """What the pipeline asks of a reward class. The defaults suit a class whose options are its constructor's.
+    """Methods of a reward class for the pipeline. The defaults use the parameters of the constructor as options.
 
     Attributes:
-        provided: parameters of the constructor that the run provides, and a recipe cannot set.
-        reads_target: whether the reward depends on the logged target. The weight of one that does not can be learned
-            from validation rows (`weight: learned`).
+        provided: parameters of the constructor that the run provides and a recipe cannot set.
+        reads_target: whether the reward depends on the logged target. If not, its weight can be learned from
+            validation rows (`weight: learned`).
     """
 
     provided: ClassVar[frozenset[str]] = frozenset()
@@ -60,27 +60,30 @@ class FromSpec:
 
     @classmethod
     def option_names(cls) -> set[str]:
-        """Names of the options that a recipe may set."""
+        """Return the names of the options that a recipe can set."""
         return {*inspect.signature(cls).parameters} - cls.provided
 
     @classmethod
     def check_spec(cls, spec: Mapping[str, Any]) -> None:
-        """Check the options before any work is done, without data and models.
+        """Check the options before the run, without data and models.
 
         Raises:
-            ValueError, TypeError: an option has a bad value.
+            ValueError, TypeError: an option has an invalid value.
         """
         cls(**spec)
 
     @classmethod
     def needs(cls, spec: Mapping[str, Any]) -> set[str]:
-        """What the reward needs of the run: any of "teacher" (the recipe's own), "sft_model", "policy" (the one in
-        training), "sessions", "impressions", "titles" (of all items), "group" (all trajectories of a prompt)."""
+        """Return what the reward needs from the run.
+
+        Any of "teacher" (of the recipe), "sft_model", "policy" (in training), "sessions", "impressions", "titles" (of
+        all items) and "group" (all trajectories of a prompt).
+        """
         return set()
 
     @classmethod
     def scores_every_item(cls, spec: Mapping[str, Any]) -> bool:
-        """Whether the reward of every item is known at each step, as exact flows need it."""
+        """Return whether the reward of every item is known at each step, as exact flows require."""
         return not cls.needs(spec) & {"policy", "group"}
 
     @classmethod
@@ -89,6 +92,6 @@ class FromSpec:
 
         Args:
             spec: the options of the recipe, without type and weight.
-            context: what the run offers.
+            context: what the run provides.
         """
         return cls(**spec)

@@ -1,4 +1,4 @@
-"""The item that the user really chose."""
+"""A reward for the logged target item."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from .reward import Reward
 
 
 class GroundTruthReward(Reward):
-    """1 for the logged target, 0 for everything else.
+    """1 for the logged target, 0 for all other items. Reads the column `target`.
 
-    Alone it makes a GFlowNet learn what supervised fine-tuning learns; its weight in a sum says how much of the
-    target distribution belongs to the log (the interaction level r_a of GFlowGR, arXiv 2506.16114). Reads the column
-    `target`.
+    On its own, this reward makes a GFlowNet learn what supervised fine-tuning learns. In a sum, its weight sets the
+    share of the logged item in the target distribution (the interaction level r_a of GFlowGR, arXiv 2506.16114).
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""How probable a recommender finds an item: a frozen one, or the one in training."""
+"""A reward from the likelihood of an item under a recommender: a frozen one or the one in training."""
 
 from __future__ import annotations
 
@@ -25,55 +25,52 @@ if TYPE_CHECKING:
 class LikelihoodReward(Reward):
     """The probability (not its logarithm) of the leaf under a policy, normalized over the tree and without gradient.
 
-    The recommender's own variant of r_y in GFlowGR (arXiv 2506.16114). The model runs in evaluation mode and is left
-    as it was found.
+    This is the recommender's variant of r_y in GFlowGR (arXiv 2506.16114). The model runs in evaluation mode; its
+    previous mode is restored afterwards.
 
-    *Of a frozen model*, as a part of the sum, it keeps the fine-tuned one near the one it came from.
+    *Frozen model*: as a term of the sum, the reward keeps the fine-tuned model close to the frozen one.
 
-    *Of the policy in training* (no argument) the reward moves with the policy. In a sum r + w pi with exponent 1 the
-    fixed point stays pi = r / Z, and the term only makes the way there slower. With an exponent above 1, or under
-    "exp", it **sharpens**: what is likely becomes likelier. Alone it says nothing, as every policy is its own target.
-    It is known of drawn leaves only: all leaves would cost a pass over the whole tree at every step, so exact flows
-    are refused.
+    *Policy in training* (no argument): the reward changes with the policy. In a sum r + w pi with exponent 1, the
+    fixed point is still pi = r / Z, and the term only slows down convergence. With an exponent above 1, or with the
+    transform "exp", the term **sharpens** the policy: likely items become more likely. On its own, this reward gives
+    no signal, because every policy is its own target. Only drawn leaves are scored, since scoring all leaves would
+    cost a pass over the whole tree at every step. Exact flows therefore raise an error.
 
     Args:
-        model_or_policy: a policy over the same catalog; or a causal or encoder-decoder model, which is then read as
-            one; or None for the policy in training.
-        catalog: of a model; the trainer supplies it where it is missing.
+        model_or_policy: a policy over the same catalog; or a causal or encoder-decoder model, from which a policy is
+            made; or None for the policy in training.
 
     Raises:
-        TypeError: something else than a policy or a model.
+        TypeError: `model_or_policy` is neither a policy nor a model.
     """
 
     reads_prompts = True
     reads_target = False
 
-    def __init__(self, model_or_policy: TreePolicy | nn.Module | None = None, catalog: ItemCatalog | None = None):
+    def __init__(self, model_or_policy: TreePolicy | nn.Module | None = None):
         super().__init__("likelihood")
         self.policy: TreePolicy | None = model_or_policy if isinstance(model_or_policy, TreePolicy) else None
         self.model = model_or_policy if isinstance(model_or_policy, nn.Module) else None
         if model_or_policy is not None and self.policy is None and self.model is None:
             raise TypeError(
-                f"LikelihoodReward reads a model or a TreePolicy, not {type(model_or_policy).__name__}; load a name "
-                f"or folder with gflowtrl.policy.load_backbone."
+                f"LikelihoodReward got {type(model_or_policy).__name__}; it needs a model or a TreePolicy. Load a "
+                f"model by its name or folder with gflowtrl.policy.load_backbone."
             )
         self.scores_all_items = model_or_policy is not None
         self.reads_policy = model_or_policy is None
-        if catalog is not None:
-            self.bind(catalog)
 
     def _prepare(self, catalog: ItemCatalog) -> None:
         if self.policy is None and self.model is not None:
             self.policy = make_policy(self.model, catalog)
 
     def score_items(self, step: Step) -> Tensor:
-        """`(B, items)`; items of one leaf share its probability, so that folding them gives it back."""
+        """Return `(B, items)`. Items at one leaf share its probability, so that folding them restores it."""
         self._bound_catalog()
         with self._frozen_policy(step.device) as policy:
             return self._items_from_leaves(policy.leaf_log_probs(step.prompts).exp())
 
     def score_leaves(self, step: Step, leaves: Tensor, policy_log_probs: Tensor | None = None) -> Tensor:
-        """`(B, K)`; `policy_log_probs (B, K)` is log pi of the leaves under the policy in training."""
+        """Return `(B, K)`. `policy_log_probs (B, K)` is log pi of the leaves under the policy in training."""
         self._bound_catalog()
         if self.policy is None and policy_log_probs is not None:
             return policy_log_probs.detach().exp()
@@ -84,8 +81,8 @@ class LikelihoodReward(Reward):
     def _frozen_policy(self, device: torch.device) -> Iterator[TreePolicy]:
         if self.policy is None:
             raise ValueError(
-                f"{self._owner} without a model is the likelihood under the policy in training, which nobody has "
-                f"given. GFlowNetTrainer does; elsewhere give the reward a frozen model."
+                f"{self._owner} has neither a model nor a policy in training. GFlowNetTrainer passes the policy; "
+                f"outside of this trainer, give the reward a frozen model."
             )
         with frozen(getattr(self.policy, "model", None), device):
             yield self.policy
@@ -109,7 +106,10 @@ class LikelihoodReward(Reward):
 
 @contextmanager
 def frozen(model: nn.Module | None, device: torch.device) -> Iterator[None]:
-    """No gradients, no dropout, on the batch's device; afterwards every module trains (or not) as before."""
+    """Context manager: run a model without gradient or dropout on a device, then restore each module's mode.
+
+    The model stays on the device.
+    """
     if model is not None and next(model.parameters()).device != device:
         model.to(device)
     with torch.no_grad(), nullcontext() if model is None else evaluation_mode(model):

@@ -1,4 +1,4 @@
-"""ReRe's reward of a beam: the hit, and a penalty for what was ranked instead."""
+"""The reward of ReRe: 1 for the target, and a penalty by rank for the other items of the beam."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from .reward import Reward
 
 
 class RankPenaltyReward(Reward):
-    """1 for the logged target; in a group that holds it, `-(1 / log2(i + 2)) / sum_j 1 / log2(j + 2)` for a miss at
-    place i (from 0), so that confident misses cost most; 0 in other groups.
+    """1 for the logged target, and a negative value for the other leaves of a group that contains the target.
 
-    The group's order is what the sampler gives: `"beam"` gives the best first. Negative values need
-    `reward_transform="exp"`. Reads the column `target`.
+    A miss at position i (from 0) gets `-(1 / log2(i + 2)) / sum_j 1 / log2(j + 2)`, so that confident misses cost the
+    most. In groups without the target, all leaves get 0. The order of the group is that of the sampler; `"beam"`
+    returns the best leaf first. Negative values require `reward_transform="exp"`. Reads the column `target`.
 
     References:
         ReRe (the reward of MiniOneRec), used with GRPO on constrained beams.
     """
 
-    scores_all_items = False  # what an item gets depends on the others of its group
+    scores_all_items = False  # the value of an item depends on the other items of its group
 
     def __init__(self) -> None:
         super().__init__("rank_penalty")
 
     def __call__(self, prompts: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
-        """Refused: one completion at a time has no rank."""
-        raise ValueError("RankPenaltyReward looks at whole groups, so it works in gflowtrl's trainers only.")
+        """Raise an error: a single completion has no rank."""
+        raise ValueError("RankPenaltyReward scores whole groups, not single completions; use a trainer of gflowtrl.")
 
     def score_leaves(self, step: Step, leaves: Tensor) -> Tensor:
         target = self._bound_catalog().leaf_of(step.column("target", self._owner)).to(leaves.device)

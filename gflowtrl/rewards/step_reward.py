@@ -1,4 +1,4 @@
-"""The rewards of one step, behind one protocol: of every leaf, of the best leaves, or of drawn leaves only."""
+"""The rewards of one step, with one interface for all leaves, the best leaves, or drawn leaves only."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from gflowtrl.policy import Noise, inverse_cdf
 
 @dataclass(frozen=True)
 class RewardResult:
-    """Rewards of some leaves, `n` per row: K trajectories, or all N leaves.
+    """Rewards of `n` leaves per row: K trajectories, or all N leaves.
 
     Attributes:
-        log_rewards: `(B, n)` float32, log R; with a prior, its share is included.
+        log_rewards: `(B, n)` float32, log R, including the prior if there is one.
         rewards: `(B, n)`, the weighted sum before the transform.
-        parts: each reward's own values, `(B, n)`, unweighted; NaN where a reward returned None.
-        floored_mass: scalar tensor, the share of R that lies on leaves lifted to the floor, mean over the prompts;
-            of all leaves where all are scored (then at most `floor` for beta = 1), else of the group's distinct ones.
-        metrics: means of what reward functions reported with `log_metric`.
-        extra: columns, B * K values each, reported with `log_extra`.
-        log_prior: `(B, n)` the prior's share of log R, where there is a prior.
+        parts: the unweighted values of each reward, `(B, n)`; NaN where a reward returned None.
+        floored_mass: scalar tensor, the share of R on leaves that were raised to the floor, averaged over the prompts.
+            It covers all leaves if all are scored (it is then at most `floor` for beta = 1), and otherwise the
+            distinct leaves of the group.
+        metrics: means of the values that reward functions reported with `log_metric`.
+        extra: columns of B * K values that reward functions reported with `log_extra`.
+        log_prior: `(B, n)`, the part of log R that comes from the prior; None without a prior.
     """
 
     log_rewards: Tensor
@@ -40,7 +41,7 @@ class RewardResult:
     log_prior: Tensor | None = None
 
     def gather(self, leaves: Tensor) -> RewardResult:
-        """The columns of `leaves (B, K)` of a result over all leaves."""
+        """Select `leaves (B, K)` from a result for all leaves."""
         return replace(
             self,
             log_rewards=self.log_rewards.gather(1, leaves),
@@ -50,45 +51,45 @@ class RewardResult:
         )
 
     def with_prior(self, log_prior: Tensor) -> RewardResult:
-        """The same with `log_prior (B, n)` added to log R."""
+        """Return a copy with `log_prior (B, n)` added to log R."""
         return replace(self, log_rewards=self.log_rewards + log_prior, log_prior=log_prior)
 
 
 class StepReward(ABC):
     """R of one step's prompts."""
 
-    why_drawn_only: str = "this object knows drawn leaves only"  # for errors, with the remedy
+    why_drawn_only: str = "only drawn leaves are scored"  # the reason and the remedy, for errors
 
     @abstractmethod
     def score(self, leaves: Tensor, policy_log_probs: Tensor | None = None) -> RewardResult:
-        """All that is known about the rewards of `leaves (B, K)`.
+        """Return the rewards of `leaves (B, K)`.
 
         Args:
-            leaves: of each prompt.
-            policy_log_probs: `(B, K)` log pi of these leaves under the policy in training, where it is known already:
-                rewards that are the policy's own likelihood then cost nothing.
+            leaves: leaves of each prompt.
+            policy_log_probs: `(B, K)` log pi of these leaves under the policy in training, if it is known already.
+                Rewards that read the policy's likelihood then need no forward pass.
         """
 
     def log(self, leaves: Tensor, policy_log_probs: Tensor | None = None) -> Tensor:
-        """log R of `leaves (B, K)`: `(B, K)` float32. Arguments as for `score`."""
+        """Return log R of `leaves (B, K)`: `(B, K)` float32. The arguments are those of `score`."""
         return self.score(leaves, policy_log_probs).log_rewards
 
     def log_flows(self, nodes: Tensor) -> Tensor:
-        """log F of any nodes, the log of the sum of R over the leaves below: `(B, ...) -> (B, ...)`.
+        """Return log F of nodes, the log of the sum of R over the leaves below each: `(B, ...) -> (B, ...)`.
 
-        -inf for node -1. The root's is log Z.
+        Node -1 gets -inf. The value of the root is log Z.
 
         Raises:
-            ValueError: only drawn leaves are scored, so that no flow is known.
+            ValueError: only drawn leaves are scored, so that flows are unknown.
         """
         raise ValueError(f"The flows of nodes need the reward of every leaf, but {self.why_drawn_only}.")
 
     def sample(self, num_generations: int, noise: Noise, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Draw in proportion to `R ** (1 / temperature)`, with replacement.
+        """Draw leaves in proportion to `R ** (1 / temperature)`, with replacement.
 
         Args:
             num_generations: K, draws per prompt.
-            noise: of these rows.
+            noise: noise of these rows.
             temperature: > 0.
 
         Returns:
@@ -107,15 +108,15 @@ class DenseReward(StepReward):
     """R of every leaf.
 
     Attributes:
-        result: over all leaves, `(B, N)` each.
-        tree: the leaves.
+        result: rewards of all leaves, `(B, N)`.
+        tree: the prefix tree.
     """
 
     result: RewardResult
     tree: PrefixTree
 
     def with_prior(self, log_prior: Tensor) -> DenseReward:
-        """R times a prior, `log_prior (B, N)`, in flows and draws too."""
+        """Return R times a prior, `log_prior (B, N)`. Flows and draws include the prior."""
         return DenseReward(self.result.with_prior(log_prior), self.tree)
 
     def score(self, leaves: Tensor, policy_log_probs: Tensor | None = None) -> RewardResult:
@@ -136,17 +137,17 @@ class DenseReward(StepReward):
 
 @dataclass(eq=False)
 class TopKReward(StepReward):
-    """R of every leaf where a table of all is too large: the k best leaves one by one, the rest alike.
+    """R of every leaf if the full table is too large: exact for the k best leaves, the mean for all other leaves.
 
-    Z is that of the full reward, and so are R on the best leaves and whatever `score` says; only for flows and draws
-    is the order among the other leaves lost.
+    Z, R of the best leaves and the results of `score` are exact. Only flows and draws lose the differences between
+    the other leaves.
 
     Attributes:
-        leaves: `(B, k)` long, ascending.
-        log_rewards: `(B, k)` log R of them.
-        log_rest: `(B,)` log of the mean R of a leaf that is not among them; -inf where there is none.
-        tree: the leaves.
-        exact: gives the rewards of drawn leaves `(B, K)`.
+        leaves: `(B, k)` long, the best leaves in ascending order.
+        log_rewards: `(B, k)`, log R of the best leaves.
+        log_rest: `(B,)`, log of the mean R of the other leaves; -inf if there are no others.
+        tree: the prefix tree.
+        exact: function that returns the exact rewards of drawn leaves `(B, K)`.
     """
 
     leaves: Tensor
@@ -159,11 +160,11 @@ class TopKReward(StepReward):
     def best_of(
         cls, tables: Iterable[Tensor], k: int, tree: PrefixTree, exact: Callable[[Tensor], RewardResult]
     ) -> TopKReward:
-        """The k best leaves of each prompt by R.
+        """Find the k leaves of each prompt with the largest R.
 
         Args:
-            tables: log R of all leaves, `(b, N)` for some of the prompts at a time, so that none is large.
-            k: >= 1; at most N are kept.
+            tables: log R of all leaves, `(b, N)` for b of the prompts at a time, so that no table is large.
+            k: >= 1; at most N leaves are kept.
             tree, exact: as for the class.
         """
         check_number("The number of top leaves", k, COUNT)
@@ -174,12 +175,12 @@ class TopKReward(StepReward):
         return self.exact(leaves)
 
     def log_flows(self, nodes: Tensor) -> Tensor:
-        # The leaves below a node are consecutive, so that their mass is a difference of two running sums.
-        safe = nodes.clamp(min=0).flatten(1)
-        start, count = self.tree.first_leaf[safe].long(), self.tree.leaf_count[safe].long()
+        # The leaves below a node are consecutive, so their mass is the difference of two cumulative sums.
+        flat = nodes.clamp(min=0).flatten(1)
+        start, count = self.tree.first_leaf[flat].long(), self.tree.leaf_count[flat].long()
         low, high = (torch.searchsorted(self.leaves, bound.contiguous()) for bound in (start, start + count))
         peak = self.log_rewards.amax(1, keepdim=True)
-        # 64 bits: a small subtree is a small difference of large sums.
+        # In 64 bits, because the mass of a small subtree is a small difference of large sums.
         sums = torch.nn.functional.pad((self.log_rewards - peak).double().exp().cumsum(1), (1, 0))
         best = (sums.gather(1, high) - sums.gather(1, low)).clamp(min=0)
         rest = (self.log_rest[:, None] - peak).double().exp() * (count - (high - low))
@@ -187,19 +188,19 @@ class TopKReward(StepReward):
         return flows.view(nodes.shape).masked_fill(nodes < 0, -math.inf)
 
     def sample(self, num_generations: int, noise: Noise, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        # The mass of the other leaves is one more entry after the best ones; a draw inside it says which of them.
+        # One more entry after the best leaves holds the mass of the others; the position inside it selects the leaf.
         log_best, log_rest = self.log_rewards / temperature, self.log_rest[:, None] / temperature
         peak = log_best.amax(1, keepdim=True)
-        best, each = (log_best - peak).double().exp(), (log_rest - peak).double().exp()
-        size, others = best.shape[1], self.tree.num_leaves - best.shape[1]
-        weights = torch.cat([best, each * others], 1)
+        best, rest = (log_best - peak).double().exp(), (log_rest - peak).double().exp()
+        size, num_rest = best.shape[1], self.tree.num_leaves - best.shape[1]
+        weights = torch.cat([best, rest * num_rest], 1)
         uniforms = noise.uniform("reward", num_generations).to(weights.device)
         choice = inverse_cdf(weights, uniforms)
         total = weights.sum(1, keepdim=True)
-        number = ((uniforms * total - best.sum(1, keepdim=True)) / each).long().clamp(0, max(others - 1, 0))
-        # The n-th leaf that is not among the best: n, and one more for every best leaf before it.
+        rank = ((uniforms * total - best.sum(1, keepdim=True)) / rest).long().clamp(0, max(num_rest - 1, 0))
+        # The leaf of rank n among the others is n plus the number of best leaves before it.
         gaps = self.leaves - torch.arange(size, device=self.leaves.device)
-        other = number + torch.searchsorted(gaps, number, right=True)
+        other = rank + torch.searchsorted(gaps, rank, right=True)
         chosen = choice.clamp(max=size - 1)
         leaves = torch.where(choice < size, self.leaves.gather(1, chosen), other)
         log_r = torch.where(choice < size, log_best.gather(1, chosen), log_rest)
@@ -208,17 +209,17 @@ class TopKReward(StepReward):
 
 @dataclass(eq=False)
 class SampledReward(StepReward):
-    """R of drawn leaves only: some reward cannot score all items, or a table of all would be too large.
+    """R of drawn leaves only, because a reward cannot score all items or the table of all leaves would be too large.
 
     Attributes:
-        score_drawn: gives the rewards of leaves `(B, K)`, from their log pi `(B, K)` too where a reward reads it.
-        ask_policy: gives log pi of leaves `(B, K)`, where a reward reads it and nobody knows it yet.
-        why_drawn_only: for errors, with the remedy.
+        score_drawn: returns the rewards of leaves `(B, K)`, given the leaves and their log pi `(B, K)` or None.
+        ask_policy: returns log pi of leaves `(B, K)`. Called if a reward reads log pi and it is not known yet.
+        why_drawn_only: the reason and the remedy, for errors.
     """
 
     score_drawn: Callable[[Tensor, Tensor | None], RewardResult]
     ask_policy: Callable[[Tensor], Tensor] | None = None
-    why_drawn_only: str = "some reward scores drawn leaves only"
+    why_drawn_only: str = "a reward scores drawn leaves only"
 
     def score(self, leaves: Tensor, policy_log_probs: Tensor | None = None) -> RewardResult:
         if policy_log_probs is None and self.ask_policy is not None:
@@ -228,13 +229,13 @@ class SampledReward(StepReward):
 
 @dataclass(eq=False)
 class PosteriorReward(StepReward):
-    """Another reward times a prior, `log R + log prior`, where the prior is known of drawn leaves only.
+    """A reward times a prior, `log R + log prior`, if the prior is known for drawn leaves only.
 
-    Draws leave the prior out. Each `score` of leaves computes their prior anew.
+    Draws ignore the prior. Each call of `score` computes the prior again.
 
     Attributes:
         reward: R.
-        log_prior: `(B, K)` leaves to the prior's share of log R, weighted already.
+        log_prior: function from leaves `(B, K)` to the weighted log prior `(B, K)`.
     """
 
     why_drawn_only = "with ref_weight the reference model scores drawn leaves only: add exact_flow to loss_type"
@@ -252,7 +253,7 @@ def draw_leaves(probabilities: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor
     """Draw leaves with replacement.
 
     Args:
-        probabilities: `(B, N)`, >= 0, need not sum to one.
+        probabilities: `(B, N)`, >= 0; they do not have to sum to one.
         uniforms: `(B, K)` in (0, 1).
 
     Returns:
@@ -264,6 +265,7 @@ def draw_leaves(probabilities: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor
 
 
 def _top_of(log_rewards: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the k best leaves in ascending order, their log R, and the log of the mean R of the other leaves."""
     k = min(k, log_rewards.shape[1])
     leaves = log_rewards.topk(k, 1).indices.sort(1).values
     others = log_rewards.scatter(1, leaves, -math.inf).logsumexp(1) - math.log(max(log_rewards.shape[1] - k, 1))

@@ -1,4 +1,4 @@
-"""How much of its semantic id an item shares with the target."""
+"""A reward from the tokens that the semantic ids of an item and the target share."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .reward import Reward
 
 
 class TokenSimilarityReward(Reward):
-    """Number of positions at which a leaf's id has the same token as the target's; L, its length, for the target.
+    """Number of positions at which a leaf has the same token as the target. The target itself gets its length L.
 
-    r_sim of GFlowGR (arXiv 2506.16114). Ids are made so that similar items share tokens, the first ones above all: the
-    reward spreads mass over the target's neighborhood. It belongs to the leaf: a second item there adds nothing.
-    Reads the column `target`.
+    This is r_sim of GFlowGR (arXiv 2506.16114). Semantic ids are built so that similar items share tokens, mainly the
+    first ones. The reward therefore spreads mass over the neighborhood of the target. It is a value of the leaf: a
+    second item at the leaf does not increase it. Reads the column `target`.
 
     Args:
-        normalize: divide by the length of the target's id, so that values lie in [0, 1].
-        prefix: count only the positions before the first difference. Right where the meaning of a token depends on the
+        normalize: divide by the length of the target's id, so that values are in [0, 1].
+        prefix: count only the positions before the first difference. Use this if the meaning of a token depends on the
             tokens before it, as in residual quantization.
     """
 
@@ -36,15 +36,15 @@ class TokenSimilarityReward(Reward):
         return self._agreement(step, catalog.tree.paths[leaves.to(catalog.device)]).to(leaves.device)
 
     def _agreement(self, step: Step, paths: Tensor) -> Tensor:
-        """`paths (B or 1, n, L) -> (B, n)`; position by position, so that no table of B x n x L is made."""
+        """Count equal tokens: `paths (B or 1, n, L) -> (B, n)`. The loop over positions avoids a B x n x L table."""
         catalog = self._bound_catalog()
         target = catalog.leaf_of(step.column("target", self._owner))
-        own = catalog.tree.paths[target]
-        count = torch.zeros(len(own), paths.shape[1], device=own.device)
-        so_far: Tensor | None = None
+        target_path = catalog.tree.paths[target]
+        count = torch.zeros(len(target), paths.shape[1], device=target_path.device)
+        counts = torch.ones_like(count, dtype=torch.bool)  # whether equal tokens at this position count
         for depth in range(catalog.tree.max_depth):
-            same = (paths[:, :, depth] == own[:, None, depth]) & (own[:, None, depth] >= 0)
-            if self.prefix:
-                same = so_far = same if so_far is None else same & so_far
+            token = target_path[:, None, depth]
+            same = (paths[:, :, depth] == token) & (token >= 0) & counts
+            counts = same if self.prefix else counts
             count += same
         return count / catalog.tree.leaf_lengths[target][:, None] if self.normalize else count

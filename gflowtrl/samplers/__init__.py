@@ -1,4 +1,4 @@
-"""Samplers: where the trajectories of a training step come from."""
+"""Samplers draw the trajectories of a training step."""
 
 from .basic import (
     CollaborativeSampler,

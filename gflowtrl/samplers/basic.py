@@ -1,29 +1,26 @@
-"""The samplers with one source each."""
+"""Samplers with a single source."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gflowtrl.catalog import Item
 from gflowtrl.checks import POSITIVE, SHARE, check_number
 from gflowtrl.data import Step
 from gflowtrl.policy import Noise, TreePolicy
 from gflowtrl.rewards import CollaborativeReward, StepReward, draw_leaves
+from gflowtrl.teachers import Teacher
 
 from .sampler import Sampler, Trajectories
 
 
-if TYPE_CHECKING:
-    from gflowtrl.catalog import Item
-    from gflowtrl.teachers import Teacher
-
-
 class GroundTruthSampler(Sampler):
-    """The logged target, K times (in a mixture usually once); `log_q` is 0."""
+    """The logged target, K times (usually once in a mixture). `log_q` is 0."""
 
     source_names = ("ground_truth",)
 
@@ -35,11 +32,11 @@ class GroundTruthSampler(Sampler):
 
 
 class OnPolicySampler(Sampler):
-    """The policy in training, tempered and mixed with the uniform choice of a child.
+    """Draws from the policy in training, with a temperature and a share of uniform steps.
 
     Args:
-        temperature: > 0; above 1 explores.
-        epsilon: probability, at every step, of a child drawn uniformly.
+        temperature: > 0; values above 1 explore.
+        epsilon: probability at every step that the child is drawn uniformly.
     """
 
     source_names = ("on_policy",)
@@ -59,11 +56,13 @@ class OnPolicySampler(Sampler):
 
 
 class CollaborativeSampler(Sampler):
-    """Items in proportion to `softmax(teacher's score / temperature)`, with replacement. Reads the column `history`.
+    """Draws items in proportion to `softmax(score / temperature)` of a teacher, with replacement.
+
+    Reads the column `history`.
 
     Args:
         teacher: a `gflowtrl.teachers.Teacher`, or any callable `histories -> (B, items)` in the catalog's order.
-        temperature: > 0; a high one draws from all items, a low one from the teacher's favorites.
+        temperature: > 0. A high value draws from all items, a low value from the best items of the teacher.
     """
 
     source_names = ("collaborative",)
@@ -81,7 +80,7 @@ class CollaborativeSampler(Sampler):
 
 
 class UniformSampler(Sampler):
-    """All leaves alike."""
+    """Draws leaves uniformly, with replacement."""
 
     source_names = ("uniform",)
 
@@ -95,10 +94,10 @@ class UniformSampler(Sampler):
 
 
 class RewardSampler(Sampler):
-    """The target distribution itself, R / Z: the best source there is where all leaf rewards are known.
+    """Draws from the target distribution R / Z, which is the best source if the rewards of all leaves are known.
 
     Args:
-        temperature: > 0; draws in proportion to R ** (1 / temperature).
+        temperature: > 0; leaves are drawn in proportion to R ** (1 / temperature).
     """
 
     source_names = ("reward",)
@@ -111,12 +110,12 @@ class RewardSampler(Sampler):
         self, step: Step, policy: TreePolicy, reward: StepReward | None, num_generations: int, noise: Noise
     ) -> Trajectories:
         if reward is None:
-            raise ValueError("RewardSampler draws in proportion to R, but there is no reward; give reward_funcs.")
+            raise ValueError("RewardSampler draws in proportion to R, but the reward is None; pass reward_funcs.")
         return Trajectories.of_one_source(*reward.sample(num_generations, noise, self.temperature))
 
 
 class FunctionSampler(Sampler):
-    """A function `(step, policy, reward, num_generations, noise)`, which returns leaves `(B, K)` or `Trajectories`."""
+    """Calls `function(step, policy, reward, num_generations, noise)`; it returns leaves `(B, K)` or `Trajectories`."""
 
     def __init__(self, function: Callable[..., Tensor | Trajectories]):
         self.function = function
@@ -131,6 +130,6 @@ class FunctionSampler(Sampler):
         if not isinstance(drawn, Tensor):
             raise TypeError(
                 f"The sampler {self.source_names[0]!r} returned {type(drawn).__name__}; it must return a tensor "
-                f"of leaves (B, K) or a Trajectories."
+                f"of leaves (B, K) or Trajectories."
             )
         return Trajectories.of_one_source(drawn)

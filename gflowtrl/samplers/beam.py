@@ -1,4 +1,4 @@
-"""Samplers that search with the policy in training."""
+"""Samplers that use beam search with the policy in training."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .sampler import Sampler, Trajectories, fill_missing
 
 
 class BeamSampler(Sampler):
-    """The policy's K most probable leaves by beam search, best first: no chance in it, so `log_q` is 0.
+    """The K most probable leaves of the policy by beam search, best first. The search is deterministic: `log_q` is 0.
 
-    Nothing but the policy's favorites is ever learned from, so mix it with a source that reaches all leaves. Where
-    the catalog has fewer than K leaves they are repeated.
+    On its own, this sampler trains only on leaves that the policy already prefers, so combine it with a source that
+    reaches all leaves. If the catalog has fewer than K leaves, they are repeated.
     """
 
     source_names = ("beam",)
@@ -29,15 +29,15 @@ class BeamSampler(Sampler):
 class StochasticBeamSampler(Sampler):
     """K *distinct* leaves drawn from the policy without replacement, by stochastic beam search (Kool et al., 2019).
 
-    Probable leaves are nearly always among them, and yet every leaf can come; what K draws with replacement waste on
-    repetitions of the favorite goes to other leaves.
+    Probable leaves are almost always in the sample, but every leaf can be drawn. No draws are spent on repetitions of
+    the most probable leaf, as in K draws with replacement.
 
-    `log_q` is the log-probability that a leaf is *in the sample*, given the search's threshold: the weight of a
-    Horvitz-Thompson estimate (sum of f(leaf) pi(leaf) / exp(log_q)). It is not the probability of one draw: over all
-    leaves it sums to about K, not to 1. Where the catalog has fewer than K leaves they are repeated.
+    `log_q` is the log-probability that a leaf is *in the sample*, given the threshold of the search. It is the weight
+    of a Horvitz-Thompson estimate (sum of f(leaf) pi(leaf) / exp(log_q)). It is not the probability of a single draw:
+    the sum over all leaves is about K, not 1. If the catalog has fewer than K leaves, they are repeated.
 
     Args:
-        temperature: > 0; divides the logits, so above 1 explores.
+        temperature: > 0; divides the logits, so values above 1 explore.
     """
 
     source_names = ("stochastic_beam",)

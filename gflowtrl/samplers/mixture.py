@@ -1,4 +1,4 @@
-"""Several sources in one group, with fixed, scheduled or measured shares; and samplers by name."""
+"""Mixtures of samplers with fixed, scheduled or adaptive shares, and the construction of samplers by name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .beam import BeamSampler, StochasticBeamSampler
 from .curriculum import CurriculumSampler, LowConfidenceSampler
 from .observed import InteractionLogSampler, UnobservedSampler
 from .replay import ReplaySampler
-from .sampler import Feedback, Sampler, Trajectories, check_state, over_processes
+from .sampler import Feedback, Sampler, Trajectories, check_state, sum_over_processes
 from .schedule import Schedule
 
 
@@ -40,15 +40,16 @@ T = TypeVar("T")
 class MixtureSampler(Sampler):
     """Divides the K trajectories of every prompt among several samplers.
 
-    The division is fixed, not drawn: shares by largest remainder (ties to the earlier source), slots in the given
-    order. `{"ground_truth": 1, "collaborative": 3, "on_policy": 4}` with K = 8 gives exactly 1, 3 and 4. Each source
-    draws from a random stream of its own, so two samplers of one kind do not repeat each other. A mixture may hold
-    mixtures; their sources are called "outer/inner", and so are the entries of state and metrics.
+    The division is deterministic: the shares are rounded by the largest remainder method (ties go to the earlier
+    source), and the trajectories are in the order of the sources. For example, K = 8 with
+    `{"ground_truth": 1, "collaborative": 3, "on_policy": 4}` gives exactly 1, 3 and 4. Each source has its own random
+    stream, so two samplers of the same kind do not draw the same leaves. Mixtures can be nested. The sources of an
+    inner mixture, and its entries in state and metrics, are named "outer/inner".
 
     Args:
-        sources: `{name: weight}` for samplers known by name, or `{any name: (spec, weight)}` with what `build_sampler`
-            takes, a `Sampler` for example.
-        build: makes a sampler of a spec; by default `build_sampler` without a teacher.
+        sources: `{name: weight}` for samplers with a registered name, or `{any name: (spec, weight)}` with a spec for
+            `build_sampler`, for example a `Sampler`.
+        build: function that makes a sampler from a spec. The default is `build_sampler` without a teacher.
     """
 
     def __init__(self, sources: Mapping[str, Any], *, build: Callable[[Any], Sampler] | None = None):
@@ -57,7 +58,7 @@ class MixtureSampler(Sampler):
         for name, pair in pairs.items():
             if len(pair) != 2:
                 raise ValueError(
-                    f"The source {name!r} of a mixture must be a weight or a pair [spec, weight], got {pair!r}."
+                    f"The source {name!r} of a mixture is {pair!r}; it must be a weight or a pair [spec, weight]."
                 )
         self.weights = _checked_weights({name: weight for name, (_, weight) in pairs.items()})
         self.samplers = {name: (build or build_sampler)(spec) for name, (spec, _) in pairs.items()}
@@ -68,7 +69,7 @@ class MixtureSampler(Sampler):
         )
 
     def _with_first_source(self) -> Iterator[tuple[Sampler, int]]:
-        """The samplers, each with the number of its first source."""
+        """Yield each sampler with the index of its first source."""
         first_source = 0
         for sampler in self.samplers.values():
             yield sampler, first_source
@@ -79,8 +80,8 @@ class MixtureSampler(Sampler):
         return any(sampler.observes_group for sampler in self.samplers.values())
 
     def allocate(self, num_generations: int) -> list[int]:
-        """How many of K trajectories each source gets."""
-        weights = [Fraction(weight) for weight in self.weights]  # exact, so that ties are ties
+        """Return the number of trajectories of each source, with a total of K."""
+        weights = [Fraction(weight) for weight in self.weights]  # exact, so that ties are detected
         shares = [num_generations * weight / sum(weights) for weight in weights]
         counts = [math.floor(share) for share in shares]
         by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
@@ -91,55 +92,55 @@ class MixtureSampler(Sampler):
     def sample(
         self, step: Step, policy: TreePolicy, reward: StepReward | None, num_generations: int, noise: Noise
     ) -> Trajectories:
-        drawn, counts = [], self.allocate(num_generations)
+        parts, counts = [], self.allocate(num_generations)
         for name, (sampler, first_source), count in zip(self.samplers, self._with_first_source(), counts, strict=True):
             if count:
                 part = sampler.sample(step, policy, reward, count, noise.named(name))
-                drawn.append(replace(part, source=part.source + first_source))
-        known = all(part.log_q is not None for part in drawn)
+                parts.append(replace(part, source=part.source + first_source))
+        known = all(part.log_q is not None for part in parts)
         return Trajectories(
-            torch.cat([part.leaves for part in drawn], 1),
-            torch.cat([part.source for part in drawn], 1),
-            torch.cat([part.log_q for part in drawn], 1) if known else None,
+            torch.cat([part.leaves for part in parts], 1),
+            torch.cat([part.source for part in parts], 1),
+            torch.cat([part.log_q for part in parts], 1) if known else None,
         )
 
-    # ------------------------------------------------------------------------------------------------ handed to parts
+    # ---------------------------------------------------------------------------------------------- calls of the parts
     def observe(self, step: Step, trajectories: Trajectories, feedback: Feedback) -> None:
-        """Tells every source of its own trajectories, or of all where it `observes_group`."""
+        """Pass each sampler its own trajectories, or the whole group if it sets `observes_group`."""
         for sampler, first_source in self._with_first_source():
-            told, heard = replace(trajectories, source=trajectories.source - first_source), feedback
+            part, part_feedback = replace(trajectories, source=trajectories.source - first_source), feedback
             if not sampler.observes_group:
-                own = _own(told.source, sampler)[0].nonzero()[:, 0]  # the same places in every row
-                told, heard = told.columns(own), heard.columns(own)
-            if told.leaves.shape[1]:
-                sampler.observe(step, told, heard)
+                columns = _is_source_of(sampler, part.source)[0].nonzero()[:, 0]  # the same columns in every row
+                part, part_feedback = part.columns(columns), feedback.columns(columns)
+            if part.leaves.shape[1]:
+                sampler.observe(step, part, part_feedback)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return _flat({name: sampler.state_dict() for name, sampler in self.samplers.items()})
+        return _flatten({name: sampler.state_dict() for name, sampler in self.samplers.items()})
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        own = {name: {} for name in self.samplers}
+        states = {name: {} for name in self.samplers}
         for entry, tensor in state.items():
-            # A name may itself hold a slash: the longest that fits is meant.
-            owner = max((name for name in own if entry.startswith(f"{name}/")), key=len, default="")
+            # Names can contain slashes, so the longest matching name is the right one.
+            owner = max((name for name in states if entry.startswith(f"{name}/")), key=len, default="")
             if not owner:
                 check_state(self, state, self.state_dict())
-            own[owner][entry.removeprefix(f"{owner}/")] = tensor
+            states[owner][entry.removeprefix(f"{owner}/")] = tensor
         for name, sampler in self.samplers.items():
-            sampler.load_state_dict(own[name])
+            sampler.load_state_dict(states[name])
 
     def metrics(self) -> dict[str, float]:
-        return _flat({name: sampler.metrics() for name, sampler in self.samplers.items()})
+        return _flatten({name: sampler.metrics() for name, sampler in self.samplers.items()})
 
 
 class ScheduledMixtureSampler(MixtureSampler):
-    """A mixture whose weights follow the progress of the training, linearly between given points.
+    """A mixture whose weights depend on the progress of the training, with linear interpolation.
 
     Args:
-        schedule: `[(progress, {name: weight}), ...]`; a source that a point does not name has weight 0 there.
-            `[(0, {"ground_truth": 1, "collaborative": 7}), (1, {"ground_truth": 1, "on_policy": 7})]` begins with
-            the teacher's items and ends with the policy's.
-        sources: `{name: spec}` for names that are not known samplers, or have options.
+        schedule: `[(progress, {name: weight}), ...]`. A source that is missing at a point has weight 0 there. For
+            example, `[(0, {"ground_truth": 1, "collaborative": 7}), (1, {"ground_truth": 1, "on_policy": 7})]` starts
+            with items of the teacher and ends with items of the policy.
+        sources: `{name: spec}` for sources with options or without a registered name.
         build: as for `MixtureSampler`.
     """
 
@@ -156,14 +157,16 @@ class ScheduledMixtureSampler(MixtureSampler):
             points = []
         if not points:
             raise ValueError(
-                f"The schedule of ScheduledMixtureSampler must be a list of pairs [progress, {{name: weight}}], got "
-                f"{schedule!r}."
+                f"The schedule of ScheduledMixtureSampler is {schedule!r}; it must list pairs [progress, "
+                f"{{name: weight}}]."
             )
         names = list(dict.fromkeys(name for _, weights in points for name in weights))
         specs = dict(zip(names, names, strict=True)) | dict(_check_sources(sources or {}))
         for name in specs:
             if name not in names:
-                raise ValueError(f"The schedule of ScheduledMixtureSampler never names the source {name!r}.")
+                raise ValueError(
+                    f"The source {name!r} of ScheduledMixtureSampler does not occur in its schedule; add or remove it."
+                )
         rows = [_checked_weights({name: weights.get(name, 0) for name in names}) for _, weights in points]
         super().__init__({name: (specs[name], w) for name, w in zip(names, rows[0], strict=True)}, build=build)
         pairs = [(progress, row) for (progress, _), row in zip(points, rows, strict=True)]
@@ -176,29 +179,31 @@ class ScheduledMixtureSampler(MixtureSampler):
         return super().sample(step, policy, reward, num_generations, noise)
 
     def metrics(self) -> dict[str, float]:
-        """The parts' metrics, and `weight/SOURCE`, the shares of the last step."""
-        return {**super().metrics(), **_shares(self)}
+        """Return the metrics of the sources, and `weight/SOURCE`, the shares of the last step."""
+        return {**super().metrics(), **_share_metrics(self)}
 
 
 class AdaptiveMixtureSampler(MixtureSampler):
-    """A mixture that gives more trajectories to the sources whose trajectories the policy balances worst.
+    """A mixture that draws more trajectories from the sources with the largest balance residuals.
 
-    A source's r is the running mean of |log Z + log pi - log R| over its trajectories. With given weights w of m
-    sources, its share is
+    The residual r of a source is the running mean of |log Z + log pi - log R| over its trajectories. For m sources
+    with weights w, the share of a source is
 
         floor + (1 - m * floor) * w r / (sum of w r over the sources),
 
-    divided as in every mixture. Before anything is measured r is taken to be equal. A source that got no trajectory in
-    a step is taken to be average (its running mean moves towards the mean of the measured ones), so that one low
-    measurement does not shut it out. A source that shall keep a fixed share, such as the ground truth, goes into a
-    mixture around this one: `{"ground_truth": (..., 1), "rest": (AdaptiveMixtureSampler(...), 7)}`.
+    and the trajectories are divided as in `MixtureSampler`. Before the first measurement, all r are equal. A source
+    without trajectories in a step is treated as average: its running mean moves toward the mean of the measured
+    sources, so that a single low measurement does not exclude it. To give a source a fixed share, such as the ground
+    truth, put this mixture into another one:
+    `{"ground_truth": (..., 1), "rest": (AdaptiveMixtureSampler(...), 7)}`.
 
-    Residuals are summed over processes, which therefore agree on the shares.
+    Residuals are summed over all processes, so that all processes use the same shares.
 
     Args:
-        sources, build: as of `MixtureSampler`; all weights > 0.
-        floor: the smallest share of a source, in [0, 1 / m). One of K trajectories is sure where floor * K >= 1.
-        decay: weight of the past in the running mean, in [0, 1); 0.95 forgets over about 20 steps.
+        sources, build: as for `MixtureSampler`; all weights must be > 0.
+        floor: smallest share of a source, in [0, 1 / m). A source gets at least one of K trajectories if
+            floor * K >= 1.
+        decay: weight of the past in the running mean, in [0, 1). 0.95 averages over about 20 steps.
     """
 
     def __init__(
@@ -213,16 +218,16 @@ class AdaptiveMixtureSampler(MixtureSampler):
         count = len(self.samplers)
         if not all(self.weights):
             raise ValueError(
-                f"The weights of AdaptiveMixtureSampler must be > 0, got {self.weights}; leave unused sources out."
+                f"The weights of AdaptiveMixtureSampler are {self.weights}; they must be > 0. Remove unused sources."
             )
         check_number("The floor of AdaptiveMixtureSampler", floor, SHARE)
         check_number("The decay of AdaptiveMixtureSampler", decay, SHARE_BELOW_ONE)
         if not floor * count < 1:
             raise ValueError(
-                f"The floor of AdaptiveMixtureSampler with {count} sources must be in [0, {1 / count:g}), got {floor}."
+                f"The floor of AdaptiveMixtureSampler is {floor}; with {count} sources it must be below {1 / count:g}."
             )
         self.base_weights, self.floor, self.decay = list(self.weights), floor, decay
-        self.residuals = torch.zeros(0, dtype=torch.float64)  # running mean of each source; empty: not measured yet
+        self.residuals = torch.zeros(0, dtype=torch.float64)  # running mean of each source; empty before measurements
         self._set_weights()
 
     def observe(self, step: Step, trajectories: Trajectories, feedback: Feedback) -> None:
@@ -236,12 +241,12 @@ class AdaptiveMixtureSampler(MixtureSampler):
         super().observe(step, trajectories, feedback)
 
     def _measured(self, source: Tensor, residual: Tensor) -> Tensor:
-        """Mean residual of each source over the step's trajectories on all processes: `(m,)`, NaN for none."""
+        """Return the mean residual of each source in this step over all processes, `(m,)`; NaN if not measured."""
         sums = []
         for sampler, first_source in self._with_first_source():
-            own = _own(source - first_source, sampler) & residual.isfinite()
-            sums.append(torch.stack([residual[own].sum(), own.double().sum()]))
-        total, count = over_processes(torch.stack(sums)).cpu().unbind(1)
+            mask = _is_source_of(sampler, source - first_source) & residual.isfinite()
+            sums.append(torch.stack([residual[mask].sum(), mask.double().sum()]))
+        total, count = sum_over_processes(torch.stack(sums)).cpu().unbind(1)
         return total / count
 
     def _set_weights(self) -> None:
@@ -259,30 +264,30 @@ class AdaptiveMixtureSampler(MixtureSampler):
         residuals = state["residuals"].to("cpu", torch.float64, copy=True)
         if len(residuals) not in (0, len(self.samplers)):
             raise ValueError(
-                f"The saved AdaptiveMixtureSampler has {len(residuals)} sources, this one has {len(self.samplers)}: "
-                f"the checkpoint was written with another sampler. Resume with that one, or start afresh."
+                f"The saved AdaptiveMixtureSampler has {len(residuals)} sources, but this one has "
+                f"{len(self.samplers)}. Resume with the sampler of the checkpoint, or start a new training."
             )
         super().load_state_dict({name: tensor for name, tensor in state.items() if name != "residuals"})
         self.residuals = residuals
         self._set_weights()
 
     def metrics(self) -> dict[str, float]:
-        """The parts' metrics, `weight/SOURCE` and `residual/SOURCE`: shares and running means after the last step."""
-        residuals = zip(self.samplers, self.residuals.tolist(), strict=False)  # none before the first measurement
-        return {**super().metrics(), **_shares(self), **{f"residual/{name}": value for name, value in residuals}}
+        """Return the metrics of the sources, `weight/SOURCE` (shares) and `residual/SOURCE` (running means)."""
+        residuals = zip(self.samplers, self.residuals.tolist(), strict=False)  # empty before the first measurement
+        return {**super().metrics(), **_share_metrics(self), **{f"residual/{name}": r for name, r in residuals}}
 
 
-def _flat(parts: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
-    """The entries of all parts under "part/entry"."""
+def _flatten(parts: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
+    """Return the entries of all parts under the keys "part/entry"."""
     return {f"{name}/{entry}": value for name, entries in parts.items() for entry, value in entries.items()}
 
 
-def _own(source: Tensor, sampler: Sampler) -> Tensor:
-    """Where the sources, counted from a sampler's first one, are its own: bool, of the same shape."""
+def _is_source_of(sampler: Sampler, source: Tensor) -> Tensor:
+    """Mask of the trajectories of a sampler, given source indices relative to its first source."""
     return (source >= 0) & (source < len(sampler.source_names))
 
 
-def _shares(mixture: MixtureSampler) -> dict[str, float]:
+def _share_metrics(mixture: MixtureSampler) -> dict[str, float]:
     total = sum(mixture.weights)
     return {f"weight/{name}": w / total for name, w in zip(mixture.samplers, mixture.weights, strict=True)}
 
@@ -291,18 +296,18 @@ def _checked_weights(weights: Mapping[str, float]) -> list[float]:
     for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise ValueError(
-                f"The weight of the source {name!r} must be a number, got {weight!r}. A source with options is "
-                f"written as a pair: {{{name!r}: [{{'type': ..., option: ...}}, weight]}}."
+                f"The weight of the source {name!r} is {weight!r}; it must be a number. Write a source with options "
+                f"as a pair: {{{name!r}: [{{'type': ..., option: ...}}, weight]}}."
             )
     values = [float(weight) for weight in weights.values()]
     if not any(values) or not all(math.isfinite(value) and value >= 0 for value in values):
-        raise ValueError(f"The weights of a mixture must be >= 0, finite and not all zero, got {values}.")
+        raise ValueError(f"The weights of a mixture are {values}; they must be finite, >= 0 and not all zero.")
     return values
 
 
 def _check_sources(sources: Any) -> Mapping[str, Any]:
     if not isinstance(sources, Mapping):
-        raise ValueError(f"The sources of a mixture must be names with weights or samplers, got {sources!r}.")
+        raise ValueError(f"The sources of a mixture are {sources!r}; they must map names to weights or samplers.")
     return sources
 
 
@@ -336,18 +341,18 @@ def build_sampler(
     epsilon: float = 0.0,
     teacher_temperature: float = 1.0,
 ) -> Sampler:
-    """A sampler from what a recipe says.
+    """Build a sampler from its specification in a recipe.
 
     Args:
         spec: a name of `SAMPLERS`; a name with options `{"type": name, option: value, ...}`; a mixture
             `{name: weight}` or `{any name: [spec, weight]}`; a sampler, its class, or a function (see
-            `FunctionSampler`). The options `fallback` of "replay" and `sources` of the mixtures hold specs in turn.
-        teacher: of the samplers that need one.
-        temperature, epsilon: of "on_policy"; the first of "stochastic_beam" too. Options of the spec go before.
-        teacher_temperature: of "collaborative".
+            `FunctionSampler`). The options `fallback` of "replay" and `sources` of the mixtures contain specs too.
+        teacher: teacher of the samplers that need one.
+        temperature, epsilon: defaults of "on_policy"; the temperature is also the default of "stochastic_beam".
+        teacher_temperature: default of "collaborative".
 
     Raises:
-        ValueError, TypeError: an unknown name or option, a bad value, a missing teacher; the error names it.
+        ValueError, TypeError: an unknown name or option, an invalid value, or a missing teacher. The error names it.
     """
     if isinstance(spec, Sampler):
         return spec
@@ -364,7 +369,7 @@ def build_sampler(
     options: dict[str, Any] = dict(spec) if isinstance(spec, Mapping) else {"type": spec}
     name = options.pop("type")
     _check_options(name, options, teacher)
-    given = {"teacher": teacher, "build": build} | {
+    defaults = {"teacher": teacher, "build": build} | {
         "on_policy": {"temperature": temperature, "epsilon": epsilon},
         "stochastic_beam": {"temperature": temperature},
         "collaborative": {"temperature": teacher_temperature},
@@ -372,7 +377,7 @@ def build_sampler(
     if name == "replay":
         options["fallback"] = build(options.get("fallback", "on_policy"))
     parameters = inspect.signature(SAMPLERS[name]).parameters
-    return SAMPLERS[name](**{option: value for option, value in given.items() if option in parameters} | options)
+    return SAMPLERS[name](**{option: value for option, value in defaults.items() if option in parameters} | options)
 
 
 def uses_teacher(spec: Any) -> bool:
@@ -385,18 +390,20 @@ def uses_teacher(spec: Any) -> bool:
 
 
 def _check_options(name: object, options: Mapping[str, Any], teacher: Any) -> None:
-    """Refuse an unknown sampler, options that it does not have, and to leave out what it needs."""
+    """Raise an error for an unknown sampler, an unknown option, a missing option, or a missing teacher."""
     if not isinstance(name, str) or name not in SAMPLERS:
-        raise ValueError(f"Unknown sampler {name!r}; known are {sorted(SAMPLERS)}.")
+        raise ValueError(f"Unknown sampler {name!r}; choose from {sorted(SAMPLERS)}.")
     parameters = inspect.signature(SAMPLERS[name]).parameters
     known = {key: parameter.default for key, parameter in parameters.items() if key not in ("teacher", "build")}
     for option in options:
         if option not in known:
-            raise ValueError(f"The sampler {name!r} has no option {option!r}; it has {', '.join(known) or 'none'}.")
+            raise ValueError(
+                f"The sampler {name!r} has no option {option!r}; its options: {', '.join(known) or 'none'}."
+            )
     for option, default in known.items():
         if option not in options and default is inspect.Parameter.empty:
             raise ValueError(f"The sampler {name!r} needs the option {option!r}.")
     if "teacher" in parameters and teacher is None:
         raise _MissingTeacher(
-            f"The sampler {name!r} needs a teacher: give one, or a {SAMPLERS[name].__name__}(teacher)."
+            f"The sampler {name!r} needs a teacher; pass a teacher, or a {SAMPLERS[name].__name__}(teacher)."
         )

@@ -1,4 +1,4 @@
-"""What a sampler is, what it returns, and how leaves are drawn without hidden state."""
+"""Base class of samplers, their results and checks of these."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from gflowtrl.rewards import StepReward
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Trajectories of a batch. On a prefix tree a leaf has one path, so a leaf is a trajectory.
+    """Trajectories of a batch. In a prefix tree, each leaf has one path, so a leaf identifies a trajectory.
 
     Attributes:
         leaves: `(B, K)` long.
-        source: `(B, K)` long, which of the sampler's `source_names` drew it.
-        log_q: `(B, K)` log-probability under the distribution that drew it (in a mixture: under its source's), or None
-            where that is not known.
+        source: `(B, K)` long, index into the sampler's `source_names`: the source that drew the trajectory.
+        log_q: `(B, K)` log-probability under the distribution that drew the trajectory (in a mixture, the distribution
+            of its source), or None if it is unknown.
     """
 
     leaves: Tensor
@@ -31,22 +31,22 @@ class Trajectories:
 
     @classmethod
     def of_one_source(cls, leaves: Tensor, log_q: Tensor | None = None) -> Trajectories:
-        """The trajectories of a sampler with a single source."""
+        """Make the trajectories of a sampler with a single source."""
         return cls(leaves, torch.zeros_like(leaves), log_q)
 
-    def columns(self, which: Tensor) -> Trajectories:
-        """Some of the K trajectories, the same of every row: `which (n,)` are their numbers."""
-        log_q = None if self.log_q is None else self.log_q[:, which]
-        return Trajectories(self.leaves[:, which], self.source[:, which], log_q)
+    def columns(self, index: Tensor) -> Trajectories:
+        """Select the trajectories `index (n,)` of every row."""
+        log_q = None if self.log_q is None else self.log_q[:, index]
+        return Trajectories(self.leaves[:, index], self.source[:, index], log_q)
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """What became of a step's trajectories.
+    """Rewards and residuals of a step's trajectories.
 
     Attributes:
         log_rewards: `(B, K)` log R.
-        residual: `(B, K)` |log Z + log pi - log R|, with the best known log Z.
+        residual: `(B, K)` |log Z + log pi - log R|, with the best available log Z.
         log_pi: `(B, K)` log pi(leaf | x) under the policy in training.
     """
 
@@ -54,100 +54,101 @@ class Feedback:
     residual: Tensor
     log_pi: Tensor
 
-    def columns(self, which: Tensor) -> Feedback:
-        """Of some of the K trajectories, the same of every row: `which (n,)` are their numbers."""
-        return Feedback(self.log_rewards[:, which], self.residual[:, which], self.log_pi[:, which])
+    def columns(self, index: Tensor) -> Feedback:
+        """Select the trajectories `index (n,)` of every row."""
+        return Feedback(self.log_rewards[:, index], self.residual[:, index], self.log_pi[:, index])
 
 
 class Sampler(ABC):
-    """Draws K trajectories for each prompt. Objectives of GFlowNets are right for any sampler that reaches all leaves;
-    which one is used decides how fast they learn, and where.
+    """Draws K trajectories for each prompt.
 
-    Randomness comes from `noise` alone, a function of the row: the same row draws the same leaves in whatever batch.
+    GFlowNet objectives are correct for any sampler that reaches all leaves. The choice of the sampler affects how fast
+    and where the policy learns. All randomness comes from `noise`, a function of the row: a row gets the same leaves
+    in any batch.
     """
 
     source_names: tuple[str, ...] = ("unnamed",)
-    observes_group: bool = False  # whether a mixture tells it of the whole group, or of its own trajectories alone
+    observes_group: bool = False  # whether a mixture passes the whole group to `observe`, or only its own trajectories
 
     @abstractmethod
     def sample(
         self, step: Step, policy: TreePolicy, reward: StepReward | None, num_generations: int, noise: Noise
     ) -> Trajectories:
-        """Draw.
+        """Draw trajectories.
 
         Args:
             step: prompts and dataset columns of B rows, and the progress of the training.
             policy: the policy in training, with its `catalog`.
-            reward: of this step's prompts; None where nothing is rewarded.
-            num_generations: K, all trajectories of a prompt.
+            reward: rewards of this step's prompts; None if the training has no rewards.
+            num_generations: K, the number of trajectories per prompt.
             noise: `StatelessNoise(seed).at(step, row_ids)`.
         """
 
-    def observe(  # noqa: B027 - not abstract: most samplers learn nothing
+    def observe(  # noqa: B027 - not abstract: most samplers have no state
         self, step: Step, trajectories: Trajectories, feedback: Feedback
     ) -> None:
-        """Learn from what became of the trajectories; called once after each loss. The default does nothing.
+        """Update the sampler's state after each loss. The default does nothing.
 
         Args:
-            step: what `sample` got.
-            trajectories: what `sample` returned. In a mixture `source` counts from this sampler's first source, so its
-                own trajectories are those with `0 <= source < len(source_names)`.
-            feedback: their log R, residuals and log pi, `(B, K)` each, without gradient.
+            step: the argument of `sample`.
+            trajectories: the result of `sample`. In a mixture, `source` is relative to this sampler's first source, so
+                its own trajectories are those with `0 <= source < len(source_names)`.
+            feedback: log R, residuals and log pi of the trajectories, `(B, K)` each, without gradient.
         """
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed training needs to go on as if undisturbed: flat tensors; of most samplers none."""
+        """Return the state that a resumed training needs, as a flat dict of tensors. Most samplers have no state."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave. Raises a ValueError where the state is another sampler's."""
+        """Load the result of `state_dict`. Raises a ValueError if the state belongs to another sampler."""
         check_state(self, state, ())
 
     def metrics(self) -> dict[str, float]:
-        """Numbers for the training log, such as the size of a buffer."""
+        """Return numbers for the training log, such as the size of a buffer."""
         return {}
 
 
 def check_state(sampler: Sampler, state: Mapping[str, Tensor], expected: Iterable[str]) -> None:
-    """Raise a ValueError unless a state to load has exactly the expected entries."""
+    """Raise a ValueError unless a saved state has exactly the expected entries."""
     if sorted(state) != sorted(expected):
         raise ValueError(
-            f"The saved state of {type(sampler).__name__} has the entries {sorted(state)}, but {sorted(expected)} are "
-            f"needed: the checkpoint was written with another sampler. Resume with that one, or start afresh."
+            f"The saved state of {type(sampler).__name__} has the entries {sorted(state)}; it must have "
+            f"{sorted(expected)}. Resume with the sampler of the checkpoint, or start a new training."
         )
 
 
 def fill_missing(leaves: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-    """Fill the places of missing leaves by repeating those that are there, in turn.
+    """Replace missing leaves by repeating the present leaves of the row in order.
 
     Args:
-        leaves: `(B, K)`, -1 (only at the end of a row) for missing ones, at least one a row present.
+        leaves: `(B, K)`. Missing leaves are -1 at the end of a row. Each row has at least one leaf.
         values: more tensors `(B, K)` that belong to the leaves.
 
     Returns:
-        All of them, filled.
+        The leaves and the values without gaps.
     """
     count = (leaves >= 0).sum(1, keepdim=True)
-    place = torch.arange(leaves.shape[1], device=leaves.device) % count
-    return tuple(tensor.gather(1, place) for tensor in (leaves, *values))
+    position = torch.arange(leaves.shape[1], device=leaves.device) % count
+    return tuple(tensor.gather(1, position) for tensor in (leaves, *values))
 
 
-def over_processes(values: Tensor) -> Tensor:
-    """The sum of a tensor over all processes of the training, in place; itself where there is only one process."""
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Sum a tensor over all processes of the training, in place."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(values)
     return values
 
 
 def validate_trajectories(trajectories: Trajectories, batch_size: int, num_generations: int, num_leaves: int) -> None:
-    """Check what a sampler returned.
+    """Check the result of a sampler.
 
     Raises:
-        TypeError: not a Trajectories of tensors.
-        ValueError: wrong shape, numbers that are no integers, or a number that is no leaf; the error names the place.
+        TypeError: the result is not `Trajectories` of tensors.
+        ValueError: a shape or dtype is wrong, or a number is not a leaf; the error names the position.
     """
     if not isinstance(trajectories, Trajectories):
-        raise TypeError(f"The sampler returned {type(trajectories).__name__}; it must return a Trajectories.")
+        raise TypeError(f"The sampler returned {type(trajectories).__name__}; it must return Trajectories.")
     shape = (batch_size, num_generations)
     for name, values in (("leaves", trajectories.leaves), ("source", trajectories.source)):
         if not isinstance(values, Tensor):
@@ -164,9 +165,9 @@ def validate_trajectories(trajectories: Trajectories, batch_size: int, num_gener
     leaves = trajectories.leaves
     outside = (leaves < 0) | (leaves >= num_leaves)
     if outside.any():
-        row, place = outside.nonzero()[0].tolist()
+        row, column = outside.nonzero()[0].tolist()
         raise ValueError(
-            f"The sampler returned {leaves[row, place].item()} as trajectory {place} of row {row}, which is not a "
+            f"The sampler returned {leaves[row, column].item()} as trajectory {column} of row {row}, which is not a "
             f"leaf: leaves are the numbers 0 to {num_leaves - 1}. Return leaves, not items, tokens or nodes "
-            f"(catalog.leaf_of(items) gives the leaf of an item)."
+            f"(catalog.leaf_of(items) returns the leaves of items)."
         )

@@ -1,4 +1,4 @@
-"""Numbers that change while the training goes on, as a function of its progress alone."""
+"""Values that change with the progress of the training."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import numpy as np
 
 
 class Schedule:
-    """Piecewise linear in the progress of the training: the first value before the first point, the last one after.
+    """A piecewise linear function of training progress, constant before the first point and after the last one.
 
     Args:
-        points: pairs of progress, ascending in [0, 1], and value: a number, or several (equally many at each point).
-            Two points of one progress make a jump, at which the later one counts.
-        owner: who is named in errors.
+        points: pairs [progress, value]. The progress must ascend within [0, 1]. A value is a number or a list of
+            numbers of the same length at each point. Two points with the same progress make a jump to the later one.
+        owner: name of the sampler in errors.
+
+    Raises:
+        ValueError: `points` is not a list of pairs, or the progress does not ascend.
     """
 
     def __init__(self, points: Sequence[tuple[float, float | Sequence[float]]], owner: str):
@@ -22,21 +25,13 @@ class Schedule:
             self.progress = [float(progress) for progress, _ in points]
             self.values = np.array([np.atleast_1d(np.asarray(value, dtype=float)) for _, value in points])
         except (TypeError, ValueError):
+            raise ValueError(f"The schedule of {owner} is {points!r}; it must list pairs [progress, value].") from None
+        if not self.progress or any(not a <= b for a, b in pairwise([0.0, *self.progress, 1.0])):
             raise ValueError(
-                f"The schedule of {owner} must be a list of pairs [progress, value], got {points!r}."
-            ) from None
-        steps = [0.0, *self.progress, 1.0]
-        if not self.progress or any(not a <= b for a, b in pairwise(steps)):
-            raise ValueError(
-                f"The progress of the points in the schedule of {owner} must ascend within 0 to 1, got "
-                f"{self.progress}."
+                f"The progress in the schedule of {owner} is {self.progress}; it needs at least one point and must "
+                f"ascend within [0, 1]."
             )
 
     def at(self, progress: float) -> np.ndarray:
-        """The value at this progress, the share of the training that is done, in [0, 1): `(n,)` float64."""
-        after = int(np.searchsorted(self.progress, progress, side="right"))
-        if after in (0, len(self.progress)):
-            return self.values[min(after, len(self.progress) - 1)]
-        start, end = self.progress[after - 1 : after + 1]
-        share = (progress - start) / (end - start)
-        return (1 - share) * self.values[after - 1] + share * self.values[after]
+        """Return the value at a progress, the finished share of the training in [0, 1): `(n,)` float64."""
+        return np.array([np.interp(progress, self.progress, column) for column in self.values.T])

@@ -1,4 +1,4 @@
-"""Fit once, then load."""
+"""A cache of fitted teachers."""
 
 import hashlib
 import json
@@ -15,19 +15,19 @@ logger = logging.getLogger(__name__)
 
 
 def fingerprint(value: Any) -> str:
-    """Sixteen hex digits that change with any change of a JSON-able value (settings, sequences, items)."""
+    """Return a hash of a JSON-serializable value (settings, sequences, items): sixteen hex digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def fit_cached(fit: Callable[[], TeacherModule], directory: str | Path, key: Any) -> TeacherModule:
-    """Loads the teacher of `key` from `directory`, or fits and saves it there first.
+    """Load the teacher of `key` from `directory`. If it does not exist, fit and save it first.
 
     Args:
-        fit: trains and returns the teacher.
-        directory: the cache; each key has its own sub-folder, which appears only when it is complete, so that an
-            interrupted fit leaves nothing behind and several processes may use the cache at once.
-        key: JSON-able value that holds all that the teacher depends on: class, settings, seed, training sequences,
-            items.
+        fit: function that trains and returns the teacher.
+        directory: folder of the cache. Each key has its own subfolder, which appears only when it is complete. An
+            interrupted fit therefore leaves no files, and several processes can use the cache at the same time.
+        key: JSON-serializable value with everything that the teacher depends on: class, settings, seed, training
+            sequences, items.
     """
     folder = Path(directory) / fingerprint(key)
     if not (folder / CONFIG_FILE).is_file():
@@ -38,8 +38,8 @@ def fit_cached(fit: Callable[[], TeacherModule], directory: str | Path, key: Any
             try:
                 Path(partial, "teacher").rename(folder)
             except OSError:
-                if not (folder / CONFIG_FILE).is_file():  # else another process was faster, with the same teacher
+                if not (folder / CONFIG_FILE).is_file():  # otherwise another process has saved the same teacher
                     raise
     else:
-        logger.info("Loading the cached teacher of %s.", folder)
+        logger.info("Loading the cached teacher from %s.", folder)
     return TeacherModule.from_pretrained(folder)

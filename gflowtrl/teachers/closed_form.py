@@ -1,4 +1,4 @@
-"""Teachers without gradient training: EASE and popularity."""
+"""Teachers in closed form: EASE and popularity."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,13 +16,14 @@ from .teacher import History, TeacherModule
 class EASE(TeacherModule):
     """Embarrassingly shallow autoencoder (Steck, WWW 2019): a linear item-item model in closed form.
 
-    Scores are the sum of the weights of the distinct items of the history, order ignored, divided by `temperature`,
-    which turns them into logits (see `fit`) and leaves the ranking alone. Its recommendations are weaker but far
-    broader than SASRec's. Time and memory grow with items cubed and squared: meant for up to about 30,000 items.
+    The scores are the summed weights of the distinct items of the history, regardless of order, divided by
+    `temperature`. The temperature turns the scores into logits (see `fit`) and does not change the ranking. The
+    recommendations are less accurate but much broader than those of SASRec. Time grows with the cube and memory with
+    the square of the number of items, so EASE is suitable for up to about 30,000 items.
 
     Args:
         items: the catalog, in the order of the score columns.
-        temperature: what the scores are divided by.
+        temperature: divisor of the scores.
     """
 
     bounds = {"regularization": POSITIVE, "temperature": POSITIVE}
@@ -38,9 +39,8 @@ class EASE(TeacherModule):
         rows = [sorted(set(row)) for row in self.encode(histories)]
         flat = torch.tensor([index for row in rows for index in row], dtype=torch.long, device=self.device)
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.long, device=self.device)
-        return (
-            F.embedding_bag(flat, self.weights, lengths.cumsum(0) - lengths, mode="sum") / self.config["temperature"]
-        )
+        scores = F.embedding_bag(flat, self.weights, lengths.cumsum(0) - lengths, mode="sum")
+        return scores / self.config["temperature"]
 
     @classmethod
     @torch.no_grad()
@@ -52,9 +52,9 @@ class EASE(TeacherModule):
         *,
         regularization: float = 100.0,
     ) -> "EASE":
-        """Fits the weights; with `validation` rows (`"history"`, `"target"`) also the temperature.
+        """Fit the weights and, with `validation` rows (`"history"`, `"target"`), the temperature.
 
-        The temperature is the one of `temperature_grid` that gives the targets the highest mean log-softmax.
+        The temperature is the value of `temperature_grid` with the highest mean log-softmax of the targets.
         """
         cls.check_options(regularization=regularization)
         teacher = cls(items)
@@ -64,21 +64,19 @@ class EASE(TeacherModule):
             gram[index[:, None], index] += 1
         gram.diagonal().add_(regularization)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-        weights = inverse / -inverse.diagonal()
-        weights.fill_diagonal_(0.0)
-        teacher.weights.copy_(weights)
+        teacher.weights.copy_((inverse / -inverse.diagonal()).fill_diagonal_(0.0))
         if rows := list(validation or []):
             grid = cls.temperature_grid
-            fits = [
+            log_likelihoods = [
                 torch.stack([-F.cross_entropy(scores / value, targets, reduction="sum") for value in grid])
                 for scores, targets in teacher.scored(rows)
             ]
-            teacher.config["temperature"] = grid[int(sum(fits).argmax())]
+            teacher.config["temperature"] = grid[int(sum(log_likelihoods).argmax())]
         return teacher
 
 
 class Popularity(TeacherModule):
-    """The same scores for everybody: log(training count + 1), so that their softmax is smoothed popularity."""
+    """The same scores for all histories: log(training count + 1), so that their softmax is smoothed popularity."""
 
     def __init__(self, items: Sequence[Item]) -> None:
         super().__init__(items)

@@ -14,39 +14,39 @@ from .teacher import History, Teacher, TeacherModule, as_teacher, build_teacher
 
 
 class MixtureTeacher(TeacherModule):
-    """Weighted mean of teachers, each normalized per row first, since their scores have unrelated scales.
+    """Weighted mean of teachers, after a normalization per row, because their scores have different scales.
 
-    - `"softmax"`: the score is `log(sum of w_i * softmax(score_i))`; its softmax is exactly the mixture of the
-      teachers' distributions. It takes their scores as logits (EASE: fit it with `validation`).
-    - `"zscore"`: the sum of `w_i` times the scores with mean 0 and standard deviation 1 in each row. Free of any
-      temperature, but heavy-tailed scores (EASE) then outweigh others.
+    - `"softmax"`: the score is `log(sum of w_i * softmax(score_i))`, and its softmax is exactly the mixture of the
+      teachers' distributions. This treats the scores as logits (EASE: fit it with `validation`).
+    - `"zscore"`: the score is the weighted sum of the teachers' scores, standardized in each row to mean 0 and
+      standard deviation 1. It is independent of temperatures, but heavy-tailed scores (EASE) dominate the others.
 
     Args:
-        teachers: teacher to weight; weights are positive and are divided by their sum. All teachers must know the
-            items of the first one, whose order is used.
+        teachers: mapping from teacher to weight. Weights are positive and are divided by their sum. All teachers must
+            know the items of the first one, which also sets the order.
         normalization: `"softmax"` or `"zscore"`.
     """
 
     def __init__(self, teachers: Mapping[Teacher, float], normalization: str = "softmax") -> None:
         if not teachers:
-            raise ValueError("A mixture needs at least one teacher; give {teacher: weight, ...}.")
+            raise ValueError("teachers is empty; pass at least one teacher as {teacher: weight, ...}.")
         for weight in teachers.values():
             check_number("A weight of MixtureTeacher", weight, POSITIVE)
         check_choice("normalization", normalization, ("softmax", "zscore"))
         items = next((teacher.items for teacher in teachers if isinstance(teacher, Teacher)), None)
         if items is None:
-            raise TypeError("A mixture of plain callables has no items; wrap them with as_teacher(callable, items).")
+            raise TypeError("All teachers are callables without items; wrap them with as_teacher(callable, items).")
         super().__init__(items, normalization=normalization)
         self.parts = [as_teacher(teacher, self.items) for teacher in teachers]
         self.weights = [weight / sum(teachers.values()) for weight in teachers.values()]
-        # Registers the tensors of the parts with the mixture, so that moving and saving it moves and saves them.
+        # Registers the parts as submodules, so that they are moved and saved with the mixture.
         self.modules_of_parts = nn.ModuleList(part for part in self.parts if isinstance(part, nn.Module))
 
     def score(self, histories: Sequence[History]) -> Tensor:
         return self.combine(lambda part: part.score(histories))
 
     def combine(self, score: Callable[[Teacher], Tensor]) -> Tensor:
-        """The mixture's scores from a function that gives a part's scores (see `teacher_scores`)."""
+        """Compute the scores of the mixture, given a function for the scores of a part (see `teacher_scores`)."""
         scores = [score(part) for part in self.parts]
         if self.config["normalization"] == "softmax":
             logs = [part.log_softmax(-1) + math.log(w) for part, w in zip(scores, self.weights, strict=True)]
@@ -55,7 +55,9 @@ class MixtureTeacher(TeacherModule):
 
     def description(self) -> dict[str, Any]:
         if len(self.modules_of_parts) < len(self.parts):
-            raise TypeError("A mixture is saved only if all its parts are built-in teachers over the same items.")
+            raise TypeError(
+                "This mixture cannot be saved; all its parts must be built-in teachers over the same items."
+            )
         parts = [part.description() for part in self.modules_of_parts]
         return {"class": "MixtureTeacher", "config": {**self.config, "parts": parts, "weights": self.weights}}
 
@@ -72,11 +74,11 @@ class MixtureTeacher(TeacherModule):
     def check_options(cls, **options: Any) -> None:
         check_choice("normalization", options.get("normalization", "softmax"), ("softmax", "zscore"))
         if not isinstance(options.get("parts"), list) or not options["parts"]:
-            raise ValueError("parts must list the mixture's teachers, each with type, weight and options.")
+            raise ValueError("parts must list the teachers of the mixture, each with type, weight and options.")
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any], context: Mapping[str, Any]) -> "MixtureTeacher":
-        """Mix the teachers of `spec["parts"]`; `context["fit"]` turns each of them into a fitted teacher."""
+        """Mix the teachers of `spec["parts"]`. `context["fit"]` returns the fitted teacher of each part."""
         parts = {context["fit"](part): float(part.get("weight", 1.0)) for part in spec["parts"]}
         return cls(parts, spec.get("normalization", "softmax"))
 

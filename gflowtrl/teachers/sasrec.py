@@ -1,4 +1,4 @@
-"""SASRec with full-softmax cross entropy."""
+"""SASRec with cross entropy over the full softmax."""
 
 import copy
 import math
@@ -20,7 +20,7 @@ from .teacher import History, TeacherModule
 
 
 class Block(nn.Module):
-    """A causal transformer layer, normalized first."""
+    """A causal transformer layer with pre-normalization."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -43,16 +43,17 @@ class Block(nn.Module):
 class SASRec(TeacherModule):
     """Self-attentive sequential recommendation (Kang and McAuley, ICDM 2018), trained with the full softmax.
 
-    Item embeddings (tied to the output layer) plus learned positions, a causal transformer, and cross entropy over
-    *all* items at every position; with sampled negatives, as in the original, it is far weaker. Build one with `fit`.
+    The model has item embeddings (tied to the output layer), learned positions and a causal transformer. The loss is
+    cross entropy over *all* items at every position; with sampled negatives, as in the original, the model is much
+    weaker. Use `fit` to train a model.
 
     Args:
         items: the catalog, in the order of the score columns.
-        max_history_items: longest history that is read; longer ones are cut to their last items.
-        width, layers, heads, dropout: shape of the transformer; heads divide the width.
+        max_history_items: longest history that is read. Longer histories are truncated to their last items.
+        width, layers, heads, dropout: shape of the transformer. The width must be divisible by the number of heads.
 
     Raises:
-        ValueError: an option out of its bounds.
+        ValueError: an option is out of bounds.
     """
 
     bounds = {
@@ -69,12 +70,9 @@ class SASRec(TeacherModule):
         heads: int = 2,
         dropout: float = 0.4,
     ) -> None:
-        self.check_options(
-            max_history_items=max_history_items, width=width, layers=layers, heads=heads, dropout=dropout
-        )
-        super().__init__(
-            items, max_history_items=max_history_items, width=width, layers=layers, heads=heads, dropout=dropout
-        )
+        config = dict(max_history_items=max_history_items, width=width, layers=layers, heads=heads, dropout=dropout)
+        self.check_options(**config)
+        super().__init__(items, **config)
         self.max_history_items = max_history_items
         self.item_embedding = nn.Embedding(len(self.items), width)
         self.position_embedding = nn.Embedding(max_history_items, width)
@@ -89,11 +87,12 @@ class SASRec(TeacherModule):
         super().check_options(**options)
         width, heads = options.get("width", 64), options.get("heads", 2)
         if width % heads:
-            raise ValueError(f"width is {width}, which {heads} heads do not divide; choose another number of heads.")
+            raise ValueError(f"width is {width}; it must be divisible by the number of heads, which is {heads}.")
 
     def forward(self, indices: Tensor) -> Tensor:
-        """Item indices `(B, T)` to hidden states `(B, T, width)`; state t has read the items up to t."""
-        # Scaled up at the input, since the same small embeddings are the output layer; learns faster and better.
+        """Return the hidden states `(B, T, width)` of item indices `(B, T)`. State t depends on the items up to t."""
+        # The embeddings are scaled up at the input, because they are also the (small) weights of the output layer.
+        # This improves speed and quality of the training.
         items = self.item_embedding(indices) * self.item_embedding.embedding_dim**0.5
         positions = self.position_embedding.weight[: indices.shape[1]]
         return self.norm(self.blocks(self.dropout(items + positions)))
@@ -103,7 +102,7 @@ class SASRec(TeacherModule):
 
     @torch.no_grad()
     def score(self, histories: Sequence[History]) -> Tensor:
-        """Next-item logits `(B, len(items))`. An empty history is an error."""
+        """Return the next-item logits `(B, len(items))`. An empty history is an error."""
         rows = [row[-self.max_history_items :] for row in self.encode(histories)]
         if empty := [row for row, history in enumerate(rows) if not history]:
             raise ValueError(f"History {empty[0]} is empty; SASRec needs at least one item to start from.")
@@ -112,14 +111,14 @@ class SASRec(TeacherModule):
     @torch.no_grad()
     def score_windows(self, windows: Windows) -> Tensor:
         if int(windows.seen.max()) > self.max_history_items:
-            return self.score(windows.histories)  # it reads the last items of each, which are no beginnings
+            return self.score(windows.histories)  # a truncated history does not start at the beginning of its window
         return self._score_at(self.encode(windows.prompts), windows.trunk, windows.seen - 1)
 
-    def _score_at(self, rows: Sequence[Sequence[int]], row: Tensor, place: Tensor) -> Tensor:
-        """Logits behind some places of some rows: `(n,)`, `(n,)` -> `(n, len(items))`."""
-        # Padding stands at the right, where a causal model never looks at it.
+    def _score_at(self, rows: Sequence[Sequence[int]], row: Tensor, position: Tensor) -> Tensor:
+        """Return the logits at some positions of some rows: `(n,)`, `(n,)` -> `(n, len(items))`."""
+        # The padding is on the right, where it does not affect a causal model.
         padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(self.device)
-        return self.logits(self.eval()(padded)[row, place])
+        return self.logits(self.eval()(padded)[row, position])
 
     @classmethod
     def fit(
@@ -137,15 +136,15 @@ class SASRec(TeacherModule):
         progress: bool = True,
         **config: Any,
     ) -> "SASRec":
-        """Trains on the sequences; keeps the epoch with the best NDCG@10 on `validation`.
+        """Train a model on the sequences and keep the epoch with the best NDCG@10 on `validation`.
 
         Args:
-            train_sequences: one chronological list of items a user.
+            train_sequences: one chronological list of items per user.
             items: the whole catalog.
-            validation: rows with `"history"` and `"target"`; without them all epochs are run and the last is kept.
-            patience: stop after so many epochs without a better validation NDCG@10.
-            batch_size: targets a step.
-            seed: fixes initialization, order and dropout; the global random state is left as it was.
+            validation: rows with `"history"` and `"target"`. Without them, the last of all epochs is kept.
+            patience: number of epochs without a better validation NDCG@10 after which the training stops.
+            batch_size: targets per step.
+            seed: seed of initialization, order and dropout. The global random state does not change.
             **config: `max_history_items`, `width`, `layers`, `heads`, `dropout`.
 
         Raises:
@@ -166,7 +165,7 @@ class SASRec(TeacherModule):
                 loss = teacher._train_epoch(windows, optimizer, batch_size)
                 if not math.isfinite(loss):
                     raise NonFiniteError(
-                        f"SASRec diverged: its loss is {loss}. Lower its learning_rate, {learning_rate} now."
+                        f"The loss of SASRec is {loss}: the training diverged. Lower learning_rate ({learning_rate})."
                     )
                 if not rows:
                     bar.set_postfix(loss=f"{loss:.3f}")
@@ -184,9 +183,9 @@ class SASRec(TeacherModule):
         return teacher.eval()
 
     def _windows(self, sequences: Iterable[History]) -> list[Tensor]:
-        """Training windows grouped by length: tensors (number, T + 1), so that no batch holds padding.
+        """Return training windows grouped by length, tensors (number, T + 1), so that batches have no padding.
 
-        A long sequence is cut from its end; every item but a user's first is the target of exactly one window.
+        Long sequences are split from the end. Every item except the first of a user is the target of one window.
         """
         groups: dict[int, list[list[int]]] = defaultdict(list)
         for sequence in self.encode(sequences):
@@ -194,7 +193,7 @@ class SASRec(TeacherModule):
                 window = sequence[max(0, end - self.max_history_items - 1) : end]
                 groups[len(window)].append(window)
         if not groups:
-            raise ValueError("SASRec needs at least one training sequence of two or more items.")
+            raise ValueError("train_sequences has no sequence of two or more items; SASRec needs at least one.")
         return [torch.tensor(groups[length], device=self.device) for length in sorted(groups)]
 
     def _train_epoch(self, windows: list[Tensor], optimizer: torch.optim.Optimizer, batch_size: int) -> float:

@@ -1,4 +1,4 @@
-"""What a teacher is, and what all teachers share: item lookup, saving, loading, memoized scoring."""
+"""Protocol and base class of teachers: item lookup, saving, loading, memoized scoring."""
 
 import inspect
 import json
@@ -24,8 +24,8 @@ History = Sequence[Item]
 
 CONFIG_FILE = "teacher.json"
 TENSOR_FILE = "teacher.safetensors"
-BATCH = 512  # histories scored together
-#: Parameters of a teacher and its `fit` that a run provides, and a recipe cannot set.
+BATCH = 512  # histories per batch
+#: Parameters of a teacher and its `fit` that the run provides and a recipe cannot set.
 PROVIDED = {"items", "validation", "device", "progress", "max_history_items", "config"}
 
 
@@ -33,7 +33,7 @@ PROVIDED = {"items", "validation", "device", "progress", "max_history_items", "c
 class Teacher(Protocol):
     """A model that scores the whole catalog for a history.
 
-    `items` fixes the order of the score columns; `score(histories)` returns a float tensor `(B, len(items))`, higher
+    `items` defines the order of the score columns. `score(histories)` returns a float tensor `(B, len(items))`; higher
     is better. Built-in teachers return *logits*: `softmax(score)` is their distribution over the next item.
     """
 
@@ -43,18 +43,18 @@ class Teacher(Protocol):
 
 
 class TeacherModule(nn.Module):
-    """Base class of the built-in teachers: a module whose state is its buffers and parameters.
+    """Base class of the built-in teachers: a module whose state is its parameters and buffers.
 
-    A subclass takes `items` first and the entries of `config` as keyword arguments, and implements `score`. That is
-    all that saving and loading need.
+    A subclass takes `items` as the first argument and the entries of `config` as keyword arguments, and implements
+    `score`. Saving and loading need nothing else.
 
     Args:
         items: the catalog, without duplicates, in the order of the score columns.
-        **config: the JSON-able keyword arguments that rebuild the (untrained) teacher.
+        **config: JSON-serializable keyword arguments that rebuild the (untrained) teacher.
     """
 
     classes: ClassVar[dict[str, type["TeacherModule"]]] = {}
-    bounds: ClassVar[dict[str, Bound]] = {}  # of the options of a class and its `fit`
+    bounds: ClassVar[dict[str, Bound]] = {}  # bounds of the options of the class and its `fit`
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -68,22 +68,24 @@ class TeacherModule(nn.Module):
 
     @classmethod
     def check_options(cls, **options: Any) -> None:
-        """Refuse options of the class or of its `fit` with which a fit would fail, or do nothing.
+        """Check options of the class or its `fit` before a fit.
 
         Raises:
-            ValueError: names the option, its value and what it may be.
+            ValueError: an option is out of bounds. The error names the option, its value and the bounds.
         """
         for name, value in options.items():
             if name in cls.bounds:
                 check_number(name, value, cls.bounds[name])
 
     def score(self, histories: Sequence[History]) -> Tensor:
-        """Scores all items: `B` histories (oldest item first) to a float tensor `(B, len(items))`."""
+        """Score all items for `B` histories, each with the oldest item first: a float tensor `(B, len(items))`."""
         raise NotImplementedError
 
     def score_windows(self, windows: Windows) -> Tensor:
-        """Scores all items for the prompts of a batch, `(B, len(items))`: equal to `score(windows.histories)`, and
-        cheaper where a teacher reads what they share once."""
+        """Score all items for the prompts of a batch: `(B, len(items))`, equal to `score(windows.histories)`.
+
+        A subclass can override this to read the shared part of the prompts once.
+        """
         return self.score(windows.histories)
 
     @property
@@ -91,11 +93,11 @@ class TeacherModule(nn.Module):
         return next((tensor.device for tensor in (*self.parameters(), *self.buffers())), torch.device("cpu"))
 
     def encode(self, histories: Iterable[History]) -> list[list[int]]:
-        """Histories of items to histories of column indices; an unknown item is an error that names it."""
+        """Map the items of histories to column indices. The error for an unknown item names it."""
         return [[self._index[item] for item in history] for history in histories]
 
     def scored(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of rows (`"history"`, `"target"`): scores `(B, len(items))`, and columns of the targets `(B,)`."""
+        """Score rows (`"history"`, `"target"`) in batches: scores `(B, len(items))` and target columns `(B,)`."""
         for start in range(0, len(rows), BATCH):
             batch = rows[start : start + BATCH]
             targets = torch.tensor(self.encode([[row["target"]] for row in batch]), device=self.device).flatten()
@@ -106,14 +108,14 @@ class TeacherModule(nn.Module):
 
     @classmethod
     def from_config(cls, items: Sequence[Item], config: Mapping[str, Any]) -> "TeacherModule":
-        """The untrained teacher of the `"config"` entry of a `description`."""
+        """Build an untrained teacher from the `"config"` entry of a `description`."""
         return cls(items, **config)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes `teacher.safetensors` and `teacher.json`, each atomically, the latter last.
+        """Write `teacher.safetensors` and then `teacher.json`, each one atomically.
 
         Raises:
-            NonFiniteError: a tensor holds NaN or infinity.
+            NonFiniteError: a tensor contains NaN or infinity.
         """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         check_tensors(tensors, f"The {type(self).__name__} teacher")
@@ -123,14 +125,14 @@ class TeacherModule(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "TeacherModule":
-        """Loads what `save_pretrained` wrote; called on the base class, it loads any kind of teacher."""
+        """Load a teacher from the folder that `save_pretrained` wrote. The base class loads any kind of teacher."""
         path = Path(directory) / CONFIG_FILE
         if not path.is_file():
             raise FileNotFoundError(f"There is no saved teacher in {directory}: {CONFIG_FILE} is missing.")
         description = read_json(path)
         teacher = build_teacher(description, description["items"])
         if not isinstance(teacher, cls):
-            raise TypeError(f"{directory} holds a {type(teacher).__name__} teacher, not a {cls.__name__}.")
+            raise TypeError(f"{directory} contains a {type(teacher).__name__} teacher, not a {cls.__name__}.")
         with reading(path.with_name(TENSOR_FILE), "a .safetensors file"):
             tensors = load_file(path.with_name(TENSOR_FILE))
         check_tensors(tensors, path.with_name(TENSOR_FILE))
@@ -139,55 +141,56 @@ class TeacherModule(nn.Module):
 
     @classmethod
     def fit(cls, train_sequences: Iterable[History], items: Sequence[Item], **options: Any) -> "TeacherModule":
-        """Train a teacher; a subclass that recipes may name writes it.
+        """Train a teacher. A subclass for recipes must implement this method.
 
         Args:
             train_sequences: items of each user, oldest first.
             items: the catalog, in the order of the score columns.
-            **options: the subclass's own. Those named as in `from_spec` are provided by the run.
+            **options: options of the subclass. The run provides those that `from_spec` names.
         """
         raise NotImplementedError(f"{cls.__name__} must define fit(train_sequences, items, ...).")
 
     @classmethod
     def _fit_parameters(cls) -> set[str]:
-        """Parameters of `fit` after the first two, and the constructor's where `fit` passes them on as `**config`."""
+        """Return the parameters of `fit` after the first two, and of the constructor if `fit` has `**config`."""
         names = [*inspect.signature(cls.fit).parameters][2:]
         return {*names, *inspect.signature(cls).parameters} if "config" in names else {*names}
 
     @classmethod
     def option_names(cls) -> set[str]:
-        """Names of the options that a recipe may set."""
+        """Return the names of the options that a recipe can set."""
         return cls._fit_parameters() - PROVIDED
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any], context: Mapping[str, Any]) -> "TeacherModule":
-        """Fit the teacher that a recipe describes.
+        """Fit the teacher of a recipe.
 
         Args:
             spec: the options of the recipe, without type and weight.
-            context: what the run provides: `train_sequences`, `items`, and for parameters of these names `validation`
-                (rows), `device`, `progress` (whether to show bars) and `max_history_items`.
+            context: what the run provides: `train_sequences`, `items`, and, if `fit` has such parameters, `validation`
+                (rows), `device`, `progress` (whether to show progress bars) and `max_history_items`.
         """
-        provided = {name: context[name] for name in cls._fit_parameters() & PROVIDED & context.keys()}
+        names = cls._fit_parameters() & PROVIDED & context.keys() - {"items"}
+        provided = {name: context[name] for name in names}
         return cls.fit(context["train_sequences"], context["items"], **provided, **spec)
 
 
 def build_teacher(description: Mapping[str, Any], items: Sequence[Item]) -> TeacherModule:
-    """The untrained teacher of a `description()`."""
+    """Build an untrained teacher from a `description()`."""
     name = description["class"]
     if name not in TeacherModule.classes:
         known = ", ".join(sorted(TeacherModule.classes))
-        raise ValueError(f"Unknown teacher class {name!r}; known are {known}. Import the module that defines it.")
+        raise ValueError(f"Unknown teacher class {name!r}; choose from {known}, or import the module that defines it.")
     return TeacherModule.classes[name].from_config(items, description["config"])
 
 
 def load_teacher(directory: str | Path) -> TeacherModule:
-    """Loads a teacher of any built-in kind from the folder that its `save_pretrained` wrote."""
+    """Load a teacher of any kind from the folder that `save_pretrained` wrote."""
     return TeacherModule.from_pretrained(directory)
 
 
 class CallableTeacher:
-    """Any function `histories -> (B, len(items))` (tensor, array or nested lists) as a teacher."""
+    """A teacher from a function `histories -> (B, len(items))` that returns a tensor, an array or nested lists."""
 
     def __init__(self, function: Callable[[list[list[Item]]], Any], items: Sequence[Item]) -> None:
         self.items = list(items)
@@ -198,13 +201,14 @@ class CallableTeacher:
         expected = (len(histories), len(self.items))
         if tuple(scores.shape) != expected:
             raise ValueError(
-                f"The teacher function must return (histories, items) {expected}, not {tuple(scores.shape)}."
+                f"The teacher function returned shape {tuple(scores.shape)}; it must return (histories, items), "
+                f"{expected}."
             )
         return scores
 
 
 class ReorderedTeacher:
-    """A teacher whose columns are brought into the order of other `items` (all of which it must know)."""
+    """A teacher with its columns in the order of other `items`, all of which it must know."""
 
     def __init__(self, teacher: Teacher, items: Sequence[Item]) -> None:
         self.items = list(items)
@@ -213,7 +217,7 @@ class ReorderedTeacher:
         missing = [item for item in self.items if item not in index]
         if missing:
             raise ValueError(
-                f"The teacher does not know {len(missing)} items, {missing[0]!r} for one; fit it with all."
+                f"The teacher does not know {len(missing)} items, for example {missing[0]!r}; fit it with all items."
             )
         self.columns = torch.tensor([index[item] for item in self.items])
 
@@ -226,10 +230,14 @@ class ReorderedTeacher:
 
 
 def as_teacher(teacher: Teacher | Callable[[list[list[Item]]], Any], items: Sequence[Item]) -> Teacher:
-    """Makes a teacher over exactly `items`, in that order (usually `catalog.items`), of a teacher or a callable.
+    """Return a teacher over exactly `items` (usually `catalog.items`), in this order.
 
-    A teacher that has these items already is returned as it is; one with another order, or with more items, is
-    reordered; a plain callable `histories -> (B, len(items))` is wrapped.
+    A teacher with these items is returned unchanged. A teacher with another order or additional items is wrapped, and
+    so is a plain callable `histories -> (B, len(items))`.
+
+    Raises:
+        ValueError: the teacher does not know an item.
+        TypeError: `teacher` is neither a teacher nor a callable.
     """
     if isinstance(teacher, Teacher):
         return teacher if teacher.items == list(items) else ReorderedTeacher(teacher, items)
@@ -241,21 +249,21 @@ def as_teacher(teacher: Teacher | Callable[[list[list[Item]]], Any], items: Sequ
 
 
 def teacher_scores(teacher: Teacher, step: Step, owner: str) -> Tensor:
-    """The teacher's scores of what the step's prompts hold, computed once per step: `(B, len(teacher.items))` float32.
+    """Return a teacher's scores for the prompts of a step, computed once per step: `(B, len(teacher.items))` float32.
 
-    Rewards and samplers that share a teacher share its scores, even where the teacher is reordered or part of a
-    mixture. It sees the items that the prompts hold, as the policy does (`Step.histories`).
+    Rewards and samplers that share a teacher share its scores, even if the teacher is reordered or part of a mixture.
+    The teacher sees the items in the prompts, like the policy (`Step.histories`).
 
     Args:
-        teacher: whose scores.
-        step: whose histories.
-        owner: what has this teacher, for errors.
+        teacher: the teacher.
+        step: the step with the histories.
+        owner: name of the reward or sampler with this teacher, for errors.
 
     Raises:
-        ValueError: there is no column `history`, or the scores have another shape, or they are NaN.
+        ValueError: the column `history` is missing, or the scores have a wrong shape.
+        NonFiniteError: the best score of a row is not finite.
     """
     histories = step.histories(owner)
-
     scores, shape = _scores_once(step, histories, teacher).float(), (len(step), len(teacher.items))
     if scores.shape != shape:
         raise ValueError(
@@ -265,7 +273,7 @@ def teacher_scores(teacher: Teacher, step: Step, owner: str) -> Tensor:
     return scores
 
 
-# Functions of the module and no closures: two that know each other would keep each step alive until it is collected.
+# Module functions, because closures that refer to each other would keep each step alive until garbage collection.
 def _scores_once(step: Step, histories: Sequence[History], part: Teacher) -> Tensor:
     return step.once(part, "scores", partial(_scores, step, histories, part))
 
@@ -275,30 +283,30 @@ def _scores(step: Step, histories: Sequence[History], part: Teacher) -> Tensor:
         return part.combine(partial(_scores_once, step, histories))
     with torch.no_grad():
         if step.windows is not None and _reads_windows(part):
-            return _checked(part, part.score_windows(step.windows))
-        return _checked(part, part.score(histories))
+            return _checked_scores(part, part.score_windows(step.windows))
+        return _checked_scores(part, part.score(histories))
 
 
 def _reads_windows(teacher: Teacher) -> bool:
-    """Whether it has a `score_windows` that belongs to its `score`: not one that a subclass with another `score` has
-    inherited, nor one of a teacher within."""
-    for kind in type(teacher).__mro__:
-        if "score_windows" in vars(kind):
-            return "score" not in vars(teacher)
-        if "score" in vars(kind):
-            return False
+    """Whether `score_windows` matches the teacher's `score`.
+
+    It does not if a subclass overrides `score` only, or if a wrapper forwards `score_windows` of another teacher.
+    """
+    for cls in type(teacher).__mro__:
+        if vars(cls).keys() & {"score", "score_windows"}:
+            return "score_windows" in vars(cls) and "score" not in vars(teacher)
     return False
 
 
-def _checked(teacher: Teacher, scores: Tensor) -> Tensor:
-    """Scores whose best is finite in each row; -inf leaves an item out."""
+def _checked_scores(teacher: Teacher, scores: Tensor) -> Tensor:
+    """Return the scores if the best score of each row is finite. A score of -inf excludes an item."""
     best = torch.as_tensor(scores).amax(-1)
     if not bool(torch.isfinite(best).all()):
         row = int((~torch.isfinite(best)).nonzero()[0, 0])
         raise NonFiniteError(
             f"The teacher {type(teacher).__name__} has {best[row].item()} as its best score for history {row} of "
-            f"{len(best)}; a score must be finite, or -inf for an item that is left out. Fit the teacher again, with "
-            f"a lower learning rate, say."
+            f"{len(best)}; a score must be finite, or -inf to exclude an item. Fit the teacher again, for example "
+            f"with a lower learning rate."
         )
     return scores
 
@@ -312,12 +320,12 @@ def top_items(
     max_history_items: int | None = 20,
     batch_size: int = BATCH,
 ) -> Tensor:
-    """The `k` best items of each history: item *indices* (columns of the teacher), LongTensor `(U, k)`, best first.
+    """Return the `k` best items of each history: item *indices* (teacher columns), LongTensor `(U, k)`, best first.
 
-    Histories are cut to their last `max_history_items`. Items of the history are among the candidates.
+    Histories are truncated to their last `max_history_items`. Items of the history are candidates too.
     """
     cut = [list(history)[-max_history_items:] if max_history_items else list(history) for history in histories]
     k, starts = min(k, len(teacher.items)), range(0, len(cut), batch_size)
-    batches = (_checked(teacher, teacher.score(cut[start : start + batch_size])) for start in starts)
+    batches = (_checked_scores(teacher, teacher.score(cut[start : start + batch_size])) for start in starts)
     lists = [scores.topk(k).indices.cpu() for scores in batches]
     return torch.cat(lists) if lists else torch.empty(0, k, dtype=torch.long)

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from gflowtrl.finite import NonFiniteError, describe, find_nonfinite, find_nonfinite_weight, own_part
+from gflowtrl.finite import NonFiniteError, describe, find_nonfinite, find_nonfinite_weight, local_shard
 from gflowtrl.policy.heads import is_head
 
 from .checkpoints import TrainerBase
@@ -57,7 +57,7 @@ class FirstSteps:
     def note(self, step: int, parts: Mapping[str, Tensor]) -> None:
         """Look at the parts of step number `step`: tensors, in the order in which one follows from the other."""
         names = tuple(parts)
-        sums = torch.stack([own_part(value).detach().float().sum().to(self.device) for value in parts.values()])
+        sums = torch.stack([local_shard(value).detach().float().sum().to(self.device) for value in parts.values()])
         never = torch.full_like(sums, math.inf)
         first = self._first.get(names, never)
         self._first[names] = torch.where(

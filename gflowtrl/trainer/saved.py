@@ -24,7 +24,7 @@ from transformers import Trainer
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.data import PromptEncoder
 from gflowtrl.policy import make_policy, whole_models
-from gflowtrl.policy.exactness import computed_in
+from gflowtrl.policy.exactness import compute_dtype
 from gflowtrl.policy.heads import is_head
 from gflowtrl.policy.modules import evaluation_mode, innermost
 from gflowtrl.recommender import Recommender
@@ -146,7 +146,7 @@ def _compare_scores(
         found = _scores(trainer, loaded.model, loaded.catalog, loaded.encoder)
     except Exception as error:  # whatever it is, the other processes wait to hear of it
         return f"The folder {directory} was saved, but it cannot be loaded: {error}"
-    types = {*_types(trained), *_types(loaded.model), computed_in(trained)}
+    types = {*_types(trained), *_types(loaded.model), compute_dtype(trained)}
     types |= {torch.bfloat16} if trainer.args.bf16 else {torch.float16} if trainer.args.fp16 else set()
     rounding = max(ROUNDING.get(one, 0.1) for one in types)
     difference = float((expected - found).abs().sum(-1).max() / 2)

@@ -32,7 +32,7 @@ from gflowtrl.policy import (
     merge_tied_embeddings,
 )
 from gflowtrl.policy.heads import is_head, load_heads, split_heads
-from gflowtrl.policy.merging import settle_adapter_files
+from gflowtrl.policy.merging import update_adapter_files
 from gflowtrl.policy.temperature import set_temperature
 from gflowtrl.recommender import write_recommender_files
 from gflowtrl.rewards import StepReward
@@ -361,7 +361,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin
             save_file({name: value.contiguous().cpu() for name, value in heads.items()}, Path(output_dir, HEADS_FILE))
         write_recommender_files(output_dir, self._encoder, self._item_counts, self._item_titles)
         trained: Any = self.accelerator.unwrap_model(self.model)
-        settle_adapter_files(trained, output_dir)
+        update_adapter_files(trained, output_dir)
         write_model_card(self, output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

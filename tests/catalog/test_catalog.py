@@ -1,3 +1,5 @@
+"""Tests of the item catalog."""
+
 import logging
 
 import pytest
@@ -17,7 +19,7 @@ def catalog():
     return ItemCatalog.from_semantic_ids(IDS, build_tokenizer(IDS))
 
 
-def test_colliding_items_share_a_leaf_and_it_is_said(caplog):
+def test_colliding_items_share_a_leaf_and_are_logged(caplog):
     with caplog.at_level(logging.INFO):
         catalog = ItemCatalog.from_semantic_ids(IDS, build_tokenizer(IDS))
     assert "2 of 4 items share" in caplog.text
@@ -58,13 +60,13 @@ def test_save_and_load(catalog, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["catalog.json"]
 
 
-def test_unknown_items_are_left_out_and_told_with_their_rows(catalog):
+def test_unknown_items_are_removed_and_reported_with_their_rows(catalog):
     known, unknown = catalog.known_items(iter([["hat", "sock", "cap", "hat"], [], [7, "sock"]]))
     assert known == [["hat", "cap", "hat"], [], []]
     assert unknown == [(0, "sock"), (2, 7), (2, "sock")]
 
 
-def test_bad_input_is_named(catalog, tmp_path):
+def test_errors_name_the_bad_input(catalog, tmp_path):
     tokenizer = build_tokenizer(IDS)
     with pytest.raises(ValueError, match="'sock' is not in the catalog"):
         catalog.leaf_of(["hat", "sock"])

@@ -1,3 +1,5 @@
+"""Tests of the prefix tree against dictionaries and loops."""
+
 import math
 import resource
 import time
@@ -12,7 +14,7 @@ from gflowtrl.catalog import PrefixTree
 
 @st.composite
 def prefix_free_paths(draw):
-    """Random ids of 1 to 4 tokens, none of which begins another."""
+    """Random ids of 1 to 4 tokens, none of which is a prefix of another."""
     depth = draw(st.integers(1, 4))
     raw = draw(st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=depth), min_size=1, max_size=25))
     chosen: list[tuple[int, ...]] = []
@@ -103,14 +105,14 @@ def test_log_flows_of_zero_rewards():
 @pytest.mark.parametrize(
     ("paths", "words"),
     [
-        ([[1, 2], [1, 2]], ["stands twice", "rows 0 and 1"]),
+        ([[1, 2], [1, 2]], ["occurs twice", "rows 0 and 1"]),
         ([[3, 4], [1, 2, 3], [1, 2]], ["prefix", "[1, 2]", "[1, 2, 3]", "rows 2 and 1"]),
         ([[1, -1, 2]], ["Row 0", "after padding"]),
         ([[1, 2], [-1, -1]], ["Row 1", "no first token"]),
         ([[1, -7]], ["-7"]),
     ],
 )
-def test_bad_paths_are_refused_by_name(paths, words):
+def test_bad_paths_raise_an_error_that_names_them(paths, words):
     length = max(map(len, paths))
     with pytest.raises(ValueError) as error:
         PrefixTree(torch.tensor([p + [-1] * (length - len(p)) for p in paths]))
@@ -118,7 +120,7 @@ def test_bad_paths_are_refused_by_name(paths, words):
         assert word in str(error.value)
 
 
-def test_empty_and_float_tensors_are_refused():
+def test_empty_and_float_tensors_raise():
     with pytest.raises(ValueError, match="non-empty integer tensor"):
         PrefixTree(torch.zeros(0, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="non-empty integer tensor"):
@@ -129,7 +131,7 @@ def test_empty_and_float_tensors_are_refused():
 
 @given(prefix_free_paths())
 @settings(deadline=None)
-def test_the_catalogs_tokens_know_their_places(paths):
+def test_compact_token_ids_index_the_sorted_tokens(paths):
     tree = PrefixTree(padded(paths))
     assert tree.tokens.tolist() == sorted({token for path in paths for token in path})
     assert torch.equal(tree.compact_token_ids(tree.tokens), torch.arange(len(tree.tokens)))

@@ -122,7 +122,7 @@ def test_teacher_and_sft_run_only_their_stages(home, capsys):
     assert main(["teacher", *options]) == 0
     assert {folder.name.split("-")[0] for folder in (home / "alone").glob("*-*")} == {"teacher", "test", "report"}
     assert main(["sft", *options, "--stages", "teacher"]) == 2
-    assert "decides the stages; leave --stages out" in capsys.readouterr().err
+    assert "sets the stages itself; leave --stages out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_teacher_and_sft_run_only_their_stages(home, capsys):
         (["train", "--accelerate_config", "zero9"], "no accelerate configuration zero9.*zero2"),
         (["evaluate"], "are required: --model, --data_dir. gflowtrl evaluate --help"),
         (["recommend", "--model", "/no/where"], "/no/where is not a folder"),
-        (["compare", "/no/where"], "/no/where holds no results.json"),
+        (["compare", "/no/where"], "/no/where has no results.json"),
     ],
 )
 def test_errors_are_one_line(words, message, capsys, tmp_path):

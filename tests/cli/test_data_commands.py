@@ -208,7 +208,7 @@ def test_a_file_of_options_may_hold_positional_arguments(tmp_path, capsys):
     assert (parsed("--config", file, "--k", "3", "c", "d").runs, parsed("c").k) == (["c", "d"], 10)
     assert "unrecognized arguments: --conf" in error_of(["compare", "a", "--conf", file], capsys)
     assert "the following arguments are required: runs" in error_of(["compare"], capsys)
-    assert "a holds no results.json" in error_of(["compare", "--config", file], capsys)
+    assert "a has no results.json" in error_of(["compare", "--config", file], capsys)
 
 
 def test_json_output_has_null_instead_of_nan(tmp_path, capsys):

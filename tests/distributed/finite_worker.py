@@ -15,7 +15,7 @@ if os.environ.get("GFLOWTRL_FSDP_ON_CPU"):
 
 from accelerate import PartialState
 
-from gflowtrl.finite import NonFiniteError, own_part
+from gflowtrl.finite import NonFiniteError, local_shard
 from gflowtrl.rewards import GroundTruthReward
 from gflowtrl.trainer.finite_steps import is_split
 from tests.trainer.world import make_rows, make_trainer
@@ -67,7 +67,7 @@ def run(engine: str, folder: Path) -> dict[str, Any]:
     if second or not found["split"]:  # of a model in parts, in the part of one process
         with torch.no_grad():
             for parameter in trainer.model.parameters():
-                own_part(parameter).view(-1)[:1] = math.nan
+                local_shard(parameter).view(-1)[:1] = math.nan
     found["save"] = caught(lambda: trainer.save_model(str(folder / "saved")))
     return found
 

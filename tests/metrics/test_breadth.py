@@ -1,4 +1,4 @@
-"""Breadth metrics against their definitions in plain Python."""
+"""Breadth metrics, compared with their definitions in plain Python."""
 
 import math
 from collections import Counter
@@ -85,8 +85,8 @@ def test_equal_and_concentrated_recommendations():
     assert single["entropy@1"] == 0 and single["gini@1"] == pytest.approx(15 / 16)
 
 
-def test_nothing_to_measure_is_an_error():
-    with pytest.raises(ValueError, match="counts"):
+def test_empty_input_raises_errors():
+    with pytest.raises(ValueError, match="item counts sum to zero"):
         popularity_groups(torch.zeros(4))
     with pytest.raises(ValueError, match="empty recommendation lists"):
         breadth_metrics(torch.full((2, 3), -1), torch.ones(4), (3,))

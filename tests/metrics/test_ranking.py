@@ -1,4 +1,4 @@
-"""Ranking metrics against their definitions, computed user by user in plain Python."""
+"""Ranking metrics, compared with their definitions for each user in plain Python."""
 
 import math
 
@@ -57,16 +57,16 @@ def test_leaf_metrics_follow_their_definitions(case):
 
 @given(ranked_leaves(), st.integers(1, 12))
 @settings(max_examples=60, deadline=None)
-def test_item_figures_are_the_mean_over_orders_inside_a_leaf(case, k):
-    """The item figures equal the item-level metrics averaged over which of the leaf's items is the target."""
+def test_item_metrics_are_the_mean_over_orders_inside_a_leaf(case, k):
+    """The item metrics of leaves equal the metrics of items, averaged over the items of the target's leaf."""
     lists, targets, sizes = case
     metrics = leaf_ranking_metrics(torch.tensor(lists), torch.tensor(targets), torch.tensor(sizes), (k,))
     for user, (ranked, target) in enumerate(zip(lists, targets, strict=True)):
         items = [(leaf, copy) for leaf in ranked if leaf >= 0 for copy in range(sizes[leaf])]
         number = {item: index for index, item in enumerate(items)}
-        wanted = [number.get((target, copy), len(items)) for copy in range(sizes[target])]
-        ranking = torch.arange(max(1, len(items)))[None].expand(len(wanted), -1)
-        expected = item_ranking_metrics(ranking, torch.tensor(wanted), (k,))
+        item_targets = [number.get((target, copy), len(items)) for copy in range(sizes[target])]
+        ranking = torch.arange(max(1, len(items)))[None].expand(len(item_targets), -1)
+        expected = item_ranking_metrics(ranking, torch.tensor(item_targets), (k,))
         if not items:
             continue
         for name in ("recall", "ndcg"):
@@ -84,7 +84,7 @@ def test_item_metrics_by_hand():
     assert metrics["mrr@3"].tolist() == pytest.approx([1 / 3, 0, 0])
 
 
-def test_an_absent_target_is_not_found_in_the_padding():
+def test_an_absent_target_does_not_match_the_padding():
     metrics = item_ranking_metrics(torch.tensor([[3, -1]]), torch.tensor([-1]), (2,))
     assert metrics["recall@2"].item() == 0
 

@@ -1,4 +1,4 @@
-"""The report's two ways (leaves, items) agree where they must."""
+"""The reports of ranked leaves and of ranked items agree without collisions."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from gflowtrl.metrics import breadth_metrics, leaf_ranking_metrics, summarize, s
 
 
 class OneItemPerLeaf:
-    """A catalog in which leaf i holds item `order[i]` and nothing else."""
+    """A catalog where leaf i contains only item `order[i]`."""
 
     def __init__(self, order):
         self.order = order
@@ -39,7 +39,7 @@ def test_leaves_and_items_agree_without_collisions():
 
 
 def test_colliding_leaves_are_expanded_for_breadth():
-    """Items 0 and 1 share leaf 0; item i > 1 is at leaf i - 1."""
+    """Items 0 and 1 share leaf 0. Each item i > 1 is at leaf i - 1."""
     semantic_ids = {item: ("<a_0>", f"<b_{max(1, item)}>") for item in range(5)}
     catalog = ItemCatalog.from_semantic_ids(semantic_ids, build_tokenizer(semantic_ids))
     leaves, counts = torch.tensor([[0, 1], [0, 2]]), torch.tensor([5, 4, 3, 2, 1])
@@ -50,12 +50,12 @@ def test_colliding_leaves_are_expanded_for_breadth():
     assert report.metrics["recall@2"] == 0.5 and report.metrics["item_recall@2"] == 0
 
 
-def test_lists_that_are_too_short_are_refused():
+def test_short_lists_raise_errors():
     counts = torch.ones(30)
     catalog = OneItemPerLeaf(torch.arange(30))
     lists, targets = torch.arange(10)[None], torch.tensor([3])
-    with pytest.raises(ValueError, match="at 20 .* only 10 leaves"):
+    with pytest.raises(ValueError, match="cut-off is 20, .* only 10 leaves; use at least that many beams"):
         summarize(lists, targets, catalog, counts, (20,))
-    with pytest.raises(ValueError, match="at 20 .* only 10 items"):
+    with pytest.raises(ValueError, match="cut-off is 20, .* only 10 items; ask for at least that many"):
         summarize_items(lists, targets, counts, (20,))
     assert summarize_items(lists, targets, torch.ones(10), (20,)).metrics["recall@20"] == 1  # the whole catalog

@@ -1,4 +1,4 @@
-"""Divergences against scipy, the bootstrap against explicit resampling and the normal approximation."""
+"""Divergences, compared with scipy, and the bootstrap, compared with explicit resampling."""
 
 import math
 
@@ -17,7 +17,7 @@ from gflowtrl.metrics import jensen_shannon, mean_and_error, paired_bootstrap, t
 def test_divergences(seed, size):
     generator = np.random.default_rng(seed)
     p, q = generator.dirichlet(np.full(size, 0.5), size=(2, 3))
-    # The largest difference of probability that any set of outcomes can have.
+    # Total variation is the largest difference in probability over all sets of outcomes.
     events = ((np.arange(2**size)[:, None] >> np.arange(size)) & 1) @ (p - q).T
     p, q = torch.tensor(p), torch.tensor(q)
     torch.testing.assert_close(total_variation(p, q), torch.tensor(events.max(0)))
@@ -25,7 +25,7 @@ def test_divergences(seed, size):
     torch.testing.assert_close(jensen_shannon(p, q), expected, atol=1e-9, rtol=1e-6)
 
 
-def test_divergences_at_their_ends():
+def test_extreme_values_of_the_divergences():
     p, q = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     assert total_variation(p, q) == 1 and total_variation(p, p) == 0
     assert jensen_shannon(p, q).item() == pytest.approx(math.log(2)) and jensen_shannon(p, p) == 0
@@ -63,19 +63,19 @@ def test_bootstrap_is_paired_seeded_and_chunked():
     assert swapped["mean_difference"] == pytest.approx(-paired_bootstrap(other, base)["mean_difference"])
 
 
-def test_bootstrap_covers_the_truth_as_often_as_it_says():
-    """Of 200 experiments with a true difference of 0.1, about 95 % of the intervals hold it."""
+def test_coverage_of_the_bootstrap_interval():
+    """In 200 experiments with a true difference of 0.1, about 95 % of the intervals contain it."""
     generator = torch.Generator().manual_seed(3)
-    held = 0
+    covered = 0
     for seed in range(200):
         a = (torch.rand(300, generator=generator) < 0.5).float()
         b = (torch.rand(300, generator=generator) < 0.4).float()
         interval = paired_bootstrap(a, b, samples=1000, seed=seed)
-        held += interval["low"] <= 0.1 <= interval["high"]
-    assert 0.90 <= held / 200 <= 0.99
+        covered += interval["low"] <= 0.1 <= interval["high"]
+    assert 0.90 <= covered / 200 <= 0.99
 
 
-def test_bootstrap_refuses_different_users():
+def test_bootstrap_needs_the_same_users():
     with pytest.raises(ValueError, match="same users"):
         paired_bootstrap(torch.rand(3), torch.rand(4))
 

@@ -71,6 +71,52 @@ def test_reward_functions_get_item_features_and_their_code_is_part_of_the_key(tm
     assert len({str(key) for key in (before, dearer, reward_key(run_data))}) == 3
 
 
+CLASS = """
+import torch
+from gflowtrl.rewards import Reward
+
+class Cheap(Reward):
+    provided = frozenset({"item_features"})
+    reads_target = False
+
+    def __init__(self, item_features, power=1.0):
+        super().__init__("cheap")
+        self.item_features, self.power = item_features, power
+
+    def score_items(self, step):
+        value = torch.tensor([self.item_features[item]["price"] ** -self.power for item in self.catalog.items])
+        return value.expand(len(step), -1)
+
+    @classmethod
+    def check_spec(cls, spec):
+        if spec.get("power", 1.0) <= 0:
+            raise ValueError(f"power is {spec['power']}; it must be above 0.")
+
+    @classmethod
+    def from_spec(cls, spec, context):
+        return cls(context.item_features, **spec)
+"""
+
+
+def test_a_class_of_the_users_is_a_reward_with_options(tmp_path):
+    (tmp_path / "cheap.py").write_text(CLASS)
+    spec = {"function": "cheap.py:Cheap", "power": 2.0, "weight": 0.5}
+    run_data = prepare(micro_recipe(tmp_path, rewards=[spec], folder=str(tmp_path)))
+    check_needs(run_data)  # it scores every item, as exact_flow needs it
+    (reward,) = build_rewards(RunContext(tmp_path, quiet=True), run_data, None, None)
+    prices = [run_data.interactions.item_features[item]["price"] for item in run_data.interactions.items]
+    scores = reward.bind(run_data.catalog).score_items(step_of(run_data, run_data.splits.train.select(range(2))))
+    torch.testing.assert_close(scores, torch.tensor(prices).pow(-2).expand(2, -1))
+    for options, message in (({"power": 0}, "rewards.0.power is 0"), ({"powr": 1}, "Did you mean 'rewards.0.power'")):
+        bad = prepare(micro_recipe(tmp_path, rewards=[spec | options], folder=str(tmp_path)))
+        with pytest.raises(ValueError, match=re.escape(message)):
+            check_needs(bad)
+    plain = {"function": f"{tmp_path}/my.py:cheap", "power": 1.0}
+    (tmp_path / "my.py").write_text(CODE)
+    with pytest.raises(ValueError, match="no field 'rewards.0.power'"):
+        check_needs(prepare(micro_recipe(tmp_path, rewards=[plain])))
+
+
 REWARDS = [
     {"type": "interaction", "values": [0, 2, 5], "target": 7},
     {"type": "token_similarity", "normalize": True},

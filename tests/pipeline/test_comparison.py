@@ -147,6 +147,6 @@ def test_mistakes_are_one_line(keep, tmp_path, capsys):
     for content in ("{}", "[]", "no JSON"):
         (tmp_path / "other.json").write_text(content)
         assert main(["compare", str(tmp_path / "other.json")]) == 2
-        assert "other.json is no results.json of a run" in capsys.readouterr().err
+        assert "other.json is not the results.json of a run" in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "out"), "--k", "5", "--against", "Stf"]) == 2
     assert "--against is 'Stf'; it must be the start of a row's title: Teacher, SFT, SFT continued" in capsys.readouterr().err

@@ -38,7 +38,7 @@ def test_values_are_yaml_and_exponents_are_numbers(text, value):
 def test_options_take_every_form():
     options = parse_options(shlex.split("--a.b 1 --c=x --flag --losses vargrad sft --low -0.5"))
     assert options == {"a.b": 1, "c": "x", "flag": True, "losses": ["vargrad", "sft"], "low": -0.5}
-    with pytest.raises(ValueError, match="'stray' is no option"):
+    with pytest.raises(ValueError, match="'stray' is not an option"):
         parse_options(["stray"])
 
 
@@ -47,10 +47,21 @@ def test_set_option_reaches_into_lists_and_makes_sections():
     set_option(tree, "rewards.1.weight", 5)
     set_option(tree, "sft.learning_rate", 0.1)
     assert tree == {"rewards": [{"weight": 1}, {"weight": 5}], "seed": 1, "sft": {"learning_rate": 0.1}}
-    with pytest.raises(ValueError, match=re.escape("--rewards.2 cannot be set: it is a list with the places 0 to 1")):
+    with pytest.raises(ValueError, match=re.escape("--rewards.2 cannot be set: it is a list with positions 0 to 1")):
         set_option(tree, "rewards.2.weight", 5)
     with pytest.raises(ValueError, match="seed is the value 1 and has no fields"):
         set_option(tree, "seed.x", 5)
+
+
+def test_another_kind_replaces_its_section(recipe_file):
+    """Whatever the order of the options; the weight of a reward stays, and so does a section of the same kind."""
+    options = "--teacher.epochs 2 --teacher.type sasrec --rewards.1.type token_similarity --rewards.1.prefix true"
+    recipe = load_recipe(recipe_file, shlex.split(options))
+    assert recipe.teacher == {"type": "sasrec", "epochs": 2}
+    assert recipe.rewards[1] == {"type": "token_similarity", "weight": 0.7, "prefix": True}
+    assert load_recipe(recipe_file, shlex.split("--teacher.type ease")).teacher["regularization"] == 5.0
+    text = load_recipe(recipe_file, shlex.split("--model.model_type gpt_neox --model.hidden_size 64")).model
+    assert text == {"model_type": "gpt_neox", "hidden_size": 64}
 
 
 def test_a_recipe_tells_its_differences_to_the_base():
@@ -102,7 +113,7 @@ def test_broken_yaml_and_missing_files_are_named(tmp_path):
     file = tmp_path / "recipe.yaml"
     for content, message in (
         ("a: [1", "cannot be read as YAML .*line 1"),
-        ("seed: 1\nseed: 2", "'seed' stands twice"),
+        ("seed: 1\nseed: 2", "duplicate key 'seed'"),
         ("- 1", "not list"),
     ):
         file.write_text(content)
@@ -157,7 +168,7 @@ def test_command_line_sets_any_field(recipe_file):
         ("--rewards.1.popularity views", "rewards.1.popularity is 'views'; choose 'interactions' or 'impressions'"),
         ("--rewards.1.item_counts 3", "no field 'rewards.1.item_counts'"),
         ("--rewards.0.normalize true", "no field 'rewards.0.normalize'"),
-        ("--rewards.0.type interaction --rewards.0.values 1 0", "rewards.0: A higher level must not be worth less"),
+        ("--rewards.0.type interaction --rewards.0.values 1 0", "rewards.0: The values of InteractionReward are"),
         ("--rewards.0.type interaction --rewards.0.value 1", "Did you mean 'rewards.0.values'"),
         ("--rewards.0.type token_similarity --rewards.0.prefixes true", "Did you mean 'rewards.0.prefix'"),
         ("--rewards.0.type likelihood --rewards.0.of teacher", "rewards.0.of is 'teacher'; choose 'sft' or 'policy'"),
@@ -184,7 +195,7 @@ def test_command_line_sets_any_field(recipe_file):
         ("--start teacher", "start is 'teacher'; choose 'sft' or 'untrained'"),
         (
             "--start untrained --rewards.0.type likelihood",
-            "rewards.0 is the likelihood of the SFT model, but under start: untrained there is none: set start: sft, "
+            "rewards.0 is the likelihood of the SFT model, which does not exist under start: untrained: set start: sft, "
             "or rewards.0.of: policy",
         ),
         (
@@ -200,7 +211,7 @@ def test_command_line_sets_any_field(recipe_file):
         ("--data.k_core 5", "the synthetic shop is taken as it is"),
         ("--evaluation.num_beams 2", "evaluation.num_beams is 2; evaluation.ks needs at least 5"),
         ("--stages sft --evaluation.num_beams 2", "evaluation.num_beams is 2"),
-        ("--evaluation.ks 0 3", "evaluation.ks is [0, 3]; give lengths of lists"),
+        ("--evaluation.ks 0 3", "evaluation.ks is [0, 3]; give lengths of at least 1"),
         (
             "--evaluation.bootstrap_samples 1",
             "evaluation.bootstrap_samples is 1; it must be a whole number of at least 2",

@@ -56,6 +56,27 @@ def test_failed_work_is_not_done_and_its_time_counts(context, monkeypatch):
     assert not [file for file in stage.folder.iterdir() if file.name.startswith(".")]
 
 
+def test_lines_number_the_stages_and_estimate_what_is_left(tmp_path, capsys, monkeypatch):
+    """Plan a, b, c with costs 1, 2, 4; a took 60 s, b 180 s: 240 s for costs of 3, so c takes about 320 s."""
+    clock = iter([0.0, 60.0, 100.0, 280.0, 300.0, 301.0, 400.0, 410.0])
+    monkeypatch.setattr("gflowtrl.pipeline.stage.time.monotonic", lambda: next(clock))
+    context = RunContext(tmp_path, plan={"a": 1, "b": 2, "c": 4})
+    for name in ("a", "b", "other", "c"):
+        context.stage(name, {}).run("work", lambda folder: {})
+    assert capsys.readouterr().out.splitlines() == [
+        "[a] stage 1 of 3: work", "[a] finished in 60 s; about 6 min left",
+        "[b] stage 2 of 3: work", "[b] finished in 180 s; about 5 min left",
+        "[other] work", "[other] finished in 1 s",
+        "[c] stage 3 of 3: work", "[c] finished in 10 s",
+    ]  # fmt: skip
+    again = RunContext(tmp_path, plan={"a": 1, "b": 2, "c": 4})
+    again.stage("a", {}).run("work", lambda folder: {})
+    (tmp_path / again.stage("b", {}).folder.name / "done.json").unlink()
+    monkeypatch.setattr("gflowtrl.pipeline.stage.time.monotonic", iter([0.0, 0.0]).__next__)
+    again.stage("b", {}).run("work", lambda folder: {})  # its earlier attempt counts
+    assert "[b] finished in 180 s; about 5 min left" in capsys.readouterr().out
+
+
 def finish(context, name: str = "x", calls: list | None = None):
     """A stage that leaves the files of a model."""
 

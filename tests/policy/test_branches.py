@@ -1,4 +1,4 @@
-"""States that trajectories share stand in a row once; values and gradients do not notice."""
+"""Tests that states shared by trajectories are in a row once, without changing values and gradients."""
 
 import pytest
 import torch
@@ -19,21 +19,22 @@ trees = st.builds(
 
 
 @given(st.lists(st.lists(st.integers(-1, 6), min_size=5, max_size=5), min_size=1, max_size=4))
-def test_places_are_ranks_among_the_distinct(rows):
+def test_dense_ranks_and_scattering_by_them(rows):
     values = torch.tensor(rows)
-    place = dense_rank(values)
-    for row, found, back in zip(rows, place.tolist(), scatter_rows(values, place, 8, empty=-9).tolist(), strict=True):
+    ranks = dense_rank(values)
+    scattered = scatter_rows(values, ranks, 8, empty=-9)
+    for row, rank, distinct in zip(rows, ranks.tolist(), scattered.tolist(), strict=True):
         ordered = sorted(set(row) - {-1})
-        assert found == [-1 if value < 0 else ordered.index(value) for value in row]
-        assert back == ordered + [-9] * (8 - len(ordered))
+        assert rank == [-1 if value < 0 else ordered.index(value) for value in row]
+        assert distinct == ordered + [-9] * (8 - len(ordered))
 
 
 @given(trees, st.integers(1, 6), st.integers(0, 99), st.booleans())
-def test_every_trajectory_finds_its_states_and_no_prompt_has_one_twice(paths, count, seed, open_only):
+def test_every_trajectory_has_its_states_and_no_prompt_has_one_twice(paths, count, seed, undetermined_only):
     tree = catalog_of(paths).tree
     leaves = torch.randint(0, tree.num_leaves, (3, count), generator=torch.Generator().manual_seed(seed))
     states = tree.walk(leaves)[:, :, :-1]
-    if open_only:
+    if undetermined_only:
         states = states.masked_fill(tree.is_determined(states), -1)
     branches = merge_branches(tree, states)
     wanted = {(row, node) for row in range(3) for node in [0, *states[row].flatten().tolist()] if node >= 0}
@@ -53,14 +54,14 @@ def test_every_trajectory_finds_its_states_and_no_prompt_has_one_twice(paths, co
 
 
 @given(trees, st.integers(1, 4), st.integers(0, 99), st.booleans())
-def test_rows_hold_every_state_behind_its_prompt_at_its_position(paths, count, seed, aligned):
-    """Of trunks that end in whole ids, in which three prompts begin two of them."""
+def test_rows_hold_every_state_after_its_prompt_at_its_position(paths, count, seed, aligned):
+    """The trunks end in whole ids, and three prompts share two trunks."""
     tree = catalog_of(paths).tree
     generator = torch.Generator().manual_seed(seed)
     leaves = torch.randint(0, tree.num_leaves, (3, count), generator=generator)
     branches = merge_branches(tree, tree.walk(leaves)[:, :, :-1])
-    behind = [t for t in tree.paths[leaves[2, 0]].tolist() if t >= 0]  # the first trajectory of prompt 2 is logged
-    rows = [[1, 5, 6], [1, 4, *behind]]
+    logged = [t for t in tree.paths[leaves[2, 0]].tolist() if t >= 0]  # prompt 2's first trajectory
+    rows = [[1, 5, 6], [1, 4, *logged]]
     width = max(map(len, rows))
     trunks = Trunks(
         torch.tensor([[0] * (width - len(row)) + row for row in rows]),
@@ -69,25 +70,25 @@ def test_rows_hold_every_state_behind_its_prompt_at_its_position(paths, count, s
     )  # fmt: skip
     layout = lay_out(tree, trunks, branches, aligned)
     kept = len(layout.keep)
-    for state, place in enumerate(layout.flat_indices(kept=True).tolist()):
+    for state, index in enumerate(layout.flat_indices(kept=True).tolist()):
         prompt, depth = int(branches.prompts[state]), int(branches.depths[state])
-        trunk, column = int(trunks.trunk[prompt]), int(layout.keep[place % kept])
-        assert place // kept == trunk
+        trunk, column = int(trunks.trunk[prompt]), int(layout.keep[index % kept])
+        assert index // kept == trunk
         assert layout.flat_indices(kept=False)[state] == trunk * layout.input_ids.shape[1] + column
         assert layout.position_ids[trunk, column] == trunks.cut[prompt] + depth - 1
         seen = layout.visible[trunk, column].nonzero().flatten()
         seen = seen[layout.position_ids[trunk, seen].argsort(stable=True)]
-        node, way = int(branches.nodes[state]), []
+        node, path = int(branches.nodes[state]), []
         while node > 0:
-            way.insert(0, int(tree.node_token[node]))
+            path.insert(0, int(tree.node_token[node]))
             node = int(tree.parent[node])
-        assert layout.input_ids[trunk, seen].tolist() == rows[trunk][: trunks.cut[prompt]] + way
-        goes_on = rows[trunk][trunks.cut[prompt] :][:depth]
-        assert (column < width) == (way == goes_on)
+        assert layout.input_ids[trunk, seen].tolist() == rows[trunk][: trunks.cut[prompt]] + path
+        continuation = rows[trunk][trunks.cut[prompt] :][:depth]
+        assert (column < width) == (path == continuation)
 
 
 def test_many_trajectories_cost_no_more_than_the_tree_has_inner_nodes():
-    """All leaves and each of them three times: the same states, in training and in decoding."""
+    """Every leaf once, and every leaf three times, need the same states, in training and in decoding."""
     catalog = catalog_of(random_paths(40, codes=4))
     tree = catalog.tree
     model = tiny_model(tree.num_tokens)
@@ -109,8 +110,8 @@ def test_many_trajectories_cost_no_more_than_the_tree_has_inner_nodes():
 
 
 @pytest.mark.parametrize("heads", [False, True])
-def test_certain_states_are_not_computed_and_nobody_notices(heads):
-    """One long chain beside a bush: scores say what a model that computes every state says."""
+def test_determined_states_are_not_computed(heads):
+    """A tree with one long chain and a bush: the scores are those of a model that computes every state."""
     bush = torch.cartesian_prod(torch.arange(3, 6), torch.arange(6, 9), torch.arange(9, 12))
     chain = torch.tensor([[12, 13, 14]])
     catalog = catalog_of(torch.cat([bush, chain]))

@@ -1,3 +1,5 @@
+"""Tests of the flow heads."""
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -7,7 +9,7 @@ from gflowtrl.policy.heads import load_heads, split_heads
 from tests.tiny import catalog_of, ragged_prompts, random_paths, tiny_model, tiny_seq2seq
 
 
-def test_log_flows_begin_at_zero_and_leave_scores_alone():
+def test_log_flows_start_at_zero_and_scores_do_not_change():
     catalog, prompts = catalog_of(random_paths(30)), ragged_prompts(3, 30)
     leaves = torch.tensor([[0, 1], [2, 3], [4, 5]])
     plain = CausalTreePolicy(tiny_model(30), catalog).score(prompts, leaves)
@@ -39,7 +41,7 @@ def test_log_z_is_the_flow_of_the_root_and_depends_on_the_prompt_only():
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-def test_log_flows_are_those_of_each_state_alone(ragged):
+def test_log_flows_equal_those_of_separate_rows(ragged):
     policy, prompts = with_flows(ragged), ragged_prompts(3, 30)
     tree = policy.catalog.tree
     leaves = torch.arange(tree.num_leaves)[: 3 * 8].view(3, 8)
@@ -62,8 +64,8 @@ def test_log_flows_are_those_of_each_state_alone(ragged):
 def test_heads_stay_out_of_the_checkpoint(tmp_path, build, loader):
     name = type(build(30)).__name__
     model = attach_flow_heads(build(30))
-    own, heads = split_heads(model.state_dict())
-    model.save_pretrained(tmp_path, state_dict=own)
+    weights, heads = split_heads(model.state_dict())
+    model.save_pretrained(tmp_path, state_dict=weights)
     again, info = loader.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["unexpected_keys"] and not info["missing_keys"]
     assert type(again).__name__ == name and not has_flow_heads(again)

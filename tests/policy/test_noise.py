@@ -1,3 +1,5 @@
+"""Tests of stateless noise and of sampling with it."""
+
 from fractions import Fraction
 
 import scipy
@@ -17,7 +19,7 @@ def test_numbers_are_uniform_and_independent_of_the_batch():
     assert torch.equal(StatelessNoise(7).at(3, ids[shuffled]).uniform("policy", 20), drawn[shuffled, :20])
 
 
-def test_numbers_of_things_are_those_of_their_index():
+def test_numbers_depend_on_the_index_only():
     noise = StatelessNoise(7).at(3, torch.arange(5))
     drawn = noise.uniform("policy", 50, depth=2)
     index = torch.randint(50, (5, 4, 3), generator=torch.Generator().manual_seed(0))
@@ -42,7 +44,7 @@ def test_every_argument_changes_the_numbers():
 
 
 # ------------------------------------------------------------------------------------------------------- named streams
-def test_named_noise_is_a_stream_of_its_own():
+def test_named_noise_is_independent():
     noise = StatelessNoise(0).at(3, torch.arange(500))
     others = [noise.named("a"), noise.named("b"), noise.named("a").named("b"), noise.named("b").named("a"), noise]
     drawn = [other.uniform("policy", 40).flatten() for other in others]
@@ -50,8 +52,8 @@ def test_named_noise_is_a_stream_of_its_own():
     assert correlation.abs().max() < 0.03
     for kind in (noise.uniform_at, noise.gumbel_at):
         name, index = kind.__name__, torch.arange(40).expand(500, -1)
-        ours, theirs = getattr(noise.named("a"), name)("policy", index).flatten(), kind("policy", index).flatten()
-        assert abs(float(torch.corrcoef(torch.stack([ours, theirs]))[0, 1])) < 0.03
+        named, plain = getattr(noise.named("a"), name)("policy", index).flatten(), kind("policy", index).flatten()
+        assert abs(float(torch.corrcoef(torch.stack([named, plain]))[0, 1])) < 0.03
 
 
 def test_named_noise_is_a_function_of_row_and_name():
@@ -59,7 +61,7 @@ def test_named_noise_is_a_function_of_row_and_name():
     drawn = StatelessNoise(7).at(3, ids).named("outer").named("inner").uniform("policy", 6, depth=2)
     again = StatelessNoise(7).at(3, ids[[4, 1]]).named("outer").named("inner")
     assert len(again) == 2 and torch.equal(again.uniform("policy", 6, depth=2), drawn[[4, 1]])
-    # Checkpoints of mixtures go on with the numbers that they began with.
+    # Resumed runs with mixtures continue with the same numbers.
     assert torch.equal(StatelessNoise(7).at(3, ids).uniform("outer/inner/policy", 6, depth=2), drawn)
 
 
@@ -92,7 +94,7 @@ def test_gumbel_numbers_are_finite_at_the_ends(monkeypatch):
     st.floats(0.1, 10),
 )
 def test_inverse_cdf_is_the_first_entry_whose_sum_exceeds_the_number(weights, uniforms, scale):
-    """In fractions, which do not round; numbers at an edge may fall to either side of it."""
+    """Compared in exact fractions; a number at a boundary may fall to either side."""
     exact = [Fraction(weight) for weight in weights]
     tensor = scale * torch.tensor(weights, dtype=torch.double)
     found = inverse_cdf(tensor, torch.tensor(uniforms, dtype=torch.double)).tolist()
@@ -114,8 +116,8 @@ def test_inverse_cdf_of_many_distributions_at_once():
     torch.testing.assert_close(counts / 100_000, weights[0, 0] / weights[0, 0].sum(), rtol=0, atol=2e-5)
 
 
-def test_inverse_cdf_at_its_ends():
-    """Never an entry of weight 0, even where the number rounds to 1; with no weight at all the last one."""
+def test_inverse_cdf_near_0_and_1():
+    """Never an entry of weight 0, even if the number rounds to 1; the last entry if all weights are 0."""
     weights = torch.tensor([[0.0, 2.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
     ends = torch.tensor([[2.0**-54, 2 / 3, 1.0]] * 2, dtype=torch.double)
     assert inverse_cdf(weights, ends).tolist() == [[1, 3, 3], [4, 4, 4]]

@@ -1,4 +1,4 @@
-"""Logits of the catalog's tokens only: the same policy, the same gradients, fewer rows computed."""
+"""Tests that computing only the catalog's logits gives the same policy and the same gradients."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ KINDS = [
 
 
 def build(kind, tied, trained=None):
-    """A model; with `trained`, PEFT trains the rows of all or of some of the catalog's tokens, and of others."""
+    """Build a model. With `trained`, PEFT trains the rows of all or some of the catalog's tokens, and of others."""
     model = (tiny_seq2seq if kind.endswith("t5") else tiny_model)(VOCAB, kind)
     model.config.tie_word_embeddings = tied
     if tied:
@@ -36,8 +36,8 @@ def build(kind, tied, trained=None):
     return model.eval()
 
 
-def both_ways(model, catalog):
-    """The policy as it is, and one that computes the logits of all tokens."""
+def restricted_and_full(model, catalog):
+    """Return the usual policy, and one that computes the logits of all tokens."""
     chosen, whole = make_policy(model, catalog), make_policy(model, catalog)
     assert chosen._output is model.get_output_embeddings()
     whole._output = whole._head = None
@@ -45,12 +45,12 @@ def both_ways(model, catalog):
 
 
 @pytest.mark.parametrize(("kind", "tied", "trained"), KINDS)
-def test_scores_and_gradients_are_those_of_all_logits(kind, tied, trained):
+def test_scores_and_gradients_equal_those_of_all_logits(kind, tied, trained):
     catalog = catalog_of(random_paths(40, ragged=True))
     model, prompts = build(kind, tied, trained), ragged_prompts(3, VOCAB)
     leaves = torch.randint(catalog.tree.num_leaves, (3, 5), generator=torch.Generator().manual_seed(1))
     seen = []
-    for policy in both_ways(model, catalog):
+    for policy in restricted_and_full(model, catalog):
         scores = policy.score(prompts, leaves)
         scores.trajectory_log_probs.sum().backward()
         seen.append((scores, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
@@ -63,10 +63,10 @@ def test_scores_and_gradients_are_those_of_all_logits(kind, tied, trained):
 
 
 @pytest.mark.parametrize(("kind", "tied", "trained"), KINDS)
-def test_decoding_is_that_with_all_logits(kind, tied, trained):
+def test_decoding_equals_that_with_all_logits(kind, tied, trained):
     catalog = catalog_of(random_paths(40))
     prompts, noise = ragged_prompts(3, VOCAB), StatelessNoise(0).at(0, torch.arange(3))
-    chosen, whole = both_ways(build(kind, tied, trained), catalog)
+    chosen, whole = restricted_and_full(build(kind, tied, trained), catalog)
     for run in (lambda p: p.sample(prompts, 6, noise), lambda p: p.beam_search(prompts, 7)):
         (leaves, log_probs), (expected, expected_log_probs) = run(chosen), run(whole)
         assert torch.equal(leaves, expected)
@@ -74,7 +74,7 @@ def test_decoding_is_that_with_all_logits(kind, tied, trained):
     torch.testing.assert_close(chosen.leaf_log_probs(prompts), whole.leaf_log_probs(prompts), rtol=0, atol=1e-5)
 
 
-def test_with_adapters_switched_off_the_rows_are_the_base_models():
+def test_disabled_adapters_give_the_base_models_rows():
     catalog, prompts = catalog_of(random_paths(40)), ragged_prompts(3, VOCAB)
     adapted, base = build("llama", False, "all"), build("llama", False)
     expected = make_policy(base, catalog).leaf_log_probs(prompts)
@@ -84,7 +84,7 @@ def test_with_adapters_switched_off_the_rows_are_the_base_models():
         torch.testing.assert_close(policy.leaf_log_probs(prompts), expected)
 
 
-def test_the_model_computes_the_catalogs_rows_and_is_its_old_self_afterwards():
+def test_only_the_catalogs_rows_are_computed_and_the_model_is_restored():
     catalog, model = catalog_of(random_paths(40)), build("llama", False)
     policy, prompts = make_policy(model, catalog), ragged_prompts(2, VOCAB)
     widths = []
@@ -96,7 +96,7 @@ def test_the_model_computes_the_catalogs_rows_and_is_its_old_self_afterwards():
     assert type(model.get_output_embeddings()).__name__ == "Linear"
 
 
-def test_where_rows_cannot_be_chosen_all_are_computed():
+def test_all_rows_are_computed_if_they_cannot_be_selected():
     catalog = catalog_of(random_paths(40))
     few, bart = tiny_model(25), tiny_seq2seq(VOCAB, "bart")
     adapted = get_peft_model(tiny_model(VOCAB), LoraConfig(target_modules=["lm_head"], r=2))
@@ -106,7 +106,7 @@ def test_where_rows_cannot_be_chosen_all_are_computed():
         assert policy.leaf_log_probs(ragged_prompts(2, 21)).logsumexp(1).abs().max() < 1e-5
 
 
-def test_an_error_inside_leaves_the_head_whole():
+def test_an_error_inside_restores_the_head():
     head = selectable_head(tiny_model(VOCAB))
     with pytest.raises(KeyError), only_rows(head, torch.arange(3)):
         raise KeyError
@@ -114,7 +114,7 @@ def test_an_error_inside_leaves_the_head_whole():
 
 
 def test_the_head_computes_states_with_a_choice_only():
-    """Two prompts in a row of their own, one of them padded: as many states as there are to choose in."""
+    """Two prompts, one of them padded: the head computes as many states as have a choice."""
     catalog = catalog_of(random_paths(40))
     model, prompts = build("llama", False), ragged_prompts(2, VOCAB)
     read = []
@@ -122,7 +122,7 @@ def test_the_head_computes_states_with_a_choice_only():
     leaves = torch.arange(6).view(2, 3)
     make_policy(model, catalog).score(prompts, leaves)
     tree, nodes = catalog.tree, catalog.tree.walk(leaves)[:, :, :-1]
-    open_states = {
+    undetermined = {
         (row, int(node)) for row in range(2) for node in nodes[row].flatten() if not tree.is_determined(node)
     }
-    assert read == [(len(open_states), len(tree.tokens))]
+    assert read == [(len(undetermined), len(tree.tokens))]

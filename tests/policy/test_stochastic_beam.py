@@ -1,4 +1,4 @@
-"""Stochastic beam search against enumeration: the order, the sets, the inclusion probabilities."""
+"""Tests of stochastic beam search against enumeration: order, sets and inclusion probabilities."""
 
 import itertools
 
@@ -8,7 +8,7 @@ import torch
 
 from gflowtrl.policy import CausalTreePolicy, Seq2SeqTreePolicy, StatelessNoise, StochasticBeams
 from gflowtrl.policy.stochastic_beam import conditional_gumbels, log1mexp, log_inclusion
-from tests.tiny import catalog_of, ragged_prompts, random_paths, tiny_model, tiny_seq2seq
+from tests.tiny import assert_distributed, catalog_of, ragged_prompts, random_paths, tiny_model, tiny_seq2seq
 
 
 VOCAB = 30
@@ -22,27 +22,16 @@ def build(num_leaves=20, ragged=False, kind=CausalTreePolicy):
 def draw(
     policy, rows: int, count: int, temperature: float = 1.0, seed: int = 3
 ) -> tuple[torch.Tensor, StochasticBeams]:
-    """One prompt many times, as different rows: its exact log-probabilities `(N,)` and the beams."""
+    """Return the exact log-probabilities `(N,)` of a prompt, and the beams of many rows with this prompt."""
     prompt = {name: value[:1, -5:] for name, value in ragged_prompts(1, VOCAB).items()}
     prompts = {name: value.expand(rows, -1) for name, value in prompt.items()}
     noise = StatelessNoise(seed).at(0, torch.arange(rows))
     return policy.leaf_log_probs(prompt)[0], policy.stochastic_beam_search(prompts, count, noise, temperature)
 
 
-def assert_distributed(outcomes: torch.Tensor, expected: torch.Tensor) -> None:
-    """Chi-square of outcome numbers against probabilities; rare outcomes are put together."""
-    assert abs(float(expected.sum()) - 1) < 1e-4
-    counts = torch.bincount(outcomes, minlength=len(expected)).double()
-    common = expected * counts.sum() >= 5
-    observed = torch.cat([counts[common], counts[~common].sum()[None]])
-    wanted = torch.cat([expected[common], expected[~common].sum()[None]]).double()
-    observed, wanted = observed[wanted > 0], wanted[wanted > 0] * counts.sum() / wanted.sum()
-    assert scipy.stats.chisquare(observed.numpy(), wanted.numpy()).pvalue > 1e-3
-
-
 @pytest.mark.parametrize("kind", [CausalTreePolicy, Seq2SeqTreePolicy])
 @pytest.mark.parametrize("ragged", [False, True])
-def test_a_sample_is_the_beginning_of_every_larger_one(kind, ragged):
+def test_a_sample_is_a_prefix_of_every_larger_one(kind, ragged):
     policy = build(ragged=ragged, kind=kind)
     prompts, noise = ragged_prompts(4, VOCAB), StatelessNoise(1).at(5, torch.arange(4))
     size = policy.catalog.tree.num_leaves
@@ -60,7 +49,7 @@ def test_a_sample_is_the_beginning_of_every_larger_one(kind, ragged):
         torch.testing.assert_close(beams.threshold, every.perturbed[:, count], rtol=0, atol=1e-4)
 
 
-def test_every_leaf_gets_an_independent_gumbel_number():
+def test_every_leaf_has_independent_gumbel_noise():
     policy = build(12, ragged=True)
     exact, beams = draw(policy, 400, 12)
     by_leaf = torch.zeros(beams.leaves.shape).scatter(1, beams.leaves, beams.perturbed - beams.log_probs)
@@ -94,7 +83,7 @@ def test_pairs_are_drawn_without_replacement():
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_means_are_estimated_without_bias(count):
+def test_estimated_means_are_unbiased(count):
     """Horvitz-Thompson with the inclusion probabilities; one draw of K leaves beats K draws with replacement."""
     exact, beams = draw(build(), 4000, count)
     p = exact.exp().double()
@@ -116,7 +105,7 @@ def test_a_row_draws_the_same_leaves_in_any_batch():
     assert not torch.equal(whole.leaves, later.leaves)
 
 
-def test_numbers_stay_finite_where_probabilities_do_not_differ_from_0_or_1():
+def test_results_are_finite_for_probabilities_near_0_and_1():
     log_probs = torch.tensor([[[0.0, -1e4, -50.0, -torch.inf], [-1e-12, -800.0, -1e6, -3.0]]], dtype=torch.double)
     uniform = torch.rand(log_probs.shape, dtype=torch.double, generator=torch.Generator().manual_seed(0))
     noise = -(-uniform.log()).log()
@@ -135,7 +124,7 @@ def test_numbers_stay_finite_where_probabilities_do_not_differ_from_0_or_1():
     )
 
 
-def test_refusals():
+def test_errors():
     policy, prompts = build(), ragged_prompts(2, VOCAB)
     noise = StatelessNoise(0).at(0, torch.arange(2))
     for count, temperature, message in ((0, 1.0, "num_generations is 0; it must"), (2, 0.0, "temperature is 0.0; it")):

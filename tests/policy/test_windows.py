@@ -1,4 +1,4 @@
-"""Prompts that begin one trunk are computed exactly as prompts in rows of their own."""
+"""Tests that prompts that share a trunk give the same results as separate prompts."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from tests.tiny import catalog_of, random_paths, tiny_model, tiny_seq2seq
 
 
 def windows(catalog, bos=1, seed=0):
-    """Three trunks of whole items, and prompts that begin them at every item, mixed; the last item only a target."""
+    """Return three trunks of whole items with a prompt up to each item, shuffled; the last item is only a target."""
     generator = torch.Generator().manual_seed(seed)
     ids = catalog.item_token_ids
     trunks, prompts = [], []
@@ -25,9 +25,9 @@ def windows(catalog, bos=1, seed=0):
         items = torch.randint(len(ids), (count,), generator=generator).tolist()
         pieces = [ids[item][ids[item] >= 0].tolist() for item in items]
         tokens = [bos]
-        for piece, follows in zip(pieces, items[1:], strict=False):
+        for piece, target in zip(pieces, items[1:], strict=False):
             tokens += piece
-            prompts.append((number, len(tokens), follows))
+            prompts.append((number, len(tokens), target))
         trunks.append(tokens + pieces[-1][:-1])
     width = max(map(len, trunks))
     prompts = [prompts[i] for i in torch.randperm(len(prompts), generator=generator)]
@@ -50,14 +50,14 @@ def world(kind="llama", attention="sdpa", ragged=False, heads=False, **paths):
 
 def gradients(model, scores):
     model.zero_grad()
-    # Every state counts with a weight of its own, so that none can stand for another.
+    # Every state has a different weight, so that swapped states change the gradient.
     weights = torch.linspace(0.5, 1.5, scores.log_probs.numel()).view_as(scores.log_probs)
     total = (scores.log_probs * weights).sum() + (scores.log_flows * weights.flip(1)).sum()
     (total + scores.log_z.square().sum()).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def close(actual, expected):
+def assert_close(actual, expected):
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -88,11 +88,11 @@ def test_scores_and_gradients_equal_separate_rows(kind, attention, ragged):
     alone = policy.score(separate_prompts(prompts), leaves, vocabulary=True)
     expected = gradients(model, alone)
     shared = policy.score(prompts, leaves, vocabulary=True)
-    close(shared.log_probs, alone.log_probs)
-    close(shared.vocabulary_log_probs, alone.vocabulary_log_probs)
-    close(shared.log_flows, alone.log_flows)
-    close(shared.log_z, alone.log_z)
-    close(shared.child_log_probs.exp(), alone.child_log_probs.exp())
+    assert_close(shared.log_probs, alone.log_probs)
+    assert_close(shared.vocabulary_log_probs, alone.vocabulary_log_probs)
+    assert_close(shared.log_flows, alone.log_flows)
+    assert_close(shared.log_z, alone.log_z)
+    assert_close(shared.child_log_probs.exp(), alone.child_log_probs.exp())
     assert torch.equal(shared.child_nodes, alone.child_nodes)
     actual = gradients(model, shared)
     torch.testing.assert_close(actual, expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-4)
@@ -100,7 +100,7 @@ def test_scores_and_gradients_equal_separate_rows(kind, attention, ragged):
 
 @pytest.mark.parametrize("reach", [None, 4])
 def test_layers_with_windows_and_decoding_equal_separate_rows(reach):
-    """`reach`: how many positions every other layer sees."""
+    """`reach`: number of positions that every other layer sees."""
     model, policy = world()
     if reach is not None:
         config = MistralConfig(**{**model.config.to_dict(), "sliding_window": reach, "model_type": "mistral"})
@@ -109,20 +109,20 @@ def test_layers_with_windows_and_decoding_equal_separate_rows(reach):
     prompts, _ = windows(policy.catalog)
     separate, noise = separate_prompts(prompts), StatelessNoise(0).at(3, torch.arange(7))
     leaves = torch.arange(14).view(7, 2)
-    close(policy.score(prompts, leaves).log_probs, policy.score(separate, leaves).log_probs)
-    close(policy.leaf_log_probs(prompts, chunk_size=16), policy.leaf_log_probs(separate))
-    for found, expected in zip(policy.sample(prompts, 5, noise), policy.sample(separate, 5, noise), strict=True):
-        close(found, expected)
-    for found, expected in zip(policy.beam_search(prompts, 6), policy.beam_search(separate, 6), strict=True):
-        close(found, expected)
-    found, expected = (policy.stochastic_beam_search(p, 4, noise) for p in (prompts, separate))
-    close(found.leaves, expected.leaves)
-    close(found.perturbed, expected.perturbed)
+    assert_close(policy.score(prompts, leaves).log_probs, policy.score(separate, leaves).log_probs)
+    assert_close(policy.leaf_log_probs(prompts, chunk_size=16), policy.leaf_log_probs(separate))
+    for actual, expected in zip(policy.sample(prompts, 5, noise), policy.sample(separate, 5, noise), strict=True):
+        assert_close(actual, expected)
+    for actual, expected in zip(policy.beam_search(prompts, 6), policy.beam_search(separate, 6), strict=True):
+        assert_close(actual, expected)
+    actual, expected = (policy.stochastic_beam_search(p, 4, noise) for p in (prompts, separate))
+    assert_close(actual.leaves, expected.leaves)
+    assert_close(actual.perturbed, expected.perturbed)
 
 
-def test_the_logged_path_is_read_off_the_trunk():
-    """Scoring the targets feeds nothing but the trunks; a leaf beside the target only what the two do not share."""
-    model, policy = world(heads=True)  # so that every state is wanted
+def test_the_logged_path_is_read_from_the_trunk():
+    """Scoring the targets needs only the trunks; another leaf adds only the states that it does not share."""
+    model, policy = world(heads=True)  # so that every state is needed
     read = []
     model.register_forward_pre_hook(lambda module, args, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True)
     prompts, targets = windows(policy.catalog)
@@ -149,15 +149,15 @@ def test_one_token_ids():
     policy = CausalTreePolicy(tiny_model(catalog.tree.num_tokens), catalog)
     prompts, _ = windows(catalog)
     leaves = torch.arange(14).view(7, 2) % 9
-    close(policy.score(prompts, leaves).log_probs, policy.score(separate_prompts(prompts), leaves).log_probs)
+    assert_close(policy.score(prompts, leaves).log_probs, policy.score(separate_prompts(prompts), leaves).log_probs)
 
 
 def test_an_encoder_decoder_reads_windows_as_separate_prompts():
     catalog = catalog_of(random_paths(40))
     policy = Seq2SeqTreePolicy(tiny_seq2seq(catalog.tree.num_tokens), catalog)
     prompts, targets = windows(catalog, bos=2)
-    close(
+    assert_close(
         policy.score(prompts, targets[:, None]).log_probs,
         policy.score(separate_prompts(prompts), targets[:, None]).log_probs,
     )
-    close(policy.leaf_log_probs(prompts), policy.leaf_log_probs(separate_prompts(prompts)))
+    assert_close(policy.leaf_log_probs(prompts), policy.leaf_log_probs(separate_prompts(prompts)))

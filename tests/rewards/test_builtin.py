@@ -1,4 +1,4 @@
-"""The built-in rewards: their values, and that all three forms of one reward agree."""
+"""The built-in rewards: their values, and the agreement of the three forms of each reward."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ BUILT_IN = {
 @pytest.mark.parametrize("reduction", ["sum", "max"])
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_three_forms_agree(name, reduction):
-    """Over items, over leaves, and called as TRL would: the same numbers for every row and leaf."""
+    """Scores of items, scores of leaves and calls with TRL's signature give the same values for every row and leaf."""
     catalog, step = make_catalog(), make_step()
     leaves = all_leaves(catalog, step)
     reward = BUILT_IN[name](catalog).bind(catalog, TOKENIZER, reduction)
@@ -89,7 +89,7 @@ def test_collaborative_is_the_softmax_of_the_corrected_scores():
         torch.testing.assert_close(reward.score_items(step)[:, j], (column - log_z).exp())
 
 
-def test_teacher_is_asked_once_a_batch_by_all_who_share_it():
+def test_rewards_that_share_a_teacher_score_a_batch_once():
     catalog, step, teacher = make_catalog(), make_step(), TableTeacher()
     sharp, flat = (CollaborativeReward(teacher, t).bind(catalog) for t in (0.5, 5.0))
     assert sharp.score_items(step).max() > flat.score_items(step).max()
@@ -103,7 +103,10 @@ def test_any_callable_is_a_teacher():
 
 
 def test_min_max_by_hand():
-    """Each row from 0 to 1, corrected for popularity before, sharpened after; equal scores prefer nothing."""
+    """Each row is in [0, 1], with the correction before the normalization and the exponent after it.
+
+    Equal scores give 1 for all items.
+    """
     catalog, step, teacher = make_catalog(), make_step(), TableTeacher()
     counts = [float(i * i) for i in range(len(catalog))]
     reward = CollaborativeReward(teacher, 1.0, 0.5, counts, normalization="min_max", exponent=3.0).bind(catalog)
@@ -123,44 +126,44 @@ def test_a_teachers_nan_is_reported_under_min_max():
 
 
 def test_interaction_levels_by_hand():
-    """Bought 10, clicked 1, the higher level of an item that is there twice, the target its own; all else 0."""
+    """Purchased is 10, clicked is 1, a repeated item has its higher level, the target has its own value, others 0."""
     catalog, step = make_catalog(), make_step()
     expected = [{"apple": 10, "fig": 1, "quince": 1}, {"date": 10}, {"pear": 10, "nut": 10}, {"quince": 10, "kiwi": 1}]
     scores = InteractionReward().bind(catalog).score_items(step)
-    for row, worth in zip(scores, expected, strict=True):
-        assert row.tolist() == [worth.get(item, 0) for item in catalog.items]
+    for row, values in zip(scores, expected, strict=True):
+        assert row.tolist() == [values.get(item, 0) for item in catalog.items]
     levels = InteractionReward((0, 1, 5), target=None).bind(catalog).score_items(step)
     assert levels[:, catalog.items.index("quince")].tolist() == [1, 0, 0, 0]
-    assert levels[0, catalog.items.index("apple")] == 5  # bought
+    assert levels[0, catalog.items.index("apple")] == 5  # purchased
     assert levels[1].sum() == 1 and levels[1, catalog.items.index("date")] == 1  # the target, clicked
     empty = make_step((0,), session_items=[[]], session_levels=[[]])
     assert InteractionReward(target=None).bind(catalog).score_items(empty).tolist() == [[0] * 9]
-    leaf = catalog.leaf_of(["apple"])[None]  # of apple and quince
+    leaf = catalog.leaf_of(["apple"])[None]  # the leaf of apple and quince
     row = step.rows(slice(0, 1))
     for reduction, value in (("sum", 11), ("max", 10)):
         assert InteractionReward().bind(catalog, None, reduction).score_leaves(row, leaf).item() == value
 
 
-def whole(rows, catalog):
-    """All rows as one step, without prompts."""
+def step_of(rows, catalog):
+    """Make one step of all rows, without prompts."""
     columns = rows[:]
     return Step({}, torch.tensor(columns["row_id"]), catalog.leaf_of(columns["target"]), columns)
 
 
-def test_interaction_reads_the_shops_sessions():
-    """The columns of `leave_one_out` and the levels of the log: what was bought beside the target is worth 10."""
+def test_interaction_reads_the_sessions_of_the_shop():
+    """Reads the columns of `leave_one_out` and the levels of the log. Other purchases than the target are 10 too."""
     data, _ = SyntheticShop(seed=1, n_users=30, n_items=20, min_users_shown=5).generate()
     rows = leave_one_out(data).train
     catalog = ItemCatalog.from_semantic_ids(data.semantic_ids, build_tokenizer(data.semantic_ids))
-    scores = InteractionReward().bind(catalog).score_items(whole(rows, catalog))
-    met = set()
+    scores = InteractionReward().bind(catalog).score_items(step_of(rows, catalog))
+    seen = set()
     for row, score in zip(rows, scores, strict=True):
         levels = dict(zip(row["session_items"], row["session_levels"], strict=True))
         for item, value in zip(catalog.items, score.tolist(), strict=True):
             level = PURCHASED if item == row["target"] else levels.get(item, SHOWN)
             assert value == {SHOWN: 0, CLICKED: 1, PURCHASED: 10}[level]
-            met.add(level)
-    assert met == {SHOWN, CLICKED, PURCHASED}
+            seen.add(level)
+    assert seen == {SHOWN, CLICKED, PURCHASED}
 
 
 def test_token_similarity_by_hand():
@@ -171,19 +174,19 @@ def test_token_similarity_by_hand():
         for options in ({}, {"prefix": True}, {"normalize": True})
     )
     for row, target in enumerate(step.columns["target"]):
-        own = SEMANTIC_IDS[target]
+        target_id = SEMANTIC_IDS[target]
         for leaf in range(catalog.tree.num_leaves):
             other = SEMANTIC_IDS[catalog.items_of(leaf)[0]]
-            same = [a == b for a, b in zip(own, other, strict=False)]
+            same = [a == b for a, b in zip(target_id, other, strict=False)]
             assert every[row, leaf] == sum(same)
             assert prefix[row, leaf] == ([*same, False]).index(False)
-            assert share[row, leaf] == pytest.approx(sum(same) / len(own))
-        assert every[row, catalog.leaf_of([target])[0]] == len(own)  # also where two items share the id
+            assert share[row, leaf] == pytest.approx(sum(same) / len(target_id))
+        assert every[row, catalog.leaf_of([target])[0]] == len(target_id)  # even if two items share the id
     assert (every != prefix).any()
 
 
-def test_likelihood_is_the_frozen_policys_probability():
-    """Dropout is off, no graph is built, and a model in training stays in training."""
+def test_likelihood_is_the_probability_under_the_frozen_policy():
+    """Dropout is off, there is no gradient, and a model in training mode stays in training mode."""
     catalog, step = make_catalog(), make_step()
     policy = make_policy(catalog)
     expected = policy.leaf_log_probs(step.prompts).exp()
@@ -201,8 +204,10 @@ def test_likelihood_is_the_frozen_policys_probability():
 
 @pytest.mark.parametrize("make", [make_policy, lambda catalog: make_policy_of(make_seq2seq(), catalog)])
 def test_likelihood_of_the_policy_in_training(make):
-    """It is that of the policy as it is now, without gradient, dropout or a change of mode; where the trainer has
-    scored the leaves already it is taken from there."""
+    """Uses the current policy, without gradient, dropout or a change of mode.
+
+    Log-probabilities that the trainer has computed already are reused.
+    """
     catalog, step = make_catalog(), make_step()
     policy, leaves = make(catalog), all_leaves(catalog, step)
     reward = LikelihoodReward()
@@ -219,18 +224,20 @@ def test_likelihood_of_the_policy_in_training(make):
                 parameter.mul_(0.8)
     known = torch.rand(leaves.shape).log().requires_grad_()
     assert torch.equal(reward.score_leaves(step, leaves, known), known.detach().exp())
-    for asked in (None, policy):
-        result = composite.of(step, asked).score(leaves, known)
+    for policy_or_none in (None, policy):
+        result = composite.of(step, policy_or_none).score(leaves, known)
         assert torch.equal(result.parts["likelihood"], known.detach().exp()) and not result.log_rewards.requires_grad
-    with pytest.raises(ValueError, match="under the policy in training, which nobody has given. GFlowNetTrainer does"):
+    with pytest.raises(
+        ValueError, match="neither a model nor a policy in training. GFlowNetTrainer passes the policy"
+    ):
         composite.of(step).score(leaves)
-    with pytest.raises(ValueError, match="under the policy in training, which nobody has given"):
+    with pytest.raises(ValueError, match="neither a model nor a policy in training"):
         reward.score_items(step)
 
 
 @pytest.mark.parametrize(("beta", "transform"), [(1.0, "power"), (2.0, "power"), (1.0, "exp")])
-def test_what_the_policys_own_likelihood_does_to_the_fixed_point(beta, transform):
-    """Iterating pi <- R(pi) / Z: with exponent 1 the sum leads to r / Z as without the term, else to a sharper one."""
+def test_fixed_point_with_the_likelihood_of_the_policy(beta, transform):
+    """Iterating pi <- R(pi) / Z gives r / Z with exponent 1, as without the term, and otherwise a sharper policy."""
     catalog, step = make_catalog(), make_step()
     leaves = all_leaves(catalog, step)
     teacher = CollaborativeReward(TableTeacher())
@@ -240,15 +247,15 @@ def test_what_the_policys_own_likelihood_does_to_the_fixed_point(beta, transform
     log_pi = torch.full_like(target, 1 / 8).log()
     for _ in range(200):
         log_pi = composite.of(step).log(leaves, log_pi).log_softmax(1)
-    entropy, own = (-(p.exp() * p).sum(1) for p in (log_pi, target))
+    entropy, target_entropy = (-(p.exp() * p).sum(1) for p in (log_pi, target))
     if beta == 1 and transform == "power":
         torch.testing.assert_close(log_pi, target, atol=1e-5, rtol=1e-5)
     else:
-        assert (entropy < own - 1e-4).all()
+        assert (entropy < target_entropy - 1e-4).all()
 
 
 def test_completions_of_a_plain_trl_trainer():
-    """Without `items`, with an end token, and with completions that are no item at all."""
+    """Works without `items`, with an end token, and with completions that do not spell an item."""
     reward = GroundTruthReward().bind(make_catalog())
     ids = TOKENIZER.get_vocab()
     spelled = [[ids[t] for t in SEMANTIC_IDS[item]] for item in ("apple", "date", "fig")]
@@ -264,9 +271,9 @@ def test_completions_of_a_plain_trl_trainer():
     assert reward(["-"] * 7, completion_ids=completions, completions=None, target=target) == [1, 1, 1, 0, 0, 0, 0]
 
 
-def test_mistakes_are_explained():
+def test_invalid_options_raise_errors():
     catalog, step = make_catalog(), make_step()
-    with pytest.raises(ValueError, match=r"'ground_truth' does not know the catalog yet; call bind"):
+    with pytest.raises(ValueError, match=r"'ground_truth' has no catalog; call bind\(catalog\) first"):
         GroundTruthReward().score_items(step)
     with pytest.raises(ValueError, match="'ground_truth' needs the dataset column 'target'"):
         GroundTruthReward().bind(catalog).score_items(make_step(without=["target"]))
@@ -282,9 +289,11 @@ def test_mistakes_are_explained():
         CollaborativeReward(TableTeacher(), normalization="minmax")
     with pytest.raises(ValueError, match="exponent of CollaborativeReward is 0.*; it must be a finite number above 0"):
         CollaborativeReward(TableTeacher(), normalization="min_max", exponent=0)
-    with pytest.raises(ValueError, match="of a softmax it is a temperature: give temperature=0.5"):
+    with pytest.raises(ValueError, match="The exponent is 2; .*For a softmax, set temperature=0.5 instead"):
         CollaborativeReward(TableTeacher(), exponent=2)
-    with pytest.raises(ValueError, match="does not depend on a temperature, but temperature=2 was given"):
+    with pytest.raises(
+        ValueError, match="The temperature is 2, but normalization='min_max' does not depend on a temp"
+    ):
         CollaborativeReward(TableTeacher(), 2, normalization="min_max")
     broken = TableTeacher()
     broken.table = broken.table[:, :4]
@@ -299,7 +308,7 @@ def test_mistakes_are_explained():
         ({"values": ()}, "must be finite and >= 0"),
         ({"values": (0, -1)}, "must be finite and >= 0"),
         ({"target": float("nan")}, "must be finite and >= 0"),
-        ({"values": (0, 10, 1)}, "A higher level must not be worth less"),
+        ({"values": (0, 10, 1)}, "a higher level must not have a lower value"),
     ],
 )
 def test_interaction_values_are_checked(options, message):
@@ -315,7 +324,10 @@ def test_interaction_values_are_checked(options, message):
             {"session_levels": [[0, 1, 2, 3], [0, 1], [2, 0, 1], [1]]},
             "item 'apple' in row 0 of the batch has the level 3",
         ),
-        ({"session_levels": [[0, 1, 2, "x"], [0, 1], [2, 0, 1], [1]]}, "has the level 'x'; 3 values were given"),
+        (
+            {"session_levels": [[0, 1, 2, "x"], [0, 1], [2, 0, 1], [1]]},
+            "has the level 'x'; it must be an integer from 0 to 2, because 3 values were given",
+        ),
         (
             {"session_items": [["fig"] * 3 + ["soap"], ["fig"] * 2, ["nut"] * 3, ["fig"]]},
             "Item 'soap' is not in the catalog",
@@ -323,15 +335,15 @@ def test_interaction_values_are_checked(options, message):
         ({"session_items": None}, "'interaction' needs the dataset column 'session_items'"),
     ],
 )
-def test_bad_sessions_are_explained(changes, message):
-    given = {name: value for name, value in changes.items() if value is not None}
-    step = make_step(without=changes.keys() - given.keys(), **given)
+def test_invalid_sessions_raise_errors(changes, message):
+    columns = {name: value for name, value in changes.items() if value is not None}
+    step = make_step(without=changes.keys() - columns.keys(), **columns)
     with pytest.raises(ValueError, match=message):
         InteractionReward().bind(make_catalog()).score_items(step)
 
 
-def test_trl_calls_know_the_targets_leaf_and_the_rows():
-    """A reward that reads `step.target_leaves` or `step.row_ids` gives in TRL's own trainers what it gives in ours."""
+def test_trl_calls_provide_target_leaves_and_row_ids():
+    """A reward that reads `step.target_leaves` or `step.row_ids` has the same values in TRL's own trainers."""
 
     class Hit(Reward):
         def score_leaves(self, step, leaves):
@@ -342,6 +354,6 @@ def test_trl_calls_know_the_targets_leaf_and_the_rows():
     assert reward(["-"] * 2, completion_ids=ids, target=["quince", "date"], row_id=[7, 8]) == [7, 0]
 
 
-def test_likelihood_of_something_else_is_refused():
-    with pytest.raises(TypeError, match="reads a model or a TreePolicy, not str"):
+def test_likelihood_needs_a_model_or_a_policy():
+    with pytest.raises(TypeError, match="got str; it needs a model or a TreePolicy"):
         LikelihoodReward("sft_checkpoint")

@@ -1,4 +1,4 @@
-"""Plain reward functions are called as TRL calls them."""
+"""Plain reward functions are called with TRL's signature."""
 
 import asyncio
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ def leaves_of(*names):
 LEAVES = leaves_of("date", "apple", "fig", "fig", "pear", "nut", "kiwi", "lime")
 
 
-def fuse(*rewards):
+def combine(*rewards):
     return CompositeReward(list(rewards), make_catalog(), TOKENIZER)
 
 
@@ -32,7 +32,7 @@ def test_keywords():
         return [1.0] * 8
 
     state = SimpleNamespace(global_step=3)
-    result = fuse(reward).of(make_step(), trainer_state=state).score(LEAVES)
+    result = combine(reward).of(make_step(), trainer_state=state).score(LEAVES)
     assert seen["prompts"][0] == seen["prompts"][1] == "<bos> <a_1> <b_1> <c_2>"
     assert seen["prompts"][2] == "<bos> <a_2> <b_2> <c_1> <a_3> <b_1>"
     assert seen["completions"][:2] == ["<a_3> <b_1>", "<a_1> <b_1> <c_1>"]
@@ -50,17 +50,17 @@ def test_keywords():
 
 
 def test_async_rewards_run_concurrently():
-    """Each waits for the other: one after the other would wait for ever."""
+    """Each reward waits for the other, so sequential calls would never return."""
     events, loops = {}, []
 
-    def waiting(mine, other):
+    def waiting(name, other):
         async def reward(completions, **_):
             loops.append(asyncio.get_running_loop())
-            for name in (mine, other):
-                events.setdefault(name, asyncio.Event())
-            events[mine].set()
+            for event in (name, other):
+                events.setdefault(event, asyncio.Event())
+            events[name].set()
             await asyncio.wait_for(events[other].wait(), timeout=5)
-            return [2.0 if mine == "a" else 3.0] * len(completions)
+            return [2.0 if name == "a" else 3.0] * len(completions)
 
         return reward
 
@@ -68,7 +68,7 @@ def test_async_rewards_run_concurrently():
         async def __call__(self, completions, **_):
             return [float(len(text.split())) for text in completions]
 
-    composite = fuse(waiting("a", "b"), waiting("b", "a"), Scorer())
+    composite = combine(waiting("a", "b"), waiting("b", "a"), Scorer())
     result = composite.of(make_step()).score(LEAVES)
     assert result.rewards.tolist() == [[7, 8], [8, 8], [8, 8], [8, 8]]
     assert result.parts["Scorer"][0].tolist() == [2, 3]
@@ -77,11 +77,11 @@ def test_async_rewards_run_concurrently():
         return composite.of(make_step()).score(LEAVES).rewards
 
     assert torch.equal(asyncio.run(notebook()), result.rewards)
-    assert len(set(loops)) == 1  # open connections of a reward survive from step to step
+    assert len(set(loops)) == 1  # a single loop keeps the open connections of a reward from step to step
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_an_exception_says_which_reward_raised_it(asynchronous):
+def test_an_exception_names_the_reward(asynchronous):
     def plain(**_):
         raise KeyError("price")
 
@@ -89,5 +89,5 @@ def test_an_exception_says_which_reward_raised_it(asynchronous):
         raise KeyError("price")
 
     with pytest.raises(KeyError) as caught:
-        fuse(later if asynchronous else plain).of(make_step()).score(LEAVES)
+        combine(later if asynchronous else plain).of(make_step()).score(LEAVES)
     assert f"'{'later' if asynchronous else 'plain'}'" in caught.value.__notes__[0]

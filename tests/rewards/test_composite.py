@@ -1,4 +1,4 @@
-"""Combination of rewards: sum, transforms, floor, and every error, against hand computation."""
+"""Combination of rewards: sum, transforms, floor and errors, compared with values computed by hand."""
 
 import functools
 import math
@@ -21,14 +21,14 @@ from tests.rewards.world import PRICES, TOKENIZER, TableTeacher, all_leaves, mak
 
 
 class Fixed:
-    """A reward with a given table, over items or over leaves."""
+    """A reward with a fixed table of items or leaves."""
 
     def __init__(self, items=None, leaves=None):
         self.calls = 0
         if items is not None:
             self.score_items = lambda step: self._count(items)
         if leaves is not None:
-            self.score_leaves = lambda step, asked: self._count(leaves).gather(1, asked)
+            self.score_leaves = lambda step, drawn: self._count(leaves).gather(1, drawn)
 
     def _count(self, values):
         self.calls += 1
@@ -36,7 +36,7 @@ class Fixed:
 
 
 def over_leaves(values, **options):
-    """One reward with these values on the 8 leaves, known for all of them (the collision's item gets 0)."""
+    """Make one reward with these values at the 8 leaves, known for all leaves. The second item of a leaf gets 0."""
     catalog = make_catalog()
     items = torch.zeros(len(values), len(catalog))
     for leaf in range(catalog.tree.num_leaves):
@@ -52,9 +52,9 @@ def test_power_with_floor_by_hand():
     step = make_step()
     composite = over_leaves(TABLE, beta=2.0, floor=0.25, weights=[3.0])
     result = composite.of(step).score(torch.tensor([[0, 6, 7], [0, 1, 7], [0, 1, 2], [0, 1, 2]]))
-    # Means of 3 r over the leaves: 3, 6, 15/8, 13.5; floors a quarter of it.
-    lifted = [[0.75, 6, 18], [3, 3, 27], [15, 15 / 32, 15 / 32], [3.375, 6, 9]]
-    torch.testing.assert_close(result.log_rewards, 2 * torch.tensor(lifted).log())
+    # The means of 3 r over the leaves are 3, 6, 15/8 and 13.5. The floors are a quarter of the means.
+    floored = [[0.75, 6, 18], [3, 3, 27], [15, 15 / 32, 15 / 32], [3.375, 6, 9]]
+    torch.testing.assert_close(result.log_rewards, 2 * torch.tensor(floored).log())
     assert result.rewards.tolist() == [[0, 6, 18], [3, 3, 27], [15, 0, 0], [3, 6, 9]]
     assert result.parts["Fixed"].tolist() == [[0, 2, 6], [1, 1, 9], [5, 0, 0], [1, 2, 3]]
     low = [6 * 0.75**2 / (6 * 0.75**2 + 36 + 324), 0, 7 * (15 / 32) ** 2 / (7 * (15 / 32) ** 2 + 225)]
@@ -62,19 +62,19 @@ def test_power_with_floor_by_hand():
     assert float(result.floored_mass) == pytest.approx(sum(low) / 4, rel=1e-5)
 
 
-def test_a_table_that_is_too_large_is_not_made():
+def test_max_elements_limits_the_table():
     catalog, step = make_catalog(), make_step()
     leaves = torch.tensor([[0, 6], [1, 7], [0, 2], [3, 3]])
 
     def composite(max_elements, rows=4):
         reward = Fixed(items=torch.rand(rows, len(catalog), generator=torch.Generator().manual_seed(0)))
-        reward.score_leaves = lambda step, asked: catalog.fold_items(reward.score_items(step)).gather(1, asked)
+        reward.score_leaves = lambda step, drawn: catalog.fold_items(reward.score_items(step)).gather(1, drawn)
         return CompositeReward(reward, catalog, transform="exp", max_elements=max_elements)
 
     small, large = composite(31), composite(32)  # 4 prompts x 8 leaves
     assert isinstance(small.of(step), SampledReward) and isinstance(large.of(step), DenseReward)
     assert isinstance(composite(31, 3).of(make_step((0, 1, 2))), DenseReward)
-    assert isinstance(composite(7, 1).of(make_step((0,))), SampledReward)  # a single row may be too large
+    assert isinstance(composite(7, 1).of(make_step((0,))), SampledReward)  # even a single row can be too large
     torch.testing.assert_close(small.of(step).log(leaves), large.of(step).log(leaves))
     assert small.dense(step) is small.dense(step) and small.dense(step) is not large.dense(step)
 
@@ -88,24 +88,24 @@ def test_flows_and_draws_need_every_leaf():
 
 
 def test_a_prior_is_added_to_log_r():
-    """Of every leaf: in flows and draws too. Of drawn leaves: in their rewards alone."""
+    """A prior of all leaves also affects flows and draws. A prior of drawn leaves affects only their rewards."""
     step, leaves = make_step(), torch.tensor([[7, 0], [1, 1], [3, 2], [5, 6]])
     dense, log_prior = over_leaves(TABLE + 1).dense(step), torch.randn(4, 8).log_softmax(1)
-    both = dense.with_prior(log_prior)
+    posterior = dense.with_prior(log_prior)
     expected = dense.result.log_rewards + log_prior
     root = torch.zeros(4, 1, dtype=torch.long)
-    torch.testing.assert_close(both.log_flows(root)[:, 0], expected.logsumexp(1))
-    drawn = PosteriorReward(dense, lambda asked: log_prior.gather(1, asked))
-    for reward in (both, drawn):
+    torch.testing.assert_close(posterior.log_flows(root)[:, 0], expected.logsumexp(1))
+    sampled_posterior = PosteriorReward(dense, lambda drawn: log_prior.gather(1, drawn))
+    for reward in (posterior, sampled_posterior):
         torch.testing.assert_close(reward.log(leaves), expected.gather(1, leaves))
         torch.testing.assert_close(reward.score(leaves).log_prior, log_prior.gather(1, leaves))
     noise = StatelessNoise(0).at(0, step.row_ids)
-    for reward, target in ((both, expected), (drawn, dense.result.log_rewards)):
-        own, log_q = reward.sample(4, noise)
-        torch.testing.assert_close(log_q, target.log_softmax(1).gather(1, own))
+    for reward, target in ((posterior, expected), (sampled_posterior, dense.result.log_rewards)):
+        sampled, log_q = reward.sample(4, noise)
+        torch.testing.assert_close(log_q, target.log_softmax(1).gather(1, sampled))
 
 
-def test_exp_takes_any_sign():
+def test_exp_allows_any_sign():
     composite = over_leaves(TABLE - 4, transform="exp", beta=0.5)
     torch.testing.assert_close(composite.dense(make_step()).result.log_rewards, 0.5 * (TABLE - 4))
     assert float(composite.dense(make_step()).result.floored_mass) == 0
@@ -116,7 +116,7 @@ def test_exp_takes_any_sign():
     st.lists(st.lists(st.floats(0, 1e6), min_size=8, max_size=8).filter(any), min_size=4, max_size=4),
     st.floats(1e-6, 0.9),
 )
-def test_floor_gives_worthless_leaves_at_most_its_share(values, floor):
+def test_floored_mass_is_at_most_the_floor(values, floor):
     result = over_leaves(torch.tensor(values) + 1e-30, floor=floor).dense(make_step()).result
     assert torch.isfinite(result.log_rewards).all()
     assert float(result.floored_mass) <= floor + 1e-5
@@ -134,12 +134,12 @@ def test_all_leaves_are_scored_once_and_gathered():
     assert torch.equal(result.log_rewards, table.gather(1, leaves))
     weighted = sum(w * result.parts[name] for w, name in zip([0.3, 0.7, 0.1], composite.names, strict=True))
     torch.testing.assert_close(result.rewards, weighted)
-    # Scaling all weights moves log R by a constant, the floor included.
+    # Scaling all weights shifts log R by a constant, including the floor.
     scaled = CompositeReward(rewards, catalog, weights=[3.0, 7.0, 1.0]).dense(make_step()).result.log_rewards
     torch.testing.assert_close(scaled, table + math.log(10))
 
 
-def test_collision_adds_up_or_takes_the_best():
+def test_leaf_reduction_of_a_collision():
     catalog = make_catalog()
     items = torch.rand(4, 9) + 0.5
     leaf, pair = catalog.leaf_of(["apple"]), items[:, catalog.index_of(["apple", "quince"])]
@@ -149,7 +149,7 @@ def test_collision_adds_up_or_takes_the_best():
 
 
 def test_group_floor_uses_distinct_leaves():
-    """Where not all leaves are known, a leaf drawn twice counts once."""
+    """If not all leaves are known, a leaf that is drawn twice counts once."""
     composite = CompositeReward(Fixed(leaves=TABLE), make_catalog(), floor=0.5)
     assert not composite.can_score_all
     result = composite.of(make_step()).score(torch.tensor([[7, 7, 7, 6, 0], [7] * 5, [0] * 5, [7] * 5]))
@@ -159,7 +159,7 @@ def test_group_floor_uses_distinct_leaves():
 
 
 def test_mixed_kinds_agree_with_all_tensors():
-    """A list, a tensor over leaves and a tensor over items give what three tensors over items give, floor apart."""
+    """A list, scores of leaves and scores of items give the result of three scores of items, except for the floor."""
     catalog, leaves = make_catalog(), torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7]] * 4)
     ground, collaborative, prices = GroundTruthReward(), CollaborativeReward(TableTeacher()), torch.rand(4, 9)
     leaf_prices = catalog.fold_items(prices)
@@ -175,16 +175,16 @@ def test_mixed_kinds_agree_with_all_tensors():
         torch.testing.assert_close(slow.of(make_step()).log(leaves), expected)
 
 
-def test_one_synchronization_a_batch(monkeypatch):
-    """On an accelerator every look at a value stops the queue: one look decides all checks."""
-    composite, step, looks = over_leaves(TABLE + 1), make_step(), []
+def test_one_synchronization_per_batch(monkeypatch):
+    """Reading a value synchronizes the accelerator. All checks together read a single value."""
+    composite, step, reads = over_leaves(TABLE + 1), make_step(), []
     for name in ("__bool__", "item", "tolist", "__float__", "__int__"):
         original = getattr(torch.Tensor, name)
         monkeypatch.setattr(
-            torch.Tensor, name, lambda self, original=original, name=name: looks.append(name) or original(self)
+            torch.Tensor, name, lambda self, original=original, name=name: reads.append(name) or original(self)
         )
     composite.of(step).score(torch.zeros(4, 2, dtype=torch.long))
-    assert looks == ["__bool__"]
+    assert reads == ["__bool__"]
 
 
 def test_names():
@@ -200,8 +200,8 @@ def test_names():
 LEAVES = torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7]])
 
 
-def flawed(kind, value, row=2, column=1):
-    """The same flaw in each kind of reward, at the leaf of row 2 and slot 1 (leaf 5)."""
+def broken_reward(kind, value, row=2, column=1):
+    """Make a reward of any kind with one invalid value, at the leaf of row 2 and column 1 (leaf 5)."""
     catalog, leaf = make_catalog(), int(LEAVES[row, column])
     if kind == "list":
         values = [1.0] * 8
@@ -220,8 +220,8 @@ def flawed(kind, value, row=2, column=1):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.5])
 @pytest.mark.parametrize("kind", ["list", "leaves", "items"])
-def test_bad_value_is_named_with_its_reward_and_row(kind, value):
-    composite = CompositeReward([GroundTruthReward(), flawed(kind, value)], make_catalog(), TOKENIZER)
+def test_an_invalid_value_is_named_with_its_reward_and_row(kind, value):
+    composite = CompositeReward([GroundTruthReward(), broken_reward(kind, value)], make_catalog(), TOKENIZER)
     item = make_catalog().items_of(5)[0]
     with pytest.raises(
         ValueError, match=rf"'broken' returned {value} for row 2 of the batch \(row_id 12\), item '{item}'"
@@ -229,32 +229,33 @@ def test_bad_value_is_named_with_its_reward_and_row(kind, value):
         composite.of(make_step()).score(LEAVES)
 
 
-def test_negative_values_are_fine_under_exp_and_at_weight_zero():
+def test_negative_values_are_allowed_with_exp_and_with_weight_zero():
     step, catalog = make_step(), make_catalog()
-    exp = CompositeReward(flawed("list", -0.5), catalog, TOKENIZER, transform="exp")
+    exp = CompositeReward(broken_reward("list", -0.5), catalog, TOKENIZER, transform="exp")
     assert exp.of(step).log(LEAVES)[2, 1] == -0.5
-    watched = CompositeReward([flawed("list", 1), flawed("list", -0.5)], catalog, TOKENIZER, weights=[1, 0])
-    assert watched.of(step).score(LEAVES).parts["broken_2"][2, 1] == -0.5
+    rewards = [broken_reward("list", 1), broken_reward("list", -0.5)]
+    logged = CompositeReward(rewards, catalog, TOKENIZER, weights=[1, 0])
+    assert logged.of(step).score(LEAVES).parts["broken_2"][2, 1] == -0.5
 
 
 @pytest.mark.parametrize(
-    ("answer", "error", "message"),
+    ("values", "error", "message"),
     [
         ([1.0] * 7, ValueError, "'broken' returned 7 values for 8 completions"),
         (1.0, TypeError, "'broken' returned float; it must return a list of 8 numbers"),
         ([1.0, "good"] + [1.0] * 6, TypeError, "'broken' returned 'good' for row 0 of the batch"),
     ],
 )
-def test_bad_list(answer, error, message):
+def test_invalid_list(values, error, message):
     def broken(**_):
-        return answer
+        return values
 
     with pytest.raises(error, match=message):
         CompositeReward(broken, make_catalog(), TOKENIZER).of(make_step()).score(LEAVES)
 
 
 @pytest.mark.parametrize("kind", ["items", "leaves"])
-def test_bad_shape(kind):
+def test_invalid_shape(kind):
     broken = Fixed(**{kind: torch.ones(4, 9)})
     broken.score_leaves = lambda step, leaves: torch.ones(4)
     if kind == "items":
@@ -269,10 +270,10 @@ def test_row_without_reward(kind):
     values = torch.ones(4, 9 if kind == "items" else 8)
     values[1] = 0
     composite = CompositeReward(Fixed(**{kind: values}), make_catalog())
-    with pytest.raises(ValueError, match=r"row 1 of the batch \(row_id 11\).* So are all others of this row"):
+    with pytest.raises(ValueError, match=r"row 1 of the batch \(row_id 11\).* All other rewards of this row are zero"):
         composite.of(make_step()).score(LEAVES)
     values[1, 1:] = 1
-    with pytest.raises(ValueError, match=r"row 1 of the batch .* reward_floor is 0: set it to 1e-3"):
+    with pytest.raises(ValueError, match=r"row 1 of the batch .* reward_floor is 0. Set it to 1e-3"):
         CompositeReward(Fixed(**{kind: values}), make_catalog(), floor=0.0).of(make_step()).score(LEAVES * 0)
 
 
@@ -296,7 +297,7 @@ def test_plain_callable_cannot_score_all():
     composite = CompositeReward([GroundTruthReward(), cheap], make_catalog(), TOKENIZER)
     with pytest.raises(ValueError, match=r"'cheap' cannot score all items. Give it a method score_items"):
         composite.dense(make_step())
-    with pytest.raises(ValueError, match="'cheap' is a plain callable, which is called with text: give the tokenizer"):
+    with pytest.raises(ValueError, match="'cheap' is a plain callable, which is called with text; pass a tokenizer"):
         CompositeReward(cheap, make_catalog())
 
 
@@ -305,22 +306,22 @@ def test_plain_callable_cannot_score_all():
     [
         ({"weights": [1.0, 2.0]}, "2 reward_weights were given for 1 rewards"),
         ({"weights": [0.0]}, "not all zero"),
-        ({"weights": [-1.0]}, "under reward_transform='power' they must be >= 0"),
+        ({"weights": [-1.0]}, "with reward_transform='power' the weights must be >= 0"),
         ({"transform": "log"}, "reward_transform is 'log'"),
         ({"beta": 0}, "reward_beta is 0.*; it must be a finite number above 0"),
         ({"floor": 1.0}, r"reward_floor is 1.0; it must be a number in \[0, 1\)"),
         ({"leaf_reduction": "mean"}, "leaf_reduction is 'mean'"),
     ],
 )
-def test_bad_options(options, message):
+def test_invalid_options(options, message):
     with pytest.raises(ValueError, match=message):
         CompositeReward(GroundTruthReward(), make_catalog(), **options)
 
 
-def test_no_reward_and_no_callable():
+def test_empty_and_invalid_reward_funcs():
     with pytest.raises(ValueError, match="reward_funcs is empty"):
         CompositeReward([], make_catalog())
-    with pytest.raises(TypeError, match="A reward must be a callable .* got 'accuracy'"):
+    with pytest.raises(TypeError, match="reward_funcs contains 'accuracy'; a reward must be callable"):
         CompositeReward("accuracy", make_catalog())
 
 
@@ -340,7 +341,7 @@ def test_a_custom_reward_moves_the_target_distribution():
     assert expected_price([teacher, prefer_cheap]) < expected_price([teacher]) - 0.5
 
 
-def test_a_wrapper_that_hands_on_its_methods_is_a_reward():
+def test_a_wrapper_with_forwarded_methods_is_a_reward():
     class Wrapper:
         def __init__(self, inner):
             self._inner = inner
@@ -348,9 +349,9 @@ def test_a_wrapper_that_hands_on_its_methods_is_a_reward():
         def __getattr__(self, name):
             return getattr(self._inner, name)
 
-    bare, wrapped = (CompositeReward(r, make_catalog()) for r in (GroundTruthReward(), Wrapper(GroundTruthReward())))
+    plain, wrapped = (CompositeReward(r, make_catalog()) for r in (GroundTruthReward(), Wrapper(GroundTruthReward())))
     assert wrapped.can_score_all
-    assert torch.equal(*(each.dense(make_step()).result.rewards for each in (bare, wrapped)))
+    assert torch.equal(*(composite.dense(make_step()).result.rewards for composite in (plain, wrapped)))
 
 
 def test_a_reward_that_reads_the_policy_scores_drawn_leaves_only():
@@ -359,7 +360,7 @@ def test_a_reward_that_reads_the_policy_scores_drawn_leaves_only():
     assert CompositeReward(reward, make_catalog()).sampled_only == ["Fixed"]
 
 
-def test_what_is_not_known_says_why():
+def test_errors_of_unknown_flows_state_the_reason():
     composite = CompositeReward(GroundTruthReward(), make_catalog(), max_elements=8)
     with pytest.raises(ValueError, match="larger than max_exact_elements=8: raise it"):
         composite.of(make_step()).log_flows(torch.zeros(4, 1, dtype=torch.long))

@@ -1,4 +1,4 @@
-"""Flows from the best leaves alone, against the table of all leaves in which the others were made alike by hand."""
+"""Flows and draws of `TopKReward`, compared with a table of all leaves where the other leaves have their mean."""
 
 import pytest
 import torch
@@ -10,14 +10,14 @@ from tests.tiny import random_paths
 
 
 class Grid:
-    """Noise that is a grid of numbers in (0, 1)."""
+    """Noise that is an evenly spaced grid in (0, 1)."""
 
     def uniform(self, purpose: str, num: int) -> torch.Tensor:
         return ((torch.arange(num) + 0.5) / num).expand(2, -1)
 
 
 def top_of(table: torch.Tensor, k: int, tree: PrefixTree) -> tuple[TopKReward, torch.Tensor]:
-    """What `TopKReward` should hold for a table of log R, and the table that it stands for."""
+    """Return the expected `TopKReward` of a table of log R, and the equivalent table of all leaves."""
     leaves = table.argsort(1, descending=True)[:, :k].sort(1).values
     best = torch.zeros_like(table, dtype=torch.bool).scatter(1, leaves, True)
     rest = table.double().exp().masked_fill(best, 0).sum(1) / max(table.shape[1] - k, 1)
@@ -28,7 +28,7 @@ def top_of(table: torch.Tensor, k: int, tree: PrefixTree) -> tuple[TopKReward, t
 
 @pytest.mark.parametrize("k", [1, 7, 60])
 def test_flows_of_all_nodes(k):
-    """Of ragged trees too, and for rewards over many orders of magnitude; Z is that of the full reward."""
+    """Tests a tree with ids of different lengths and rewards over many orders of magnitude. Z is exact."""
     tree = PrefixTree(random_paths(60, ragged=True))
     table = 6 * torch.randn(3, tree.num_leaves, generator=torch.Generator().manual_seed(k))
     top, leveled = top_of(table, min(k, tree.num_leaves), tree)
@@ -41,7 +41,7 @@ def test_flows_of_all_nodes(k):
 
 
 def test_the_best_leaves_of_a_batch():
-    """Whatever the groups of rows in which they are scored; every reward sees its rows' columns."""
+    """The result does not depend on the chunks of rows. Every reward sees the columns of its rows."""
     catalog, step = make_catalog(), make_step()
     rewards = [GroundTruthReward(), CollaborativeReward(TableTeacher())]
     table = CompositeReward(rewards, catalog, beta=1.5).dense(make_step()).result.log_rewards
@@ -52,7 +52,7 @@ def test_the_best_leaves_of_a_batch():
         assert isinstance(top, TopKReward) and torch.equal(top.leaves, expected.leaves)
         torch.testing.assert_close(top.log_rewards, expected.log_rewards)
         torch.testing.assert_close(top.log_rest, expected.log_rest)
-        torch.testing.assert_close(top.log(drawn), table.gather(1, drawn))  # of any leaf its own
+        torch.testing.assert_close(top.log(drawn), table.gather(1, drawn))  # exact for any leaf
     every = CompositeReward(rewards, catalog, beta=1.5, max_elements=16, top_items=100).of(step)
     nodes = torch.arange(catalog.tree.num_nodes).expand(4, -1)
     torch.testing.assert_close(every.log_flows(nodes), catalog.tree.log_flows(table))
@@ -64,7 +64,7 @@ def test_the_best_leaves_of_a_batch():
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("k", [1, 3, 8])
 def test_draws_follow_the_reward(k, temperature):
-    """A grid of numbers in (0, 1) hits every leaf as often as its share says, and each with its probability."""
+    """An evenly spaced grid hits every leaf in proportion to its share, and returns its log-probability."""
     table = torch.randn(2, 8, generator=torch.Generator().manual_seed(k))
     top, leveled = top_of(table, k, PrefixTree(torch.arange(8)[:, None]))
     leaves, log_q = top.sample(20_000, Grid(), temperature)

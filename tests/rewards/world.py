@@ -1,4 +1,4 @@
-"""A small shop for tests of rewards and samplers: 9 items on 8 leaves of two or three tokens, one collision."""
+"""A small shop for tests of rewards and samplers: 9 items at 8 leaves of two or three tokens, with one collision."""
 
 import re
 
@@ -17,7 +17,7 @@ from tests.tiny import tiny_model
 SEMANTIC_IDS = {
     "pear": ("<a_2>", "<b_2>", "<c_1>"),
     "apple": ("<a_1>", "<b_1>", "<c_1>"),
-    "quince": ("<a_1>", "<b_1>", "<c_1>"),  # the same id as the apple's
+    "quince": ("<a_1>", "<b_1>", "<c_1>"),  # the same id as "apple"
     "fig": ("<a_1>", "<b_1>", "<c_2>"),
     "plum": ("<a_1>", "<b_2>", "<c_1>"),
     "lime": ("<a_2>", "<b_1>", "<c_1>"),
@@ -27,7 +27,7 @@ SEMANTIC_IDS = {
 }
 PRICES = {item: float(i + 1) for i, item in enumerate(SEMANTIC_IDS)}
 TOKENIZER = build_tokenizer(SEMANTIC_IDS)
-SESSIONS = {  # of the four rows: levels 0 shown, 1 clicked, 2 bought
+SESSIONS = {  # sessions of the four rows, with the levels 0 shown, 1 clicked, 2 purchased
     "session_items": [["fig", "quince", "fig", "apple"], ["lime", "date"], ["nut", "lime", "pear"], ["kiwi"]],
     "session_levels": [[0, 1, 1, 2], [0, 1], [2, 0, 1], [1]],
 }
@@ -38,7 +38,7 @@ TITLES = {
 
 
 class TableTeacher:
-    """Scores that depend on the last item of the history; its items stand in another order than the catalog's."""
+    """Scores that depend on the last item of the history. The order of its items differs from the catalog."""
 
     def __init__(self):
         self.items = sorted(SEMANTIC_IDS)
@@ -68,7 +68,7 @@ def make_seq2seq() -> T5ForConditionalGeneration:
 
 
 def text_tokenizer() -> PreTrainedTokenizerFast:
-    """Words and punctuation marks of the titles and of the template; every text begins with `<s>`."""
+    """Make a tokenizer for the words and punctuation marks of titles and template. Every text starts with `<s>`."""
     words = sorted({word for text in [*TITLES.values(), TEMPLATE] for word in re.findall(r"\w+|[^\w\s]", text)})
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<s>", "?", *words])}, unk_token="?"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -82,13 +82,13 @@ def make_title_reward(**options) -> TitleLikelihoodReward:
 
 
 def make_step(rows=(0, 1, 2, 3), without=(), progress=0.0, **columns) -> Step:
-    """What the trainer hands to rewards and samplers.
+    """Make a step as the trainer passes it to rewards and samplers.
 
     Args:
-        rows: which of four; a number may come twice.
-        without: names of columns to leave out; without "target" the target leaves are hidden as well.
-        progress: of the training.
-        columns: more columns, or others than the usual ones.
+        rows: indices into the four rows, with repetitions allowed.
+        without: names of columns to omit. Without "target", the target leaves are hidden too.
+        progress: progress of the training.
+        columns: columns to add or replace.
     """
     histories = [["fig"], ["pear", "date"], ["nut", "plum", "lime"], ["kiwi", "quince"]]
     targets = ["apple", "date", "pear", "quince"]

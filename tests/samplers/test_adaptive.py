@@ -1,4 +1,4 @@
-"""Mixtures whose shares change, what a mixture hands to its parts, and samplers by name and options."""
+"""Mixtures with changing shares, calls from a mixture to its samplers, and samplers by name and options."""
 
 import math
 from dataclasses import replace
@@ -79,7 +79,7 @@ def adaptive(floor=0.1, decay=0.5, weights=(1, 1, 1)):
     return AdaptiveMixtureSampler({name: (UniformSampler(), weight) for name, weight in names}, floor, decay)
 
 
-def tell(sampler, source, residual):
+def observe(sampler, source, residual):
     source = torch.as_tensor(source)
     residual = torch.as_tensor(residual, dtype=torch.float32).expand(source.shape)
     sampler.observe(STEP, Trajectories(torch.zeros_like(source), source), feedback_of(residual))
@@ -92,11 +92,11 @@ def tell(sampler, source, residual):
     st.floats(0, 0.99),
     st.lists(st.sampled_from([0.5, 1.0, 3.0]), min_size=3, max_size=3),
 )
-def test_shares_are_the_formula_s(steps, floor, decay, weights):
-    """Against the running means and shares computed number by number; never below the floor."""
+def test_shares_follow_the_formula(steps, floor, decay, weights):
+    """Compares with running means and shares in plain Python. Shares are never below the floor."""
     sampler, means = adaptive(floor, decay, weights), None
     for residual in steps:
-        tell(sampler, [[0, 0, 1, 2, 2, 2]], [residual])
+        observe(sampler, [[0, 0, 1, 2, 2, 2]], [residual])
         new = [sum(residual[:2]) / 2, residual[2], sum(residual[3:]) / 3]
         means = new if means is None else [decay * m + (1 - decay) * n for m, n in zip(means, new, strict=True)]
         parts = [w * m for w, m in zip(weights, means, strict=True)] if any(means) else weights
@@ -113,9 +113,9 @@ def test_shares_move_to_the_source_with_the_larger_residual():
     assert sampler.weights == pytest.approx([1 / 3] * 3) and sampler.allocate(6) == [2, 2, 2]
     shares = []
     for _ in range(12):
-        tell(sampler, [[0, 1, 2]] * 2, [[1.0, 8.0, 1.0]] * 2)
+        observe(sampler, [[0, 1, 2]] * 2, [[1.0, 8.0, 1.0]] * 2)
         shares.append(list(sampler.weights))
-        tell(sampler, [[0, 1, 2]] * 2, [[1.0, 1.0, 1.0]] * 2) if len(shares) == 1 else None
+        observe(sampler, [[0, 1, 2]] * 2, [[1.0, 1.0, 1.0]] * 2) if len(shares) == 1 else None
     assert shares[0][1] > 1 / 3
     rising = [share[1] for share in shares[1:]]
     assert all(a < b for a, b in zip(rising, rising[1:], strict=False))
@@ -125,41 +125,41 @@ def test_shares_move_to_the_source_with_the_larger_residual():
     assert torch.bincount(drawn.source[0], minlength=3).tolist() == sampler.allocate(10) == [2, 6, 2]
 
 
-def test_a_source_without_trajectories_is_taken_to_be_average():
+def test_a_source_without_trajectories_is_treated_as_average():
     sampler = adaptive(floor=0.0, decay=0.5)
-    tell(sampler, [[0, 1, 2]], [[3.0, 3.0, 0.0]])
+    observe(sampler, [[0, 1, 2]], [[3.0, 3.0, 0.0]])
     assert sampler.weights == pytest.approx([0.5, 0.5, 0.0])
-    tell(sampler, [[0, 1, 1]], [[3.0, 3.0, 3.0]])
+    observe(sampler, [[0, 1, 1]], [[3.0, 3.0, 3.0]])
     assert sampler.residuals.tolist() == [3.0, 3.0, 1.5]
 
 
-def test_what_is_not_finite_or_not_there_changes_nothing():
+def test_non_finite_and_foreign_residuals_are_ignored():
     sampler = adaptive()
-    tell(sampler, [[0, 1, 2]], [[1.0, 2.0, 4.0]])
+    observe(sampler, [[0, 1, 2]], [[1.0, 2.0, 4.0]])
     before = list(sampler.weights)
-    tell(sampler, [[0, 1, 2]], [[math.inf, math.inf, math.nan]])
+    observe(sampler, [[0, 1, 2]], [[math.inf, math.inf, math.nan]])
     assert sampler.weights == before
-    tell(sampler, [[3, -1, 7]], [[5.0, 5.0, 5.0]])  # other samplers' trajectories in an outer mixture
+    observe(sampler, [[3, -1, 7]], [[5.0, 5.0, 5.0]])  # trajectories of other samplers in an outer mixture
     assert sampler.weights == before
 
 
-def test_processes_measure_together(monkeypatch):
-    """Sums and counts are added up before the mean is taken: here a second process saw 3 trajectories of 10."""
+def test_residuals_are_summed_over_processes(monkeypatch):
+    """Sums and counts are added before the division. A second process has 3 trajectories with a sum of 30."""
     other = torch.tensor([[30.0, 3.0], [0.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
-    monkeypatch.setattr(mixture, "over_processes", lambda values: values + other)
+    monkeypatch.setattr(mixture, "sum_over_processes", lambda values: values + other)
     sampler = adaptive()
-    tell(sampler, [[0, 1, 2]], [[2.0, 5.0, 6.0]])
+    observe(sampler, [[0, 1, 2]], [[2.0, 5.0, 6.0]])
     assert sampler.residuals.tolist() == [8.0, 5.0, 6.0]
 
 
-def test_nested_sources_are_measured_as_one():
+def test_nested_sources_are_measured_together():
     inner = MixtureSampler({"x": (UniformSampler(), 1), "y": (UniformSampler(), 1)})
     sampler = AdaptiveMixtureSampler({"inner": (inner, 1), "z": (UniformSampler(), 1)}, decay=0.0)
-    tell(sampler, [[0, 1, 2]], [[1.0, 3.0, 8.0]])
+    observe(sampler, [[0, 1, 2]], [[1.0, 3.0, 8.0]])
     assert sampler.residuals.tolist() == [2.0, 8.0]
 
 
-def test_resume():
+def test_a_resumed_run_equals_an_uninterrupted_run():
     def run(sampler, steps):
         drawn = []
         for step in steps:
@@ -185,40 +185,39 @@ def test_resume():
     assert unmeasured.weights == fresh().weights
 
 
-# ------------------------------------------------------------------------------------------------- handed to the parts
-class Listener(Sampler):
-    def __init__(self, names=("listener",), whole=False):
-        self.source_names, self.observes_group, self.heard = names, whole, []
+# -------------------------------------------------------------------------------------------------- calls of the parts
+class Recorder(Sampler):
+    def __init__(self, names=("recorder",), observes_group=False):
+        self.source_names, self.observes_group, self.observed = names, observes_group, []
 
     def sample(self, step, policy, reward, num_generations, noise):
         source = torch.arange(num_generations).remainder(len(self.source_names)).expand(2, -1)
         return Trajectories(torch.zeros_like(source), source, torch.zeros(source.shape))
 
     def observe(self, step, trajectories, feedback):
-        self.heard.append((trajectories, feedback))
+        self.observed.append((trajectories, feedback))
 
     def state_dict(self):
-        return {"x": torch.tensor([float(len(self.heard))])}
+        return {"x": torch.tensor([float(len(self.observed))])}
 
     def load_state_dict(self, state):
         self.loaded = state
 
     def metrics(self):
-        return {"calls": float(len(self.heard))}
+        return {"calls": float(len(self.observed))}
 
 
-def test_a_mixture_tells_each_source_of_its_own_trajectories():
-    one, two, group, idle = Listener(), Listener(("p", "q")), Listener(whole=True), Listener()
+def test_each_source_of_a_mixture_observes_its_own_trajectories():
+    one, two, group, idle = Recorder(), Recorder(("p", "q")), Recorder(observes_group=True), Recorder()
     inner = MixtureSampler({"two": (two, 2), "group": (group, 1)})
     sampler = MixtureSampler({"one": (one, 1), "idle": (idle, 0), "inner": (inner, 3)})
     drawn = draw(sampler, 8)
     assert drawn.source.tolist() == [[0, 0, 2, 3, 2, 3, 4, 4]] * 2
     values = torch.arange(16.0).view(2, 8)
     sampler.observe(STEP, drawn, feedback_of(values))
-    assert not idle.heard
-    expected = {"one": (one, slice(0, 2), 0), "two": (two, slice(2, 6), 2), "group": (group, slice(0, 8), 4)}
-    for listener, columns, first in expected.values():
-        ((trajectories, feedback),) = listener.heard
+    assert not idle.observed
+    for recorder, columns, first in ((one, slice(0, 2), 0), (two, slice(2, 6), 2), (group, slice(0, 8), 4)):
+        ((trajectories, feedback),) = recorder.observed
         assert torch.equal(trajectories.source, drawn.source[:, columns] - first)
         assert torch.equal(trajectories.leaves, drawn.leaves[:, columns])
         assert trajectories.log_q.shape == trajectories.leaves.shape
@@ -233,7 +232,7 @@ def test_a_mixture_tells_each_source_of_its_own_trajectories():
     assert two.loaded == {"x": state["inner/two/x"]} and idle.loaded == {"x": state["idle/x"]}
 
 
-def test_samplers_without_a_memory_have_no_state():
+def test_stateless_samplers_have_an_empty_state():
     sampler = MixtureSampler({"uniform": 1, "ground_truth": 1})
     sampler.observe(STEP, draw(sampler, 4), feedback_of(torch.zeros(2, 4)))
     assert sampler.state_dict() == {} and sampler.metrics() == {}
@@ -241,7 +240,7 @@ def test_samplers_without_a_memory_have_no_state():
 
 
 # ------------------------------------------------------------------------------------------------------------- by name
-EVERY = {
+OPTIONS = {
     "ground_truth": {}, "on_policy": {"temperature": 2.0}, "collaborative": {"temperature": 0.5}, "uniform": {},
     "reward": {"temperature": 2.0}, "interaction_log": {"column": "clicks"}, "unobserved": {},
     "curriculum": {"pool_size": 9, "pool": "teacher", "schedule": [[0, 0.2], [0.8, 1.0]]}, "beam": {},
@@ -256,27 +255,27 @@ EVERY = {
 
 
 def test_every_sampler_by_name_and_options():
-    assert EVERY.keys() == SAMPLERS.keys()
-    whole = build_sampler(
-        {name: [{"type": name, **options}, 1] for name, options in EVERY.items()}, teacher=lambda histories: None
-    )
-    for name, options in EVERY.items():
-        assert type(whole.samplers[name]) is SAMPLERS[name]
+    assert OPTIONS.keys() == SAMPLERS.keys()
+    samplers = build_sampler(
+        {name: [{"type": name, **options}, 1] for name, options in OPTIONS.items()}, teacher=lambda histories: None
+    ).samplers
+    for name, options in OPTIONS.items():
+        assert type(samplers[name]) is SAMPLERS[name]
         for option in options.keys() & {"temperature", "capacity", "recent_share", "column", "floor", "decay"}:
-            owner = whole.samplers[name].distribution if name == "collaborative" else whole.samplers[name]
+            owner = samplers[name].distribution if name == "collaborative" else samplers[name]
             assert getattr(owner, option) == options[option]
-    assert whole.samplers["curriculum"].pool.size == 9 and whole.samplers["low_confidence"].pool.size == 7
-    assert whole.samplers["scheduled_mixture"].samplers["hot"].temperature == 3.0
-    assert list(whole.samplers["adaptive_mixture"].samplers) == ["curriculum", "hot"]
-    assert isinstance(whole.samplers["replay"].fallback, MixtureSampler)
+    assert samplers["curriculum"].pool.size == 9 and samplers["low_confidence"].pool.size == 7
+    assert samplers["scheduled_mixture"].samplers["hot"].temperature == 3.0
+    assert list(samplers["adaptive_mixture"].samplers) == ["curriculum", "hot"]
+    assert isinstance(samplers["replay"].fallback, MixtureSampler)
 
 
-def test_options_of_the_trainer_reach_what_they_are_for():
+def test_options_of_the_trainer_are_defaults_of_the_samplers():
     spec = {name: 1 for name in ("on_policy", "stochastic_beam", "replay", "collaborative")}
-    spec["own"] = [{"type": "on_policy", "epsilon": 0}, 1]
+    spec["custom"] = [{"type": "on_policy", "epsilon": 0}, 1]
     parts = build_sampler(spec, lambda histories: None, 2.0, 0.25, 3.0).samplers
     assert (parts["on_policy"].temperature, parts["on_policy"].epsilon) == (2.0, 0.25)
-    assert (parts["own"].temperature, parts["own"].epsilon) == (2.0, 0)
+    assert (parts["custom"].temperature, parts["custom"].epsilon) == (2.0, 0)
     assert parts["stochastic_beam"].temperature == 2.0
     assert isinstance(parts["replay"].fallback, OnPolicySampler) and parts["replay"].fallback.temperature == 2.0
     assert parts["collaborative"].distribution.temperature == 3.0
@@ -300,39 +299,45 @@ def test_uses_teacher(spec, expected):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: build_sampler("beams"), r"Unknown sampler 'beams'; known are \['adaptive_mixture', 'beam', "),
+        (lambda: build_sampler("beams"), r"Unknown sampler 'beams'; choose from \['adaptive_mixture', 'beam', "),
         (lambda: build_sampler(["beam"]), r"Unknown sampler \['beam'\]"),
-        (lambda: build_sampler({"type": "beam", "width": 3}), "'beam' has no option 'width'; it has none"),
-        (lambda: build_sampler({"type": "on_policy", "heat": 3}), "no option 'heat'; it has temperature, epsilon"),
+        (lambda: build_sampler({"type": "beam", "width": 3}), "'beam' has no option 'width'; its options: none"),
+        (lambda: build_sampler({"type": "on_policy", "heat": 3}), "'heat'; its options: temperature, epsilon"),
         (lambda: build_sampler({"type": "curriculum", "teacher": 3}), "'curriculum' has no option 'teacher'"),
         (lambda: build_sampler({"type": "adaptive_mixture"}), "'adaptive_mixture' needs the option 'sources'"),
-        (lambda: build_sampler({"type": "adaptive_mixture", "sources": "beam"}), "sources of a mixture must be names"),
+        (lambda: build_sampler({"type": "adaptive_mixture", "sources": "beam"}), "sources of a mixture are 'beam'"),
         (lambda: build_sampler({"type": "scheduled_mixture"}), "'scheduled_mixture' needs the option 'schedule'"),
-        (lambda: build_sampler({"type": "scheduled_mixture", "schedule": [[0, "beam"]]}), "list of pairs .progress"),
-        (lambda: build_sampler("low_confidence"), r"'low_confidence' needs a teacher: give one, or a LowConfidenceS"),
+        (lambda: build_sampler({"type": "scheduled_mixture", "schedule": [[0, "beam"]]}), "must list pairs .progress"),
+        (lambda: build_sampler("low_confidence"), r"needs a teacher; pass a teacher, or a LowConfidenceSampler"),
         (
             lambda: build_sampler({"x": [{"type": "beam"}]}),
-            r"'x' of a mixture must be a weight or a pair \[spec, weight\]",
+            r"'x' of a mixture is \[\{'type': 'beam'\}\]; it must be a weight or a pair \[spec, weight\]",
         ),
-        (lambda: build_sampler({"x": {"type": "beam"}}), r"weight of the source 'x' must be a number, got \{'type'"),
-        (lambda: build_sampler({"beam": "1"}), "weight of the source 'beam' must be a number, got '1'"),
-        (lambda: build_sampler({}), "weights of a mixture must be >= 0, finite and not all zero"),
-        (lambda: ScheduledMixtureSampler([(0, {"beam": 0})]), "weights of a mixture must be"),
-        (lambda: ScheduledMixtureSampler([(0.5, {"beam": 1}), (0.1, {"beam": 2})]), "must ascend within 0 to 1"),
-        (lambda: ScheduledMixtureSampler([(0, {"beam": 1})], {"x": UniformSampler()}), "never names the source 'x'"),
-        (lambda: adaptive(weights=(1, 0, 1)), "weights of AdaptiveMixtureSampler must be > 0"),
-        (lambda: adaptive(floor=0.4), r"floor of AdaptiveMixtureSampler with 3 sources must be in \[0, 0.333333\)"),
+        (
+            lambda: build_sampler({"x": {"type": "beam"}}),
+            r"weight of the source 'x' is \{'type': 'beam'\}; it must be",
+        ),
+        (lambda: build_sampler({"beam": "1"}), "weight of the source 'beam' is '1'; it must be a number"),
+        (lambda: build_sampler({}), r"weights of a mixture are \[\]; they must be finite, >= 0 and not all zero"),
+        (lambda: ScheduledMixtureSampler([(0, {"beam": 0})]), r"weights of a mixture are \[0.0\]"),
+        (lambda: ScheduledMixtureSampler([(0.5, {"beam": 1}), (0.1, {"beam": 2})]), r"must ascend within \[0, 1\]"),
+        (lambda: ScheduledMixtureSampler([(0, {"beam": 1})], {"x": UniformSampler()}), "source 'x' .* does not occur"),
+        (lambda: adaptive(weights=(1, 0, 1)), r"weights of AdaptiveMixtureSampler are \[1.0, 0.0, 1.0\]"),
+        (
+            lambda: adaptive(floor=0.4),
+            "floor of AdaptiveMixtureSampler is 0.4; with 3 sources it must be below 0.3333",
+        ),
         (lambda: adaptive(floor=-1), r"floor of AdaptiveMixtureSampler is -1; it must be a number in \[0, 1\]"),
         (lambda: adaptive(decay=1), r"decay of AdaptiveMixtureSampler is 1; it must be a number in \[0, 1\)"),
-        (lambda: adaptive().load_state_dict({}), r"AdaptiveMixtureSampler has the entries \[\], but \['residuals'\]"),
-        (lambda: adaptive().load_state_dict({"residuals": torch.ones(2)}), "has 2 sources, this one has 3"),
-        (lambda: MixtureSampler({"uniform": 1}).load_state_dict({"y/x": torch.ones(1)}), "entries .'y/x'., but"),
+        (lambda: adaptive().load_state_dict({}), r"has the entries \[\]; it must have \['residuals'\]"),
+        (lambda: adaptive().load_state_dict({"residuals": torch.ones(2)}), "has 2 sources, but this one has 3"),
+        (lambda: MixtureSampler({"uniform": 1}).load_state_dict({"y/x": torch.ones(1)}), "entries .'y/x'.; it must"),
         (
             lambda: MixtureSampler({"uniform": 1}).load_state_dict({"uniform/x": torch.ones(1)}),
             "of UniformSampler has",
         ),
     ],
 )
-def test_mistakes_are_explained(make, message):
+def test_invalid_options_raise_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()

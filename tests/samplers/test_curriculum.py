@@ -1,4 +1,4 @@
-"""Samplers that choose by a teacher's or the policy's opinion, against sorting everything by hand."""
+"""Samplers that select by the scores of a teacher or the policy, compared with a full sort."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ def draw(sampler, num, rows=(0, 1, 2, 3), step_number=0, policy=None, progress=0
 
 
 def unobserved_by_score(row):
-    """Unobserved leaves from the teacher's worst to its best; a leaf of two items counts its better one."""
+    """Return the unobserved leaves in ascending order of the teacher's score, the best of the items at each leaf."""
     catalog, columns, teacher = make_catalog(), make_step((row,)).columns, TableTeacher()
     scores = dict(zip(teacher.items, teacher.score(columns["history"])[0].tolist(), strict=True))
     seen = set(catalog.leaf_of([*columns["history"][0], *columns["target"]]).tolist())
@@ -40,15 +40,15 @@ def unobserved_by_score(row):
 # --------------------------------------------------------------------------------------------------------- curriculum
 @pytest.mark.parametrize(("progress", "expected"), [(0.0, slice(0, 2)), (0.5, slice(1, 3)), (0.99, slice(2, 4))])
 def test_window_moves_from_the_easiest_to_the_hardest_of_the_pool(progress, expected):
-    """With the teacher's four best as the pool: its last two first, its first two last."""
+    """The pool is the four best leaves of the teacher. The two worst of them come first, the two best last."""
     drawn = draw(CurriculumSampler(TableTeacher(), 4, pool="teacher"), 2, progress=progress)
     for row in range(4):
         assert drawn.leaves[row].tolist() == unobserved_by_score(row)[-4:][expected]
     assert not drawn.log_q.any()
 
 
-def test_everything_as_the_pool():
-    """A pool of all unobserved leaves is the same however it is drawn."""
+def test_a_pool_of_all_unobserved_leaves():
+    """The random draw does not change a pool that contains all unobserved leaves."""
     for step_number, progress in enumerate((0.0, 0.4, 0.9)):
         for row in range(4):
             order = unobserved_by_score(row)
@@ -58,7 +58,7 @@ def test_everything_as_the_pool():
             assert drawn.log_q is None
 
 
-def big_world(rows=40):
+def large_catalog(rows=40):
     catalog = catalog_of(random_paths(200, depth=3, codes=7))
     table = torch.randn(rows, 200, generator=torch.Generator().manual_seed(0))
     columns = {"history": [[row, row + 1] for row in range(rows)], "target": list(range(100, 100 + rows))}
@@ -67,8 +67,8 @@ def big_world(rows=40):
 
 
 def test_scores_rise_with_the_progress():
-    """Mean scores of the K of 2 K + 1 random candidates: those of order statistics of a normal distribution."""
-    catalog, step, teacher = big_world()
+    """The mean scores of K of 2 K + 1 random candidates equal the order statistics of a normal distribution."""
+    catalog, step, teacher = large_catalog()
     sampler, means = CurriculumSampler(teacher), []
     scores = catalog.fold_items(teacher(step.columns["history"]))
     for progress in (0.0, 0.25, 0.5, 0.75, 1 - 1e-9):
@@ -79,12 +79,12 @@ def test_scores_rise_with_the_progress():
             assert not set(leaves.tolist()) & set(catalog.leaf_of([row, row + 1, 100 + row]).tolist())
         means.append(scores.gather(1, drawn).mean().item())
     assert all(a < b - 0.1 for a, b in zip(means, means[1:], strict=False))
-    # The lowest four of nine standard normal numbers have the expectations -1.49, -0.93, -0.57 and -0.27.
+    # The expectations of the lowest four of nine standard normal values are -1.49, -0.93, -0.57 and -0.27.
     assert means[0] == pytest.approx(-0.815, abs=0.15) and means[-1] == pytest.approx(0.815, abs=0.15)
 
 
-def test_another_schedule():
-    """Hard from the start, and a jump half-way."""
+def test_custom_schedules():
+    """One schedule is hard from the start, the other one jumps halfway."""
     hard = CurriculumSampler(TableTeacher(), 4, "teacher", [[0, 1]])
     jump = CurriculumSampler(TableTeacher(), 4, "teacher", [[0.5, 0], [0.5, 1]])
     easy_leaves = draw(CurriculumSampler(TableTeacher(), 4, "teacher"), 2, progress=0.0).leaves
@@ -110,7 +110,7 @@ def test_a_row_draws_the_same_in_any_batch(pool, rows):
 
 
 # ------------------------------------------------------------------------------------------------------ low confidence
-def test_low_confidence_takes_what_the_policy_doubts():
+def test_low_confidence_selects_the_least_probable_leaves():
     policy = make_policy(make_catalog())
     policy.model.train()
     policy.model.config.attention_dropout = 0.5
@@ -136,8 +136,8 @@ def test_beam_is_the_top_of_the_exact_distribution():
     assert torch.equal(draw(BeamSampler(), 11, policy=policy).leaves, torch.cat([best, best[:, :3]], 1))
 
 
-def test_stochastic_beam_gives_distinct_leaves_and_their_inclusion():
-    """The Horvitz-Thompson estimate of a mean under the policy is right on average over rows."""
+def test_stochastic_beam_returns_distinct_leaves_and_their_inclusion_probability():
+    """The Horvitz-Thompson estimate of a mean under the policy is unbiased over rows."""
     policy, values = make_policy(make_catalog()), torch.arange(8.0)
     prompts = make_step((1,)).prompts
     log_pi = policy.leaf_log_probs(prompts)[0]
@@ -150,7 +150,7 @@ def test_stochastic_beam_gives_distinct_leaves_and_their_inclusion():
     assert abs(estimates.mean() - (log_pi.exp() * values).sum()) < 3.5 * error
 
 
-def test_stochastic_beam_hands_its_temperature_on_and_fills_up():
+def test_stochastic_beam_passes_its_temperature_and_repeats_leaves():
     class Recorder:
         def stochastic_beam_search(self, prompts, num_generations, noise, temperature):
             leaves = torch.tensor([[3, 1, -1, -1, -1]]).expand(4, -1)
@@ -161,7 +161,7 @@ def test_stochastic_beam_hands_its_temperature_on_and_fills_up():
 
 
 def test_beams_in_a_mixture():
-    """Two stochastic beams of one mixture have streams of their own; a row draws the same alone."""
+    """Two stochastic beams in a mixture have separate random streams. A row gets the same leaves in any batch."""
     policy = make_policy(make_catalog())
     sampler = MixtureSampler({"a": (StochasticBeamSampler(), 1), "b": (StochasticBeamSampler(), 1), "beam": 1})
     whole, part = draw(sampler, 9, policy=policy), draw(sampler, 9, (2, 0), policy=policy)
@@ -176,14 +176,17 @@ def test_beams_in_a_mixture():
         (lambda: CurriculumSampler(TableTeacher(), 0), "pool_size of CurriculumSampler is 0; .* of at least 1"),
         (lambda: CurriculumSampler(TableTeacher(), 2.5), "pool_size of CurriculumSampler is 2.5; it must be a whole"),
         (lambda: CurriculumSampler(TableTeacher(), pool="best"), "'best'; choose 'random' or 'teacher'"),
-        (lambda: CurriculumSampler(TableTeacher(), schedule=[]), "progress of the points in the schedule"),
-        (lambda: CurriculumSampler(TableTeacher(), schedule=[[0.5, 0], [0.2, 1]]), r"must ascend within 0 to 1, got"),
-        (lambda: CurriculumSampler(TableTeacher(), schedule=[[0, 0], [2, 1]]), "must ascend within 0 to 1"),
-        (lambda: CurriculumSampler(TableTeacher(), schedule="linear"), "must be a list of pairs"),
-        (lambda: CurriculumSampler(TableTeacher(), schedule=[[0, 2]]), r"hardness .* must be in \[0, 1\]"),
-        (lambda: CurriculumSampler(TableTeacher(), schedule=[[0, [0, 1]]]), r"hardness .* must be in \[0, 1\]"),
-        (lambda: draw(CurriculumSampler(TableTeacher(), 2), 3), "give 3 trajectories, but its pool"),
-        (lambda: draw(CurriculumSampler(lambda h: torch.zeros(4, 2)), 2), r"must return .* \(4, 9\), not \(4, 2\)"),
+        (lambda: CurriculumSampler(TableTeacher(), schedule=[]), r"is \[\]; it needs at least one point"),
+        (lambda: CurriculumSampler(TableTeacher(), schedule=[[0.5, 0], [0.2, 1]]), r"must ascend within \[0, 1\]"),
+        (lambda: CurriculumSampler(TableTeacher(), schedule=[[0, 0], [2, 1]]), r"must ascend within \[0, 1\]"),
+        (lambda: CurriculumSampler(TableTeacher(), schedule="linear"), "is 'linear'; it must list pairs"),
+        (lambda: CurriculumSampler(TableTeacher(), schedule=[[0, 2]]), r"its hardness must be in \[0, 1\]"),
+        (lambda: CurriculumSampler(TableTeacher(), schedule=[[0, [0, 1]]]), r"its hardness must be in \[0, 1\]"),
+        (lambda: draw(CurriculumSampler(TableTeacher(), 2), 3), "pool_size of .* is 2; it must be at least 3"),
+        (
+            lambda: draw(CurriculumSampler(lambda h: torch.zeros(4, 2)), 2),
+            r"shape \(4, 2\); it must return .*\(4, 9\)",
+        ),
         (
             lambda: StochasticBeamSampler(0),
             "temperature of StochasticBeamSampler is 0; it must be a finite number above 0",
@@ -191,11 +194,11 @@ def test_beams_in_a_mixture():
         (lambda: StochasticBeamSampler("warm"), "temperature of StochasticBeamSampler is 'warm'; it must be"),
     ],
 )
-def test_mistakes_are_explained(make, message):
+def test_invalid_options_raise_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_a_teacher_is_needed():
-    with pytest.raises(TypeError, match="LowConfidenceSampler needs a teacher or a callable .* got None"):
+def test_a_teacher_is_required():
+    with pytest.raises(TypeError, match="teacher of LowConfidenceSampler is None; it must be a Teacher or a callable"):
         LowConfidenceSampler(None)

@@ -1,4 +1,4 @@
-"""Samplers that know what was observed draw exactly from what is left, and depend on nothing but the row."""
+"""Samplers of observed and unobserved items draw from exactly these items, and depend on the row only."""
 
 import math
 from types import SimpleNamespace
@@ -36,7 +36,7 @@ def leaves_of(items):
 # ----------------------------------------------------------------------------------------------------- sets of leaves
 @st.composite
 def catalogs(draw):
-    """A catalog and histories with a target of its items, at least one item being left."""
+    """Draw a catalog and histories with a target that leave at least one item unobserved."""
     catalog = catalog_of(random_paths(draw(st.integers(2, 60)), depth=2, codes=8, seed=draw(st.integers(0, 9))))
     items = st.sampled_from(catalog.items)
     row = st.lists(items, min_size=1, max_size=len(catalog) - 1).filter(lambda r: len(set(r)) < len(catalog))
@@ -56,14 +56,14 @@ def test_ranks_enumerate_exactly_the_allowed_leaves(world):
         assert skip_forbidden(ranks, forbidden)[number].tolist() == expected
 
 
-def test_nothing_forbidden():
+def test_skip_forbidden_without_forbidden_leaves():
     ranks = torch.tensor([[0, 5]])
     for forbidden in (torch.full((1, 3), -1), torch.zeros(1, 0, dtype=torch.long)):
         assert skip_forbidden(ranks, forbidden).tolist() == [[0, 5]]
 
 
 def test_subsets_are_uniform():
-    """Every pair of five numbers comes as often as any other; where fewer are wanted than there are, all come."""
+    """All pairs of five numbers are equally frequent. A subset that is larger than its set contains all numbers."""
     uniforms = StatelessNoise(1).at(0, torch.arange(5000)).uniform("subset", 2)
     chosen = distinct_ranks(torch.full((5000,), 5), uniforms).sort(1).values
     pairs, counts = chosen.unique(dim=0, return_counts=True)
@@ -91,8 +91,8 @@ def test_unobserved_follows_its_distribution(world):
         torch.testing.assert_close(drawn.log_q[number], torch.full((3000,), -math.log(len(allowed))))
 
 
-def test_unobserved_knows_leaves_not_items():
-    """The quince of the last history shares its leaf with the apple: neither is drawn."""
+def test_unobserved_excludes_leaves_not_items():
+    """The item "quince" of the last history shares its leaf with "apple", so neither is drawn."""
     drawn = draw(UnobservedSampler(), 500)
     assert set(drawn.leaves[3].tolist()) == set(range(8)) - leaves_of(["kiwi", "apple"])
     assert set(drawn.leaves[0].tolist()) == set(range(8)) - leaves_of(["fig", "apple"])
@@ -107,7 +107,7 @@ def test_unobserved_without_targets():
 
 # ---------------------------------------------------------------------------------------------------- interaction log
 @pytest.mark.parametrize("num", [1, 2, 3, 7, 12])
-def test_interaction_log_takes_everything_before_it_repeats(num):
+def test_interaction_log_draws_all_leaves_before_it_repeats_one(num):
     drawn = draw(InteractionLogSampler(), num)
     targets = make_step().columns["target"]
     for row, session in enumerate(SESSIONS):
@@ -119,7 +119,7 @@ def test_interaction_log_takes_everything_before_it_repeats(num):
 
 
 def test_interaction_log_orders_are_uniform():
-    """Over 600 rows with the second log each of its five leaves comes first, and second, equally often."""
+    """In 600 rows with the second session, each of its five leaves is equally often first, and second."""
     catalog = make_catalog()
     targets, columns = catalog.leaf_of(["date"] * 600), {"session_items": [SESSIONS[1]] * 600}
     step = Step({}, torch.arange(600), targets, columns)
@@ -145,16 +145,16 @@ def test_a_row_draws_the_same_in_any_batch(sampler, rows):
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
-def test_mistakes_are_explained():
+def test_invalid_input_raises_errors():
     policy = SimpleNamespace(catalog=make_catalog())
     noise = StatelessNoise(42).at(0, make_step().row_ids)
     with pytest.raises(ValueError, match="InteractionLogSampler needs the dataset column 'session_items'; the rows h"):
         InteractionLogSampler().sample(make_step(without=("session_items",)), policy, None, 1, noise)
-    with pytest.raises(TypeError, match="column of InteractionLogSampler is the name of a dataset column, got 3"):
+    with pytest.raises(TypeError, match="column of InteractionLogSampler is 3; it must be the name of a column"):
         InteractionLogSampler(3)
     with pytest.raises(ValueError, match="UnobservedSampler needs the dataset column 'history'"):
         UnobservedSampler().sample(make_step(without=("history",)), policy, None, 1, noise)
-    with pytest.raises(ValueError, match="History and target of row 1 hold all 8 leaves of the catalog"):
+    with pytest.raises(ValueError, match="history and target of row 1 contain all 8 leaves of the catalog"):
         step = make_step(history=[["fig"], policy.catalog.items, ["fig"], ["fig"]])
         UnobservedSampler().sample(step, policy, None, 1, noise)
     with pytest.raises(ValueError, match="Item 'melon' is not in the catalog"):

@@ -1,4 +1,4 @@
-"""The replay buffer against a naive one in plain Python."""
+"""The replay buffer, compared with a naive implementation in plain Python."""
 
 import math
 from types import SimpleNamespace
@@ -53,7 +53,7 @@ def draw(sampler, num, ids, step_number=0):
 
 
 class NaiveBuffers:
-    """`{row id: [(leaf, log R), ...]}`, the most recent first."""
+    """Buffers as `{row id: [(leaf, log R), ...]}`, most recent first."""
 
     def __init__(self, capacity):
         self.capacity, self.rows = capacity, {}
@@ -84,9 +84,9 @@ def contents(sampler):
 
 @st.composite
 def groups(draw):
-    """Some steps: row ids (repeated ones too), and K leaves with a log R and a source for each.
+    """Draw steps: row ids with repetitions, and K leaves per row, each with a log R and a source.
 
-    A leaf has one reward within a group, as it has in a training.
+    A leaf has the same reward within a group, as in a training.
     """
     steps, width = [], draw(st.integers(1, 4))
     for _ in range(draw(st.integers(1, 5))):
@@ -96,7 +96,7 @@ def groups(draw):
         table = [draw(st.lists(value, min_size=8, max_size=8)) for _ in ids]
         rewards = [[row[leaf] for leaf in group] for row, group in zip(table, leaves, strict=True)]
         source = [draw(st.lists(st.integers(-1, 1), min_size=width, max_size=width)) for _ in ids]
-        # A leaf of a group comes from one source: were it new and replayed at once, either rule could claim it.
+        # Each leaf of a group has one source, because the rules for new and for replayed leaves differ.
         source = [[kinds[group.index(leaf)] for leaf in group] for kinds, group in zip(source, leaves, strict=True)]
         steps.append((ids, leaves, rewards, source))
     return steps
@@ -104,7 +104,7 @@ def groups(draw):
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(groups(), st.integers(1, 6))
-def test_contents_are_those_of_the_naive_buffer(steps, capacity):
+def test_contents_equal_the_naive_buffer(steps, capacity):
     sampler, naive = ReplaySampler(capacity), NaiveBuffers(capacity)
     for ids, leaves, rewards, source in steps:
         observe(sampler, ids, leaves, rewards, source)
@@ -115,7 +115,7 @@ def test_contents_are_those_of_the_naive_buffer(steps, capacity):
 
 
 def test_eviction_by_example():
-    """Capacity 4: the two most recent stay, then the two best of the others; replaying does not make recent."""
+    """A capacity of 4 keeps the two most recent and the two best of the others. Replaying does not move a leaf."""
     sampler = ReplaySampler(4)
     observe(sampler, [9], [[0, 1, 2]], [[5.0, 1.0, 2.0]])
     observe(sampler, [9], [[3, 4]], [[0.0, 0.0]])
@@ -128,7 +128,7 @@ def test_eviction_by_example():
 
 # ---------------------------------------------------------------------------------------------------------------- draw
 def test_draws_follow_their_distribution():
-    """Half the draws uniform over the 3 most recent of 5, half in proportion to R ** (1 / 2) over all."""
+    """Half of the draws are uniform over the 3 most recent of 5, the other half in proportion to R ** (1 / 2)."""
     sampler = ReplaySampler(5, temperature=2.0)
     observe(
         sampler, [4, 8], [[7, 1, 5, 3, 9], [2, 2, 0, 2, 0]], [[0.0, 1.0, 2.0, 3.0, 0.5], [1.0, 1.0, 0.0, 1.0, 0.0]]
@@ -153,15 +153,15 @@ def test_draws_follow_their_distribution():
 
 
 @pytest.mark.parametrize(("share", "recent"), [(0.0, 0), (0.3, 2), (0.5, 3), (1.0, 5)])
-def test_share_of_the_recent_ones(share, recent):
-    """The best rewarded is so much better that only the draw by recency gives another."""
+def test_recent_share(share, recent):
+    """One leaf has such a high reward that only the draw by recency returns another leaf."""
     sampler = ReplaySampler(4, share)
     observe(sampler, [1], [[0, 1, 2]], [[0.0, 0.0, 99.0]])
     leaves = draw(sampler, 5, [1]).leaves[0]
     assert (leaves[:recent] < 2).all() and (leaves[recent:] == 2).all()
 
 
-def test_prompts_that_were_never_met_go_to_the_fallback():
+def test_prompts_without_a_buffer_use_the_fallback():
     sampler = ReplaySampler(4, fallback=UniformSampler())
     observe(sampler, [1, 2], [[3], [5]], [[0.0], [-math.inf]])
     drawn = draw(sampler, 50, [6, 1, 2])
@@ -172,9 +172,9 @@ def test_prompts_that_were_never_met_go_to_the_fallback():
     assert torch.equal(drawn.log_q[[0, 2]], alone.log_q[[0, 2]]) and not drawn.log_q[1].any()
 
 
-def test_the_fallback_is_asked_only_when_needed():
+def test_the_fallback_is_called_only_when_needed():
     def never(step, policy, reward, num_generations, noise):
-        raise AssertionError("every prompt was met")
+        raise AssertionError("every prompt has a buffer")
 
     sampler = ReplaySampler(4, fallback=FunctionSampler(never))
     observe(sampler, [1], [[3]], [[0.0]])
@@ -201,7 +201,7 @@ def mixture():
 
 
 def train(sampler, steps):
-    """The draws of some steps over six prompts, three at a time; log R is a function of prompt and leaf."""
+    """Return the draws of several steps over six prompts, three per step. log R depends on prompt and leaf."""
     history = []
     for step in steps:
         ids = [(step * 3 + i) % 6 for i in range(3)]
@@ -212,7 +212,7 @@ def train(sampler, steps):
     return history
 
 
-def test_in_a_mixture_it_takes_in_the_whole_group():
+def test_in_a_mixture_the_buffer_stores_the_whole_group():
     sampler = mixture()
     first = train(sampler, [0])[0]
     stored = contents(sampler.samplers["replay"])
@@ -226,16 +226,16 @@ def test_in_a_mixture_it_takes_in_the_whole_group():
     assert outer.observes_group and not MixtureSampler({"uniform": 1}).observes_group
 
 
-def test_a_resumed_training_goes_on_as_if_undisturbed(tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_run(tmp_path):
     whole = MixtureSampler({"uniform": 1, "inner": (mixture(), 5)})
-    undisturbed = train(whole, range(8))
+    uninterrupted = train(whole, range(8))
     first = MixtureSampler({"uniform": 1, "inner": (mixture(), 5)})
     train(first, range(4))
     save_file(first.state_dict(), tmp_path / "sampler.safetensors")
-    train(first, range(4, 5))  # what happens after saving does not reach what was saved
+    train(first, range(4, 5))  # training after saving does not change the saved state
     second = MixtureSampler({"uniform": 1, "inner": (mixture(), 5)})
     second.load_state_dict(load_file(tmp_path / "sampler.safetensors"))
-    for expected, drawn in zip(undisturbed[4:], train(second, range(4, 8)), strict=True):
+    for expected, drawn in zip(uninterrupted[4:], train(second, range(4, 8)), strict=True):
         assert torch.equal(expected.leaves, drawn.leaves) and torch.equal(expected.log_q, drawn.log_q)
     assert second.metrics() == whole.metrics()
     for name, tensor in whole.state_dict().items():
@@ -264,16 +264,19 @@ def test_an_empty_buffer_round_trips(tmp_path):
             lambda: ReplaySampler(4, temperature=-1),
             "temperature of ReplaySampler is -1; it must be a finite number above 0",
         ),
-        (lambda: ReplaySampler(3).load_state_dict({}), r"has the entries \[\], but .* written with another sampler"),
-        (lambda: ReplaySampler(3).load_state_dict(ReplaySampler(4).state_dict()), "holds 4 .* but capacity is 3"),
+        (
+            lambda: ReplaySampler(3).load_state_dict({}),
+            r"has the entries \[\]; it must have \['leaves', 'log_rewards'",
+        ),
+        (lambda: ReplaySampler(3).load_state_dict(ReplaySampler(4).state_dict()), "capacity of 4, but capacity is 3"),
         (lambda: GroundTruthSampler().load_state_dict(ReplaySampler(4).state_dict()), "state of GroundTruthSampler"),
     ],
 )
-def test_mistakes_are_explained(make, message):
+def test_invalid_options_raise_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
 def test_the_fallback_must_be_a_sampler():
-    with pytest.raises(TypeError, match="fallback of ReplaySampler must be a Sampler, got 'uniform'"):
+    with pytest.raises(TypeError, match="fallback of ReplaySampler is 'uniform'; it must be a Sampler"):
         ReplaySampler(fallback="uniform")

@@ -1,4 +1,4 @@
-"""Samplers follow their distribution, know its log-probability, and depend on nothing but the row."""
+"""Samplers follow their distribution, return its log-probabilities, and depend on the row only."""
 
 import math
 from dataclasses import replace
@@ -49,7 +49,7 @@ def draw(sampler, num, rows=(0, 1, 2, 3), step_number=5, policy=None):
 
 
 def distributions():
-    """Sampler and its exact distribution over leaves (4, 8)."""
+    """Return samplers with their exact distributions over leaves (4, 8)."""
     catalog, step = make_catalog(), make_step()
     items = CollaborativeReward(TableTeacher(), 0.6).bind(catalog).score_items(step)
     policy = make_policy(catalog).leaf_log_probs(step.prompts).exp()
@@ -73,7 +73,7 @@ def test_draws_follow_the_distribution(name):
         assert scipy.stats.chisquare(counts, num * probabilities / probabilities.sum()).pvalue > 1e-3
 
 
-def test_on_policy_hands_its_options_on():
+def test_on_policy_passes_its_options():
     class Recorder:
         def sample(self, prompts, num, noise, temperature, epsilon):
             return torch.zeros(4, num, dtype=torch.long), torch.full((4, num), temperature + epsilon)
@@ -86,11 +86,11 @@ def test_ground_truth():
     drawn = draw(GroundTruthSampler(), 2)
     expected = make_catalog().leaf_of(make_step().columns["target"])
     assert torch.equal(drawn.leaves, expected[:, None].expand(4, 2)) and not drawn.log_q.any()
-    given_leaf = replace(make_step(), target_leaves=torch.tensor([4, 5, 6, 7]))
-    assert GroundTruthSampler().sample(given_leaf, None, None, 1, None).leaves.flatten().tolist() == [4, 5, 6, 7]
+    step = replace(make_step(), target_leaves=torch.tensor([4, 5, 6, 7]))
+    assert GroundTruthSampler().sample(step, None, None, 1, None).leaves.flatten().tolist() == [4, 5, 6, 7]
 
 
-def everything():
+def all_sources():
     return MixtureSampler(
         {
             "ground_truth": 1,
@@ -104,22 +104,22 @@ def everything():
 
 @pytest.mark.parametrize("rows", [(2,), (3, 1), (1, 0, 3, 2)])
 def test_a_row_draws_the_same_in_any_batch(rows):
-    whole, part = draw(everything(), 36), draw(everything(), 36, rows)
+    whole, part = draw(all_sources(), 36), draw(all_sources(), 36, rows)
     assert torch.equal(part.leaves, whole.leaves[list(rows)])
     torch.testing.assert_close(part.log_q, whole.log_q[list(rows)], atol=1e-5, rtol=1e-5)
 
 
 def test_steps_and_rows_differ():
-    first = draw(everything(), 36).leaves
-    assert torch.equal(first, draw(everything(), 36).leaves)
-    assert not torch.equal(first, draw(everything(), 36, step_number=6).leaves)
+    first = draw(all_sources(), 36).leaves
+    assert torch.equal(first, draw(all_sources(), 36).leaves)
+    assert not torch.equal(first, draw(all_sources(), 36, step_number=6).leaves)
     uniform = draw(UniformSampler(), 36).leaves
     assert len(uniform.unique(dim=0)) == 4
 
 
 # ------------------------------------------------------------------------------------------------------ inverse CDF
 def test_draw_leaves_on_a_grid():
-    """Equally spaced numbers hit each leaf in proportion, and never one of probability zero."""
+    """Evenly spaced numbers hit each leaf in proportion to its probability, and never a leaf of probability zero."""
     probabilities = torch.tensor([[0.0, 3.0, 0.0, 1.0, 0.0], [2.0, 0.0, 0.0, 0.0, 6.0]])
     grid = ((torch.arange(800, dtype=torch.float64) + 0.5) / 800).expand(2, -1)
     leaves, log_q = draw_leaves(probabilities, grid)
@@ -130,11 +130,11 @@ def test_draw_leaves_on_a_grid():
 
 
 def test_draw_leaves_reaches_the_end_of_a_large_catalog():
-    """In 32 bits the cumulative sum of many small numbers is too coarse for this."""
+    """A 32-bit cumulative sum of many small numbers is not precise enough."""
     size = 3_000_000
-    wanted = torch.tensor([[0, 1_234_567, size - 2, size - 1]])
-    leaves, _ = draw_leaves(torch.full((1, size), 1 / size), (wanted.double() + 0.5) / size)
-    assert leaves.tolist() == wanted.tolist()
+    expected = torch.tensor([[0, 1_234_567, size - 2, size - 1]])
+    leaves, _ = draw_leaves(torch.full((1, size), 1 / size), (expected.double() + 0.5) / size)
+    assert leaves.tolist() == expected.tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------- mixtures
@@ -156,7 +156,7 @@ def test_allocation_examples():
     assert MixtureSampler({"a": (UniformSampler(), 0.1), "b": (UniformSampler(), 0.1)}).allocate(3) == [2, 1]
 
 
-def test_sources_are_told_apart_nested_ones_too():
+def test_source_names_of_nested_mixtures():
     inner = MixtureSampler({"uniform": 1, "ground_truth": 1})
     sampler = MixtureSampler({"ground_truth": 1, "never": (RewardSampler(), 0), "wide": (inner, 2), "on_policy": 1})
     assert sampler.source_names == ("ground_truth", "never", "wide/uniform", "wide/ground_truth", "on_policy")
@@ -168,17 +168,17 @@ def test_sources_are_told_apart_nested_ones_too():
     torch.testing.assert_close(drawn.log_q[:, 2:4], torch.full((4, 2), -math.log(8)))
 
 
-def test_two_sources_of_one_kind_do_not_repeat_each_other():
+def test_two_sources_of_the_same_kind_draw_different_leaves():
     drawn = draw(MixtureSampler({"a": (UniformSampler(), 1), "b": (UniformSampler(), 1)}), 40)
     assert not torch.equal(drawn.leaves[:, :20], drawn.leaves[:, 20:])
 
 
-def test_log_q_is_unknown_if_one_source_does_not_know_it():
-    def mine(step, policy, reward, num_generations, noise):
+def test_log_q_is_unknown_if_it_is_unknown_for_one_source():
+    def first_leaf(step, policy, reward, num_generations, noise):
         return torch.zeros(4, num_generations, dtype=torch.long)
 
-    sampler = build_sampler({"uniform": 1, "mine": [mine, 1]})
-    assert sampler.source_names == ("uniform", "mine")
+    sampler = build_sampler({"uniform": 1, "first_leaf": [first_leaf, 1]})
+    assert sampler.source_names == ("uniform", "first_leaf")
     assert draw(sampler, 4).log_q is None and draw(build_sampler({"uniform": 1}), 4).log_q is not None
 
 
@@ -201,9 +201,9 @@ def test_build_sampler():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: build_sampler("beans"), r"Unknown sampler 'beans'; known are \['adaptive_mixture', 'beam', 'c"),
+        (lambda: build_sampler("beans"), r"Unknown sampler 'beans'; choose from \['adaptive_mixture', 'beam', 'c"),
         (lambda: build_sampler("collaborative"), "'collaborative' needs a teacher"),
-        (lambda: MixtureSampler({"uniform": 0}), "weights of a mixture must be >= 0, finite and not all zero"),
+        (lambda: MixtureSampler({"uniform": 0}), "weights of a mixture .* must be finite, >= 0 and not all zero"),
         (lambda: MixtureSampler({"uniform": -1, "reward": 2}), "weights of a mixture"),
         (lambda: OnPolicySampler(0.0), "temperature of OnPolicySampler is 0.0; it must be"),
         (lambda: OnPolicySampler(epsilon=1.5), r"epsilon of OnPolicySampler is 1.5; it must be a number in \[0, 1\]"),
@@ -212,10 +212,10 @@ def test_build_sampler():
             lambda: RewardSampler().sample(make_step(), None, SampledReward(lambda *_: None), 1, None),
             "needs the rewards of all leaves",
         ),
-        (lambda: RewardSampler().sample(make_step(), None, None, 1, None), "there is no reward; give reward_funcs"),
+        (lambda: RewardSampler().sample(make_step(), None, None, 1, None), "the reward is None; pass reward_funcs"),
     ],
 )
-def test_mistakes_are_explained(make, message):
+def test_invalid_options_raise_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -244,20 +244,20 @@ GOOD = torch.tensor([[0, 1, 7], [2, 2, 3]])
         (GOOD, GOOD, torch.zeros(2), r"log_q of shape \(2,\)"),
     ],
 )
-def test_bad_trajectories(leaves, source, log_q, message):
+def test_invalid_trajectories(leaves, source, log_q, message):
     validate_trajectories(Trajectories(GOOD, GOOD, torch.zeros(2, 3)), 2, 3, 8)
     with pytest.raises(ValueError, match=message):
         validate_trajectories(Trajectories(leaves, source, log_q), 2, 3, 8)
 
 
-def test_something_else_than_trajectories():
-    with pytest.raises(TypeError, match="returned list; it must return a Trajectories"):
+def test_results_of_the_wrong_type():
+    with pytest.raises(TypeError, match="returned list; it must return Trajectories"):
         validate_trajectories([[0, 1]], 1, 2, 8)
     with pytest.raises(TypeError, match="returned leaves as list; it must be a tensor"):
         validate_trajectories(Trajectories([[0, 1]], torch.zeros(1, 2)), 1, 2, 8)
 
-    def mine(*_):
+    def lists(*_):
         return [[0]]
 
-    with pytest.raises(TypeError, match="sampler 'mine' returned list"):
-        FunctionSampler(mine).sample(make_step(), None, None, 1, None)
+    with pytest.raises(TypeError, match="sampler 'lists' returned list"):
+        FunctionSampler(lists).sample(make_step(), None, None, 1, None)

@@ -1,4 +1,4 @@
-"""All samplers with a memory or a schedule at once in a real training, which an interruption does not change."""
+"""A resumed training with all stateful and scheduled samplers equals an uninterrupted one."""
 
 import shutil
 
@@ -47,7 +47,7 @@ def test_curriculum_replay_and_mixtures_resume_exactly(tmp_path):
     ]  # fmt: skip
     assert all(torch.equal(tensor, state[name]) for name, tensor in resumed.sampler.state_dict().items())
     steps = [log for log in whole.state.log_history if "loss" in log]
-    # 24 rows, 8 a step: after the first epoch every prompt has a buffer, and nothing is left to the fallback.
+    # 24 rows, 8 per step: after the first epoch every prompt has a buffer, and the fallback is not used.
     assert [step["sampler/replay/prompts"] for step in steps] == [8, 16, *[24] * 7]
     shares = [(step["sampler/replay/replay/share"] > 0, step["sampler/replay/fallback/share"] > 0) for step in steps]
     assert shares == [(False, True)] * 3 + [(True, False)] * 6

@@ -1,4 +1,4 @@
-"""What all teachers share: saving, caching, alignment to a catalog, memoized scores, top items."""
+"""The common interface of teachers: saving, caching, alignment to a catalog, memoized scores, top items."""
 
 import gc
 import json
@@ -42,7 +42,7 @@ def step_of(histories):
 
 
 class Counting:
-    """A teacher that counts how often it is asked."""
+    """A teacher that counts the calls of `score`."""
 
     def __init__(self, items=ITEMS):
         self.items, self.calls = items, 0
@@ -67,11 +67,11 @@ def test_loading_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="no saved teacher"):
         load_teacher(tmp_path)
     Popularity.fit(SEQUENCES, ITEMS).save_pretrained(tmp_path)
-    with pytest.raises(TypeError, match="holds a Popularity teacher, not a EASE"):
+    with pytest.raises(TypeError, match="contains a Popularity teacher, not a EASE"):
         EASE.from_pretrained(tmp_path)
     description = json.loads((tmp_path / "teacher.json").read_text())
     (tmp_path / "teacher.json").write_text(json.dumps(description | {"class": "Oracle"}))
-    with pytest.raises(ValueError, match="'Oracle'; known are EASE"):
+    with pytest.raises(ValueError, match="'Oracle'; choose from .*EASE"):
         load_teacher(tmp_path)
 
 
@@ -97,7 +97,7 @@ def test_a_mixture_with_a_callable_works_but_is_not_saved(tmp_path):
         mixture.save_pretrained(tmp_path)
 
 
-def test_fit_cached_fits_once_a_key(tmp_path):
+def test_fit_cached_fits_once_per_key(tmp_path):
     fits = []
 
     def fit():
@@ -123,7 +123,7 @@ def test_an_interrupted_fit_or_save_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_cache_filled_by_another_process_meanwhile_is_used(tmp_path):
+def test_a_cache_that_another_process_fills_is_used(tmp_path):
     def slow_fit():
         fit_cached(lambda: Popularity.fit(SEQUENCES, ITEMS), tmp_path, 1)
         return Popularity(ITEMS)
@@ -140,14 +140,13 @@ def test_fingerprint():
 def test_as_teacher_aligns_and_wraps():
     popularity = Popularity.fit(SEQUENCES, ITEMS)
     assert as_teacher(popularity, ITEMS) is popularity
-    wanted = [8, "cup", "tea"]
-    aligned = as_teacher(popularity, wanted).score(SEQUENCES)
+    aligned = as_teacher(popularity, [8, "cup", "tea"]).score(SEQUENCES)
     assert torch.equal(aligned, popularity.score(SEQUENCES)[:, [5, 1, 0]])
-    with pytest.raises(ValueError, match="does not know 1 items, 'gnu' for one"):
+    with pytest.raises(ValueError, match="does not know 1 items, for example 'gnu'"):
         as_teacher(popularity, ["tea", "gnu"])
     wrapped = as_teacher(lambda histories: [[1, 2]] * len(histories), ["tea", "cup"])
     assert wrapped.score([["tea"], ["cup"]]).tolist() == [[1, 2], [1, 2]]
-    with pytest.raises(ValueError, match=r"\(2, 3\), not \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"returned shape \(2, 2\); it must return .*\(2, 3\)"):
         as_teacher(lambda histories: [[1, 2]] * len(histories), ["tea", "cup", "pot"]).score([["tea"], ["cup"]])
     with pytest.raises(TypeError, match="int is neither"):
         as_teacher(3, ITEMS)
@@ -157,9 +156,9 @@ def test_scores_are_computed_once_per_step():
     teacher, popularity = Counting(), Popularity.fit(SEQUENCES, ITEMS)
     mixture, reordered = MixtureTeacher({teacher: 1.0, popularity: 1.0}), as_teacher(teacher, ITEMS[::-1])
     step = step_of(SEQUENCES)
-    for wanted in (teacher, mixture, reordered, mixture, teacher):
-        torch.testing.assert_close(teacher_scores(wanted, step, "The test"), wanted.score(SEQUENCES))
-    assert teacher.calls == 1 + 5  # one for the step, five by the direct calls it is compared with
+    for model in (teacher, mixture, reordered, mixture, teacher):
+        torch.testing.assert_close(teacher_scores(model, step, "The test"), model.score(SEQUENCES))
+    assert teacher.calls == 1 + 5  # one for the step, five for the direct calls in the comparison
     teacher_scores(teacher, step_of(SEQUENCES), "The test")
     teacher_scores(teacher, step.rows(slice(2)), "The test")
     assert teacher.calls == 1 + 5 + 2
@@ -167,23 +166,23 @@ def test_scores_are_computed_once_per_step():
 
 @pytest.mark.parametrize("longest", [3, 9])
 def test_windows_are_scored_as_their_histories(longest):
-    """By every teacher, whatever it reads of a history; SASRec reads what prompts share once, where it can."""
+    """All teachers score windows and histories equally. SASRec reads the shared part of prompts once if it can."""
     sequence = ["tea", "cup", 7, "pot", "ink", 8]
     histories = [sequence[:end] for end in (4, 1, 3)] + [["pot", "ink"], ["pot"]]
     windows = Windows.pack(histories, ["ink", "cup", "pot", 8, "ink"])
     assert len(windows.items) == 2
     torch.manual_seed(0)
-    read, sasrec = [], SASRec(ITEMS, max_history_items=longest, width=8)
-    sasrec.blocks.register_forward_pre_hook(lambda module, args: read.append(len(args[0])))
+    batch_sizes, sasrec = [], SASRec(ITEMS, max_history_items=longest, width=8)
+    sasrec.blocks.register_forward_pre_hook(lambda module, args: batch_sizes.append(len(args[0])))
     for teacher in (*all_kinds(), sasrec, as_teacher(sasrec, ITEMS[::-1])):
         step = replace(step_of([sequence] * 5), windows=windows)
         expected = teacher.score(histories)
         torch.testing.assert_close(teacher_scores(teacher, step, "The test"), expected, rtol=1e-5, atol=1e-5)
-    assert read[:2] == [5, 2 if longest == 9 else 5]
+    assert batch_sizes[:2] == [5, 2 if longest == 9 else 5]
 
 
-def test_a_score_of_ones_own_is_asked():
-    """Of a subclass, and of a wrapper that hands on what it does not have."""
+def test_an_overridden_score_is_used_for_windows():
+    """`score` of a subclass, or of a wrapper that forwards other attributes, takes precedence."""
 
     class Other(SASRec):
         def score(self, histories):
@@ -219,15 +218,15 @@ def test_top_items_cut_histories():
     assert top_items(Counting(), [], 2).shape == (0, 2)
 
 
-def test_a_step_is_gone_when_nobody_holds_it():
-    """Its tables are large: they must not wait for the garbage collector."""
+def test_a_step_is_freed_without_garbage_collection():
+    """The tables of a step are large, so they must be freed with the last reference."""
     teacher = MixtureTeacher({as_teacher(lambda histories: torch.ones(len(histories), len(ITEMS)), ITEMS): 1.0})
     step = step_of(SEQUENCES)
     teacher_scores(teacher, step, "The test")
-    gone = weakref.ref(step)
+    reference = weakref.ref(step)
     gc.disable()
     try:
         del step
-        assert gone() is None
+        assert reference() is None
     finally:
         gc.enable()

@@ -1,4 +1,4 @@
-"""EASE, popularity, SASRec and mixtures: against closed forms, brute force and patterns with a known answer."""
+"""EASE, popularity, SASRec and mixtures, compared with closed forms, brute force and known patterns."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def random_sequences(number=60, seed=0):
 
 
 def cycle_sequences(items, number, seed=0):
-    """Everybody walks the cycle of items from a random start: the last item alone determines the next."""
+    """Make sequences that follow a cycle of items from a random start. The last item determines the next one."""
     generator = np.random.default_rng(seed)
     rows = []
     for _ in range(number):
@@ -30,7 +30,7 @@ def cycle_sequences(items, number, seed=0):
 
 
 def test_ease_solves_its_ridge_regressions():
-    """Each column of EASE is the ridge regression of that item on the others; here one by one with numpy."""
+    """Each column of EASE is the ridge regression of an item on all others, computed here with numpy."""
     sequences = random_sequences()
     teacher = EASE.fit(sequences, ITEMS, regularization=3.0)
     seen = np.array([[float(item in sequence) for item in ITEMS] for sequence in sequences])
@@ -45,7 +45,7 @@ def test_ease_solves_its_ridge_regressions():
     assert teacher.score([[], history]).shape == (2, 8) and not teacher.score([[], history])[0].any()
 
 
-def test_ease_temperature_is_the_most_likely_of_its_grid():
+def test_ease_temperature_maximizes_the_likelihood():
     sequences = random_sequences(200)
     rows = [{"history": sequence[:-1], "target": sequence[-1]} for sequence in sequences]
     plain, calibrated = EASE.fit(sequences, ITEMS), EASE.fit(sequences, ITEMS, rows)
@@ -70,8 +70,8 @@ def test_sasrec_learns_a_cycle():
     held_out = [{"history": row[:-1], "target": row[-1]} for row in cycle_sequences(items, 50, seed=1)]
     settings = {"epochs": 12, "learning_rate": 5e-3, "progress": False, "batch_size": 32, "dropout": 0.1, "width": 16}
     teacher = SASRec.fit(train, items, held_out, **settings)
-    found = top_items(teacher, [row["history"] for row in held_out], 1).flatten()
-    assert [items[index] for index in found] == [row["target"] for row in held_out]
+    top = top_items(teacher, [row["history"] for row in held_out], 1).flatten()
+    assert [items[index] for index in top] == [row["target"] for row in held_out]
 
     again = SASRec.fit(train, items, held_out, **settings)
     torch.testing.assert_close(teacher.score([[100]]), again.score([[100]]), rtol=0, atol=0)
@@ -82,7 +82,7 @@ def test_sasrec_learns_a_cycle():
 
 
 def test_sasrec_uses_the_order_of_a_history():
-    """After (a, x) comes b and after (x, a) comes c: no model of sets can tell them apart."""
+    """Item b follows (a, x) and item c follows (x, a), which a model of sets cannot distinguish."""
     train = [["tea", "cup", "pot"], ["cup", "tea", "ink"]] * 40
     teacher = SASRec.fit(train, ITEMS, epochs=15, learning_rate=1e-2, width=16, dropout=0.0, progress=False)
     assert [ITEMS[i] for i in top_items(teacher, [["tea", "cup"], ["cup", "tea"]], 1).flatten()] == ["pot", "ink"]
@@ -107,7 +107,7 @@ def test_sasrec_windows_train_every_target_once():
 
 
 def test_sasrec_keeps_the_best_validation_epoch_and_stops_early():
-    """Validation that contradicts the training gets worse with every epoch, so the first epochs' state is kept."""
+    """Validation rows that contradict the training rows get worse with every epoch, so the first state is kept."""
     train = [["tea", "cup"]] * 64
     contradiction = [{"history": ["tea"], "target": item} for item in ITEMS if item != "cup"]
     settings = {"learning_rate": 1e-2, "width": 16, "dropout": 0.0, "progress": False}
@@ -154,12 +154,12 @@ def test_mixture_aligns_the_items_of_its_parts():
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (1.0, -1.0), (float("nan"), 1.0)])
-def test_mixture_refuses_senseless_weights(weights):
+def test_mixture_weights_must_be_positive(weights):
     with pytest.raises(ValueError, match="it must be a finite number above 0"):
         MixtureTeacher(dict(zip([Popularity(ITEMS), EASE(ITEMS)], weights, strict=True)))
 
 
-def test_bad_input_is_named():
+def test_invalid_input_is_named():
     teachers = [SASRec(ITEMS, width=8), EASE(ITEMS), MixtureTeacher({EASE(ITEMS): 1.0})]
     for teacher in teachers:
         assert isinstance(teacher, Teacher)
@@ -174,8 +174,8 @@ def test_bad_input_is_named():
 
 
 @pytest.mark.skipif("GFLOWTRL_TEST_DATA" not in os.environ, reason="GFLOWTRL_TEST_DATA is not set")
-def test_ease_reaches_its_known_figures_on_office():
-    """Recall@10 / NDCG@10 .0408 / .0232 (regularization unknown) under the benchmark protocol."""
+def test_ease_reproduces_published_metrics_on_office():
+    """Recall@10 / NDCG@10 are .0408 / .0232 (with unknown regularization) in the benchmark protocol."""
     lines = (Path(os.environ["GFLOWTRL_TEST_DATA"]) / "office" / "sequences.jsonl").read_text().splitlines()
     sequences = [json.loads(line)["items"] for line in lines]
     items = sorted({item for sequence in sequences for item in sequence})

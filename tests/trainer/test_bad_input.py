@@ -51,7 +51,7 @@ CONSTRUCTION = {
     "no reward": ({"reward_funcs": None}, r"\['vargrad'\] needs a reward"),
     "no rewards": ({"reward_funcs": []}, "needs a reward"),
     "reward weights": ({"reward_weights": [1, 2]}, "2 reward_weights were given for 1 rewards"),
-    "no callable": ({"reward_funcs": [3]}, "A reward must be a callable"),
+    "no callable": ({"reward_funcs": [3]}, "reward_funcs contains 3; a reward must be callable"),
     "exact_flow without all rewards": (
         {"loss_type": "exact_flow", "reward_funcs": [GroundTruthReward(), no_items]}, "every leaf, but 'no_items'",
     ),
@@ -123,7 +123,7 @@ TRAINING = {
     "sampling by unknown rewards": ({"reward_funcs": no_items, "sampler": "reward"}, "RewardSampler needs"),
     "teacher of another catalog": (
         {"reward_funcs": CollaborativeReward(lambda histories: torch.ones(len(histories), 5))},
-        r"must return .* \(8, 24\), not \(8, 5\)",
+        r"returned shape \(8, 5\); it must return .*\(8, 24\)",
     ),
 }  # fmt: skip
 

@@ -115,5 +115,5 @@ def test_a_rank_penalty_by_hand():
     shares = [1 / torch.log2(torch.tensor(i + 2.0)) for i in range(3)]
     torch.testing.assert_close(found[0], torch.tensor([-shares[0] / sum(shares), 1.0, -shares[2] / sum(shares)]))
     assert found[1].tolist() == [0.0, 0.0, 0.0]
-    with pytest.raises(ValueError, match="looks at whole groups"):
+    with pytest.raises(ValueError, match="scores whole groups, not single completions"):
         reward(["a"], [[1]], target=[target])

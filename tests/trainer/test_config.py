@@ -122,7 +122,7 @@ def test_what_transformers_takes_is_taken(tmp_path):
 
 
 def test_rewards_that_count_for_nothing_are_refused(tmp_path):
-    for weights, message in (([0, 0], "not all zero"), ([1, -1], "hold a negative")):
+    for weights, message in (([0, 0], "not all zero"), ([1, -1], "the weights must be >= 0")):
         with pytest.raises(ValueError, match=f"reward_weights .*{message}"):
             GFlowNetConfig(str(tmp_path), reward_weights=weights)
     GFlowNetConfig(str(tmp_path), reward_weights=[1, -1], reward_transform="exp")

@@ -42,7 +42,7 @@ def test_a_windowed_model_is_trained_and_evaluated(tmp_path):
 @pytest.mark.parametrize("use", ["train", "evaluate"])
 def test_a_policy_that_is_not_the_model_is_refused_at_the_first_use(tmp_path, use):
     trainer = make_trainer(tmp_path, [GroundTruthReward()], windowed(), eval_dataset=make_rows(6, 1, 500))
-    with pytest.raises(ValueError, match="MistralForCausalLM cannot be read exactly as a policy"):
+    with pytest.raises(ValueError, match="MistralForCausalLM is not exact as a policy"):
         getattr(trainer, use)()
     assert trainer.state.global_step == 0
 
@@ -53,14 +53,14 @@ def test_reference_and_likelihood_are_compared_too(tmp_path):
     reference = make_trainer(tmp_path, [GroundTruthReward()], model, ref_model=windowed(), ref_weight=0.5)
     likelihood = make_trainer(tmp_path, [GroundTruthReward(), LikelihoodReward(windowed())], model)
     for trainer in (reference, likelihood):
-        with pytest.raises(ValueError, match="MistralForCausalLM cannot be read exactly as a policy"):
+        with pytest.raises(ValueError, match="MistralForCausalLM is not exact as a policy"):
             trainer.train()
 
 
 @pytest.mark.usefixtures("forgotten")
 def test_a_recommender_is_compared_at_its_first_list():
     recommender = Recommender(windowed(), TOKENIZER, make_catalog())
-    with pytest.raises(ValueError, match="MistralForCausalLM cannot be read exactly as a policy"):
+    with pytest.raises(ValueError, match="MistralForCausalLM is not exact as a policy"):
         recommender.recommend([["i001"]], k=3)
 
 
