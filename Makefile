@@ -2,8 +2,8 @@
 #   PYTHON          the interpreter for .venv:            make test PYTHON=python3.12
 #   PIP_CONSTRAINT  pip's variable, to pin versions:      PIP_CONSTRAINT=pins.txt make demo
 #   ARGS            options of the recipe for the demo:   make demo ARGS="--sft.num_train_epochs 2 --teacher.epochs 3"
-#   JOBS            processes that tests run in:           make test JOBS=8
-#   SITE            the site with the docs of all releases: make docs-release SITE=../pages
+#   JOBS            number of test processes:             make test JOBS=8
+#   SITE            folder with the docs of all releases: make docs-release SITE=../pages
 PYTHON ?= python3
 JOBS ?= 2
 SITE ?= docs/_build/site

@@ -72,9 +72,7 @@ def test_new_items_get_ids_and_old_ones_keep_theirs(prepared, capsys):
     assert json.loads(capsys.readouterr().out) == {"new_items": 1}
     after = read_interactions(prepared).semantic_ids
     assert {item: ids for item, ids in after.items() if item != "C001"} == before
-    assert (
-        after["C001"] not in before.values() and after["C001"][0] == before["B001"][0]
-    )  # the same text
+    assert after["C001"] not in before.values() and after["C001"][0] == before["B001"][0]  # the same text
     assert ItemTokenizer.from_pretrained(prepared / "item_tokenizer").semantic_ids == after
 
 
