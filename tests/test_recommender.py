@@ -279,7 +279,7 @@ def test_saved_adapters_keep_their_temperature_and_a_full_model_replaces_them(tm
         first.recommend([["i010"]], k=2)[0][0].log_prob, abs=1e-4
     )
     (tmp_path / "out" / "policy_config.json").write_text("[1]")
-    with pytest.raises(ValueError, match="policy_config.json must hold a JSON object"):
+    with pytest.raises(ValueError, match=r"policy_config.json holds \[1\]; it must hold a JSON object"):
         Recommender.from_pretrained(tmp_path / "out")
     full = Recommender(tiny_model(len(TOKENIZER), seed=3), TOKENIZER, make_catalog())
     full.save_pretrained(tmp_path / "out")

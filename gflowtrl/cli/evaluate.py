@@ -41,9 +41,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         )
     splits = leave_one_out(data, recommender.encoder.max_history_items)
     rows = getattr(splits, options.split)
-    leaves = rank_rows(
-        recommender.policy, recommender.encoder, rows, options.num_beams, options.batch_size, progress=True
-    )
+    leaves = rank_rows(recommender.policy, recommender.encoder, rows, options.num_beams, options.batch_size)
     catalog = recommender.catalog.to("cpu")
     counts = dict(zip(data.items, splits.item_counts.tolist(), strict=True))
     item_counts = torch.tensor([counts.get(item, 0) for item in catalog.items])
@@ -52,10 +50,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     content |= {"metrics": report.metrics, "standard_errors": report.standard_errors}
     if options.output is not None:
         write_json(options.output, content)
-    lines = [["metric", "value", "standard error"]]
-    for name, value in report.metrics.items():
-        if name.split("@")[0] in ("recall", "ndcg", "mrr", "coverage", "gini"):
-            error = report.standard_errors.get(name)
-            lines.append([name, f"{value:.4f}", "" if error is None else f"{error:.4f}"])
+    names = [name for name in report.metrics if name.split("@")[0] in ("recall", "ndcg", "mrr", "coverage", "gini")]
+    errors = {name: f"{error:.4f}" for name, error in report.standard_errors.items()}
+    lines = [[name, f"{report.metrics[name]:.4f}", errors.get(name, "")] for name in names]
     about = f"{data.summary()}; {options.split} split, {len(rows):,} users, beam width {options.num_beams}"
-    show(options, content, f"{about}\n\n{aligned(lines)}")
+    show(options, content, f"{about}\n\n{aligned([['metric', 'value', 'standard error'], *lines])}")

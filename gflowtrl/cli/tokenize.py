@@ -103,8 +103,9 @@ def _fit(options: argparse.Namespace, data: Any) -> tuple[Any, Any]:
     from gflowtrl.data import leave_one_out
     from gflowtrl.semantic_ids.texts import FEATURES
 
-    if not 0 <= options.collaborative <= 1:
-        raise ValueError(f"--collaborative is {options.collaborative}; it must be a number from 0 to 1.")
+    weight = options.collaborative
+    if not 0 <= weight <= 1:
+        raise ValueError(f"--collaborative is {weight}; it must be a number from 0 to 1.")
     num_codes = default_num_codes(len(data.items)) if options.codes is None else options.codes
     if options.quantizer == "rqvae":
         quantizer = library.RQVAE(options.levels, num_codes, seed=options.seed)
@@ -113,22 +114,18 @@ def _fit(options: argparse.Namespace, data: Any) -> tuple[Any, Any]:
     vectors = None
     if options.vectors is not None:
         vectors = library.load_vectors(options.vectors, data.items)
-    elif options.collaborative < 1:
+    elif weight < 1:
         if options.embedder == "tfidf":
             embedder = library.TfidfEmbedder(seed=options.seed)
         else:
             embedder = library.SentenceTransformerEmbedder(options.embedder)
         texts = library.item_texts(data, options.features or FEATURES)
-        if not options.collaborative:  # the embedder is saved with the tokenizer, for new items
+        if not weight:  # the embedder is saved with the tokenizer, for new items
             tokenizer = library.ItemTokenizer(quantizer, embedder, options.collisions, options.features)
             return tokenizer.fit(texts, data.items), embedder.embed(texts)
         vectors = embedder.fit(texts).embed(texts)
-    if options.collaborative:
-        sequences = leave_one_out(data).train_sequences
-        cooccurrences = library.cooccurrence_vectors(sequences, data.items, seed=options.seed)
-        if vectors is None:
-            vectors = cooccurrences
-        else:
-            vectors = library.combine_vectors(vectors, cooccurrences, options.collaborative)
+    if weight:
+        other = library.cooccurrence_vectors(leave_one_out(data).train_sequences, data.items, seed=options.seed)
+        vectors = other if vectors is None else library.combine_vectors(vectors, other, weight)
     tokenizer = library.ItemTokenizer(quantizer, collisions=options.collisions, features=options.features)
     return tokenizer.fit(vectors, data.items), vectors

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictInt, StrictStr
 
+from gflowtrl.recommender import Step
+
 
 Item = StrictInt | StrictStr
 ITEM = "a whole number or a string"
@@ -58,15 +60,8 @@ class RecommendAnswer(Answer):
     warnings: list[str]
 
 
-class ExplainedStep(Answer):
-    token: str
-    probability: FiniteFloat
-    rank: int
-    choices: int
-
-
 class ExplainAnswer(RecommendedItem):
-    steps: list[ExplainedStep]
+    steps: list[Step]
     shares_id_with: list[Item]
     teacher_probability: FiniteFloat | None
     teacher_rank: int | None
