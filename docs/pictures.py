@@ -1,7 +1,7 @@
-"""Makes the pictures of docs/images from what the library computes on SYNTHETIC shops and small trees.
+"""Draw the pictures of docs/images, computed by the library on SYNTHETIC shops and small trees.
 
-    OMP_NUM_THREADS=1 python docs/pictures.py                # all of them, about four minutes on one thread
-    OMP_NUM_THREADS=1 python docs/pictures.py tree beam      # some
+    OMP_NUM_THREADS=1 python docs/pictures.py                # all pictures, about four minutes on one thread
+    OMP_NUM_THREADS=1 python docs/pictures.py tree beam      # some of them
 
 Everything follows from seeds. No picture says anything about real users.
 """
@@ -42,7 +42,7 @@ EXPLORING = {"on_policy": 2, "flattened": (OnPolicySampler(temperature=2.0), 1),
 # ---------------------------------------------------------------------------------------------------- small trainings
 @dataclass(frozen=True)
 class Task:
-    """A catalog, and what a small model needs to be trained on it."""
+    """A catalog, and the training of a small model on it."""
 
     tokenizer: PreTrainedTokenizerBase
     catalog: ItemCatalog
@@ -82,7 +82,7 @@ class Task:
 
     @torch.no_grad()
     def leaf_log_probs(self, model: PreTrainedModel, histories: list[list]) -> Tensor:
-        """Of all leaves, float64 `(histories, N)`."""
+        """Return log pi of all leaves, float64 `(histories, N)`."""
         policy, encoder = make_policy(model.eval(), self.catalog), PromptEncoder(self.catalog, self.tokenizer)
         parts = [policy.leaf_log_probs(encoder(histories[i : i + 64])) for i in range(0, len(histories), 64)]
         return torch.cat(parts).double()
@@ -106,7 +106,7 @@ class TableReward(Reward):
 
 
 def prompt_rows(prompts: list[int], steps: int, targets: list | None = None) -> Dataset:
-    """Rows for `steps` steps of one of each prompt; `targets` come in turn."""
+    """Make rows for `steps` steps with one row per prompt; `targets` alternate."""
     count = len(prompts)
     targets = targets or [0]
     return Dataset.from_list(
@@ -126,11 +126,11 @@ def draw_tree(
     leaf_text: Callable[[int], str],
     color: Callable[[int], str] = lambda node: BLUE,
 ) -> None:
-    """The prefix tree from left to right. Lines are as thick as the share of `values` `(M,)` that flows through them.
+    """Draw the prefix tree from left to right. The width of a line shows its share of `values` `(M,)`.
 
     Args:
-        node_text, leaf_text: what stands at a node, and at the right of a leaf.
-        color: of a node and the line that leads to it.
+        node_text, leaf_text: labels of a node, and to the right of a leaf.
+        color: color of a node and of the line to it.
     """
     tree = task.catalog.tree
     height = {int(node): -leaf for leaf, node in enumerate(tree.leaf_nodes())}
@@ -148,7 +148,7 @@ def draw_tree(
         ends = ([depth[up] + 0.16, depth[node] - 0.16], [height[up], height[node]])
         axes.plot(*ends, color=color(node), linewidth=1 + 14 * share, alpha=0.55, solid_capstyle="butt", zorder=1)
         token = task.tokenizer.convert_ids_to_tokens(int(tree.node_token[node]))
-        place = [0.3 * a + 0.7 * b for a, b in ends]  # towards the child, where lines lie apart
+        place = [0.3 * a + 0.7 * b for a, b in ends]  # closer to the child, where lines are separate
         axes.text(*place, token, fontsize=9, ha="center", va="center", zorder=3, bbox=BOX)
     for node in range(tree.num_nodes):
         place = (depth[node], height[node])
@@ -165,7 +165,7 @@ BOX = {"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "
 
 @cache
 def small_shop() -> tuple[Task, Any, Any]:
-    """Twelve items in three departments."""
+    """Return a shop of twelve items in three departments."""
     shop = SyntheticShop(
         seed=5, n_users=40, n_items=12, departments=3, shelves=2, interests=4, min_users_shown=8, sharpness=1.0
     )
@@ -174,7 +174,7 @@ def small_shop() -> tuple[Task, Any, Any]:
 
 
 def tree() -> plt.Figure:
-    """Flows of one user's preference."""
+    """Draw the flows of one user's preference."""
     task, data, truth = small_shop()
     rewards = task.catalog.fold_items(100 * truth.preference[:1])[0]
     flows = task.catalog.tree.log_flows(rewards.log()[None])[0].exp()
@@ -184,13 +184,13 @@ def tree() -> plt.Figure:
         return data.item_features[task.catalog.items_of(leaf)[0]]["title"]
 
     draw_tree(axes, task, flows, lambda node: f"{flows[node]:.1f}", title)
-    axes.set_title("Flow F of a prefix: the sum of R over the items below. A child is chosen with F(child) / F(node)")
+    axes.set_title("Flow F of a prefix: the sum of R over the items below. P(child) = F(child) / F(node)")
     return figure
 
 
-# ------------------------------------------------------------------------------------ what beam search throws away
+# ---------------------------------------------------------------------------------------- what beam search discards
 def beam() -> plt.Figure:
-    """A beam of one and of two on a policy whose most probable item lies behind a poor prefix."""
+    """Draw a policy in which a beam of one discards a prefix of the most probable item."""
     task, data, truth = small_shop()
     users = list(range(12))
     model = task.train(
@@ -217,17 +217,17 @@ def beam() -> plt.Figure:
 
     figure, axes = plt.subplots(figsize=(9.5, 5.4))
     draw_tree(axes, task, probs, lambda node: f"{probs[node]:.2f}", text, color)
-    axes.set_title("Probability of every prefix: the best item lies behind the second-best first token")
+    axes.set_title("Probability of every prefix: the best item follows the second-best first token")
     return figure
 
 
 # ------------------------------------------------------------------------------- one user: SFT, GRPO and a GFlowNet
 def distributions() -> plt.Figure:
-    """One user's items under SFT on the log, GRPO and VarGrad from there, beside R / Z."""
+    """Draw one user's items under SFT on the log, then GRPO and VarGrad, compared with R / Z."""
     data, truth = SyntheticShop(seed=1, n_users=60, n_items=40, min_users_shown=5, mean_sessions=4).generate()
     task = Task.of(data.semantic_ids)
     favorites = truth.preference.topk(3).indices
-    user = int(truth.shown.gather(1, favorites).sum(1).argmin())  # who was shown fewest of three favorites
+    user = int(truth.shown.gather(1, favorites).sum(1).argmin())  # who was shown the fewest of three favorites
     reward = TableReward(truth.preference[[user]])
     shared = {"per_device_train_batch_size": 1, "num_train_epochs": 1, "learning_rate": 1e-3}
 
@@ -243,7 +243,7 @@ def distributions() -> plt.Figure:
 
     target = task.catalog.fold_items(truth.preference[[user]])
     found = {
-        "SFT on the log": sft(), "GRPO from there": grpo(), "GFlowNet (VarGrad) from there": vargrad(),
+        "SFT on the log": sft(), "GRPO after SFT": grpo(), "GFlowNet (VarGrad) after SFT": vargrad(),
     }  # fmt: skip
     panels = {"the reward, R / Z": target[0]}
     for name, model in found.items():
@@ -270,7 +270,7 @@ def distributions() -> plt.Figure:
 # ---------------------------------------------------------------------------------------- a whole shop: exposure bias
 @dataclass(frozen=True)
 class Shop:
-    """A shop, its splits, and a model that supervised fine-tuning has left."""
+    """A shop, its splits, its teacher, and the training of an SFT model."""
 
     task: Task
     truth: Any
@@ -295,7 +295,7 @@ def shop() -> Shop:
 
 
 def exposure() -> plt.Figure:
-    """Probability on what users like, shown or not."""
+    """Draw the probability of items that users like, shown or not."""
     it = shop()
     corrected = CollaborativeReward(it.teacher, 0.7, popularity_correction=0.85, item_counts=it.impressions)
     flows = it.task.train(
@@ -315,14 +315,14 @@ def exposure() -> plt.Figure:
     }  # fmt: skip
     figure, axes = plt.subplots(figsize=(8.5, 4.4))
     for place, ((name, probs), color) in enumerate(zip(methods.items(), (GRAY, BLUE, ORANGE), strict=True)):
-        open_probs = probs * ~taken  # what was taken is not taken again
+        open_probs = probs * ~taken  # an item is not chosen twice
         open_probs = open_probs / open_probs.sum(1, keepdim=True)
         masses = [float((open_probs * mask).sum(1).mean()) for mask in groups.values()]
         bars = axes.bar([i + 0.27 * (place - 1) for i in range(3)], masses, 0.25, color=color, label=name)
         axes.bar_label(bars, fmt="%.2f", padding=2)
     axes.set_xticks(range(3), groups)
     axes.set_ylabel("mean probability over 600 users")
-    axes.set_title("Where probability goes, among items that a user has not taken yet", loc="left")
+    axes.set_title("Probability of items that a user has not chosen yet", loc="left")
     axes.margins(y=0.12)
     axes.legend()
     return figure
@@ -330,7 +330,7 @@ def exposure() -> plt.Figure:
 
 # -------------------------------------------------------------------------------------------- how objectives learn
 class Distance(TrainerCallback):
-    """Total variation to R / Z, worst of the prompts, every few steps."""
+    """Measure the total variation to R / Z every few steps; the maximum over prompts."""
 
     def __init__(self, measure: Callable[[PreTrainedModel], float], every: int = 30):
         self.measure, self.every, self.found = measure, every, []
@@ -342,7 +342,7 @@ class Distance(TrainerCallback):
 
 
 def training() -> plt.Figure:
-    """Total variation to R / Z against steps, on a tree of 200 leaves."""
+    """Draw the total variation to R / Z over the steps, on a tree of 200 leaves."""
     ids = {i: (f"<a_{i // 36}>", f"<b_{i // 6 % 6}>", f"<c_{i % 6}>") for i in range(200)}
     task = Task.of(ids)
     log_rewards = 2 * torch.randn(3, 200, generator=torch.Generator().manual_seed(0))
@@ -368,7 +368,7 @@ def training() -> plt.Figure:
     axes.set_yscale("log")
     axes.set_xlabel("steps of 3 prompts, 64 trajectories each")
     axes.set_ylabel("total variation to R / Z")
-    axes.set_title("A small Llama, 200 leaves: distance to the reward's distribution over all of them", loc="left")
+    axes.set_title("A small Llama, 200 leaves: distance to R / Z over all leaves", loc="left")
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
@@ -376,7 +376,7 @@ def training() -> plt.Figure:
 
 # ------------------------------------------------------------------------------------------------------------- APAO
 def apao() -> plt.Figure:
-    """Weights of prefixes during a training, and which prefixes of the targets a narrow beam keeps."""
+    """Draw the weights of prefixes during training, and the share of target prefixes that a narrow beam keeps."""
     it = shop()
     weights: list[list[float]] = []
 
@@ -415,7 +415,7 @@ def apao() -> plt.Figure:
         bars = right.bar([m + 0.4 * (place - 0.5) for m in (1, 2, 3)], kept, 0.36, color=color, label=name)
         right.bar_label(bars, fmt="%.3f", padding=2)
     right.set_xticks([1, 2, 3], ["1 token", "2 tokens", "the whole id"])
-    right.set_title("share of test targets still in a beam of 5", loc="left")
+    right.set_title("share of test targets in a beam of 5", loc="left")
     right.margins(y=0.15)
     right.legend()
     return figure
@@ -429,7 +429,7 @@ PICTURES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PICTURES)}; all by default")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(PICTURES)}; default: all")
     names = parser.parse_args().names or list(PICTURES)
     unknown = set(names) - set(PICTURES)
     if unknown:
@@ -440,7 +440,7 @@ def main() -> None:
     for name in names:
         figure = PICTURES[name]()
         figure.tight_layout()
-        # No version of matplotlib in the file: the same pixels are the same bytes.
+        # Leave out matplotlib's version, so that the same pixels give the same bytes.
         figure.savefig(IMAGES / f"{name}.png", dpi=100, metadata={"Software": None})
         plt.close(figure)
         print(IMAGES / f"{name}.png", flush=True)

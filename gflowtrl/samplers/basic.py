@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -46,6 +46,10 @@ class OnPolicySampler(Sampler):
         check_number("The epsilon of OnPolicySampler", epsilon, SHARE)
         self.temperature, self.epsilon = temperature, epsilon
 
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], context: Mapping[str, Any]) -> Self:
+        return cls(**{"temperature": context["temperature"], "epsilon": context["epsilon"], **spec})
+
     def sample(
         self, step: Step, policy: TreePolicy, reward: StepReward | None, num_generations: int, noise: Noise
     ) -> Trajectories:
@@ -69,6 +73,10 @@ class CollaborativeSampler(Sampler):
 
     def __init__(self, teacher: Teacher | Callable[[Sequence[Sequence[Item]]], Any], temperature: float = 1.0):
         self.distribution = CollaborativeReward(teacher, temperature)
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], context: Mapping[str, Any]) -> Self:
+        return super().from_spec({"temperature": context["teacher_temperature"], **spec}, context)
 
     def sample(
         self, step: Step, policy: TreePolicy, reward: StepReward | None, num_generations: int, noise: Noise

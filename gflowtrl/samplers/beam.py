@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, Self
+
 from gflowtrl.checks import POSITIVE, check_number
 from gflowtrl.data import Step
 from gflowtrl.policy import Noise, TreePolicy
@@ -45,6 +48,10 @@ class StochasticBeamSampler(Sampler):
     def __init__(self, temperature: float = 1.0):
         check_number("The temperature of StochasticBeamSampler", temperature, POSITIVE)
         self.temperature = temperature
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], context: Mapping[str, Any]) -> Self:
+        return cls(**{"temperature": context["temperature"], **spec})
 
     def sample(
         self, step: Step, policy: TreePolicy, reward: StepReward | None, num_generations: int, noise: Noise

@@ -312,6 +312,7 @@ def _check_sources(sources: Any) -> Mapping[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------------------------- by name
+#: A new sampler is a class and a line here.
 SAMPLERS: dict[str, type[Sampler]] = {
     "ground_truth": GroundTruthSampler,
     "on_policy": OnPolicySampler,
@@ -358,26 +359,18 @@ def build_sampler(
         return spec
     if isinstance(spec, type) and issubclass(spec, Sampler):
         return spec()
-    build = partial(
-        build_sampler, teacher=teacher, temperature=temperature, epsilon=epsilon,
-        teacher_temperature=teacher_temperature,
-    )  # fmt: skip
+    context: dict[str, Any] = {
+        "teacher": teacher, "temperature": temperature, "epsilon": epsilon, "teacher_temperature": teacher_temperature,
+    }  # fmt: skip
+    context["build"] = partial(build_sampler, **context)
     if isinstance(spec, Mapping) and not isinstance(spec.get("type"), str):
-        return MixtureSampler(spec, build=build)
+        return MixtureSampler(spec, build=context["build"])
     if callable(spec):
         return FunctionSampler(spec)
     options: dict[str, Any] = dict(spec) if isinstance(spec, Mapping) else {"type": spec}
     name = options.pop("type")
     _check_options(name, options, teacher)
-    defaults = {"teacher": teacher, "build": build} | {
-        "on_policy": {"temperature": temperature, "epsilon": epsilon},
-        "stochastic_beam": {"temperature": temperature},
-        "collaborative": {"temperature": teacher_temperature},
-    }.get(name, {})
-    if name == "replay":
-        options["fallback"] = build(options.get("fallback", "on_policy"))
-    parameters = inspect.signature(SAMPLERS[name]).parameters
-    return SAMPLERS[name](**{option: value for option, value in defaults.items() if option in parameters} | options)
+    return SAMPLERS[name].from_spec(options, context)
 
 
 def uses_teacher(spec: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -154,6 +155,10 @@ class ReplaySampler(Sampler):
     def metrics(self) -> dict[str, float]:
         """Return the number of `prompts` with a buffer, and the mean number of `trajectories` per buffer."""
         return {"prompts": float(len(self._slots)), "trajectories": self._stored / max(len(self._slots), 1)}
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], context: Mapping[str, Any]) -> Self:
+        return cls(**{**spec, "fallback": context["build"](spec.get("fallback", "on_policy"))})
 
 
 def _rounds_without_duplicates(row_ids: list[int]) -> Iterator[list[int]]:

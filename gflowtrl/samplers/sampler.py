@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -107,6 +109,18 @@ class Sampler(ABC):
     def metrics(self) -> dict[str, float]:
         """Return numbers for the training log, such as the size of a buffer."""
         return {}
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], context: Mapping[str, Any]) -> Self:
+        """Make the sampler that a recipe describes.
+
+        Args:
+            spec: the options of the recipe, without the type.
+            context: `teacher`, `build` (makes a sampler from another spec), and the trainer's `temperature`, `epsilon`
+                and `teacher_temperature`. The first two are passed to constructors with parameters of these names.
+        """
+        parameters = inspect.signature(cls).parameters
+        return cls(**{name: context[name] for name in ("teacher", "build") if name in parameters}, **spec)
 
 
 def check_state(sampler: Sampler, state: Mapping[str, Tensor], expected: Iterable[str]) -> None:

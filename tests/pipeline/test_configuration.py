@@ -195,8 +195,8 @@ def test_command_line_sets_any_field(recipe_file):
         ("--start teacher", "start is 'teacher'; choose 'sft' or 'untrained'"),
         (
             "--start untrained --rewards.0.type likelihood",
-            "rewards.0 is the likelihood of the SFT model, which does not exist under start: untrained: set start: sft, "
-            "or rewards.0.of: policy",
+            "rewards.0 is the likelihood of the SFT model, which does not exist under start: untrained: set start: "
+            "sft, or rewards.0.of: policy",
         ),
         (
             "--start untrained --ref_weight 0.5",
