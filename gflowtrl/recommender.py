@@ -77,7 +77,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why an item has its position in a user's list.
+    """Explanation of an item's position in a user's list.
 
     Attributes:
         item, title: the item.
@@ -223,8 +223,8 @@ class Recommender:
             batch_size: number of histories that are decoded together.
             strategy: `"beam"`: the most probable items, best first. `"sample"`: items drawn without replacement in
                 proportion to their probability, in the order of the draw (stochastic beam search). If the policy is
-                proportional to a reward, so are these lists, and every good item is recommended at times. Items that
-                share a semantic id are next to each other.
+                proportional to a reward, so are these lists: every good item is in some of them. Items that share a
+                semantic id are next to each other.
             temperature: with `"sample"`: divides the logits; below 1 closer to `"beam"`, above 1 more varied.
             seed: with `"sample"`: the same seed gives the same lists. A history's draw depends on its index in
                 `histories`, not on the batch size.

@@ -92,8 +92,7 @@ def create_app(recommender: Recommender, limits: Limits | None = None) -> FastAP
 
     @app.get("/health", responses={503: {"model": Health}}, response_model_exclude_none=True)
     async def health(response: Response) -> Health:
-        """Return 200 if requests are answered, else 503: before startup, during shutdown, and if the model computes
-        NaN."""
+        """Return 200, or 503 before startup, during shutdown and if the model computes NaN."""
         ready = worker.ready and not problems
         response.status_code = 200 if ready else 503
         name, items, problem = recommender.model.name_or_path, len(recommender.catalog), next(iter(problems), None)
