@@ -117,7 +117,7 @@ def outside_code(line: str) -> str:
 
 
 def short_signature(app: Sphinx, what: str, name: str, obj: object, options: object, signature: str, returns: str):
-    """The configurations have every field of TrainingArguments: a hundred of them are no signature to read."""
+    """The configurations have every field of TrainingArguments: a hundred of them are not a signature to read."""
     if what == "class" and name.endswith("Config") and len(signature or "") > 2000:
         return "(output_dir, **fields)", returns
     return None

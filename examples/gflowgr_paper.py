@@ -90,7 +90,7 @@ sampler = MixtureSampler({"ground_truth": 1, "curriculum": (CurriculumSampler(te
 
 # ------------------------------------------------------------------------------------------------------------ 7. Loss
 def fine_tune(name: str, loss: dict, **parts) -> PreTrainedModel:
-    """Go on from the SFT checkpoint."""
+    """Fine-tune the SFT checkpoint."""
     folder, epochs = f"{options.output_dir}/{name}", options.epochs[1]
     args = GFlowNetConfig(folder, num_train_epochs=epochs, learning_rate=5e-4, **loss, **SHARED)
     trainer = GFlowNetTrainer(sft_args.output_dir, args=args, train_dataset=splits.train, **parts)

@@ -92,7 +92,7 @@ def test_the_papers_method_trains_evaluates_and_saves_recommenders(source, folde
     card = (out / "gflowgr" / "README.md").read_text()
     assert "| losses | 1 x sft, 1 x trajectory_balance |" in card
     assert f"| rewards | {reward}, 1 x collaborative, 1 x token_similarity |" in card
-    assert "| trajectories | 3 a prompt from ground_truth, curriculum |" in card
+    assert "| trajectories | 3 per prompt from ground_truth, curriculum |" in card
 
 
 def test_the_page_of_the_paper_shows_the_whole_script_in_order():

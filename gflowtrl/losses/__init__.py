@@ -1,4 +1,4 @@
-"""Objectives as pure functions on tensors: one loss per trajectory, `(B, K)`, unreduced."""
+"""Training objectives as pure functions on tensors: one unreduced loss per trajectory, `(B, K)`."""
 
 from .baselines import grpo, msl, sdpo
 from .contrastive_balance import contrastive_balance

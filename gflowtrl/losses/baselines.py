@@ -1,6 +1,6 @@
-"""What balance losses are measured against, each on the same group in the same forward.
+"""Baselines to compare the balance losses with, computed on the same group in the same forward.
 
-They come in by `register_loss`, as a user's loss does.
+They are registered with `register_loss`, like a user's loss.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .registry import LossSpec, register_loss
 def msl(log_probs: Tensor, child_log_probs: Tensor, lengths: Tensor, temperature: float = 1.0) -> Tensor:
     """Masked softmax loss: cross entropy over the legal tokens only, at a temperature.
 
-    Tokens without an alternative add nothing. At temperature 1 it is `sft` over the tree.
+    A token without alternatives adds 0. At temperature 1 the loss equals `sft` over the tree.
 
     Args:
         log_probs: `(B, K, L)` tree-normalized log-probabilities of the tokens taken.
-        child_log_probs: `(B, K, L, C)` those of all legal tokens, -inf on padding.
-        lengths: `(B, K)`.
-        temperature: tau > 0 that the logits are divided by. What is trained is the distribution at tau, so a trainer
-            makes it the policy's, and decodes by it too (`LossSpec.sets_temperature`).
+        child_log_probs: `(B, K, L, C)` log-probabilities of all legal tokens, -inf on padding.
+        lengths: `(B, K)` number of tokens of each id.
+        temperature: tau > 0 that divides the logits. The loss trains the distribution at tau, so the trainer sets tau
+            on the policy and also decodes with it (`LossSpec.sets_temperature`).
 
     Returns:
         `(B, K)`, in nats, summed over tokens.
@@ -35,7 +35,7 @@ def msl(log_probs: Tensor, child_log_probs: Tensor, lengths: Tensor, temperature
     check_number("temperature", temperature, POSITIVE)
     expect_shape("child_log_probs", child_log_probs, (*log_probs.shape, child_log_probs.shape[-1]), "(B, K, L, C)")
     real = real_steps(lengths, log_probs.shape[-1])
-    # Steps beyond an id's end have no children: filled before logsumexp, which has no gradient there.
+    # Steps after the end of an id have no children. They are filled before logsumexp, which has no gradient there.
     logits = child_log_probs.masked_fill(~real[..., None], 0.0) / temperature
     taken = log_probs / temperature - logits.logsumexp(-1)
     return -taken.masked_fill(~real, 0.0).sum(-1)
@@ -45,19 +45,19 @@ def sdpo(log_probs: Tensor, ref_log_probs: Tensor, lengths: Tensor, leaves: Tens
     """Softmax DPO: the target against several negatives, `-log sigmoid(-log sum_j exp(beta (D_j - D_+)))`, with
     `D = log pi - log pi_ref`.
 
-    Negatives that are the target itself are left out; where none is left the loss is 0.
+    Negatives that equal the target are ignored. The loss is 0 if no negative remains.
 
     Args:
-        log_probs: `(B, K, L)` of the tokens taken, over the tree or over the whole vocabulary as TRL has them;
-            trajectory 0 is the observed target.
-        ref_log_probs: `(B, K, L)` the reference model's, over the same.
-        lengths: `(B, K)`.
-        leaves: `(B, K)`.
-        beta: > 0; how strongly differences count.
+        log_probs: `(B, K, L)` log-probabilities of the tokens taken, over the tree or (as in TRL) over the whole
+            vocabulary. Trajectory 0 is the observed target.
+        ref_log_probs: `(B, K, L)` log-probabilities of the reference model, over the same tokens.
+        lengths: `(B, K)` number of tokens of each id.
+        leaves: `(B, K)` leaf of each trajectory.
+        beta: scale of the differences, > 0.
 
     Returns:
-        `(B, 1)`, in nats. With one negative it is DPO of the ids' tokens. TRL's `DPOTrainer` appends an end token to
-        both answers of a text data set, which adds a term of its own; an id has none.
+        `(B, 1)`, in nats. With one negative this is DPO on the tokens of the ids. TRL's `DPOTrainer` appends an end
+        token to both answers of a text dataset, which adds another term; an id has no end token.
 
     References:
         Chen et al., On Softmax Direct Preference Optimization for Recommendation, NeurIPS 2024.
@@ -73,21 +73,22 @@ def sdpo(log_probs: Tensor, ref_log_probs: Tensor, lengths: Tensor, leaves: Tens
 
 
 def grpo(log_probs: Tensor, ref_log_probs: Tensor, lengths: Tensor, advantages: Tensor, beta: float = 1e-3) -> Tensor:
-    """GRPO's policy gradient with one update a group, and the KL estimate `exp(d) - d - 1`, `d = log pi_ref - log pi`.
+    """GRPO's policy gradient with one update per group, and the KL estimate `exp(d) - d - 1` with
+    `d = log pi_ref - log pi`.
 
     Args:
-        log_probs: `(B, K, L)` of the tokens taken.
-        ref_log_probs: `(B, K, L)` the reference model's.
-        lengths: `(B, K)`.
+        log_probs: `(B, K, L)` log-probabilities of the tokens taken.
+        ref_log_probs: `(B, K, L)` log-probabilities of the reference model.
+        lengths: `(B, K)` number of tokens of each id.
         advantages: `(B, K)` rewards, normalized within the group.
         beta: weight of the KL estimate, >= 0 (TRL's name).
 
     Returns:
-        `(B, K)`, a mean over the tokens of each trajectory.
+        `(B, K)`, the mean over the tokens of each trajectory.
 
     References:
-        Shao et al., DeepSeekMath, arXiv 2402.03300. With constrained beams as the group and `RankPenaltyReward` it is
-        ReRe's form.
+        Shao et al., DeepSeekMath, arXiv 2402.03300. With constrained beams as the group and `RankPenaltyReward` this
+        is the form used by ReRe.
     """
     check_number("beta", beta, NOT_NEGATIVE)
     expect_shape("ref_log_probs", ref_log_probs, log_probs.shape, "log_probs.shape")

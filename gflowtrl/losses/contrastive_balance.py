@@ -1,4 +1,4 @@
-"""Balance between the trajectories of one prompt, pair by pair: the partition function cancels."""
+"""Contrastive balance: pairs of trajectories of one prompt, in which the partition function cancels."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from .common import penalty, surplus
 
 
 def contrastive_balance(log_probs: Tensor, log_rewards: Tensor, delta: float | None = 1.0) -> Tensor:
-    """`mean over j != i of Huber((log pi_i - log pi_j) - (log R_i - log R_j))`, the prompt's other trajectories j.
+    """`mean over j != i of Huber((log pi_i - log pi_j) - (log R_i - log R_j))` over other trajectories j of a prompt.
 
-    Zero for every set of trajectories if and only if pi = R / Z. Nothing is learned beside the policy, and a factor on
-    R changes nothing. One trajectory with an odd reward spoils its own K - 1 pairs, linearly beyond `delta`, and not
-    the others; in `vargrad` it moves the mean that all are compared with.
+    The loss is zero for every set of trajectories if and only if pi = R / Z. Only the policy is learned, and scaling R
+    by a constant changes nothing. A trajectory with an outlier reward affects only its own K - 1 pairs, and only
+    linearly beyond `delta`; in `vargrad` it moves the mean that all trajectories are compared with.
 
     Args:
         log_probs: `(B, K, L)` tree-normalized log-probabilities of the tokens taken, 0 after a shorter id's end.
         log_rewards: `(B, K)`, finite.
-        delta: residuals beyond this size, in nats, count linearly (`losses.common.penalty`); None squares all.
+        delta: residuals beyond this size, in nats, count linearly (`losses.common.penalty`). None: all are squared.
 
     Returns:
         `(B, K)`, in nats squared.
 
     Raises:
-        ValueError: fewer than two trajectories a prompt; there is no pair.
+        ValueError: a prompt has fewer than two trajectories, so no pair exists.
 
-    Relation to other losses: squared, `(K - 1) / 2` times the sum over i, which is the sum over unordered pairs, is K
-    times the sum of `vargrad` over the prompt's trajectories, in value and in gradient. So without Huber the means of
-    the two differ by the factor 2 K / (K - 1) alone.
+    Relation to other losses: with squared residuals, `(K - 1) / 2` times the sum over i (the sum over unordered pairs)
+    equals K times the sum of `vargrad` over the prompt's trajectories, in value and in gradient. So without Huber the
+    means of the two losses differ only by the factor 2 K / (K - 1).
 
     References:
         da Silva et al., Embarrassingly parallel GFlowNets, ICML 2024 (the contrastive balance condition).

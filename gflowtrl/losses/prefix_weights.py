@@ -1,4 +1,4 @@
-"""APAO's adaptive worst-prefix weights: what is hardest to keep in the beam counts more."""
+"""APAO's adaptive prefix weights: prefixes that are harder to keep in the beam get more weight."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ VARIANTS = ("paper", "2025", "kdd")
 
 
 class PrefixWeights:
-    """Weights w_m of the prefixes of 1 ... L tokens; they sum to one and carry no gradient.
+    """Weights w_m of the prefixes of 1 ... L tokens. They sum to one and carry no gradient.
 
-    - `"paper"`: uniform at first; after each step w_m is multiplied by exp(eta L_m), and all are renormalized (mirror
-      ascent on the simplex with a KL penalty of 1 / eta).
-    - `"2025"`, the authors' first release: w_m is L_m / sum L times exp(eta L_m) of the batch at hand.
-    - `"kdd"`, their release of 2026: L_m / sum L of the first batch; after each step times exp(eta L_m / sum L).
+    - `"paper"`: uniform at first; after each step w_m is multiplied by exp(eta L_m) and the weights are renormalized
+      (mirror ascent on the simplex with a KL penalty of 1 / eta).
+    - `"2025"` (the authors' first release): w_m is L_m / sum L times exp(eta L_m), both of the current batch.
+    - `"kdd"` (their 2026 release): L_m / sum L of the first batch, multiplied by exp(eta L_m / sum L) after each step.
 
-    L_m is the mean over the prompts of the step, over all processes and accumulated micro-batches, that have m tokens.
+    L_m is the mean over the step's prompts whose targets have at least m tokens, over all processes and accumulated
+    micro-batches.
 
     Args:
         depth: L.
-        reduce_sum: adds up a tensor over all processes.
+        reduce_sum: sums a tensor over all processes.
         eta: rate of adaptation; 0 keeps the first weights.
-        variant: one of the three.
+        variant: `"paper"`, `"2025"` or `"kdd"`.
 
     Raises:
         ValueError: a negative rate, or an unknown variant.
@@ -42,17 +43,16 @@ class PrefixWeights:
         check_number("eta", eta, NOT_NEGATIVE)
         check_choice("variant", variant, VARIANTS)
         self.eta, self.variant, self._reduce_sum = eta, variant, reduce_sum
-        uniform = torch.zeros(depth) if variant == "paper" else None
-        self._log_weights: Tensor | None = uniform if uniform is None else uniform.log_softmax(0)
+        self._log_weights: Tensor | None = torch.zeros(depth).log_softmax(0) if variant == "paper" else None
         self._pending = torch.zeros(2, depth)
 
     @torch.no_grad()
     def weigh(self, losses: Tensor, lengths: Tensor) -> Tensor:
-        """The weights for a micro-batch, `(L,)`; what it says counts at the end of the step.
+        """Return the weights for a micro-batch, `(L,)`, and collect its losses for the update at the end of the step.
 
         Args:
             losses: `(B, L)` L_m.
-            lengths: `(B,)` tokens of the targets.
+            lengths: `(B,)` number of tokens of the targets.
         """
         real = real_steps(lengths, losses.shape[1])
         sums = torch.stack([losses.detach().float().masked_fill(~real, 0.0).sum(0), real.float().sum(0)])
@@ -68,7 +68,7 @@ class PrefixWeights:
 
     @torch.no_grad()
     def step(self) -> None:
-        """The end of a step: adapt."""
+        """Update the weights at the end of an optimizer step."""
         means = self._pending[0] / self._pending[1].clamp(min=1)
         self._pending = torch.zeros_like(self._pending)
         if self.variant == "2025" or self._log_weights is None:
@@ -78,19 +78,19 @@ class PrefixWeights:
         self._log_weights = (self._log_weights + self.eta * means).log_softmax(0)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold; nothing before the first step of `"kdd"`, and nothing of `"2025"`."""
+        """Return the state for a checkpoint; empty for `"2025"`, and for `"kdd"` before the first step."""
         return {} if self._log_weights is None else {"log_weights": self._log_weights.cpu()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """What `state_dict` gave.
+        """Restore the result of `state_dict`.
 
         Raises:
-            ValueError: weights of another number of tokens.
+            ValueError: the weights are for another number of tokens.
         """
         weights = state["log_weights"]
         if weights.shape != self._pending.shape[1:]:
             raise ValueError(
-                f"The checkpoint's prefix weights are of ids of {len(weights)} tokens, but the catalog's ids have "
-                f"up to {self._pending.shape[1]}."
+                f"The checkpoint's prefix weights are for ids of {len(weights)} tokens, but the catalog's ids have up "
+                f"to {self._pending.shape[1]}. Resume with the catalog that the checkpoint was trained on."
             )
         self._log_weights = weights

@@ -1,4 +1,4 @@
-"""The losses by name, and what each needs of the trainer."""
+"""Registry of the losses by name, and what each loss needs from the trainer."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from .vargrad import vargrad
 
 @dataclass(frozen=True)
 class LossInputs:
-    """The tensors of a step that a loss may ask for by the names of its parameters. `K` trajectories for each of `B`
-    prompts, `L` tokens per id, `C` children per node.
+    """The tensors of a step. A loss receives those that its parameters name. `K` trajectories for each of `B` prompts,
+    `L` tokens per id, `C` children per node.
 
     Attributes:
-        log_probs: `(B, K, L)` log pi of each token taken, 0 where a shorter id has ended.
-        lengths: `(B, K)` number of tokens.
+        log_probs: `(B, K, L)` log pi of each token taken, 0 after a shorter id's end.
+        lengths: `(B, K)` number of tokens of each id.
         child_log_probs: `(B, K, L, C)` log pi of every child of each visited state, -inf on padding.
-        leaves: `(B, K)`.
+        leaves: `(B, K)` leaf of each trajectory.
         log_rewards: `(B, K)` log R.
         advantages: `(B, K)` rewards, normalized within the group.
-        child_target_log_probs: `(B, K, L, C)` log pi* of the children, where the flow of every node is known.
+        child_target_log_probs: `(B, K, L, C)` log pi* of the children, available if the flow of every node is known.
         log_z: `(B,)` learned log Z(x).
         log_flows: `(B, K, L)` learned log F of the states s_0 .. s_{L-1}.
-        ref_log_probs: `(B, K, L)` a reference model's log-probabilities of the same tokens.
-        prefix_nodes: `(B, K, L)` the node reached by each token, -1 beyond an id's end.
-        nodes_per_depth: `(L,)` number of prefixes that the catalog has at each depth.
+        ref_log_probs: `(B, K, L)` log-probabilities of the same tokens under the reference model.
+        prefix_nodes: `(B, K, L)` node reached by each token, -1 after the end of an id.
+        nodes_per_depth: `(L,)` number of the catalog's prefixes at each depth.
     """
 
     log_probs: Tensor
@@ -56,7 +56,7 @@ class LossInputs:
 
     @classmethod
     def zeros(cls, num_generations: int) -> LossInputs:
-        """Of the right shapes, to try options on: one prompt, ids of one token."""
+        """Return inputs to check options with: tensors of the right shapes for one prompt and ids of one token."""
         shape = (1, num_generations, 1, 1)
         dimensions = {"log_z": 1, "nodes_per_depth": 1, "child_log_probs": 4, "child_target_log_probs": 4}
         dimensions |= dict.fromkeys(("lengths", "leaves", "log_rewards", "advantages"), 2)
@@ -66,19 +66,20 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class LossSpec:
-    """A loss function and what the trainer must provide for it; most needs follow from the function's parameters.
+    """A loss function and what the trainer must provide for it. Most needs follow from the function's parameters.
 
     Args:
-        function: per-trajectory loss `(B, K)`. Parameters without a default are tensors of `LossInputs`; those with
-            one are options, set by `loss_kwargs`.
-        min_generations: least number of trajectories per prompt.
-        uses_target: computed on the observed target's id instead of on the sampled trajectories.
+        function: per-trajectory loss `(B, K)`. Parameters without a default are tensors of `LossInputs`; parameters
+            with a default are options, set by `loss_kwargs`.
+        min_generations: minimum number of trajectories per prompt.
+        uses_target: the loss is computed on the observed target's id instead of the sampled trajectories.
         uses_negatives: the loss scores the target (index 0) together with the sampled trajectories (indices 1..K).
-        any_label_space: its log-probabilities, and the reference's, may be over the whole vocabulary instead of the
+        any_label_space: the log-probabilities (and the reference's) may be over the whole vocabulary instead of the
             tree.
-        sets_temperature: its option `temperature` is the policy's: the trainer divides the logits by it wherever it
-            reads the policy, in training, evaluation and in what it saves, and the loss itself gets 1.
-        prefix_weights: for losses `(B, L)` of the target's prefixes instead: the class that weighs them by depth.
+        sets_temperature: the option `temperature` belongs to the policy. The trainer divides the logits by it in
+            training, in evaluation and in saved models, and the loss itself gets 1.
+        prefix_weights: for a loss that returns one value per prefix of the target, `(B, L)`: the class that weights
+            them by depth.
 
     Raises:
         ValueError: a parameter without a default is not a tensor of `LossInputs`.
@@ -97,12 +98,12 @@ class LossSpec:
         unknown = [name for name in self.inputs if name not in known]
         if unknown:
             raise ValueError(
-                f"The loss {_name(self.function)!r} has the parameter {unknown[0]!r} without a default, which is no "
-                f"tensor of a step; those are {', '.join(known)}. Give an option a default."
+                f"The loss {_name(self.function)!r} has the parameter {unknown[0]!r} without a default, which is not "
+                f"a tensor of a step; those are {', '.join(known)}. If it is an option, give it a default."
             )
 
     def __call__(self, inputs: LossInputs, **options: Any) -> Tensor:
-        """Call the function with its tensors, picked by name, and with options of its own.
+        """Call the function with its tensors, selected by name, and its options.
 
         Raises:
             ValueError: a tensor that the loss needs is None.
@@ -111,45 +112,43 @@ class LossSpec:
         missing = [name for name, tensor in tensors.items() if tensor is None]
         if missing:
             raise ValueError(f"The loss {_name(self.function)!r} needs {', '.join(missing)}, which was not given.")
-        own = {name: value for name, value in self.fit_options(options).items() if name in _defaults(self.function)}
-        return self.function(**tensors, **own)
+        return self.function(**tensors, **_select(self.fit_options(options), self.function))
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Names of the tensors it takes."""
+        """Names of the tensors that the function takes."""
         return tuple(p.name for p in signature(self.function).parameters.values() if p.default is Parameter.empty)
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options that `loss_kwargs` may set, and their defaults; those of the prefix weights are among them."""
+        """The options that `loss_kwargs` may set, including those of the prefix weights, with their defaults."""
         weights = {} if self.prefix_weights is None else _defaults(self.prefix_weights)
         return weights | _defaults(self.function)
 
     def make_prefix_weights(
         self, depth: int, reduce_sum: Callable[[Tensor], Tensor], options: Mapping[str, Any]
     ) -> PrefixWeights | None:
-        """The weights of a loss of prefixes, with those of the options that are theirs; None for other losses."""
+        """Create the prefix weights with their part of the options. Return None for losses without prefix weights."""
         if self.prefix_weights is None:
             return None
-        own = {name: value for name, value in options.items() if name in _defaults(self.prefix_weights)}
-        return self.prefix_weights(depth, reduce_sum, **own)
+        return self.prefix_weights(depth, reduce_sum, **_select(options, self.prefix_weights))
 
     def fit_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Options as their defaults are: a number that came as text becomes one, and text that came as a number text.
+        """Convert options to the types of their defaults: text to numbers, and numbers to text.
 
-        JSON and YAML decide by the look of a value: `{"variant": "2025"}` arrives as a number, `eta: 5e-4` as text.
+        JSON and YAML infer the type of a value: `{"variant": "2025"}` can arrive as a number, `eta: 5e-4` as text.
 
         Raises:
-            ValueError: an option that the loss does not have; the message lists those that exist.
-            TypeError: true or false where something else is meant, or the other way around.
+            ValueError: the loss does not have an option; the message lists the options that exist.
+            TypeError: an option is a boolean and its default is not, or the other way around.
         """
         fitted = {}
         for name, value in options.items():
             if name not in self.options:
-                raise ValueError(f"There is no option {name!r}; there are: {', '.join(self.options) or 'none'}.")
+                raise ValueError(f"There is no option {name!r}; known options: {', '.join(self.options) or 'none'}.")
             default = self.options[name]
             if default is not None and isinstance(default, bool) != isinstance(value, bool):
-                raise TypeError(f"{name} is {value!r}, but it must be like its default {default!r}.")
+                raise TypeError(f"{name} is {value!r}; it must have the type of its default, {default!r}.")
             if isinstance(default, str):
                 value = str(value)
             elif isinstance(value, str):
@@ -159,55 +158,45 @@ class LossSpec:
         return fitted
 
     def check_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The options as the loss takes them (`fit_options`); our own losses also say what they think of the values.
+        """Convert the options (`fit_options`) and check them. The losses of gflowtrl also check the values.
 
         Raises:
-            ValueError, TypeError: names the option and those that exist, or says what the loss says.
+            ValueError, TypeError: an option does not exist, or the loss does not accept its value.
         """
         fitted = self.fit_options(options)
         self.make_prefix_weights(1, torch.clone, fitted)
-        if self.function.__module__.startswith("gflowtrl.losses"):  # a user's loss may want other ids than these
+        if self.function.__module__.startswith("gflowtrl.losses"):  # a user's loss may need other ids than these
             count = 1 if self.uses_target and not self.uses_negatives else max(self.min_generations, 2)
             self(LossInputs.zeros(count), **fitted)
         return fitted
 
     def at_policy(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Options for log-probabilities that are at the policy's temperature already (`sets_temperature`)."""
+        """Remove the temperature, which the policy has already applied (`sets_temperature`)."""
         return {n: v for n, v in options.items() if not (self.sets_temperature and n == "temperature")}
 
     @property
-    def needs_log_z(self) -> bool:
-        """A learned log Z(x)."""
-        return "log_z" in self.inputs
-
-    @property
-    def needs_log_flows(self) -> bool:
-        """A learned log F at every state."""
-        return "log_flows" in self.inputs
-
-    @property
     def needs_flow_heads(self) -> bool:
-        """A flow head in the model, which gives both."""
-        return self.needs_log_z or self.needs_log_flows
+        """Whether the loss needs a flow head in the model (learned log Z(x), or learned log F at every state)."""
+        return not {"log_z", "log_flows"}.isdisjoint(self.inputs)
 
     @property
     def needs_all_rewards(self) -> bool:
-        """The reward of every leaf."""
+        """Whether the loss needs the reward of every leaf."""
         return "child_target_log_probs" in self.inputs
 
     @property
     def needs_log_rewards(self) -> bool:
-        """log R, of drawn leaves at least: it balances."""
+        """Whether the loss needs log R (it is a balance loss), at least of the drawn leaves."""
         return self.needs_all_rewards or "log_rewards" in self.inputs
 
     @property
     def needs_rewards(self) -> bool:
-        """Rewards in any form."""
+        """Whether the loss needs rewards in any form."""
         return self.needs_log_rewards or "advantages" in self.inputs
 
     @property
     def needs_reference(self) -> bool:
-        """A reference model to compare the policy with."""
+        """Whether the loss compares the policy with a reference model."""
         return "ref_log_probs" in self.inputs
 
 
@@ -215,14 +204,14 @@ LOSSES: dict[str, LossSpec] = {}
 
 
 def register_loss(name: str, spec: LossSpec | Callable[..., Tensor]) -> None:
-    """Make a loss known to `loss_type`.
+    """Register a loss under a name for `loss_type`.
 
     Args:
-        name: what `loss_type` and `loss_kwargs` call it.
-        spec: the loss and its needs; a bare function of `LossInputs`' tensors stands for `LossSpec(function)`.
+        name: the name of the loss in `loss_type` and `loss_kwargs`.
+        spec: the loss and its needs. A plain function of the tensors of `LossInputs` means `LossSpec(function)`.
 
     Raises:
-        ValueError: the name is taken by another function, or the function asks for what no step has.
+        ValueError: the name belongs to another function, or the function needs a tensor that does not exist.
 
     Example:
         ```python
@@ -234,22 +223,22 @@ def register_loss(name: str, spec: LossSpec | Callable[..., Tensor]) -> None:
         ```
     """
     spec = spec if isinstance(spec, LossSpec) else LossSpec(spec)
-    taken = LOSSES.get(name)
-    if taken is not None and _identity(taken.function) != _identity(spec.function):  # a notebook may define it again
-        raise ValueError(f"There is already a loss {name!r}, {_identity(taken.function)[1]}; choose another name.")
+    known = LOSSES.get(name)
+    if known is not None and _identity(known.function) != _identity(spec.function):  # a notebook may define it again
+        raise ValueError(f"There is already a loss {name!r}, {_identity(known.function)[1]}; choose another name.")
     LOSSES[name] = spec
 
 
 def get_loss(name: str) -> LossSpec:
-    """The loss of that name.
+    """Return the loss registered under a name.
 
     Raises:
-        ValueError: there is none; the message lists those that exist.
+        ValueError: no loss has this name; the message lists the known losses.
     """
     if name not in LOSSES:
         raise ValueError(
-            f"There is no loss {name!r}; the known losses are {', '.join(sorted(LOSSES))}. A loss of your own becomes "
-            f"known by gflowtrl.losses.register_loss."
+            f"There is no loss {name!r}; the known losses are {', '.join(sorted(LOSSES))}. Register a custom loss "
+            f"with gflowtrl.losses.register_loss."
         )
     return LOSSES[name]
 
@@ -259,12 +248,17 @@ def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not Parameter.empty}
 
 
+def _select(options: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the options that are parameters of a function."""
+    return {name: options[name] for name in options.keys() & _defaults(function)}
+
+
 def _name(function: Callable[..., Tensor]) -> str:
     return getattr(function, "__name__", repr(function))
 
 
 def _identity(function: Callable[..., Tensor]) -> tuple[str, object]:
-    # What has no name, a functools.partial for example, is the same as itself only.
+    # A callable without a name, such as a functools.partial, is identical only to itself.
     return function.__module__, getattr(function, "__qualname__", function)
 
 

@@ -4,35 +4,33 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .common import expect_shape, penalty
+from .common import expect_shape, penalty, surplus
 
 
 def trajectory_balance(
     log_probs: Tensor, log_rewards: Tensor, log_z: Tensor, huber_delta: float | None = None
 ) -> Tensor:
-    """`(log Z(x) + sum_l log pi(t_l | s_l) - log R(x, leaf))^2`: GFlowGR's better objective.
+    """`(log Z(x) + sum_l log pi(t_l | s_l) - log R(x, leaf))^2`: the better of GFlowGR's two objectives.
 
-    Zero for every trajectory if and only if pi = R / Z and `log_z` is the true log Z, whatever distribution the
-    trajectories come from. On policy, its expected gradient is twice the gradient of KL(pi || R / Z).
+    The loss is zero for every trajectory if and only if pi = R / Z and `log_z` is the true log Z, whatever
+    distribution the trajectories come from. On policy, its expected gradient is twice that of KL(pi || R / Z).
 
     Args:
         log_probs: `(B, K, L)` tree-normalized log-probabilities of the tokens taken, 0 after a shorter id's end.
         log_rewards: `(B, K)`, finite.
-        log_z: `(B,)`, one a prompt: a single constant contradicts itself as soon as two prompts differ. Its learning
-            rate wants to be 10 to 100 times the policy's.
-        huber_delta: residuals beyond this size count linearly; None squares all of them.
+        log_z: `(B,)` learned log Z(x), one per prompt: a single constant cannot fit two prompts with different Z. Use
+            a learning rate of 10 to 100 times the policy's.
+        huber_delta: residuals beyond this size count linearly. None: all are squared.
 
     Returns:
         `(B, K)`, in nats squared.
 
-    Relation to other losses: `vargrad` estimates log Z from the prompt's trajectories, `exact_flow` needs none.
+    Relation to other losses: `vargrad` estimates log Z from the prompt's trajectories; `exact_flow` needs no log Z.
 
     References:
         Malkin et al., Trajectory balance: improved credit assignment in GFlowNets, NeurIPS 2022.
         Malkin et al., GFlowNets and variational inference, ICLR 2023 (the on-policy gradient).
         GFlowGR, arXiv 2506.16114.
     """
-    batch, num_generations, _ = log_probs.shape
-    expect_shape("log_rewards", log_rewards, (batch, num_generations), "(prompts, trajectories)")
-    expect_shape("log_z", log_z, (batch,), "(prompts,)")
-    return penalty(log_z[:, None] + log_probs.sum(-1) - log_rewards, huber_delta)
+    expect_shape("log_z", log_z, log_probs.shape[:1], "(prompts,)")
+    return penalty(log_z[:, None] + surplus(log_probs, log_rewards), huber_delta)

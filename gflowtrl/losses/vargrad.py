@@ -11,25 +11,25 @@ def vargrad(log_probs: Tensor, log_rewards: Tensor, huber_delta: float | None = 
     """`(log Z + sum_l log pi(t_l | s_l) - log R(x, leaf))^2` with `log Z = mean_k(log R_k - log pi_k)` of the prompt.
 
     Averaged over the K trajectories this is the variance of log R - log pi, which is zero for every set of
-    trajectories if and only if pi = R / Z. Nothing is learned beside the policy, and a factor on R changes nothing.
+    trajectories if and only if pi = R / Z. Only the policy is learned, and scaling R by a constant changes nothing.
 
-    No gradient flows through the mean. For the squared residual with equal weights that changes nothing (residuals sum
-    to zero, so the two gradients are the same); with Huber or weighted trajectories it keeps log Z an estimate that
-    the policy is pulled towards, instead of a term by which trajectories move each other.
+    No gradient flows through the mean. For squared residuals with equal weights this changes nothing: the residuals
+    sum to zero, so the two gradients are equal. With Huber or weighted trajectories log Z remains an estimate that the
+    policy is pulled toward, instead of a term through which trajectories move each other.
 
     Args:
         log_probs: `(B, K, L)` tree-normalized log-probabilities of the tokens taken, 0 after a shorter id's end.
         log_rewards: `(B, K)`, finite.
-        huber_delta: residuals beyond this size count linearly; None squares all of them.
+        huber_delta: residuals beyond this size count linearly. None: all are squared.
 
     Returns:
         `(B, K)`, in nats squared.
 
     Raises:
-        ValueError: fewer than two trajectories a prompt; one alone is its own mean and teaches nothing.
+        ValueError: a prompt has fewer than two trajectories. A single one equals its own mean and has no gradient.
 
-    Relation to other losses: `trajectory_balance` with that log Z. K times the sum over k equals the sum of the
-    squared contrastive residuals over all pairs of the prompt.
+    Relation to other losses: this is `trajectory_balance` with the estimated log Z. K times the sum over k equals the
+    sum of the squared contrastive residuals over all pairs of the prompt.
 
     References:
         Richter et al., VarGrad: a low-variance gradient estimator for variational inference, NeurIPS 2020.

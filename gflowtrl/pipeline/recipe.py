@@ -23,8 +23,8 @@ from gflowtrl.policy.loading import load_config
 from gflowtrl.samplers import Sampler, build_sampler
 from gflowtrl.trainer import GFlowNetConfig
 from gflowtrl.trainer.arguments import check_training_arguments
-from gflowtrl.trainer.best_metric import more_is_better, settle_metric
-from gflowtrl.trainer.processes import A_DAY, asked_for
+from gflowtrl.trainer.best_metric import more_is_better, resolve_metric
+from gflowtrl.trainer.processes import A_DAY, launched_with
 from gflowtrl.trainer.tree_policy_config import computes_in_bf16
 from gflowtrl.trainer.weighting import source_table
 
@@ -102,7 +102,9 @@ class Recipe:
             raise ValueError(f"stages is empty; choose among {', '.join(STAGES)}.")
         check_number("seed", self.seed, SEED)
         if self.data_dir is None:
-            check_names(self.data.shop, inspect.signature(SyntheticShop).parameters, "data.shop")
+            check_types(SyntheticShop, self.data.shop, "data.shop")
+            with locate_errors("data.shop", field_names(SyntheticShop)):
+                SyntheticShop(**self.data.shop)
             if self.data.k_core:
                 raise ValueError("data.k_core is set, but data_dir is null: the synthetic shop is taken as it is.")
         self._check_model()
@@ -178,7 +180,7 @@ class Recipe:
             "train_sampling_strategy": "group_by_length",
             "ddp_timeout": int(A_DAY.total_seconds()),  # the others wait while the first process fits a teacher
         }
-        if asked_for("DEEPSPEED") and not torch.accelerator.is_available():
+        if launched_with("DEEPSPEED") and not torch.accelerator.is_available():
             values["ddp_backend"] = "gloo"
         if stage == "sft":
             kind, section = SFTConfig, self.sft
@@ -206,7 +208,7 @@ class Recipe:
                 values["greater_is_better"] = more_is_better(str(values["metric_for_best_model"])) is not False
             args = kind(output_dir=str(output_dir), seed=self.seed, **values)
             check_training_arguments(args)
-            settle_metric(args, self.evaluation.ks)
+            resolve_metric(args, self.evaluation.ks)
         return args
 
     def _check_model(self) -> None:

@@ -1,4 +1,4 @@
-"""Trainers: `GFlowNetTrainer`, `APAOTrainer`, their configurations, and what trainers share."""
+"""Trainers: `GFlowNetTrainer`, `APAOTrainer`, their configurations and their common base."""
 
 from .apao import APAOConfig, APAOTrainer
 from .evaluation import RankingEvaluationMixin, compare_with_rewards, rank_rows

@@ -1,4 +1,4 @@
-"""PEFT adapters on a recommender. Beside them the item tokens are trained: else nothing is learned about new ones."""
+"""PEFT adapters on a recommender, with trainable embeddings of the item tokens (new tokens would not be learned)."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ from gflowtrl.policy.restricted_head import keep_head_bias
 if TYPE_CHECKING:
     WrapperBase = TrainableTokensWrapper
 else:
-    WrapperBase = object  # mixed into wrappers
+    WrapperBase = object  # mixed into wrappers at runtime
 
 
 def add_adapters(
     model: PreTrainedModel, peft_config: PeftConfig, catalog: ItemCatalog, train_item_tokens: bool = True
 ) -> PeftModel:
-    """Put adapters on a model, and make the embeddings of the catalog's tokens trainable, at input and output.
+    """Add adapters to a model and make the embeddings of the catalog's tokens trainable, at input and output.
 
-    That is PEFT's `trainable_token_indices`, so a saved adapter holds these few rows and PEFT alone can load it.
-    A configuration that speaks of the embeddings itself (in `trainable_token_indices`, `modules_to_save` or
-    `target_modules`) is left as it is, and so is a kind of adapter that has no such field.
+    This uses PEFT's `trainable_token_indices`, so a saved adapter contains only these rows and PEFT alone can load it.
+    A configuration that names the embeddings itself (in `trainable_token_indices`, `modules_to_save` or
+    `target_modules`) is used unchanged, and so is an adapter type that has no such field.
 
     Args:
         model: the language model.
-        peft_config: what the user wants; it is not changed.
-        catalog: whose tokens.
-        train_item_tokens: False leaves the embeddings frozen.
+        peft_config: the user's configuration; it is not modified.
+        catalog: the catalog whose tokens are trained.
+        train_item_tokens: False: the embeddings stay frozen.
     """
     if model.config.is_encoder_decoder:
         require("peft", "0.21.2", "Adapters on an encoder-decoder")
     config: Any = copy.deepcopy(peft_config)
-    if train_item_tokens and hasattr(config, "trainable_token_indices") and not _has_its_own_way(config, model):
+    if train_item_tokens and hasattr(config, "trainable_token_indices") and not _names_embeddings(config, model):
         tokens = catalog.tree.tokens.tolist()
         names = embedding_names(model)
         config.trainable_token_indices = tokens if len(names) == 1 else dict.fromkeys(names, tokens)
     elif not train_item_tokens:
         merge_tied_embeddings(model)
     tables = [model.get_submodule(name).weight for name in embedding_names(model)]
-    # Under ZeRO-3 PEFT would read the tokens' rows in a way that needs all of the model on a CUDA device.
-    with whole_models(), _gathered(tables):
+    # Under ZeRO-3, PEFT would read the tokens' rows in a way that needs the whole model on a CUDA device.
+    with whole_models(), gathered(tables):
         adapted = get_peft_model(model, config)
     check_mergeable(adapted)
     keep_head_bias(adapted)
@@ -64,8 +64,8 @@ def add_adapters(
 
 
 class _TiedTokens(WrapperBase):
-    """Mixed into PEFT's wrapper of tied embeddings: until it is sharded, it says that its weight is that of the others
-    (it would give a new tensor at each look), so that accelerate shards all that share it together."""
+    """Mixin for PEFT's wrapper of tied embeddings: until it is sharded, `weight` is the shared base weight (PEFT would
+    return a new tensor for each access), so that accelerate shards all modules that share it together."""
 
     @property
     def weight(self) -> Tensor:
@@ -87,20 +87,20 @@ def _tie_wrappers(model: PreTrainedModel) -> None:
             mix_in(_TiedTokens, wrapper)
 
 
-def _gathered(tables: list[Any]) -> AbstractContextManager:
-    """Makes what ZeRO-3 has split whole for a while."""
-    split = [table for table in tables if hasattr(table, "ds_id")]
-    if not split:
+def gathered(parameters: list[Any]) -> AbstractContextManager:
+    """Context manager: gather the parameters that ZeRO-3 has sharded."""
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not sharded:
         return nullcontext()
-    import deepspeed  # only where it is in use
+    import deepspeed  # only if it is in use
 
-    return deepspeed.zero.GatheredParameters(split)
+    return deepspeed.zero.GatheredParameters(sharded)
 
 
 def embedding_names(model: PreTrainedModel) -> list[str]:
-    """The modules that hold a row for every token, one name for all those that share a weight."""
+    """Return the names of the modules with one row per token; modules that share a weight have a single name."""
     if model.config.tie_word_embeddings:
-        modules = [model.get_input_embeddings()]  # PEFT follows the tie
+        modules = [model.get_input_embeddings()]  # PEFT handles the tied output
     elif model.config.is_encoder_decoder:
         modules = [model.get_encoder().embed_tokens, model.get_decoder().embed_tokens, model.get_output_embeddings()]
     else:
@@ -109,13 +109,14 @@ def embedding_names(model: PreTrainedModel) -> list[str]:
     return [names[id(module)] for module in modules]
 
 
-def _has_its_own_way(config: Any, model: PreTrainedModel) -> bool:
+def _names_embeddings(config: Any, model: PreTrainedModel) -> bool:
+    """Return whether a PEFT configuration says itself how the embeddings are trained."""
     if config.trainable_token_indices is not None:
         return True
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     names = {*embedding_names(model), *(name for name, module in model.named_modules() if module in tables)}
     last = {name.rpartition(".")[2] for name in names}
     named = [getattr(config, field, None) or [] for field in ("modules_to_save", "target_modules")]
-    if isinstance(named[1], str):  # a pattern; "all-linear" leaves the head out
+    if isinstance(named[1], str):  # a pattern; "all-linear" excludes the output head
         return any(re.fullmatch(named[1], name) for name in names)
     return any(last & {n.rpartition(".")[2] for n in chosen} for chosen in named)

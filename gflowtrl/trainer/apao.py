@@ -1,4 +1,4 @@
-"""`APAOTrainer`: cross entropy and adaptive prefix losses, so that training sees what beam search will throw away."""
+"""`APAOTrainer`: cross entropy and adaptive prefix losses, which train the prefixes that beam search must keep."""
 
 from __future__ import annotations
 
@@ -24,40 +24,41 @@ class APAOConfig(TreePolicyConfig):
     r"""
     Configuration of [`APAOTrainer`]: cross entropy + beta * sum over prefixes of w_m L_m (arXiv 2603.02730).
 
-    What it has beside [`TreePolicyConfig`], whose fields of trajectories and losses it sets itself:
+    It adds the following to [`TreePolicyConfig`] and sets the fields for trajectories and losses itself.
 
     Parameters:
         method (`str`, *optional*, defaults to `"pointwise"`):
-            L_m: `"pointwise"` is the prefix's own mean negative log-likelihood, `"pairwise"` sets it against the
-            prefixes of negatives drawn uniformly from the catalog.
+            L_m: `"pointwise"` is the mean negative log-likelihood of the prefix; `"pairwise"` compares the prefix with
+            the prefixes of negatives drawn uniformly from the catalog.
         beta (`float`, *optional*, defaults to `0.3`):
-            Weight of the prefix losses. The paper's best for pointwise are .3 (T5) and .4 (Llama) on Office, .1 and .3
-            on Beauty; for pairwise .2 and .1 (T5).
+            Weight of the prefix losses. The paper's best values for pointwise are .3 (T5) and .4 (Llama) on Office, .1
+            and .3 on Beauty; for pairwise .2 and .1 (T5).
         num_negatives (`int`, *optional*, defaults to `100`):
-            Negatives per prompt, of `"pairwise"`.
+            Negatives per prompt for `"pairwise"`.
         prefix_eta (`float`, *optional*, defaults to `1e-4`):
-            How fast the weights w_m follow L_m; the paper tries 5e-6 to 5e-4.
+            Rate at which the weights w_m adapt to L_m. The paper tries 5e-6 to 5e-4.
         prefix_variant (`str`, *optional*, defaults to `"paper"`):
             `"2025"` and `"kdd"` are the authors' releases, which differ from the paper ([`losses.PrefixWeights`]).
-            Their ids end with a token of its own, ours do not.
+            Their ids end with a special token; the ids of gflowtrl do not.
         label_space (`str`, *optional*, defaults to `"vocabulary"`):
-            Probabilities over the whole vocabulary as in the paper, or over the children in the `"tree"`, our variant.
+            Probabilities over the whole vocabulary as in the paper, or over the children in the `"tree"` (a variant of
+            gflowtrl).
         loss_type (`list[str]`, *optional*):
-            Follows from `method`; nothing else is taken.
+            Follows from `method`; other values are errors.
         loss_kwargs (`dict[str, dict]` or `str`, *optional*):
-            Cross entropy is the mean over an id's tokens; `{"sft": {"token_mean": False}}` for their sum.
+            Cross entropy is the mean over an id's tokens. Use `{"sft": {"token_mean": False}}` for the sum.
     """
 
-    method: str = option("pointwise", "Prefix losses.", list(METHODS))
+    method: str = option("pointwise", "Type of the prefix losses.", list(METHODS))
     beta: float = option(0.3, "Weight of the prefix losses.")
-    num_negatives: int = option(100, "Negatives per prompt, of `pairwise`.")
-    prefix_eta: float = option(1e-4, "How fast prefix weights follow their losses.")
-    prefix_variant: str = option("paper", "Form of the prefix losses.", list(VARIANTS))
-    label_space: str = option("vocabulary", "Probabilities of the losses on the target.", ["tree", "vocabulary"])
+    num_negatives: int = option(100, "Negatives per prompt for `pairwise`.")
+    prefix_eta: float = option(1e-4, "Rate at which prefix weights adapt to their losses.")
+    prefix_variant: str = option("paper", "Variant of the prefix losses.", list(VARIANTS))
+    label_space: str = option("vocabulary", "Label space of the losses on the target.", ["tree", "vocabulary"])
     loss_type: list[str] | None = option(None, "Follows from `method`.")
     loss_weights: list[float] | None = field(default=None, init=False)  # follow from beta
     num_generations: int = field(default=1, init=False)  # follows from num_negatives
-    log_z_learning_rate: float = field(default=1e-2, init=False)  # there is no flow head
+    log_z_learning_rate: float = field(default=1e-2, init=False)  # unused: APAO has no flow head
 
     _bounds = TreePolicyConfig._bounds | {"beta": NOT_NEGATIVE, "num_negatives": COUNT, "prefix_eta": NOT_NEGATIVE}
 
@@ -67,8 +68,8 @@ class APAOConfig(TreePolicyConfig):
         losses = ["sft", f"prefix_{self.method}"]
         if self.loss_type not in (None, losses):
             raise ValueError(
-                f"loss_type is {self.loss_type!r}, but APAO's follows from method. For prefix losses beside a balance "
-                f"loss use GFlowNetTrainer with loss_type=['exact_flow', {losses[1]!r}]."
+                f"loss_type is {self.loss_type!r}, but APAO's follows from method. To combine prefix losses with a "
+                f"balance loss, use GFlowNetTrainer with loss_type=['exact_flow', {losses[1]!r}]."
             )
         self.loss_type, self.loss_weights = losses, [1.0, self.beta]
         self.num_generations = 1 + self.num_negatives if self.method == "pairwise" else 1
@@ -77,22 +78,22 @@ class APAOConfig(TreePolicyConfig):
             raise ValueError(f"loss_kwargs has options for {losses[1]!r}; set prefix_eta and prefix_variant instead.")
 
     def loss_options(self, name: str) -> dict[str, Any]:
-        own = {"token_mean": True} if name == "sft" else {"eta": self.prefix_eta, "variant": self.prefix_variant}
-        return own | super().loss_options(name)
+        defaults = {"token_mean": True} if name == "sft" else {"eta": self.prefix_eta, "variant": self.prefix_variant}
+        return defaults | super().loss_options(name)
 
 
 class APAOTrainer(TreePolicyTrainer):
-    """Aligns a generative recommender with beam search (APAO, arXiv 2603.02730).
+    """Trains a generative recommender to be robust under beam search (APAO, arXiv 2603.02730).
 
-    Nothing is rewarded; evaluation, checkpoints, adapters and sharding are those of every `TreePolicyTrainer`, and
-    `per_device_train_batch_size` counts prompts. All negatives of a prompt are scored in the prompt's one forward.
+    It uses no rewards. Evaluation, checkpoints, adapters and sharding work as in every `TreePolicyTrainer`, and
+    `per_device_train_batch_size` counts prompts. All negatives of a prompt are scored in one forward of the prompt.
 
     Args:
-        model: a causal language model or an encoder-decoder, or the name or folder of one.
+        model: a causal language model or an encoder-decoder, or its name or folder.
         args: the configuration.
-        sampler: where the negatives of `method="pairwise"` come from, as for `GFlowNetTrainer`; by default uniform.
+        sampler: source of the negatives of `method="pairwise"`, as for `GFlowNetTrainer`. Default: uniform.
         **options: `train_dataset`, `eval_dataset`, `processing_class`, `catalog`, `peft_config`, ...; see
-            `TreePolicyTrainer`. There are no `reward_funcs` and no `ref_model`.
+            `TreePolicyTrainer`. `reward_funcs` and `ref_model` are not accepted.
 
     Example:
         ```python
@@ -111,9 +112,8 @@ class APAOTrainer(TreePolicyTrainer):
         sampler: str | Mapping | Sampler | Callable | None = None,
         **options: Any,
     ):
-        refused = {"reward_funcs", "ref_model"} & options.keys()
-        if refused:
-            raise ValueError(f"APAOTrainer has no {' and no '.join(sorted(refused))}; GFlowNetTrainer has.")
+        if unsupported := {"reward_funcs", "ref_model"} & options.keys():
+            raise ValueError(f"APAOTrainer does not use {' and '.join(sorted(unsupported))}; use GFlowNetTrainer.")
         args = APAOConfig("apao-output") if args is None else args
         if not isinstance(args, APAOConfig):
             raise TypeError(f"args is a {type(args).__name__}, but APAOTrainer needs an APAOConfig.")

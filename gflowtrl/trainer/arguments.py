@@ -1,4 +1,4 @@
-"""What training arguments may be. transformers takes a negative rate or no epoch, and finds out while training."""
+"""Value checks for training arguments that transformers accepts, but that fail or do nothing during training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 from gflowtrl.checks import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE_BELOW_ONE, Bound, at_least, check_number
 
 
-#: Fields of `TrainingArguments`, where they are not None.
+#: Bounds of the fields of `TrainingArguments`; None is always valid.
 BOUNDS: dict[str, Bound] = {
     "seed": SEED,
     "data_seed": SEED,
@@ -31,10 +31,10 @@ BOUNDS: dict[str, Bound] = {
 
 
 def check_training_arguments(args: TrainingArguments) -> None:
-    """Refuse numbers with which a training would fail, or do nothing, after it has begun.
+    """Raise an error for numbers with which training would fail, or do nothing, after it has started.
 
     Raises:
-        ValueError: names the option, its value and what it may be.
+        ValueError: names the option, its value and the valid values.
     """
     for name, bound in BOUNDS.items():
         if getattr(args, name, None) is not None:

@@ -1,4 +1,4 @@
-"""Which metric chooses checkpoints, stops early and lowers the learning rate, where the user names none."""
+"""Default and checks of `metric_for_best_model`, used for best checkpoints, early stopping and schedulers."""
 
 from __future__ import annotations
 
@@ -6,94 +6,91 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from transformers import EarlyStoppingCallback, SchedulerType, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from gflowtrl.metrics import primary_cutoff
 
 
 logger = logging.getLogger(__name__)
-# Of all that `metrics.summarize` knows, what a training log can hold and stay readable.
+# The subset of the metrics of `metrics.summarize` that keeps a training log readable.
 LOGGED_METRICS = ("recall", "ndcg", "coverage", "entropy", "gini", "long_tail")
-DIRECTIONS = {"recall": True, "ndcg": True, "gini": False}  # whether more is better
-FOLLOWING = ("reduce_lr_on_plateau", "greedy")  # the schedulers that look at a metric
+GREATER_IS_BETTER = {"recall": True, "ndcg": True, "gini": False}
+METRIC_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")  # the schedulers that depend on a metric
 
 
 def metric_names(ks: Sequence[int], datasets: Iterable[str] = ()) -> list[str]:
-    """What `evaluate()` reports: `eval_ndcg@10`, ...; of several data sets `eval_<name>_ndcg@10`, ..."""
+    """Return the metrics of `evaluate()`: `eval_ndcg@10`, ...; for several datasets `eval_<name>_ndcg@10`, ..."""
     prefixes = [f"eval_{name}_" for name in datasets] or ["eval_"]
     return [f"{prefix}{metric}@{k}" for prefix in prefixes for metric in LOGGED_METRICS for k in ks]
 
 
-def is_wanted(args: TrainingArguments) -> bool:
-    """Whether something follows a metric."""
-    return (
-        bool(args.load_best_model_at_end)
-        or str(getattr(args.save_strategy, "value", args.save_strategy)) == "best"
-        or _scheduled(args)
-    )
+def uses_metric(args: TrainingArguments) -> bool:
+    """Return whether checkpoints or the learning rate depend on a metric."""
+    scheduled = args.lr_scheduler_type in METRIC_SCHEDULERS
+    return bool(args.load_best_model_at_end) or args.save_strategy == "best" or scheduled
 
 
 def fill_in_metric(args: TrainingArguments, ks: Sequence[int]) -> None:
-    """Before `transformers` fills in a loss that is not evaluated: the NDCG, and the direction of a named metric."""
-    if args.metric_for_best_model is None and is_wanted(args):
+    """Set the default metric (NDCG) and the direction, before `transformers` sets a loss that is not evaluated."""
+    if args.metric_for_best_model is None and uses_metric(args):
         args.metric_for_best_model = _default(ks)
     if args.metric_for_best_model is not None and args.greater_is_better is None:
         args.greater_is_better = more_is_better(args.metric_for_best_model) is not False
 
 
 def check_metric(args: TrainingArguments, ks: Sequence[int]) -> None:
-    """What a configuration can know of its metric; gives a scheduler that follows it its direction, in place.
+    """Check the metric of a configuration, and set the direction of a scheduler that depends on it, in place.
 
-    The trainer checks the name: a subclass may report metrics of its own.
+    The trainer checks the name later, because a subclass may report other metrics.
 
     Raises:
-        ValueError: a loss, which is not evaluated, or a direction that contradicts the metric.
+        ValueError: the metric is a loss, which is not evaluated, or the direction contradicts the metric.
     """
-    if args.metric_for_best_model is None:
-        return
     if args.metric_for_best_model in ("loss", "eval_loss"):
-        _refuse(args.metric_for_best_model, metric_names(ks))
-    _check_direction(args)
+        raise _unknown_metric(args.metric_for_best_model, metric_names(ks))
+    if args.metric_for_best_model is not None:
+        _check_direction(args)
 
 
-def settle_metric(
+def resolve_metric(
     args: TrainingArguments,
     ks: Sequence[int],
     eval_dataset: object = None,
     callbacks: Iterable[TrainerCallback | type[TrainerCallback]] = (),
     reports_more: bool = False,
 ) -> None:
-    """Fill in `metric_for_best_model`, its direction and that of a scheduler which follows it, in place.
+    """Set `metric_for_best_model`, its direction and that of a scheduler that depends on it, in place.
 
-    Where none is named it is the NDCG at the primary cut-off, of the first data set where there are several.
+    The default is the NDCG at the primary cutoff, of the first dataset if there are several.
 
     Args:
-        args: of any trainer with `RankingEvaluationMixin`; "loss" counts as none, since `transformers` puts it there
-            and no loss is evaluated.
-        ks: cut-offs of the evaluation.
-        eval_dataset: the trainer's; of a mapping the names are part of the metrics' names.
-        callbacks: the user's; one may stop early.
-        reports_more: the trainer reports further metrics, so that any name will do.
+        args: arguments of any trainer with `RankingEvaluationMixin`. "loss" counts as unset, because `transformers`
+            sets it and no loss is evaluated.
+        ks: cutoffs of the evaluation.
+        eval_dataset: the trainer's evaluation data; the names in a mapping are part of the metrics' names.
+        callbacks: the trainer's callbacks; early stopping needs a metric.
+        reports_more: the trainer reports other metrics too, so every name is valid.
 
     Raises:
-        ValueError: a metric that `evaluate()` will not report, or a direction that contradicts it.
+        ValueError: `evaluate()` does not report the metric, or the direction contradicts it.
     """
     datasets = list(eval_dataset) if isinstance(eval_dataset, Mapping) else []
-    named = args.metric_for_best_model
-    if named is None and not is_wanted(args) and not any(map(_is_early_stopping, callbacks)):
+    configured = args.metric_for_best_model
+    stops_early = any(each is EarlyStoppingCallback or isinstance(each, EarlyStoppingCallback) for each in callbacks)
+    if configured is None and not uses_metric(args) and not stops_early:
         return
-    if named in (None, "loss", _default(ks)):
+    if configured in (None, "loss", _default(ks)):
         args.metric_for_best_model = _default(ks, datasets)
-        if named != _default(ks):
+        if configured != _default(ks):
             args.greater_is_better = True
         if len(datasets) > 1:
             logger.warning(
-                f"There are {len(datasets)} evaluation data sets, and metric_for_best_model does not say which one "
-                f"counts: it is {args.metric_for_best_model}."
+                f"There are {len(datasets)} evaluation datasets, and metric_for_best_model does not name one of them. "
+                f"{args.metric_for_best_model} is used."
             )
     name, known = str(args.metric_for_best_model), metric_names(ks, datasets)
     if name not in known and f"eval_{name}" not in known and not reports_more:
-        _refuse(name, known)
+        raise _unknown_metric(name, known)
     _check_direction(args)
 
 
@@ -102,41 +99,33 @@ def _default(ks: Sequence[int], datasets: Sequence[str] = ()) -> str:
     return f"{prefix}ndcg@{primary_cutoff(ks)}"
 
 
-def _refuse(name: str, known: Sequence[str]) -> None:
-    raise ValueError(
+def _unknown_metric(name: str, known: Sequence[str]) -> ValueError:
+    return ValueError(
         f"metric_for_best_model is {name!r}, which evaluate() does not report; choose from {', '.join(known)}. "
-        f"The cut-offs are eval_ks."
+        f"The cutoffs are set by eval_ks."
     )
 
 
 def more_is_better(name: str) -> bool | None:
-    """Whether more of a metric is better; None where that is a matter of taste."""
+    """Return whether a larger value of a metric is better; None if that depends on the application."""
     stem = name.rpartition("@")[0]
-    return next((rises for metric, rises in DIRECTIONS.items() if stem.endswith(metric)), None)
+    return next((greater for metric, greater in GREATER_IS_BETTER.items() if stem.endswith(metric)), None)
 
 
 def _check_direction(args: TrainingArguments) -> None:
     name, greater = str(args.metric_for_best_model), bool(args.greater_is_better)
     if more_is_better(name) not in (None, greater):
         raise ValueError(
-            f"greater_is_better is {greater}, but metric_for_best_model is {name!r}, of which "
-            f"{'less' if greater else 'more'} is better. Set greater_is_better to {not greater}."
+            f"greater_is_better is {greater}, but {'lower' if greater else 'higher'} values of metric_for_best_model "
+            f"{name!r} are better. Set greater_is_better to {not greater}."
         )
-    if not _scheduled(args):
+    if args.lr_scheduler_type not in METRIC_SCHEDULERS:
         return
-    options: Any = args.lr_scheduler_kwargs or {}
-    mode, given = "max" if greater else "min", dict(options)
-    if given.setdefault("mode", mode) != mode:
+    mode, kwargs = "max" if greater else "min", args.lr_scheduler_kwargs
+    options: dict[str, Any] = {"mode": mode} | (kwargs if isinstance(kwargs, dict) else {})
+    if options["mode"] != mode:
         raise ValueError(
-            f"lr_scheduler_kwargs has mode {given['mode']!r}, but greater_is_better is {greater} for {name!r}: the "
-            f"learning rate would fall while the model gets better. Leave mode out."
+            f"lr_scheduler_kwargs has mode {options['mode']!r}, but greater_is_better is {greater} for {name!r}: the "
+            f"learning rate would fall while the model improves. Leave mode out."
         )
-    args.lr_scheduler_kwargs = given
-
-
-def _scheduled(args: TrainingArguments) -> bool:
-    return SchedulerType(args.lr_scheduler_type).value in FOLLOWING
-
-
-def _is_early_stopping(callback: TrainerCallback | type[TrainerCallback]) -> bool:
-    return isinstance(callback, EarlyStoppingCallback) or callback is EarlyStoppingCallback
+    args.lr_scheduler_kwargs = options

@@ -1,4 +1,4 @@
-"""Checkpoints that count only when they are complete, so that a run can be killed at any moment."""
+"""Checkpoints that are used only if they are complete, so that a run can be interrupted at any time."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from .resume import check_resumable, last_checkpoint, remove_checkpoints
 if TYPE_CHECKING:
     from transformers import Trainer as TrainerBase
 else:
-    TrainerBase = object  # mixed into trainers
+    TrainerBase = object  # mixed into trainers at runtime
 
 
 class CompleteCheckpointsMixin(TrainerBase):
-    """For any `transformers.Trainer`: the Trainer's state is written when every process has written all else, and
-    `train(resume_from_checkpoint=True)` takes the newest checkpoint that has it."""
+    """Mixin for any `transformers.Trainer`: the trainer state is written after every process has written all other
+    files, and `train(resume_from_checkpoint=True)` uses the newest checkpoint that contains it."""
 
-    _checkpoint_limit: int | None = None  # args.save_total_limit, while a training runs
+    _checkpoint_limit: int | None = None  # args.save_total_limit during training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
-        """Train; `resume_from_checkpoint` is a folder, or True for the last complete one in `args.output_dir`.
+        """Train. `resume_from_checkpoint` is a folder, or True for the last complete checkpoint in `args.output_dir`.
 
         Raises:
-            ValueError: the checkpoint is damaged, or lacks a part of the training's state (the message names it).
+            ValueError: the checkpoint is damaged, or a part of the training state is missing (the message names it).
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(
-                    f"resume_from_checkpoint is True, but {self.args.output_dir} holds no complete checkpoint. "
-                    f"Leave it out to begin anew."
+                    f"resume_from_checkpoint is True, but {self.args.output_dir} contains no complete checkpoint. "
+                    f"Leave it out to start a new training."
                 )
         if resume_from_checkpoint:
-            check_resumable(self, resume_from_checkpoint, self._own_state_files(str(resume_from_checkpoint)))
-        # Which checkpoints are given up is decided here: the Trainer would take folders of the user's.
+            check_resumable(self, resume_from_checkpoint, self._extra_state_files(str(resume_from_checkpoint)))
+        # Old checkpoints are removed by this class: the Trainer would also remove folders of the user.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         self._checkpoint_limit = limit if limit and limit > 0 else None
         try:
@@ -56,13 +56,13 @@ class CompleteCheckpointsMixin(TrainerBase):
             self.args.save_total_limit, self._checkpoint_limit = limit, None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As ever; `training_args.bin` has the user's `save_total_limit`."""
-        hidden = self.args.save_total_limit
-        self.args.save_total_limit = hidden if self._checkpoint_limit is None else self._checkpoint_limit
+        """Save as usual, with the user's `save_total_limit` in `training_args.bin`."""
+        current = self.args.save_total_limit
+        self.args.save_total_limit = current if self._checkpoint_limit is None else self._checkpoint_limit
         try:
             super()._save(output_dir, state_dict)
         finally:
-            self.args.save_total_limit = hidden
+            self.args.save_total_limit = current
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -73,8 +73,8 @@ class CompleteCheckpointsMixin(TrainerBase):
         if self._checkpoint_limit is not None and self.args.should_save:
             remove_checkpoints(str(self.args.output_dir), self._checkpoint_limit, kept)
 
-    def _own_state_files(self, checkpoint: str) -> list[str]:
-        """Names of what this trainer has written into a checkpoint beside transformers' files."""
+    def _extra_state_files(self, checkpoint: str) -> list[str]:
+        """Return the names of the files that this trainer adds to the files of transformers in a checkpoint."""
         return []
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -88,31 +88,31 @@ class CompleteCheckpointsMixin(TrainerBase):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # after it the first process writes the state
+        self.accelerator.wait_for_everyone()  # afterwards the main process writes the trainer state
 
 
 def load_into_shards(model: Any, directory: str | os.PathLike) -> bool:
-    """Load a checkpoint's weights into a model that FSDP2 has sharded, in all processes, one tensor after another.
+    """Load a checkpoint's weights into a model that FSDP2 has sharded, in all processes, one tensor at a time.
 
-    accelerate's own way stumbles over embeddings that several modules share, wrapped by PEFT or not.
+    accelerate cannot load embeddings that several modules share, wrapped by PEFT or not.
 
     Returns:
-        Whether anything was loaded: not where FSDP2 is not in use, nor where the checkpoint holds no whole weights
+        Whether weights were loaded: False if FSDP2 is not in use, or if the checkpoint contains no full weights
         (`SHARDED_STATE_DICT`).
 
     Raises:
-        ValueError: the checkpoint holds a weight that the model has not.
+        ValueError: the checkpoint contains a weight that the model does not have.
     """
     if not isinstance(model, FSDPModule):
         return False
     sharded, adapted = cast(nn.Module, model), isinstance(model, PeftModel)
-    own = get_peft_model_state_dict(model) if adapted else sharded.state_dict()  # views of the parameters
+    state = get_peft_model_state_dict(model) if adapted else sharded.state_dict()  # views of the parameters
     files = sorted(Path(directory).glob("adapter_model*.safetensors" if adapted else "model*.safetensors"))
     for file in files:
         with safe_open(file, "pt") as saved:
             names = list(saved.keys())
-            if strangers := [name for name in names if name not in own]:
-                raise ValueError(f"{file} holds {strangers[0]!r}, which the model has not.")
+            if unknown := [name for name in names if name not in state]:
+                raise ValueError(f"{file} contains {unknown[0]!r}, which the model does not have.")
             for name in names:
-                copy_whole(saved.get_tensor(name), own[name])
+                copy_whole(saved.get_tensor(name), state[name])
     return bool(files)

@@ -1,8 +1,8 @@
-"""Training stops where something is no longer finite, and says at which step and what it was first.
+"""Stops training when a value is not finite, and names the step and the part where this happened first.
 
-Every step leaves marks on its device, for which nothing waits. They are read when a log line is due, before an
-evaluation or a checkpoint, at the end, and every `CHECK_EVERY` steps. Before a checkpoint is written, weights and the
-optimizer's state are looked at themselves, so that no checkpoint holds NaN.
+Every step records flags on its device without synchronizing. They are read before a log line, an evaluation or a
+checkpoint, at the end, and every `CHECK_EVERY` steps. Before a checkpoint is written, the weights and the optimizer's
+state are checked too, so that no checkpoint contains NaN.
 """
 
 from __future__ import annotations
@@ -25,27 +25,25 @@ from .group import Group
 
 HEADS_FILE = "flow_heads.safetensors"
 CHECK_EVERY = 50  # steps without a log line
-FP16_PATIENCE = 50  # steps one after the other; the loss scale of fp16 needs up to 32 to come down from 2^16
+FP16_PATIENCE = 50  # consecutive steps; the loss scale of fp16 needs up to 32 to decrease from 2^16
 LOSS, GRADIENT = "the loss", "the gradient"
 REMEDIES = {
-    "the reward": "Look at the reward functions.",
-    "the reference model": "Look at ref_model: its weights, and whether its numbers overflow in its dtype.",
+    "the reward": "Check the reward functions.",
+    "the reference model": "Check ref_model: its weights, and whether its activations overflow in its dtype.",
     "the policy's score": "Lower learning_rate, lengthen the warm-up, or train in bf16 or float32.",
     "the flow head": "Lower log_z_learning_rate, or max_grad_norm.",
     GRADIENT: "Lower learning_rate or max_grad_norm, lengthen the warm-up, or train in bf16 or float32.",
 }
-REMEDY = (
-    "Lower learning_rate, lengthen the warm-up, or choose an option of the loss that bounds it (huber_delta, say)."
-)
+REMEDY = "Lower learning_rate, lengthen the warm-up, or use an option that bounds the loss (for example huber_delta)."
 
 
 class FirstSteps:
-    """The first step at which each part was not finite, kept on the device.
+    """The first step at which each part was not finite, stored on the device.
 
     Args:
-        device: of the training.
-        start: steps that were done before.
-        forgives: a step that is finite makes up for those before it (fp16, whose loss scaler skips steps by design).
+        device: the device of the training.
+        start: number of steps done before.
+        forgives: a finite step resets the earlier ones (fp16, whose loss scaler skips steps by design).
     """
 
     def __init__(self, device: torch.device, start: int, forgives: bool):
@@ -55,7 +53,7 @@ class FirstSteps:
 
     @torch.no_grad()
     def note(self, step: int, parts: Mapping[str, Tensor]) -> None:
-        """Look at the parts of step number `step`: tensors, in the order in which one follows from the other."""
+        """Record the parts of a step: tensors in the order in which they are computed from each other."""
         names = tuple(parts)
         sums = torch.stack([local_shard(value).detach().float().sum().to(self.device) for value in parts.values()])
         never = torch.full_like(sums, math.inf)
@@ -65,21 +63,22 @@ class FirstSteps:
         )
 
     def earliest(self, step: int) -> tuple[float, int, str] | None:
-        """The step, the place in the order, and the name of what was not finite first; waits for the device.
+        """Return the step, the position in the order, and the name of the first part that was not finite.
 
-        Under fp16 only what was not finite for `FP16_PATIENCE` steps, or a loss that never was.
+        This waits for the device. Under fp16, a part counts if it was not finite for `FP16_PATIENCE` steps, or if it
+        is a loss that never was finite.
         """
         self.read_at = step
         entries = [pair for names, first in self._first.items() for pair in zip(names, first.tolist(), strict=True)]
-        found = [(first, place, name) for place, (name, first) in enumerate(entries) if first < math.inf]
+        nonfinite = [(first, index, name) for index, (name, first) in enumerate(entries) if first < math.inf]
         if self.forgives:
-            never = [entry for entry in found if entry[0] == self.start + 1 and entry[2] != GRADIENT]
-            found = [entry for entry in found if step - entry[0] + 1 >= FP16_PATIENCE] or never
-        return min(found, default=None)
+            never = [entry for entry in nonfinite if entry[0] == self.start + 1 and entry[2] != GRADIENT]
+            nonfinite = [entry for entry in nonfinite if step - entry[0] + 1 >= FP16_PATIENCE] or never
+        return min(nonfinite, default=None)
 
 
 class FiniteMixin(TrainerBase):
-    """For any `transformers.Trainer`: NaN and infinity end the training with `NonFiniteError`, on all processes."""
+    """Mixin for any `transformers.Trainer`: NaN or infinity stops the training on all processes (`NonFiniteError`)."""
 
     model: nn.Module
     _first_steps: FirstSteps | None = None
@@ -98,12 +97,10 @@ class FiniteMixin(TrainerBase):
             self.check_steps()
         try:
             loss = super().training_step(*args, **kwargs)
-        except NonFiniteError:
-            raise
-        except Exception as error:  # what computes with NaN can fail in any way
-            if (weight := find_nonfinite_weight(self.model)) is not None:
-                raise NonFiniteError(_stopped(step + 1, f"the weight {weight!r}", REMEDY)) from error
-            raise
+        except Exception as error:  # computing with NaN can fail in any way
+            if isinstance(error, NonFiniteError) or (weight := find_nonfinite_weight(self.model)) is None:
+                raise
+            raise NonFiniteError(_stopped(step + 1, f"the weight {weight!r}", REMEDY)) from error
         self.note({LOSS: loss})
         return loss
 
@@ -114,33 +111,33 @@ class FiniteMixin(TrainerBase):
         return norm
 
     def note(self, parts: Mapping[str, Tensor]) -> None:
-        """Look at parts of the present step, in the order in which one follows from the other; never waits."""
+        """Record parts of the current step, in the order in which they are computed; does not wait for the device."""
         if self._first_steps is not None:
             self._first_steps.note(self.state.global_step + 1, parts)
 
     def check_steps(self) -> None:
-        """Stop where a step was not finite; all processes must call it.
+        """Raise an error if a step was not finite. All processes must call this method.
 
         Raises:
             NonFiniteError: names the first such step, the part, and the remedy.
         """
         if self._first_steps is None:
             return
-        found = self._first_steps.earliest(self.state.global_step)
+        earliest = self._first_steps.earliest(self.state.global_step)
         if self.args.world_size > 1:
-            mine = torch.tensor([math.inf if found is None else found[0]], device=self.args.device)
-            steps: Any = self.accelerator.gather(mine)
+            first = torch.tensor([math.inf if earliest is None else earliest[0]], device=self.args.device)
+            steps: Any = self.accelerator.gather(first)
             if bool(torch.isinf(steps).all()):
                 return
-            found = min(entry for entry in gather_object([found]) if entry is not None)
-        if found is not None:
-            step, _, part = found
+            earliest = min(entry for entry in gather_object([earliest]) if entry is not None)
+        if earliest is not None:
+            step, _, part = earliest
             weight = nonfinite_weight(self, self.model)
-            by_now = f" By now its weight {weight!r} is not finite either." if weight else ""
+            by_now = f" By now the model's weight {weight!r} is not finite either." if weight else ""
             raise NonFiniteError(_stopped(int(step), part, REMEDIES.get(part, REMEDY)) + by_now)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs or "train_loss" in logs:  # what all processes log
+        if "loss" in logs or "train_loss" in logs:  # logged by all processes
             self.check_steps()
         super().log(logs, start_time)
 
@@ -150,36 +147,36 @@ class FiniteMixin(TrainerBase):
         return super().evaluation_loop(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if _internal_call:  # a checkpoint, of all processes; a user may call from the first one only
+        if _internal_call:  # all processes write a checkpoint; a user may call this on the main process only
             self.check_steps()
-        self.check_weights("The model was not saved")
+        if (weight := nonfinite_weight(self, self.model)) is not None:
+            raise NonFiniteError(
+                f"The model was not saved: its weight {weight!r} contains NaN or infinity. Resume from the last "
+                f"checkpoint with a lower learning_rate."
+            )
         if _internal_call and not self.args.save_only_model:
             self._check_optimizer("The checkpoint was not written")
         super().save_model(output_dir, _internal_call)
 
     # ------------------------------------------------------------------------------------------- weights and state
-    def check_weights(self, consequence: str) -> None:
-        """Refuse to go on with weights that are not finite; all processes of a sharded model must call it."""
-        if (weight := nonfinite_weight(self, self.model)) is not None:
-            remedy = "Go on from the last checkpoint with a lower learning_rate."
-            raise NonFiniteError(f"{consequence}: its weight {weight!r} holds NaN or infinity. {remedy}")
-
     def models_of_step(self) -> dict[str, nn.Module]:
-        """All models that a step computes with, by what errors call them."""
+        """Return all models that a step uses, under their names in error messages."""
         return {f"The checkpoint {self._resumed_from}" if self._resumed_from else describe(self.model): self.model}
 
     def check_start(self) -> None:
-        """Refuse weights that are not finite, and such a state of an optimizer that a checkpoint has brought; all
-        processes must call it."""
+        """Raise an error if a weight, or the optimizer's state in a resumed training, is not finite.
+
+        All processes must call this method.
+        """
         for source, model in self.models_of_step().items():
             if (weight := nonfinite_weight(self, model)) is not None:
                 file = f" ({HEADS_FILE})" if is_head(weight) and self._resumed_from else ""
                 raise NonFiniteError(
                     f"{source}{file} has NaN or infinity in its weight {weight!r}: its training diverged, or its "
-                    f"files are damaged. Begin with an earlier checkpoint."
+                    f"files are damaged. Start from an earlier checkpoint."
                 )
         if self._resumed_from:
-            self._check_optimizer(f"The checkpoint {self._resumed_from} cannot be resumed from")
+            self._check_optimizer(f"The checkpoint {self._resumed_from} cannot be resumed")
 
     def _check_optimizer(self, consequence: str) -> None:
         name = find_nonfinite(self._optimizer_state())
@@ -187,7 +184,7 @@ class FiniteMixin(TrainerBase):
             name = first_of(gather_object([name]))
         if name is not None:
             raise NonFiniteError(
-                f"{consequence}: the optimizer's state holds NaN or infinity, {name}. Begin with an earlier "
+                f"{consequence}: the optimizer's state contains NaN or infinity, {name}. Start from an earlier "
                 f"checkpoint, with a lower learning_rate or max_grad_norm."
             )
 
@@ -195,7 +192,7 @@ class FiniteMixin(TrainerBase):
         optimizer: Any = self.optimizer
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         for number, group in enumerate(getattr(optimizer, "param_groups", ())):
-            if group.get("lr") is not None:  # Adafactor can find its own
+            if group.get("lr") is not None:  # Adafactor can choose its own rate
                 yield f"the learning rate of group {number}", torch.as_tensor(group["lr"], dtype=torch.float64)
         for parameter, state in getattr(optimizer, "state", {}).items():
             for key, value in state.items() if isinstance(state, Mapping) else ():
@@ -206,39 +203,38 @@ class FiniteMixin(TrainerBase):
 def _stopped(step: int, part: str, remedy: str) -> str:
     return (
         f"The training was stopped: at step {step} {part} was not finite (NaN or infinity). {remedy} No checkpoint "
-        f"was written since."
+        f"has been written since then."
     )
 
 
 def is_split(model: nn.Module) -> bool:
-    """Whether each process holds a part of the model's weights (FSDP2, ZeRO-3)."""
+    """Return whether each process holds a part of the model's weights (FSDP2, ZeRO-3)."""
     return isinstance(model, FSDPModule) or any(hasattr(parameter, "ds_tensor") for parameter in model.parameters())
 
 
 def first_of(names: list[str | None]) -> str | None:
-    """The first that is not None."""
+    """Return the first name that is not None."""
     return next((name for name in names if name is not None), None)
 
 
 def nonfinite_weight(trainer: Any, model: nn.Module) -> str | None:
-    """The first weight of a trainer's model that is not finite, the same on all processes, or None."""
+    """Return the first weight that is not finite in a trainer's model, the same on all processes, or None."""
     split = is_split(model)
     if trainer.is_fsdp_enabled and not split:
-        return None  # the first process alone may have loaded it; looked at when it is in parts
+        return None  # perhaps loaded on the main process only; checked again after sharding
     name = find_nonfinite_weight(model)
     return first_of(gather_object([name])) if split else name
 
 
 def group_parts(group: Group) -> dict[str, Tensor]:
-    """What a step of tree policies consists of, in the order in which one follows from the other."""
+    """Return the tensors of a step to check, in the order in which they are computed."""
     scores, rewards = group.all_scores, group.rewards
-    found = {
+    prior = None if rewards is None else rewards.log_prior
+    parts = {
         "the reward": None if rewards is None else rewards.rewards,
-        "the reference model": scores.ref_log_probs
-        if rewards is None or rewards.log_prior is None
-        else rewards.log_prior,
+        "the reference model": scores.ref_log_probs if prior is None else prior,
         "the policy's score": scores.log_probs,
         "the flow head": scores.log_z if scores.log_flows is None else scores.log_flows,
     }
-    parts = {name: values for name, values in found.items() if values is not None}
-    return parts | {f"the loss {name!r}": value for name, value in group.losses.items()}
+    parts |= {f"the loss {name!r}": value for name, value in group.losses.items()}
+    return {name: values for name, values in parts.items() if values is not None}

@@ -1,4 +1,4 @@
-"""What a trainer is made of, given by its parts or by the folder of a saved recommender."""
+"""The parts of a trainer (model, tokenizer, catalog, encoder), from arguments or from the folder of a recommender."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from .tree_policy_config import TreePolicyConfig
 
 
 def model_kwargs(args: TreePolicyConfig) -> dict[str, Any]:
-    """`model_init_kwargs`, empty where there are none."""
+    """Return `model_init_kwargs`, or an empty dictionary."""
     return args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
 
 
-def kwargs_of_base(args: TreePolicyConfig) -> dict[str, Any]:
-    """Where the base of adapters is found when they are loaded again, and whether its own code may run."""
+def base_model_kwargs(args: TreePolicyConfig) -> dict[str, Any]:
+    """Return the `model_init_kwargs` that are also needed to load the base model of saved adapters."""
     kept = ("trust_remote_code", "cache_dir", "token", "local_files_only")
     return {key: value for key, value in model_kwargs(args).items() if key in kept}
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A model and what belongs to it; what was not given is that of the model's folder, where it has one."""
+    """A model with its tokenizer, catalog and encoder. Parts that are not given come from the model's folder."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -55,28 +55,27 @@ class Parts:
         item_titles: Mapping[Item, str] | None,
         item_counts: Tensor | None,
     ) -> Parts:
-        """From a trainer's arguments; a name or folder is loaded.
+        """Resolve the parts from a trainer's arguments. A name or folder is loaded.
 
         Raises:
-            ValueError: arguments that contradict each other, or lack where there is no folder; a title that is not
-                text.
+            ValueError: arguments contradict each other or are missing, or a title is not text.
         """
         if isinstance(model, str):
-            given = model_kwargs(args)
-            where = {key: given[key] for key in (*WHERE, "trust_remote_code") if key in given and key != "subfolder"}
+            kwargs = model_kwargs(args)
+            where = {key: kwargs[key] for key in (*WHERE, "trust_remote_code") if key in kwargs and key != "subfolder"}
             tokenizer = tokenizer or load_tokenizer(model, **where)
             catalog = catalog or ItemCatalog.from_pretrained(model)
             if encoder is None:
                 encoder = read_encoder(model, catalog, tokenizer)
                 encoder.max_history_items = args.max_history_items or encoder.max_history_items
-            known = folder_details(model, catalog)
-            item_titles = known.get("titles") if item_titles is None else item_titles
-            item_counts = known.get("item_counts") if item_counts is None else item_counts
-            model = load_backbone(model, **model_kwargs(args))
+            details = folder_details(model, catalog)
+            item_titles = details.get("titles") if item_titles is None else item_titles
+            item_counts = details.get("item_counts") if item_counts is None else item_counts
+            model = load_backbone(model, **kwargs)
         elif args.model_init_kwargs:
-            raise ValueError("model_init_kwargs was given, but the model is built already; pass its name or folder.")
+            raise ValueError("model_init_kwargs was given, but the model is already loaded. Pass its name or folder.")
         if tokenizer is None or catalog is None:
-            raise ValueError("processing_class and catalog are needed where the model is not given by its folder.")
+            raise ValueError("processing_class and catalog are needed unless model is the folder of a recommender.")
         catalog.check_tokenizer(tokenizer)
         if encoder is None:
             encoder = PromptEncoder(catalog, tokenizer, args.max_history_items or 20)
@@ -85,10 +84,10 @@ class Parts:
 
 
 def folder_details(directory: str, catalog: ItemCatalog) -> dict[str, Any]:
-    """`titles` and `item_counts` of a folder, those that it has; none where its catalog lists other items.
+    """Return the `titles` and `item_counts` stored in a folder; nothing if its catalog has other items.
 
     Raises:
-        ValueError: the folder's files are of different numbers of items.
+        ValueError: the folder's files have different numbers of items.
     """
     file = Path(directory, CATALOG_FILE)
     if not file.is_file() or read_json(file)["items"] != catalog.items:

@@ -14,7 +14,7 @@ from .tree_policy_config import TreePolicyConfig, listed, option
 @dataclass
 class GFlowNetConfig(TreePolicyConfig):
     r"""
-    Configuration of [`GFlowNetTrainer`]: what it has beside [`TreePolicyConfig`], and one other default.
+    Configuration of [`GFlowNetTrainer`]: [`TreePolicyConfig`] with the following fields and another default loss.
 
     Parameters:
         > Parameters that control the loss
@@ -22,43 +22,43 @@ class GFlowNetConfig(TreePolicyConfig):
         loss_type (`str` or `list[str]`, *optional*, defaults to `["vargrad"]`):
             One or more of `vargrad`, `contrastive_balance`, `trajectory_balance`, `detailed_balance`,
             `subtrajectory_balance`, `exact_flow`, `sft`, `prefix_pointwise`, `prefix_pairwise` (APAO's, arXiv
-            2603.02730), for comparison `msl`, `sdpo`, `grpo`, and what `gflowtrl.losses.register_loss` added.
+            2603.02730), the baselines `msl`, `sdpo`, `grpo`, and losses added by `gflowtrl.losses.register_loss`.
             GFlowGR's full loss is `["sft", "trajectory_balance"]` (or `"detailed_balance"`) with
             `loss_weights=[1.0, lambda]`.
         trajectory_weighting (`str`, *optional*):
             Weights of a prompt's trajectories in the balance losses (the "heuristic weighting" of GFlowGR's abstract),
-            of mean 1 within the prompt: `"source"`, by `source_weights`; `"reward"`, in proportion to R. All are
-            positive, so a policy that can reach R / Z still ends there; what changes is the speed, and the compromise
-            of a policy that cannot (docs/objectives.md).
+            with mean 1 within the prompt: `"source"` uses `source_weights`; `"reward"` is proportional to R. All
+            weights are positive, so a policy that can represent R / Z still converges to it; the weights change the
+            speed, and the compromise of a policy that cannot represent it (docs/objectives.md).
         source_weights (`dict[str, float]`, *optional*):
-            Under `trajectory_weighting="source"` the weight of each of the sampler's sources, > 0; 1 for those that
-            are not named.
+            Weight of each of the sampler's sources for `trajectory_weighting="source"`, > 0. Sources that are not
+            named have weight 1.
 
         > Parameters that control the reward
 
         reward_weights (`list[float]`, *optional*):
-            A weight for each reward function; 1 each by default.
+            A weight for each reward function. By default all weights are 1.
         reward_transform (`str`, *optional*, defaults to `"power"`):
             `"power"`: log R = beta * log max(r, floor), r >= 0. `"exp"`: log R = beta * r, any sign.
         reward_beta (`float`, *optional*, defaults to `1.0`):
-            The exponent or inverse temperature beta. Larger is greedier.
+            The exponent or inverse temperature beta. Larger values make the policy greedier.
         reward_floor (`float`, *optional*, defaults to `1e-3`):
-            Least reward under `"power"`, as a share of the prompt's mean reward.
+            Minimum reward under `"power"`, as a fraction of the prompt's mean reward.
         leaf_reduction (`str`, *optional*, defaults to `"sum"`):
-            A leaf's reward from the rewards of its items: `"sum"` or `"max"`.
+            How a leaf's reward is computed from the rewards of its items: `"sum"` or `"max"`.
         max_exact_elements (`int`, *optional*, defaults to `50_000_000`):
-            Largest table, prompts x leaves, of one micro-batch. Where a micro-batch needs a larger one, `exact_flow`
-            falls back to the `exact_top_items` best leaves of each prompt; other losses then score the drawn
-            trajectories only, and `reward_floor` refers to the group's mean.
+            Maximum size (prompts x leaves) of the reward table of a micro-batch. If a micro-batch needs a larger one,
+            `exact_flow` falls back to the `exact_top_items` best leaves of each prompt; other losses then score only
+            the drawn trajectories, and `reward_floor` refers to the group's mean.
         exact_top_items (`int`, *optional*, defaults to `1000`):
-            How many leaves of each prompt keep their own reward in that fallback; the others share the rest of the
-            mass evenly, so that Z stays what it is.
+            Number of leaves per prompt that keep their own reward in this fallback. The others share the rest of the
+            mass evenly, so that Z does not change.
 
         > Parameters that control the reference model
 
         ref_weight (`float`, *optional*, defaults to `0.0`):
-            Exponent a of the reference model in the target pi_ref^a * R: log R + a log pi_ref(leaf) takes the place of
-            log R in every balance loss. 0: no reference model.
+            Exponent a of the reference model in the target pi_ref^a * R: every balance loss uses
+            log R + a log pi_ref(leaf) instead of log R. 0: no reference model.
     """
 
     # Parameters that control the loss
@@ -71,17 +71,17 @@ class GFlowNetConfig(TreePolicyConfig):
         None, "Weights of a prompt's trajectories in balance losses.", ["source", "reward"]
     )
     source_weights: dict[str, Any] | str | None = option(
-        None, "Weight of each source of the sampler, 1 where none is given."
+        None, "Weight of each of the sampler's sources; 1 for sources that are not named."
     )
 
     # Parameters that control the reward
     reward_weights: list[float] | None = option(None, "A weight for each reward function.")
-    reward_transform: str = option("power", "From combined reward to log R.", ["power", "exp"])
+    reward_transform: str = option("power", "Transform from the combined reward to log R.", ["power", "exp"])
     reward_beta: float = option(1.0, "Exponent (power) or inverse temperature (exp) of R.")
-    reward_floor: float = option(1e-3, "Least reward under `power`, as a share of the prompt's mean reward.")
-    leaf_reduction: str = option("sum", "A leaf's reward from its items' rewards.", ["sum", "max"])
-    max_exact_elements: int = option(50_000_000, "Largest table of rewards, prompts x leaves, of a micro-batch.")
-    exact_top_items: int = option(1000, "Leaves with a reward of their own where that table would be too large.")
+    reward_floor: float = option(1e-3, "Minimum reward under `power`, as a fraction of the prompt's mean reward.")
+    leaf_reduction: str = option("sum", "How the rewards of a leaf's items are combined.", ["sum", "max"])
+    max_exact_elements: int = option(50_000_000, "Maximum size (prompts x leaves) of a micro-batch's reward table.")
+    exact_top_items: int = option(1000, "Leaves per prompt that keep their own reward if that table is too large.")
 
     # Parameters that control the reference model
     ref_weight: float = option(0.0, "Exponent of the reference model in the target.")
@@ -105,23 +105,23 @@ class GFlowNetConfig(TreePolicyConfig):
 
     @property
     def weight_per_source(self) -> dict[str, float]:
-        """`source_weights`, empty where there are none."""
+        """Return `source_weights`, or an empty dictionary."""
         return self.source_weights if isinstance(self.source_weights, dict) else {}
 
     def _check_weighting(self) -> None:
-        """What weighs trajectories and their rewards must have something to weigh."""
-        weighed = any(loss.needs_rewards for loss in self.losses.values())
+        """Check that the weighting and the reference model have an effect on the losses."""
+        rewarded = any(loss.needs_rewards for loss in self.losses.values())
         balanced = any(loss.needs_log_rewards for loss in self.losses.values())
-        for name, used in (("trajectory_weighting", weighed), ("ref_weight", balanced)):
+        for name, used in (("trajectory_weighting", rewarded), ("ref_weight", balanced)):
             if getattr(self, name) and not used:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, but no loss of {self.loss_type} balances rewards: it would "
-                    f"change nothing. Leave it out or add a balance loss to loss_type."
+                    f"{name} is {getattr(self, name)!r}, but no loss of {self.loss_type} balances rewards, so it has "
+                    f"no effect. Leave it out or add a balance loss to loss_type."
                 )
         if (self.trajectory_weighting == "source") != bool(self.source_weights):
             raise ValueError(
-                f"trajectory_weighting is {self.trajectory_weighting!r} and source_weights {self.source_weights}; "
-                f"source_weights belong to trajectory_weighting='source', which needs them."
+                f"trajectory_weighting is {self.trajectory_weighting!r} and source_weights is {self.source_weights}; "
+                f"use trajectory_weighting='source' and source_weights together or not at all."
             )
         for name, weight in self.weight_per_source.items():
             check_number(f"The weight of source {name!r}", weight, POSITIVE)

@@ -37,25 +37,25 @@ from .weighting import source_table, weights_by_reward, weights_by_source
 
 
 class GFlowNetTrainer(TreePolicyTrainer):
-    """Fine-tunes a generative recommender so that it recommends items in proportion to their reward.
+    """Fine-tunes a generative recommender to recommend items in proportion to their reward.
 
-    For every prompt K trajectories are drawn by the sampler, rewarded, scored by the policy in one packed forward, and
-    balanced by the losses of `args.loss_type`. Derives from the base class of TRL's SFTTrainer and DPOTrainer, with
-    their argument names; **one difference**: `per_device_train_batch_size` counts prompts, not completions.
+    For every prompt, the sampler draws K trajectories, the rewards and (in one packed forward) the policy score them,
+    and the losses of `args.loss_type` balance them. Derives from the base class of TRL's SFTTrainer and DPOTrainer,
+    with their argument names. **One difference**: `per_device_train_batch_size` counts prompts, not completions.
 
     Args:
-        model: a causal language model or an encoder-decoder, or the name or folder of one.
+        model: a causal language model or an encoder-decoder, or its name or folder.
         reward_funcs: one reward or a list. Any callable with TRL's signature `(prompts, completions, completion_ids,
             **dataset_columns) -> list[float | None]`, which also gets `items`; or one of `gflowtrl.rewards`. Not
             needed for `loss_type=["sft"]`.
         args: the configuration.
-        sampler: where trajectories come from: a name (`"on_policy"`, `"reward"`, ...), a mixture
-            `{"ground_truth": 1, "on_policy": 3}`, or a `Sampler`. By default the observed target and K - 1 on policy;
-            under `exact_flow` alone, K from the reward itself.
-        ref_model: the reference model of the target pi_ref^ref_weight * R, and of the losses that compare with one
-            (`sdpo`, `grpo`), or its name or folder; never trained. Where one is asked for and none is given, it is the
-            model as it is before training: under `peft_config` the trained one with its adapters switched off, else a
-            copy.
+        sampler: source of the trajectories: a name (`"on_policy"`, `"reward"`, ...), a mixture
+            `{"ground_truth": 1, "on_policy": 3}`, or a `Sampler`. Default: the observed target and K - 1 on-policy
+            draws; for `exact_flow` alone, K draws from the reward.
+        ref_model: the reference model (or its name or folder) of the target pi_ref^ref_weight * R, and of the losses
+            that compare the policy with one (`sdpo`, `grpo`). It is never trained. Default, if a reference is needed:
+            the model before training. With `peft_config` this is the trained model with its adapters disabled,
+            otherwise a copy.
         **options: `train_dataset`, `eval_dataset`, `processing_class`, `catalog`, `peft_config`, `item_counts`,
             `item_titles`, `prompt_encoder`, `callbacks`, `optimizers`; see `TreePolicyTrainer`.
 
@@ -95,7 +95,7 @@ class GFlowNetTrainer(TreePolicyTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
-        self._given_rewards, self._given_reference = reward_funcs, ref_model
+        self._reward_funcs, self._ref_model = reward_funcs, ref_model
         args = GFlowNetConfig("gflownet-output") if args is None else args
         if not isinstance(args, GFlowNetConfig):
             raise TypeError(f"args is a {type(args).__name__}, but GFlowNetTrainer needs a GFlowNetConfig.")
@@ -111,14 +111,14 @@ class GFlowNetTrainer(TreePolicyTrainer):
         self._exact = any(loss.needs_all_rewards for loss in self.losses.values())
         self._needs_reference = any(loss.needs_reference for loss in self.losses.values())
         self.rewards: CompositeReward | None = None
-        if self._given_rewards is not None and self._given_rewards != []:
-            self.rewards = composite_reward(self._given_rewards, args, parts.catalog, parts.tokenizer)
+        if self._reward_funcs is not None and self._reward_funcs != []:
+            self.rewards = composite_reward(self._reward_funcs, args, parts.catalog, parts.tokenizer)
         elif any(loss.needs_rewards for loss in self.losses.values()):
             raise ValueError(f"loss_type {args.loss_type} needs a reward; give reward_funcs (see gflowtrl.rewards).")
         if self._exact and self.rewards is not None:
             _check_exact(self.rewards, args)
         self.reference: ReferencePrior | None = build_prior(
-            args.ref_weight, parts.catalog, self._given_reference, parts.model, adapted, self._needs_reference,
+            args.ref_weight, parts.catalog, self._ref_model, parts.model, adapted, self._needs_reference,
             **model_kwargs(args),
         )  # fmt: skip
         self.prior = self.reference if args.ref_weight else None
@@ -144,7 +144,7 @@ class GFlowNetTrainer(TreePolicyTrainer):
 
     # ---------------------------------------------------------------------------------------------------------- step
     def _reward(self, step: Step, policy: TreePolicy) -> StepReward | None:
-        """R of the step's prompts with the prior; under exact flows of every leaf, or of the best ones."""
+        """Return R of the step's prompts, including the prior. Exact flows need the prior of every leaf."""
         if self.rewards is None:
             return None
         with self._timed("reward"):
@@ -168,23 +168,20 @@ class GFlowNetTrainer(TreePolicyTrainer):
             scores = replace(scores, ref_log_probs=ref.log_probs, ref_vocabulary_log_probs=ref.vocabulary_log_probs)
         return leaves, scores
 
-    def _group(
-        self, step: Step, drawn: Trajectories, leaves: Tensor, scores: StepScores, reward: StepReward | None
-    ) -> Group:
-        group = super()._group(step, drawn, leaves, scores, reward)
+    def _score_rewards(self, group: Group) -> None:
+        reward, leaves = group.reward, group.drawn.leaves
         if reward is None:
-            return group
+            return
         with self._timed("reward"):
-            # A reward may be the policy's own likelihood, which is known now.
-            group.rewards = reward.score(drawn.leaves, group.scores.trajectory_log_probs.detach())
+            # A reward can be the policy's likelihood, which is known at this point.
+            group.rewards = reward.score(leaves, group.scores.trajectory_log_probs.detach())
             if self._exact:
-                group.log_z = reward.log_flows(torch.zeros_like(drawn.leaves[:, :1]))[:, 0]  # of the root
+                group.log_z = reward.log_flows(torch.zeros_like(leaves[:, :1]))[:, 0]  # of the root
         group.prior_weight = 0.0 if self.prior is None else self.prior.weight
         if self.args.trajectory_weighting == "source":
-            group.weights = weights_by_source(self._source_table, drawn.source)
+            group.weights = weights_by_source(self._source_table, group.drawn.source)
         elif self.args.trajectory_weighting == "reward":
             group.weights = weights_by_reward(group.rewards.log_rewards)
-        return group
 
     def _inputs(self, loss: LossSpec, group: Group) -> LossInputs:
         inputs = super()._inputs(loss, group)
@@ -200,7 +197,7 @@ class GFlowNetTrainer(TreePolicyTrainer):
 
     @torch.no_grad()
     def _observe(self, group: Group) -> None:
-        """Tell the sampler what became of its trajectories, then log."""
+        """Pass the results of the trajectories to the sampler, then log."""
         if group.rewards is not None:
             log_rewards, log_pi = group.rewards.log_rewards, group.scores.trajectory_log_probs
             feedback = Feedback(log_rewards, group.residuals(log_rewards)[1].detach(), log_pi.detach())
@@ -208,13 +205,13 @@ class GFlowNetTrainer(TreePolicyTrainer):
         super()._observe(group)
 
     def card_settings(self) -> dict[str, Any]:
-        """What the model card says about the training."""
+        """Return the training settings for the model card."""
         settings = super().card_settings()
         if self.rewards is not None:
             settings["rewards"] = ", ".join(
                 f"{w:g} x {name}" for name, w in zip(self.rewards.names, self.rewards.weights, strict=True)
             )
-            settings["trajectories"] = f"{self.num_generations} a prompt from {', '.join(self.sampler.source_names)}"
+            settings["trajectories"] = f"{self.num_generations} per prompt from {', '.join(self.sampler.source_names)}"
         if self.prior is not None:
             settings["reference model"] = f"prior to the power of {self.prior.weight:g}"
         if self.args.trajectory_weighting is not None:
@@ -223,21 +220,21 @@ class GFlowNetTrainer(TreePolicyTrainer):
 
 
 def _check_exact(rewards: CompositeReward, args: GFlowNetConfig) -> None:
-    """Every reward must score all items; where a table of all leaves is too large, say so."""
+    """Check that every reward can score all items, and warn if the table of all leaves is too large."""
     rewards.check_scores_all("exact_flow needs the reward of every leaf")
     leaves = rewards.catalog.tree.num_leaves
     table = args.per_device_train_batch_size * leaves
     if table <= args.max_exact_elements:
         return
-    where = f"{args.per_device_train_batch_size} prompts x {leaves} leaves = {table} numbers"
+    size = f"{args.per_device_train_batch_size} prompts x {leaves} leaves = {table} numbers"
     if args.ref_weight:
         raise ValueError(
-            f"exact_flow with a reference model needs its probability of every leaf, a table of {where}, but "
+            f"exact_flow with a reference model needs its probability of every leaf, a table of {size}, but "
             f"max_exact_elements is {args.max_exact_elements}. Lower per_device_train_batch_size, raise "
             f"max_exact_elements, or use loss_type='vargrad'."
         )
     warnings.warn(
-        f"exact_flow would need a table of {where}, more than max_exact_elements={args.max_exact_elements}: only "
+        f"exact_flow would need a table of {size}, more than max_exact_elements={args.max_exact_elements}: only "
         f"the exact_top_items={args.exact_top_items} best leaves of each prompt keep their own reward, and all "
         f"others share the rest of the mass evenly.",
         stacklevel=5,
@@ -245,7 +242,7 @@ def _check_exact(rewards: CompositeReward, args: GFlowNetConfig) -> None:
 
 
 def normalized(rewards: Tensor) -> Tensor:
-    """Rewards `(B, K)` as GRPO's advantages: of mean 0 and deviation 1 within a group, 0 where all are equal."""
+    """Return GRPO's advantages of rewards `(B, K)`: mean 0 and deviation 1 within a group, 0 if all are equal."""
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
 
 
@@ -255,7 +252,7 @@ def composite_reward(
     catalog: ItemCatalog,
     tokenizer: PreTrainedTokenizerBase,
 ) -> CompositeReward:
-    """R as a trainer with these arguments computes it."""
+    """Create R from a trainer's arguments."""
     exact = any(loss.needs_all_rewards for loss in args.losses.values())
     return CompositeReward(
         reward_funcs, catalog, tokenizer, args.reward_weights, args.reward_transform, args.reward_beta,

@@ -1,4 +1,4 @@
-"""What a step knows about its prompts and their trajectories, and what is logged of it."""
+"""The prompts of a step with their trajectories, scores and rewards, and the metrics that are logged."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from .weighting import effective_number
 
 @dataclass
 class Group:
-    """What one step knows about its prompts and their trajectories.
+    """The prompts of one step with their trajectories.
 
     Attributes:
         step: prompts and dataset columns.
         drawn: the sampler's K trajectories.
-        leaves: `(B, K)` those that were scored, or `(B, 1 + K)` with the observed target before them.
-        all_scores: what the policy says about `leaves`.
-        reward: R of the step's prompts, where there are rewards; the prior is part of it.
+        leaves: `(B, K)` scored leaves, or `(B, 1 + K)` with the observed target first.
+        all_scores: the policy's scores of `leaves`.
+        reward: R of the step's prompts including the prior; None without rewards.
         rewards: R of the drawn trajectories.
-        log_z: `(B,)` the true log Z(x), where a loss knows every flow.
-        weights: `(B, K)` of mean 1 within a prompt, where trajectories are weighted.
+        log_z: `(B,)` the true log Z(x); None unless a loss uses every flow.
+        weights: `(B, K)` weights of the trajectories, with mean 1 within a prompt; None if they are not weighted.
         prior_weight: exponent of the reference model in the target.
-        losses: the mean of each loss, unweighted, as soon as it is known.
+        losses: the unweighted mean of each loss computed so far.
     """
 
     step: Step
@@ -52,17 +52,17 @@ class Group:
 
     @cached_property
     def scores(self) -> StepScores:
-        """Of the drawn trajectories."""
+        """Scores of the drawn trajectories."""
         first = self.leaves.shape[1] - self.drawn.leaves.shape[1]
         return self.all_scores.of_trajectories(slice(first, None))
 
     @cached_property
     def target(self) -> StepScores:
-        """Of the observed target, where a loss needs it."""
+        """Scores of the observed target, for losses that use it."""
         return self.all_scores.of_trajectories(slice(0, 1))
 
     def residuals(self, log_rewards: Tensor) -> tuple[Tensor, Tensor]:
-        """`(B,)` the best known log Z (true, learned or VarGrad's), `(B, K)` sizes of log Z + log pi - log R."""
+        """Return the best known log Z (true, learned or VarGrad's), `(B,)`, and |log Z + log pi - log R|, `(B, K)`."""
         balance = log_rewards - self.scores.trajectory_log_probs
         log_z = self.log_z if self.log_z is not None else self.scores.log_z
         if log_z is None:
@@ -72,11 +72,10 @@ class Group:
 
 @torch.no_grad()
 def group_metrics(group: Group, sources: Sequence[str]) -> dict[str, Tensor | float]:
-    """What the log says of a group; `sources` are the sampler's."""
+    """Return the metrics of a group to log; `sources` are the names of the sampler's sources."""
     scores, leaves, source = group.scores, group.drawn.leaves, group.drawn.source
     log_pi = scores.trajectory_log_probs
-    child = scores.child_log_probs
-    entropy = -(child.exp() * child.masked_fill(child == -torch.inf, 0.0)).sum((-2, -1))
+    entropy = torch.special.entr(scores.child_log_probs.exp()).sum((-2, -1))
     ordered = leaves.sort(1).values
     metrics: dict[str, Tensor | float] = {
         "policy_entropy": entropy.mean(),
@@ -91,9 +90,9 @@ def group_metrics(group: Group, sources: Sequence[str]) -> dict[str, Tensor | fl
     metrics["reward_std"] = group.rewards.rewards.std(1, correction=0).mean()
     if len(sources) > 1:
         for index, name in enumerate(sources):
-            own = source == index
-            metrics[f"sampler/{name}/share"] = own.float().mean()
-            metrics[f"sampler/{name}/reward"] = group.rewards.rewards[own].mean()
+            drawn_by = source == index
+            metrics[f"sampler/{name}/share"] = drawn_by.float().mean()
+            metrics[f"sampler/{name}/reward"] = group.rewards.rewards[drawn_by].mean()
     if group.rewards.log_prior is not None:
         metrics["log_pi_ref"] = group.rewards.log_prior.mean() / group.prior_weight
     if group.weights is not None:
@@ -105,13 +104,13 @@ def group_metrics(group: Group, sources: Sequence[str]) -> dict[str, Tensor | fl
 def print_group(
     group: Group, catalog: ItemCatalog, sources: Sequence[str], step: int, titles: Mapping[Item, str] | None = None
 ) -> None:
-    """The first prompt's trajectories as a table, the best rewarded first, with what rewards reported by `log_extra`.
+    """Print a table of the first prompt's trajectories, highest reward first, with the rewards' `log_extra` columns.
 
     Args:
-        group: of the step.
+        group: the group of the step.
         catalog, sources: the items, and the names of the sampler's sources.
-        step: the number of steps that are done.
-        titles: of items, where they are known.
+        step: number of steps done.
+        titles: titles of items, if known.
     """
     titles = titles or {}
 
@@ -130,14 +129,13 @@ def print_group(
         table.add_column(escape(heading), overflow="fold")
     leaves, log_pi = group.drawn.leaves[0], group.scores.trajectory_log_probs[0]
     order = (log_pi if group.rewards is None else group.rewards.log_rewards[0]).argsort(descending=True, stable=True)
-    for place in order.tolist():
-        leaf, rewarded = int(leaves[place]), ["", ""]
+    for k in order.tolist():
+        leaf, rewards = int(leaves[k]), ["", ""]
         if group.rewards is not None:
-            rewarded = [f"{group.rewards.log_rewards[0, place]:.3f}", f"{group.rewards.rewards[0, place]:.4g}"]
-        reported = [escape(str(values[place])) if place < len(values) else "" for values in extra.values()]
+            rewards = [f"{group.rewards.log_rewards[0, k]:.3f}", f"{group.rewards.rewards[0, k]:.4g}"]
         table.add_row(
-            ", ".join(map(named, catalog.items_of(leaf))), catalog.leaf_text(leaf),
-            f"{log_pi[place].exp():.3g}", f"{log_pi[place]:.3f}", *rewarded,
-            sources[int(group.drawn.source[0, place])], *reported,
+            ", ".join(map(named, catalog.items_of(leaf))), catalog.leaf_text(leaf), f"{log_pi[k].exp():.3g}",
+            f"{log_pi[k]:.3f}", *rewards, sources[int(group.drawn.source[0, k])],
+            *(escape(str(values[k])) if k < len(values) else "" for values in extra.values()),
         )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 160).print(table)

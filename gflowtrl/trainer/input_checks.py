@@ -1,6 +1,8 @@
-"""What is checked before any training time is spent."""
+"""Checks of models, encoders and datasets before training starts."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from datasets import Dataset
@@ -13,16 +15,29 @@ from gflowtrl.data import PromptEncoder, check_column_names
 from gflowtrl.policy import check_causal, check_positions
 from gflowtrl.policy.loading import check_embedded
 
+from .folder import Parts
+
 
 REQUIRED_COLUMNS = ("row_id", "history", "target")
 
 
+def check_inputs(
+    parts: Parts, max_history_items: int | None, datasets: Iterable[Dataset | None], new_adapters: bool
+) -> None:
+    """Run all checks of this module on a trainer's inputs."""
+    check_model(parts.model, parts.catalog)
+    check_trainable(parts.model, new_adapters)
+    check_encoder(parts.encoder, parts.catalog, parts.model, max_history_items)
+    for dataset in datasets:
+        check_rows(dataset, parts.catalog)
+
+
 def check_model(model: PreTrainedModel, catalog: ItemCatalog) -> None:
-    """The model must write tokens, know every token of the catalog, and be one that is exact as a policy."""
+    """Check that the model has an output layer, embeds every token of the catalog, and can be scored exactly."""
     if model.get_output_embeddings() is None:
         raise ValueError(
-            f"{type(model).__name__} has no output layer over tokens; this trainer takes language models: causal ones "
-            f"(AutoModelForCausalLM) or encoder-decoders (AutoModelForSeq2SeqLM)."
+            f"{type(model).__name__} has no output layer over tokens. Use a language model: a causal one "
+            f"(AutoModelForCausalLM) or an encoder-decoder (AutoModelForSeq2SeqLM)."
         )
     if not model.config.is_encoder_decoder:
         check_causal(model)
@@ -30,12 +45,12 @@ def check_model(model: PreTrainedModel, catalog: ItemCatalog) -> None:
 
 
 def check_trainable(model: PreTrainedModel, new_adapters: bool) -> None:
-    """Adapters that lie on a model without being merged are frozen, and lost where new ones are put in their place."""
+    """Raise an error for unmerged adapters, which are frozen, and would be lost when new adapters are added."""
     trainable = any(parameter.requires_grad for parameter in model.parameters())
     if carries_adapters(model) and (new_adapters or not trainable):
         raise ValueError(
-            f"{type(model).__name__} carries adapters that are not merged into it, so that it cannot be trained on. "
-            f"Give the folder of adapters as the model, without a quantization_config: they are merged then."
+            f"{type(model).__name__} has adapters that are not merged, so it cannot be trained. Pass the folder of "
+            f"the adapters as the model, without a quantization_config; then they are merged."
         )
 
 
@@ -45,21 +60,20 @@ def check_encoder(
     model: PreTrainedModel,
     max_history_items: int | None = None,
 ) -> None:
-    """The encoder must be of these items, and cut histories as the configuration says (where it does) and to what the
-    model has positions for."""
+    """Check that the encoder has the same items and history length, and that the model has enough positions."""
     if max_history_items not in (None, encoder.max_history_items):
         raise ValueError(
-            f"max_history_items is {max_history_items}, but the prompt_encoder was made with "
-            f"{encoder.max_history_items}. Leave it out of the configuration, or make the encoder with it."
+            f"max_history_items is {max_history_items}, but the prompt_encoder was created with "
+            f"{encoder.max_history_items}. Leave it out of the configuration, or create the encoder with it."
         )
     if encoder.catalog.items != catalog.items:
-        raise ValueError("The prompt_encoder was made of another catalog than the trainer's.")
+        raise ValueError("The prompt_encoder has another catalog than the trainer. Create it with the same catalog.")
     check_embedded(model, encoder.largest_token, "The prompts use")
     check_positions(model, encoder.max_length, catalog.tree.max_depth, encoder.max_history_items)
 
 
 def check_rows(rows: Dataset | None, catalog: ItemCatalog) -> None:
-    """Rows must have their columns, no empty history, no unknown item, and ids that tell them apart."""
+    """Check the columns of a dataset, and that row ids are unique, histories are not empty and all items are known."""
     if rows is None:
         return
     if not isinstance(rows, Dataset):
@@ -68,32 +82,32 @@ def check_rows(rows: Dataset | None, catalog: ItemCatalog) -> None:
     if missing:
         raise ValueError(
             f"The dataset has no column {', '.join(missing)} (it has {', '.join(rows.column_names)}). "
-            f"gflowtrl.data.leave_one_out makes such rows."
+            f"gflowtrl.data.leave_one_out creates such rows."
         )
     check_column_names(rows.column_names)
     if not len(rows):
         raise ValueError("The dataset has no rows.")
-    known, met = set(catalog.items), set()
+    known, seen = set(catalog.items), set()
     for row_id, history, target in zip(rows["row_id"], rows["history"], rows["target"], strict=True):
         if not isinstance(row_id, int):
-            raise TypeError(f"The row_id {row_id!r} is no integer; number the rows.")
-        if row_id in met:
+            raise TypeError(f"The row_id {row_id!r} is not an integer; number the rows.")
+        if row_id in seen:
             raise ValueError(
-                f"Two rows share the row_id {row_id}; each needs its own, because its random numbers follow from it."
+                f"Two rows have the row_id {row_id}. Make row ids unique: the random numbers of a row follow from it."
             )
-        met.add(row_id)
+        seen.add(row_id)
         if not history:
-            raise ValueError(f"Row {row_id} has an empty history; leave rows without one out.")
+            raise ValueError(f"Row {row_id} has an empty history; leave out rows without a history.")
         if target not in known or not known.issuperset(history):
-            stranger = next(item for item in [target, *history] if item not in known)
+            unknown = next(item for item in [target, *history] if item not in known)
             raise ValueError(
-                f"Row {row_id} holds item {stranger!r}, which is not in the catalog of {len(catalog)} items. "
+                f"Row {row_id} contains item {unknown!r}, which is not in the catalog of {len(catalog)} items. "
                 f"Leave it out of the data or give it a semantic id."
             )
 
 
 def item_counts_of(rows: Dataset | None, catalog: ItemCatalog) -> Tensor:
-    """How often each item is a training target: `(items,)`; ones without training rows."""
+    """Return how often each item is a training target, `(items,)`; all ones without training rows."""
     if rows is None:
         return torch.ones(len(catalog), dtype=torch.long)
     return torch.bincount(catalog.index_of(rows["target"]), minlength=len(catalog))

@@ -1,4 +1,4 @@
-"""The README.md of a saved model: what it is, how it was trained, on what, and what it reaches."""
+"""The model card (README.md) of a saved model: architecture, training settings, data and evaluation results."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 LIBRARY = "gflowtrl"
-SHOWN = ("recall", "ndcg", "coverage")  # of all metrics, what a card has room for
+SHOWN_METRICS = ("recall", "ndcg", "coverage")
 LICENSE_FIELDS = ("license", "license_name", "license_link")
-#: By kind of method: a tag, and the paper.
+#: Tag and paper of each method.
 PAPERS = {
     "balance": (
         "gflownet",
@@ -35,18 +35,18 @@ PAPERS = {
         "[arXiv 2603.02730](https://arxiv.org/abs/2603.02730)",
     ),
 }
-_SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots")  # where the Hub's cache keeps a model
+_SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots")  # a model's folder in the cache of the Hub
 _TEMPLATE = Path(__file__).with_name("model_card.jinja")
 
 
 @dataclass
 class BaseModel:
-    """What training began from.
+    """The model that training started from.
 
     Attributes:
-        name: what it is called: on the Hub, or its folder.
-        on_hub: whether that is a name on the Hub.
-        license: the fields of its card's front matter that tell the license; empty where it has none.
+        name: its name on the Hub, or the name of its folder.
+        on_hub: whether `name` is a name on the Hub.
+        license: the license fields of its card's front matter; empty if it has none.
     """
 
     name: str
@@ -56,19 +56,19 @@ class BaseModel:
 
 @dataclass
 class CardFacts:
-    """All that a model card says, as JSON-able values.
+    """The contents of a model card, as JSON-serializable values.
 
     Attributes:
-        name: of this model.
-        architecture, auto_class: its class, and the one of transformers that loads it.
+        name: the model's name.
+        architecture, auto_class: the model's class, and the auto class of transformers that loads it.
         trainer: the trainer's class.
-        items, depth, example: of the catalog: how many, tokens of the longest id, an item.
+        items, depth, example: the catalog's number of items, tokens of its longest id, and one of its items.
         beams: width of the beam search.
         methods: keys of `PAPERS`.
-        settings: of the training, in words.
+        settings: training settings, as a table of names and values.
         results: each `{"split": ..., "metrics": {...}}` with `"step"` or `"users"`.
-        data: `name`, `users`, `items`, `interactions`, `synthetic`, `license`, `source`; None where nobody said.
-        base: the fields of a `BaseModel`, or None for a model that began at random.
+        data: `name`, `users`, `items`, `interactions`, `synthetic`, `license`, `source`; None if unknown.
+        base: the fields of a `BaseModel`, or None for a model trained from random weights.
     """
 
     name: str
@@ -87,18 +87,18 @@ class CardFacts:
 
 
 def write_model_card(trainer: RankingEvaluationMixin, directory: str | os.PathLike) -> None:
-    """Write what this model is, how it was trained and its last evaluation into `directory/README.md`."""
+    """Write the model card of a trainer's model, with its last evaluation, to `directory/README.md`."""
     write_card(card_facts(trainer), directory)
 
 
 def write_card(facts: CardFacts, directory: str | os.PathLike) -> None:
-    """Write `directory/README.md`, whole or not at all."""
+    """Write `directory/README.md` atomically."""
     directory = Path(directory)
     card = ModelCard.from_template(
         _front_matter(facts),
         str(_TEMPLATE),
         **vars(facts) | {"example": repr(facts.example)},
-        alone=not (directory / "adapter_config.json").is_file(),  # adapters are loaded onto what they were trained on
+        alone=not (directory / "adapter_config.json").is_file(),  # adapters need the model they were trained on
         papers=[PAPERS[method][1] for method in facts.methods],
         metric_names=list(dict.fromkeys(name for result in facts.results for name in result["metrics"])),
     )
@@ -106,11 +106,11 @@ def write_card(facts: CardFacts, directory: str | os.PathLike) -> None:
 
 
 def card_facts(trainer: RankingEvaluationMixin) -> CardFacts:
-    """What a trainer with `set_up_ranking` knows about its model."""
+    """Collect the facts about a trainer's model; the trainer must have called `set_up_ranking`."""
     args, state = trainer.args, trainer.state
     step = state.global_step
     if args.load_best_model_at_end and state.best_global_step and not trainer.is_in_train:
-        step = state.best_global_step  # training has ended, and these are the weights that were loaded back
+        step = state.best_global_step  # after training, the best weights have been loaded
     unwrapped: Any = trainer.accelerator.unwrap_model(trainer.model)
     model: Any = innermost(unwrapped)
     evaluations = [log for log in state.log_history if log["step"] <= step and "eval_runtime" in log]
@@ -121,7 +121,7 @@ def card_facts(trainer: RankingEvaluationMixin) -> CardFacts:
     base = base_model(model.config.name_or_path)
     return CardFacts(
         name=Path(str(args.output_dir)).name or type(trainer).__name__,
-        architecture=type(model).__name__.removeprefix("FSDP"),  # which FSDP2 puts before it
+        architecture=type(model).__name__.removeprefix("FSDP"),  # FSDP2 adds this prefix
         auto_class="AutoModelForSeq2SeqLM" if model.config.is_encoder_decoder else "AutoModelForCausalLM",
         trainer=type(trainer).__name__,
         items=len(trainer._catalog),
@@ -136,25 +136,25 @@ def card_facts(trainer: RankingEvaluationMixin) -> CardFacts:
 
 
 def shown_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Of all metrics, those that a card shows, under their own names."""
-    return {name: float(value) for name, value in metrics.items() if name.partition("@")[0] in SHOWN and "@" in name}
+    """Select the metrics that a card shows."""
+    return {k: float(value) for k, value in metrics.items() if "@" in k and k.partition("@")[0] in SHOWN_METRICS}
 
 
 def base_model(name: str | None) -> BaseModel | None:
-    """The model behind a name or folder, as far as this machine knows it; nothing is downloaded.
+    """Return the model with a name or folder, from local files only.
 
-    A folder that gflowtrl has written is no base: what it began from is.
+    For a folder written by gflowtrl, this is the model that its training started from.
     """
     if not name:
         return None
     folder = Path(name)
     local = folder.is_dir()
-    own = _read_front_matter(folder / "README.md" if local else try_to_load_from_cache(name, "README.md"))
-    license = {key: own[key] for key in LICENSE_FIELDS if own.get(key)}
-    if own.get("library_name") == LIBRARY:
-        return BaseModel(own["base_model"], True, license) if own.get("base_model") else None
-    if found := _SNAPSHOT.search(str(folder)):
-        return BaseModel(found[1].replace("--", "/"), True, license)
+    card = _read_front_matter(folder / "README.md" if local else try_to_load_from_cache(name, "README.md"))
+    license = {key: card[key] for key in LICENSE_FIELDS if card.get(key)}
+    if card.get("library_name") == LIBRARY:
+        return BaseModel(card["base_model"], True, license) if card.get("base_model") else None
+    if snapshot := _SNAPSHOT.search(str(folder)):
+        return BaseModel(snapshot[1].replace("--", "/"), True, license)
     return BaseModel(folder.resolve().name if local else name, not local, license)
 
 
@@ -163,14 +163,14 @@ def _read_front_matter(file: Any) -> dict[str, Any]:
         return {}
     try:
         return ModelCard(Path(file).read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, UnicodeDecodeError):  # a README that is no model card
+    except ValueError:  # the README is not a model card, or not UTF-8
         return {}
 
 
 def _front_matter(facts: CardFacts) -> ModelCardData:
     base = BaseModel(**facts.base) if facts.base else None
     tags = ["recommendation", "generative-recommendation", *(PAPERS[m][0] for m in facts.methods), "trl"]
-    data_name = facts.data["name"] if facts.data else "rows given to the trainer"
+    data_name = facts.data["name"] if facts.data else "rows passed to the trainer"
     data_type = re.sub(r"[^\w.-]+", "-", data_name.lower())
     results = [
         EvalResult(

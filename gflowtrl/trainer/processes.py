@@ -1,4 +1,4 @@
-"""Processes that a launcher has started must have found each other before anything is trained."""
+"""Checks that the processes of a launcher have joined one process group before training."""
 
 from __future__ import annotations
 
@@ -12,34 +12,33 @@ from accelerate.utils import DistributedType
 
 A_DAY = timedelta(days=1)
 NO_FSDP = (
-    "FSDP was asked for, but accelerate has none on CPUs: plain DDP would run in its place, or processes that do not "
-    "average their gradients. Choose multi_cpu or zero3 of recipes/accelerate_configs."
+    "FSDP was requested, but accelerate does not support it on CPUs: it would run plain DDP instead, or processes "
+    "that do not average their gradients. Use multi_cpu or zero3 of recipes/accelerate_configs."
 )
 
 
 def launched_processes() -> int:
-    """How many processes the launcher says there are (torchrun's and accelerate's WORLD_SIZE); 1 without one."""
+    """Return the number of processes of the launcher (WORLD_SIZE of torchrun and accelerate); 1 without a launcher."""
     try:
         return int(os.environ.get("WORLD_SIZE", "1"))
     except ValueError:
-        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']!r}, but it is the number of processes.") from None
+        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']!r}; it must be the number of processes.") from None
 
 
-def asked_for(engine: str) -> bool:
-    """Whether accelerate's launcher asked for "FSDP" or "DEEPSPEED"."""
+def launched_with(engine: str) -> bool:
+    """Return whether accelerate's launcher requested an engine, "FSDP" or "DEEPSPEED"."""
     return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1")
 
 
 def join_on_cpu() -> None:
-    """For commands, before any training arguments are made: where a launcher has started several processes on a
-    machine without an accelerator, let them find each other on its CPUs, as every one of our configurations of
-    accelerate means it. Elsewhere nothing is changed.
+    """Join the launcher's processes on CPUs if the machine has no accelerator; otherwise do nothing.
 
-    Trainers read `ACCELERATE_USE_CPU`; DeepSpeed has a variable of its own.
+    Meant for commands, before training arguments are created. All accelerate configurations of gflowtrl expect this.
+    Trainers read `ACCELERATE_USE_CPU`; DeepSpeed has its own variable.
     """
-    if launched_processes() < 2 or torch.accelerator.is_available() or asked_for("FSDP"):
+    if launched_processes() < 2 or torch.accelerator.is_available() or launched_with("FSDP"):
         return
-    if asked_for("DEEPSPEED"):
+    if launched_with("DEEPSPEED"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         PartialState(backend="gloo", timeout=A_DAY)
     else:
@@ -48,27 +47,27 @@ def join_on_cpu() -> None:
 
 
 def check_processes() -> None:
-    """Refuse processes that do not know of each other, or of the engine that they were started for.
+    """Check that all launched processes have joined, with the engine that the launcher requested.
 
-    Without this each would train alone and write into the one output folder, gradients would not be averaged, or
-    plain DDP would run in the place of FSDP.
+    Otherwise each process would train alone and write to the same output folder, gradients would not be averaged, or
+    plain DDP would run instead of FSDP.
 
     Raises:
-        ValueError: says what the launcher and what the processes think, and the remedy.
+        ValueError: the launcher and the processes disagree; the message contains the remedy.
     """
     state, launched = PartialState(), launched_processes()
-    remedy = "on a machine without an accelerator use_cpu=True joins them, or ddp_backend='gloo' under DeepSpeed"
+    remedy = "on a machine without an accelerator set use_cpu=True, or ddp_backend='gloo' for DeepSpeed"
     plain = state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
-    if launched > 1 and plain and asked_for("FSDP") and not torch.accelerator.is_available():
+    if launched > 1 and plain and launched_with("FSDP") and not torch.accelerator.is_available():
         raise ValueError(NO_FSDP)
-    if state.num_processes < launched:  # other launchers (TPU, MPI) do without WORLD_SIZE
+    if state.num_processes < launched:  # other launchers (TPU, MPI) do not set WORLD_SIZE
         raise ValueError(
-            f"The launcher started {launched} processes (WORLD_SIZE), but this one knows of {state.num_processes}: "
-            f"each would train alone and write into the same folder. Let them find each other ({remedy}), or unset "
-            f"WORLD_SIZE where no launcher is in use."
+            f"The launcher started {launched} processes (WORLD_SIZE), but this process has joined only "
+            f"{state.num_processes}: each would train alone and write to the same folder. Join them ({remedy}), or "
+            f"unset WORLD_SIZE if no launcher is in use."
         )
     if launched > 1 and state.distributed_type == DistributedType.NO:
         raise ValueError(
-            f"The {launched} processes know of each other, but accelerate takes each for a training of its own, so "
-            f"that gradients would not be averaged: {remedy}."
+            f"The {launched} processes have joined, but accelerate treats each as a separate training, so gradients "
+            f"would not be averaged. Join them for accelerate too: {remedy}."
         )

@@ -1,7 +1,7 @@
-"""What a checkpoint must hold, so that a training goes on from it as if nothing had happened.
+"""Checks that a checkpoint is complete, so that a resumed training continues as if it had not been interrupted.
 
-transformers' Trainer goes on without an optimizer, scheduler or generator state that it does not find, as if that part
-of the training had only begun. Here the checkpoint is looked at before any time is spent.
+The Trainer of transformers resumes without a missing optimizer, scheduler or generator state, and silently restarts
+that part of the training. Here the checkpoint is checked before training starts.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors")
-ANEW = "To start a new training from its weights, give the folder as the model and leave resume_from_checkpoint out."
+RESTART = "To start a new training from its weights, pass the folder as the model without resume_from_checkpoint."
 
 
 def last_checkpoint(folder: str | os.PathLike) -> str | None:
-    """The newest checkpoint of a folder that was written to its end (the state comes last), or None.
+    """Return the newest complete checkpoint in a folder (the trainer state is written last), or None.
 
-    A folder that is not called checkpoint-NUMBER is not one; one without a readable state is left out with a warning.
+    Only folders named checkpoint-NUMBER count. Those without a readable state are skipped with a warning.
     """
     steps = numbered_checkpoints(folder)
     for path in sorted(steps, key=steps.__getitem__, reverse=True):
         try:
             read_state(path)
         except ValueError as error:
-            logger.warning(f"{error} This checkpoint is left out.")
+            logger.warning(f"{error} This checkpoint is skipped.")
         else:
             return str(path)
     return None
 
 
 def numbered_checkpoints(folder: str | os.PathLike) -> dict[Path, int]:
-    """The folders called checkpoint-NUMBER, complete or not, and their numbers; all others are the user's own."""
-    numbered = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-([0-9]+)")
-    found = {path: numbered.fullmatch(path.name) for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
-    return {path: int(match[1]) for path, match in found.items() if match and path.is_dir()}
+    """Return the folders named checkpoint-NUMBER, complete or not, with their numbers. Others belong to the user."""
+    pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-([0-9]+)")
+    matches = {path: pattern.fullmatch(path.name) for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    return {path: int(match[1]) for path, match in matches.items() if match and path.is_dir()}
 
 
 def remove_checkpoints(folder: str | os.PathLike, limit: int, kept: set[Path]) -> None:
-    """Remove the checkpoints that were written first, until `limit` are left.
+    """Remove the oldest checkpoints until `limit` are left.
 
-    transformers' own rotation takes any folder whose name begins with "checkpoint-", a copy that was put aside too.
+    The rotation of transformers would remove any folder whose name starts with "checkpoint-", also a user's copy.
 
     Args:
-        folder: of the checkpoints.
-        limit: how many may stay, those of `kept` included.
-        kept: never removed.
+        folder: the folder that contains the checkpoints.
+        limit: maximum number of checkpoints, including `kept`.
+        kept: checkpoints that are never removed.
     """
     steps = numbered_checkpoints(folder)
     oldest_first = sorted(steps, key=lambda path: (path.stat().st_mtime_ns, steps[path]))
@@ -69,29 +69,29 @@ def remove_checkpoints(folder: str | os.PathLike, limit: int, kept: set[Path]) -
 
 
 def read_state(checkpoint: str | os.PathLike) -> dict[str, Any]:
-    """The Trainer's state, which is written last: with it a checkpoint is complete.
+    """Read the trainer state, which is written last: a checkpoint with a trainer state is complete.
 
     Raises:
-        ValueError: there is none, or it is not one; the message names the file.
+        ValueError: the state is missing or damaged; the message names the file.
     """
     file = Path(checkpoint, TRAINER_STATE_NAME)
     if not Path(checkpoint).is_dir():
         raise ValueError(f"{checkpoint} is not a folder, so there is no checkpoint to resume from.")
     if damage := damage_of(file):
-        raise ValueError(f"{file} {damage}: the checkpoint was not written to its end, or was damaged.")
+        raise ValueError(f"{file} {damage}: the checkpoint is incomplete or damaged.")
     state = json.loads(file.read_text(encoding="utf-8"))
     if not (isinstance(state, dict) and isinstance(state.get("global_step"), int)):
-        raise ValueError(f"{file} does not hold the state of a training (a global_step): it was damaged.")
+        raise ValueError(f"{file} does not contain the state of a training (a global_step): it is damaged.")
     return state
 
 
 def check_resumable(trainer: Trainer, checkpoint: str | os.PathLike, more: list[str]) -> None:
-    """Refuse a checkpoint that lacks a part of the training's state, in all processes alike.
+    """Raise an error, on all processes, if a checkpoint lacks a part of the training state.
 
     Args:
-        trainer: the one that is to go on.
-        checkpoint: its folder.
-        more: names of further files that must be there.
+        trainer: the trainer to resume.
+        checkpoint: the folder of the checkpoint.
+        more: names of other required files.
 
     Raises:
         ValueError: names the files that are missing or damaged.
@@ -100,44 +100,46 @@ def check_resumable(trainer: Trainer, checkpoint: str | os.PathLike, more: list[
     read_state(folder)
     engine = _engine_files(trainer, folder)
     weights = [path.name for pattern in WEIGHTS for path in sorted(folder.glob(pattern))]
-    found = {name: damage_of(folder / name) for name in [*engine, *more, *weights] if not (folder / name).is_dir()}
-    # Each process looks for files of its own; what one of them lacks stops them all.
-    everyone = gather_object([(engine, found)])
+    damages = {name: damage_of(folder / name) for name in [*engine, *more, *weights] if not (folder / name).is_dir()}
+    # Each process checks its own files; a file that is missing on one process stops all of them.
+    everyone = gather_object([(engine, damages)])
     engine = {name for names, _ in everyone for name in names}
-    found = {name: damage for _, part in everyone for name, damage in part.items()}
-    lacking = [name for name, damage in found.items() if damage == MISSING]
+    damages = {name: damage for _, part in everyone for name, damage in part.items()}
+    missing = [name for name, damage in damages.items() if damage == MISSING]
     processes = len(list(folder.glob("rng_state_*.pth"))) or 1
     other = processes != trainer.args.world_size
-    if other and any("rng_state" in name for name in lacking):
-        # Draws do not depend on generators, dropout does; transformers goes on in the same way.
+    if other and any("rng_state" in name for name in missing):
+        # Draws do not depend on generators, but dropout does. transformers resumes in the same way.
         logger.warning(
-            f"{folder} was written by {processes} process(es), and {trainer.args.world_size} go on from it: dropout "
-            f"draws other random numbers than in an undisturbed training."
+            f"{folder} was written by {processes} process(es), and {trainer.args.world_size} resume from it: dropout "
+            f"will draw other random numbers than in an uninterrupted training."
         )
-        lacking = [name for name in lacking if "rng_state" not in name]
-    broken = [f"{name} {damage}" for name, damage in found.items() if damage not in (None, MISSING)]
+        missing = [name for name in missing if "rng_state" not in name]
+    broken = [f"{name} {damage}" for name, damage in damages.items() if damage not in (None, MISSING)]
     if broken:
-        raise ValueError(f"The checkpoint {folder} is damaged: {'; '.join(broken)}. Resume from another one. {ANEW}")
-    if not lacking:
-        return
-    if {name for name in engine if "rng_state" not in name} <= {*lacking}:
         raise ValueError(
-            f"{folder} holds only the model (save_only_model=True), not {', '.join(lacking)}, so that no training "
-            f"can go on from it. {ANEW}"
+            f"The checkpoint {folder} is damaged: {'; '.join(broken)}. Resume from another checkpoint. {RESTART}"
+        )
+    if not missing:
+        return
+    if {name for name in engine if "rng_state" not in name} <= {*missing}:
+        raise ValueError(
+            f"{folder} contains only the model (save_only_model=True), not {', '.join(missing)}, so training cannot "
+            f"resume from it. {RESTART}"
         )
     if other:
         raise ValueError(
-            f"{folder} was written by {processes} process(es), but {trainer.args.world_size} are training: "
-            f"{', '.join(lacking)} cannot be there. Resume with as many processes as wrote it. {ANEW}"
+            f"{folder} was written by {processes} process(es), but {trainer.args.world_size} are training, so "
+            f"{', '.join(missing)} cannot exist. Resume with the number of processes that wrote it. {RESTART}"
         )
     raise ValueError(
-        f"{folder} lacks {', '.join(lacking)}: without it a part of the training would silently begin anew. Resume "
-        f"from another checkpoint. {ANEW}"
+        f"{folder} lacks {', '.join(missing)}: a part of the training would silently start again. Resume from another "
+        f"checkpoint. {RESTART}"
     )
 
 
 def _engine_files(trainer: Trainer, folder: Path) -> list[str]:
-    """What transformers, under the engine in use, has written of the optimizer, the schedule and the generators."""
+    """Return the files of the optimizer, schedule and generators that transformers writes with the engine in use."""
     args, accelerator = trainer.args, trainer.accelerator
     names = ["rng_state.pth" if args.world_size == 1 else f"rng_state_{args.process_index}.pth"]
     plugin = accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
@@ -156,13 +158,12 @@ def _engine_files(trainer: Trainer, folder: Path) -> list[str]:
 
 
 def _deepspeed_files(folder: Path, stage: int, process: int) -> list[str]:
-    """DeepSpeed's own: a file that names a folder, and there, from ZeRO stage 1 on, each process's optimizer."""
+    """Return DeepSpeed's files: `latest`, which names a folder, and in it (from ZeRO stage 1) the optimizer states."""
     if not (folder / "latest").is_file():
         return ["latest"]
     tag = (folder / "latest").read_text(encoding="utf-8").strip()
     if not stage:
         return [tag]
-    found = sorted((folder / tag).glob(f"*zero_pp_rank_{process}_mp_rank_*_optim_states.pt"))
-    return [str(path.relative_to(folder)) for path in found] or [
-        f"{tag}/zero_pp_rank_{process}_mp_rank_00_optim_states.pt"
-    ]
+    paths = sorted((folder / tag).glob(f"*zero_pp_rank_{process}_mp_rank_*_optim_states.pt"))
+    names = [str(path.relative_to(folder)) for path in paths]
+    return names or [f"{tag}/zero_pp_rank_{process}_mp_rank_00_optim_states.pt"]

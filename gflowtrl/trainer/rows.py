@@ -1,4 +1,4 @@
-"""What the prompts of training rows hold, which of them are computed together, and in which order they come."""
+"""The prompts of training rows: their contents, which of them are computed together, and their order."""
 
 from __future__ import annotations
 
@@ -25,40 +25,40 @@ from .input_checks import check_rows
 
 logger = logging.getLogger(__name__)
 
-#: Trajectories that hang on one trunk at most. Fewer read the trunk's tokens more often; more pay for attention, which
-#: grows with the square of a row.
-TRAJECTORIES_OF_A_ROW = 120
+#: Maximum number of trajectories per trunk. With fewer, a trunk's tokens are computed more often; with more, attention
+#: becomes expensive, since its cost grows with the square of the row length.
+MAX_TRAJECTORIES_PER_TRUNK = 120
 
 
 class TrainingRowsMixin(TrainerBase):
-    """Rows of one window come together, and a causal model computes what they share once.
+    """Mixin that groups the rows of a window, so that a causal model computes their common tokens once.
 
-    What a prompt holds follows from the data set alone (`RowWindows`); packing changes the cost, not the result.
+    The contents of a prompt depend only on the dataset (`RowWindows`). Packing changes the cost, not the result.
 
     Attributes:
-        shares_prompts: False to compute the same prompts in rows of their own, for comparisons.
+        shares_prompts: False: compute each prompt in a separate row, for comparisons.
     """
 
     shares_prompts = True
     num_generations: int
     _encoder: PromptEncoder
-    _own_collator: GroupCollator
+    _default_collator: GroupCollator
     _checked_rows: Dataset | None
     _row_windows: tuple[Dataset, RowWindows] | None = None
 
     def get_train_dataloader(self) -> DataLoader:
-        rows, own = self.train_dataset, self.data_collator
-        if not isinstance(rows, Dataset) or own is not self._own_collator:
+        rows, collator = self.train_dataset, self.data_collator
+        if not isinstance(rows, Dataset) or collator is not self._default_collator:
             return super().get_train_dataloader()
-        windows, why = self._windows_of(rows), self._why_separate()
+        windows, reason = self._windows_of(rows), self._why_separate()
         if self.is_world_process_zero():
-            logger.info(describe_windows(windows, why))
-        if why is None:
-            self.data_collator = GroupCollator(self._encoder, windows, self._shares(windows), self._rows_of_a_trunk)
+            logger.info(describe_windows(windows, reason))
+        if reason is None:
+            self.data_collator = GroupCollator(self._encoder, windows, self._shares(windows), self._rows_per_trunk)
         try:
             return super().get_train_dataloader()
         finally:
-            self.data_collator = own  # rows of other data sets have no windows
+            self.data_collator = collator  # rows of other datasets have no windows
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -73,16 +73,16 @@ class TrainingRowsMixin(TrainerBase):
 
     @property
     def uses_windows(self) -> bool:
-        """Whether the prompts of training rows are those of windows."""
+        """Whether the prompts of training rows come from windows."""
         return isinstance(self.train_dataset, Dataset) and self._why_separate() is None
 
     @property
-    def _rows_of_a_trunk(self) -> int:
-        return TRAJECTORIES_OF_A_ROW // self.num_generations
+    def _rows_per_trunk(self) -> int:
+        return MAX_TRAJECTORIES_PER_TRUNK // self.num_generations
 
     def _shares(self, windows: RowWindows) -> bool:
-        may = self.shares_prompts and self._why_separate() is None and self._rows_of_a_trunk > 1
-        return may and len(windows.groups) < len(windows.seen)
+        possible = self.shares_prompts and self._why_separate() is None and self._rows_per_trunk > 1
+        return possible and len(windows.groups) < len(windows.seen)
 
     def _windows_of(self, rows: Dataset) -> RowWindows:
         if self._row_windows is None or self._row_windows[0] is not rows:
@@ -97,32 +97,32 @@ class TrainingRowsMixin(TrainerBase):
         return self._row_windows[1]
 
     def _why_separate(self) -> str | None:
-        """Why no two prompts can share what is computed; None where they can."""
+        """Return why no two prompts can be computed together; None if they can."""
         model: Any = self.accelerator.unwrap_model(self.model)
         if model.config.is_encoder_decoder:
-            return "an encoder sees its whole prompt at once"
+            return "an encoder reads its whole prompt at once"
         if getattr(self._encoder, "encode_windows", None) is None:
             return f"{type(self._encoder).__name__} cannot encode windows"
         if self._encoder.tail:
-            return "prompts end with text behind the history"
+            return "prompts end with text after the history"
         if type(self._encoder).__call__ is not PromptEncoder.__call__:
-            return f"{type(self._encoder).__name__} makes prompts in its own way"
+            return f"{type(self._encoder).__name__} overrides how prompts are made"
         if max_row_length(model) is not None:
-            return "the model counts the columns of a row"
+            return "the model's attention depends on the columns of a row"
         return None
 
 
 def describe_windows(windows: RowWindows, why_separate: str | None) -> str:
-    """What the log says about the prompts of a data set."""
+    """Return the log line about the prompts of a dataset."""
     least, most, count = int(windows.seen.min()), int(windows.seen.max()), len(windows.seen)
     text = (
-        f"Prompts hold {least} to {most} items. {windows.cut} of {count} targets ({windows.cut / count:.1%}) see a "
-        f"part of their history only"
+        f"Prompts contain {least} to {most} items. {windows.cut} of {count} targets ({windows.cut / count:.1%}) see "
+        f"only a part of their history"
     )
     if windows.cut:
-        text += f", {windows.least_of_cut} items or more"
+        text += f", at least {windows.least_of_cut} items"
+    if why_separate is None and len(windows.groups) == count:
+        why_separate = "no history continues with the target of another row"
     if why_separate is not None:
-        return f"{text}. Every prompt is computed by itself: {why_separate}."
-    if len(windows.groups) == count:
-        return f"{text}. Every prompt is computed by itself: no history goes on with another's target."
-    return f"{text}. They begin {len(windows.groups)} windows, which are computed once."
+        return f"{text}. Every prompt is computed separately: {why_separate}."
+    return f"{text}. The prompts form {len(windows.groups)} windows, each of which is computed once."

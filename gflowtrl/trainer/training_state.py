@@ -1,4 +1,4 @@
-"""What a checkpoint holds besides model and optimizer: the sampler's state, and APAO's prefix weights."""
+"""State that gflowtrl adds to a checkpoint: the sampler's state and APAO's prefix weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STEM = "sampler"
 PREFIX_FILE = "prefix_weights.safetensors"
 
 
-def own_state_files(
+def extra_state_files(
     model: nn.Module,
     sampler: Sampler,
     weights: Mapping[str, PrefixWeights],
@@ -30,33 +30,30 @@ def own_state_files(
     process: int,
     processes: int,
 ) -> list[str]:
-    """Names of what a trainer has written into its checkpoint besides transformers' files; heads lie where whole
-    weights do (an engine that writes shards keeps both in them)."""
+    """Return the names of the files that a trainer adds to those of transformers in a checkpoint.
+
+    Flow heads have a file if the folder has full weights; an engine that writes shards stores the heads in them.
+    """
     folder, names = Path(directory), []
     if has_flow_heads(model) and any(any(folder.glob(pattern)) for pattern in WEIGHTS):
         names.append(HEADS_FILE)
     if weights:
         names.append(PREFIX_FILE)
-    own = sampler_file(folder, process, processes)
-    # A state of another number of processes has an error of its own.
-    # An empty state was not written by earlier versions, and nothing of it can be lost.
-    if own.is_file() or (sampler.state_dict() and not any(folder.glob(f"{_STEM}*.safetensors"))):
-        names.append(own.name)
+    file = sampler_file(folder, process, processes)
+    # The state of another number of processes has a separate error message.
+    # Earlier versions did not write an empty state, in which nothing can be lost.
+    if file.is_file() or (sampler.state_dict() and not any(folder.glob(f"{_STEM}*.safetensors"))):
+        names.append(file.name)
     return names
 
 
-def keeps_state(sampler: Sampler) -> bool:
-    """Whether a sampler has a state of its own to save (its class replaces `state_dict`), empty as it may be."""
-    return type(sampler).state_dict is not Sampler.state_dict
-
-
 def save_sampler(sampler: Sampler, directory: str | os.PathLike, process: int, processes: int) -> None:
-    """Write `sampler.state_dict()` into a checkpoint, each process its own; no file for a sampler that keeps none.
+    """Write `sampler.state_dict()` of each process to a checkpoint; no file for a sampler class without state.
 
-    An empty state is written too: so a file that is missing later was lost.
+    An empty state is written too, so that a missing file means that the state was lost.
     """
-    if keeps_state(sampler):
-        # A process can arrive here before the first one has made the folder.
+    if type(sampler).state_dict is not Sampler.state_dict:
+        # A process can get here before the main process has created the folder.
         Path(directory).mkdir(parents=True, exist_ok=True)
         state = sampler.state_dict()
         tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
@@ -64,11 +61,11 @@ def save_sampler(sampler: Sampler, directory: str | os.PathLike, process: int, p
 
 
 def load_sampler(sampler: Sampler, directory: str | os.PathLike, process: int, processes: int) -> None:
-    """Restore what `save_sampler` wrote.
+    """Restore the state written by `save_sampler`.
 
     Raises:
-        ValueError: there is no file for a sampler that keeps a state, the checkpoint is of another number of
-            processes, or (from the sampler) of another sampler.
+        ValueError: the file of a sampler with state is missing, or the checkpoint was written by another number of
+            processes or by another sampler.
     """
     file = sampler_file(directory, process, processes)
     if file.is_file():
@@ -79,7 +76,7 @@ def load_sampler(sampler: Sampler, directory: str | os.PathLike, process: int, p
     others = sorted(path.name for path in Path(directory).glob(f"{_STEM}*.safetensors"))
     if others:
         raise ValueError(
-            f"{directory} holds the sampler's state as {', '.join(others)}, which is not that of {processes} "
+            f"{directory} contains the sampler's state in {', '.join(others)}, which is not the state of {processes} "
             f"process(es). Resume with the number of processes that wrote it."
         )
     if sampler.state_dict():
@@ -101,29 +98,29 @@ def sampler_file(directory: str | os.PathLike, process: int, processes: int) -> 
 
 
 def save_prefix_weights(weights: Mapping[str, PrefixWeights], directory: str | os.PathLike) -> None:
-    """Into a checkpoint, those of every loss; no file where no loss has any. An empty state is written too."""
-    state = {f"{name}.{key}": value for name, own in weights.items() for key, value in own.state_dict().items()}
+    """Write the prefix weights of all losses to a checkpoint, empty states too; no file without such losses."""
+    state = {f"{name}.{key}": value for name, each in weights.items() for key, value in each.state_dict().items()}
     if weights:
         Path(directory).mkdir(parents=True, exist_ok=True)
         save_file(state, Path(directory, PREFIX_FILE))
 
 
 def load_prefix_weights(weights: Mapping[str, PrefixWeights], directory: str | os.PathLike) -> None:
-    """What `save_prefix_weights` wrote.
+    """Restore the state written by `save_prefix_weights`.
 
     Raises:
-        ValueError: there is no file, or it is of other losses.
+        ValueError: the file is missing, or belongs to other losses.
     """
     file = Path(directory, PREFIX_FILE)
     if not weights and not file.is_file():
         return
     state = _read(file) if file.is_file() else {}
     saved = {key.rpartition(".")[0] for key in state}
-    lost = {name for name, own in weights.items() if name not in saved and own.state_dict()}
+    lost = {name for name, each in weights.items() if name not in saved and each.state_dict()}
     if lost or saved - weights.keys() or not file.is_file():
         raise ValueError(
-            f"{file} {f'is of {sorted(saved)}' if file.is_file() else 'is missing'}, but the prefix weights of "
-            f"{sorted(weights)} are to be restored. Resume with the losses that wrote the checkpoint."
+            f"{file} {f'has the prefix weights of {sorted(saved)}' if file.is_file() else 'is missing'}, but those of "
+            f"{sorted(weights)} are needed. Resume with the losses that wrote the checkpoint."
         )
     for name in saved:
         weights[name].load_state_dict({"log_weights": state[f"{name}.log_weights"]})

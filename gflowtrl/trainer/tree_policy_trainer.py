@@ -1,4 +1,4 @@
-"""`TreePolicyTrainer`: what all trainers share. Draw, score, evaluate, write checkpoints and model cards."""
+"""`TreePolicyTrainer`: the base of all trainers, which draws, scores, evaluates and writes checkpoints."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ from .adapters import add_adapters
 from .checkpoints import CompleteCheckpointsMixin
 from .evaluation import RankingEvaluationMixin, rows_per_step
 from .finite_steps import HEADS_FILE, FiniteMixin, group_parts
-from .folder import Parts, kwargs_of_base
+from .folder import Parts, base_model_kwargs
 from .group import Group, group_metrics, print_group
-from .input_checks import check_encoder, check_model, check_rows, check_trainable, item_counts_of
+from .input_checks import check_inputs, item_counts_of
 from .model_card import write_model_card
 from .optimizers import adopt_optimizer, split_head_group
 from .rows import TrainingRowsMixin
 from .saved import check_saved
-from .training_state import load_prefix_weights, load_sampler, own_state_files, save_prefix_weights, save_sampler
+from .training_state import extra_state_files, load_prefix_weights, load_sampler, save_prefix_weights, save_sampler
 from .tree_policy_config import TreePolicyConfig
 
 
@@ -57,38 +57,38 @@ logger = logging.getLogger(__name__)
 
 
 class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin, RankingEvaluationMixin, TRLTrainer):
-    """Trains a generative recommender, read as a policy on the prefix tree, by losses on drawn trajectories.
+    """Trains a generative recommender, as a policy on the prefix tree, with losses on drawn trajectories.
 
-    For every prompt K trajectories are drawn by the sampler, scored by the policy in one packed forward together with
-    the observed target, and handed to the losses of `args.loss_type`. Derives from the base class of TRL's SFTTrainer
-    and DPOTrainer (telemetry is off), with their argument names; **one difference**: `per_device_train_batch_size`
-    counts prompts, not completions. `GFlowNetTrainer` adds rewards, `APAOTrainer` is the method of APAO.
+    For every prompt, the sampler draws K trajectories, the policy scores them in one packed forward together with the
+    observed target, and the losses of `args.loss_type` are computed. Derives from the base class of TRL's SFTTrainer
+    and DPOTrainer (telemetry is off), with their argument names. **One difference**: `per_device_train_batch_size`
+    counts prompts, not completions. `GFlowNetTrainer` adds rewards; `APAOTrainer` implements APAO.
 
     Args:
-        model: a causal language model or an encoder-decoder, or the name or folder of one.
+        model: a causal language model or an encoder-decoder, or its name or folder.
         args: the configuration.
-        train_dataset, eval_dataset: rows `{"row_id", "history", "target", ...}` as `gflowtrl.data.leave_one_out` makes
-            them; further columns reach samplers and rewards.
-        processing_class: the tokenizer; by default that of `model`'s folder.
-        catalog: the items; by default that of `model`'s folder.
-        sampler: where trajectories come from: a name (`"on_policy"`, `"uniform"`, ...), a mixture
-            `{"ground_truth": 1, "on_policy": 3}`, or a `Sampler`. By default the observed target, with uniform
-            negatives where a loss needs some.
-        peft_config: a PEFT configuration; adapters are trained instead of the model, and with them the embeddings of
+        train_dataset, eval_dataset: rows `{"row_id", "history", "target", ...}` as created by
+            `gflowtrl.data.leave_one_out`; other columns are passed to samplers and rewards.
+        processing_class: the tokenizer. Default: that of `model`'s folder.
+        catalog: the items. Default: that of `model`'s folder.
+        sampler: source of the trajectories: a name (`"on_policy"`, `"uniform"`, ...), a mixture
+            `{"ground_truth": 1, "on_policy": 3}`, or a `Sampler`. Default: the observed target, with uniform negatives
+            if a loss uses negatives.
+        peft_config: a PEFT configuration. Adapters are trained instead of the model, together with the embeddings of
             the items' tokens (`args.train_item_tokens`).
-        item_counts: `(items,)` training interactions in the order of `catalog.items`, for the breadth metrics; by
-            default those of `model`'s folder, else counted in the training targets.
-        item_titles: what items are called, for the answers of the saved recommender and for `log_completions`; by
-            default those of `model`'s folder.
-        prompt_encoder: what makes prompts of histories; by default that of `model`'s folder, else the plain one
-            (`gflowtrl.data.TextPromptEncoder` writes prompts in words).
-        callbacks, optimizers: as in `transformers.Trainer`. A flow head joins an optimizer as a group of its own.
+        item_counts: `(items,)` training interactions in the order of `catalog.items`, for the breadth metrics.
+            Default: those of `model`'s folder, else the counts of the training targets.
+        item_titles: titles of the items, for the results of the saved recommender and for `log_completions`. Default:
+            those of `model`'s folder.
+        prompt_encoder: makes prompts from histories. Default: that of `model`'s folder, else a plain
+            `gflowtrl.data.PromptEncoder` (`gflowtrl.data.TextPromptEncoder` makes prompts with text).
+        callbacks, optimizers: as in `transformers.Trainer`. A flow head is added to the optimizer as a separate group.
 
     Raises:
-        ValueError, TypeError: something does not fit together; found before any training time is spent.
+        ValueError, TypeError: arguments do not fit together. This is checked before training starts.
     """
 
-    loss_is_scaled_for_ga = False  # our losses are means over a micro-batch; the Trainer divides by the accumulation
+    loss_is_scaled_for_ga = False  # losses are means over a micro-batch; the Trainer divides by the accumulation steps
     args: TreePolicyConfig
     model: nn.Module
     train_dataset: Dataset | None
@@ -111,18 +111,15 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin
     ):
         args = TreePolicyConfig("gflowtrl-output") if args is None else args
         parts = Parts.resolve(model, args, processing_class, catalog, prompt_encoder, item_titles, item_counts)
-        check_model(parts.model, parts.catalog)
-        check_trainable(parts.model, peft_config is not None)
-        check_encoder(parts.encoder, parts.catalog, parts.model, args.max_history_items)
+        datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
+        check_inputs(parts, args.max_history_items, datasets, peft_config is not None)
         self.losses: dict[str, LossSpec] = args.losses
-        # Of the losses on the target, alone or against negatives; balance is always over the tree.
+        # Only for losses on the target, with or without negatives. Balance losses always use the tree.
         self._vocabulary = args.label_space == "vocabulary"
         self.num_generations = args.num_generations
         sampler = self._default_sampler(args) if sampler is None else sampler
         self.sampler = build_sampler(sampler, temperature=args.temperature, epsilon=args.epsilon)
-        for dataset in [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]:
-            check_rows(dataset, parts.catalog)
-        if args.policy_temperature is not None:  # before a copy of the model becomes its reference
+        if args.policy_temperature is not None:  # before the model is copied as its reference
             set_temperature(parts.model, args.policy_temperature)
         self._set_up_objective(parts, args, peft_config is not None)
         self._encoder, self._item_titles, self.noise = parts.encoder, parts.item_titles, StatelessNoise(args.seed)
@@ -130,22 +127,18 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin
         self._metric_sums: dict[str, list[Tensor | float]] = defaultdict(lambda: [0.0, 0.0])
         trained = self._trained_model(parts, args, peft_config)
         adopt_optimizer(optimizers, trained, args.log_z_learning_rate)
-        self._own_collator, self._checked_rows = GroupCollator(parts.encoder), train_dataset
+        self._default_collator, self._checked_rows = GroupCollator(parts.encoder), train_dataset
         super().__init__(
             model=trained,
             args=args,
-            data_collator=self._own_collator,
+            data_collator=self._default_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=parts.tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.prefix_weights: dict[str, PrefixWeights] = {}
-        for name, loss in self.losses.items():
-            weights = loss.make_prefix_weights(parts.catalog.tree.max_depth, self._reduce_sum, args.loss_options(name))
-            if weights is not None:
-                self.prefix_weights[name] = weights
+        self.prefix_weights = self._make_prefix_weights(parts.catalog.tree.max_depth)
         counts = item_counts_of(train_dataset, parts.catalog) if parts.item_counts is None else parts.item_counts
         self.set_up_ranking(parts.catalog, parts.encoder, counts, args.eval_num_beams, args.eval_ks)
         self.check_start()
@@ -156,22 +149,22 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin
             )
 
     def _set_up_objective(self, parts: Parts, args: TreePolicyConfig, adapted: bool) -> None:
-        """Before the model is changed: what else the losses need; here they must need nothing else."""
-        needy = [name for name, loss in self.losses.items() if loss.needs_rewards or loss.needs_reference]
-        if needy:
-            raise ValueError(f"The loss {needy[0]!r} needs rewards or a reference model; use GFlowNetTrainer.")
+        """Set up rewards and the reference model before the model is changed. This class supports neither."""
+        for name, loss in self.losses.items():
+            if loss.needs_rewards or loss.needs_reference:
+                raise ValueError(f"The loss {name!r} needs rewards or a reference model; use GFlowNetTrainer.")
 
     def _default_sampler(self, args: TreePolicyConfig) -> str | dict[str, float]:
-        """The sampler where none is given; losses on the target alone need one trajectory only."""
+        """Return the default sampler. Losses on the target alone need only one trajectory."""
         if any(loss.uses_negatives for loss in self.losses.values()):
             return {"ground_truth": 1, "uniform": args.num_generations - 1}
         self.num_generations = 1
         return "ground_truth"
 
     def _trained_model(self, parts: Parts, args: TreePolicyConfig, peft_config: PeftConfig | None) -> nn.Module:
-        """The model with adapters and flow heads, where they are asked for."""
+        """Add adapters and a flow head to the model if they are needed, and return it."""
         model: Any = parts.model
-        set_seed(args.seed)  # heads and adapters begin at random
+        set_seed(args.seed)  # heads and adapters are initialized randomly
         if peft_config is None:
             merge_tied_embeddings(model)
         else:
@@ -181,20 +174,28 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin
             attach_flow_heads(model.get_base_model() if hasattr(model, "get_base_model") else model)
         return model
 
+    def _make_prefix_weights(self, depth: int) -> dict[str, PrefixWeights]:
+        """Create the prefix weights of the losses that use them."""
+        weights = {
+            name: loss.make_prefix_weights(depth, self._reduce_sum, self.args.loss_options(name))
+            for name, loss in self.losses.items()
+        }
+        return {name: each for name, each in weights.items() if each is not None}
+
     def _send_telemetry(self) -> None:
-        """Nothing is sent anywhere."""
+        """Do nothing: gflowtrl sends no telemetry."""
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, in which the flow head has parameter groups, and a learning rate, of its own."""
-        made_already = self.optimizer is not None
+        """Create the Trainer's optimizer, with a separate parameter group and learning rate for the flow head."""
+        exists = self.optimizer is not None
         optimizer: Any = super().create_optimizer(model)
-        if not made_already:
+        if not exists:
             split_head_group(optimizer, self.model if model is None else model, self.args.log_z_learning_rate)
         return optimizer
 
     # ---------------------------------------------------------------------------------------------------------- step
     def training_step(self, *args, **kwargs) -> Tensor:
-        """Forward and backward of a micro-batch; records how long it and its parts took."""
+        """Run forward and backward of a micro-batch, and record the time of the step and its parts."""
         start = time.perf_counter()
         loss = super().training_step(*args, **kwargs)
         self._seconds["step"] = time.perf_counter() - start
@@ -206,23 +207,21 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Reward, draw, score, group, balance. Returns the loss, a mean over the micro-batch's prompts."""
-        step = Step.from_batch(inputs, self._catalog, self._progress())
+        """Draw, score and balance trajectories. Return the loss, the mean over the micro-batch's prompts."""
+        progress = self.state.global_step / self.state.max_steps if self.state.max_steps else 0.0
+        step = Step.from_batch(inputs, self._catalog, progress)
         policy = self.policy_of(model)
         reward = self._reward(step, policy)
         drawn = self._draw(step, policy, reward)
         leaves, scores = self._score(step, policy, drawn)
-        group = self._group(step, drawn, leaves, scores, reward)
+        group = Group(step, drawn, leaves, scores, reward)
+        self._score_rewards(group)
         loss = self._balance(group)
         self._observe(group)
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _progress(self) -> float:
-        """The share of the training that is done, in [0, 1)."""
-        return self.state.global_step / self.state.max_steps if self.state.max_steps else 0.0
-
     def _reward(self, step: Step, policy: TreePolicy) -> StepReward | None:
-        """R of the step's prompts; None where nothing is rewarded."""
+        """Return R of the step's prompts; None without rewards."""
         return None
 
     def _draw(self, step: Step, policy: TreePolicy, reward: StepReward | None) -> Trajectories:
@@ -233,7 +232,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin
         return drawn
 
     def _score(self, step: Step, policy: TreePolicy, drawn: Trajectories) -> tuple[Tensor, StepScores]:
-        """Score the drawn leaves, with the target before them where a loss needs it and they do not begin with it."""
+        """Score the drawn leaves, after the target if a loss uses it and it is not already the first leaf."""
         leaves = drawn.leaves
         with self._timed("score"):
             needed = any(loss.uses_target for loss in self.losses.values())
@@ -241,14 +240,11 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin
                 leaves = torch.cat([step.target_leaves[:, None], leaves], 1)
             return leaves, policy.score(step.prompts, leaves, self._vocabulary)
 
-    def _group(
-        self, step: Step, drawn: Trajectories, leaves: Tensor, scores: StepScores, reward: StepReward | None
-    ) -> Group:
-        """All that the losses may ask for."""
-        return Group(step, drawn, leaves, scores, reward)
+    def _score_rewards(self, group: Group) -> None:
+        """Add the rewards of the drawn trajectories to the group; nothing to do without rewards."""
 
     def _balance(self, group: Group) -> Tensor:
-        """The weighted sum of the losses."""
+        """Return the weighted sum of the losses."""
         total = torch.zeros((), device=group.leaves.device)
         for name, loss in self.losses.items():
             per_trajectory = loss(self._inputs(loss, group), **loss.at_policy(self.args.loss_options(name)))
@@ -264,7 +260,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin
         return total
 
     def _inputs(self, loss: LossSpec, group: Group) -> LossInputs:
-        """The tensors of a loss: of the drawn trajectories, of the target, or of the target and its negatives."""
+        """Return the tensors of a loss: of the drawn trajectories, of the target, or of the target and negatives."""
         scores = group.scores
         if loss.uses_target:
             scores = group.all_scores if loss.uses_negatives else group.target
@@ -285,7 +281,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin
         )
 
     def _over_prefixes(self, name: str, losses: Tensor, lengths: Tensor) -> Tensor:
-        """The weighted sum over the target's prefixes, `(B, L) -> (B, 1)`."""
+        """Return the weighted sum over the target's prefixes, `(B, L) -> (B, 1)`."""
         weights = self.prefix_weights[name].weigh(losses, lengths)
         for m, (loss, prefix_weight) in enumerate(zip(losses.mean(0), weights, strict=True), 1):
             self.record({f"{name}/loss_{m}": loss, f"{name}/weight_{m}": prefix_weight})
@@ -293,7 +289,7 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin
 
     @torch.no_grad()
     def _observe(self, group: Group) -> None:
-        """Log the group, and what the sampler reports."""
+        """Record the metrics of the group and of the sampler."""
         self.note(group_parts(group))
         self.record(group_metrics(group, self.sampler.source_names))
         self.record({f"sampler/{name}": value for name, value in self.sampler.metrics().items()})
@@ -307,15 +303,15 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
-        """Add up the seconds of a part of the step, as the host sees them, without those of parts inside of it."""
+        """Context manager: add the host's time in a part of the step to its sum, without nested parts."""
         start, before = time.perf_counter(), sum(self._seconds.values())
         yield
-        inside = sum(self._seconds.values()) - before
-        self._seconds[part] += time.perf_counter() - start - inside
+        nested = sum(self._seconds.values()) - before
+        self._seconds[part] += time.perf_counter() - start - nested
 
     # ------------------------------------------------------------------------------------------------------- metrics
     def record(self, metrics: Mapping[str, Tensor | float]) -> None:
-        """Add to the running means that the next log line reports; NaN is left out. Tensors stay on their device."""
+        """Add values to the running means of the next log line, ignoring NaN. Tensors stay on their device."""
         for name, value in metrics.items():
             value = torch.as_tensor(value, dtype=torch.float32).detach()
             valid = torch.isfinite(value)
@@ -324,10 +320,10 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin
             sums[1] = sums[1] + valid.float()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the mean of what was recorded since the last time, over all processes."""
+        """Log the given values and the means of the recorded metrics since the last log line, over all processes."""
         sums = self._metric_sums
         if sums and "loss" in logs:
-            # A reward may report a metric on one process only; all must add up the same ones.
+            # A reward may report a metric on one process only, but all processes must reduce the same ones.
             names = sorted(set(gather_object(sorted(sums))))
             table = torch.tensor([[float(x) for x in sums[name]] for name in names], device=self.args.device)
             means = [total / count if count else math.nan for total, count in self._reduce_sum(table).tolist()]
@@ -340,17 +336,17 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin
 
     # --------------------------------------------------------------------------------------------------- checkpoints
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write a complete recommender; unless it is a checkpoint's, the folder is loaded and compared afterwards."""
+        """Write a complete recommender. Except for checkpoints, load the folder and compare it with the model."""
         super().save_model(output_dir, _internal_call)
         if not _internal_call:
-            directory, options = output_dir or str(self.args.output_dir), kwargs_of_base(self.args)
-            check_saved(self, directory, self._catalog, self._encoder, **options)
+            directory, kwargs = output_dir or str(self.args.output_dir), base_model_kwargs(self.args)
+            check_saved(self, directory, self._catalog, self._encoder, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Write a complete recommender; flow heads go into their own file, so that `AutoModel` loads in silence."""
+        """Write a complete recommender. Flow heads get a separate file, so that `AutoModel` loads without warnings."""
         output_dir = output_dir or str(self.args.output_dir)
         state_dict, heads = split_heads(self.model.state_dict() if state_dict is None else state_dict)
-        # DeepSpeed hands over a copy of a tied weight under each of its names; it is saved under the first.
+        # DeepSpeed passes a copy of a tied weight under each of its names; it is saved under the first.
         for name, first in tied_weights(self.accelerator.unwrap_model(self.model)).items():
             if first in state_dict:
                 state_dict.pop(name, None)
@@ -370,9 +366,9 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin
         if self.args.should_save:
             save_prefix_weights(self.prefix_weights, output_dir)
 
-    def _own_state_files(self, checkpoint: str) -> list[str]:
-        place = (checkpoint, self.args.process_index, self.args.world_size)
-        return own_state_files(self.model, self.sampler, self.prefix_weights, *place)
+    def _extra_state_files(self, checkpoint: str) -> list[str]:
+        process, processes = self.args.process_index, self.args.world_size
+        return extra_state_files(self.model, self.sampler, self.prefix_weights, checkpoint, process, processes)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -391,32 +387,34 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin
 
     def _load_heads(self, directory: str, model) -> None:
         file = Path(directory, HEADS_FILE)
-        if self.is_deepspeed_enabled:  # its own checkpoint holds them
+        if self.is_deepspeed_enabled:  # DeepSpeed's checkpoint contains the heads
             return
         if file.is_file():
             load_heads(model, load_file(file))
-        elif HEADS_FILE in self._own_state_files(directory):
-            raise ValueError(f"{file}, the flow heads of the losses {self.args.loss_type}, is missing.")
+        elif HEADS_FILE in self._extra_state_files(directory):
+            raise ValueError(
+                f"{file} is missing: it contains the flow heads of the losses {self.args.loss_type}. Resume from "
+                f"another checkpoint."
+            )
 
     def _issue_warnings_after_load(self, load_result) -> None:
-        """The heads are not in the model's own file: not a thing to warn of."""
+        """Warn as usual, except about flow heads, which are not in the model's file."""
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if not is_head(name)]
         super()._issue_warnings_after_load(load_result)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
-        """Write `README.md` into the output folder (called by `push_to_hub`)."""
+        """Write `README.md` to the output folder (called by `push_to_hub`)."""
         if self.is_world_process_zero():
             os.makedirs(str(self.args.output_dir), exist_ok=True)
             write_model_card(self, str(self.args.output_dir))
 
     def card_settings(self) -> dict[str, Any]:
-        """What the model card says about the training."""
-        settings = {"prompts per step": super().card_settings()["rows per step"]}
-        settings["losses"] = ", ".join(f"{weight:g} x {name}" for name, weight in self.args.weight_of.items())
-        return settings
+        """Return the training settings for the model card."""
+        losses = ", ".join(f"{weight:g} x {name}" for name, weight in self.args.weight_of.items())
+        return {"prompts per step": rows_per_step(self.args), "losses": losses}
 
     def card_methods(self) -> list[str]:
-        """Whose methods these are: keys of `model_card.PAPERS`."""
-        found = {"balance": any(loss.needs_log_rewards for loss in self.losses.values())}
-        found["prefix"] = bool(self.prefix_weights)
-        return [method for method, used in found.items() if used]
+        """Return the methods to cite in the model card: keys of `model_card.PAPERS`."""
+        balances = any(loss.needs_log_rewards for loss in self.losses.values())
+        methods = {"balance": balances, "prefix": bool(self.prefix_weights)}
+        return [method for method, used in methods.items() if used]

@@ -180,7 +180,7 @@ def test_prompts_with_an_end_are_computed_by_themselves(tmp_path):
     real = expected["attention_mask"].bool()
     assert found["input_ids"][real].equal(expected["input_ids"][real])
     other = ItemCatalog.from_semantic_ids({1: IDS[1], 2: IDS[2]}, TOKENIZER)
-    with pytest.raises(ValueError, match="made of another catalog"):
+    with pytest.raises(ValueError, match="has another catalog than the trainer"):
         GFlowNetTrainer(
             roomy(), None, GFlowNetConfig(str(tmp_path), use_cpu=True, loss_type="sft"),
             prompt_encoder=TextPromptEncoder(other, TOKENIZER, TITLES), **options,

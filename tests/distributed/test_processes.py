@@ -31,7 +31,7 @@ def test_multi_cpu_starts_two_processes_that_must_be_in_one_group():
     lines = [line for line in ran.stdout.splitlines() if line.startswith("[")]
     alone = [line for line in lines if line.startswith("[]")]
     assert len(alone) == 2 and all(
-        "started 2 processes (WORLD_SIZE), but this one knows of 1" in line for line in alone
+        "started 2 processes (WORLD_SIZE), but this process has joined only 1" in line for line in alone
     )
     apart = [line for line in lines if line.startswith("['ddp_backend']")]
     assert len(apart) == 2 and all("gradients would not be averaged" in line for line in apart)
@@ -48,7 +48,7 @@ def test_a_single_process_refuses_a_launcher_of_two(tmp_path, monkeypatch):
     GFlowNetConfig(str(tmp_path), use_cpu=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for build in (processes.check_processes, lambda: RunContext(tmp_path)):
-        with pytest.raises(ValueError, match=r"started 2 processes \(WORLD_SIZE\), but this one knows of 1.*use_cpu"):
+        with pytest.raises(ValueError, match=r"started 2 processes .*, but this process has joined only 1.*use_cpu"):
             build()
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(ValueError, match="WORLD_SIZE is 'many'"):
@@ -60,8 +60,8 @@ def test_fsdp_on_cpus_is_refused(tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "micro.yaml"
     recipe.write_text(yaml.safe_dump(micro_settings(tmp_path / "out")))
     assert main(["--config", str(recipe), "--num_processes", "2", "--accelerate_config", "fsdp2"]) == 2
-    assert "accelerate has none on CPUs" in capsys.readouterr().err
+    assert "accelerate does not support it on CPUs" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match=r"accelerate has none on CPUs.*multi_cpu or zero3"):
+    with pytest.raises(ValueError, match=r"accelerate does not support it on CPUs.*multi_cpu or zero3"):
         processes.check_processes()

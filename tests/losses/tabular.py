@@ -1,4 +1,4 @@
-"""A policy that is a table of logits on a small random tree: the exact setting in which losses are judged."""
+"""A tabular policy (a table of logits) on a small random tree, for exact tests of the losses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gflowtrl.losses import normalized_flows
 
 
 def random_tree(seed: int, num_paths: int = 40, depth: int = 4, branching: int = 4) -> PrefixTree:
-    """Ids of 2 to `depth` tokens; the last token ends an id (a set of its own), so none is a prefix of another."""
+    """Ids of 2 to `depth` tokens. Last tokens are a separate set, so no id is a prefix of another."""
     generator = torch.Generator().manual_seed(seed)
     paths = torch.randint(0, branching, (num_paths, depth), generator=generator)
     lengths = torch.randint(2, depth + 1, (num_paths,), generator=generator)
@@ -21,7 +21,7 @@ def random_tree(seed: int, num_paths: int = 40, depth: int = 4, branching: int =
 
 
 class TabularPolicy:
-    """pi(child | state) = softmax of the children's logits. `logits` is `(B, M)`: a row a prompt, a column a node."""
+    """pi(child | state) = softmax of the children's logits. `logits (B, M)`: a row per prompt, a column per node."""
 
     def __init__(self, tree: PrefixTree, logits: Tensor):
         self.tree, self.logits = tree, logits
@@ -33,9 +33,9 @@ class TabularPolicy:
         return torch.stack([torch.nn.functional.pad(c, (0, width - c.shape[-1]), value=-1) for c in levels], dim=-2)
 
     def score(self, leaves: Tensor, log_flows: Tensor, learned: Tensor | None = None) -> dict[str, Tensor]:
-        """Everything a trainer would hand to a loss, log Z left out.
+        """Everything that a trainer passes to a loss, except log Z.
 
-        `log_flows (B, M)` are the true flows, `learned (B, M)` a flow head's (the true ones by default).
+        `log_flows (B, M)` are the true flows, `learned (B, M)` those of a flow head (default: the true ones).
         """
         children = self.children_of(leaves)
         logits = self.logits.gather(1, children.clamp(min=0).flatten(1)).view(children.shape)
@@ -55,7 +55,7 @@ class TabularPolicy:
     def flows_of(self, leaves: Tensor, values: Tensor) -> Tensor:
         """`values (B, M)` at the states s_0 ... s_{L-1} of each leaf: `(B, K, L)`, 0 after a shorter id's end.
 
-        Where an id ends its leaf is not read: log F of a leaf is its log R, not the head's.
+        The leaf itself is not read: log F of a leaf is its log R, not the head's value.
         """
         states = self.tree.walk(leaves)[..., :-1]
         steps = torch.arange(self.tree.max_depth)
@@ -68,6 +68,6 @@ class TabularPolicy:
         return values.gather(1, nodes.clamp(min=0).flatten(1)).view(nodes.shape).masked_fill(nodes < 0, -torch.inf)
 
     def leaf_log_probs(self) -> Tensor:
-        """`(B, N)`, every leaf scored."""
+        """Score every leaf: `(B, N)`."""
         leaves = torch.arange(self.tree.num_leaves).expand(len(self.logits), -1)
         return self.score(leaves, torch.zeros_like(self.logits))["log_probs"].sum(-1)

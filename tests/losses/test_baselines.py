@@ -1,4 +1,4 @@
-"""The losses of other methods against their formulas in plain loops, in fp64."""
+"""The baseline losses compared with their formulas in plain loops, in float64."""
 
 import math
 
@@ -11,7 +11,7 @@ from gflowtrl.losses import grpo, msl, sdpo, sft
 
 
 def some(seed: int, batch: int = 2, count: int = 4, steps: int = 3, children: int = 5):
-    """Log-probabilities of children, of the first of which a token is taken, and lengths of 1 to `steps`."""
+    """Log-probabilities of children (the first is the token taken), and lengths of 1 to `steps`."""
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, count, steps, children)
     child = (2 * torch.randn(shape, generator=generator, dtype=torch.double)).log_softmax(-1)
@@ -41,7 +41,7 @@ def test_msl(seed, temperature):
 def test_sdpo(seed, beta):
     log_probs, _, lengths = some(seed)
     reference, _, _ = some(seed + 1)
-    leaves = torch.tensor([[3, 5, 3, 8], [2, 2, 2, 2]])  # the target again, and nothing else
+    leaves = torch.tensor([[3, 5, 3, 8], [2, 2, 2, 2]])  # all negatives equal the target
     found = sdpo(log_probs, reference, lengths, leaves, beta)
     gains = [
         sum(float(log_probs[0, k, step] - reference[0, k, step]) for step in range(int(lengths[0, k])))

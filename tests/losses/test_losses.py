@@ -1,4 +1,4 @@
-"""Losses against enumeration of all leaves: fixed points, identities, gradients, and learning on a small tree."""
+"""Losses compared with enumeration of all leaves: fixed points, identities, gradients, learning on a small tree."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.losses.tabular import TabularPolicy, random_tree
 
 PROMPTS = 3
 SEEDS = (0, 1, 2)
-# sft has no target of its own: it follows its data
+# Without sft, which has no target distribution: it follows its data.
 BALANCE = (
     "trajectory_balance", "vargrad", "contrastive_balance", "detailed_balance", "subtrajectory_balance", "exact_flow",
 )  # fmt: skip
@@ -85,8 +85,8 @@ def test_loss_and_gradient_are_zero_at_the_target_and_nowhere_else(problem, name
     loss = problem.loss(name, ideal, problem.all_leaves, log_z, flows, **options)
     assert loss.shape == problem.all_leaves.shape
     assert loss.abs().max() < 1e-20 or (name == "exact_flow" and loss.abs().max() < 1e-13)
-    spec = LOSSES[name]
-    parameters = [ideal.logits] + [log_z] * spec.needs_log_z + [flows] * spec.needs_log_flows
+    inputs = LOSSES[name].inputs
+    parameters = [ideal.logits] + [log_z] * ("log_z" in inputs) + [flows] * ("log_flows" in inputs)
     for gradient in torch.autograd.grad(loss.sum(), parameters):
         assert gradient.abs().max() < 1e-12
 
@@ -120,7 +120,7 @@ def test_scaling_the_reward_changes_nothing(problem, loss):
 
 
 def test_vargrad_is_the_sum_over_pairs_of_contrastive_residuals(problem):
-    """In value and in gradient; the pairs by brute force and by the loss."""
+    """In value and in gradient, with the pairs computed by brute force and by the loss."""
     policy = problem.random_policy()
     scores = policy.score(problem.all_leaves[:, :6], problem.log_flows)
     surplus = (scores["log_probs"].sum(-1) - scores["log_rewards"]).T
@@ -140,7 +140,7 @@ def test_vargrad_is_trajectory_balance_with_the_mean_log_z(problem):
     )
 
 
-def test_stopping_the_gradient_of_the_mean_matters_under_huber_only(problem):
+def test_stopping_the_gradient_of_the_mean_matters_only_with_huber(problem):
     policy = problem.random_policy()
     scores = policy.score(problem.all_leaves, problem.log_flows)
     surplus = scores["log_probs"].sum(-1) - scores["log_rewards"]
@@ -166,7 +166,7 @@ def test_on_policy_gradient_of_trajectory_balance_is_twice_that_of_the_divergenc
 
 @pytest.mark.parametrize("impossible", [False, True])
 def test_exact_flow_under_the_target_is_the_divergence_over_leaves(problem, impossible):
-    """The chain rule of the KL divergence; also where some leaves, and whole subtrees, have no reward at all."""
+    """The chain rule of the KL divergence, also if some leaves and whole subtrees have no reward."""
     if impossible:
         problem.log_rewards[:, : problem.tree.num_leaves // 3] = -torch.inf
         problem.log_flows = problem.tree.log_flows(problem.log_rewards)
@@ -194,7 +194,7 @@ def test_normalized_flows_are_ratios_of_flows(problem):
 
 
 # ---------------------------------------------------------------------------------------------- padding and gradients
-#: What needs scores and rewards only; test_prefix.py and test_baselines.py have the rest.
+#: Losses that need only scores and rewards; the others are in test_prefix.py and test_baselines.py.
 ON_SCORES = sorted(name for name, loss in LOSSES.items() if loss.needs_log_rewards or name in ("sft", "msl"))
 
 
@@ -219,8 +219,8 @@ def test_gradients_are_those_of_the_value(name):
         return problem.loss(name, TabularPolicy(problem.tree, logits), leaves, log_z, flows)
 
     logits = problem.randn(PROMPTS, problem.tree.num_nodes).requires_grad_()
-    log_z = problem.randn(PROMPTS).requires_grad_(LOSSES[name].needs_log_z)
-    flows = problem.randn(PROMPTS, problem.tree.num_nodes).requires_grad_(LOSSES[name].needs_log_flows)
+    log_z = problem.randn(PROMPTS).requires_grad_("log_z" in LOSSES[name].inputs)
+    flows = problem.randn(PROMPTS, problem.tree.num_nodes).requires_grad_("log_flows" in LOSSES[name].inputs)
     if name == "vargrad":  # its mean carries no gradient, so only the mean over the group is the value's gradient
         assert torch.autograd.gradcheck(lambda *inputs: loss(*inputs).mean(1), (logits, log_z, flows))
     else:
@@ -228,7 +228,7 @@ def test_gradients_are_those_of_the_value(name):
 
 
 def test_exact_flow_by_hand_with_padding_impossible_children_and_junk_after_the_end():
-    """Target (3/4, 1/4, none) against (1/2, 1/2, none), then a sure child; the second id ends after one step."""
+    """Target (3/4, 1/4, none) against (1/2, 1/2, none), then a certain child. The second id ends after one step."""
     first, junk = [0.75, 0.25, 0], [0.1, 0.2, 0.7]
     target = torch.tensor([[[first, [1, 0, 0]], [first, junk]]]).log()
     policy = torch.tensor([[[[0.5, 0.5, 0], [0.25, 0.75, 0]], [[0.5, 0.5, 0], [torch.nan, 0, 1]]]]).log()
@@ -241,7 +241,7 @@ def test_exact_flow_by_hand_with_padding_impossible_children_and_junk_after_the_
     assert target.grad.isfinite().all()
 
 
-def test_what_stands_after_the_end_of_an_id_is_ignored():
+def test_values_after_the_end_of_an_id_are_ignored():
     log_probs = torch.tensor([[[-1.0, -2.0, -torch.inf], [-1.0, -2.0, -4.0]]], requires_grad=True)
     loss = sft(log_probs, torch.tensor([[2, 3]]))
     assert loss.tolist() == [[3.0, 7.0]]
@@ -259,8 +259,8 @@ def test_huber_by_hand():
 def test_the_registry_states_what_each_loss_needs():
     needs = {
         n: (
-            s.needs_log_z,
-            s.needs_log_flows,
+            "log_z" in s.inputs,
+            "log_flows" in s.inputs,
             s.needs_all_rewards,
             s.min_generations,
             s.needs_rewards,
@@ -293,7 +293,7 @@ def test_the_registry_states_what_each_loss_needs():
     assert tuple(LOSSES["contrastive_balance"].options) == ("delta",)
 
 
-def test_an_unknown_loss_is_answered_with_the_known_ones():
+def test_an_unknown_loss_lists_the_known_ones():
     with pytest.raises(
         ValueError, match="'ppo'.*exact_flow, grpo, msl, .*sft, subtrajectory_balance, trajectory_balance, vargrad"
     ):
@@ -302,12 +302,12 @@ def test_an_unknown_loss_is_answered_with_the_known_ones():
 
 @pytest.mark.parametrize("loss", [vargrad, contrastive_balance])
 @pytest.mark.parametrize("num_generations", [0, 1])
-def test_a_single_trajectory_is_nothing_to_compare(loss, num_generations):
+def test_a_single_trajectory_cannot_be_compared(loss, num_generations):
     with pytest.raises(ValueError, match=f"{loss.__name__}.*least 2 of them, got num_generations={num_generations}"):
         loss(torch.zeros(2, num_generations, 3), torch.zeros(2, num_generations))
 
 
-def test_shapes_that_would_broadcast_are_refused():
+def test_shapes_that_would_broadcast_are_errors():
     with pytest.raises(ValueError, match=r"log_z has shape \(2, 1\)"):
         trajectory_balance(torch.zeros(2, 2, 3), torch.zeros(2, 2), torch.zeros(2, 1))
     with pytest.raises(ValueError, match=r"log_rewards has shape \(2, 1\)"):
@@ -355,7 +355,7 @@ def test_learning_reaches_the_target_from_a_uniform_policy(name):
 
     untrained = total_variation()
     for _ in range(steps):
-        if LOSSES[name].uses_target:  # supervised: what was observed is drawn from the target
+        if LOSSES[name].uses_target:  # supervised: observations are drawn from the target
             leaves = draw(problem.target.exp(), 64)
         else:
             leaves = torch.cat([draw(torch.ones_like(problem.target), 8), draw(policy.leaf_log_probs().exp(), 8)], 1)
@@ -368,14 +368,14 @@ def test_learning_reaches_the_target_from_a_uniform_policy(name):
     assert untrained > 0.5 and trained < 0.05
     if name == "trajectory_balance":
         assert log_z.allclose(problem.log_z, atol=0.05)
-    if LOSSES[name].needs_log_flows:  # log F is learned as well, at every state that is not a leaf
+    if "log_flows" in LOSSES[name].inputs:  # log F is learned too, at every state that is not a leaf
         inner = problem.tree.num_children > 0
         assert (flows - problem.log_flows)[:, inner].abs().max() < 0.3
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_rewards_that_differ_for_one_prompt_are_averaged_by_flows_and_their_logarithms_by_residuals(seed):
-    """One history, two targets: exact flows learn the mean of R / Z, VarGrad the geometric mean of R."""
+def test_exact_flow_averages_different_rewards_of_a_prompt_and_vargrad_their_logarithms(seed):
+    """One history with two targets: exact flows learn the mean of R / Z, VarGrad the geometric mean of R."""
     leaves = 7
     log_rewards = 2 * torch.randn(2, leaves, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
 

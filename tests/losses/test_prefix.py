@@ -1,4 +1,4 @@
-"""APAO's prefix losses against the formulas in plain loops, in fp64."""
+"""APAO's prefix losses compared with the formulas in plain loops, in float64."""
 
 import math
 
@@ -17,7 +17,7 @@ def pointwise_by_hand(log_probs, length) -> list[float]:
 
 
 def pairwise_by_hand(paths, log_probs, m: int, distinct: int | None = None) -> float:
-    """`paths[0]` is the target; `distinct`: the number of m-prefixes, for the scaled form."""
+    """`paths[0]` is the target; `distinct` is the number of m-prefixes, for the scaled form."""
     if m > len(paths[0]):
         return 0.0
     prefixes, terms = {tuple(paths[0][:m])}, []
@@ -36,7 +36,7 @@ def pairwise_by_hand(paths, log_probs, m: int, distinct: int | None = None) -> f
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 7), st.booleans(), st.booleans())
-def test_both_are_their_formulas(seed, num_generations, ragged, scaled):
+def test_both_losses_equal_their_formulas(seed, num_generations, ragged, scaled):
     catalog = catalog_of(random_paths(20, codes=3, seed=seed % 97, ragged=ragged))
     tree, generator = catalog.tree, torch.Generator().manual_seed(seed)
     leaves = torch.randint(tree.num_leaves, (3, num_generations), generator=generator)
@@ -59,7 +59,7 @@ def test_both_are_their_formulas(seed, num_generations, ragged, scaled):
 
 
 def test_a_case_by_hand():
-    """Target a b, negatives a c (shares the first token) and d e twice."""
+    """Target a b; negatives a c (shares the first token) and d e twice."""
     half, third = math.log(0.5), math.log(1 / 3)
     log_probs = torch.tensor([[[half, third], [half, half], [third, third], [third, third]]], dtype=torch.double)
     nodes = torch.tensor([[[1, 3], [1, 4], [2, 5], [2, 5]]])
@@ -73,7 +73,7 @@ def test_the_first_releases_scale_counts_the_target(prefixes, negatives):
     """All prefixes equally likely: L_m = log(1 + (D - 1) n / (n + 1)) / m, not the log D / m of a division by n."""
     log_probs = torch.full((1, negatives + 1, 1), -math.log(prefixes), dtype=torch.double)
     nodes = torch.arange(1, negatives + 2)[None, :, None]
-    for m in (1, 2):  # under one common first token
+    for m in (1, 2):  # m = 2: after a common first token
         steps = torch.cat([torch.zeros(1, negatives + 1, m - 1), log_probs], -1)
         walk = torch.cat([torch.ones(1, negatives + 1, m - 1).long(), nodes], -1)
         counts = torch.tensor([1] * (m - 1) + [prefixes])
@@ -83,7 +83,7 @@ def test_the_first_releases_scale_counts_the_target(prefixes, negatives):
         assert found[0, -1].item() < math.log(prefixes) / m
 
 
-def test_against_all_prefixes_of_a_tree_policy_it_is_the_prefix_probability():
+def test_with_all_prefixes_as_negatives_it_is_the_prefix_probability():
     catalog = catalog_of(random_paths(30, codes=4))
     policy = CausalTreePolicy(tiny_model(FIRST_TOKEN + 12), catalog)
     prompts = {"input_ids": torch.tensor([[1, 5, 9], [1, 4, 10]]), "attention_mask": torch.ones(2, 3).long()}
@@ -97,7 +97,7 @@ def test_against_all_prefixes_of_a_tree_policy_it_is_the_prefix_probability():
     torch.testing.assert_close(losses, -scores.log_probs[:, 0].double().cumsum(-1), rtol=1e-5, atol=1e-5)
 
 
-def test_minute_probabilities_are_no_nan():
+def test_tiny_probabilities_do_not_give_nan():
     log_probs = torch.tensor([[[-200.0, -200.0], [-1.0, -200.0], [-300.0, -1.0]]], requires_grad=True)
     nodes = torch.tensor([[[1, 4], [2, 5], [3, 6]]])
     losses = prefix_pairwise(log_probs, torch.full((1, 3), 2), nodes, torch.tensor([3, 3]))
@@ -106,7 +106,7 @@ def test_minute_probabilities_are_no_nan():
     assert log_probs.grad.isfinite().all() and log_probs.grad[0, 0].tolist() == pytest.approx([-3.5, -1.5])
 
 
-def test_wrong_shapes_are_named():
+def test_wrong_shapes_are_errors():
     with pytest.raises(ValueError, match="prefix_nodes has shape"):
         prefix_pairwise(torch.zeros(1, 3, 2), torch.ones(1, 3), torch.zeros(1, 2, 2), torch.ones(2))
     with pytest.raises(ValueError, match="log_probs has shape"):

@@ -1,4 +1,4 @@
-"""Losses by name: a user's own among them, and the options that each has."""
+"""The registry of losses, with custom losses, and the options of each loss."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ from tests.trainer.world import losses, make_trainer
 
 @pytest.fixture(autouse=True)
 def restored_registry():
-    """What a test registers is gone afterwards."""
+    """Remove the losses that a test registers."""
     before = dict(LOSSES)
     yield
     LOSSES.clear()
@@ -30,15 +30,15 @@ def greedy(
     log_probs, log_rewards, temperature=0.5, epsilon=0.25, seed=3, delta=2.0, lam=0.75, weight_decay=0.125,
     learning_rate=7.0, beta=5.0, num_generations=11,
 ):  # fmt: skip
-    """All names that the trainer's configuration, or another loss, has too."""
-    given = locals()
-    calls.append({name: given[name] for name in DEFAULTS})
+    """A loss whose options all have names of configuration fields or of other losses' options."""
+    arguments = locals()
+    calls.append({name: arguments[name] for name in DEFAULTS})
     return lam * vargrad(log_probs, log_rewards)
 
 
-# ------------------------------------------------------------------------------------------------------- a user's loss
-def test_a_users_loss_keeps_its_own_defaults(tmp_path):
-    """Whatever the configuration calls by the same names."""
+# ----------------------------------------------------------------------------------------------------- custom losses
+def test_a_custom_loss_keeps_its_defaults(tmp_path):
+    """Configuration fields with the same names do not change them."""
     register_loss("greedy", LossSpec(greedy, min_generations=2))
     settings = {
         "temperature": 1.75, "seed": 42, "epsilon": 0.0625, "weight_decay": 0.01, "learning_rate": 0.02,
@@ -49,7 +49,7 @@ def test_a_users_loss_keeps_its_own_defaults(tmp_path):
         calls.clear()
         trainer = make_trainer(tmp_path / folder, [GroundTruthReward()], **settings, **options)
         assert all(getattr(trainer.args, name) == value for name, value in settings.items())
-        calls.clear()  # the check of the options calls the loss once
+        calls.clear()  # checking the options may call the loss
         trainer.train()
         return trainer
 
@@ -71,7 +71,7 @@ def test_options_of_one_loss_do_not_reach_another(tmp_path):
     )  # fmt: skip
     trainer.train()
     assert calls == [DEFAULTS]
-    message = r"loss_kwargs\['greedy'\]: There is no option 'huber_delta'; there are: temperature, epsilon, seed"
+    message = r"loss_kwargs\['greedy'\]: There is no option 'huber_delta'; known options: temperature, epsilon, seed"
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, [GroundTruthReward()], loss_type="greedy", loss_kwargs={"greedy": {"huber_delta": 1.0}})
 
@@ -85,11 +85,11 @@ def test_needs_follow_from_the_parameters():
     assert spec == LossSpec(mine) and spec.min_generations == 1 and not spec.uses_target and not spec.uses_negatives
     assert spec.inputs == ("log_probs", "log_z", "log_flows", "ref_log_probs", "child_target_log_probs", "advantages")
     assert spec.options == {"scale": 1.0}
-    assert spec.needs_log_z and spec.needs_log_flows and spec.needs_flow_heads and spec.needs_reference
+    assert spec.needs_flow_heads and spec.needs_reference
     assert spec.needs_all_rewards and spec.needs_log_rewards and spec.needs_rewards
     nothing = LossSpec(sft)
     needs = [name for name in dir(LossSpec) if name.startswith("needs_")]
-    assert len(needs) == 7 and not any(getattr(nothing, name) for name in needs)
+    assert len(needs) == 5 and not any(getattr(nothing, name) for name in needs)
 
 
 def test_a_name_is_taken_once():
@@ -109,8 +109,8 @@ def test_a_name_is_taken_once():
     assert get_loss("theirs").function is second
 
 
-def test_the_same_function_may_come_again():
-    """As in a notebook whose cell runs twice: the new definition counts."""
+def test_the_same_function_can_be_registered_again():
+    """As in a notebook cell that runs twice: the new definition is used."""
 
     def define(sign):
         def mine(log_probs):
@@ -125,7 +125,7 @@ def test_the_same_function_may_come_again():
     register_loss("vargrad", LossSpec(vargrad, min_generations=2))
 
 
-def test_what_has_no_name_may_be_a_loss():
+def test_a_callable_without_a_name_can_be_a_loss():
     huber = partial(vargrad, huber_delta=1.0)
     register_loss("huber", huber)
     register_loss("huber", huber)
@@ -141,12 +141,12 @@ def test_what_has_no_name_may_be_a_loss():
         register_loss("other", partial(lambda log_probs, histories, scale: log_probs, scale=1.0))
 
 
-def test_a_parameter_that_no_step_has_is_refused():
+def test_a_parameter_that_is_not_a_tensor_of_a_step_is_an_error():
     def mine(log_probs, margin, scale=1.0):
         return log_probs.sum(-1)
 
-    message = "The loss 'mine' has the parameter 'margin' without a default, which is no tensor of a step; those are "
-    with pytest.raises(ValueError, match=message + "log_probs, .*nodes_per_depth. Give an option a default"):
+    message = "The loss 'mine' has the parameter 'margin' without a default, which is not a tensor of a step; those"
+    with pytest.raises(ValueError, match=message + " are log_probs, .*nodes_per_depth. If it is an option, give it"):
         register_loss("mine", mine)
     assert "mine" not in LOSSES
 
@@ -173,10 +173,10 @@ def test_every_loss_takes_its_options():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("vargrad", {"huber": 1.0}, "no option 'huber'; there are: huber_delta"),
-        ("vargrad", {"log_rewards": 1.0}, "no option 'log_rewards'; there are: huber_delta"),
-        ("exact_flow", {"huber_delta": 1.0}, "no option 'huber_delta'; there are: none"),
-        ("prefix_pairwise", {"reduce_sum": 1}, "no option 'reduce_sum'; there are: eta, variant"),
+        ("vargrad", {"huber": 1.0}, "no option 'huber'; known options: huber_delta"),
+        ("vargrad", {"log_rewards": 1.0}, "no option 'log_rewards'; known options: huber_delta"),
+        ("exact_flow", {"huber_delta": 1.0}, "no option 'huber_delta'; known options: none"),
+        ("prefix_pairwise", {"reduce_sum": 1}, "no option 'reduce_sum'; known options: eta, variant"),
         ("vargrad", {"huber_delta": 0}, "huber_delta is 0; it must be a finite number above 0"),
         ("contrastive_balance", {"delta": -1.0}, "is -1.0; it must be a finite number above 0"),
         ("subtrajectory_balance", {"lam": 0.0}, "lam is 0.0"),
@@ -195,30 +195,30 @@ def test_bad_options_are_named(name, options, message):
 @pytest.mark.parametrize(
     ("name", "options"), [("sft", {"token_mean": 1}), ("sft", {"token_mean": "no"}), ("grpo", {"beta": True})]
 )
-def test_a_truth_value_is_no_number(name, options):
+def test_a_boolean_is_not_a_number(name, options):
     ((option, value),) = options.items()
-    with pytest.raises(TypeError, match=f"{option} is {value!r}, but it must be like its default"):
+    with pytest.raises(TypeError, match=f"{option} is {value!r}; it must have the type of its default"):
         LOSSES[name].check_options(options)
 
 
-def test_a_users_loss_is_not_called_by_the_check():
-    """It may want longer ids or larger groups than a try-out has; names and kinds of options are still checked."""
+def test_checking_options_does_not_call_a_custom_loss():
+    """It may need longer ids or larger groups than the check has. Names and types of options are still checked."""
 
     def picky(log_probs, lengths, scale=1.0, clip=None, mode="soft"):
         raise ValueError("ids need two tokens")
 
     spec = LossSpec(picky)
     assert spec.check_options({"scale": 2, "clip": True}) == {"scale": 2, "clip": True}
-    with pytest.raises(ValueError, match="There is no option 'sclae'; there are: scale, clip, mode"):
+    with pytest.raises(ValueError, match="There is no option 'sclae'; known options: scale, clip, mode"):
         spec.check_options({"sclae": 2})
-    with pytest.raises(TypeError, match="scale is True, but it must be like its default 1.0"):
+    with pytest.raises(TypeError, match="scale is True; it must have the type of its default, 1.0"):
         spec.check_options({"scale": True})
 
 
-def test_options_become_what_their_defaults_are():
-    """JSON reads "2025" as a number, and YAML reads 5e-4 as text."""
+def test_options_get_the_types_of_their_defaults():
+    """JSON can read 2025 as a number, and YAML reads 5e-4 as text."""
     fitted = get_loss("prefix_pairwise").check_options({"variant": 2025, "eta": "5e-4"})
     assert fitted == {"variant": "2025", "eta": 5e-4}
     assert get_loss("vargrad").check_options({"huber_delta": "1e-1"}) == {"huber_delta": 0.1}
     with pytest.raises(ValueError, match="There is no option 'hubert'"):
-        get_loss("vargrad")(LossInputs.zeros(2), hubert=1.0)  # nothing is dropped in silence, later either
+        get_loss("vargrad")(LossInputs.zeros(2), hubert=1.0)  # unknown options are errors here too

@@ -1,4 +1,4 @@
-"""Detailed, sub-trajectory and contrastive balance: hand-computed cases, brute force, and how they are related."""
+"""Detailed, subtrajectory and contrastive balance: hand-computed cases, brute force, and identities between them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.losses.tabular import TabularPolicy, random_tree
 
 
 def random_case(seed: int, batch: int = 2, count: int = 4) -> dict[str, Tensor]:
-    """Scores of a random policy with random (wrong) flows on a random tree with ids of different length."""
+    """Scores of a random policy with random (wrong) flows, on a random tree with ids of different lengths."""
     tree = random_tree(seed, num_paths=20)
     generator = torch.Generator().manual_seed(seed)
     logits, flows, rewards = (
@@ -29,7 +29,7 @@ def random_case(seed: int, batch: int = 2, count: int = 4) -> dict[str, Tensor]:
 
 
 def brute_force(case: dict[str, Tensor], lam: float, huber_delta: float | None) -> Tensor:
-    """The definition, sub-path by sub-path."""
+    """The definition, one sub-path at a time."""
     losses = torch.zeros_like(case["log_rewards"])
     for b, k in torch.cartesian_prod(*map(torch.arange, losses.shape)).tolist():
         length = int(case["lengths"][b, k])
@@ -51,7 +51,7 @@ DELTAS = st.sampled_from([None, 0.5, 2.0])
 
 @settings(max_examples=15, deadline=None)
 @given(SEEDS, st.floats(0.05, 3.0), DELTAS)
-def test_subtrajectory_balance_is_its_definition(seed, lam, huber_delta):
+def test_subtrajectory_balance_equals_its_definition(seed, lam, huber_delta):
     case = random_case(seed)
     loss = subtrajectory_balance(**case, lam=lam, huber_delta=huber_delta)
     assert loss.allclose(brute_force(case, lam, huber_delta))
@@ -59,8 +59,8 @@ def test_subtrajectory_balance_is_its_definition(seed, lam, huber_delta):
 
 @settings(max_examples=15, deadline=None)
 @given(SEEDS, DELTAS)
-def test_on_the_full_path_alone_it_is_trajectory_balance_and_on_single_steps_detailed_balance(seed, huber_delta):
-    """A huge lambda leaves the longest sub-path, a tiny one the single steps, over which it is a mean."""
+def test_its_limits_are_trajectory_balance_and_detailed_balance(seed, huber_delta):
+    """A huge lambda leaves only the longest sub-path, a tiny one the mean over single steps."""
     case = random_case(seed)
     log_z = case["log_flows"][:, 0, 0]  # log F of the root, the same for all trajectories of a prompt
     assert torch.equal(case["log_flows"][:, :, 0], log_z[:, None].expand_as(case["log_rewards"]))
@@ -73,14 +73,14 @@ def test_on_the_full_path_alone_it_is_trajectory_balance_and_on_single_steps_det
 @settings(max_examples=30, deadline=None)
 @given(SEEDS)
 def test_steps_telescope_so_detailed_balance_bounds_trajectory_balance(seed):
-    """The step residuals add up to the trajectory's, hence (Cauchy-Schwarz) TB <= length * DB."""
+    """The residuals of the steps add up to the trajectory's, so TB <= length * DB (Cauchy-Schwarz)."""
     case = random_case(seed)
     whole = trajectory_balance(case["log_probs"], case["log_rewards"], case["log_flows"][:, 0, 0])
     assert (whole <= case["lengths"] * detailed_balance(**case) * (1 + 1e-12)).all()
 
 
 def test_equal_step_residuals_reach_the_bound():
-    """Every step off by 1/2 over three steps: DB 3/4, TB (3/2)^2 = 3 * 3/4."""
+    """A residual of 1/2 at each of three steps: DB 3/4, TB (3/2)^2 = 3 * 3/4."""
     log_probs = torch.tensor([[[-1.0, -2.0, -3.0]]], dtype=torch.double)
     log_flows = torch.tensor([[[5.0, 3.5, 1.0]]], dtype=torch.double)
     log_rewards = torch.tensor([[-2.5]], dtype=torch.double)
@@ -88,7 +88,7 @@ def test_equal_step_residuals_reach_the_bound():
     assert trajectory_balance(log_probs, log_rewards, log_flows[:, 0, 0]).item() == 2.25
 
 
-def test_balance_of_steps_by_hand_with_junk_after_the_end():
+def test_step_balances_by_hand_with_junk_after_the_end():
     """log F = (3, 1), log pi = (-1, -2), log R = 0.5: steps 1 and -1.5, path -0.5. The second id has one token."""
     nan, inf = torch.nan, torch.inf
     log_probs = torch.tensor([[[-1.0, -2.0, nan], [-1.0, nan, -inf]]], requires_grad=True)
@@ -132,7 +132,7 @@ def test_contrastive_balance_ignores_the_scale_and_follows_the_order(seed, delta
 
 
 def test_an_outlier_leaves_other_pairs_alone_but_moves_the_mean_of_vargrad():
-    """Two trajectories in balance, and one with an absurd reward: what pushes the two?"""
+    """Two balanced trajectories and one with an absurd reward: how strongly does it push the other two?"""
     surplus = torch.zeros(1, 3, 1, dtype=torch.double, requires_grad=True)
     log_rewards = torch.tensor([[0.0, 0.0, 100.0]], dtype=torch.double)
     pairs = contrastive_balance(surplus, log_rewards, delta=1.0).sum()

@@ -158,6 +158,8 @@ def test_command_line_sets_any_field(recipe_file):
         ("--teacher.regularizaton 4", "Did you mean 'teacher.regularization'"),
         ("--rewards.1.temprature 1", "Did you mean 'rewards.1.temperature'"),
         ("--model.hidden_sizes 1", "Did you mean 'model.hidden_size'"),
+        ("--data.shop.n_users many", "data.shop.n_users must be a whole number, but it is 'many'"),
+        ("--data.shop.noise 2", "data.shop.noise is 2"),
         ("--teacher.type als", "teacher.type is 'als'; choose from sasrec"),
         ("--rewards.0.type none", "rewards.0.type is 'none'"),
         ("--rewards.0.weight much", "rewards.0.weight must be a number or 'learned'"),

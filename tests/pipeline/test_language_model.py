@@ -71,7 +71,7 @@ def test_every_stage_leaves_adapters_and_the_merged_model(finished):
 def test_cards_name_the_model_it_began_from_and_its_license(finished, text_model):
     for method in METHODS[1:]:
         card = ModelCard.load(Path(finished[1]["methods"][method]["model"], "README.md"))
-        assert f"It began as `{text_model.name}`, license apache-2.0." in card.text
+        assert f"Training started from `{text_model.name}` (license: apache-2.0)." in card.text
         assert card.data.license == "apache-2.0"
         assert card.data.base_model is None  # a folder is no name on the Hub
         assert "LlamaForCausalLM that recommends" in card.text and "AutoTokenizer" in card.text
@@ -194,7 +194,7 @@ def test_adapters_on_the_untrained_model_are_merged_into_it(bits, text_model, tm
         tokens = torch.tensor([[5, 9, 70, merged.config.vocab_size - 1, merged.config.vocab_size - 4]])
         torch.testing.assert_close(merged(tokens).logits, adapted(tokens).logits, rtol=1e-4, atol=1e-4)
         card = ModelCard.load(folder / "README.md")
-        assert f"It began as `{text_model.name}`, license apache-2.0." in card.text
+        assert f"Training started from `{text_model.name}` (license: apache-2.0)." in card.text
         inputs = json.loads((folder.parent / "inputs.json").read_text())
         assert {"model_files", "prompt", "titles"} < inputs["start"].keys() and inputs["peft"] == LORA
 

@@ -145,7 +145,7 @@ def test_model_cards_say_what_was_measured(finished):
             assert measured["validation", name] == best[f"eval_{name}"]
             assert f"| {name} | {best[f'eval_{name}']:.4f} | {entry['metrics'][name]:.4f} |" in card.text
         assert card.data.model_name == f"micro-{method}" and card.data.library_name == "gflowtrl"
-        assert card.data.base_model is None and "It began as" not in card.text
+        assert card.data.base_model is None and "Training started from" not in card.text
         assert "synthetic_shop (SYNTHETIC" in card.text and "| users | 40 |" in card.text
         assert f"validation at step {entry['best_step']} | test, 40 users" in card.text
         assert ("gflownet" in card.data.tags) == ("arXiv 2506.16114" in card.text) == (method == "gflownet")

@@ -83,7 +83,7 @@ def test_models_are_recommenders_with_cards(finished):
         folder = results["methods"][method]["model"]
         assert len(Recommender.from_pretrained(folder).recommend([history], k=5)[0]) == 5
         card = ModelCard.load(Path(folder, "README.md"))
-        assert card.data.model_name == f"micro-{method}" and "It began as" not in card.text
+        assert card.data.model_name == f"micro-{method}" and "Training started from" not in card.text
 
 
 def test_an_interrupted_run_ends_like_an_undisturbed_one(finished, tmp_path):

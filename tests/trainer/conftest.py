@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture
 def warned() -> Iterator[list[str]]:
-    """What transformers warned of in this test; its loggers do not propagate to pytest's own `caplog`."""
+    """Warnings of transformers in this test; its loggers do not propagate to pytest's `caplog`."""
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())

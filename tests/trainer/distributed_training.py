@@ -15,11 +15,11 @@ STEPS = 3
 
 
 def run(folder: Path, batch_size: int) -> dict:
-    """Train on `STEPS` global batches of 8 prompts and say what came of it."""
+    """Train on `STEPS` global batches of 8 prompts and return the results."""
 
     def seen(items, log_metric, trainer_state, **_):
         if trainer_state.global_step == 1 and PartialState().is_main_process:
-            log_metric("late", 1.0)  # a metric that not every step and not every process has
+            log_metric("late", 1.0)  # a metric that some steps and some processes do not report
         return [0.1] * len(items)
 
     trainer = make_trainer(

@@ -1,4 +1,4 @@
-"""Adapters, and the item tokens that are trained beside them."""
+"""Adapters, and the embeddings of item tokens that are trained with them."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def train(folder, kind, tied, config=None, **options):
 
 
 @pytest.mark.parametrize(("kind", "tied"), KINDS)
-def test_all_places_of_the_item_tokens_are_trained_and_no_other_row(tmp_path, kind, tied):
+def test_all_embeddings_of_the_item_tokens_are_trained_and_no_other_row(tmp_path, kind, tied):
     trainer, moved = train(tmp_path, kind, tied)
     deltas = [name for name in moved if "trainable_tokens_delta" in name]
     assert len(deltas) == (1 if tied else 3 if kind == "t5" else 2)
@@ -86,7 +86,7 @@ def test_a_saved_adapter_is_the_trained_model_again_merged_or_not(tmp_path, kind
 
 
 def adapters_on(base, folder, kind="llama", tied=False, **options) -> str:
-    """A folder of trained adapters, on a base that is a folder too."""
+    """Train adapters on a base model in a folder, and save them to another folder."""
     build(kind, tied).save_pretrained(base)
     trainer = make_trainer(
         folder, [CollaborativeReward(teacher)], str(base), peft_config=lora(kind), max_steps=2, **options
@@ -103,7 +103,7 @@ def log_probs(model) -> torch.Tensor:
 
 
 def next_trainer(folder: str, out, **options) -> GFlowNetTrainer:
-    """What goes on from a folder alone."""
+    """A trainer that continues from a folder alone."""
     settings = {"max_steps": 1, "learning_rate": 1e-2, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
     own = {name: value for name, value in options.items() if name in GFlowNetConfig.__dataclass_fields__}
     arguments = {name: value for name, value in options.items() if name not in own}
@@ -112,7 +112,7 @@ def next_trainer(folder: str, out, **options) -> GFlowNetTrainer:
 
 
 @pytest.mark.parametrize(("kind", "tied", "tokens"), [(*kind, True) for kind in KINDS] + [("llama", True, False)])
-def test_a_folder_of_adapters_is_trained_on_as_a_whole(tmp_path, kind, tied, tokens):
+def test_a_folder_of_adapters_is_trained_further_as_one_model(tmp_path, kind, tied, tokens):
     folder = adapters_on(tmp_path / "base", tmp_path / "first", kind, tied, train_item_tokens=tokens)
     expected = log_probs(Recommender.from_pretrained(folder).model)
     trainer = next_trainer(folder, tmp_path / "second")
@@ -139,7 +139,7 @@ def test_adapters_are_put_on_a_folder_of_adapters(tmp_path):
     again.save_pretrained(tmp_path / "whole")
     whole = Recommender.from_pretrained(tmp_path / "whole")
     assert torch.equal(log_probs(whole.model), log_probs(again.model))
-    # The reference is the model that the new adapters were put on.
+    # The reference is the model to which the new adapters were added.
     batch = next(iter(trainer.get_train_dataloader()))
     below = make_policy(load_backbone(folder).eval(), make_catalog()).leaf_log_probs(batch["prompts"])
     torch.testing.assert_close(trainer.prior.score_all(trainer.model, batch["prompts"]), below)
@@ -178,7 +178,7 @@ def test_adapters_on_a_quantized_base_recommend_but_are_not_trained_on(tmp_path)
     whole = log_probs(Recommender.from_pretrained(folder).model)
     torch.testing.assert_close(log_probs(recommender.model), whole, rtol=0.1, atol=0.3)
     for peft_config in (None, lora()):
-        with pytest.raises(ValueError, match="carries adapters that are not merged.*without a quantization_config"):
+        with pytest.raises(ValueError, match="has adapters that are not merged.*without a quantization_config"):
             next_trainer(folder, tmp_path / "second", model_init_kwargs=options, peft_config=peft_config)
 
 
@@ -202,7 +202,7 @@ def test_peft_alone_loads_it(tmp_path):
     torch.testing.assert_close(model(tokens).logits, trainer.model.eval()(tokens).logits)
 
 
-def test_who_names_the_embeddings_is_followed():
+def test_a_configuration_that_names_the_embeddings_is_used_unchanged():
     model = build("llama", False)
     config = lora(modules_to_save=["embed_tokens"])
     adapted = add_adapters(model, config, make_catalog())
@@ -211,7 +211,7 @@ def test_who_names_the_embeddings_is_followed():
     assert [p.shape[0] for name, p in own.named_parameters() if "tokens_delta" in name] == [1]
     every = add_adapters(build("llama", False), lora(target_modules=["q_proj", "lm_head"]), make_catalog())
     assert not [name for name, _ in every.named_parameters() if "tokens_delta" in name]
-    assert config.trainable_token_indices is None  # what the user gave stays as it was
+    assert config.trainable_token_indices is None  # the user's configuration is not modified
 
 
 def test_other_adapters_and_frozen_tokens(tmp_path):
@@ -223,7 +223,7 @@ def test_other_adapters_and_frozen_tokens(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "tied"), KINDS)
-def test_the_names_of_the_tables(kind, tied):
+def test_names_of_the_embeddings(kind, tied):
     model = build(kind, tied)
     names = embedding_names(model)
     own = {id(model.get_submodule(name).weight) for name in names}
@@ -232,7 +232,7 @@ def test_the_names_of_the_tables(kind, tied):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_training_with_adapters_goes_on_where_it_stopped(tmp_path, tied):
+def test_training_with_adapters_resumes(tmp_path, tied):
     options = {"save_strategy": "steps", "save_steps": 2, "train_dataset": make_rows(48)}
     whole, _ = train(tmp_path / "whole", "llama", tied, **options)
     resumed = make_trainer(

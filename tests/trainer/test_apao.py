@@ -1,4 +1,4 @@
-"""APAO: the whole loss by hand over the vocabulary, adaptive weights in plain loops, checkpoints, wrong arguments."""
+"""APAO: the loss over the vocabulary by hand, adaptive weights in plain loops, checkpoints, wrong arguments."""
 
 import dataclasses
 import math
@@ -31,7 +31,7 @@ def make_apao(folder, model=None, vocabulary: int | None = None, **options) -> A
 
 
 def steps_by_hand(model, encoder, history, leaf: int) -> list[float]:
-    """log P of each token of the leaf's id over the whole vocabulary, one forward for this id alone."""
+    """log P of each token of the leaf's id over the whole vocabulary, with a separate forward for this id."""
     path = [token for token in CATALOG.tree.paths[leaf].tolist() if token >= 0]
     prompt = encoder([history])["input_ids"]
     if model.config.is_encoder_decoder:
@@ -46,8 +46,8 @@ def steps_by_hand(model, encoder, history, leaf: int) -> list[float]:
 
 @pytest.mark.parametrize("method", ["pointwise", "pairwise"])
 @pytest.mark.parametrize("model", [tiny_model, tiny_seq2seq])
-def test_the_loss_is_the_papers_over_the_whole_vocabulary(tmp_path, model, method):
-    """Most of the vocabulary is no item's, and some states leave no choice: these count too."""
+def test_the_loss_equals_the_papers_over_the_whole_vocabulary(tmp_path, model, method):
+    """Most of the vocabulary does not belong to items, and some states have one child; both count here."""
 
     def chosen(step, policy, reward, k, noise):
         return (step.row_ids[:, None] * 3 + torch.arange(k)) % CATALOG.tree.num_leaves
@@ -79,7 +79,7 @@ def test_the_loss_is_the_papers_over_the_whole_vocabulary(tmp_path, model, metho
 
 
 def by_hand(variant: str, eta: float, steps: list[list[list[float]]]) -> list[list[float]]:
-    """The weights that each step uses; a step is the L_m of its prompts, all of full length."""
+    """The weights of each step. A step is given by the L_m of its prompts, all of full length."""
     used, weights = [], None
     for prompts in steps:
         means = [sum(column) / len(column) for column in zip(*prompts, strict=True)]
@@ -97,7 +97,7 @@ def by_hand(variant: str, eta: float, steps: list[list[list[float]]]) -> list[li
 
 
 @pytest.mark.parametrize("variant", ["paper", "2025", "kdd"])
-def test_the_weights_are_their_formulas(variant):
+def test_the_weights_equal_their_formulas(variant):
     generator = torch.Generator().manual_seed(0)
     batches = 4 * torch.rand(5, 6, 3, generator=generator)
     expected = by_hand(variant, 0.8, batches.tolist())
@@ -113,7 +113,7 @@ def test_the_weights_are_their_formulas(variant):
     assert torch.equal(weights.weigh(more, lengths[:4]), again.weigh(more, lengths[:4]))
 
 
-def test_micro_batches_adapt_once_a_step_and_short_ids_have_no_long_prefixes():
+def test_weights_adapt_once_per_step_and_short_ids_have_no_long_prefixes():
     whole, parts = PrefixWeights(2, torch.clone, 1.0, "paper"), PrefixWeights(2, torch.clone, 1.0, "paper")
     losses_of_step, lengths = torch.tensor([[1.0, 3.0], [2.0, 0.0], [5.0, 1.0]]), torch.tensor([2, 1, 2])
     whole.weigh(losses_of_step, lengths)
@@ -139,7 +139,7 @@ def test_it_learns_and_recommends(tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["paper", "kdd"])
-def test_an_interrupted_run_goes_on_exactly(tmp_path, variant):
+def test_an_interrupted_training_resumes_exactly(tmp_path, variant):
     options = {"method": "pairwise", "prefix_variant": variant, "prefix_eta": 0.3, "max_steps": 6}
     whole = make_apao(tmp_path / "whole", save_strategy="steps", save_steps=3, **options)
     whole.train()
@@ -150,8 +150,8 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path, variant):
     assert torch.equal(own, other) and own.unique().numel() > 1
 
 
-def test_beside_a_balance_loss(tmp_path):
-    """GFlowNet targets whose prefixes survive the beam."""
+def test_with_a_balance_loss(tmp_path):
+    """Prefix losses together with a GFlowNet objective."""
     from .test_step import rewards
     from .world import make_trainer
 
@@ -173,18 +173,18 @@ def test_beside_a_balance_loss(tmp_path):
         ({"loss_type": ["vargrad"]}, "use GFlowNetTrainer with loss_type"),
     ],
 )
-def test_what_makes_no_sense_is_named(tmp_path, options, message):
+def test_invalid_values_are_errors(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         APAOConfig(str(tmp_path), **options)
 
 
-def test_it_takes_no_rewards(tmp_path):
-    with pytest.raises(ValueError, match="has no reward_funcs"):
+def test_it_accepts_no_rewards(tmp_path):
+    with pytest.raises(ValueError, match="does not use reward_funcs"):
         APAOTrainer(tiny_model(len(TOKENIZER)), APAOConfig(str(tmp_path)), reward_funcs=[len])
 
 
 @pytest.mark.parametrize("name", ["loss_weights", "num_generations"])
-def test_what_follows_from_other_fields_is_not_taken(tmp_path, name):
+def test_derived_fields_cannot_be_set(tmp_path, name):
     with pytest.raises(TypeError, match=name):
         APAOConfig(str(tmp_path), **{name: 1})
     config = APAOConfig(str(tmp_path), method="pairwise", num_negatives=3, beta=0.2)

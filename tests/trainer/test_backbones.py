@@ -1,4 +1,4 @@
-"""Both kinds of language model, without being told which."""
+"""Causal and encoder-decoder models, detected automatically."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def rewards() -> list:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> GFlowNetTrainer:
-    """An encoder-decoder, trained with a flow head, evaluated and saved."""
+    """An encoder-decoder that was trained with a flow head, evaluated and saved."""
     trainer = make_trainer(
         tmp_path_factory.mktemp("t5"), rewards(), tiny_seq2seq(len(TOKENIZER)), loss_type="sft,detailed_balance",
         eval_dataset=make_rows(6, 1, 500), eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
@@ -35,11 +35,11 @@ def test_an_encoder_decoder_is_evaluated_by_its_own_beam_search(trained):
     prompts = trained._encoder(rows["history"])
     exact = make_policy(trained.model.eval(), make_catalog()).leaf_log_probs(prompts)
     target = exact.gather(1, make_catalog().leaf_of(rows["target"])[:, None])
-    hits = ((exact > target).sum(1) < 5).float().mean().item()  # 10 beams on 23 leaves lose none of the first 5 here
+    hits = ((exact > target).sum(1) < 5).float().mean().item()  # 10 beams over 23 leaves find all of the first 5 here
     assert metrics["eval_recall@5"] == pytest.approx(hits)
 
 
-def test_its_folder_is_loaded_as_what_it_is_and_trained_on(trained, tmp_path, warned):
+def test_its_folder_is_loaded_with_the_right_class_and_trained_further(trained, tmp_path, warned):
     folder = trained.args.output_dir
     assert type(AutoModelForSeq2SeqLM.from_pretrained(folder)).__name__ == "T5ForConditionalGeneration"
     assert not warned
@@ -82,7 +82,7 @@ def test_adapters_on_an_encoder_decoder_are_trained_and_their_reference_is_the_b
         (tiny_seq2seq, "SEQ_2_SEQ_LM", ["q"], "T5ForConditionalGeneration"),
     ],
 )
-def test_a_folder_of_adapters_is_its_base_model_with_them(tmp_path, model, task, modules, kind):
+def test_a_folder_of_adapters_loads_as_its_base_model_with_adapters(tmp_path, model, task, modules, kind):
     model(len(TOKENIZER)).save_pretrained(tmp_path / "base")
     adapted = get_peft_model(
         load_backbone(str(tmp_path / "base")), LoraConfig(r=2, target_modules=modules, task_type=task)

@@ -1,4 +1,4 @@
-"""Mistakes are answered with a sentence that names the thing, before training where that is possible."""
+"""Invalid input gives an error that names the problem, before training if possible."""
 
 import math
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ def t5() -> T5ForConditionalGeneration:
 
 
 def rows(**changes) -> Dataset:
-    """Three good rows; a change replaces a column, None takes it away."""
+    """Three valid rows. A change replaces a column; None removes it."""
     columns = {"row_id": [1, 2, 3], "history": [["i010"], ["short"], ["twin"]], "target": ["i222", "i001", "i002"]}
     return Dataset.from_dict({name: values for name, values in (columns | changes).items() if values is not None})
 
@@ -33,17 +33,17 @@ def no_items(items, **_):
 REWARDS = {"reward_funcs": [GroundTruthReward()]}
 CONSTRUCTION = {
     "unknown item in a history": (
-        {"train_dataset": rows(history=[["i010"], ["i011"], ["twin"]])}, "Row 2 holds item 'i011'.*not in the cat",
+        {"train_dataset": rows(history=[["i010"], ["i011"], ["twin"]])}, "Row 2 contains item 'i011'.*not in the cat",
     ),
-    "unknown target": ({"train_dataset": rows(target=["i222", "i001", "x"])}, "Row 3 holds item 'x'"),
+    "unknown target": ({"train_dataset": rows(target=["i222", "i001", "x"])}, "Row 3 contains item 'x'"),
     "unknown item in the evaluation": (
-        {"eval_dataset": {"good": rows(), "bad": rows(target=["i222", "i001", "x"])}}, "Row 3 holds item 'x'",
+        {"eval_dataset": {"good": rows(), "bad": rows(target=["i222", "i001", "x"])}}, "Row 3 contains item 'x'",
     ),
     "empty history": ({"train_dataset": rows(history=[["i010"], [], ["twin"]])}, "Row 2 has an empty history"),
     "no rows": ({"train_dataset": make_rows().select([])}, "no rows"),
     "missing column": ({"train_dataset": rows(target=None)}, "no column target"),
-    "repeated row id": ({"train_dataset": rows(row_id=[1, 2, 1])}, "Two rows share the row_id 1"),
-    "row id of text": ({"train_dataset": rows(row_id=["a", "b", "c"])}, "row_id 'a' is no integer"),
+    "repeated row id": ({"train_dataset": rows(row_id=[1, 2, 1])}, "Two rows have the row_id 1"),
+    "row id of text": ({"train_dataset": rows(row_id=["a", "b", "c"])}, "row_id 'a' is not an integer"),
     "stream": ({"train_dataset": rows().to_iterable_dataset()}, "must be a datasets.Dataset.*got IterableDataset"),
     "no language model": ({"model": t5().encoder}, "T5Stack has no output layer over tokens"),
     "encoder-decoder with few embeddings": ({"model": t5()}, "embeds only 9 tokens.*add_item_tokens"),
@@ -63,15 +63,15 @@ CONSTRUCTION = {
     "no such sampler": ({"sampler": "greedy"}, "Unknown sampler 'greedy'"),
     "sampler without its teacher": ({"sampler": {"collaborative": 1}}, "needs a teacher"),
     "item counts of another catalog": ({"item_counts": torch.ones(3)}, r"shape \(3,\), but.* has 24 items"),
-    "arguments for a model that exists": ({"model_init_kwargs": {"dtype": "float32"}}, "the model is built already"),
+    "arguments for a model that exists": ({"model_init_kwargs": {"dtype": "float32"}}, "the model is already loaded"),
     "no catalog": ({"catalog": None}, "processing_class and catalog are needed"),
     "reference without weight": ({"ref_model": tiny_model(len(TOKENIZER))}, "ref_model was given, but ref_weight is"),
     "reference of another vocabulary": ({"ref_model": tiny_model(9), "ref_weight": 1.0}, "embeds only 9 tokens"),
-    "title that is no text": ({"item_titles": {"i010": math.nan}}, "title of item 'i010' must be text, but it is nan"),
+    "title that is not text": ({"item_titles": {"i010": math.nan}}, "item 'i010' must be text, but it is nan"),
     "title with half a character": ({"item_titles": {"i010": "a\ud83d"}}, "title of item 'i010' holds half a char"),
     "encoder of another length": (
         {"prompt_encoder": PromptEncoder(make_catalog(), TOKENIZER, 6), "max_history_items": 2},
-        "max_history_items is 2, but the prompt_encoder was made with 6",
+        "max_history_items is 2, but the prompt_encoder was created with 6",
     ),
     "weight of no source": (
         {"trajectory_weighting": "source", "source_weights": {"ground_truth": 2, "teacher": 1}},
@@ -81,14 +81,14 @@ CONSTRUCTION = {
 
 
 @pytest.mark.parametrize("case", CONSTRUCTION)
-def test_refused_before_training(tmp_path, case):
+def test_errors_before_training(tmp_path, case):
     options, message = CONSTRUCTION[case]
     with pytest.raises((ValueError, TypeError), match=message):
         make_trainer(tmp_path, **(REWARDS | options))
 
 
 def answers(values):
-    """A plain reward that gives its values in turn, whatever it is asked."""
+    """A plain reward that returns the given values in turn."""
 
     def my_reward(items, **_):
         return (values * len(items))[: len(items)] if isinstance(values, list) else values
@@ -129,7 +129,7 @@ TRAINING = {
 
 
 @pytest.mark.parametrize("case", TRAINING)
-def test_refused_in_the_first_step(tmp_path, case):
+def test_errors_in_the_first_step(tmp_path, case):
     options, message = TRAINING[case]
     trainer = make_trainer(tmp_path, **(REWARDS | options))
     with pytest.raises((ValueError, TypeError), match=message):
@@ -141,10 +141,10 @@ CONFIGURATION = [
     ({"num_generations": 0}, "num_generations is 0; it must be a whole number of at least 1"),
     ({"num_generations": 1}, "num_generations is 1.*'vargrad' needs at least 2"),
     ({"num_generations": 0, "loss_type": "sft"}, "num_generations is 0.*at least 1"),
-    ({"loss_type": "sft,vargrad", "loss_weights": [1.0]}, "loss_weights has 1 entries and loss_type 2"),
+    ({"loss_type": "sft,vargrad", "loss_weights": [1.0]}, "loss_weights has 1 entries, but loss_type has 2"),
     ({"loss_type": []}, "loss_type is empty"),
     ({"loss_type": "ppo"}, "no loss 'ppo'; the known losses are"),
-    ({"loss_type": "sft,vargrad,sft"}, "names a loss twice; name it once, with its whole weight"),
+    ({"loss_type": "sft,vargrad,sft"}, "names a loss twice; name it once, with the total weight"),
     ({"loss_reduction": "max"}, "loss_reduction is 'max'; choose 'mean' or 'sum'"),
     ({"reward_transform": "log"}, "reward_transform is 'log'"),
     ({"leaf_reduction": "mean"}, "leaf_reduction is 'mean'"),
@@ -154,24 +154,24 @@ CONFIGURATION = [
     ({"epsilon": 1.5}, "epsilon is 1.5"),
     ({"reward_floor": 1.0}, "reward_floor is 1.0"),
     ({"eval_ks": []}, "eval_ks"),
-    ({"eval_num_beams": 10}, "eval_num_beams is 10, but eval_ks asks for lists of 20"),
+    ({"eval_num_beams": 10}, "eval_num_beams is 10, but eval_ks needs lists of 20"),
     ({"max_history_items": 0}, "max_history_items is 0"),
     ({"remove_unused_columns": True}, "remove_unused_columns"),
     ({"batch_eval_metrics": True}, "batch_eval_metrics is True"),
     ({"eval_do_concat_batches": False}, "eval_do_concat_batches is False"),
-    ({"include_for_metrics": ["loss", "inputs"]}, "include_for_metrics names 'inputs'"),
+    ({"include_for_metrics": ["loss", "inputs"]}, "include_for_metrics contains 'inputs'"),
     ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1, but no loss of gflowtrl smooths"),
     ({"loss_weights": [math.nan]}, r"loss_weights.0 is nan; it must be a finite"),
     ({"loss_weights": [math.inf]}, "loss_weights.0 is inf; it must be a finite"),
-    ({"loss_weights": [0.0]}, "loss_weights is .*not be all 0"),
+    ({"loss_weights": [0.0]}, "loss_weights is .*must not be 0"),
     ({"ref_weight": -1.0}, "ref_weight is -1.0"),
     ({"ref_weight": math.nan}, "ref_weight is nan"),
     ({"ref_weight": 1.0, "loss_type": "sft"}, "ref_weight is 1.0, but no loss of .'sft'. balances rewards"),
     ({"ref_weight": 1.0, "loss_type": "grpo"}, "ref_weight is 1.0, but no loss of .'grpo'. balances rewards"),
-    ({"label_space": "vocabulary"}, "the losses .'vargrad'. are always over the tree"),
+    ({"label_space": "vocabulary"}, "the losses .'vargrad'. always use the tree"),
     ({"trajectory_weighting": "reward", "loss_type": "sft"}, "trajectory_weighting is 'reward', but no loss"),
     ({"trajectory_weighting": "length"}, "trajectory_weighting is 'length'; choose"),
-    ({"trajectory_weighting": "source"}, "is 'source' and source_weights None"),
+    ({"trajectory_weighting": "source"}, "is 'source' and source_weights is None"),
     ({"trajectory_weighting": "reward", "source_weights": {"a": 1.0}}, "is 'reward' and source_weights"),
     ({"trajectory_weighting": "source", "source_weights": {"a": 0}}, "The weight of source 'a' is 0"),
     ({"trajectory_weighting": "source", "source_weights": {"a": "high"}}, "The weight of source 'a' is 'high'"),
@@ -179,25 +179,25 @@ CONFIGURATION = [
 
 
 @pytest.mark.parametrize(("options", "message"), CONFIGURATION)
-def test_a_bad_configuration_is_refused(tmp_path, options, message):
+def test_a_bad_configuration_is_an_error(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         GFlowNetConfig(str(tmp_path), use_cpu=True, **options)
 
 
-def test_a_folder_without_a_catalog_says_so(tmp_path):
+def test_a_folder_without_a_catalog_is_an_error(tmp_path):
     tiny_model(len(TOKENIZER)).save_pretrained(tmp_path)
     TOKENIZER.save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"catalog\.json is missing"):
         GFlowNetTrainer(str(tmp_path), GroundTruthReward(), GFlowNetConfig(str(tmp_path / "out"), use_cpu=True))
 
 
-def test_evaluate_without_rows_says_so(tmp_path):
-    with pytest.raises(ValueError, match="nothing to evaluate on"):
+def test_evaluate_without_rows_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no evaluation rows"):
         make_trainer(tmp_path, **REWARDS).evaluate()
 
 
-def test_good_input_passes(tmp_path):
-    """The changes above are the reason for the errors, not something else in these trainers."""
+def test_valid_input_works(tmp_path):
+    """The changes above cause the errors, not another part of these trainers."""
     make_trainer(tmp_path, **REWARDS, train_dataset=rows(), eval_dataset={"good": rows()})
     huber = {"vargrad": {"huber_delta": 1.0}}
     make_trainer(tmp_path, **REWARDS, loss_kwargs=huber, loss_type="sft,vargrad", loss_weights=[1.0, 0.0])

@@ -1,4 +1,4 @@
-"""S-DPO and GRPO in the trainer: they need a reference, and teach what they are for."""
+"""S-DPO and GRPO in the trainer: they use a reference and increase the probability of the targets."""
 
 import pytest
 import torch
@@ -41,10 +41,10 @@ def test_targets_become_more_probable(tmp_path, options):
     with torch.enable_grad():
         trainer.train()
     assert target_probs(trainer).mean() > before + 0.1
-    assert trainer.prior is None and trainer.reference is not None  # it is no part of any reward
+    assert trainer.prior is None and trainer.reference is not None  # it is not part of any reward
 
 
-def test_the_reference_stays_as_the_model_was(tmp_path):
+def test_the_reference_does_not_change(tmp_path):
     trainer = make_trainer(tmp_path, loss_type="sdpo", num_generations=4)
     batch = next(iter(trainer.get_train_dataloader()))
     leaves = torch.arange(23).expand(8, -1)
@@ -56,14 +56,14 @@ def test_the_reference_stays_as_the_model_was(tmp_path):
 
 
 def trl_dpo(tmp_path, model, reference) -> DPOTrainer:
-    """TRL's own trainer; the rows that it is made with do not matter."""
+    """TRL's trainer. The rows that it is created with do not matter."""
     rows = Dataset.from_list([{"prompt": "<a_1> <b_1>", "chosen": " <a_0> <b_0>", "rejected": " <a_2> <b_2>"}])
     args = DPOConfig(str(tmp_path), beta=0.5, use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False)
     return DPOTrainer(model, reference, args=args, train_dataset=rows, processing_class=TOKENIZER)
 
 
 @pytest.mark.parametrize("space", ["vocabulary", "tree"])
-def test_over_the_vocabulary_sdpo_with_one_negative_is_trls_dpo_without_the_end_token(tmp_path, space):
+def test_sdpo_over_the_vocabulary_with_one_negative_is_trls_dpo_without_the_end_token(tmp_path, space):
     model, reference = (tiny_model(len(TOKENIZER), seed=seed) for seed in (0, 1))
     ours = make_trainer(
         tmp_path, model=model, ref_model=reference, loss_type=["sft", "sdpo"], loss_weights=[0.0, 1.0],
@@ -76,7 +76,7 @@ def test_over_the_vocabulary_sdpo_with_one_negative_is_trls_dpo_without_the_end_
     (ids, mask), leaves, tree = batch["prompts"].values(), ours._last_group.leaves, CATALOG.tree
     pairs = []
     for prompt, real, (target, other) in zip(ids, mask.bool(), leaves, strict=True):
-        if target != other:  # a negative that is the target is left out
+        if target != other:  # a negative that equals the target is ignored
             chosen, rejected = (tree.paths[leaf][: tree.leaf_lengths[leaf]].tolist() for leaf in (target, other))
             pairs.append({"prompt_ids": prompt[real].tolist(), "chosen_ids": chosen, "rejected_ids": rejected})
     assert len(pairs) > 4
@@ -92,8 +92,8 @@ def test_over_the_vocabulary_sdpo_with_one_negative_is_trls_dpo_without_the_end_
         torch.testing.assert_close(own, parameter.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_what_is_over_the_tree_stays_so_beside_sdpo_over_the_vocabulary(tmp_path):
-    """GRPO's reference is over the tree, S-DPO's over the vocabulary, of one forward."""
+def test_grpo_stays_over_the_tree_together_with_sdpo_over_the_vocabulary(tmp_path):
+    """GRPO's reference is over the tree and S-DPO's over the vocabulary, from one forward."""
     options = {"num_generations": 4, "reward_transform": "exp", "ref_model": tiny_model(len(TOKENIZER), seed=1)}
     found = {}
     for space in ("vocabulary", "tree"):

@@ -1,4 +1,4 @@
-"""The metric that checkpoints, early stopping and schedulers follow."""
+"""The metric used by best checkpoints, early stopping and schedulers."""
 
 import json
 
@@ -35,7 +35,7 @@ def test_the_default_is_ndcg_at_the_primary_cutoff(tmp_path, kind, options):
     assert kind(str(tmp_path), use_cpu=True).metric_for_best_model is None
 
 
-def test_what_evaluate_reports_is_known_before(tmp_path):
+def test_metric_names_are_those_of_evaluate(tmp_path):
     made = trainer(tmp_path)
     found = {name for name in made.evaluate() if "@" in name}
     assert found == set(metric_names([5, 10]))
@@ -44,14 +44,14 @@ def test_what_evaluate_reports_is_known_before(tmp_path):
     assert found == set(metric_names([5, 10], ["old", "new"]))
 
 
-def test_the_best_checkpoint_is_chosen_and_stopping_works_without_a_name(tmp_path):
+def test_best_checkpoints_and_early_stopping_work_without_a_name(tmp_path):
     made = trainer(tmp_path, **BEST, callbacks=[EarlyStoppingCallback(early_stopping_patience=5)])
     made.train()
     history = {log["step"]: log["eval_ndcg@10"] for log in made.state.log_history if "eval_ndcg@10" in log}
     assert made.state.best_metric == max(history.values()) == history[made.state.best_global_step]
 
 
-def test_early_stopping_alone_gets_a_metric(tmp_path):
+def test_early_stopping_gets_a_default_metric(tmp_path):
     stopping = EarlyStoppingCallback(early_stopping_patience=1)
     made = trainer(tmp_path, learning_rate=0.0, max_steps=20, **EVERY, callbacks=[stopping])
     assert made.args.metric_for_best_model == "eval_ndcg@10"
@@ -60,7 +60,7 @@ def test_early_stopping_alone_gets_a_metric(tmp_path):
 
 
 def test_a_scheduler_lowers_the_rate_when_the_metric_no_longer_rises(tmp_path):
-    """Nothing is learned at rate 0, so the metric stands still; its direction is what counts in the second half."""
+    """With learning rate 0 the metric does not change. The second half tests its direction."""
     made = trainer(tmp_path, max_steps=4, **PLATEAU)
     made.train()
     assert (made.lr_scheduler.mode, made.lr_scheduler.best) == (
@@ -75,19 +75,19 @@ def test_a_scheduler_lowers_the_rate_when_the_metric_no_longer_rises(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["eval_recall@20", "recall@3", "loss", "eval_loss", "eval_mrr@10"])
-def test_a_metric_that_will_not_be_there_is_refused(tmp_path, name):
+def test_a_metric_that_is_not_reported_is_an_error(tmp_path, name):
     with pytest.raises(
         ValueError, match=f"metric_for_best_model is '{name}'.*choose from eval_recall@5, eval_recall@10"
     ):
         trainer(tmp_path, metric_for_best_model=name)
 
 
-def test_a_direction_that_contradicts_the_metric_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="greater_is_better is False.*of which more is better. Set greater_is_better"):
+def test_a_direction_that_contradicts_the_metric_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="greater_is_better is False, but higher values.*are better. Set greater"):
         GFlowNetConfig(str(tmp_path), use_cpu=True, greater_is_better=False, **BEST)
 
 
-def test_several_data_sets_have_names_of_their_own(tmp_path):
+def test_several_datasets_have_prefixed_metrics(tmp_path):
     rows = {"old": make_rows(3, 1, 500), "new": make_rows(3, 2, 600)}
     made = trainer(tmp_path, eval_dataset=rows, **BEST)
     assert made.args.metric_for_best_model == "eval_old_ndcg@10"
@@ -101,14 +101,14 @@ def test_several_data_sets_have_names_of_their_own(tmp_path):
         trainer(tmp_path, eval_dataset=rows, metric_for_best_model="eval_recall@5", **BEST)
 
 
-def test_early_stopping_may_be_added_later(tmp_path):
+def test_early_stopping_can_be_added_later(tmp_path):
     made = trainer(tmp_path, learning_rate=0.0, max_steps=20, **EVERY)
     made.add_callback(EarlyStoppingCallback(early_stopping_patience=1))
     made.train()
     assert made.args.metric_for_best_model == "eval_ndcg@10" and made.state.global_step < 20
 
 
-def test_a_subclass_may_report_a_metric_of_its_own(tmp_path, monkeypatch):
+def test_a_subclass_can_report_another_metric(tmp_path, monkeypatch):
     class Priced(world.GFlowNetTrainer):
         def evaluate(self, *args, **kwargs):
             return super().evaluate(*args, **kwargs) | {"eval_revenue": float(self.state.global_step)}

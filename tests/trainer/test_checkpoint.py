@@ -1,4 +1,4 @@
-"""A checkpoint is a complete recommender that plain transformers loads without a word."""
+"""A checkpoint is a complete recommender that transformers loads without warnings."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def saved(tmp_path_factory) -> GFlowNetTrainer:
     return trained(folder, eval_dataset=make_rows(6, 1, 500), eval_strategy="steps", eval_steps=1, max_history_items=2)
 
 
-def test_transformers_loads_it_without_a_word(saved, warned):
+def test_transformers_loads_it_without_warnings(saved, warned):
     model, report = AutoModelForCausalLM.from_pretrained(saved.args.output_dir, output_loading_info=True)
     assert not any(report.values()), report
     assert not warned
@@ -57,22 +57,22 @@ def test_tied_embeddings_stay_tied(tmp_path, warned):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_heads_lie_in_a_file_of_their_own(saved):
+def test_heads_have_a_separate_file(saved):
     heads = load_file(f"{saved.args.output_dir}/flow_heads.safetensors")
     assert {name: value.shape for name, value in heads.items()} == {
         name: value.shape for name, value in saved.model.named_parameters() if "flow_heads" in name
     }
     assert all(torch.equal(value, saved.model.state_dict()[name]) for name, value in heads.items())
-    assert heads["flow_heads.outer.weight"].abs().sum() > 0  # it begins at 0
+    assert heads["flow_heads.outer.weight"].abs().sum() > 0  # it is initialized to 0
     assert not [name for name in load_file(f"{saved.args.output_dir}/model.safetensors") if "flow_heads" in name]
 
 
-def test_no_heads_no_file(tmp_path):
+def test_without_heads_there_is_no_file(tmp_path):
     trained(tmp_path, "vargrad")
     assert not (tmp_path / "flow_heads.safetensors").exists()
 
 
-def test_the_recommender_says_the_same_after_loading_and_unpickles_nothing(saved, monkeypatch):
+def test_the_loaded_recommender_gives_the_same_lists_without_pickle(saved, monkeypatch):
     before = Recommender(saved.model, TOKENIZER, saved._catalog, 2).recommend(HISTORIES, k=5)
     monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("something was unpickled"))
     loaded = Recommender.from_pretrained(saved.args.output_dir)
@@ -89,7 +89,7 @@ def test_the_next_trainer_starts_from_the_folder_alone(saved, tmp_path):
 
 
 @pytest.mark.parametrize(("asked", "expected"), [(None, 3), (1, 1)])
-def test_the_next_trainer_reads_as_much_of_a_history_as_the_folder_says(tmp_path, asked, expected):
+def test_the_next_trainer_uses_the_history_length_of_the_folder(tmp_path, asked, expected):
     Recommender(tiny_model(len(TOKENIZER)), TOKENIZER, make_catalog(), 3).save_pretrained(tmp_path / "first")
     args = GFlowNetConfig(str(tmp_path / "second"), loss_type="sft", use_cpu=True, max_history_items=asked)
     trainer = GFlowNetTrainer(str(tmp_path / "first"), args=args, train_dataset=make_rows())
@@ -99,7 +99,7 @@ def test_the_next_trainer_reads_as_much_of_a_history_as_the_folder_says(tmp_path
     assert Recommender.from_pretrained(tmp_path / "second").encoder.max_history_items == expected
 
 
-def test_without_a_folder_the_encoder_says_how_much_or_it_is_20(tmp_path):
+def test_without_a_folder_the_history_length_is_the_encoders_or_20(tmp_path):
     assert make_trainer(tmp_path, loss_type="sft")._encoder.max_history_items == 20
     assert make_trainer(tmp_path, loss_type="sft", max_history_items=7)._encoder.max_history_items == 7
     encoder = PromptEncoder(make_catalog(), TOKENIZER, 6)
@@ -128,19 +128,19 @@ def test_titles_and_counts_of_the_folder_are_kept(tmp_path):
         assert kept.titles == {"i010": "Lamp"} and torch.equal(kept.item_counts, counts)
     given = saved_again(item_titles={"i111": "Chair"}, item_counts=counts + 1)
     assert given.titles == {"i111": "Chair"} and torch.equal(given.item_counts, counts + 1)
-    # Of other items the folder knows nothing.
+    # The folder has no titles or counts of other items.
     more = ItemCatalog.from_semantic_ids(SEMANTIC_IDS | {"new": SEMANTIC_IDS["short"]}, TOKENIZER)
     recommender = saved_again(catalog=more)
     assert not recommender.titles and recommender.item_counts.sum() == len(make_rows())
 
 
-def test_the_model_card_tells_the_truth(saved):
+def test_the_model_card_is_correct(saved):
     card = Path(saved.args.output_dir, "README.md").read_text(encoding="utf-8")
     last = [log for log in saved.state.log_history if "eval_ndcg@10" in log][-1]
     for claim in (
         "LlamaForCausalLM that recommends one of 24 items", "`GFlowNetTrainer`", "| step | 2 |",
         "| prompts per step | 8 |", "| losses | 1 x sft, 1 x trajectory_balance |",
-        "| rewards | 1 x ground_truth, 1 x collaborative |", "4 a prompt from ground_truth, on_policy",
+        "| rewards | 1 x ground_truth, 1 x collaborative |", "4 per prompt from ground_truth, on_policy",
         "| metric | validation at step 2 |", f"| ndcg@10 | {last['eval_ndcg@10']:.4f} |", "search of width 10",
         "AutoModelForCausalLM.from_pretrained", "arXiv 2506.16114",
     ):  # fmt: skip
@@ -148,14 +148,14 @@ def test_the_model_card_tells_the_truth(saved):
     assert "2603.02730" not in card
 
 
-def test_a_checkpoint_of_another_loss_is_refused_where_its_heads_do_not_fit(saved, tmp_path):
+def test_a_checkpoint_of_another_loss_with_other_heads_is_an_error(saved, tmp_path):
     trained(tmp_path / "first", save_strategy="steps", save_steps=2)
     headless = make_trainer(tmp_path / "second", loss_type="sft")
     with pytest.raises(ValueError, match="flow heads in the checkpoint"):
         headless.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
 
 
-def test_what_is_written_is_readable_text_or_safetensors(saved):
+def test_all_files_are_readable_text_or_safetensors(saved):
     folder = Path(saved.args.output_dir)
     own = {"catalog.json", "recommender_config.json", "flow_heads.safetensors", "model.safetensors", "README.md"}
     assert own <= {path.name for path in folder.iterdir()}

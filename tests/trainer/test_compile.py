@@ -1,4 +1,4 @@
-"""torch.compile: the same training, through a wrapper around the model."""
+"""Training with torch.compile equals training without it."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from tests.trainer.world import losses, make_rows, make_trainer
 
 
 @pytest.mark.slow
-def test_a_compiled_model_trains_and_ranks_as_the_plain_one(tmp_path):
-    """Backend "eager": the graphs are captured, and computed by PyTorch, so that numbers are equal."""
+def test_a_compiled_model_trains_and_ranks_like_the_plain_one(tmp_path):
+    """The backend "eager" captures graphs and runs them with PyTorch, so the numbers are equal."""
     found = []
     for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The configuration as Python, YAML and the command line give it, and its documentation."""
+"""Configurations from Python, YAML and the command line, and their documentation."""
 
 import ast
 import dataclasses
@@ -17,7 +17,7 @@ OWN = [
     for field in dataclasses.fields(GFlowNetConfig)
     if field.name in GFlowNetConfig.__annotations__ | TreePolicyConfig.__annotations__
 ]
-#: Documented as other defaults than those of `TrainingArguments`, in one paragraph.
+#: Fields documented in one paragraph, as defaults that differ from `TrainingArguments`.
 OTHER_DEFAULTS = (
     *("learning_rate", "train_sampling_strategy", "remove_unused_columns"),
     *("gradient_checkpointing", "bf16", "logging_nan_inf_filter"),
@@ -25,14 +25,14 @@ OTHER_DEFAULTS = (
 
 
 @pytest.mark.parametrize("given", ["sft,vargrad", ["sft", "vargrad"], ("sft", "vargrad")])
-def test_losses_may_be_text_or_a_list(tmp_path, given):
+def test_losses_can_be_text_or_a_list(tmp_path, given):
     config = GFlowNetConfig(str(tmp_path), loss_type=given, loss_weights="1, 0.5")
     assert config.loss_type == ["sft", "vargrad"]
     assert config.loss_weights == [1.0, 0.5]
     assert GFlowNetConfig(str(tmp_path), loss_type=given).loss_weights == [1.0, 1.0]
 
 
-def test_the_command_line_wins_over_yaml(tmp_path):
+def test_the_command_line_overrides_yaml(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("loss_type: [sft, trajectory_balance]\nloss_weights: [1, 0.1]\nepsilon: 0.2\neval_ks: [5]\n")
     arguments = [
@@ -51,7 +51,7 @@ def test_the_command_line_wins_over_yaml(tmp_path):
     assert config.epsilon == 0.3 and config.eval_ks == [5] and config.model_init_kwargs == {"a": 1}
 
 
-def test_it_comes_back_from_its_own_dictionary(tmp_path):
+def test_a_configuration_can_be_rebuilt_from_its_dictionary(tmp_path):
     config = GFlowNetConfig(
         str(tmp_path), loss_type="sft,vargrad", loss_weights=[1, 2], loss_kwargs={"vargrad": {"huber_delta": 3.0}}
     )
@@ -60,7 +60,7 @@ def test_it_comes_back_from_its_own_dictionary(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the defaults of a machine without an accelerator")
-def test_defaults_suit_a_small_machine(tmp_path):
+def test_defaults_on_a_machine_without_an_accelerator(tmp_path):
     config = GFlowNetConfig(str(tmp_path))
     assert config.bf16 is False and not config.gradient_checkpointing and config.report_to == []
     assert config.dataloader_pin_memory is False and config.remove_unused_columns is False
@@ -105,13 +105,13 @@ def test_every_field_is_documented_with_its_default(config):
         ("temperature", [0]),
     ],
 )
-def test_numbers_with_which_no_training_can_work_are_refused(tmp_path, config, name, values):
+def test_invalid_numbers_are_errors(tmp_path, config, name, values):
     for value in values:
         with pytest.raises(ValueError, match=rf"^{name} is {re.escape(repr(value))}; it must be "):
             config(str(tmp_path), **{name: value})
 
 
-def test_what_transformers_takes_is_taken(tmp_path):
+def test_valid_values_of_transformers_are_accepted(tmp_path):
     for options in (
         {"save_total_limit": 0}, {"logging_steps": 0, "logging_strategy": "no"},
         {"save_steps": 0, "save_strategy": "no"},
@@ -121,7 +121,7 @@ def test_what_transformers_takes_is_taken(tmp_path):
         GFlowNetConfig(str(tmp_path), use_cpu=True, **options)
 
 
-def test_rewards_that_count_for_nothing_are_refused(tmp_path):
+def test_rewards_without_an_effect_are_errors(tmp_path):
     for weights, message in (([0, 0], "not all zero"), ([1, -1], "the weights must be >= 0")):
         with pytest.raises(ValueError, match=f"reward_weights .*{message}"):
             GFlowNetConfig(str(tmp_path), reward_weights=weights)

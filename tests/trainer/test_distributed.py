@@ -1,4 +1,4 @@
-"""The same global batch on one process and on two gives the same numbers."""
+"""One process and two processes give the same numbers for the same global batch."""
 
 import json
 import subprocess
@@ -12,8 +12,8 @@ from gflowtrl import Recommender
 from .distributed_training import run
 
 
-@pytest.mark.slow  # tests/distributed meets every engine
-def test_two_processes_are_one(tmp_path):
+@pytest.mark.slow  # tests/distributed covers every engine
+def test_two_processes_equal_one(tmp_path):
     one = run(tmp_path / "one", batch_size=8)
     folder = tmp_path / "two"
     folder.mkdir()

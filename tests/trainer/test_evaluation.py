@@ -1,4 +1,4 @@
-"""`evaluate()` against brute force over all leaves, and what the Trainer does with its metrics."""
+"""`evaluate()` compared with brute force over all leaves, and the Trainer's use of its metrics."""
 
 import math
 
@@ -23,7 +23,7 @@ def rewards() -> list:
 
 
 def brute_force(trainer, rows) -> tuple[torch.Tensor, dict[str, float]]:
-    """All leaves of each row in the exact order, and Recall, NDCG and coverage from their definitions."""
+    """Rank all leaves of each row exactly, and compute recall, NDCG and coverage by definition."""
     policy, catalog = CausalTreePolicy(trainer.model.eval(), trainer._catalog), trainer._catalog
     ranked = torch.cat(
         [policy.leaf_log_probs(trainer._encoder([history])).argsort(1, descending=True) for history in rows["history"]]
@@ -41,7 +41,7 @@ def brute_force(trainer, rows) -> tuple[torch.Tensor, dict[str, float]]:
     return ranked, metrics
 
 
-def test_evaluate_is_brute_force_over_all_leaves(tmp_path):
+def test_evaluate_equals_brute_force_over_all_leaves(tmp_path):
     rows = make_rows(10, 1, 500)
     trainer = make_trainer(tmp_path, rewards(), eval_dataset=rows, eval_num_beams=LEAVES, per_device_eval_batch_size=3)
     ranked, expected = brute_force(trainer, rows)
@@ -53,7 +53,7 @@ def test_evaluate_is_brute_force_over_all_leaves(tmp_path):
     assert torch.equal(rank_rows(policy, trainer._encoder, rows, LEAVES, batch_size=4, progress=False), ranked)
 
 
-def test_several_sets_are_told_apart_and_others_can_be_given(tmp_path):
+def test_several_datasets_have_separate_metrics_and_others_can_be_passed(tmp_path):
     easy, hard = make_rows(6, 1, 500), make_rows(9, 2, 600)
     trainer = make_trainer(tmp_path, rewards(), eval_dataset={"easy": easy, "hard": hard}, eval_num_beams=LEAVES)
     metrics = trainer.evaluate()
@@ -64,7 +64,7 @@ def test_several_sets_are_told_apart_and_others_can_be_given(tmp_path):
         assert trainer.predict(rows).metrics["test_ndcg@10"] == pytest.approx(expected["ndcg@10"])
 
 
-def test_nobody_is_left_out_where_training_drops_its_last_batch(tmp_path):
+def test_every_row_is_evaluated_even_if_training_drops_the_last_batch(tmp_path):
     options = {"eval_dataset": make_rows(7, 1, 500), "per_device_eval_batch_size": 4, "dataloader_drop_last": True}
     trainer = make_trainer(tmp_path, rewards(), **options)
     trainer.train()
@@ -74,7 +74,7 @@ def test_nobody_is_left_out_where_training_drops_its_last_batch(tmp_path):
     assert trainer.args.dataloader_drop_last and len(trainer.get_train_dataloader()) == 3
 
 
-def test_breadth_knows_the_counts_it_is_given(tmp_path):
+def test_breadth_uses_the_given_counts(tmp_path):
     counts = torch.arange(len(ITEMS))
     rows = make_rows(6, 1, 500)
     own = make_trainer(tmp_path, rewards(), eval_dataset=rows, item_counts=counts)
@@ -83,7 +83,7 @@ def test_breadth_knows_the_counts_it_is_given(tmp_path):
 
 
 class WreckAt(TrainerCallback):
-    """Spoils the model after some step, so that the best checkpoint is an earlier one."""
+    """Damage the model after a step, so that the best checkpoint is an earlier one."""
 
     def __init__(self, step: int):
         self.step = step
@@ -95,7 +95,7 @@ class WreckAt(TrainerCallback):
                 model.flow_heads.outer.bias.fill_(100.0)
 
 
-def test_the_best_model_comes_back_and_its_card_says_so(tmp_path, warned):
+def test_the_best_model_is_loaded_and_its_card_says_so(tmp_path, warned):
     trainer = make_trainer(
         tmp_path, rewards(), loss_type="sft,trajectory_balance", eval_dataset=make_rows(), eval_strategy="steps",
         eval_steps=2, save_strategy="steps", save_steps=2, max_steps=8, load_best_model_at_end=True,
@@ -114,8 +114,8 @@ def test_the_best_model_comes_back_and_its_card_says_so(tmp_path, warned):
     assert not warned
 
 
-def test_early_stopping_sees_the_metric(tmp_path, warned):
-    """Nothing is learned at learning rate 0, so the second evaluation without progress is the third one."""
+def test_early_stopping_uses_the_metric(tmp_path, warned):
+    """With learning rate 0, the third evaluation is the second one without progress."""
     trainer = make_trainer(
         tmp_path, rewards(), learning_rate=0.0, eval_dataset=make_rows(6, 1, 500), eval_strategy="steps", eval_steps=1,
         save_strategy="steps", save_steps=1, max_steps=10, load_best_model_at_end=True,
@@ -135,8 +135,8 @@ def test_evaluation_changes_neither_training_nor_the_model(tmp_path):
     assert all(torch.equal(value, expected[name]) for name, value in weights(watched).items())
 
 
-def test_distance_to_the_reward_is_that_of_the_enumerated_distributions(tmp_path):
-    """Collisions included (two items share a leaf, whose reward is their sum), rows in any number of batches."""
+def test_distance_to_the_reward_equals_that_of_enumerated_distributions(tmp_path):
+    """With a collision (two items share a leaf, whose reward is their sum) and any number of batches."""
     rows = make_rows(7, 1, 500)
     trainer = make_trainer(tmp_path, rewards(), eval_dataset=rows, reward_weights=[0.3, 0.7], reward_floor=0.0)
     catalog, policy = trainer._catalog, CausalTreePolicy(trainer.model.eval(), trainer._catalog)
@@ -153,7 +153,7 @@ def test_distance_to_the_reward_is_that_of_the_enumerated_distributions(tmp_path
         assert distances["jensen_shannon"][i].item() == pytest.approx(divergence, rel=1e-4)
 
 
-def test_a_policy_that_is_its_own_reward_is_at_no_distance(tmp_path):
+def test_the_distance_is_zero_if_the_reward_is_the_policys_likelihood(tmp_path):
     trainer = make_trainer(tmp_path, LikelihoodReward(tiny_model(len(TOKENIZER))), reward_floor=0.0)
     policy = CausalTreePolicy(trainer.model.eval(), trainer._catalog)
     distances = compare_with_rewards(
@@ -165,8 +165,8 @@ def test_a_policy_that_is_its_own_reward_is_at_no_distance(tmp_path):
     torch.testing.assert_close(distances["policy"], distances["target"], rtol=1e-4, atol=1e-8)
 
 
-def test_the_reference_model_is_a_part_of_the_target(tmp_path):
-    """Under a reward that prefers nothing, pi_ref^1 R / Z is the reference model itself: the untrained policy."""
+def test_the_reference_model_is_part_of_the_target(tmp_path):
+    """With a constant reward, pi_ref^1 R / Z is the reference model, which is the untrained policy."""
     trainer = make_trainer(tmp_path, Nothing(), ref_weight=1.0, loss_type="vargrad", reward_floor=0.0)
     policy = CausalTreePolicy(trainer.model.eval(), trainer._catalog)
     options = {"progress": False, "prior": trainer.prior}

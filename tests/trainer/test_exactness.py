@@ -1,4 +1,4 @@
-"""Trainers compare the policy with the model's own distribution at the first use, and refuse what shows before."""
+"""Trainers compare the policy with the model's plain forward at the first use, and raise an error if they differ."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.trainer.world import TOKENIZER, make_catalog, make_rows, make_trainer
 
 
 def windowed(seed=0):
-    """A model with a window of 6 of the prompt's 61 positions."""
+    """A model with an attention window of 6, for prompts of 61 positions."""
     torch.manual_seed(seed)
     config = MistralConfig(
         vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -28,7 +28,7 @@ def gpt2(positions):
 
 @pytest.fixture
 def forgotten(monkeypatch):
-    """Windows are forgotten, as if this model's were not known."""
+    """Ignore attention windows, as if gflowtrl did not know this model's."""
     monkeypatch.setattr(masks.Reach, "limits", lambda self, num_positions: False)
 
 
@@ -40,7 +40,7 @@ def test_a_windowed_model_is_trained_and_evaluated(tmp_path):
 
 @pytest.mark.usefixtures("forgotten")
 @pytest.mark.parametrize("use", ["train", "evaluate"])
-def test_a_policy_that_is_not_the_model_is_refused_at_the_first_use(tmp_path, use):
+def test_a_policy_that_differs_from_the_model_is_an_error_at_the_first_use(tmp_path, use):
     trainer = make_trainer(tmp_path, [GroundTruthReward()], windowed(), eval_dataset=make_rows(6, 1, 500))
     with pytest.raises(ValueError, match="MistralForCausalLM is not exact as a policy"):
         getattr(trainer, use)()
@@ -48,7 +48,7 @@ def test_a_policy_that_is_not_the_model_is_refused_at_the_first_use(tmp_path, us
 
 
 @pytest.mark.usefixtures("forgotten")
-def test_reference_and_likelihood_are_compared_too(tmp_path):
+def test_reference_and_likelihood_are_also_compared(tmp_path):
     model = tiny_model(len(TOKENIZER))
     reference = make_trainer(tmp_path, [GroundTruthReward()], model, ref_model=windowed(), ref_weight=0.5)
     likelihood = make_trainer(tmp_path, [GroundTruthReward(), LikelihoodReward(windowed())], model)
@@ -72,12 +72,12 @@ def test_the_comparison_is_made_once(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, [GroundTruthReward()], eval_dataset=make_rows(6, 1, 500))
     trainer.train()
     trainer.evaluate()
-    assert len(calls) == 2  # one per prompt that is tried
+    assert len(calls) == 2  # one per compared prompt
 
 
 @pytest.mark.parametrize(("positions", "fits"), [(62, False), (63, True)])
-def test_prompts_longer_than_the_model_are_refused(tmp_path, positions, fits):
-    """1 + 20 * 3 tokens of the prompt, and two of the three of an id that are read."""
+def test_prompts_longer_than_the_model_are_errors(tmp_path, positions, fits):
+    """1 + 20 * 3 tokens of the prompt, and two of the three tokens of an id."""
     make = [
         lambda: make_trainer(tmp_path, [GroundTruthReward()], gpt2(positions)).train(),
         lambda: Recommender(gpt2(positions), TOKENIZER, make_catalog()).recommend([["i001"] * 20], k=3),

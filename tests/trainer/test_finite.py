@@ -1,4 +1,4 @@
-"""What is not finite ends the training, with the step, the part and the remedy; nothing of it is saved."""
+"""A value that is not finite stops training: the error names step, part and remedy, and nothing is saved."""
 
 import functools
 import math
@@ -24,7 +24,7 @@ PAIR = {"save_strategy": "steps", "save_steps": 2}
 
 
 class SpoilAt(TrainerCallback):
-    """Puts a number into a tensor of the model after some step."""
+    """Write a number into a tensor of the model after a step."""
 
     def __init__(self, step: int, name: str = "lm_head.weight", value: float = NAN):
         self.step, self.name, self.value = step, name, value
@@ -47,7 +47,7 @@ def rewards() -> list:
 
 
 @pytest.mark.parametrize("value", [NAN, math.inf, -math.inf])
-def test_weights_are_looked_at_when_the_trainer_is_made(tmp_path, value):
+def test_weights_are_checked_when_the_trainer_is_created(tmp_path, value):
     with pytest.raises(NonFiniteError, match=r"LlamaForCausalLM has NaN or infinity in its weight 'lm_head.weight'"):
         make_trainer(tmp_path, rewards(), model=spoiled(value))
     with pytest.raises(NonFiniteError, match="The reference model has NaN"):
@@ -59,18 +59,18 @@ def test_weights_are_looked_at_when_the_trainer_is_made(tmp_path, value):
         )
 
 
-def test_weights_that_break_in_the_training_end_it_before_a_checkpoint(tmp_path):
+def test_nonfinite_weights_stop_training_before_a_checkpoint(tmp_path):
     trainer = make_trainer(tmp_path, rewards(), max_steps=6, logging_steps=100, callbacks=[SpoilAt(3)], **PAIR)
     with pytest.raises(
-        NonFiniteError, match=r"at step 4 the policy's score was not finite.*Lower learning_rate.*its weight 'model"
+        NonFiniteError, match=r"at step 4 the policy's score was not finite.*Lower learning_rate.*weight 'model"
     ):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     assert not any("nan" in str(log).lower() for log in trainer.state.log_history)
 
 
-def test_weights_of_no_scored_token_are_found_by_the_checkpoint(tmp_path):
-    unused = SpoilAt(1, "model.embed_tokens.weight")  # the last token of the table begins no prompt
+def test_saving_a_checkpoint_checks_weights_of_tokens_that_were_never_scored(tmp_path):
+    unused = SpoilAt(1, "model.embed_tokens.weight")  # no prompt uses the last token of the table
     model = tiny_model(len(TOKENIZER) + 1)
     trainer = make_trainer(tmp_path, rewards(), model=model, callbacks=[unused], **PAIR)
     with pytest.raises(NonFiniteError, match=r"The model was not saved: its weight 'model.embed_tokens.weight'"):
@@ -113,7 +113,7 @@ def test_the_reference_is_named(tmp_path):
         trainer.train()
 
 
-def test_a_long_way_to_the_next_log_line_is_cut_short(tmp_path):
+def test_steps_are_checked_between_distant_log_lines(tmp_path):
     trainer = make_trainer(
         tmp_path, rewards(), loss_type="sft", max_steps=2 * CHECK_EVERY, logging_strategy="no", callbacks=[SpoilAt(1)],
         per_device_train_batch_size=1,
@@ -123,7 +123,7 @@ def test_a_long_way_to_the_next_log_line_is_cut_short(tmp_path):
     assert trainer.state.global_step == CHECK_EVERY
 
 
-def test_evaluation_within_and_without_the_training(tmp_path, monkeypatch):
+def test_evaluation_during_and_after_training(tmp_path, monkeypatch):
     rows = make_rows(6, 1, 500)
     trainer = make_trainer(
         tmp_path, rewards(), eval_dataset=rows, eval_strategy="steps", eval_steps=2, callbacks=[SpoilAt(1)],
@@ -135,7 +135,7 @@ def test_evaluation_within_and_without_the_training(tmp_path, monkeypatch):
     sound = make_trainer(tmp_path, rewards(), eval_dataset=rows)
     assert 0 <= sound.evaluate()["eval_ndcg@10"] <= 1
     with torch.no_grad():
-        sound.model.lm_head.weight[0] = NAN  # of padding, which is never scored
+        sound.model.lm_head.weight[0] = NAN  # padding is never scored
     with pytest.raises(NonFiniteError, match="cannot be evaluated: its weight 'lm_head.weight'"):
         sound.evaluate()
     overflowing = make_trainer(tmp_path, rewards(), eval_dataset=rows)
@@ -156,11 +156,11 @@ def trained(folder: Path, **options):
     [
         ("model.safetensors", "checkpoint-2 has NaN or infinity in its weight"),
         ("flow_heads.safetensors", r"checkpoint-2 \(flow_heads.safetensors\) has NaN"),
-        ("optimizer.pt", "cannot be resumed from: the optimizer's state holds NaN or infinity, exp_avg of '"),
+        ("optimizer.pt", "cannot be resumed: the optimizer's state contains NaN or infinity, exp_avg of '"),
         ("sampler.safetensors", "sampler.safetensors holds NaN or infinity in 'residuals'"),
     ],
 )
-def test_a_resumed_state_is_looked_at(tmp_path, file, message):
+def test_a_resumed_state_is_checked(tmp_path, file, message):
     sampler = {"sampler": {"type": "adaptive_mixture", "sources": {"ground_truth": 1, "on_policy": 3}}}
     options = sampler if file.startswith("sampler") else {}
     checkpoint = trained(tmp_path, **options)
@@ -177,8 +177,8 @@ def test_a_resumed_state_is_looked_at(tmp_path, file, message):
         resumed.train(resume_from_checkpoint=str(checkpoint))
 
 
-# ------------------------------------------------------------------------------------------------ the marks of steps
-def test_the_first_step_and_the_first_part_count():
+# ------------------------------------------------------------------------------------------------ the flags of steps
+def test_the_first_step_and_part_are_reported():
     marks = FirstSteps(torch.device("cpu"), start=0, forgives=False)
     for step, (reward, loss, norm) in enumerate([(1, 1, 1), (1, 1, NAN), (1, NAN, NAN), (NAN, 1, 1)], 1):
         marks.note(step, {"the reward": torch.tensor([1.0, reward])})
@@ -189,7 +189,7 @@ def test_the_first_step_and_the_first_part_count():
     assert marks.earliest(4)[2] == "the reward"
 
 
-def test_steps_that_fp16_skips_by_design_are_forgiven():
+def test_steps_that_fp16_skips_are_ignored():
     marks = FirstSteps(torch.device("cpu"), start=0, forgives=True)
     for step in range(1, 20):
         marks.note(step, {LOSS: torch.tensor(1.0)})
@@ -202,7 +202,7 @@ def test_steps_that_fp16_skips_by_design_are_forgiven():
     assert marks.earliest(FP16_PATIENCE + 1) is None
 
 
-def test_a_loss_that_never_is_finite_ends_a_run_in_fp16():
+def test_a_loss_that_is_never_finite_stops_training_in_fp16():
     marks = FirstSteps(torch.device("cpu"), start=7, forgives=True)
     marks.note(8, {LOSS: torch.tensor(NAN)})
     marks.note(9, {LOSS: torch.tensor(NAN)})

@@ -1,4 +1,4 @@
-"""Options of losses: given as `loss_kwargs`, checked with the configuration, and used by the loss they belong to."""
+"""Options of losses: set by `loss_kwargs`, checked by the configuration, and used by their loss."""
 
 import dataclasses
 import itertools
@@ -46,14 +46,14 @@ def config(folder, loss_type="vargrad", loss_kwargs=None, kind=GFlowNetConfig, *
 
 # ------------------------------------------------------------------------------------------------ checked at the start
 REFUSED = [
-    # loss, options, error, what the sentence names
+    # loss, options, error, message
     ("vargrad", {"vargradd": {}}, ValueError, r"options for 'vargradd', but loss_type is \['vargrad'\]"),
     ("vargrad", {"sft": {"token_mean": True}}, ValueError, "options for 'sft'.*Leave them out or add the loss"),
     ("vargrad", {"vargrad": {"huber": 1.0}}, ValueError, r"\['vargrad'\]: There is no option 'huber'.*: huber_delta"),
     ("exact_flow", {"exact_flow": {"huber_delta": 1.0}}, ValueError, r"\['exact_flow'\]: .*'huber_delta'.*: none"),
     (
         "sft,contrastive_balance", {"contrastive_balance": {"huber_delta": 1.0}}, ValueError,
-        r"\['contrastive_balance'\]: There is no option 'huber_delta'; there are: delta",
+        r"\['contrastive_balance'\]: There is no option 'huber_delta'; known options: delta",
     ),
     ("vargrad", {"vargrad": {"log_rewards": 1.0}}, ValueError, "There is no option 'log_rewards'"),
     ("vargrad", {"vargrad": {"huber_delta": 0.0}}, ValueError, r"\['vargrad'\]: .*huber_delta is 0.0"),
@@ -67,8 +67,8 @@ REFUSED = [
     ("msl", {"msl": {"temperature": 0.0}}, ValueError, r"\['msl'\]: temperature is 0.0"),
     ("sdpo", {"sdpo": {"beta": 0.0}}, ValueError, r"\['sdpo'\]: beta is 0.0"),
     ("grpo", {"grpo": {"beta": -1.0}}, ValueError, r"\['grpo'\]: beta is -1.0"),
-    ("sft", {"sft": {"token_mean": "yes"}}, TypeError, r"\['sft'\]: token_mean is 'yes'.*default False"),
-    ("sft", {"sft": {"token_mean": 1}}, TypeError, r"\['sft'\]: token_mean is 1.*default False"),
+    ("sft", {"sft": {"token_mean": "yes"}}, TypeError, r"\['sft'\]: token_mean is 'yes'.*default, False"),
+    ("sft", {"sft": {"token_mean": 1}}, TypeError, r"\['sft'\]: token_mean is 1.*default, False"),
     ("prefix_pairwise", {"prefix_pairwise": {"eta": -0.1}}, ValueError, r"\['prefix_pairwise'\]: eta is -0.1"),
     ("prefix_pointwise", {"prefix_pointwise": {"eta": "slow"}}, ValueError, "eta is 'slow'"),
     ("prefix_pairwise", {"prefix_pairwise": {"variant": "2024"}}, ValueError, "variant is '2024'; choose"),
@@ -79,14 +79,14 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("loss_type", "given", "error", "sentence"), REFUSED)
-def test_a_bad_option_is_refused_with_the_configuration(tmp_path, loss_type, given, error, sentence):
+def test_a_bad_option_is_an_error_of_the_configuration(tmp_path, loss_type, given, error, sentence):
     with pytest.raises(error, match=sentence) as caught:
         config(tmp_path, loss_type, given)
     assert type(caught.value) is error and str(caught.value).startswith("loss_kwargs")
 
 
 @pytest.mark.parametrize("name", list(LOSSES))
-def test_every_loss_takes_its_own_defaults(tmp_path, name):
+def test_every_loss_accepts_its_defaults(tmp_path, name):
     made = config(tmp_path, name, {name: LOSSES[name].options})
     assert made.loss_options(name) == LOSSES[name].options
 
@@ -98,12 +98,12 @@ def test_every_loss_takes_its_own_defaults(tmp_path, name):
         *("kl_coef", "prefix_eta", "prefix_variant"),
     ],
 )
-def test_no_field_feeds_a_single_loss(tmp_path, gone):
+def test_no_field_belongs_to_a_single_loss(tmp_path, gone):
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{gone}'"):
         GFlowNetConfig(str(tmp_path), **{gone: 1})
 
 
-def test_apao_sets_the_options_of_its_prefixes_by_fields_of_its_own(tmp_path):
+def test_apao_sets_the_options_of_its_prefix_losses_by_its_fields(tmp_path):
     made = APAOConfig(str(tmp_path), prefix_eta=0.1, prefix_variant="kdd", loss_kwargs={"sft": {"token_mean": False}})
     assert made.loss_options("sft") == {"token_mean": False}
     assert made.loss_options("prefix_pointwise") == {"eta": 0.1, "variant": "kdd"}
@@ -112,13 +112,13 @@ def test_apao_sets_the_options_of_its_prefixes_by_fields_of_its_own(tmp_path):
         APAOConfig(str(tmp_path), loss_kwargs={"prefix_pointwise": {"eta": 0.1}})
     with pytest.raises(ValueError, match="options for 'prefix_pairwise', but loss_type is"):
         APAOConfig(str(tmp_path), loss_kwargs={"prefix_pairwise": {"eta": 0.1}})
-    with pytest.raises(ValueError, match=r"\['sft'\]: There is no option 'reduction'; there are: token_mean"):
+    with pytest.raises(ValueError, match=r"\['sft'\]: There is no option 'reduction'; known options: token_mean"):
         APAOConfig(str(tmp_path), loss_kwargs={"sft": {"reduction": "sum"}})
 
 
 # ------------------------------------------------------------------------------------ Python, JSON, YAML, command line
 @pytest.mark.parametrize("given", [HUBER, json.dumps(HUBER)])
-def test_options_come_back_from_every_form(tmp_path, given):
+def test_options_round_trip_in_every_format(tmp_path, given):
     made = config(tmp_path, "sft,vargrad", given)
     assert made.loss_kwargs == HUBER and made.loss_options("vargrad") == {"huber_delta": 1.0}
     assert made.loss_options("sft") == {}
@@ -135,7 +135,7 @@ def test_options_come_back_from_every_form(tmp_path, given):
     assert again.loss_kwargs == HUBER
 
 
-def test_apao_comes_back_too(tmp_path):
+def test_apao_round_trips(tmp_path):
     made = APAOConfig(str(tmp_path), method="pairwise", beta=0.1, loss_kwargs={"sft": {"token_mean": False}})
     again = dataclasses.replace(made, beta=0.2)
     assert again.loss_kwargs == made.loss_kwargs and again.loss_weights == [1.0, 0.2]
@@ -149,7 +149,7 @@ def test_options_on_the_command_line_are_json(tmp_path):
         TrlParser((GFlowNetConfig,)).parse_args_and_config([*arguments[:-1], '{"vargrad": {"huber": 1.0}}'])
 
 
-def test_options_in_yaml_are_nested_and_the_command_line_wins(tmp_path):
+def test_options_in_yaml_are_nested_and_the_command_line_overrides_them(tmp_path):
     file = tmp_path / "training.yaml"
     file.write_text(
         "loss_type: [vargrad, subtrajectory_balance]\n"
@@ -170,7 +170,7 @@ def test_options_in_yaml_are_nested_and_the_command_line_wins(tmp_path):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("given", [None, HUBER])
-def test_a_recipe_holds_options_and_its_command_line_changes_them(tmp_path, given, arguments):
+def test_a_recipe_contains_options_and_the_command_line_changes_them(tmp_path, given, arguments):
     settings = micro_settings(tmp_path / "out")
     settings["gflownet"] |= {"loss_type": ["vargrad"], "use_cpu": True, "loss_kwargs": given}
     if given is None:
@@ -194,7 +194,7 @@ def huber(size: float, delta: float) -> float:
 
 
 def token_log_probs(pi: torch.Tensor, leaf: int) -> list[float]:
-    """log pi of each token on the way to `leaf` among its alternatives."""
+    """log pi of each token on the path to `leaf`, over its alternatives."""
     path, found = PATHS[leaf], []
     for depth in range(len(path)):
         mass = {}
@@ -216,7 +216,7 @@ def pointwise_by_share(pi: torch.Tensor, targets: list[int]) -> float:
 
 
 def expected(name: str, option: float | str | None, step, log_pi, log_ref, leaves) -> float:
-    """The formula with its option, on the exact distributions `log_pi`, `log_ref (B, N)` of policy and reference."""
+    """The formula with the option, on the exact distributions `log_pi`, `log_ref (B, N)` of policy and reference."""
     reward, targets = true_rewards(step), step.target_leaves.tolist()
     surplus = (log_pi - reward.log()).gather(1, leaves)
     pi, ref = log_pi.exp(), log_ref.exp()
@@ -235,7 +235,7 @@ def expected(name: str, option: float | str | None, step, log_pi, log_ref, leave
     elif name == "sft":
         steps = [token_log_probs(p, target) for p, *_, target in rows]
         values = [-sum(row) / len(row) for row in steps]
-    elif name == "msl":  # whose temperature the policy has already
+    elif name == "msl":  # the policy already has this temperature
         values = [-sum(token_log_probs(p, target)) for p, *_, target in rows]
     elif name == "sdpo":
         gain = (log_pi - log_ref).tolist()
@@ -244,7 +244,7 @@ def expected(name: str, option: float | str | None, step, log_pi, log_ref, leave
             for own, group, target in zip(gain, leaves.tolist(), targets, strict=True)
         ]
         values = [math.log1p(sum(row)) for row in margins]
-    elif name == "grpo":  # advantages have mean 0: what is left is the divergence
+    elif name == "grpo":  # advantages have mean 0, so only the divergence remains
         values = []
         for p, q, _, group, _ in rows:
             for leaf in group:
@@ -286,24 +286,24 @@ def test_the_loss_is_the_formula_with_its_option(tmp_path, name, option, value):
     log_pi, log_ref = (make_policy(m, CATALOG).leaf_log_probs(step.prompts) for m in (trainer.model, reference))
     leaves = fixed_leaves(step, None, None, 4, None)
     assert found == pytest.approx(expected(name, value, step, log_pi, log_ref, leaves), rel=1e-4)
-    assert found != pytest.approx(loss(None)[2], rel=1e-3)  # the default is another
+    assert found != pytest.approx(loss(None)[2], rel=1e-3)  # the default gives another loss
 
 
-def test_the_rate_of_prefix_weights_is_the_losses_own(tmp_path):
+def test_the_rate_of_prefix_weights_is_an_option_of_the_loss(tmp_path):
     given = {"prefix_pairwise": {"eta": 0.4, "variant": "kdd"}, "prefix_pointwise": {"eta": 0.2}}
     trainer = make_trainer(tmp_path, loss_type=list(given), loss_kwargs=given)
     found = {name: (weights.eta, weights.variant) for name, weights in trainer.prefix_weights.items()}
     assert found == {"prefix_pairwise": (0.4, "kdd"), "prefix_pointwise": (0.2, "paper")}
 
 
-def test_options_of_ones_own_loss_have_nothing_to_do_with_the_trainers(tmp_path, monkeypatch):
-    """Parameters called as fields of the configuration keep their own defaults."""
+def test_options_of_a_custom_loss_do_not_come_from_the_trainer(tmp_path, monkeypatch):
+    """Parameters with the names of configuration fields keep their defaults."""
 
     def mine(log_probs, temperature=3.0, seed=5, weight_decay=7.0):
         return 0 * log_probs.sum(-1) + 100 * temperature + 10 * seed + weight_decay
 
     monkeypatch.setitem(LOSSES, "mine", LossSpec(mine))
-    register_loss("mine", mine)  # the same function again, as in a notebook
+    register_loss("mine", mine)  # register the same function again, as in a notebook
     for given, result in ((None, 357.0), ({"mine": {"seed": 1, "weight_decay": 0}}, 310.0)):
         trainer = make_trainer(
             tmp_path, loss_type="mine", loss_kwargs=given, temperature=0.5, seed=11, weight_decay=0.1

@@ -1,4 +1,4 @@
-"""Model cards: what they know of the model that training began from, and when they say what."""
+"""Model cards: the model that training started from, and the optional sections."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ def card_of(facts, folder) -> ModelCard:
     return ModelCard.load(folder / "README.md")
 
 
-def test_a_base_is_known_by_its_card_its_place_in_the_cache_or_its_folder(tmp_path):
+def test_a_base_model_is_known_from_its_card_the_cache_or_its_folder(tmp_path):
     folder = tmp_path / "bytes"
     folder.mkdir()
     assert base_model("") is None and base_model(None) is None
@@ -41,17 +41,17 @@ def test_a_base_is_known_by_its_card_its_place_in_the_cache_or_its_folder(tmp_pa
     assert base_model("nobody/never-downloaded") == BaseModel("nobody/never-downloaded", on_hub=True)
 
 
-def test_what_continues_a_model_of_ours_has_its_base(tmp_path):
+def test_a_model_that_continues_a_gflowtrl_model_has_the_same_base(tmp_path):
     base = {"name": "some/model", "on_hub": True, "license": {"license": "apache-2.0"}}
     card = card_of(replace(FACTS, base=base), tmp_path)
     assert card.data.base_model == "some/model" and card.data.license == "apache-2.0"
-    assert "It began as `some/model`, license apache-2.0." in card.text
+    assert "Training started from `some/model` (license: apache-2.0)." in card.text
     assert base_model(str(tmp_path)) == BaseModel("some/model", True, {"license": "apache-2.0"})
     card_of(FACTS, tmp_path)
-    assert base_model(str(tmp_path)) is None  # began at random
+    assert base_model(str(tmp_path)) is None  # trained from random weights
 
 
-def test_data_results_and_odd_characters(tmp_path):
+def test_data_results_and_special_characters(tmp_path):
     results = [{"split": "test", "users": 1234, "metrics": {"recall@5": 0.1 + 0.2, "ndcg@5": 0.0}}]
     data = DATA | {"license": "CC BY 4.0", "source": None}
     card = card_of(replace(FACTS, data=data, results=results), tmp_path)
@@ -63,7 +63,7 @@ def test_data_results_and_odd_characters(tmp_path):
     assert "Not evaluated yet." in card_of(FACTS, tmp_path).text
 
 
-def test_apao_is_cited_where_it_is_used(tmp_path):
+def test_apao_is_cited_if_it_is_used(tmp_path):
     options = {"train_dataset": make_rows(), "catalog": make_catalog(), "processing_class": TOKENIZER}
     args = APAOConfig(str(tmp_path), use_cpu=True)
     APAOTrainer(tiny_model(len(TOKENIZER)), args, **options).save_model()
@@ -74,16 +74,16 @@ def test_apao_is_cited_where_it_is_used(tmp_path):
     assert "## Papers" not in card.text and not {"apao", "gflownet"} & set(card.data.tags)
 
 
-def test_adapters_are_not_said_to_load_alone(tmp_path):
+def test_the_card_of_adapters_does_not_load_the_weights_alone(tmp_path):
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     make_trainer(tmp_path, loss_type="sft", peft_config=lora).save_model()
     text = (tmp_path / "README.md").read_text()
     assert (tmp_path / "adapter_config.json").is_file()
     assert "AutoModelForCausalLM" not in text and "Recommender.from_pretrained" in text
-    assert "A LlamaForCausalLM that" in text  # and not the wrapper of PEFT
+    assert "A LlamaForCausalLM that" in text  # not PEFT's wrapper
 
 
-def test_a_card_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+def test_a_card_that_cannot_be_written_keeps_the_old_one(tmp_path, monkeypatch):
     card_of(FACTS, tmp_path)
     before = (tmp_path / "README.md").read_text()
     monkeypatch.setattr("gflowtrl.files.os.replace", lambda *names: (_ for _ in ()).throw(OSError("full")))

@@ -1,4 +1,4 @@
-"""Optimizers and schedulers of the user's own."""
+"""Custom optimizers and schedulers."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def made(folder, trained, optimizers, **options):
     return make_trainer(folder, [GroundTruthReward()], trained, optimizers=optimizers, **options)
 
 
-def test_the_flow_head_joins_with_its_own_rate_and_the_optimizers_defaults(tmp_path):
+def test_the_flow_head_is_added_with_its_rate_and_the_optimizers_defaults(tmp_path):
     trained = model()
     optimizer = sgd(trained.parameters(), weight_decay=0.25)
     trainer = made(tmp_path, trained, (optimizer, None), log_z_learning_rate=0.125, **BALANCE)
@@ -41,7 +41,7 @@ def test_the_flow_head_joins_with_its_own_rate_and_the_optimizers_defaults(tmp_p
     assert not torch.equal(before["flow_heads.outer.bias"], after["flow_heads.outer.bias"])
 
 
-def test_a_trainer_of_its_own_optimizer_and_one_that_is_given_do_the_same(tmp_path):
+def test_the_trainers_optimizer_and_a_custom_one_do_the_same(tmp_path):
     given, own = model(), model()
     options = {"optim": "sgd", "weight_decay": 0.0, "lr_scheduler_type": "constant", **BALANCE}
     optimizer = torch.optim.SGD(given.parameters(), lr=1e-2)
@@ -52,7 +52,7 @@ def test_a_trainer_of_its_own_optimizer_and_one_that_is_given_do_the_same(tmp_pa
     assert all(torch.allclose(value, expected[name]) for name, value in weights(first).items())
 
 
-def test_heads_that_the_optimizer_knows_already_stay_where_they_are(tmp_path):
+def test_heads_that_are_already_in_the_optimizer_stay_in_their_group(tmp_path):
     trained = attach_flow_heads(model())
     optimizer = sgd(trained.parameters())
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
@@ -60,9 +60,9 @@ def test_heads_that_the_optimizer_knows_already_stay_where_they_are(tmp_path):
     assert len(optimizer.param_groups) == 1 and optimizer.param_groups[0]["lr"] == 0.5e-2
 
 
-def test_what_does_not_belong_together_is_refused(tmp_path):
+def test_mismatched_optimizers_are_errors(tmp_path):
     trained, other = model(), model()
-    with pytest.raises(ValueError, match=r"holds 21 parameters, of which 21 do not belong to the LlamaForCausalLM"):
+    with pytest.raises(ValueError, match=r"has 21 parameters, of which 21 do not belong to the LlamaForCausalLM"):
         made(tmp_path, trained, (sgd(other.parameters()), None))
     with pytest.raises(ValueError, match="of which 1 do not belong"):
         made(tmp_path, trained, (sgd([*trained.parameters(), torch.nn.Parameter(torch.ones(1))]), None))
@@ -70,7 +70,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     with pytest.raises(ValueError, match="a scheduler without an optimizer"):
         made(tmp_path, trained, (None, scheduler))
-    with pytest.raises(ValueError, match="was made for another optimizer"):
+    with pytest.raises(ValueError, match="belongs to another optimizer"):
         made(tmp_path, trained, (sgd(trained.parameters()), scheduler))
     with pytest.raises(TypeError, match="give a torch.optim.Optimizer"):
         made(tmp_path, trained, (torch.optim.SGD, None))
@@ -85,11 +85,9 @@ def model_of(optimizer, trained):
     return trained
 
 
-def test_adapters_that_the_trainer_makes_cannot_be_in_an_optimizer(tmp_path):
+def test_adapters_that_the_trainer_adds_cannot_be_in_an_optimizer(tmp_path):
     trained, lora = model(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
-    with pytest.raises(
-        ValueError, match=r"none of the parameters that are trained.*get_peft_model.*leave peft_config out"
-    ):
+    with pytest.raises(ValueError, match=r"none of the trained parameters.*get_peft_model.*leave peft_config out"):
         made(tmp_path, trained, (sgd(trained.parameters()), None), peft_config=lora)
     adapted = get_peft_model(model(), lora)
     optimizer = sgd(p for p in adapted.parameters() if p.requires_grad)
@@ -99,7 +97,7 @@ def test_adapters_that_the_trainer_makes_cannot_be_in_an_optimizer(tmp_path):
     assert any(not torch.equal(value, before[name]) for name, value in weights(trainer).items() if "lora_B" in name)
 
 
-def test_parts_that_are_left_out_are_said(tmp_path):
+def test_missing_parameters_give_a_warning(tmp_path):
     trained = model()
-    with pytest.warns(UserWarning, match=r"leaves out 20 of 21 tensors that could be trained, 'model.embed_tokens"):
+    with pytest.warns(UserWarning, match=r"does not have 20 of 21 trainable tensors, for example 'model.embed_tokens"):
         made(tmp_path, trained, (sgd([trained.lm_head.weight]), None))

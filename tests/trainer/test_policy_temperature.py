@@ -1,4 +1,4 @@
-"""The temperature of MSL is the policy's: what was trained is what is measured, saved and recommended."""
+"""The temperature of MSL applies to the policy, in training, evaluation, saved models and recommendations."""
 
 import json
 
@@ -22,7 +22,7 @@ MSL = {"loss_type": "msl", "loss_kwargs": {"msl": {"temperature": TAU}}}
 
 @torch.no_grad()
 def by_hand(model, prompt: list[int], temperature: float, vocabulary: bool = False) -> torch.Tensor:
-    """log pi of every leaf, one full sequence each: softmax(logits / temperature) over the children at each step."""
+    """log pi of every leaf, from full sequences: softmax(logits / temperature) over the children at each step."""
     found, tree, seq2seq = [], CATALOG.tree, model.config.is_encoder_decoder
     for leaf in range(tree.num_leaves):
         path, total = tree.paths[leaf][: tree.leaf_lengths[leaf]].tolist(), 0.0
@@ -44,7 +44,7 @@ def prompt_of(encoder, history) -> list[int]:
 
 
 @pytest.mark.parametrize("make", [tiny_model, tiny_seq2seq], ids=["llama", "t5"])
-def test_a_policy_obeys_the_temperature_of_its_model_everywhere(make):
+def test_a_policy_uses_the_temperature_of_its_model_everywhere(make):
     model = make(len(TOKENIZER)).eval()
     setattr(model.config, FIELD, TAU)
     policy, leaves = make_policy(model, CATALOG), torch.arange(CATALOG.tree.num_leaves)[None]
@@ -60,14 +60,14 @@ def test_a_policy_obeys_the_temperature_of_its_model_everywhere(make):
     torch.testing.assert_close(scores.vocabulary_log_probs.sum(-1)[0], over_all, **tolerance)
     ranked, log_probs = policy.beam_search(prompts, leaves.shape[1])
     order = expected.argsort(descending=True)
-    assert ranked[0].equal(order) and not ranked[0].equal(plain.argsort(descending=True))  # not only surer: another
+    assert ranked[0].equal(order) and not ranked[0].equal(plain.argsort(descending=True))  # another order
     torch.testing.assert_close(log_probs[0], expected[order], **tolerance)
     noise = StatelessNoise(0).at(0, torch.arange(1))
-    drawn, log_q = policy.sample(prompts, 8, noise, temperature=2.0)  # a draw's own temperature comes on top
+    drawn, log_q = policy.sample(prompts, 8, noise, temperature=2.0)  # in addition to TAU
     torch.testing.assert_close(log_q[0], by_hand(model, ids, 2 * TAU)[drawn[0]], **tolerance)
 
 
-def test_msl_trains_measures_saves_and_goes_on_at_its_temperature(tmp_path):
+def test_msl_trains_evaluates_saves_and_resumes_at_its_temperature(tmp_path):
     trainer = make_trainer(tmp_path / "run", max_steps=3, eval_dataset=(rows := make_rows(6, seed=3)), **MSL)
     batch = next(iter(trainer.get_train_dataloader()))
     loss = trainer.compute_loss(trainer.model, batch).item()
@@ -95,7 +95,7 @@ def test_msl_trains_measures_saves_and_goes_on_at_its_temperature(tmp_path):
     assert not (tmp_path / "model" / FILE).exists()
 
 
-def test_adapters_keep_it_beside_them(tmp_path):
+def test_adapters_are_saved_with_it(tmp_path):
     tiny_model(len(TOKENIZER)).save_pretrained(tmp_path / "base")
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     trainer = make_trainer(
@@ -114,7 +114,7 @@ def test_adapters_keep_it_beside_them(tmp_path):
     assert temperature_of(load_backbone(tmp_path / "adapters")) == 1.0
 
 
-def test_a_reference_that_is_the_model_before_training_is_read_at_the_same_temperature(tmp_path):
+def test_the_default_reference_has_the_same_temperature(tmp_path):
     trainer: GFlowNetTrainer = make_trainer(
         tmp_path, loss_type=["msl", "sdpo"], loss_weights=[0.0, 1.0], loss_kwargs=MSL["loss_kwargs"], num_generations=2
     )  # fmt: skip
@@ -125,7 +125,7 @@ def test_a_reference_that_is_the_model_before_training_is_read_at_the_same_tempe
 
 
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), "warm"])
-def test_what_is_no_temperature_is_refused(value):
+def test_invalid_temperatures_are_errors(value):
     model = tiny_model(len(TOKENIZER))
     setattr(model.config, FIELD, value)
     with pytest.raises(ValueError, match="policy_temperature of the model's configuration is .*finite number above 0"):

@@ -1,4 +1,4 @@
-"""The reference model as a prior: what is balanced, what it is computed with, and that it never changes."""
+"""The reference model as a prior: the balanced target, its computation, and that it never changes."""
 
 import copy
 
@@ -30,7 +30,7 @@ def fixed_noise(step: Step) -> Noise:
 
 
 class PerLeaf(Reward):
-    """A reward of one's own for every leaf, from a function of the prompts; items of a leaf share it."""
+    """A custom reward of every leaf, from a function of the prompts; items of a leaf share it."""
 
     def __init__(self, function):
         super().__init__("per_leaf")
@@ -41,7 +41,7 @@ class PerLeaf(Reward):
 
 
 def noisy(model):
-    """Dropout that would show wherever the reference is not in evaluation mode."""
+    """Dropout, which is visible if the reference is not in evaluation mode."""
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.3
     return model
@@ -49,7 +49,7 @@ def noisy(model):
 
 @pytest.mark.parametrize("loss_type", ["vargrad", "contrastive_balance", "trajectory_balance", "exact_flow"])
 def test_the_prior_times_the_reward_is_the_fixed_point(tmp_path, loss_type):
-    """With log R = log pi - weight * log pi_ref + c the policy is its own target: no loss and no gradient."""
+    """With log R = log pi - weight * log pi_ref + c the policy equals the target: loss and gradient are zero."""
     model, ref_model = tiny_model(len(TOKENIZER)), tiny_model(len(TOKENIZER), seed=1)
     frozen = copy.deepcopy(model)
     reward = PerLeaf(lambda step: leaf_log_probs(frozen, step) - WEIGHT * leaf_log_probs(ref_model, step) + 1.5)
@@ -80,17 +80,17 @@ def test_the_prior_changes_log_r_by_log_pi_ref_alone(tmp_path, loss_type):
     leaves = groups[0].drawn.leaves
     change = groups[1].rewards.log_rewards - groups[0].rewards.log_rewards
     torch.testing.assert_close(change, WEIGHT * log_ref.gather(1, leaves), rtol=0, atol=1e-4)
-    assert torch.equal(groups[1].rewards.rewards, groups[0].rewards.rewards)  # the reward itself is what it was
-    if loss_type == "exact_flow":  # every leaf's, or the flows of the states would not be those of the target
+    assert torch.equal(groups[1].rewards.rewards, groups[0].rewards.rewards)  # the reward itself does not change
+    if loss_type == "exact_flow":  # the prior of every leaf, so that the flows are those of the target
         change = groups[1].reward.result.log_rewards - groups[0].reward.result.log_rewards
         torch.testing.assert_close(change, WEIGHT * log_ref, rtol=0, atol=1e-4)
-    else:  # a sampler that draws by reward draws by R alone
+    else:  # a reward sampler draws from R alone
         first, second = (group.reward.sample(1000, fixed_noise(group.step), temperature=5.0) for group in groups)
         assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
         assert all(len(row.unique()) == LEAVES for row in first[0])
 
 
-def test_without_a_reference_it_is_the_model_before_training_and_stays_so(tmp_path):
+def test_the_default_reference_is_the_model_before_training_and_never_changes(tmp_path):
     model = noisy(tiny_model(len(TOKENIZER)))
     start = copy.deepcopy(model.state_dict())
     trainer = make_trainer(
@@ -100,7 +100,7 @@ def test_without_a_reference_it_is_the_model_before_training_and_stays_so(tmp_pa
     reference = trainer.prior.model
     trainer.train()
     assert not any(torch.equal(value, start[name]) for name, value in weights(trainer).items() if name in start)
-    assert set(reference.state_dict()) == set(start)  # no head, no adapter
+    assert set(reference.state_dict()) == set(start)  # it has no head and no adapters
     assert all(torch.equal(value, start[name]) for name, value in reference.state_dict().items())
     assert not reference.training and trainer.model.training
     assert all(p.grad is None and not p.requires_grad for p in reference.parameters())
@@ -110,7 +110,7 @@ def test_without_a_reference_it_is_the_model_before_training_and_stays_so(tmp_pa
     assert log["log_pi_ref"] < 0 and log["seconds/reference"] > 0
 
 
-def test_the_reference_may_be_given_by_its_folder_and_be_of_the_other_kind(tmp_path):
+def test_the_reference_can_be_a_folder_and_another_architecture(tmp_path):
     reference = tiny_seq2seq(len(TOKENIZER))
     reference.save_pretrained(tmp_path / "reference")
     by_object, by_name = (
@@ -123,7 +123,7 @@ def test_the_reference_may_be_given_by_its_folder_and_be_of_the_other_kind(tmp_p
     assert type(by_name.prior.model).__name__ == "T5ForConditionalGeneration"
 
 
-def test_under_adapters_the_reference_is_the_base_model(tmp_path):
+def test_with_adapters_the_reference_is_the_base_model(tmp_path):
     base = noisy(tiny_model(len(TOKENIZER)))
     expected = leaf_log_probs(copy.deepcopy(base), step := first_step(make_trainer(tmp_path, rewards())))
     trainer = make_trainer(
@@ -132,7 +132,7 @@ def test_under_adapters_the_reference_is_the_base_model(tmp_path):
     assert trainer.prior.model is None
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter)  # adapters that change something
+            torch.nn.init.normal_(parameter)  # adapters that change the output
     model = trainer.model.train()
     leaves = torch.arange(LEAVES).expand(8, -1)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -149,5 +149,5 @@ def test_under_adapters_the_reference_is_the_base_model(tmp_path):
 
 def test_a_model_cannot_be_its_own_reference(tmp_path):
     model = tiny_model(len(TOKENIZER))
-    with pytest.raises(ValueError, match="ref_model is the model to be trained"):
+    with pytest.raises(ValueError, match="ref_model is the model to train"):
         make_trainer(tmp_path, rewards(), model, ref_model=model, ref_weight=1.0)

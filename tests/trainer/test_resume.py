@@ -1,4 +1,4 @@
-"""A training resumes with all of its state or not at all."""
+"""A training resumes with its complete state or not at all."""
 
 import logging
 import os
@@ -34,7 +34,7 @@ def trainer(folder, **options) -> GFlowNetTrainer:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> Path:
-    """A checkpoint in the middle of a training with flow heads and a replay buffer."""
+    """A checkpoint from the middle of a training with flow heads and a replay buffer."""
     folder = tmp_path_factory.mktemp("written")
     trainer(folder).train()
     return folder / "checkpoint-2"
@@ -46,7 +46,7 @@ def checkpoint(written, tmp_path) -> Path:
 
 
 def refused(checkpoint, message: str, **options) -> None:
-    """The training does not take a step."""
+    """Check that resuming raises an error before the first step."""
     resumed = trainer(checkpoint.parent / "resumed", **options)
     before = weights(resumed)
     with pytest.raises(ValueError, match=message):
@@ -55,7 +55,7 @@ def refused(checkpoint, message: str, **options) -> None:
     assert all(torch.equal(value, before[name]) for name, value in weights(resumed).items())
 
 
-def test_a_whole_checkpoint_resumes(checkpoint):
+def test_a_complete_checkpoint_resumes(checkpoint):
     resumed = trainer(checkpoint.parent / "resumed")
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.state.global_step == 4
@@ -74,31 +74,29 @@ def test_a_damaged_part_is_named(checkpoint, name):
     refused(checkpoint, rf"{name} is (empty or cut off|not a whole safetensors file|not valid JSON)")
 
 
-def test_a_checkpoint_of_the_model_alone_says_so(tmp_path):
+def test_a_checkpoint_with_only_the_model_is_an_error(tmp_path):
     trainer(tmp_path, save_only_model=True, max_steps=2).train()
-    refused(
-        tmp_path / "checkpoint-2", r"holds only the model \(save_only_model=True\), not .*optimizer.pt.*as the model"
-    )
+    refused(tmp_path / "checkpoint-2", r"only the model \(save_only_model=True\), not .*optimizer.pt.*as the model")
 
 
-def test_a_training_may_go_on_with_other_processes(checkpoint, caplog):
-    """Only dropout notices; a state that is split over the processes (ZeRO, samplers) is refused."""
+def test_a_training_can_resume_with_another_number_of_processes(checkpoint, caplog):
+    """Only dropout changes. A state that is split over the processes (ZeRO, samplers) is an error."""
     shutil.copy(checkpoint / "rng_state.pth", checkpoint / "rng_state_0.pth")
     (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_1.pth")
     resumed = trainer(checkpoint.parent)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.state.global_step == 4
-    assert "was written by 2 process(es), and 1 go on from it" in caplog.text
+    assert "was written by 2 process(es), and 1 resume from it" in caplog.text
     (checkpoint / "optimizer.pt").unlink()
     refused(checkpoint, r"written by 2 process\(es\), but 1 are training")
 
 
-def test_a_loss_with_heads_does_not_go_on_from_one_without(tmp_path):
+def test_a_loss_with_heads_does_not_resume_from_one_without(tmp_path):
     trainer(tmp_path, loss_type="vargrad", max_steps=2).train()
     refused(tmp_path / "checkpoint-2", "lacks flow_heads.safetensors")
 
 
-def test_prefix_weights_are_a_part(tmp_path):
+def test_prefix_weights_are_part_of_the_state(tmp_path):
     def apao(**options) -> APAOTrainer:
         args = APAOConfig(
             str(tmp_path), max_steps=4, save_strategy="steps", save_steps=2, use_cpu=True, disable_tqdm=True, **options
@@ -111,7 +109,7 @@ def test_prefix_weights_are_a_part(tmp_path):
 
     apao().train()
     checkpoint = tmp_path / "checkpoint-2"
-    with pytest.raises(ValueError, match=r"prefix_weights.safetensors is of \['prefix_pointwise'\], but .*pairwise"):
+    with pytest.raises(ValueError, match=r"has the prefix weights of \['prefix_pointwise'\], but .*pairwise"):
         apao(method="pairwise", num_negatives=2).train(resume_from_checkpoint=str(checkpoint))
     (checkpoint / "prefix_weights.safetensors").unlink()
     with pytest.raises(ValueError, match=r"lacks prefix_weights\.safetensors"):
@@ -125,12 +123,12 @@ def test_the_best_model_has_its_heads(tmp_path):
     )  # fmt: skip
     best.train()
     (tmp_path / "checkpoint-2" / "flow_heads.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"flow_heads\.safetensors, the flow heads .* is missing"):
+    with pytest.raises(ValueError, match=r"flow_heads\.safetensors is missing: .* flow heads"):
         best._load_best_model()
 
 
-def test_an_empty_state_of_a_sampler_is_told_from_a_lost_one(tmp_path):
-    """A buffer that nothing was put into yet."""
+def test_an_empty_sampler_state_differs_from_a_lost_one(tmp_path):
+    """A buffer that is still empty."""
     first = trainer(tmp_path, max_steps=1, save_steps=1)
     first.sampler.observe = lambda *_: None
     first.train()
@@ -138,7 +136,7 @@ def test_an_empty_state_of_a_sampler_is_told_from_a_lost_one(tmp_path):
 
 
 def test_a_checkpoint_without_an_empty_state_resumes(tmp_path):
-    """Earlier versions wrote none for a mixture that keeps nothing."""
+    """Earlier versions did not write an empty state for a mixture."""
     options = {"sampler": {"ground_truth": 1, "on_policy": 3}, "loss_type": "vargrad"}
     trainer(tmp_path, **options).train()
     (tmp_path / "checkpoint-2" / "sampler.safetensors").unlink()
@@ -153,7 +151,7 @@ def test_a_checkpoint_keeps_the_users_limit(tmp_path):
     assert torch.load(tmp_path / "checkpoint-4" / "training_args.bin", weights_only=False).save_total_limit == 1
 
 
-def test_folders_that_are_no_checkpoint_are_passed_over(checkpoint, caplog):
+def test_folders_that_are_not_checkpoints_are_skipped(checkpoint, caplog):
     folder = checkpoint.parent
     for name in ("checkpoint-abc", "checkpoint-", "checkpoint-9-copy", "checkpoint-7.bak"):
         shutil.copytree(checkpoint, folder / name)
@@ -172,7 +170,7 @@ def test_folders_that_are_no_checkpoint_are_passed_over(checkpoint, caplog):
 
 
 @pytest.mark.parametrize("best", [True, False])
-def test_what_was_put_aside_survives_a_training_that_gives_checkpoints_up(checkpoint, best):
+def test_copies_of_checkpoints_are_not_removed_by_a_training(checkpoint, best):
     folder, aside = checkpoint.parent, {"checkpoint-abc", "checkpoint-1-good"}
     for name in aside:
         shutil.copytree(checkpoint, folder / name)
@@ -206,7 +204,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
         ("a.txt", b"", None),
     ],
 )
-def test_damage_is_told_by_the_form_of_a_file(tmp_path, name, content, damage):
+def test_damage_is_detected_from_the_format_of_a_file(tmp_path, name, content, damage):
     assert damage_of(tmp_path / name) == "is missing"
     (tmp_path / name).write_bytes(content)
     found = damage_of(tmp_path / name)
@@ -214,8 +212,8 @@ def test_damage_is_told_by_the_form_of_a_file(tmp_path, name, content, damage):
 
 
 def test_the_files_of_an_engine(checkpoint):
-    """Sharded engines keep the optimizer elsewhere: DeepSpeed a file of each process below the folder that `latest`
-    names, FSDP a file or a folder of its own kind."""
+    """Sharded engines have other optimizer files: DeepSpeed one per process, in the folder that `latest` names; FSDP a
+    file or a folder."""
     assert _deepspeed_files(checkpoint, 2, 1) == ["latest"]
     (checkpoint / "latest").write_text("global_step2")
     lost = "global_step2/zero_pp_rank_1_mp_rank_00_optim_states.pt"

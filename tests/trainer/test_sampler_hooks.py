@@ -1,4 +1,4 @@
-"""What the trainer tells a sampler, and that a sampler's state survives an interruption."""
+"""The information that a sampler gets from the trainer, and the resume of its state."""
 
 import shutil
 
@@ -14,7 +14,7 @@ from .world import losses, make_trainer, weights
 
 
 class Counting(Sampler):
-    """Counts the leaves that it drew and what it was told of them; the next draw follows from both."""
+    """Count the drawn leaves and the feedback about them; both determine the next draw."""
 
     source_names = ("counting",)
 
@@ -44,7 +44,7 @@ class Counting(Sampler):
         return {"leaves_met": float((self.counts > 0).sum())}
 
 
-def test_it_hears_of_the_progress_and_of_what_became_of_its_trajectories(tmp_path):
+def test_it_gets_the_progress_and_the_results_of_its_trajectories(tmp_path):
     sampler = Counting()
     trainer = make_trainer(
         tmp_path, rewards(), sampler=sampler, loss_type="trajectory_balance", reward_weights=WEIGHTS,
@@ -55,7 +55,7 @@ def test_it_hears_of_the_progress_and_of_what_became_of_its_trajectories(tmp_pat
     first = sampler.seen[0]
     expected = true_rewards(first["step"]).log().gather(1, first["leaves"])
     torch.testing.assert_close(first["log_rewards"], expected, rtol=1e-4, atol=1e-4)
-    # The head begins at log Z = 0.
+    # The head is initialized to log Z = 0.
     torch.testing.assert_close(first["residual"], (first["log_pi"] - expected).abs(), rtol=1e-4, atol=1e-4)
     for told in sampler.seen:
         assert not any(told[name].requires_grad for name in ("log_rewards", "residual", "log_pi"))
@@ -63,7 +63,7 @@ def test_it_hears_of_the_progress_and_of_what_became_of_its_trajectories(tmp_pat
     assert met == sorted(met) and met[-1] <= LEAVES
 
 
-def test_the_residual_is_to_the_true_log_z_where_it_is_known(tmp_path):
+def test_the_residual_uses_the_true_log_z_if_it_is_known(tmp_path):
     sampler = Counting()
     trainer = make_trainer(
         tmp_path, rewards(), sampler=sampler, loss_type="exact_flow", reward_weights=WEIGHTS, max_steps=1
@@ -92,7 +92,7 @@ def test_its_state_is_restored_bit_for_bit(tmp_path):
     expected = weights(whole)
     assert all(torch.equal(value, expected[name]) for name, value in weights(resumed).items())
     assert losses(resumed) == losses(whole)
-    # Of another state the draws are others: it is the state that was restored, not a coincidence.
+    # Another state gives other draws, so equal draws show that the state was restored.
     save_sampler(Counting(), checkpoint, 0, 1)
     forgetful = trainer(tmp_path / "forgetful", Counting())
     forgetful.train(resume_from_checkpoint=str(checkpoint))
@@ -106,7 +106,7 @@ def test_a_sampler_without_state_writes_no_file(tmp_path):
     assert not list((tmp_path / "checkpoint-1").glob("sampler*"))
 
 
-def test_every_process_has_a_file_of_its_own(tmp_path):
+def test_every_process_has_its_own_file(tmp_path):
     for process in range(2):
         sampler = Counting()
         sampler.counts += process + 1
@@ -116,18 +116,18 @@ def test_every_process_has_a_file_of_its_own(tmp_path):
         load_sampler(loaded, tmp_path / "checkpoint", process, processes=2)
         assert (loaded.counts == process + 1).all()
     for processes in (1, 3):
-        with pytest.raises(ValueError, match=rf"sampler-0-of-2.*not that of {processes} process"):
+        with pytest.raises(ValueError, match=rf"sampler-0-of-2.*not the state of {processes} process"):
             load_sampler(Counting(), tmp_path / "checkpoint", 0, processes)
 
 
-def test_a_state_of_another_sampler_is_refused(tmp_path):
+def test_the_state_of_another_sampler_is_an_error(tmp_path):
     save_sampler(Counting(), tmp_path, 0, 1)
     with pytest.raises(ValueError, match="UniformSampler.*another sampler"):
         load_sampler(UniformSampler(), tmp_path, 0, 1)
 
 
 def test_views_and_shared_memory_can_be_saved(tmp_path):
-    """safetensors refuses both; a sampler's buffers may well be such."""
+    """safetensors accepts neither, and a sampler's buffers can be either."""
     sampler = Counting()
     table = torch.arange(4 * LEAVES).view(LEAVES, 4)
     sampler.counts, sampler.residual = table[:, 1], table[:, 1]

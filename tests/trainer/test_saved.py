@@ -1,4 +1,4 @@
-"""After the final save the folder is loaded and compared: a difference is an error, and the files stay."""
+"""The final folder is loaded and compared: a difference is an error, and the files are kept."""
 
 import logging
 from pathlib import Path
@@ -22,7 +22,7 @@ def trainer_of(folder, model=None, **options):
 
 
 def damage(trainer, monkeypatch, table: str, by: float = 1.0) -> None:
-    """Have the next save write another tensor than the model holds."""
+    """Make the next save write a tensor that differs from the model's."""
     write = trainer._save
 
     def write_and_change(output_dir=None, state_dict=None):
@@ -40,7 +40,7 @@ def damage(trainer, monkeypatch, table: str, by: float = 1.0) -> None:
 
 @pytest.fixture
 def loads(monkeypatch) -> list[Path]:
-    """The folders that were loaded to be compared."""
+    """The folders that were loaded for the comparison."""
     found, load = [], Recommender.from_pretrained.__func__
     monkeypatch.setattr(
         Recommender,
@@ -62,7 +62,7 @@ def test_the_final_folder_is_loaded_once_and_no_checkpoint_is(tmp_path, loads, k
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding_is_no_difference(tmp_path, loads, dtype):
+def test_rounding_is_not_a_difference(tmp_path, loads, dtype):
     trainer = trainer_of(tmp_path, tiny_model(len(TOKENIZER)).to(dtype))
     trainer.save_model()
     mixed = trainer_of(tmp_path, tiny_model(len(TOKENIZER)), bf16=True)
@@ -73,7 +73,7 @@ def test_rounding_is_no_difference(tmp_path, loads, dtype):
 
 @pytest.mark.parametrize("largest", [saved.LARGEST, 0])
 @pytest.mark.parametrize("adapters", [False, True])
-def test_a_difference_is_an_error_and_the_files_stay(tmp_path, monkeypatch, largest, adapters):
+def test_a_difference_is_an_error_and_the_files_are_kept(tmp_path, monkeypatch, largest, adapters):
     monkeypatch.setattr(saved, "LARGEST", largest)
     tiny_model(len(TOKENIZER)).save_pretrained(tmp_path / "base")
     options = {"peft_config": lora()} if adapters else {}
@@ -81,18 +81,18 @@ def test_a_difference_is_an_error_and_the_files_stay(tmp_path, monkeypatch, larg
     trainer.train()
     trainer.save_model()
     damage(trainer, monkeypatch, "q_proj", 5.0)
-    with pytest.raises(ValueError, match=f"{tmp_path}/out.* is not .*trained.*reason.*The files stay as they are"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/out.* does not contain the trained.*reason.*are kept"):
         trainer.save_model()
     name = "adapter_model.safetensors" if adapters else "model.safetensors"
     assert (tmp_path / "out" / name).is_file() and (tmp_path / "out" / "catalog.json").is_file()
 
 
-def test_how_large_the_difference_is(tmp_path, monkeypatch):
-    """The oracle: the largest total variation over the states on the compared paths, which here are all."""
+def test_the_size_of_the_difference(tmp_path, monkeypatch):
+    """Compared with the largest total variation over the states of all paths, which are all compared here."""
     trainer = trainer_of(tmp_path)
     expected = saved._scores(trainer, trainer.model, trainer._catalog, trainer._encoder)
     damage(trainer, monkeypatch, "embed_tokens")
-    with pytest.raises(ValueError, match="behind the longest prompts") as error:
+    with pytest.raises(ValueError, match="after the longest prompts") as error:
         trainer.save_model()
     loaded = Recommender.from_pretrained(tmp_path)
     found = saved._scores(trainer, loaded.model, loaded.catalog, loaded.encoder)
@@ -122,16 +122,16 @@ def test_a_folder_that_cannot_be_loaded_is_an_error(tmp_path, monkeypatch):
         trainer.save_model()
 
 
-def test_what_cannot_be_compared_is_said(tmp_path, caplog, monkeypatch):
+def test_folders_that_cannot_be_compared_give_a_warning(tmp_path, caplog, monkeypatch):
     made = trainer_of(tmp_path / "made", peft_config=lora())
     empty = trainer_of(tmp_path / "empty")
-    monkeypatch.setattr(empty, "_save", lambda *args: None)  # as where an engine writes shards
+    monkeypatch.setattr(empty, "_save", lambda *args: None)  # as with an engine that writes shards
     with caplog.at_level(logging.WARNING, "gflowtrl"):
         made.save_model()
         empty.save_model()
     first, second = [r.getMessage() for r in caplog.records if "was not compared" in r.getMessage()]
-    assert "adapters of a model that was made in memory" in first and "the trainer its folder" in first
-    assert "holds no whole weights" in second
+    assert "adapters of a model that was created in memory" in first and "its folder to the trainer" in first
+    assert "contains no full weights" in second
 
 
 def test_adapters_on_a_quantized_base_are_compared_tensor_by_tensor(tmp_path, monkeypatch, loads):
@@ -144,6 +144,6 @@ def test_adapters_on_a_quantized_base_are_compared_tensor_by_tensor(tmp_path, mo
     )  # fmt: skip
     trainer.save_model()
     damage(trainer, monkeypatch, "lora_A")
-    with pytest.raises(ValueError, match="adapter_model.safetensors is not what was trained: .*lora_A"):
+    with pytest.raises(ValueError, match="adapter_model.safetensors does not contain the trained model: .*lora_A"):
         trainer.save_model()
     assert not loads

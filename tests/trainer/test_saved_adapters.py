@@ -1,4 +1,4 @@
-"""Adapters that touch the tables of tokens: what they train is what their folder says."""
+"""Adapters on the token embeddings: the saved folder equals the trained model."""
 
 import itertools
 
@@ -16,7 +16,7 @@ from tests.tiny import tiny_seq2seq
 from .world import TOKENIZER, make_catalog, make_trainer
 
 
-VOCABULARY = 3 * len(TOKENIZER)  # so that the policy asks for chosen rows of the head
+VOCABULARY = 3 * len(TOKENIZER)  # so that the policy computes only some rows of the head
 SIZES = {
     "llama": {"intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "hidden_size": 32},
     "gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 4},
@@ -73,7 +73,7 @@ WAYS = {
         ("codegen", False, "copied head", True), ("llama", False, "both", True),
     ],
 )  # fmt: skip
-def test_fresh_adapters_change_nothing_and_the_folder_is_what_was_trained(tmp_path, kind, tied, way, item_tokens):
+def test_new_adapters_change_nothing_and_the_folder_equals_the_trained_model(tmp_path, kind, tied, way, item_tokens):
     base = build(kind, tied)
     before = leaf_log_probs(base)
     base.save_pretrained(tmp_path / "base")
@@ -95,7 +95,7 @@ def test_fresh_adapters_change_nothing_and_the_folder_is_what_was_trained(tmp_pa
     assert whole.model.config.tie_word_embeddings is (tied and not apart)
 
 
-def test_a_pattern_that_names_the_head_is_followed():
+def test_a_pattern_that_names_the_head_is_used_unchanged():
     adapted = add_adapters(build("llama"), LoraConfig(r=2, target_modules=r".*(q_proj|lm_head)"), make_catalog())
     assert not [name for name, _ in adapted.named_parameters() if "tokens_delta" in name]
     every = add_adapters(
@@ -105,7 +105,7 @@ def test_a_pattern_that_names_the_head_is_followed():
 
 
 @pytest.mark.parametrize("options", [{"target_modules": ["q", "lm_head"]}, {"modules_to_save": ["shared"]}])
-def test_tied_tables_of_an_encoder_decoder_are_not_trained_apart(options):
+def test_tied_embeddings_of_an_encoder_decoder_stay_tied(options):
     model = tiny_seq2seq(VOCABULARY, "t5")
     with pytest.raises(ValueError, match="change the tied embeddings of T5For.*target_modules, modules_to_save"):
         add_adapters(model, LoraConfig(**{"r": 2, "target_modules": ["q"], **options}), make_catalog())

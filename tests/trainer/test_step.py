@@ -1,4 +1,4 @@
-"""One step: the loss against brute force over all leaves, and what is logged."""
+"""One step: the loss compared with brute force over all leaves, and the logged metrics."""
 
 import itertools
 import math
@@ -32,7 +32,7 @@ def rewards() -> list:
 
 
 def fixed_leaves(step, policy, reward, num_generations, noise):
-    """Any leaves, a function of the row alone, of which at least two differ."""
+    """Arbitrary leaves that depend only on the row, at least two of them different."""
     first = step.row_ids[:, None] * 7
     return (first + torch.arange(num_generations) ** 2) % LEAVES
 
@@ -46,7 +46,7 @@ def first_step(trainer) -> Step:
 
 
 def true_rewards(step: Step) -> torch.Tensor:
-    """R of every leaf, from the definition: items' rewards added up per leaf, weighted, floored."""
+    """R of every leaf by definition: the items' rewards summed per leaf, weighted, floored."""
     likes = teacher(step.columns["history"]).softmax(1)
     total = torch.zeros(len(likes), LEAVES)
     for item in ITEMS:
@@ -57,7 +57,7 @@ def true_rewards(step: Step) -> torch.Tensor:
 
 
 def kl_at_visited_states(pi: torch.Tensor, target: torch.Tensor, leaf: int) -> float:
-    """Sum over the states on the way to `leaf` of KL(target || pi) over the next token."""
+    """Sum of KL(target || pi) of the next token over the states on the path to `leaf`."""
     total = 0.0
     for depth in range(len(PATHS[leaf])):
         below = [i for i in range(LEAVES) if PATHS[i][:depth] == PATHS[leaf][:depth]]
@@ -69,7 +69,7 @@ def kl_at_visited_states(pi: torch.Tensor, target: torch.Tensor, leaf: int) -> f
 
 
 def step_residuals(pi: torch.Tensor, reward: torch.Tensor, leaf: int) -> list[float]:
-    """Of detailed balance on the way to `leaf`, with log F = LOG_Z at every state that is not a leaf."""
+    """Residuals of detailed balance on the path to `leaf`, with log F = LOG_Z at every state that is not a leaf."""
     path, residuals = PATHS[leaf], []
     for depth in range(len(path)):
         below, then = ([i for i in range(LEAVES) if PATHS[i][:d] == path[:d]] for d in (depth, depth + 1))
@@ -79,14 +79,14 @@ def step_residuals(pi: torch.Tensor, reward: torch.Tensor, leaf: int) -> list[fl
 
 
 def sub_path_mean(steps: list[float], lam: float = 0.9) -> float:
-    """The weighted mean of squared residuals over all sub-paths, each the sum of its steps' residuals."""
+    """Weighted mean of squared residuals over all sub-paths; the residual of a sub-path is the sum over its steps."""
     spans = [(i, j) for i in range(len(steps)) for j in range(i + 1, len(steps) + 1)]
     weights = [lam ** (j - i) for i, j in spans]
     return sum(w * sum(steps[i:j]) ** 2 for w, (i, j) in zip(weights, spans, strict=True)) / sum(weights)
 
 
 def prefix_loss(pi: torch.Tensor, target: int, others: list[int] | None) -> float:
-    """APAO's with uniform weights: pointwise, or pairwise against the prefixes of `others`."""
+    """APAO's loss with uniform weights: pointwise, or pairwise against the prefixes of `others`."""
     path, total = PATHS[target], 0.0
 
     def mass(prefix) -> float:
@@ -107,18 +107,18 @@ def huber(size: float) -> float:
 
 
 def expected_loss(name: str, step: Step, log_pi: torch.Tensor, leaves: torch.Tensor) -> float:
-    """The paper's formula on the exact leaf distribution `log_pi (B, N)`."""
+    """The formula of the paper on the exact leaf distribution `log_pi (B, N)`."""
     reward = true_rewards(step)
     surplus = (log_pi - reward.log()).gather(1, leaves)
     if name == "msl":  # at temperature 1
         name = "sft"
     if name == "sft":
         return -log_pi.gather(1, CATALOG.leaf_of(step.columns["target"])[:, None]).mean().item()
-    if name == "sdpo":  # the policy is its own reference still, so that every margin is 0
+    if name == "sdpo":  # the policy still equals its reference, so every margin is 0
         targets = CATALOG.leaf_of(step.columns["target"])[:, None]
         return (1 + (leaves != targets).sum(1).double()).log().mean().item()
     if name == "grpo":
-        return 0.0  # advantages have mean 0, and the divergence begins at 0
+        return 0.0  # advantages have mean 0, and the divergence starts at 0
     if name.startswith("prefix_"):
         rows = zip(log_pi.exp(), CATALOG.leaf_of(step.columns["target"]).tolist(), leaves.tolist(), strict=True)
         values = [prefix_loss(pi, target, row if name == "prefix_pairwise" else None) for pi, target, row in rows]
@@ -179,20 +179,20 @@ def test_sum_is_the_mean_times_the_number_of_trajectories(tmp_path):
 
 @pytest.mark.parametrize(("sampler", "scored"), [(None, 4), ({"on_policy": 1}, 5)])
 def test_the_target_is_scored_once(tmp_path, monkeypatch, sampler, scored):
-    """It leads the default group; where it is missing, the SFT term puts it in front."""
+    """It is first in the default group. If it is missing, the SFT term adds it as the first leaf."""
     widths, score = [], CausalTreePolicy.score
     monkeypatch.setattr(
         CausalTreePolicy, "score", lambda s, p, leaves, *r: widths.append(leaves.shape[1]) or score(s, p, leaves, *r)
     )
     trainer = make_trainer(tmp_path, rewards(), loss_type="sft,vargrad", sampler=sampler)
     batch = first_batch(trainer)
-    trainer.policy_of(trainer.model)  # the first time it is compared with the model
+    trainer.policy_of(trainer.model)  # the first call compares it with the model
     widths.clear()
     trainer.compute_loss(trainer.model, batch)
     assert widths == [scored]
 
 
-# ------------------------------------------------------------------------------------------- whole runs compared
+# ------------------------------------------------------------------------------------------------ complete trainings
 def trained(tmp_path, reward_funcs=None, **options) -> tuple[dict, list[float]]:
     trainer = make_trainer(tmp_path, rewards() if reward_funcs is None else reward_funcs, **options)
     trainer.train()
@@ -200,7 +200,7 @@ def trained(tmp_path, reward_funcs=None, **options) -> tuple[dict, list[float]]:
 
 
 def test_lambda_zero_is_sft_bit_for_bit(tmp_path):
-    """With the same trajectories in the forward; without them the kernels sum in another order."""
+    """With the same trajectories in the forward, because otherwise the kernels sum in another order."""
     sampler = {"ground_truth": 1, "on_policy": 3}
     sft, _ = trained(tmp_path, loss_type="sft", sampler=sampler)
     mixed, _ = trained(tmp_path, loss_type="sft,vargrad", loss_weights=[1, 0], sampler=sampler)
@@ -254,7 +254,7 @@ def test_logged_metrics_agree_with_each_other(tmp_path):
         ]
         assert log["reward"] == pytest.approx(sum(per_source), rel=1e-4)
         assert log["loss"] == pytest.approx(log["loss/sft"] + 0.5 * log["loss/vargrad"], rel=1e-4)
-        assert 0 < log["residual"] <= math.sqrt(log["loss/vargrad"]) * (1 + 1e-5)  # mean size, root mean square
+        assert 0 < log["residual"] <= math.sqrt(log["loss/vargrad"]) * (1 + 1e-5)  # mean |r|, root mean square
         assert 1 <= log["unique_items"] <= 4
         assert 0 < log["policy_entropy"] <= math.log(4) + 2 * math.log(3)
         assert log["log_pi"] < 0
@@ -266,12 +266,12 @@ def test_logged_metrics_agree_with_each_other(tmp_path):
 def test_every_logged_name_is_documented(tmp_path):
     page = Path(__file__).parents[2] / "docs" / "gflownet_trainer.md"
     if not page.is_file():
-        pytest.skip("docs are not beside the tests")
+        pytest.skip("the docs are not installed")
     text, general = page.read_text(encoding="utf-8"), {"grad_norm", "learning_rate", "epoch", "step"}
     for name in set(logged(make_trainer(tmp_path, rewards(), loss_type="sft,vargrad"))[0]) - general:
-        room, _, last = name.partition("/")
+        group, _, last = name.partition("/")
         pattern = {"loss": "loss/NAME", "rewards": "rewards/NAME", "sampler": f"sampler/SOURCE/{last.split('/')[-1]}"}
-        assert f"`{pattern.get(room, name) if last else name}`" in text, name
+        assert f"`{pattern.get(group, name) if last else name}`" in text, name
 
 
 def test_exact_flow_logs_the_true_log_z(tmp_path):
@@ -330,7 +330,7 @@ def test_log_completions_prints_a_group_best_first(tmp_path, capsys):
     assert "target: " in printed and "Step 1" in printed
 
 
-def test_log_completions_shows_what_rewards_report(tmp_path, capsys):
+def test_log_completions_prints_the_extra_columns_of_rewards(tmp_path, capsys):
     def price(items, log_extra, **columns):
         log_extra("price [EUR]", [f"for {PRICES[at_leaf[0]]:g}" for at_leaf in items])
         log_extra("too short", [])
@@ -343,7 +343,7 @@ def test_log_completions_shows_what_rewards_report(tmp_path, capsys):
     assert len(rows) == 6 and all(row[-2:] == [f"for {float(row[5]):g}", ""] for row in rows)
 
 
-def test_a_sampler_is_asked_with_the_step_its_rewards_and_noise_of_the_rows(tmp_path):
+def test_a_sampler_gets_the_step_the_rewards_and_the_noise_of_the_rows(tmp_path):
     draws = []
 
     def watched(step, policy, reward, num_generations, noise):
@@ -360,4 +360,4 @@ def test_a_sampler_is_asked_with_the_step_its_rewards_and_noise_of_the_rows(tmp_
         tmp_path, rewards(), reward_weights=WEIGHTS, sampler=watched, num_train_epochs=2, max_steps=-1
     )
     trainer.train()
-    assert len(torch.cat(draws).unique()) == 2 * 24 * 4  # never the same number twice, in other epochs neither
+    assert len(torch.cat(draws).unique()) == 2 * 24 * 4  # no number occurs twice, also in later epochs

@@ -1,6 +1,6 @@
-"""A transformer trained by each objective reaches R / Z: the benchmark of that name on a smaller tree.
+"""A transformer trained with each objective reaches R / Z: the benchmark total_variation.py on a smaller tree.
 
-The benchmark's own ruler is the policy's `leaf_log_probs`, which tests/policy compares with brute force.
+The benchmark measures the policy's `leaf_log_probs`, which tests/policy compares with brute force.
 """
 
 import pytest
@@ -12,7 +12,7 @@ from gflowtrl.metrics import total_variation
 
 
 NUM_LEAVES, BOUND = 120, 0.03
-# Contrastive balance is VarGrad but for Huber, sub-trajectory balance lies between the other two (tests/losses).
+# Contrastive balance is VarGrad except for Huber; subtrajectory balance is between the other two (tests/losses).
 SETTINGS = [
     ("trajectory_balance", "llama", Setting(200, "mixture")),
     ("vargrad", "llama", Setting(200, "mixture")),
@@ -31,8 +31,8 @@ def test_a_transformer_reaches_the_target_of_every_prompt(objective, backbone, s
         assert result["log_z_error"] <= 0.1
 
 
-def test_the_bound_tells_the_target_from_what_almost_is_the_target():
-    """A tenth more or less of temperature, and a policy that is blind to its prompt, lie well beyond it."""
+def test_the_bound_separates_the_target_from_similar_distributions():
+    """A temperature that is 10% higher or lower, and a policy that ignores its prompt, are far above the bound."""
     log_rewards = Problem.draw(NUM_LEAVES, seed=0).reward.log_rewards.double()
     target = log_rewards.softmax(1)
     sharper, flatter = (1.1 * log_rewards).softmax(1), (0.9 * log_rewards).softmax(1)

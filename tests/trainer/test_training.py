@@ -1,4 +1,4 @@
-"""Whole runs: what moves, how fast, and that a run can be repeated and resumed."""
+"""Complete trainings: trained parameters, learning rates, reproducibility and resume."""
 
 import shutil
 from pathlib import Path
@@ -26,7 +26,7 @@ def rewards() -> list:
         ("detailed_balance", tiny_seq2seq),
     ],
 )  # fmt: skip
-def test_every_parameter_moves(tmp_path, loss_type, model):
+def test_every_parameter_is_trained(tmp_path, loss_type, model):
     trainer = make_trainer(tmp_path, rewards(), model(len(TOKENIZER)), loss_type=loss_type)
     before = weights(trainer)
     trainer.train()
@@ -36,7 +36,7 @@ def test_every_parameter_moves(tmp_path, loss_type, model):
     assert any("flow_heads" in name for name in before) == headed
 
 
-def test_the_head_has_a_learning_rate_of_its_own(tmp_path):
+def test_the_head_has_its_own_learning_rate(tmp_path):
     trainer = make_trainer(
         tmp_path, rewards(), loss_type="trajectory_balance", learning_rate=1e-3, log_z_learning_rate=0.3,
         weight_decay=0.1, lr_scheduler_type="linear", max_steps=2,
@@ -50,12 +50,12 @@ def test_the_head_has_a_learning_rate_of_its_own(tmp_path):
     assert decays[id(trainer.model.flow_heads.inner.weight)] == 0.1
     assert decays[id(trainer.model.flow_heads.inner.bias)] == 0.0
     trainer.train()
-    # After the first step the schedule has halved both; what is logged is the policy's.
+    # After the first step the schedule has halved both. The policy's rate is logged.
     assert [log["learning_rate"] for log in trainer.state.log_history if "loss" in log] == [1e-3, 5e-4]
     assert {group["initial_lr"] for group in optimizer.param_groups} == {1e-3, 0.3}
 
 
-def test_an_optimizer_of_the_caller_is_left_alone(tmp_path):
+def test_a_custom_optimizer_is_used_unchanged(tmp_path):
     model = tiny_model(len(TOKENIZER))
     own = torch.optim.SGD(model.parameters(), lr=0.123)
     trainer = make_trainer(tmp_path, rewards(), model=model, optimizers=(own, None))
@@ -66,7 +66,7 @@ def test_an_optimizer_of_the_caller_is_left_alone(tmp_path):
 def test_the_same_seed_gives_the_same_numbers(tmp_path):
     def run(seed: int) -> tuple[list[float], dict]:
         model = tiny_model(len(TOKENIZER))
-        torch.seed()  # what was drawn before must not matter, not to the head's first weights either
+        torch.seed()  # earlier random draws must not matter, not even for the head's initial weights
         trainer = make_trainer(tmp_path, rewards(), model, loss_type="sft,trajectory_balance", seed=seed)
         trainer.train()
         return losses(trainer), weights(trainer)
@@ -76,8 +76,8 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path):
     assert all(torch.equal(first[1][name], again[1][name]) for name in first[1])
 
 
-def test_a_resumed_run_repeats_an_undisturbed_one(tmp_path):
-    """From the middle of the second epoch, with dropout, accumulation, on-policy draws, evaluation and a head."""
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path):
+    """Resume in the second epoch, with dropout, accumulation, on-policy draws, evaluation and a head."""
 
     def trainer(model_seed: int, folder: Path, **options):
         model = tiny_model(len(TOKENIZER), seed=model_seed)
@@ -106,7 +106,7 @@ def test_a_resumed_run_repeats_an_undisturbed_one(tmp_path):
     assert history(resumed) == history(whole)
 
 
-def test_rows_come_in_another_order_every_epoch_each_once(tmp_path):
+def test_every_epoch_has_each_row_once_in_another_order(tmp_path):
     seen = []
     trainer = make_trainer(
         tmp_path, rewards(), num_train_epochs=3, max_steps=-1, train_dataset=make_rows(20, longest=9)
@@ -119,10 +119,10 @@ def test_rows_come_in_another_order_every_epoch_each_once(tmp_path):
     assert len({tuple(epoch) for epoch in order.tolist()}) == 3
     lengths = [[len(history) for history in batch["rows"].columns["history"]] for batch in seen]
     spread = [max(batch) - min(batch) for batch in lengths if len(batch) == 8]
-    assert sum(spread) / len(spread) < 6  # of 8 in a random batch, nearly always
+    assert sum(spread) / len(spread) < 6  # nearly always, for random batches of 8
 
 
-def test_adapters_are_trained_and_resumed_alone(tmp_path):
+def test_only_adapters_are_trained_and_resumed(tmp_path):
     def trainer(**options):
         config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
         return make_trainer(

@@ -1,4 +1,4 @@
-"""What all trainers share, and what only some have: classes, refusals before training, columns, the log."""
+"""Common and specific parts of the trainers: classes, errors before training, columns, the log."""
 
 import ast
 import dataclasses
@@ -26,7 +26,7 @@ LOGGER = tree_policy_trainer.__name__
 
 
 def make_plain(folder, trainer=TreePolicyTrainer, config=TreePolicyConfig, rows=None, **options):
-    """One of the trainers without rewards."""
+    """A trainer without rewards."""
     settings = {"per_device_train_batch_size": 8, "num_train_epochs": 2, "learning_rate": 1e-2, "logging_steps": 1}
     settings |= {"use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "eval_num_beams": 10, "eval_ks": [5]}
     return trainer(
@@ -50,14 +50,14 @@ def test_every_trainer_is_a_tree_policy_trainer_on_trls_base(trainer, config):
     assert trainer.compute_loss is TreePolicyTrainer.compute_loss
 
 
-def test_a_step_is_read_in_a_few_lines():
+def test_compute_loss_is_short():
     function = ast.parse(textwrap.dedent(inspect.getsource(TreePolicyTrainer.compute_loss))).body[0]
     body = function.body[1:]  # without the docstring
     lines = {line for statement in body for line in range(statement.lineno, statement.end_lineno + 1)}
     assert ast.get_docstring(function) and len(lines) + 1 <= 15
 
 
-def test_it_trains_and_evaluates_alone(tmp_path):
+def test_it_trains_and_evaluates(tmp_path):
     trainer = make_plain(tmp_path)
     assert trainer.num_generations == 1 and trainer.sampler.source_names == ("ground_truth",)
     trainer.train()
@@ -70,12 +70,12 @@ NEEDY = [name for name, loss in LOSSES.items() if loss.needs_rewards or loss.nee
 
 
 @pytest.mark.parametrize("name", NEEDY)
-def test_it_refuses_losses_that_need_rewards_or_a_reference(tmp_path, name):
+def test_losses_that_need_rewards_or_a_reference_are_errors(tmp_path, name):
     with pytest.raises(ValueError, match=f"The loss '{name}' needs rewards or a reference model; use GFlowNetTrainer"):
         make_plain(tmp_path, loss_type=["sft", name])
 
 
-def test_it_takes_every_other_loss(tmp_path):
+def test_it_accepts_every_other_loss(tmp_path):
     assert {"sft", "msl", "prefix_pointwise", "prefix_pairwise"} == set(LOSSES) - set(NEEDY)
     trainer = make_plain(tmp_path, loss_type=[name for name in LOSSES if name not in NEEDY], num_generations=3)
     assert trainer.sampler.source_names == ("ground_truth", "uniform") and trainer.num_generations == 3
@@ -84,7 +84,7 @@ def test_it_takes_every_other_loss(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------- no rewards for APAO
-def test_apao_has_no_field_of_rewards(tmp_path):
+def test_apao_has_no_fields_for_rewards(tmp_path):
     own = {field.name for field in dataclasses.fields(GFlowNetConfig)}
     of_rewards = own - {field.name for field in dataclasses.fields(TreePolicyConfig)}
     assert {"reward_beta", "reward_weights", "ref_weight", "max_exact_elements", "source_weights"} <= of_rewards
@@ -94,9 +94,9 @@ def test_apao_has_no_field_of_rewards(tmp_path):
     assert not of_rewards & {field.name for field in dataclasses.fields(APAOConfig)}
 
 
-def test_apao_takes_no_reference_model_and_no_other_configuration(tmp_path):
+def test_apao_accepts_no_reference_model_and_no_other_configuration(tmp_path):
     options = {"processing_class": TOKENIZER, "catalog": make_catalog()}
-    with pytest.raises(ValueError, match="APAOTrainer has no ref_model; GFlowNetTrainer has"):
+    with pytest.raises(ValueError, match="APAOTrainer does not use ref_model; use GFlowNetTrainer"):
         APAOTrainer(tiny_model(len(TOKENIZER)), APAOConfig(str(tmp_path)), ref_model="folder", **options)
     with pytest.raises(TypeError, match="args is a GFlowNetConfig, but APAOTrainer needs an APAOConfig"):
         APAOTrainer(tiny_model(len(TOKENIZER)), GFlowNetConfig(str(tmp_path)), **options)
@@ -104,7 +104,7 @@ def test_apao_takes_no_reference_model_and_no_other_configuration(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------- columns
 @pytest.mark.parametrize("name", REWARD_ARGUMENTS)
-def test_a_column_with_the_name_of_a_rewards_argument_is_refused_at_once(tmp_path, name):
+def test_a_column_named_like_an_argument_of_rewards_is_an_error(tmp_path, name):
     remedy = rf"column '{name}' has the name of an argument.*Rename it.*rename_column\('{name}', 'my_{name}'\)"
     with pytest.raises(ValueError, match=remedy):
         make_trainer(tmp_path, GroundTruthReward(), train_dataset=with_column(name))
@@ -116,7 +116,7 @@ def test_a_column_with_the_name_of_a_rewards_argument_is_refused_at_once(tmp_pat
 
 
 def test_columns_of_all_other_names_reach_rewards_and_samplers(tmp_path):
-    """Those among them that were once the trainer's own."""
+    """Including names that the trainer itself used earlier."""
     names = (
         *("progress", "policy", "cache", "target_leaf", "target_leaves", "policy_leaves", "policy_log_probs"),
         *("leaf_log_rewards", "leaf_log_prior", "row_ids", "columns", "step", "leaves", "noise", "price"),
@@ -143,7 +143,7 @@ def test_columns_of_all_other_names_reach_rewards_and_samplers(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------------- log
 @pytest.mark.parametrize("kind", [GFlowNetTrainer, TreePolicyTrainer, APAOTrainer])
-def test_the_constructor_logs_what_a_step_is_and_prints_nothing(tmp_path, caplog, capsys, kind):
+def test_the_constructor_logs_the_size_of_a_step_and_prints_nothing(tmp_path, caplog, capsys, kind):
     with caplog.at_level(logging.INFO, logger=LOGGER):
         if kind is GFlowNetTrainer:
             make_trainer(tmp_path, GroundTruthReward(), loss_type="sft,vargrad", gradient_accumulation_steps=2)

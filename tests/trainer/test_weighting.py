@@ -1,4 +1,4 @@
-"""Weights of trajectories: what they are, what they leave alone, and what they move."""
+"""Weights of trajectories: their values, and what they change and do not change."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ SOURCES = torch.tensor([0, 1, 1, 2])
 
 
 class ThreeSources(Sampler):
-    """Fixed leaves of sources a, b, b and c."""
+    """Fixed leaves from the sources a, b, b and c."""
 
     source_names = ("a", "b", "c")
 
@@ -46,7 +46,7 @@ def test_by_reward_by_hand():
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 6), st.floats(-20, 20))
-def test_weights_are_positive_of_mean_one_and_blind_to_the_scale(seed, count, shift):
+def test_weights_are_positive_with_mean_one_and_independent_of_the_scale(seed, count, shift):
     generator = torch.Generator().manual_seed(seed)
     log_rewards = 3 * torch.randn(2, count, dtype=torch.double, generator=generator)
     source = torch.randint(3, (2, count), generator=generator)
@@ -72,8 +72,8 @@ def test_weights_keep_the_fixed_point(name):
     assert torch.autograd.grad(loss, policy.logits)[0].abs().max() < 1e-12
 
 
-def test_away_from_it_weighted_vargrad_pulls_at_all_trajectories_together():
-    """What docs/objectives.md says: the gradient is that of the weighted variance and, because the mean in vargrad is
+def test_away_from_it_weighted_vargrad_moves_all_trajectories_together():
+    """As in docs/objectives.md: the gradient is that of the weighted variance and, because the mean in vargrad is
     unweighted, `2 (weighted mean - mean)` times that of the weighted mean of log pi."""
     generator = torch.Generator().manual_seed(3)
     surplus = torch.randn(1, 5, 1, dtype=torch.double, generator=generator).requires_grad_()
@@ -91,8 +91,8 @@ def test_away_from_it_weighted_vargrad_pulls_at_all_trajectories_together():
     assert ours.allclose(spread + together * level)
 
 
-def test_the_weights_of_a_pair_are_those_of_both_its_ends():
-    """Contrastive pairs i, j: weighing trajectories by w gives the pair (w_i + w_j) / 2 of its weight."""
+def test_the_weight_of_a_pair_is_the_mean_of_its_trajectories():
+    """In contrastive balance, trajectory weights w give the pair i, j the weight (w_i + w_j) / 2."""
     generator = torch.Generator().manual_seed(4)
     log_probs, log_rewards = torch.randn(1, 4, 2, generator=generator), torch.randn(1, 4, generator=generator)
     weights = weights_by_reward(log_rewards)
@@ -105,7 +105,7 @@ def test_the_weights_of_a_pair_are_those_of_both_its_ends():
 # ------------------------------------------------------------------------------------------------------ in the trainer
 @pytest.mark.parametrize("weighting", ["source", "reward"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_the_trainer_weighs_balance_losses_and_not_sft(tmp_path, weighting, reduction):
+def test_the_trainer_weights_balance_losses_and_not_sft(tmp_path, weighting, reduction):
     options = {"trajectory_weighting": weighting, "source_weights": {"b": 4} if weighting == "source" else None}
     options |= {"loss_reduction": reduction, "loss_type": "sft,trajectory_balance", "log_completions": True}
     trainer = make_trainer(tmp_path, rewards(), sampler=ThreeSources(), reward_weights=[0.7, 0.3], **options)
@@ -131,8 +131,8 @@ def test_the_effective_number_is_logged(tmp_path):
     assert trainer.state.log_history[0]["effective_generations"] == pytest.approx(100 / 34)
 
 
-def test_a_mistake_in_source_weights_leaves_the_model_alone(tmp_path):
-    """It is found before adapters or heads are put on the model, so that the next try begins with a clean one."""
+def test_an_error_in_source_weights_does_not_change_the_model(tmp_path):
+    """It is raised before adapters or heads are added, so the model can be used again."""
     model = tiny_model(len(TOKENIZER))
     before = [name for name, _ in model.named_parameters()]
     options = {"trajectory_weighting": "source", "source_weights": {"on_polcy": 2.0}, "peft_config": LoraConfig()}

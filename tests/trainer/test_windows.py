@@ -1,4 +1,4 @@
-"""Rows of one window computed together: the same training as in rows of their own, from fewer tokens."""
+"""Rows of a window computed together: the same training as with separate rows, with fewer tokens."""
 
 import logging
 
@@ -16,9 +16,9 @@ from .world import ITEMS, TOKENIZER, losses, make_catalog, make_rows, make_train
 
 
 def run(tmp_path, shared: bool, reward_funcs=None, rows=None, seen=None, **options):
-    """Four steps on rows of users, of whom some have done more than a prompt may hold; and the tokens that they read.
+    """Train four steps on rows of users, some with more items than a prompt can contain, and count the tokens read.
 
-    `seen` gets what is drawn.
+    The drawn leaves are recorded in `seen`.
     """
     reward_funcs = [GroundTruthReward(), CollaborativeReward(teacher)] if reward_funcs is None else reward_funcs
     trainer = make_trainer(
@@ -28,7 +28,7 @@ def run(tmp_path, shared: bool, reward_funcs=None, rows=None, seen=None, **optio
     trainer.shares_prompts = shared
     if seen is not None:
         note_draws(trainer, seen)
-    trainer.policy_of(trainer.model)  # the first time it is compared with the model
+    trainer.policy_of(trainer.model)  # the first call compares it with the model
     lengths = []
     trainer.model.register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append(kwargs["input_ids"].numel()), with_kwargs=True
@@ -38,7 +38,7 @@ def run(tmp_path, shared: bool, reward_funcs=None, rows=None, seen=None, **optio
 
 
 def note_draws(trainer, drawn: dict[tuple[int, int], list[int]]) -> None:
-    """Note the leaves that are drawn for each row at each step."""
+    """Record the drawn leaves of each row at each step."""
     draw = trainer._draw
 
     def noted(step, *rest):
@@ -51,7 +51,7 @@ def note_draws(trainer, drawn: dict[tuple[int, int], list[int]]) -> None:
 
 
 def assert_same(tmp_path, **options):
-    """Trajectories, losses and weights, step by step."""
+    """Compare trajectories, losses and weights at every step."""
     found = []
     for shared in (False, True):
         seen = {}
@@ -69,7 +69,7 @@ def assert_same(tmp_path, **options):
 
 @pytest.mark.parametrize("loss_type", [*LOSSES, "sft,trajectory_balance"])
 def test_every_loss_is_the_same(tmp_path, loss_type):
-    """Half of the trajectories on policy, where a loss can do with drawn ones."""
+    """Half of the trajectories are on policy if the loss can use drawn ones."""
     first = loss_type.partition(",")[0]
     options = {"reward_funcs": [GroundTruthReward(), CollaborativeReward(teacher)], "loss_type": loss_type}
     if first in ("sft", "prefix_pointwise", "prefix_pairwise", "msl", "sdpo") and loss_type == first:
@@ -105,12 +105,12 @@ def test_other_samplers(tmp_path, sampler):
     ],
     ids=["exact prior", "prior of drawn leaves", "drawn rewards", "top rewards", "one on policy"],
 )  # fmt: skip
-def test_other_ways_to_reward(tmp_path, options):
+def test_other_rewards(tmp_path, options):
     assert_same(tmp_path, **options)
 
 
 def test_rewards_that_read_prompts(tmp_path):
-    """Models that read the step's prompts, and a plain function that gets their text."""
+    """Models that use the step's prompts, and a plain function that gets their text."""
     texts = {}
 
     def spelled(prompts, row_id, **_):
@@ -124,7 +124,7 @@ def test_rewards_that_read_prompts(tmp_path):
     assert_same(tmp_path / "all", reward_funcs=[LikelihoodReward(frozen)], loss_type="exact_flow")
 
 
-def test_accumulation_cuts_windows_elsewhere_and_nothing_changes(tmp_path):
+def test_accumulation_cuts_windows_differently_and_nothing_changes(tmp_path):
     whole, _ = run(tmp_path / "a", True, loss_type="exact_flow")
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     parts, _ = run(tmp_path / "b", True, loss_type="exact_flow", **options)
@@ -135,7 +135,7 @@ def test_accumulation_cuts_windows_elsewhere_and_nothing_changes(tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["group_by_length", "random", "sequential"])
-def test_every_micro_batch_has_as_many_prompts_as_it_should(tmp_path, strategy):
+def test_every_micro_batch_has_the_right_number_of_prompts(tmp_path, strategy):
     rows = make_user_rows(40, longest=9)
     trainer = make_trainer(tmp_path, loss_type="sft", train_dataset=rows, train_sampling_strategy=strategy)
     sizes, trunks, met = [], [], []
@@ -146,17 +146,17 @@ def test_every_micro_batch_has_as_many_prompts_as_it_should(tmp_path, strategy):
     assert sizes == [8] * 5 and sorted(met) == rows["row_id"][:]
     if strategy != "random":
         windows = trainer._windows_of(rows).groups
-        assert len(windows) <= sum(trunks) <= len(windows) + 4  # one more where a batch ends
+        assert len(windows) <= sum(trunks) <= len(windows) + 4  # one more at the end of a batch
 
 
-def test_rows_of_one_user_are_fewer_tokens(tmp_path):
+def test_rows_of_one_user_need_fewer_tokens(tmp_path):
     _, separate = run(tmp_path / "a", False, [], loss_type="sft")
     _, shared = run(tmp_path / "b", True, [], loss_type="sft")
     assert shared < 0.6 * separate
 
 
-def test_the_teacher_sees_what_the_policy_sees(tmp_path):
-    """The items of the prompts, not all those of the histories."""
+def test_the_teacher_sees_the_same_items_as_the_policy(tmp_path):
+    """The items of the prompts, not of the whole histories."""
     seen = []
 
     def watching(histories):
@@ -176,20 +176,20 @@ def test_the_teacher_sees_what_the_policy_sees(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "They begin 10 windows, which are computed once"),
-        ({"model": tiny_seq2seq(len(TOKENIZER), "bart")}, "Every prompt is computed by itself: an encoder sees"),
-        ({"rows": make_rows(24)}, "Every prompt is computed by itself: no history goes on"),
+        ({}, "The prompts form 10 windows, each of which is computed once"),
+        ({"model": tiny_seq2seq(len(TOKENIZER), "bart")}, "Every prompt is computed separately: an encoder reads"),
+        ({"rows": make_rows(24)}, "Every prompt is computed separately: no history continues"),
     ],
 )
-def test_the_log_says_what_prompts_hold(tmp_path, caplog, options, words):
+def test_the_log_describes_the_prompts(tmp_path, caplog, options, words):
     caplog.set_level(logging.INFO, logger="gflowtrl")
     model = options.pop("model", None)
     run(tmp_path, True, [], loss_type="sft", model=model, **options)
-    (line,) = [record.message for record in caplog.records if record.message.startswith("Prompts hold")]
+    (line,) = [record.message for record in caplog.records if record.message.startswith("Prompts contain")]
     assert words in line and "targets" in line
 
 
-def test_the_policys_own_likelihood_is_a_reward(tmp_path):
+def test_the_policys_likelihood_can_be_a_reward(tmp_path):
     """r = pi: with log Z = 0, as at the start, every residual log Z + log pi - log r is 0."""
     trainer = make_trainer(
         tmp_path, [LikelihoodReward()], loss_type="trajectory_balance", max_steps=1, train_dataset=make_rows(8),
@@ -201,8 +201,8 @@ def test_the_policys_own_likelihood_is_a_reward(tmp_path):
     assert 0 < log["rewards/likelihood"] < 1
 
 
-def test_rows_of_other_data_sets_have_no_windows(tmp_path):
-    """Predictions after a training, of rows whose ids occur in it and of others; and other rows in its place."""
+def test_rows_of_other_datasets_have_no_windows(tmp_path):
+    """Predictions after training for rows with known and other ids, and training on other rows."""
     trainer, _ = run(tmp_path, True, [], loss_type="sft", max_history_items=3)
     held_out = make_rows(6, first_row_id=100, longest=6)
     expected = trainer.evaluate(held_out)["eval_ndcg@10"]
@@ -212,11 +212,11 @@ def test_rows_of_other_data_sets_have_no_windows(tmp_path):
     trainer.train_dataset = make_rows(9, first_row_id=9000)
     assert len(next(iter(trainer.get_train_dataloader()))["row_ids"]) == 8
     trainer.train_dataset = Dataset.from_list([{"row_id": 1, "history": ["nope"], "target": ITEMS[0]}])
-    with pytest.raises(ValueError, match="Row 1 holds item 'nope'"):
+    with pytest.raises(ValueError, match="Row 1 contains item 'nope'"):
         trainer.get_train_dataloader()
 
 
-def test_a_collator_of_ones_own_stays(tmp_path):
+def test_a_custom_collator_is_kept(tmp_path):
     trainer, _ = run(tmp_path, True, [], loss_type="sft")
     met = []
 
@@ -229,7 +229,7 @@ def test_a_collator_of_ones_own_stays(tmp_path):
     assert "trunk" not in next(iter(trainer.get_train_dataloader()))["prompts"] and met
 
 
-def test_an_encoder_with_prompts_of_its_own_gets_whole_histories(tmp_path):
+def test_a_custom_encoder_gets_whole_histories(tmp_path):
     handed = []
 
     class Own(PromptEncoder):
@@ -244,8 +244,8 @@ def test_an_encoder_with_prompts_of_its_own_gets_whole_histories(tmp_path):
     assert max(len(history) for batch in batches for history in batch["rows"].windows.histories) == 3
 
 
-def test_many_trajectories_take_prompts_apart(tmp_path):
-    """So many that no two prompts would share a trunk."""
+def test_with_many_trajectories_prompts_are_computed_separately(tmp_path):
+    """So many that no two prompts share a trunk."""
     trainer = make_trainer(tmp_path, [GroundTruthReward()], num_generations=61, train_dataset=make_user_rows(24))
     assert "trunk" not in next(iter(trainer.get_train_dataloader()))["prompts"]
     few = make_trainer(tmp_path, [GroundTruthReward()], num_generations=40, train_dataset=make_user_rows(24))

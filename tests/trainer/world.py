@@ -1,4 +1,4 @@
-"""A small shop to train on: 24 items on 23 leaves of two or three tokens, rows, and a short way to a trainer."""
+"""A small shop for training: 24 items on 23 leaves of two or three tokens, rows, and helpers to make a trainer."""
 
 import random
 from typing import Any
@@ -27,7 +27,7 @@ def make_catalog() -> ItemCatalog:
 
 
 def make_rows(count: int = 24, seed: int = 0, first_row_id: int = 100, longest: int = 4) -> Dataset:
-    """Rows whose target follows from the last item, so that there is something to learn."""
+    """Rows whose target depends on the last item, so that it can be learned."""
     chance = random.Random(seed)
     histories = [chance.sample(ITEMS, chance.randint(1, longest)) for _ in range(count)]
     targets = [ITEMS[(ITEMS.index(history[-1]) * 5 + 1) % len(ITEMS)] for history in histories]
@@ -36,7 +36,7 @@ def make_rows(count: int = 24, seed: int = 0, first_row_id: int = 100, longest: 
 
 
 def make_user_rows(count: int = 24, first_row_id: int = 100, longest: int = 6) -> Dataset:
-    """The same of users with two to `longest` items: a row for each but the first, cut off after `count` rows."""
+    """Rows of users with two to `longest` items: one row per item except the first, at most `count` rows."""
     rows, user = [], 0
     while len(rows) < count:
         items = [ITEMS[(7 * user) % len(ITEMS)]]
@@ -54,7 +54,7 @@ def teacher(histories: list[list[str]]) -> torch.Tensor:
 
 
 def make_trainer(tmp_path: Any, reward_funcs: Any = None, model: Any = None, **options: Any) -> GFlowNetTrainer:
-    """A trainer; `options` are fields of `GFlowNetConfig` where it has them, else arguments of the trainer."""
+    """Make a trainer. `options` are fields of `GFlowNetConfig`, or else arguments of the trainer."""
     settings = {
         "per_device_train_batch_size": 8, "num_generations": 4, "max_steps": 4, "learning_rate": 1e-2,
         "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "eval_num_beams": 10,
@@ -72,5 +72,5 @@ def weights(trainer: GFlowNetTrainer) -> dict[str, torch.Tensor]:
 
 
 def losses(trainer: GFlowNetTrainer) -> list[float]:
-    """What was logged, step by step."""
+    """The logged losses of all steps."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -1,4 +1,4 @@
-"""Exact flows where the table of all leaves is not allowed: the best leaves of each prompt."""
+"""Exact flows with the best leaves of each prompt, when the table of all leaves is too large."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def trained(tmp_path, **options):
     return trainer
 
 
-def test_all_leaves_as_the_best_ones_are_the_exact_flows(tmp_path):
+def test_with_all_leaves_among_the_best_the_flows_are_exact(tmp_path):
     exact = trained(tmp_path / "a")
     with pytest.warns(UserWarning, match="8 prompts x 23 leaves = 184 numbers, more than max_exact_elements=50"):
         fallback = trained(tmp_path / "b", max_exact_elements=50, exact_top_items=23)
@@ -35,8 +35,8 @@ def test_all_leaves_as_the_best_ones_are_the_exact_flows(tmp_path):
         assert second == pytest.approx(first, rel=1e-4, abs=1e-6) and len(first) == 4
 
 
-def test_few_best_leaves_are_the_flows_of_the_leveled_reward(tmp_path, monkeypatch):
-    """The loss of the first step by brute force: the reward of all but three leaves made alike by hand."""
+def test_with_few_best_leaves_the_flows_are_those_of_the_leveled_reward(tmp_path, monkeypatch):
+    """The loss of the first step by brute force: all but three leaves get the same reward by hand."""
     seen, original = [], CompositeReward.of
     monkeypatch.setattr(
         CompositeReward, "of", lambda self, step, *a: seen.append((step, original(self, step, *a))) or seen[-1][1]
