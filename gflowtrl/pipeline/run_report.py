@@ -60,7 +60,6 @@ def collect(
             training = trained[method].record
             methods[method] |= {name: training[name] for name in KEPT if name in training}
             methods[method]["model"] = str(trained[method].folder / "model")
-    versions = {name: import_module(name).__version__ for name in PACKAGES}
     results = {
         "recipe": recipe.as_dict(),
         "data": {
@@ -72,6 +71,19 @@ def collect(
         },
         "methods": methods,
         "seconds": dict(seconds),
+        **_environment(),
+    }
+    if {"gflownet", "control"} <= tested.keys():
+        results["gflownet_minus_control"] = compare(data, tested["gflownet"], tested["control"], k)
+    if calibration is not None:
+        results["calibration"] = calibration
+    return results
+
+
+def _environment() -> dict[str, Any]:
+    """Versions, machine and date."""
+    versions = {name: import_module(name).__version__ for name in PACKAGES}
+    return {
         "versions": {"python": platform.python_version(), **versions},
         "machine": {
             "platform": platform.platform(),
@@ -81,11 +93,6 @@ def collect(
         },
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    if {"gflownet", "control"} <= tested.keys():
-        results["gflownet_minus_control"] = compare(data, tested["gflownet"], tested["control"], k)
-    if calibration is not None:
-        results["calibration"] = calibration
-    return results
 
 
 def compare(data: RunData, first: Stage, second: Stage, k: int) -> dict[str, dict[str, float]]:
