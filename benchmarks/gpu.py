@@ -1,11 +1,11 @@
-"""All that is to be measured on a GPU, in one run of some minutes; the most important parts come first.
+"""All GPU measurements in one run of a few minutes, the most important parts first.
 
     python benchmarks/gpu.py --out benchmarks/results/speed/gpu.json
     python benchmarks/gpu.py --out FILE.json --only lora synchronizations --minutes 4
     python benchmarks/gpu.py --out FILE.json --device cpu --small    # the same code in tiny sizes, about a minute
 
-A part starts where its time is left, and is stopped when it takes half as long again. The file is written anew after
-every row of a part, whole or not at all, so that nothing is lost where the run is killed.
+A part starts only if there is enough time left for it, and is stopped after 1.5 times its expected time. The file is
+rewritten atomically after every row, so nothing is lost if the run is killed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 
-START = time.monotonic()  # imports count
+START = time.monotonic()  # the imports count, too
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT), str(ROOT / "benchmarks" / "speed")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -50,9 +50,9 @@ class Part:
     """A part of the run.
 
     Attributes:
-        seconds: that it takes at most on a large GPU, as far as is known before it ran on one.
+        seconds: maximum time on a large GPU; an estimate, because no part has run on one yet.
         rows: yields functions that measure one row of the results each.
-        needs_cuda: on other devices it measures nothing.
+        needs_cuda: the part is skipped on other devices.
     """
 
     seconds: float
@@ -71,12 +71,12 @@ PARTS = {
 
 
 class OutOfTime(BaseException):
-    """Raised where a part takes too long. Not an `Exception`, which a library might catch."""
+    """Raised if a part takes too long. It is not an `Exception`, which a library might catch."""
 
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raise `OutOfTime` where what is within takes longer."""
+    """Context manager: raise `OutOfTime` after `seconds`."""
 
     def stop(*args: Any) -> None:
         raise OutOfTime
@@ -92,13 +92,13 @@ def at_most(seconds: float) -> Iterator[None]:
 
 @dataclass
 class Run:
-    """The parts of one run, and the file that says what they have measured.
+    """One run of the parts, and the file of its results.
 
     Attributes:
-        settings: where and how large.
+        settings: device and size.
         out: the file.
-        deadline: on `time.monotonic`'s clock; nothing goes on after it.
-        report: what the file says.
+        deadline: end of the run, on the clock of `time.monotonic`.
+        report: content of the file.
     """
 
     settings: RunSettings
@@ -110,7 +110,7 @@ class Run:
         write_text(self.out, json.dumps(self.report, indent=2) + "\n")
 
     def part(self, name: str, part: Part) -> None:
-        """Measure a part, or say why not: `status` is "complete", or begins with what kept it from that."""
+        """Measure a part and record its `status`: "complete", or the reason why it is not complete."""
         entry: dict[str, Any] = {"status": "started", "seconds": 0.0, "rows": []}
         self.report["parts"][name] = entry
         self.write()
@@ -138,14 +138,14 @@ class Run:
                     self.write()
         except OutOfTime:
             return f"stopped: it took more than {limit:.0f} seconds"
-        except Exception as error:  # the parts after it are measured all the same
+        except Exception as error:  # the other parts are still measured
             return _failure(error)
         failed = sum("failed" in row for row in rows)
         return f"failed: {failed} of {len(rows)} rows" if failed else "complete"
 
 
 def _attempt(measure: Callable[[], Row]) -> Row:
-    """A row, or what went wrong: the rows after it are measured all the same."""
+    """Measure a row, or return its error, so that the other rows are still measured."""
     try:
         return measure()
     except Exception as error:
@@ -153,7 +153,7 @@ def _attempt(measure: Callable[[], Row]) -> Row:
 
 
 def _failure(error: Exception) -> str:
-    """What the file says of an error, whose traceback is printed."""
+    """Print the traceback of an error and return its text for the file."""
     traceback.print_exception(error)
     return f"failed: {type(error).__name__}: {error}"
 
@@ -161,10 +161,10 @@ def _failure(error: Exception) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the results")
-    parser.add_argument("--minutes", type=float, default=9, help="all parts together, imports included")
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts, in this order")
+    parser.add_argument("--minutes", type=float, default=9, help="limit for all parts together, including imports")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts, run in this order")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="cuda or cpu")
-    parser.add_argument("--small", action="store_true", help="tiny sizes, without budgets of the parts")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, no time limits per part")
     given = parser.parse_args()
     if given.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; give --device cpu --small to run the same code on the CPU.")
@@ -172,7 +172,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Measure. Returns the exit status: 1 where a part has failed."""
+    """Run the parts and return the exit status: 1 if a part has failed, otherwise 0."""
     given = arguments()
     settings = RunSettings(given.device, given.small)
     options = ["--minutes", f"{given.minutes:g}", "--device", str(given.device), "--only", *given.only]

@@ -1,4 +1,4 @@
-"""What bf16 does to the policy's distribution over all leaves, and to the distribution that a training reaches."""
+"""Effect of bf16 on the policy's distribution over all leaves, and on the distribution that training reaches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .settings import Row, Rows, RunSettings, cast_parameters
 from .training import small_catalog
 
 
-#: The dtype of the weights. Under autocast they are float32, and products are in bf16: the Trainer's `bf16=True`.
+#: The dtype of the weights. With autocast, weights are float32 and products bf16, as with the Trainer's `bf16=True`.
 WEIGHTS = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -35,7 +35,7 @@ WEIGHTS = {
 def leaf_log_probs(
     model: PreTrainedModel, catalog: ItemCatalog, prompts: Mapping[str, Tensor], precision: str
 ) -> Tensor:
-    """log pi of every leaf, `(B, N)` in float64, of a copy of the model that computes in one of `WEIGHTS`."""
+    """Return log pi of every leaf, `(B, N)` in float64, from a copy of the model in a precision of `WEIGHTS`."""
     model = cast_parameters(copy.deepcopy(model), WEIGHTS[precision]).eval()
     autocast = torch.autocast(prompts["input_ids"].device.type, torch.bfloat16)
     with autocast if precision == "bf16 autocast" else nullcontext():
@@ -43,7 +43,7 @@ def leaf_log_probs(
 
 
 def exactness(settings: RunSettings) -> Rows:
-    """Distances of the policy's distribution to that of the same weights in float32, on the same prompts."""
+    """Compare the policy's distribution with that of the same weights in float32, on the same prompts."""
     catalog, tokenizer = small_catalog(settings)
     histories = torch.randint(len(catalog), (settings.pick(16, 4), 20), generator=torch.Generator().manual_seed(1))
     encoder = PromptEncoder(catalog, tokenizer)
@@ -61,11 +61,11 @@ def exactness(settings: RunSettings) -> Rows:
 
 
 def distances(found: Tensor, reference: Tensor) -> dict[str, float]:
-    """How far log-probabilities `(B, N)` are from others.
+    """Compare log-probabilities `(B, N)` with a reference.
 
     Returns:
-        the total variation, mean and largest over the prompts; the largest difference of a log-probability; the
-        share of the ten most probable leaves that both have; the entropy of the reference, in nats.
+        The mean and largest total variation over the prompts, the largest difference of a log-probability, the share
+        of the ten most probable leaves that both have in common, and the entropy of the reference in nats.
     """
     variation = total_variation(found.exp(), reference.exp())
     best = [values.topk(10).indices for values in (found, reference)]
@@ -78,10 +78,10 @@ def distances(found: Tensor, reference: Tensor) -> dict[str, float]:
 
 
 def trained_total_variation(settings: RunSettings) -> Rows:
-    """The total variation to R / Z of exact flows trained in each precision, from the same weights on the same draws.
+    """Measure the total variation to R / Z of exact flows trained in each precision, with equal weights and draws.
 
-    `trained` is that of the policy as it computes in its own precision, `trained_in_float32` that of the same weights
-    in float32.
+    `trained` is the total variation of the policy in the precision of its training, `trained_in_float32` that of the
+    same weights in float32.
     """
     problem = Problem.draw(settings.pick(1000, 40), seed=0)
     setting = replace(SETTINGS["exact_flow"], steps=settings.pick(SETTINGS["exact_flow"].steps, 12))
@@ -99,7 +99,7 @@ def trained_total_variation(settings: RunSettings) -> Rows:
         untrained = distance(model, precision)
         arguments = {"use_cpu": settings.device.type == "cpu", "bf16": precision == "bf16 autocast"}
         train(problem, model, "exact_flow", setting, seed=0, arguments=arguments)
-        # A new one, because the training leaves the autocast on the model's forward.
+        # A new model, because training leaves autocast on the model's forward.
         trained = small_llama(problem.tokenizer).to(settings.device)
         trained.load_state_dict(model.state_dict())
         return {

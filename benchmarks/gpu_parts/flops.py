@@ -1,14 +1,13 @@
-"""Floating point operations that a decoder needs, by formula, and hooks that count what its forwards read.
+"""FLOPs of a decoder by formula, and hooks that count the tokens of its forward passes.
 
-Of T tokens in rows that attend to S columns, with W weights in the matrices of all layers, A = layers x heads x
-head size, and n logits of hidden size H:
+For T tokens in rows that attend to S columns, W weights in the matrices of all layers, A = layers x heads x head size,
+and n logits of hidden size H:
 
     forward                2 W T + 4 A (T S) + 2 H n
     forward and backward   6 W T + 12 A (T S) + 6 H n        (4 W T for weights that are frozen)
 
-T S is the dense product of rows and columns, whatever the mask hides. Norms, rotations and softmax are left out, and
-so is everything that is computed twice (gradient checkpointing, or the scores in the backward pass of a fused
-attention).
+T S is the dense product of rows and columns, including masked entries. Norms, rotary embeddings and softmax do not
+count, and neither do recomputations (gradient checkpointing, or the scores in the backward pass of fused attention).
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class FlopFormula:
-    """The constants of a model in the formula of this file.
+    """The constants of a model in the formula of this module.
 
     Attributes:
-        trained, frozen: weights in the matrices of the layers; embeddings and output head are not among them.
+        trained, frozen: number of weights in the matrices of the layers, without embeddings and output head.
         attention: layers x heads x head size.
         hidden: width of the states that the output head reads.
-        head_trained: whether the head's weight, or a part of it, has a gradient.
+        head_trained: whether the weight of the head, or a part of it, has a gradient.
     """
 
     trained: int
@@ -41,7 +40,7 @@ class FlopFormula:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> FlopFormula:
-        """Read off a model, with its adapters where it has some."""
+        """Return the constants of a model, including its adapters, if any."""
         config, head = model.config.get_text_config(), model.get_output_embeddings()
         tables = {id(p) for module in (model.get_input_embeddings(), head) for p in module.parameters()}
         matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in tables]
@@ -55,29 +54,29 @@ class FlopFormula:
         )
 
     def layers(self, tokens: int, pairs: int, backward: bool) -> int:
-        """FLOPs of the layers.
+        """Return the FLOPs of the layers.
 
         Args:
-            tokens: T, those that are read.
+            tokens: T, the number of tokens read.
             pairs: T S, the tokens of each row times the columns that they attend to.
-            backward: with the backward pass.
+            backward: include the backward pass.
         """
         if not backward:
             return 2 * (self.trained + self.frozen) * tokens + 4 * self.attention * pairs
         return (6 * self.trained + 4 * self.frozen) * tokens + 12 * self.attention * pairs
 
     def head(self, logits: int, backward: bool) -> int:
-        """FLOPs of n `logits`."""
+        """Return the FLOPs of n `logits`."""
         return 2 * self.hidden * logits * ((3 if self.head_trained else 2) if backward else 1)
 
 
 class Work:
-    """Counts what the forwards of a model read and need, from the last `reset` on. Nothing waits for a device.
+    """Counts tokens and FLOPs of a model's forward passes since the last `reset`, without synchronizing the device.
 
     Attributes:
-        tokens: that forwards with gradient read, padding included.
-        tokens_without_gradient: that the others read: those of sampling and generation.
-        flops: of all of them, and of the backward passes that belong to those with gradient.
+        tokens: tokens of forward passes with gradient, including padding.
+        tokens_without_gradient: tokens of other forward passes (sampling and generation).
+        flops: FLOPs of all forward passes, and of the backward passes of those with gradient.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -91,7 +90,7 @@ class Work:
 
     def _read(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
-        if isinstance(mask, Mapping):  # one per kind of layer
+        if isinstance(mask, Mapping):  # one mask per kind of layer
             mask = next(iter(mask.values()))
         columns = ids.shape[1] if mask is None else mask.shape[-1]
         backward = torch.is_grad_enabled()

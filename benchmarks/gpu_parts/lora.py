@@ -20,17 +20,17 @@ from .throughput import measure
 from .training import ItemReward
 
 
-#: Those of Qwen3-0.6B, and small ones.
+#: Sizes of Qwen3-0.6B, and small ones.
 SIZES = {
     "hidden_size": (1024, 32), "num_hidden_layers": (28, 2), "num_attention_heads": (16, 4),
     "num_key_value_heads": (8, 2), "head_dim": (128, 16), "intermediate_size": (3072, 64),
 }  # fmt: skip
-VOCABULARY = (151_936, 500)  # without the items' tokens
+VOCABULARY = (151_936, 500)  # without item tokens
 HISTORY = (50, 10)  # items of four tokens
 
 
 def lora(settings: RunSettings) -> Rows:
-    """Throughput for each loss and K, with bf16 weights and adapters of rank 16; the items' tokens are trained too."""
+    """Measure throughput for each loss and K, with bf16 weights, adapters of rank 16 and trained item tokens."""
     catalog, tokenizer = items_and_tokenizer(settings)
     catalog.to(settings.device)
     prompts, items = settings.pick(16, 2), settings.pick(*HISTORY)
@@ -63,7 +63,7 @@ def lora(settings: RunSettings) -> Rows:
 
 
 def qwen(settings: RunSettings, vocab_size: int) -> Qwen3ForCausalLM:
-    """Made on the device, in bf16, its embeddings tied."""
+    """Return a Qwen3 on the device, in bf16 with tied embeddings."""
     torch.manual_seed(0)
     sizes = {name: settings.pick(*values) for name, values in SIZES.items()}
     config = Qwen3Config(
@@ -75,7 +75,7 @@ def qwen(settings: RunSettings, vocab_size: int) -> Qwen3ForCausalLM:
 
 
 def items_and_tokenizer(settings: RunSettings) -> tuple[ItemCatalog, PreTrainedTokenizerFast]:
-    """A catalog whose tokens were added to a large vocabulary of words. Ids have four tokens, each a choice."""
+    """Return a catalog whose tokens are added to a large vocabulary of words. Ids are four tokens, each a choice."""
     num_items, codes = settings.pick((5000, 12), (200, 4))
     drawn, _ = random_catalog(num_items, depth=4, codes=codes)
     words = {"<pad>": 0} | {f"word{number}": number for number in range(1, settings.pick(*VOCABULARY))}

@@ -1,4 +1,4 @@
-"""What all parts of benchmarks/gpu.py share: where they run, at which size, and the arithmetic peak of the device."""
+"""Settings of all parts of benchmarks/gpu.py: device, size, and the measured peak FLOPs of the device."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from torch import nn
 
 T = TypeVar("T")
 Row = dict[str, Any]
-#: What a part yields: functions that measure one row of the results each, so that one that fails costs only itself.
+#: A part yields functions that measure one row of the results each, so that an error affects only one row.
 Rows = Iterator[Callable[[], Row]]
 
 
 @dataclass
 class RunSettings:
-    """Where and how large.
+    """Device and size of the run.
 
     Attributes:
-        device: all models, and what is measured on them, are there.
-        small: tiny sizes, which a CPU computes in about a minute.
+        device: device of all models and measurements.
+        small: use tiny sizes, which take about a minute on a CPU.
     """
 
     device: torch.device
     small: bool = False
 
     def pick(self, full: T, small: T) -> T:
-        """A size of the benchmark, or of its small form."""
+        """Return the full or the small size."""
         return small if self.small else full
 
     @cached_property
     def peak_flops(self) -> float:
-        """FLOP per second of a large bf16 matrix product on this device, measured when it is first asked for."""
+        """FLOPs per second of a large bf16 matrix product on this device, measured at the first access."""
         return matmul_flops(self.device, self.pick(8192, 256))
 
     def on_device(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Tensors by name, on the device."""
+        """Move named tensors to the device."""
         return {name: value.to(self.device) for name, value in tensors.items()}
 
     def describe(self) -> dict[str, Any]:
-        """What the figures depend on besides the code: for the record."""
+        """Return what the figures depend on in addition to the code, for the record."""
         found: dict[str, Any] = {
             "device": self.device.type, "small": self.small,
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
@@ -57,9 +57,9 @@ class RunSettings:
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Change the dtype of a model's weights, and return the model.
+    """Change the dtype of a model's weights and return the model.
 
-    As where a model is loaded in that dtype, buffers (the frequencies of rotary positions) stay in float32.
+    Buffers (the frequencies of rotary embeddings) stay in float32, as when a model is loaded in that dtype.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -67,7 +67,7 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def matmul_flops(device: torch.device, size: int, repeats: int = 10, rounds: int = 3) -> float:
-    """FLOP per second of bf16 products of random `size x size` matrices: the best of the rounds."""
+    """Return FLOPs per second of bf16 products of random `size x size` matrices, the best of all rounds."""
     generator = torch.Generator(device).manual_seed(0)
     left, right = (torch.randn(size, size, device=device, generator=generator).to(torch.bfloat16) for _ in range(2))
     seconds = min(_seconds(lambda: left @ right, repeats, device) for _ in range(rounds + 1))

@@ -1,4 +1,4 @@
-"""Where the host waits for the device: in a training step, while sampling, in a beam search."""
+"""Count where the host waits for the device in a training step, while sampling, and in a beam search."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from .training import HISTORY, PROMPTS, small_catalog, trainers, user_rows
 
 
 MESSAGE = "called a synchronizing CUDA operation"  # torch's warning
-COUNTED_STEP = 4  # the steps before it do what is done once
+COUNTED_STEP = 4  # earlier steps do one-time work
 
 
 @contextmanager
 def synchronizations() -> Iterator[Counter[tuple[str, str]]]:
-    """Within, count the operations that make the host wait for the device.
+    """Context manager: count the operations that make the host wait for the device.
 
     Yields:
-        How many there were at each pair of places `module:line`: the innermost line, and the innermost one of
-        gflowtrl ("" where there is none). Explicit calls of `torch.cuda.synchronize` are not among them.
+        The number of operations for each pair of `module:line`: the innermost line, and the innermost line of
+        gflowtrl ("" if no frame is in gflowtrl). Explicit calls of `torch.cuda.synchronize` do not count.
     """
     found: Counter[tuple[str, str]] = Counter()
     with warnings.catch_warnings():
@@ -58,7 +58,7 @@ def _set_debug_mode(mode: str) -> None:
 
 
 def _call_site() -> tuple[str, str]:
-    """Where a warning comes from; called by what shows it."""
+    """Return the lines that a warning comes from. Called from the function that shows warnings."""
     places, frame = [], sys._getframe(2)
     while frame is not None:
         places.append(f"{frame.f_globals.get('__name__')}:{frame.f_lineno}")
@@ -68,7 +68,7 @@ def _call_site() -> tuple[str, str]:
 
 
 class StepSynchronizations(TrainerCallback):
-    """Counts one whole step, from the end of the one before it."""
+    """Counts the synchronizations of one complete step, from the end of the previous step."""
 
     def __init__(self) -> None:
         self.found: Counter[tuple[str, str]] = Counter()
@@ -85,7 +85,7 @@ class StepSynchronizations(TrainerCallback):
 
 
 def count_all(settings: RunSettings) -> Rows:
-    """One draw of 16 leaves per prompt, one beam search of width 20, one training step of each loss by whole rows."""
+    """Count for 16 samples per prompt, a beam search of width 20, and a training step of each loss with whole rows."""
     size, prompts = settings.pick("1.2M", "0.2M"), settings.pick(*PROMPTS)
     catalog, tokenizer = small_catalog(settings)
     policy = make_policy(llama(len(tokenizer), size).to(settings.device).eval(), catalog)
@@ -102,7 +102,7 @@ def count_all(settings: RunSettings) -> Rows:
 
 
 def _count_call(name: str, work: Callable[[], Any]) -> Row:
-    work()  # what is done once is done
+    work()  # one-time work is not counted
     with synchronizations() as found:
         work()
     return _row(name, found)
@@ -119,6 +119,6 @@ def _count_step(name: str, build: Callable[[], Trainer]) -> Row:
 
 
 def _row(work: str, found: Counter[tuple[str, str]]) -> Row:
-    """A row of the results, the places with most first."""
+    """Return a row of the results, sorted by count."""
     sites = [{"line": line, "gflowtrl": ours, "count": count} for (line, ours), count in found.most_common()]
     return {"work": work, "synchronizations": found.total(), "sites": sites}

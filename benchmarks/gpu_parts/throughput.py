@@ -1,4 +1,4 @@
-"""Steps, prompts and tokens per second of a trainer, next to the arithmetic floor of what it computes."""
+"""Steps, prompts and tokens per second of a trainer, and the minimum time that its FLOPs need."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from .settings import RunSettings
 
 
 class BlockClock(TrainerCallback):
-    """Seconds per step in blocks of steps after a warm-up. The device is waited for between blocks only, so that the
-    host may run ahead as it does in a training."""
+    """Measures seconds per step in blocks of steps after a warm-up.
+
+    The device is synchronized between blocks only, so that the host can run ahead as in normal training.
+    """
 
     def __init__(self, work: Work, settings: RunSettings):
         self.work, self.device = work, settings.device
@@ -27,7 +29,7 @@ class BlockClock(TrainerCallback):
 
     @property
     def steps(self) -> int:
-        """Of a training that is measured: all blocks and the warm-up."""
+        """Number of training steps: all blocks and the warm-up."""
         return self.warmup + self.blocks * self.size
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -45,17 +47,17 @@ class BlockClock(TrainerCallback):
 
 
 def measure(trainer: Trainer, settings: RunSettings, prompts: int) -> dict[str, float]:
-    """Train for some steps.
+    """Train for some steps and measure them.
 
     Args:
-        trainer: that of a step of `prompts` prompts; it has not trained yet.
-        settings: where and how large.
-        prompts: of a step.
+        trainer: a trainer that has not trained yet.
+        settings: device and size.
+        prompts: number of prompts per step.
 
     Returns:
-        Figures per step and per second; `floor_seconds` is what a step would take at the device's measured peak, and
-        `model_flops_utilization` its share of the step. `peak_memory` is in bytes, the model included (on a CPU: of
-        the whole process).
+        Figures per step and per second. `floor_seconds` is the time of a step at the device's measured peak, and
+        `model_flops_utilization` its share of the actual time. `peak_memory` is in bytes and includes the model (on a
+        CPU: the whole process).
     """
     clock = BlockClock(Work(innermost(trainer.model)), settings)
     trainer.args.max_steps = clock.steps

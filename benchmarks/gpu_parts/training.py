@@ -1,4 +1,4 @@
-"""Training steps: `GFlowNetTrainer` by whole rows and by separate rows, and TRL's `GRPOTrainer` doing the same."""
+"""Training steps of `GFlowNetTrainer` with whole and separate rows, and of TRL's `GRPOTrainer` on the same task."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from .settings import Row, Rows, RunSettings
 from .throughput import measure
 
 
-#: Items of the longest prompt (20 in the Office recipe), prompts of a step (of whole users), and trajectories of each.
+#: Items of the longest prompt (20 in the Office recipe), prompts per step (of whole users), trajectories per prompt.
 HISTORY, PROMPTS, TRAJECTORIES = (20, 4), (60, 4), (16, 4)
 
 
 class ItemReward(Reward):
-    """The reward of `training_step.reward` as a table of all items, which exact flows need."""
+    """The rewards of `training_step.reward` for all items, which exact flows need."""
 
     def __init__(self, catalog: ItemCatalog):
         super().__init__("item")
@@ -41,7 +41,7 @@ class ItemReward(Reward):
 
 
 def user_rows(catalog: ItemCatalog, count: int, items: int) -> Dataset:
-    """At least `count` rows: every item but the first of random users is a target once, after all that precede it."""
+    """Return at least `count` rows: each item of a random user but the first, with the items before it as history."""
     users = -(-count // items)
     drawn = torch.randint(len(catalog), (users, items + 1), generator=torch.Generator().manual_seed(0))
     rows = [
@@ -53,7 +53,7 @@ def user_rows(catalog: ItemCatalog, count: int, items: int) -> Dataset:
 
 
 def small_catalog(settings: RunSettings):
-    """Random ids of three tokens, each of which is a choice: `(catalog, tokenizer)`, on the device."""
+    """Return `(catalog, tokenizer)` of random ids of three tokens, all of them a choice, on the device."""
     catalog, tokenizer = settings.pick(
         partial(random_catalog, 5000, codes=32), partial(random_catalog, 150, codes=8)
     )()
@@ -62,15 +62,15 @@ def small_catalog(settings: RunSettings):
 
 @contextmanager
 def trainers(settings: RunSettings, size: str) -> Iterator[tuple[Bench, dict[str, Callable[[], Trainer]]]]:
-    """What is compared, by name, in bf16 mixed precision on the same prompts and rewards.
+    """Context manager: the trainers to compare, in bf16 mixed precision on the same prompts and rewards.
 
     Args:
-        settings: where and how large.
-        size: of the Llama, one of `measuring.SIZES`.
+        settings: device and size.
+        size: size of the Llama, one of `measuring.SIZES`.
 
     Yields:
-        the bench, which has the number of prompts per step and K in `given`; functions that make the trainers, each
-        with a fresh copy of the model.
+        The bench, whose `given` has the number of prompts per step and K, and a mapping of names to functions that
+        build the trainers, each with a fresh copy of the model.
     """
     catalog, tokenizer = small_catalog(settings)
     model = llama(len(tokenizer), size)
@@ -103,7 +103,7 @@ def trainers(settings: RunSettings, size: str) -> Iterator[tuple[Bench, dict[str
 
 
 def training(settings: RunSettings, size: str) -> Rows:
-    """Throughput of each trainer; arguments as those of `trainers`."""
+    """Measure the throughput of each trainer. The arguments are those of `trainers`."""
     with trainers(settings, size) as (bench, sides):
 
         def step(name: str, build: Callable[[], Trainer]) -> Row:

@@ -1,11 +1,11 @@
-"""GFlowGR's ablations from one SFT checkpoint on a short schedule: group size, lambda, objectives, samplers, rewards.
+"""GFlowGR's ablations from one SFT checkpoint on a short schedule: group size, lambda, objective, sampler, reward.
 
     python benchmarks/quality/ablations.py --data_dir DIR
     python benchmarks/quality/ablations.py --data_dir DIR --studies sampler reward
 
-Teacher and SFT are shared with benchmarks/quality/office.py through --output_dir; there is no control, because it is
-the row "lambda 0". Runs that are kept in benchmarks/results/quality/ are not repeated. Prints a table and draws
-ablation-STUDY.png for each study. (Replay is no row: within 300 steps no prompt comes twice.)
+The teacher and SFT are shared with benchmarks/quality/office.py through --output_dir. The row "lambda 0" is the
+control. Runs with a record in benchmarks/results/quality/ are not repeated. Prints a table and draws
+ablation-STUDY.png for each study. Replay is not tested, because no prompt occurs twice within 300 steps.
 """
 
 from matplotlib.figure import Figure
@@ -17,7 +17,7 @@ from gflowtrl.pipeline.run_report import aligned
 STEPS = 300
 SCHEDULE = ["--stages", "sft", "gflownet", "--gflownet.max_steps", str(STEPS)]
 
-# The paper's configuration, changed in one place; a row without options is the configuration itself.
+# Each row makes one change to the paper's configuration; a row without options is that configuration.
 GROUND_TRUTH, TEACHER, TOKENS = (
     "{type: ground_truth, weight: 10}",
     "{type: collaborative, normalization: min_max}",
@@ -84,7 +84,7 @@ def table(study: str, records: dict[str, dict]) -> str:
 
 
 def plot(study: str, records: dict[str, dict]) -> None:
-    """NDCG@10 with its 95 % interval over users, and coverage@10, one bar a setting."""
+    """Plot NDCG@10 with its 95 % interval over users, and coverage@10, one bar per setting."""
     figure = Figure(figsize=(9, 3 + 0.25 * len(records)), layout="constrained")
     for axes, metric in zip(figure.subplots(1, 2, sharey=True), ("ndcg@10", "coverage@10"), strict=True):
         entries = [record["methods"]["gflownet"] for record in records.values()]
@@ -104,7 +104,7 @@ def main() -> None:
     for study in given.studies:
         records = {}
         for number, (name, options) in enumerate(STUDIES[study].items()):
-            # Each study holds the paper's configuration itself; it is run once.
+            # The paper's configuration is a row of every study and is run once.
             stem = f"{study}-{number}" if options else "paper"
             file = KEPT / f"ablation-{stem}-seed{given.seed}.json"
             records[name] = kept_run("gflowgr_paper", [*places(given, given.seed), *SCHEDULE, *options], file)

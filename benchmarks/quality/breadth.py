@@ -1,9 +1,9 @@
-"""Accuracy against breadth over reward settings, on real data, one seed: what widens the recommendations?
+"""Accuracy against breadth for several rewards, on real data, one seed: what broadens the recommendations?
 
     python benchmarks/quality/breadth.py --data_dir DIR
 
-Teacher, SFT and control are shared with benchmarks/quality/office.py through --output_dir. Runs that are kept in
-benchmarks/results/quality/ are not repeated. Prints a table, sorted by coverage, and draws breadth.png beside them.
+The teacher, SFT and control are shared with benchmarks/quality/office.py through --output_dir. Runs with a record in
+benchmarks/results/quality/ are not repeated. Prints a table, sorted by coverage, and draws breadth.png in that folder.
 """
 
 import torch
@@ -18,7 +18,7 @@ from gflowtrl.pipeline.stage import RunContext
 
 
 def reward(target: float, teacher: float, options: str = "", ease: float = 0.0) -> list[str]:
-    """Command line of a reward setting: shares of target and teacher, the teacher's options, the share of EASE."""
+    """Return the recipe options of a reward: weights of target and teacher, options of the teacher, weight of EASE."""
     parts = [f"{{type: ground_truth, weight: {target}}}", f"{{type: collaborative, weight: {teacher}{options}}}"]
     if ease:
         parts.append(f"{{type: collaborative, weight: {ease}, teacher: {{type: ease}}}}")
@@ -41,7 +41,7 @@ SETTINGS = {
 
 
 def table(records: dict[str, dict]) -> str:
-    """Markdown, the widest recommendations first."""
+    """Return a Markdown table sorted by coverage, the highest first."""
     first = next(iter(records.values()))["methods"]
     rows = {"Teacher": first["teacher"], "SFT": first["sft"], "SFT continued (control)": first["control"]}
     rows |= {name: record["methods"]["gflownet"] for name, record in records.items()}
@@ -52,9 +52,9 @@ def table(records: dict[str, dict]) -> str:
 
 
 def particular(recipe_options: list[str]) -> str:
-    """Markdown: how much of a teacher's softmax is about the user (mutual information of user and item, in nats).
+    """Return a Markdown table of the mutual information of user and item in a teacher's softmax, in nats.
 
-    Over the validation users: entropy of the mean distribution minus mean entropy.
+    It is computed over the validation users: the entropy of the mean distribution minus the mean entropy.
     """
     recipe = load_recipe(ROOT / "recipes" / "gflowgr_office_llama.yaml", recipe_options)
     run_data, context = prepare(recipe), RunContext(recipe.output_dir, quiet=True)
@@ -70,7 +70,7 @@ def particular(recipe_options: list[str]) -> str:
 
 
 def plot(records: dict[str, dict]) -> None:
-    """NDCG@10 over coverage@10, one numbered dot a method or reward setting, the widest first."""
+    """Plot NDCG@10 over coverage@10, one numbered dot per method or reward, the highest coverage first."""
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
     shared = next(iter(records.values()))["methods"]

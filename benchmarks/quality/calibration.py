@@ -2,10 +2,10 @@
 
     python benchmarks/quality/calibration.py --data_dir DIR --recipes recipes/gflowgr_office_llama.yaml --seeds 42
 
-For every recipe and seed: SFT, its continuation (the control) and the GFlowNet, each against the recipe's own R / Z,
-over all items, on some training rows (what the objective asks for) and some test rows, whose targets the reward knows
-and the policy does not: there even a perfect policy stays about the target's share of R away. Runs are loaded from
---output_dir, or made where they are not finished. Records kept in benchmarks/results/quality/ are not made again.
+For every recipe and seed, SFT, SFT continued (the control) and the GFlowNet are compared with the recipe's R / Z over
+all items, on some training rows (which the objective fits) and some test rows. On test rows the reward knows the
+target and the policy does not, so even a perfect policy keeps a distance of about the target's share of R. Finished
+runs are loaded from --output_dir, others are trained. Existing records in benchmarks/results/quality/ are reused.
 """
 
 import json
@@ -22,7 +22,7 @@ METHODS = {"sft": "SFT", "control": "SFT continued", "gflownet": "GFlowNet"}
 
 
 def measure(recipe: Recipe, count: int) -> dict:
-    """The record of a run's own calibration stage, without its diagrams."""
+    """Return the record of a run's calibration stage, without the data of its diagrams."""
     wanted = replace(recipe, evaluation=replace(recipe.evaluation, calibration_rows=count))
     found = run(wanted, quiet=True).get("calibration", {"left_out": "the recipe has no rewards."})
     if "left_out" in found:
@@ -52,7 +52,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--recipes", nargs="+", default=[str(ROOT / "recipes" / "gflowgr_office_llama.yaml")])
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
-    parser.add_argument("--rows", type=int, default=64, help="rows of either part")
+    parser.add_argument("--rows", type=int, default=64, help="training rows, and as many test rows")
     given = parser.parse_args()
     records: dict[str, list[dict]] = {}
     for path in given.recipes:

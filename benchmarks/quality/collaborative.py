@@ -1,10 +1,10 @@
-"""Collaborative baselines: popularity, ItemKNN (`implicit`) and EASE; SASRec is the teacher of office.py.
+"""Collaborative baselines: popularity, ItemKNN (`implicit`) and EASE. SASRec is the teacher in office.py.
 
     pip install -e .[benchmarks]
     python benchmarks/quality/collaborative.py --data_dir DIR --out benchmarks/results/quality/collaborative.json
 
-Settings are chosen by NDCG@10 on the validation split; the test split is measured once, as in the other tables: last
-item left out, histories of 20 items, all items candidates, seen ones not removed.
+Settings are selected by NDCG@10 on the validation split. The test split is measured once, by the protocol of the other
+tables: leave one out, histories of 20 items, all items are candidates, items of the history are not removed.
 """
 
 import argparse
@@ -39,7 +39,7 @@ Ranker = Callable[[Sequence[Sequence]], Tensor]
 
 
 class Rows:
-    """The data as indices of items."""
+    """The data with items as indices."""
 
     def __init__(self, data: InteractionData):
         self.data: InteractionData = data
@@ -47,7 +47,7 @@ class Rows:
         self.index = {item: place for place, item in enumerate(data.items)}
 
     def matrix(self, histories: Sequence[Sequence]) -> sp.csr_matrix:
-        """`(histories, items)`, 1 for the items of each."""
+        """Return a matrix `(histories, items)` with 1 for the items of each history."""
         columns = np.array([self.index[item] for history in histories for item in set(history)])
         rows = np.repeat(np.arange(len(histories)), [len(set(history)) for history in histories])
         ones = np.ones(len(columns), dtype=np.float32)
@@ -60,7 +60,7 @@ class Rows:
 
 
 def item_knn(rows: Rows, kind: str, neighbors: int) -> Ranker:
-    """Items similar to those of the history, by `implicit`'s similarities without an item's to itself."""
+    """Rank items by their similarity to the history (from `implicit`), without the similarity of an item to itself."""
     model = NEIGHBORS[kind](K=neighbors + 1)
     model.fit(rows.matrix(rows.splits.train_sequences), show_progress=False)
     similarity = model.similarity.tocsr()
@@ -74,7 +74,7 @@ def item_knn(rows: Rows, kind: str, neighbors: int) -> Ranker:
 
 
 def rankers(rows: Rows) -> dict[str, dict[str, Callable[[], Ranker]]]:
-    """Method to its settings, each with what fits it."""
+    """Map each method to its settings, and each setting to a function that fits it."""
     sequences, items = rows.splits.train_sequences, rows.data.items
 
     def by_teacher(fit: Callable) -> Callable[[], Ranker]:

@@ -1,11 +1,11 @@
-"""The baselines and the library's methods from one SFT checkpoint a seed, at equal steps, in one table.
+"""The baselines and the library's methods from one SFT checkpoint per seed, with equal steps, in one table.
 
     OMP_NUM_THREADS=1 python benchmarks/speed/methods.py --data_dir DIR --recipes FILES --out FILE  # costs
     OMP_NUM_THREADS=1 python benchmarks/quality/comparison.py --data_dir DIR --costs FILE
 
-Runs are made and kept as by office.py. Of each model, what becomes of prefixes in beam search is measured on the exact
-distribution of some test users (`gflowtrl.metrics.prefix_metrics`) and kept too. Differences are to cross entropy over
-the vocabulary, continued for as many steps.
+Runs are trained and recorded as in office.py. For each model, the survival of prefixes in beam search is measured on
+the exact distribution of some test users (`gflowtrl.metrics.prefix_metrics`) and recorded, too. Differences are
+relative to cross entropy over the vocabulary, continued for as many steps.
 """
 
 import json
@@ -27,7 +27,7 @@ from gflowtrl.policy import load_backbone, make_policy
 
 OWN = ROOT / "benchmarks" / "quality" / "recipes"
 BASELINE = "cross_entropy"
-#: Recipe to title; of the first recipe the table also has the stages that all share.
+#: Maps recipes to titles. The stages that all recipes share are taken from the first one.
 RECIPES = {
     OWN / "cross_entropy.yaml": "cross entropy",
     OWN / "msl_temperature.yaml": "MSL, temperature .7",
@@ -55,7 +55,7 @@ SURVIVAL = {
 
 @torch.no_grad()
 def prefixes(folder: str, run_data: RunData, users: int, num_beams: int, progress: str) -> dict[str, float]:
-    """Means of `prefix_metrics` over some test users, drawn by a fixed seed."""
+    """Return the means of `prefix_metrics` over some test users, drawn with a fixed seed."""
     model = load_backbone(folder).eval()
     policy, rows = make_policy(model, run_data.catalog), run_data.test.shuffle(seed=0)
     rows = rows.select(range(min(users, len(rows))))
@@ -69,12 +69,12 @@ def prefixes(folder: str, run_data: RunData, users: int, num_beams: int, progres
 
 
 def prefix_file(record: Path) -> Path:
-    """Where the prefix metrics of a run lie, beside its record."""
+    """Return the file of a run's prefix metrics, next to its record."""
     return record.with_name(f"{record.stem}-prefixes.json")
 
 
 def kept_prefixes(path: Path, options: list[str], file: Path, users: int, shared: bool) -> dict[str, dict]:
-    """What becomes of prefixes in the run whose record is `file`, measured where it is not kept beside it."""
+    """Return the prefix metrics of the run whose record is `file`; measure those that are not recorded yet."""
     kept = prefix_file(file)
     content = json.loads(kept.read_text()) if kept.is_file() else {"users": users, "methods": {}}
     if content["users"] != users:
@@ -95,7 +95,7 @@ def kept_prefixes(path: Path, options: list[str], file: Path, users: int, shared
 
 
 def lines(runs: dict[str, dict[int, tuple[Path, dict]]], costs: dict[str, dict]) -> Iterator[list[str]]:
-    """The table's rows; `runs` has the record's file and the prefix metrics of each seed, by recipe."""
+    """Yield the rows of the table. `runs` maps each recipe and seed to its record's file and its prefix metrics."""
     titles = {path.stem: title for path, title in RECIPES.items()}
     everywhere = max(len(by_seed) for by_seed in runs.values())
     for number, (name, by_seed) in enumerate(runs.items()):
@@ -106,7 +106,7 @@ def lines(runs: dict[str, dict[int, tuple[Path, dict]]], costs: dict[str, dict])
         measured = [json.loads(file.read_text())["methods"] for file, _ in seeds]
         for method in [*(SHARED if number == 0 else []), "gflownet"]:
             if any(method not in methods for methods in measured):
-                continue  # `--stages` has left it out
+                continue  # excluded by `--stages`
             records = [methods[method] for methods in measured]
             cells = [spread([record["metrics"][column] for record in records]) for column in COLUMNS]
             survived = [found[method] for _, found in seeds if method in found]
@@ -127,13 +127,13 @@ def lines(runs: dict[str, dict[int, tuple[Path, dict]]], costs: dict[str, dict])
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--recipes", nargs="+", type=Path, default=list(RECIPES), help="cross_entropy among them")
+    parser.add_argument("--recipes", nargs="+", type=Path, default=list(RECIPES), help="must include cross_entropy")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
     parser.add_argument("--prefix", default="office", help="beginning of the names of the kept files")
-    parser.add_argument("--kept_only", action="store_true", help="train nothing, leave out what is not there yet")
+    parser.add_argument("--kept_only", action="store_true", help="train nothing, skip runs without a record")
     parser.add_argument("--prefix_seeds", nargs="*", type=int, help="seeds whose prefixes are measured (default: all)")
     parser.add_argument("--users", type=int, default=1000, help="test users of the prefix metrics")
-    parser.add_argument("--costs", type=Path, help="what speed/methods.py wrote, for two columns of the table")
+    parser.add_argument("--costs", type=Path, help="JSON file of speed/methods.py, for two columns of the table")
     given, others = parser.parse_known_args()
     costs = {row["method"]: row for row in json.loads(given.costs.read_text())["rows"]} if given.costs else {}
     measured = given.seeds if given.prefix_seeds is None else given.prefix_seeds
@@ -143,7 +143,7 @@ def main() -> None:
             where = places(given, seed)
             name = load_recipe(path, [*where, *others]).name
             file = KEPT / f"{given.prefix}-{name}-seed{seed}.json"
-            # What all share is run and measured with the first one only.
+            # Shared stages are run and measured with the first recipe only.
             options = [*where, *others] if number == 0 else [*where, "--stages", "sft", "gflownet", *others]
             if given.kept_only:
                 if not file.is_file():
@@ -154,7 +154,7 @@ def main() -> None:
                 wanted = seed in measured
                 found = kept_prefixes(path, options, file, given.users, shared=number == 0) if wanted else {}
             runs.setdefault(name, {})[seed] = (file, found)
-    headings = ["method", *COLUMNS, *SURVIVAL.values(), "s an epoch", "peak MB"]
+    headings = ["method", *COLUMNS, *SURVIVAL.values(), "s per epoch", "peak MB"]
     headings += [f"{metric} - cross entropy" for metric in ("recall@10", "ndcg@10")]
     print(f"\n{len(given.seeds)} seed(s), test split; prefixes of {given.users} users, seeds {measured}:\n")
     print(aligned([headings, *lines(runs, costs)]))

@@ -1,11 +1,11 @@
-"""From a raw dump to recommendations by commands only, and what own semantic ids are worth beside published ones.
+"""From a raw dump to recommendations by commands only, comparing new semantic ids with the published ones.
 
     OMP_NUM_THREADS=1 python benchmarks/quality/from_dump.py --data_dir DIR --output_dir outputs/from_dump
 
-DIR is a data folder with published ids (docs/data.md). Its interactions and items are written as Amazon's dump of 2014
-has them (gzipped JSON lines of reviews, Python literals of metadata, in a random order of lines), and from there on
-only `gflowtrl` is used: prepare, tokenize, train, recommend. The same recipe on DIR itself is the comparison. Ids are
-`--tokenize` options; the recipe trains `--stages`.
+DIR is a data folder with published ids (docs/data.md). Its interactions and items are written in the format of
+Amazon's dump of 2014 (gzipped JSON lines of reviews, Python literals of metadata, lines in random order). Everything
+after that is done by `gflowtrl`: prepare, tokenize, train, recommend. The same recipe is trained on DIR, too.
+`--tokenize` has the options of the new ids, `--stages` the stages that are trained.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DAY = 86_400
 
 
 def write_dump(data: InteractionData, folder: Path) -> None:
-    """Reviews and metadata in the format of 2014, of which the order of lines says nothing."""
+    """Write reviews and metadata in the format of 2014, with lines in random order."""
     folder.mkdir(parents=True, exist_ok=True)
     reviews = [
         {"reviewerID": f"A{user:06}", "asin": f"B{item:06}", "reviewText": "...", "overall": 5.0,
@@ -50,7 +50,7 @@ def write_dump(data: InteractionData, folder: Path) -> None:
 
 
 def command(*words: object) -> str:
-    """Runs `gflowtrl ...`, shows it, and returns what it printed."""
+    """Print and run `gflowtrl ...`, and return its output."""
     print("$ gflowtrl", shlex.join(map(str, words)), flush=True)
     ran = subprocess.run([sys.executable, "-m", "gflowtrl", *map(str, words)], stdout=subprocess.PIPE, text=True)
     print(ran.stdout, flush=True)
@@ -60,7 +60,7 @@ def command(*words: object) -> str:
 
 
 def trained(given: argparse.Namespace, data_dir: Path, name: str, others: Sequence[str]) -> dict:
-    """The results of the recipe on a data folder."""
+    """Train the recipe on a data folder and return its results."""
     out = given.output_dir / name
     options = ["--data_dir", data_dir, "--output_dir", out, "--seed", given.seed, "--stages", *given.stages]
     command("train", "--config", given.recipe, *options, *others)
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--stages", nargs="+", default=["teacher", "sft", "gflownet"])
     parser.add_argument("--tokenize", default="", help="options of `gflowtrl tokenize`, as one string")
-    parser.add_argument("--name", default="own", help="of the ids: folders and the report's line")
+    parser.add_argument("--name", default="own", help="name of the new ids, used for folders and in the results")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     given, others = parser.parse_known_args()
     raw, folder = given.output_dir / "raw", given.output_dir / f"data-{given.name}"
@@ -98,7 +98,7 @@ def main() -> None:
         for metric in ("recall@10", "ndcg@10", "coverage@10"):
             ours, theirs = (found[name][method][metric] for name in runs)
             change = f" ({ours / theirs - 1:+.1%})" if theirs else ""
-            print(f"{method} {metric}: own ids {ours:.4f}, published {theirs:.4f}{change}")
+            print(f"{method} {metric}: new ids {ours:.4f}, published ids {theirs:.4f}{change}")
     if given.out is not None:
         about = {name: runs[given.name][name] for name in ("date", "machine", "versions")}
         content = {"recipe": given.recipe, "seed": given.seed, "tokenize": given.tokenize, **about}

@@ -1,12 +1,12 @@
-"""Beyond the test split as it is: rare targets, and histories with random items in them; GFlowNet against the control.
+"""Rare targets, and histories with random items: the GFlowNet against the control.
 
     python benchmarks/quality/generalization.py --data_dir DIR
     python benchmarks/quality/generalization.py --data_dir DIR --recipe recipes/gflowgr_office_llama_vargrad.yaml
 
-Evaluates the models of a run (which is made, or loaded from --output_dir where it is finished). Rows: all users, those
-whose target is no item of any training history, those whose target is one of few, and all users with 10 % and 30 % of
-the items of their histories replaced by random ones, the same for every method. The data has no dates, so that "new"
-means new to the training part, not of the last month.
+Evaluates the models of a run, which is loaded from --output_dir if it is finished and trained otherwise. The rows are:
+all users, users whose target occurs in no training history, 1 to 4 times, or more often, and all users with 10 % and
+30 % of the items of their histories replaced by random ones, the same for every method. The data has no dates, so
+"never" means never in the training part, not new in the last month.
 """
 
 import json
@@ -30,7 +30,7 @@ SHARES = (0.0, 0.1, 0.3)
 
 
 def noisy(rows: Dataset, items: list, share: float, seed: int = 0) -> Dataset:
-    """Each item of a history, by its own chance, replaced by a random one; a row's noise depends on nothing else."""
+    """Replace each item of a history by a random one with probability `share`, independently of other rows."""
     if not share:
         return rows
     noise = StatelessNoise(seed).at(0, torch.tensor(rows["row_id"]))
@@ -53,7 +53,7 @@ def per_user(run_data: RunData, folder: str, rows: Dataset) -> dict[str, torch.T
 
 
 def conditions(run_data: RunData, models: dict[str, str]) -> list[dict]:
-    """One record a condition: means of each method, and the difference of GFlowNet and control with its interval."""
+    """Return one record per condition: means of each method, and GFlowNet minus control with its interval."""
     rows = run_data.splits.test
     count = run_data.item_counts[run_data.catalog.index_of(rows["target"])]
     groups = {"target never in training": count == 0, "1 to 4 times": (count > 0) & (count < 5)}

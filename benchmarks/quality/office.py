@@ -1,10 +1,10 @@
-"""Recipes times seeds on real data: one table with mean and standard deviation, and intervals over users.
+"""Several recipes and seeds on real data: a table with means, standard deviations, and intervals over users.
 
     python benchmarks/quality/office.py --data_dir DIR
     python benchmarks/quality/office.py --data_dir DIR --seeds 42 43 --recipes recipes/gflowgr_office_llama.yaml
 
-Runs that are kept in benchmarks/results/quality/ with the same recipe are not repeated; all runs share their stages in
---output_dir. Any other option goes to all recipes (`--gflownet.learning_rate 1e-3`).
+Runs with a record of the same recipe in benchmarks/results/quality/ are not repeated. All runs share their stages in
+--output_dir. All other options are passed to every recipe (`--gflownet.learning_rate 1e-3`).
 """
 
 import argparse
@@ -32,8 +32,10 @@ COLUMNS += [f"{name}@10" for name in ("coverage", "entropy", "dgu", "mgu", "long
 
 
 def settings(recipe: dict) -> dict:
-    """What a kept run must agree with: the recipe without the places of this machine, without what else was run or
-    measured, and without what is not set."""
+    """Return the part of a recipe that must equal that of a kept record.
+
+    Paths, the choice of stages, the number of calibration rows and fields that are not set do not count.
+    """
     left_out = ("output_dir", "data_dir", "stages", "calibration_rows")
     kept = {name: settings(value) if name == "evaluation" else value for name, value in recipe.items()}
     unset = (("start", "sft"), *((name, value) for name in kept for value in (None, {})))
@@ -41,7 +43,7 @@ def settings(recipe: dict) -> dict:
 
 
 def keep(results: dict, recipe: Recipe, file: Path) -> None:
-    """Writes the run without paths, and beside it each user's rank of the target (0: not in the list)."""
+    """Write the record of a run without paths, and next to it the target's rank for each user (0: not in the list)."""
     ranks = {}
     for method, entry in results["methods"].items():
         folder = Path(entry.pop("folder"))
@@ -54,32 +56,33 @@ def keep(results: dict, recipe: Recipe, file: Path) -> None:
 
 
 def kept_run(recipe: str | Path, options: list[str], file: Path) -> dict:
-    """The record of a run, which is made where it is not kept in `file` with the same recipe.
+    """Return the record of a run; run the recipe first unless `file` has a record of the same recipe.
 
     Args:
         recipe: a file, or the name of one in recipes/.
-        options: command line of the recipe.
+        options: command-line options of the recipe.
+        file: the record.
     """
     path = Path(recipe)
     loaded = load_recipe(path if path.suffix else ROOT / "recipes" / f"{recipe}.yaml", options)
     if file.is_file() and settings(json.loads(file.read_text())["recipe"]) == settings(loaded.as_dict()):
-        print(f"{file.name} is there.")
+        print(f"{file.name} exists; its run is not repeated.")
     else:
         keep(run(loaded), loaded, file)
     return json.loads(file.read_text())
 
 
 def gains(ranks: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Recall@10 and NDCG@10 of each user from ranks."""
+    """Return Recall@10 and NDCG@10 of each user, computed from ranks."""
     inside = (ranks > 0) & (ranks <= 10)
     return {"recall@10": inside.double(), "ndcg@10": torch.where(inside, 1 / torch.log2(ranks + 1.0), 0.0).double()}
 
 
 def rows_of(runs: dict[str, list[Path]]) -> dict[str, list[tuple[dict, dict, dict | None]]]:
-    """Title to (record, gains of each user, gains under the same run's control) of every seed.
+    """Map each title to one (record, gains of each user, gains of the same run's control) per seed.
 
-    What recipes share is taken from the first of them; a control of another number of steps, or one that begins from
-    another model, is a row of its own.
+    Methods that the recipes share are taken from the first recipe. A control with another number of steps, or with
+    another initial model, gets a separate row.
     """
     rows, shared = {}, None
     for number, (name, files) in enumerate(runs.items()):
@@ -99,8 +102,10 @@ def rows_of(runs: dict[str, list[Path]]) -> dict[str, list[tuple[dict, dict, dic
 
 
 def table(runs: dict[str, list[Path]]) -> str:
-    """Markdown: mean ± standard deviation over seeds, and the difference to the control of as many steps with its 95 %
-    interval over users, each user's figures averaged over the seeds first."""
+    """Return a Markdown table: mean ± standard deviation over seeds, and the difference to the run's control.
+
+    Differences have a 95 % interval over users, whose figures are averaged over the seeds first.
+    """
     metrics = ("recall@10", "ndcg@10")
     lines = [["method", *COLUMNS, "minutes", *(f"{name} - control" for name in metrics)]]
     for title, seeds in rows_of(runs).items():
@@ -114,21 +119,21 @@ def table(runs: dict[str, list[Path]]) -> str:
 
 
 def difference(ours: list[dict], theirs: list[dict], metric: str) -> str:
-    """Mean with its 95 % interval over users, each user's figures averaged over the seeds first."""
+    """Return the mean difference and its 95 % interval over users, averaged over the seeds first."""
     ours, theirs = (torch.stack([one[metric] for one in runs]).mean(0) for runs in (ours, theirs))
     return interval_text(paired_bootstrap(ours, theirs))
 
 
 def places(given: argparse.Namespace, seed: int) -> list[str]:
-    """The command line of a recipe that says where data and stages are, and the seed."""
+    """Return the recipe options for the data folder, the folder of the stages, and the seed."""
     return ["--data_dir", given.data_dir, "--output_dir", given.output_dir, "--seed", str(seed)]
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the places that all these scripts need."""
+    """Return a parser with the folders that all scripts of this directory need."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", required=True, help="the folder of the data")
-    parser.add_argument("--output_dir", default="outputs/office_llama", help="where stages are kept")
+    parser.add_argument("--output_dir", default="outputs/office_llama", help="folder of the stages")
     return parser
 
 

@@ -1,12 +1,12 @@
-"""NDCG@10 against seconds of training: SASRec, SFT, exact flows by separate rows and by whole rows, cross entropy.
+"""NDCG@10 over training time: SASRec, SFT, exact flows with separate and with whole rows, and cross entropy.
 
     OMP_NUM_THREADS=1 python benchmarks/quality/seconds.py --data_dir DIR --seeds 42 43 44 \
         --out benchmarks/results/quality/seconds.json
 
-For the first seed the recipe as it was before whole rows: teacher, SFT, two epochs of exact flows by separate rows.
-For every seed exact flows by whole rows from random weights, towards the same teacher, and cross entropy in the same
-rows: for the same visits, and for as many epochs as take the same seconds. Seconds are the processor's, of training
-steps alone; validation users are measured after every epoch, test users at the end. One thread.
+The first seed also runs the recipe as it was before whole rows: teacher, SFT, two epochs of exact flows with separate
+rows. Every seed runs exact flows with whole rows from random weights with the same teacher, and cross entropy on the
+same rows: with the same number of visits, and with as many epochs as take the same seconds. Seconds are CPU seconds of
+the training steps only. Validation users are measured after every epoch, test users at the end. Uses one thread.
 """
 
 import argparse
@@ -42,10 +42,11 @@ NAMES = {
 
 
 class Clock(TrainerCallback):
-    """Processor seconds of the steps of every stage, and what was measured when.
+    """Measures the CPU seconds of the training steps of each stage, and records evaluations over time.
 
     Attributes:
-        curves: by stage, pairs of seconds and NDCG@10 on validation.
+        spent: CPU seconds of each stage.
+        curves: pairs of seconds and NDCG@10 on the validation split, for each stage.
     """
 
     def __init__(self) -> None:
@@ -69,7 +70,7 @@ def stage_of(args) -> str:
 
 
 def measured(name: str, given: argparse.Namespace, seed: int, *options: str) -> tuple[dict, Clock]:
-    """Run a recipe; its results and the clock of its stages."""
+    """Run a recipe and return its results and the clock of its stages."""
     common = ["--data_dir", given.data_dir, "--seed", str(seed), "--output_dir", str(given.output_dir / str(seed))]
     common += ["--evaluation.calibration_rows", "0"]
     clock = Clock()
@@ -77,7 +78,7 @@ def measured(name: str, given: argparse.Namespace, seed: int, *options: str) -> 
 
 
 def row(seed: int, way: str, results: dict, stage: str, clock: Clock | None = None, before: float = 0.0) -> dict:
-    """What one way reached; its curve begins after the seconds of what it begins from."""
+    """Return the results of one way to train. Its curve starts after the seconds of the stage that it continues."""
     metrics = results["methods"][stage]["metrics"]
     entry = {"seed": seed, "way": way, **{f"test_{name}": metrics[name] for name in SHOWN}}
     if clock is None:
@@ -87,7 +88,7 @@ def row(seed: int, way: str, results: dict, stage: str, clock: Clock | None = No
 
 
 def as_before(given: argparse.Namespace, seed: int) -> list[dict]:
-    """Teacher, SFT, and exact flows by separate rows."""
+    """Train the teacher, SFT, and exact flows with separate rows."""
     GFlowNetTrainer.shares_prompts = False
     options = ["--stages", "teacher", "sft", "gflownet", "--sft.eval_delay", "0"]
     results, clock = measured("gflowgr_office_llama", given, seed, *options)
@@ -98,19 +99,19 @@ def as_before(given: argparse.Namespace, seed: int) -> list[dict]:
 
 
 def teacher_seconds(results: dict) -> float:
-    """Of fitting it, on the wall clock: one thread, and nothing else to wait for."""
+    """Return the wall-clock seconds of fitting the teacher: one thread, no waiting."""
     return results["methods"]["teacher"]["seconds"]
 
 
 def whole(given: argparse.Namespace, seed: int) -> list[dict]:
-    """Exact flows by whole rows from random weights."""
+    """Train exact flows with whole rows from random weights."""
     results, clock = measured("gflowgr_office_llama_scratch", given, seed, "--stages", "teacher", "gflownet")
     entry = row(seed, "whole", results, "gflownet", clock)
     return [entry | {"epochs": results["recipe"]["gflownet"]["num_train_epochs"], "teacher": teacher_seconds(results)}]
 
 
 def controls(given: argparse.Namespace, seed: int, known: list[dict]) -> list[dict]:
-    """Cross entropy in the same rows: for the visits of exact flows, and for their seconds."""
+    """Train cross entropy on the same rows: for as many visits as exact flows, and for as many seconds."""
     flows = next(entry for entry in known if (entry["seed"], entry["way"]) == (seed, "whole"))
     results, clock = measured("gflowgr_office_llama_scratch", given, seed, "--stages", "control")
     visits = row(seed, "visits", results, "control", clock) | {"epochs": flows["epochs"]}
@@ -129,7 +130,7 @@ def table(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], file: Path) -> None:
-    """The curves of the first seed, and where the teacher is."""
+    """Plot the curves of the first seed."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -149,8 +150,8 @@ def main() -> None:
     parser.add_argument("--data_dir", required=True, help="the folder of the data")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS, help="what to run")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/seconds"), help="where stages are kept")
-    parser.add_argument("--out", type=Path, help="JSON file for the results; the figure lies beside it")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/seconds"), help="folder of the stages")
+    parser.add_argument("--out", type=Path, help="JSON file for the results; the figure is written next to it")
     given = parser.parse_args()
     kept = given.out is not None and given.out.is_file()
     rows: list[dict] = json.loads(given.out.read_text())["rows"] if kept else []

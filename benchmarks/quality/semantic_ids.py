@@ -1,9 +1,9 @@
-"""Semantic ids of text and of co-occurrence vectors, by each quantizer, beside those that a data set carries.
+"""Semantic ids of text and co-occurrence vectors by each quantizer, compared with the published ids of a data set.
 
     python benchmarks/quality/semantic_ids.py --data_dir DIR/office DIR/beauty \
         --out benchmarks/results/quality/semantic_ids.json
 
-No recommender is trained: the figures are those of `quality_report`, for ids whose collisions were reassigned.
+No recommender is trained. The figures come from `quality_report`, for ids whose collisions were reassigned.
 """
 
 import argparse
@@ -50,7 +50,7 @@ COLUMNS = (
 
 
 def vectors_of(data: InteractionData) -> dict[str, tuple[Tensor, float]]:
-    """Kind of vectors to the vectors and the seconds they took."""
+    """Map each kind of vectors to the vectors and the seconds they took."""
 
     def text() -> Tensor:
         texts = item_texts(data)
@@ -68,7 +68,7 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def measure(make: Callable[[], ResidualQuantizer], vectors: Tensor, data: InteractionData) -> dict[str, Any]:
-    """One quantizer on one kind of vectors: its report before and after collisions are resolved, and the seconds."""
+    """Return the reports of a quantizer before and after collisions are resolved, and the seconds it took."""
     tokenizer = ItemTokenizer(make(), collisions="keep")
     _, seconds = timed(lambda: tokenizer.fit(vectors, data.items))
     at_first = quality_report(tokenizer, vectors)

@@ -2,8 +2,8 @@
 
     python benchmarks/quality/shop.py
 
-The quickstart recipe, once for each seed; a seed makes a shop of its own, too. The recipe's reward was chosen on the
-shop with seed 0, so on none of these. Runs that are kept in benchmarks/results/quality/ are not repeated.
+Runs the quickstart recipe once per seed; each seed also generates its own shop. The recipe's reward was chosen on the
+shop with seed 0, which is not one of these. Runs with a record in benchmarks/results/quality/ are not repeated.
 """
 
 import argparse
@@ -19,7 +19,7 @@ COLUMNS = ["unseen_liked_mass", "total_variation", "recall@10", "ndcg@10", "cove
 
 
 def table(records: list[dict]) -> str:
-    """Markdown: mean ± standard deviation over the seeds, and the ratio to the control, seed by seed."""
+    """Return a Markdown table: mean ± standard deviation over the seeds, and the ratio to the control per seed."""
     lines = [["method", *COLUMNS]]
     for method, title in TITLES.items():
         values = [spread([record["methods"][method]["metrics"][name] for record in records]) for name in COLUMNS]
@@ -35,7 +35,7 @@ def table(records: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
-    parser.add_argument("--output_dir", default="outputs/shop", help="where stages are kept")
+    parser.add_argument("--output_dir", default="outputs/shop", help="folder of the stages")
     given = parser.parse_args()
     records = []
     for seed in given.seeds:

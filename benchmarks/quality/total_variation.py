@@ -3,10 +3,10 @@
     python benchmarks/quality/total_variation.py --out benchmarks/results/quality/total_variation.json
     python benchmarks/quality/total_variation.py --backbones t5 --leaves 5000 --prompts 8 --hidden_size 128
 
-`GFlowNetTrainer` trains a small Llama or T5 from random weights on a tree of random ids. The prompts have rewards of
-their own: log R ~ N(c, 2^2), independent for every leaf and prompt, so that nothing can be guessed and all must be
-learned; c runs from -3 to 3 over the prompts, so that one Z for all of them would not do. The policy's exact
-distribution over all leaves is then compared with R / Z. A seed draws tree, rewards and weights.
+`GFlowNetTrainer` trains a small Llama or T5 from random weights on a tree of random ids. Every prompt has different
+rewards: log R ~ N(c, 2^2), independent for every leaf and prompt, so that nothing can be guessed and everything must
+be learned. c increases from -3 to 3 over the prompts, so that a single Z would not fit them. The policy's exact
+distribution over all leaves is then compared with R / Z. The seed determines the tree, the rewards and the weights.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from gflowtrl.samplers import OnPolicySampler
 
 STD = 2.0
 
-# A policy that only hears of what it draws itself overlooks leaves, and uniform draws rarely meet those that matter.
+# On-policy draws alone miss leaves that the policy finds improbable; uniform draws rarely hit leaves that matter.
 MIXTURE = {"on_policy": 2, "flattened": (OnPolicySampler(temperature=2.0), 1), "uniform": 1}
 SAMPLERS = {
     "mixture": MIXTURE,
@@ -66,7 +66,7 @@ SAMPLERS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """How an objective is trained; every step has each prompt once, with K trajectories from `SAMPLERS[sampler]`."""
+    """How an objective is trained. Every step has each prompt once, with K trajectories from `SAMPLERS[sampler]`."""
 
     steps: int
     sampler: str
@@ -85,7 +85,7 @@ SETTINGS = {
 
 
 class TableReward(Reward):
-    """log R from a table `(prompts, items)`; the history of prompt i is item i."""
+    """Reward that reads log R from a table `(prompts, items)`. The history of prompt i is item i."""
 
     def __init__(self, log_rewards: Tensor):
         super().__init__("table")
@@ -97,7 +97,7 @@ class TableReward(Reward):
 
 @dataclass(frozen=True)
 class Problem:
-    """A catalog, and log R `(prompts, leaves)` of some prompts on it."""
+    """A catalog and the log R `(prompts, leaves)` of some prompts."""
 
     tokenizer: PreTrainedTokenizerBase
     catalog: ItemCatalog
@@ -105,7 +105,7 @@ class Problem:
 
     @classmethod
     def draw(cls, num_leaves: int, seed: int, num_prompts: int = 3, depth: int = 3) -> Problem:
-        """Random ids, about 60 % of those that their codes could spell: nodes differ in their number of children."""
+        """Draw random ids, about 60 % of all possible ones, so that nodes differ in their number of children."""
         generator = torch.Generator().manual_seed(seed)
         codes = round((num_leaves / 0.6) ** (1 / depth) + 0.5)
         numbers = torch.randperm(codes**depth, generator=generator)[:num_leaves].tolist()
@@ -125,7 +125,7 @@ class Problem:
         return len(self.reward.log_rewards)
 
     def distance(self, model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
-        """Total variation of the policy to R / Z, and the error of log Z where the model has a head: `(prompts,)`."""
+        """Return the total variation of the policy to R / Z and the error of the log Z head, if any: `(prompts,)`."""
         policy = make_policy(model.eval(), self.catalog)
         prompts = PromptEncoder(self.catalog, self.tokenizer)([[i] for i in range(self.num_prompts)])
         log_rewards = self.catalog.fold_items(self.reward.log_rewards.double())  # no two items share a leaf here
@@ -137,7 +137,7 @@ class Problem:
 
 
 def small_llama(tokenizer: PreTrainedTokenizerBase, hidden_size: int = 64) -> LlamaForCausalLM:
-    """Two layers; at width 64 some 140,000 parameters."""
+    """Return a Llama with two layers; width 64 has about 140,000 parameters."""
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=128, initializer_range=0.1, pad_token_id=tokenizer.pad_token_id,
@@ -147,7 +147,7 @@ def small_llama(tokenizer: PreTrainedTokenizerBase, hidden_size: int = 64) -> Ll
 
 
 def small_t5(tokenizer: PreTrainedTokenizerBase, hidden_size: int = 64) -> T5ForConditionalGeneration:
-    """One encoder and two decoder layers, gated as in T5 v1.1: with plain ReLU, learning is much slower."""
+    """Return a T5 with one encoder and two decoder layers, gated as in T5 v1.1; ReLU learns much more slowly."""
     config = T5Config(
         vocab_size=len(tokenizer), d_model=hidden_size, d_kv=hidden_size // 4, d_ff=4 * hidden_size, num_layers=1,
         num_decoder_layers=2, num_heads=4, dropout_rate=0.0, feed_forward_proj="gated-silu",
@@ -168,9 +168,9 @@ def train(
     seed: int,
     arguments: Mapping[str, Any] = MappingProxyType({"use_cpu": True}),
 ) -> None:
-    """Train `model` in place; every step has each of the prompts once, under a row id of its own.
+    """Train `model` in place. Every step has each prompt once, with a new row id.
 
-    `arguments` are further ones of the configuration: device and precision.
+    `arguments` are additional fields of the configuration, for device and precision.
     """
     count = problem.num_prompts
     rows = [{"row_id": i, "history": [i % count], "target": 0} for i in range(count * setting.steps)]
@@ -197,13 +197,13 @@ def run(
     backbone: str = "llama",
     hidden_size: int = 64,
 ) -> dict[str, Any]:
-    """Train one policy by one objective. Over the prompts, the smallest distance untrained and the largest trained."""
+    """Train a policy by one objective; report the smallest untrained and the largest trained distance of a prompt."""
     setting = setting or SETTINGS[objective]
     problem = Problem.draw(num_leaves, seed, num_prompts)
     set_seed(seed)
     model = BACKBONES[backbone](problem.tokenizer, hidden_size)
     untrained, _ = problem.distance(model)
-    start = time.process_time()  # of the processor, because other programs prolong those of the clock
+    start = time.process_time()  # CPU time, because other programs prolong wall-clock time
     train(problem, model, objective, setting, seed)
     seconds = time.process_time() - start
     trained, error = problem.distance(model)
@@ -229,7 +229,7 @@ def table_line(row: Mapping[str, Any]) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Machine and versions, as far as they matter for a figure."""
+    """Return the machine and the versions, as far as they affect the figures."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -244,15 +244,15 @@ def environment() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--objectives", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--samplers", nargs="+", choices=list(SAMPLERS), help="instead of each objective's own")
+    parser.add_argument("--samplers", nargs="+", choices=list(SAMPLERS), help="instead of the objective's default")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--backbones", nargs="+", default=["llama"], choices=list(BACKBONES))
     parser.add_argument("--leaves", type=int, default=1000)
     parser.add_argument("--prompts", type=int, default=3)
     parser.add_argument("--hidden_size", type=int, default=64, help="width of the model")
-    parser.add_argument("--steps", type=int, help="instead of each objective's own")
-    parser.add_argument("--num_generations", type=int, help="instead of each objective's own")
-    parser.add_argument("--learning_rate", type=float, help="instead of each objective's own")
+    parser.add_argument("--steps", type=int, help="instead of the objective's default")
+    parser.add_argument("--num_generations", type=int, help="instead of the objective's default")
+    parser.add_argument("--learning_rate", type=float, help="instead of the objective's default")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     rows = []

@@ -1,10 +1,10 @@
-"""How the tree grows with the catalog: build time, memory, time of a decoding step.
+"""How the cost of the tree grows with the catalog: build time, memory, time per decoding step.
 
     python benchmarks/speed/catalog_size.py --out benchmarks/results/speed/catalog_size.json
 
-Uniform distinct paths of four tokens with 256 codes a level, from a tensor to a `PrefixTree`. A decoding step is one
-of beam search: the children of all beams, their log-probabilities from given logits, the best of them.
-Once with the tree alone, once with the 1.2 M Llama.
+A `PrefixTree` is built from a tensor of uniform distinct paths of four tokens with 256 codes per level. A decoding
+step is a step of beam search: the children of all beams, their log-probabilities from given logits, the best of them.
+It is measured with the tree alone and with the 1.2 M Llama.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ VOCAB = FIRST + DEPTH * CODES
 
 
 class OnlyTree:
-    """As much of a catalog as a policy needs."""
+    """The part of a catalog that a policy needs."""
 
     def __init__(self, tree: PrefixTree):
         self.tree = tree
@@ -38,7 +38,7 @@ class OnlyTree:
 
 
 def distinct_paths(count: int) -> torch.Tensor:
-    """`(count, 4)`, in random order."""
+    """Return distinct paths `(count, 4)` in random order."""
     generator = torch.Generator().manual_seed(0)
     numbers = torch.unique(torch.randint(CODES**DEPTH, (count + count // 200 + 1000,), generator=generator))
     numbers = numbers[torch.randperm(len(numbers), generator=generator)[:count]]
@@ -48,12 +48,12 @@ def distinct_paths(count: int) -> torch.Tensor:
 
 
 def memory_of(tree: PrefixTree) -> int:
-    """Bytes of all tensors that the tree holds."""
+    """Return the bytes of all tensors of the tree."""
     return sum(value.numel() * value.element_size() for value in vars(tree).values() if torch.is_tensor(value))
 
 
 def tree_step(tree: PrefixTree, logits: torch.Tensor, beams: int) -> None:
-    """Beam search with given logits: all the work of a search but the model's."""
+    """Run beam search with given logits: all of its work except the model's."""
     nodes = torch.zeros(len(logits), 1, dtype=torch.long, device=logits.device)
     totals = torch.zeros(len(logits), 1, device=logits.device)
     for depth in range(tree.max_depth):
@@ -98,10 +98,10 @@ def main() -> None:
         row["to_smallest"] = row["search_step"] / rows[0]["search_step"]
         row["tree_to_smallest"] = row["tree_step"] / rows[0]["tree_step"]
     columns = {
-        "items": "{items:,}", "built in, s": "{build_seconds:.1f}", "memory, bytes": "{bytes:.2e}",
-        "peak while building": "{build_peak:.2e}", "tree's part of a step, s": "{tree_step:.4f}",
-        "to the smallest": "{tree_to_smallest:.2f}", "whole step, s": "{search_step:.4f}",
-        "to the smallest ": "{to_smallest:.2f}",
+        "items": "{items:,}", "build time, s": "{build_seconds:.1f}", "memory, bytes": "{bytes:.2e}",
+        "peak while building": "{build_peak:.2e}", "step without the model, s": "{tree_step:.4f}",
+        "relative to the smallest": "{tree_to_smallest:.2f}", "complete step, s": "{search_step:.4f}",
+        "relative to the smallest ": "{to_smallest:.2f}",
     }  # fmt: skip
     report(rows, columns, given, users=given.users, num_beams=given.num_beams)
 

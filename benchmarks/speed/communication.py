@@ -1,10 +1,11 @@
-"""What the processes of a sharded training send each other in a step, in multiples of the model's bytes.
+"""Communication of a training step between the processes of a sharded engine, in multiples of the model's bytes.
 
     accelerate launch --config_file recipes/accelerate_configs/zero3.yaml --num_processes 2 \\
         benchmarks/speed/communication.py --out benchmarks/results/speed/communication_zero3.json
 
-Two CPU processes will do (DS_ACCELERATOR=cpu): bytes are counted, not timed. ZeRO-3 gets no thresholds, under which it
-would keep the weights of so small a model. Counted in the collectives of torch.distributed, of the third step.
+Two CPU processes are enough (DS_ACCELERATOR=cpu), because bytes are counted, not timed. The thresholds of ZeRO-3 are
+set to 0; otherwise it would not shard the weights of such a small model. The bytes are those of the collectives of
+torch.distributed in the third step.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ JOBS = {
     "beam": {"loss_type": "vargrad", "sampler": {"ground_truth": 1, "beam": 3}},
     "exact flows": {"loss_type": "exact_flow", "sampler": "reward"},
 }
-#: Nothing is kept between forward and backward, as in a model that fills the GPU.
+#: No weights are kept between forward and backward, as with a model that fills the GPU.
 NO_THRESHOLDS = {
     "stage3_param_persistence_threshold": 0,
     "stage3_max_live_parameters": 0,
@@ -39,7 +40,7 @@ NO_THRESHOLDS = {
 
 
 class Count(TrainerCallback):
-    """Bytes of the last step by collective: the largest tensor of each call."""
+    """Counts the bytes of the last step per collective: the largest tensor of each call."""
 
     def __init__(self):
         self.bytes: Counter[str] = Counter()
@@ -84,7 +85,7 @@ def main() -> None:
         if plugin is not None and plugin.zero_stage == 3:
             plugin.deepspeed_config["zero_optimization"] |= NO_THRESHOLDS
         trainer.train()
-        # Parameters in shards say how large they are as a whole.
+        # Sharded parameters have their full size as an attribute.
         whole = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in trainer.model.parameters())
         engine = str(trainer.accelerator.distributed_type).split(".")[-1]
         row = {"job": job, "engine": engine, "zero_stage": getattr(plugin, "zero_stage", None), "model_bytes": whole}

@@ -1,11 +1,11 @@
-"""Constrained decoding: this library, and Hugging Face `generate` under the same constraint.
+"""Constrained decoding: this library, and Hugging Face `generate` with the same constraint.
 
     python benchmarks/speed/decoding.py --out benchmarks/results/speed/decoding.json
-    python benchmarks/speed/decoding.py --data_dir DIR    # real prompts and catalog, and all users ranked
+    python benchmarks/speed/decoding.py --data_dir DIR    # real prompts and catalog; also ranks items for all users
 
-Beam search of 20 and 50 and K = 16 samples of each prompt, for a Llama and a T5 of random weights. `generate` is told
-of the catalog in the two ways that people use: `prefix_allowed_tokens_fn` with a trie of dictionaries, and a
-vectorized logits processor on the tree's arrays. The lists of all three must be the same.
+Beam search of width 20 and 50 and K = 16 samples per prompt, for a Llama and a T5 with random weights. `generate` gets
+the catalog in the two usual ways: as a `prefix_allowed_tokens_fn` with a trie of dictionaries, and as a vectorized
+logits processor on the arrays of the tree. The lists of all three must be the same.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from gflowtrl.trainer.evaluation import rank_rows
 
 
 def nested_trie(tree: PrefixTree) -> dict[int, dict]:
-    """`{token: {token: ...}}`, as in most published recommenders."""
+    """Return `{token: {token: ...}}`, as in most published recommenders."""
     root: dict[int, dict] = {}
     for path in tree.paths.tolist():
         node = root
@@ -46,7 +46,7 @@ def nested_trie(tree: PrefixTree) -> dict[int, dict]:
 
 
 def node_of(tree: PrefixTree, tokens: Tensor) -> Tensor:
-    """The node at which tokens `(rows, n)` end: `(rows,)`, -1 for what the catalog does not know."""
+    """Return the nodes `(rows,)` that tokens `(rows, n)` lead to, -1 for tokens that are not in the catalog."""
     nodes = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
     for column in tokens.unbind(1):
         nodes = tree.step(nodes, column)
@@ -54,7 +54,7 @@ def node_of(tree: PrefixTree, tokens: Tensor) -> Tensor:
 
 
 class TreeProcessor(LogitsProcessor):
-    """The constraint as one vectorized mask a step."""
+    """The constraint as one vectorized mask per step."""
 
     def __init__(self, tree: PrefixTree, prompt_length: int):
         self.tree, self.prompt_length = tree, prompt_length
@@ -67,8 +67,7 @@ class TreeProcessor(LogitsProcessor):
 def sides(
     policy: TreePolicy, prompts: dict[str, Tensor], count: int, ours: Callable[[], tuple[Tensor, Tensor]], **how
 ) -> dict[str, Callable[[], Tensor]]:
-    """The library's own way and Hugging Face's `generate(**how)` under both constraints: each gives leaves
-    `(B, count)`."""
+    """Return functions that give leaves `(B, count)`: this library's, and `generate(**how)` with both constraints."""
     model, tree = policy.model, policy.catalog.tree
     begin = 1 if model.config.is_encoder_decoder else prompts["input_ids"].shape[1]
     trie = nested_trie(tree)
@@ -95,7 +94,7 @@ def sides(
 
 
 def jobs(policy: TreePolicy, prompts: dict[str, Tensor]) -> dict[str, dict[str, Callable[[], Tensor]]]:
-    """What is measured, and the sides of each."""
+    """Map each job that is measured to its sides."""
     noise = StatelessNoise(0).at(0, torch.arange(len(prompts["input_ids"]), device=prompts["input_ids"].device))
     searches = {
         f"beam {width}": sides(
@@ -109,9 +108,9 @@ def jobs(policy: TreePolicy, prompts: dict[str, Tensor]) -> dict[str, dict[str, 
 
 
 def check(policy: TreePolicy, prompts: dict[str, Tensor], job: str, found: dict[str, Tensor]) -> None:
-    """All draw items only, and all beams give the same lists, but for neighbors that float32 cannot tell apart."""
+    """Check that all sides draw items only and give the same lists, except for neighbors that tie in float32."""
     if not all((leaves >= 0).all() for leaves in found.values()):
-        raise AssertionError(f"{job}: something is no item.")
+        raise AssertionError(f"{job}: some token sequences are not items.")
     if not job.startswith("beam"):
         return
     ours = found["gflowtrl"]
@@ -119,15 +118,15 @@ def check(policy: TreePolicy, prompts: dict[str, Tensor], job: str, found: dict[
     for name, theirs in found.items():
         if (log_probs - policy.score(prompts, theirs).trajectory_log_probs).abs().max() > 1e-4:
             raise AssertionError(f"{job}: the lists of {name} differ from ours.")
-        print(f"{job}: {float((theirs == ours).float().mean()):.2%} of the places are the same in {name}", flush=True)
+        print(f"{job}: {float((theirs == ours).float().mean()):.2%} of the positions agree with {name}", flush=True)
 
 
 def main() -> None:
     parser = arguments(__doc__, rounds=3)
     parser.add_argument("--backbones", nargs="+", choices=list(BACKBONES), default=list(BACKBONES))
-    parser.add_argument("--users", type=int, default=128, help="prompts of a batch")
-    parser.add_argument("--prompt_length", type=int, default=80, help="of random prompts, the longest")
-    parser.add_argument("--data_dir", help="prompts and catalog of the Office recipe instead of random ones")
+    parser.add_argument("--users", type=int, default=128, help="prompts per batch")
+    parser.add_argument("--prompt_length", type=int, default=80, help="tokens of the longest random prompt")
+    parser.add_argument("--data_dir", help="use prompts and catalog of the Office recipe instead of random ones")
     given = parser.parse_args()
     if given.data_dir is None:
         catalog, tokenizer = random_catalog(depth=4)
@@ -159,7 +158,7 @@ def main() -> None:
             before, start = reset_peak(given.device), time.perf_counter()
             rank_rows(policy, run_data.encoder, run_data.splits.test, num_beams=20)
             seconds = time.perf_counter() - start
-            print(f"All {len(run_data.splits.test)} users ranked by the {backbone} in {seconds:.1f} s.")
+            print(f"The {backbone} ranks items for all {len(run_data.splits.test)} users in {seconds:.1f} s.")
             rows.append({
                 "backbone": backbone, "job": f"all {len(run_data.splits.test)} users, beam 20", "side": "gflowtrl",
                 "ratio": 1.0, "seconds": seconds, "peak_memory": peak(given.device) - before, "rounds": 1,

@@ -1,7 +1,7 @@
-"""What the speed benchmarks share: interleaved rounds, peak memory, models, catalogs, reports.
+"""Shared code of the speed benchmarks: interleaved rounds, peak memory, models, catalogs, reports.
 
-Times on a shared machine mean little, ratios more: both sides run in one process on the same model and batch, in turn,
-and the median of the rounds counts.
+On a shared machine, ratios are more reliable than times: both sides run alternately in one process on the same model
+and batch, and the median of the rounds is reported.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LEVELS = "abcdefgh"
 
 
 def random_catalog(num_items: int = 5000, depth: int = 3, codes: int = 256, seed: int = 0):
-    """Random distinct ids with `codes` tokens a level: `(catalog, tokenizer)`."""
+    """Return `(catalog, tokenizer)` of random distinct ids with `codes` tokens per level."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(0, codes, (num_items + num_items // 5, depth), generator=generator)
     paths = torch.unique(drawn, dim=0)
@@ -50,7 +50,7 @@ def random_catalog(num_items: int = 5000, depth: int = 3, codes: int = 256, seed
 
 
 def random_prompts(batch: int, length: int, vocab_size: int, device: torch.device, ragged: bool = False):
-    """A left-padded batch of random tokens; `ragged`: lengths are uniform between a quarter of `length` and it."""
+    """Return a left-padded batch of random tokens; `ragged` draws lengths uniformly from length / 4 to `length`."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, vocab_size, (batch, length), generator=generator)
     mask = torch.ones_like(tokens)
@@ -61,16 +61,16 @@ def random_prompts(batch: int, length: int, vocab_size: int, device: torch.devic
 
 
 def office(data_dir: str) -> RunData:
-    """Rows, catalog and tokenizer of the Office recipe."""
+    """Return the rows, catalog and tokenizer of the Office recipe."""
     return prepare(load_recipe(ROOT / "recipes" / "gflowgr_office_llama.yaml", ["--data_dir", data_dir]))
 
 
-#: Width, layers and heads; with a vocabulary of some 1,000 tokens about 0.2, 1.2, 6.5 and 113 million parameters.
+#: Width, layers and heads: 0.2, 1.2, 6.5 and 113 million parameters with a vocabulary of about 1,000 tokens.
 SIZES = {"0.2M": (64, 2, 4), "1.2M": (128, 4, 4), "6.5M": (256, 6, 8), "113M": (768, 12, 12)}
 
 
 def llama(vocab_size: int, size: str = "1.2M") -> LlamaForCausalLM:
-    """A Llama of random weights, its embeddings tied."""
+    """Return a Llama with random weights and tied embeddings."""
     width, layers, heads = SIZES[size]
     torch.manual_seed(0)
     return LlamaForCausalLM(
@@ -91,7 +91,7 @@ def llama(vocab_size: int, size: str = "1.2M") -> LlamaForCausalLM:
 
 
 def t5(vocab_size: int, size: str = "1.2M") -> T5ForConditionalGeneration:
-    """A gated T5 of random weights; at "1.2M" that of recipes/gflowgr_office_t5.yaml (1.9 million parameters)."""
+    """Return a gated T5 with random weights; "1.2M" is that of recipes/gflowgr_office_t5.yaml (1.9 M parameters)."""
     width, layers, heads = SIZES[size]
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(
@@ -123,10 +123,10 @@ BACKBONES: dict[str, Callable[..., PreTrainedModel]] = {"llama": llama, "t5": t5
 def interleaved(
     sides: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, progress: str = ""
 ) -> dict[str, dict[str, float]]:
-    """Seconds (the median of the rounds) and peak memory of each side; the sides take turns, after one warm-up each.
+    """Return the seconds (median of the rounds) and the peak memory of each side; sides alternate after a warm-up.
 
-    The memory is what a side needs beyond what is there when it starts, in the warm-up: on CUDA what torch allocates,
-    else what the process has resident (Linux only, else NaN).
+    The memory is the peak of the warm-up minus the memory in use at its start: on CUDA the memory that torch
+    allocates, otherwise the resident memory of the process (Linux only, NaN elsewhere).
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
     peaks: dict[str, float] = {}
@@ -152,14 +152,14 @@ def synchronize(device: torch.device) -> None:
 
 
 def reset_peak(device: torch.device) -> float:
-    """Begin a new peak; returns the bytes that are in use now. On a CPU what comes next has to ask for memory anew."""
+    """Reset the peak and return the bytes in use. On a CPU, freed memory is returned to the system first."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # gives back what freed tensors have left to the allocator
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to what is resident
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # returns memory of freed tensors to the system
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to the resident memory
     except OSError:
         return float("nan")
     return _status("VmRSS")
@@ -179,23 +179,23 @@ def _status(field: str) -> float:
 
 # ---------------------------------------------------------------------------------------------------------- reporting
 def arguments(description: str | None, rounds: int = 7) -> argparse.ArgumentParser:
-    """The options that every script has."""
+    """Return a parser with the options that all scripts have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", type=torch.device, help="cpu or cuda")
-    parser.add_argument("--rounds", type=int, default=rounds, help="rounds after a warm-up; their median counts")
+    parser.add_argument("--rounds", type=int, default=rounds, help="rounds after a warm-up; the median is reported")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     return parser
 
 
 def markdown(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> str:
-    """Rows as a table; `columns` maps headings to format strings over the row's fields."""
+    """Return the rows as a Markdown table; `columns` maps headings to format strings over the fields of a row."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(text.format(**row) for text in columns.values()) + " |" for row in rows]
     return "\n".join(lines)
 
 
 def report(rows: list[dict[str, Any]], columns: Mapping[str, str], given: argparse.Namespace, **more: Any) -> None:
-    """Print the table and write the JSON where `--out` says."""
+    """Print the table and write the JSON file of `--out`, if given."""
     print(f"\n{markdown(rows, columns)}")
     if given.out is None:
         return

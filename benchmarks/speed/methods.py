@@ -1,11 +1,11 @@
-"""What each method's training costs: seconds an epoch and peak memory, from whole steps on the same batches.
+"""Training cost of each method: seconds per epoch and peak memory, from complete steps on the same batches.
 
     OMP_NUM_THREADS=1 python benchmarks/speed/methods.py --data_dir DIR --output_dir outputs/office_llama \
         --recipes recipes/gflowgr_office_llama.yaml benchmarks/quality/recipes/*.yaml
 
-The trainers are those of the recipes' GFlowNet stages, from the model that each starts from (teacher and SFT are made
-in --output_dir where they are not there). They take turns; the step that counts is the mean over a round's batches but
-the first, and of the rounds the median. Evaluation is left out.
+The trainers are those of the recipes' GFlowNet stages and start from the same models (teacher and SFT are trained in
+--output_dir if they do not exist). The trainers take turns. The time of a step is the mean over all batches of a round
+except the first, and then the median over the rounds. Evaluation is not included.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gflowtrl.pipeline.training import gflownet_trainer, train_sft
 
 
 class RoundClock(TrainerCallback):
-    """Mean seconds of a training's steps but the first, and the peak memory of them all."""
+    """Measures the mean seconds of all steps of a training except the first, and the peak memory of all steps."""
 
     def __init__(self, device):
         self.device, self.rounds, self.memory = device, [], []
@@ -50,7 +50,7 @@ class RoundClock(TrainerCallback):
 
 
 def build(recipe_file: Path, given, scratch: str) -> tuple[str, Trainer, RoundClock]:
-    """The trainer of a recipe's GFlowNet stage, which trains for `given.steps` and does nothing else."""
+    """Return the trainer of a recipe's GFlowNet stage; it trains for `given.steps` without evaluation or logging."""
     recipe = load_recipe(recipe_file, ["--data_dir", given.data_dir, "--output_dir", given.output_dir])
     run_data, context = prepare(recipe), RunContext(given.output_dir, quiet=True)
     teacher = fit_teacher(context, run_data, recipe.teacher) if needs_teacher(recipe) else None
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--output_dir", default="outputs/office_llama")
     parser.add_argument("--recipes", nargs="+", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=17, help="of a round, the first of which is left out")
+    parser.add_argument("--steps", type=int, default=17, help="steps per round; the first one is not counted")
     given = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -86,8 +86,8 @@ def main() -> None:
                 "seconds_a_step": seconds, "seconds_an_epoch": seconds * steps, "peak_memory": max(clock.memory),
             })  # fmt: skip
     columns = {
-        "method": "{method}", "loss": "`{loss}`", "K": "{K}", "s a step": "{seconds_a_step:.3f}",
-        "s an epoch": "{seconds_an_epoch:.0f}", "peak memory, MB": "{megabytes:.0f}",
+        "method": "{method}", "loss": "`{loss}`", "K": "{K}", "s per step": "{seconds_a_step:.3f}",
+        "s per epoch": "{seconds_an_epoch:.0f}", "peak memory, MB": "{megabytes:.0f}",
     }  # fmt: skip
     report([{**row, "megabytes": row["peak_memory"] / 1e6} for row in rows], columns, given, steps=given.steps)
 

@@ -1,11 +1,11 @@
-"""APAO's training steps: pairwise prefix losses against many negatives, and pointwise ones on the same rows.
+"""Training steps of APAO: pairwise prefix losses with many negatives, and pointwise losses on the same rows.
 
     python benchmarks/speed/prefix_losses.py --data_dir DIR --out benchmarks/results/speed/prefix_losses.json
 
-Whole steps as `trainer.train()` makes them, on the prompts of the Office recipe, fp32, AdamW. A prompt of P tokens and
-K branches of L - 1 tokens stand in one row, so pairwise steps have (P + K (L - 1)) / (P + L - 1) times the tokens of
-pointwise ones; P is the padded length, the mean over the steps' batches. As in a run of the pipeline, memory that was
-freed is kept (`keep_freed_memory`).
+Measures complete steps of `trainer.train()` on the prompts of the Office recipe, in fp32 with AdamW. A prompt of P
+tokens and K branches of L - 1 tokens are in one row, so pairwise steps have (P + K (L - 1)) / (P + L - 1) times the
+tokens of pointwise ones. P is the padded length, averaged over the batches. As in a run of the pipeline, freed memory
+is kept (`keep_freed_memory`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--backbones", nargs="+", default=list(BACKBONES), choices=list(BACKBONES))
     parser.add_argument("--size", default="1.2M")
-    parser.add_argument("--prompts", type=int, default=64, help="prompts of a step")
+    parser.add_argument("--prompts", type=int, default=64, help="prompts per step")
     parser.add_argument("--num_negatives", type=int, default=100)
     parser.add_argument("--label_spaces", nargs="+", default=["vocabulary", "tree"])
     given = parser.parse_args()
@@ -55,16 +55,16 @@ def main() -> None:
             measured[-1]["of_token_ratio"] = measured[-1]["ratio"] / ratio
     columns = {
         "backbone": "{backbone}", "label space": "{label_space}", "P": "{prompt:.0f}",
-        "pointwise, s a step": "{pointwise:.3f}", "pairwise, s": "{pairwise:.3f}", "ratio": "{ratio:.2f}",
-        "token ratio": "{token_ratio:.2f}", "ratio of both": "{of_token_ratio:.2f}",
-        "peak memory, bytes": "{peak_memory_pointwise:.1e}", "pairwise": "{peak_memory_pairwise:.1e}",
+        "pointwise, s per step": "{pointwise:.3f}", "pairwise, s per step": "{pairwise:.3f}", "ratio": "{ratio:.2f}",
+        "token ratio": "{token_ratio:.2f}", "ratio / token ratio": "{of_token_ratio:.2f}",
+        "peak bytes, pointwise": "{peak_memory_pointwise:.1e}", "peak bytes, pairwise": "{peak_memory_pairwise:.1e}",
     }  # fmt: skip
     settings = {"prompts": given.prompts, "num_negatives": given.num_negatives, "size": given.size}
     report(measured, columns, given, **settings, mean_prompt_tokens=tokens, rounds=given.rounds, memory_kept=kept)
 
 
 def steps(model, run_data, rows, given, label_space: str, scratch: str) -> tuple[dict, dict, float]:
-    """Median seconds and peak memory of both methods, and the mean padded length of the prompts."""
+    """Return the median seconds and peak memory of both methods, and the mean padded length of the prompts."""
     common = {
         "output_dir": scratch, "max_steps": STEPS, "learning_rate": 1e-4, "use_cpu": given.device.type == "cpu",
         "bf16": False, "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no",

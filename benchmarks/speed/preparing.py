@@ -1,10 +1,10 @@
-"""What `prepare` needs of a large dump: memory beyond the imported library, and time.
+"""Time and memory of `prepare` for a large dump, without the memory of the imported library.
 
     OMP_NUM_THREADS=1 python benchmarks/speed/preparing.py --out benchmarks/results/speed/preparing.json
 
-Reviews of made-up users and items, as Amazon's of 2014 are, half of them in each of two files. Items are taken by a
-power law, users write a few reviews or many. The files lie in a temporary folder (1 GB with the numbers below); the
-data folder is written too.
+The reviews of random users and items are in the format of Amazon's dump of 2014, one half in each of two files. Items
+follow a power law; users write few or many reviews. The files are in a temporary folder (1 GB with the defaults); the
+data folder is written there, too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MIB = 1 << 20
 
 
 def reviews(count: int, users: int, items: int, text: str, seed: int) -> Iterator[str]:
-    """Lines of a file, in blocks."""
+    """Yield the lines of a file in blocks."""
     random = np.random.default_rng(seed)
     for start in range(0, count, _BLOCK):
         size = min(_BLOCK, count - start)
@@ -54,12 +54,12 @@ def write_dump(folder: Path, count: int, users: int, items: int, characters: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(device=torch.device("cpu"))  # what is measured is the memory of the process
+    parser.set_defaults(device=torch.device("cpu"))  # the memory of the process is measured
     parser.add_argument("--out", type=Path, help="JSON file for the results")
-    parser.add_argument("--interactions", type=int, default=2_000_000, help="lines, in both files together")
+    parser.add_argument("--interactions", type=int, default=2_000_000, help="number of reviews in both files")
     parser.add_argument("--users", type=int, default=630_000)
     parser.add_argument("--items", type=int, default=200_000)
-    parser.add_argument("--characters", type=int, default=300, help="of a review's text")
+    parser.add_argument("--characters", type=int, default=300, help="length of a review's text")
     given = parser.parse_args()
     rows = []
     for k_core in (5, None):
@@ -83,7 +83,7 @@ def main() -> None:
         "items": "{read[items]:,}",
         "files, MiB": "{mib[file]:.0f}",
         "before, MiB": "{mib[before]:.0f}",
-        "peak beyond it, MiB": "{mib[peak]:.0f}",
+        "peak minus before, MiB": "{mib[peak]:.0f}",
         "seconds": "{seconds:.0f}",
     }
     report(rows, columns, given)

@@ -1,9 +1,9 @@
-"""Where the time of a training step goes, by torch.profiler.
+"""Profile of a training step and of a beam search, by torch.profiler.
 
     python benchmarks/speed/profile_step.py --text benchmarks/results/speed/profile.txt
 
-Whole steps of `GFlowNetTrainer` (VarGrad, K on-policy trajectories of each of 8 prompts, prompt 79) after a warm-up,
-and one beam search of 128 prompts; operators by their own time.
+Profiles complete steps of `GFlowNetTrainer` (VarGrad, K on-policy trajectories for each of 8 prompts of 79 tokens)
+after a warm-up, and one beam search of 128 prompts. Operators are sorted by their self time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--size", default="1.2M")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--num_generations", type=int, default=16)
-    parser.add_argument("--operators", type=int, default=25, help="how many to list")
+    parser.add_argument("--operators", type=int, default=25, help="number of operators to list")
     parser.add_argument("--text", type=Path, help="file for the tables")
     given = parser.parse_args()
     catalog, tokenizer = random_catalog()

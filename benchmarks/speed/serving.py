@@ -1,10 +1,10 @@
-"""The HTTP server under load: requests batched, and each decoded alone.
+"""The HTTP server under load, with and without batching of requests.
 
     OMP_NUM_THREADS=1 python benchmarks/speed/serving.py --out benchmarks/results/speed/serving.json
 
-A server is started for each side, with a Llama of random weights and 5,000 items. Clients (threads of this process,
-each with its own connection) send one history after the other; a first request of each is not counted. An answer
-other than 200 is an error, and the benchmark fails.
+For each side, a server is started with a Llama with random weights and 5,000 items. Clients (threads of this process,
+each with its own connection) send one history after the other; the first request of each client is not counted. If a
+response has a status other than 200, the benchmark fails.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from measuring import ROOT, SIZES, arguments, llama, random_catalog, report
 from gflowtrl import Recommender
 
 
-#: Rows of the table: what is said of them, and the server's options.
+#: Maps the rows of the table to the options of the server.
 SIDES = {
     "batched": [],
     "batched, at most 16": ["--max_batch", "16"],
@@ -38,14 +38,14 @@ SIDES = {
 
 @contextlib.contextmanager
 def running(folder: str, threads: int, options: Sequence[str]) -> Iterator[int]:
-    """A server as a process of its own; its port."""
+    """Context manager: start a server in a new process and yield its port."""
     start = [sys.executable, "-m", "gflowtrl", "serve", "--model", folder, "--port", "0"]
     command = [*start, "--threads", str(threads), *options]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         try:
             line = server.stdout.readline()
             if " on http://" not in line:
-                raise RuntimeError("The server did not start; what it said stands above.")
+                raise RuntimeError("The server did not start; its output is above.")
             yield int(line.split("http://")[1].split()[0].rpartition(":")[2])
         finally:
             server.terminate()
@@ -57,14 +57,14 @@ def ask(connection: http.client.HTTPConnection, method: str, path: str, content:
     answer = connection.getresponse()
     text = answer.read()
     if answer.status != 200:
-        raise RuntimeError(f"{path} was answered with {answer.status}: {text.decode()}")
+        raise RuntimeError(f"The response to {path} has status {answer.status}: {text.decode()}")
     return text
 
 
 def client(
     port: int, histories: list[list[int]], start: threading.Barrier, seconds: list[float], errors: list
 ) -> None:
-    """Sends one history after the other; the first one warms up."""
+    """Send one history after the other; the first one is a warm-up."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     for number, history in enumerate(histories):
         if number == 1:
@@ -80,14 +80,14 @@ def client(
 
 
 def batches(port: int) -> tuple[float, float]:
-    """Histories that were decoded so far, and the batches of them."""
+    """Return the number of histories that were decoded so far, and the number of batches."""
     text = ask(http.client.HTTPConnection("127.0.0.1", port, timeout=120), "GET", "/metrics").decode()
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     return tuple(float(values[f"gflowtrl_batch_histories_{name}"]) for name in ("sum", "count"))
 
 
 def load(port: int, clients: int, requests: int, length: int, items: int) -> dict[str, float]:
-    """What the clients saw."""
+    """Send requests from all clients; return their latencies, the throughput and the mean batch size."""
     chance = random.Random(0)
     histories = [
         [[chance.randrange(items) for _ in range(length)] for _ in range(requests + 1)] for _ in range(clients)
@@ -98,7 +98,7 @@ def load(port: int, clients: int, requests: int, length: int, items: int) -> dic
     threads = [threading.Thread(target=client, args=(port, mine, start, seconds, errors)) for mine in histories]
     for thread in threads:
         thread.start()
-    while start.n_waiting < clients:  # until all have warmed up
+    while start.n_waiting < clients:  # until all clients have warmed up
         time.sleep(0.01)
     rows, count = batches(port)
     begin = time.perf_counter()
@@ -108,7 +108,7 @@ def load(port: int, clients: int, requests: int, length: int, items: int) -> dic
     wall = time.perf_counter() - begin
     more_rows, more_count = batches(port)
     if errors:
-        raise RuntimeError(f"{len(errors)} requests failed, the first one so: {errors[0]}")
+        raise RuntimeError(f"{len(errors)} requests failed; the first error is: {errors[0]}")
     quantiles = torch.tensor(seconds).quantile(torch.tensor([0.5, 0.99])).tolist()
     return {
         "errors": len(errors), "requests": len(seconds), "p50": quantiles[0], "p99": quantiles[1],
@@ -118,12 +118,12 @@ def load(port: int, clients: int, requests: int, length: int, items: int) -> dic
 
 def main() -> None:
     parser = arguments(__doc__, rounds=1)
-    parser.add_argument("--clients", type=int, default=50, help="that ask at the same time")
-    parser.add_argument("--requests", type=int, default=20, help="of each client, one history each")
-    parser.add_argument("--history", type=int, default=20, help="items of a history")
-    parser.add_argument("--items", type=int, default=5000, help="of the catalog")
-    parser.add_argument("--size", choices=list(SIZES), default="1.2M", help="of the model")
-    parser.add_argument("--threads", type=int, default=1, help="of torch in the server")
+    parser.add_argument("--clients", type=int, default=50, help="number of concurrent clients")
+    parser.add_argument("--requests", type=int, default=20, help="requests per client, one history each")
+    parser.add_argument("--history", type=int, default=20, help="items per history")
+    parser.add_argument("--items", type=int, default=5000, help="items in the catalog")
+    parser.add_argument("--size", choices=list(SIZES), default="1.2M", help="size of the model")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of the server")
     given = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -137,7 +137,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
     columns = {
         "side": "{side}", "errors": "{errors}", "p50, s": "{p50:.3f}", "p99, s": "{p99:.3f}",
-        "requests/s": "{per_second:.0f}", "histories a batch": "{batch:.1f}",
+        "requests/s": "{per_second:.0f}", "histories per batch": "{batch:.1f}",
     }  # fmt: skip
     report(rows, columns, given, clients=given.clients, threads=given.threads)
 

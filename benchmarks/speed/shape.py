@@ -1,9 +1,10 @@
-"""Does a training step cost what its tokens cost, P + K (L - 1) a prompt?
+"""Is the cost of a training step proportional to its tokens, P + K (L - 1) per prompt?
 
     python benchmarks/speed/shape.py --out benchmarks/results/speed/shape.json
 
-Forward and backward of a scored group over prompt lengths P and trajectories K, on a catalog so wide that hardly any
-two trajectories share a state behind the first token. A line in the number of tokens is fitted to the medians.
+Forward and backward of a scored group for prompt lengths P and numbers of trajectories K, on a catalog so wide that
+hardly any two trajectories share a state after the first token. A line over the number of tokens is fitted to the
+medians.
 """
 
 from __future__ import annotations
@@ -47,15 +48,15 @@ def main() -> None:
     tokens = torch.tensor([float(row["tokens"]) for row in rows])
     seconds = torch.tensor([row["seconds"] for row in rows])
     design = torch.stack([torch.ones_like(tokens), tokens], 1)
-    # Relative errors count, so that the small shapes are not drowned by the large ones.
+    # Relative errors are fitted, so that large shapes do not dominate.
     fit = torch.linalg.lstsq(design / seconds[:, None], torch.ones(len(rows), 1)).solution.squeeze(1)
     for row, expected in zip(rows, (design @ fit).tolist(), strict=True):
         row["seconds_fit"] = expected
         row["to_fit"] = row["seconds"] / expected
-    print(f"Fit: {1e3 * fit[0]:.1f} ms + {1e6 * fit[1]:.2f} us a token.")
+    print(f"Fit: {1e3 * fit[0]:.1f} ms + {1e6 * fit[1]:.2f} us per token.")
     columns = {
-        "P": "{P}", "K": "{K}", "tokens of the step": "{tokens}", "with repeated prompts": "{tokens_repeated}",
-        "s": "{seconds:.4f}", "s of the fit": "{seconds_fit:.4f}", "ratio": "{to_fit:.2f}",
+        "P": "{P}", "K": "{K}", "tokens per step": "{tokens}", "with repeated prompts": "{tokens_repeated}",
+        "s": "{seconds:.4f}", "s, fitted": "{seconds_fit:.4f}", "ratio": "{to_fit:.2f}",
         "peak memory, bytes": "{peak_memory:.2e}",
     }  # fmt: skip
     report(rows, columns, given, prompts=given.prompts, fit={"seconds": float(fit[0]), "per_token": float(fit[1])})

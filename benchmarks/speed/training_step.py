@@ -1,12 +1,12 @@
-"""A training step: GFlowNetTrainer against TRL's GRPOTrainer doing the same, and against an SFT step.
+"""A training step: GFlowNetTrainer against TRL's GRPOTrainer on the same task, and against an SFT step.
 
     python benchmarks/speed/training_step.py --out benchmarks/results/speed/training_step.json
     python benchmarks/speed/training_step.py --data_dir DIR --prompts 64    # on the prompts of the Office recipe
 
-Whole steps as `trainer.train()` makes them: generation, reward, forward, backward, optimizer; fp32, no gradient
-checkpointing, AdamW on all sides. GRPO generates under the catalog's constraint (its `generate` is patched with a
-vectorized logits processor; TRL offers no way), so that both sides draw K items a prompt and learn from them with the
-same reward. The same model is trained by all.
+Measures complete steps of `trainer.train()`: generation, reward, forward, backward, optimizer, in fp32 without
+gradient checkpointing and with AdamW on all sides. GRPO generates with the catalog's constraint (`generate` is patched
+with a vectorized logits processor, because TRL has no option for it), so both sides draw K items per prompt and learn
+from them with the same reward. All sides train the same model.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from gflowtrl import GFlowNetConfig, GFlowNetTrainer, ItemCatalog
 from gflowtrl.data import PromptEncoder
 
 
-STEPS = 4  # of a round, the first of which is left out
+STEPS = 4  # per round; the first one is not counted
 
 
 def reward(completions: list[str], **kwargs: Any) -> list[float]:
-    """Cheap, the same for both libraries, and different between items."""
+    """Return rewards that are cheap, the same for both libraries, and different between items."""
     return [1.0 + zlib.crc32(text.encode()) % 7 for text in completions]
 
 
 class StepClock(TrainerCallback):
-    """Seconds of every step but the first of a training, and the peak memory of that."""
+    """Measures the seconds of every step except the first, and the peak memory of the first."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -62,7 +62,7 @@ class StepClock(TrainerCallback):
 
 
 class Bench:
-    """Trainers of one model on the same prompts."""
+    """Builds the trainers of one model on the same prompts and measures them."""
 
     def __init__(self, model, tokenizer, catalog: ItemCatalog, rows: Dataset, given: argparse.Namespace, scratch: str):
         self.model: PreTrainedModel = model
@@ -142,7 +142,7 @@ class Bench:
         return {"GRPOTrainer": self.grpo, **ours} if with_grpo else ours
 
     def run(self, with_grpo: bool, title: str) -> dict[str, dict[str, float]]:
-        """Rounds of a few steps of each trainer in turn; the medians over all steps."""
+        """Train for a few steps with each trainer in turn, for several rounds; return the medians over all steps."""
         trainers, clocks = {}, {}
         for name, build in self.sides(with_grpo).items():
             trainers[name], clocks[name] = build(), StepClock(self.given.device)
@@ -168,12 +168,12 @@ def random_rows(catalog: ItemCatalog, count: int, items: int) -> Dataset:
 def main() -> None:
     parser = arguments(__doc__, rounds=5)
     parser.add_argument("--sizes", nargs="+", default=["0.2M", "1.2M"], choices=["0.2M", "1.2M", "6.5M"])
-    parser.add_argument("--prompts", type=int, default=8, help="prompts of a step")
-    parser.add_argument("--num_generations", type=int, default=16, help="items a prompt, K")
-    parser.add_argument("--items", type=int, default=26, help="items of a prompt, of three tokens each")
-    parser.add_argument("--data_dir", help="prompts and catalog of the Office recipe instead of random ones")
-    parser.add_argument("--compile", action="store_true", help="our own sides also with torch_compile=True")
-    parser.add_argument("--no_grpo", action="store_true", help="only our own sides")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts per step")
+    parser.add_argument("--num_generations", type=int, default=16, help="K, the items that are drawn per prompt")
+    parser.add_argument("--items", type=int, default=26, help="items of a history, three tokens each")
+    parser.add_argument("--data_dir", help="use prompts and catalog of the Office recipe instead of random ones")
+    parser.add_argument("--compile", action="store_true", help="also run GFlowNetTrainer with torch_compile=True")
+    parser.add_argument("--no_grpo", action="store_true", help="run GFlowNetTrainer only")
     given = parser.parse_args()
     rows = []
     for size in given.sizes:
@@ -198,7 +198,7 @@ def main() -> None:
             for name, entry in measured.items()
         ]  # fmt: skip
     columns = {
-        "parameters": "{size}", "side": "{side}", "ms a step": "{seconds_ms:.1f}", "in SFT steps": "{sft_steps:.2f}",
+        "parameters": "{size}", "side": "{side}", "ms per step": "{seconds_ms:.1f}", "in SFT steps": "{sft_steps:.2f}",
         "in our on-policy steps": "{on_policy_steps:.2f}", "peak memory, MB": "{megabytes:.0f}",
     }  # fmt: skip
     shown = [{**row, "seconds_ms": 1e3 * row["seconds"], "megabytes": row["peak_memory"] / 1e6} for row in rows]

@@ -1,10 +1,10 @@
-"""A language model's large vocabulary: training steps with the logits of the catalog's tokens only, and of all.
+"""Training steps of a model with a large vocabulary: logits of the catalog's tokens only, and of all tokens.
 
     python benchmarks/speed/vocabulary.py --out benchmarks/results/speed/vocabulary.json
 
-A Qwen3 of few layers with 150,000 tokens, of which the catalog uses 768. Steps score K items a prompt off policy
-(forward, backward), once with and once without the optimizer: AdamW has to go over all rows of the embeddings
-whatever the head computes. The gradients of both ways are compared.
+The model is a Qwen3 with few layers and 150,000 tokens, of which the catalog uses 768. Steps score K items per prompt
+off policy (forward, backward), with and without the optimizer: AdamW has to update all rows of the embeddings,
+whatever the head computes. The gradients of both sides are compared.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def sides(model, catalog, prompts, leaves, optimize: bool) -> dict[str, Callable
 
 
 def largest_difference(model, catalog, prompts, leaves) -> float:
-    """Of the gradients of both ways, relative to the largest gradient."""
+    """Return the largest difference between the gradients of both sides, relative to the largest gradient."""
     found = []
     for whole in (False, True):
         policy = CausalTreePolicy(model, catalog)
@@ -98,7 +98,7 @@ def main() -> None:
     columns = {
         "width": "{width}", "with optimizer": "{optimizer}", "the catalog's tokens, s": "{seconds:.3f}",
         "all tokens, s": "{seconds_all:.3f}", "ratio": "{ratio:.1f}", "peak memory, bytes": "{peak_memory:.2e}",
-        "all tokens": "{peak_memory_all:.2e}", "difference of gradients": "{gradient_difference:.0e}",
+        "all tokens": "{peak_memory_all:.2e}", "gradient difference": "{gradient_difference:.0e}",
     }  # fmt: skip
     report(rows, columns, given, vocab_size=given.vocab_size, layers=given.layers)
 

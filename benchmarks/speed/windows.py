@@ -1,10 +1,10 @@
-"""An epoch of training by whole rows (windows) and by separate rows: processor seconds, tokens and memory.
+"""An epoch of training with whole rows (windows) and with separate rows: CPU seconds, tokens and memory.
 
     OMP_NUM_THREADS=1 python benchmarks/speed/windows.py --data_dir DIR --out FILE.json
 
-The recipe's Llama and an untrained SASRec as its teacher; whole steps of the trainer (forward, backward, optimizer) on
-the rows of every n-th user, and an epoch is n times that. Both ways compute the same prompts, one after the other,
-each in a process of its own, some times over. The time is that of the processor, so that other programs count little.
+Uses the recipe's Llama, and an untrained SASRec as teacher. Complete steps of the trainer (forward, backward,
+optimizer) run on the rows of every n-th user and are scaled to an epoch. Both sides compute the same prompts,
+alternately for several rounds, each in its own process. CPU time is measured, so other programs have little effect.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from gflowtrl.teachers import SASRec
 
 
 BATCH = 64
-#: Loss, trajectories a prompt, and where they come from.
+#: Maps a loss to the number of trajectories per prompt and the sampler.
 CASES = {
     "sft": (1, "ground_truth"),
     "exact_flow": (4, {"ground_truth": 1, "reward": 3}),
@@ -41,7 +41,7 @@ WAYS = ("separate", "windows")
 
 
 class StepClock(TrainerCallback):
-    """Processor seconds and tokens of every step."""
+    """Measures CPU seconds and tokens of every step."""
 
     def __init__(self, model: torch.nn.Module):
         self.seconds: list[float] = []
@@ -60,7 +60,7 @@ class StepClock(TrainerCallback):
 
 
 def measure(given: argparse.Namespace) -> dict[str, float]:
-    """One epoch of one loss, one way: of a step the mean seconds and tokens, the first ones left out; peak memory."""
+    """Return CPU seconds and tokens of an epoch, from the mean step without the first ones, and the peak memory."""
     run_data = office(given.data_dir)
     teacher = SASRec(run_data.interactions.items, given.history).eval()
     users = set(run_data.interactions.users[:: given.every])
@@ -92,7 +92,7 @@ def measure(given: argparse.Namespace) -> dict[str, float]:
 
 
 def in_a_process(loss: str, way: str) -> dict[str, float]:
-    """`measure` in a process of its own."""
+    """Run `measure` in a new process."""
     command = [sys.executable, *sys.argv, "--loss", loss, "--way", way]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ, text=True).stdout
     return json.loads(output.splitlines()[-1])
@@ -101,8 +101,8 @@ def in_a_process(loss: str, way: str) -> dict[str, float]:
 def main() -> None:
     parser = arguments(__doc__, rounds=3)
     parser.add_argument("--data_dir", required=True, help="the folder of the data")
-    parser.add_argument("--every", type=int, default=12, help="take every n-th user")
-    parser.add_argument("--history", type=int, default=20, help="items that a prompt holds at most")
+    parser.add_argument("--every", type=int, default=12, help="use every n-th user")
+    parser.add_argument("--history", type=int, default=20, help="maximum number of items in a prompt")
     parser.add_argument("--losses", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--loss", choices=list(CASES), help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)

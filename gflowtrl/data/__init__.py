@@ -1,4 +1,4 @@
-"""Interactions in, training examples out: readers, splits, tokenizers, prompts, and a synthetic shop."""
+"""From interactions to training examples: readers, splits, tokenizers, prompts, and a synthetic shop."""
 
 from .formats import (
     PUBLIC_DATA,
@@ -15,12 +15,12 @@ from .interactions import CLICKED, PURCHASED, SHOWN, Event, InteractionData, k_c
 from .order import GroupedEpochSampler, LengthGroupedEpochSampler
 from .prompts import BatchRows, GroupCollator, PromptEncoder, PromptFormat, TargetCollator, sft_dataset
 from .readers import read_folder, read_interactions, read_letter, write_folder
-from .splits import Splits, Window, leave_one_out, user_windows
+from .splits import Splits, leave_one_out
 from .step import Step, check_column_names
 from .synthetic_shop import ShopTruth, SyntheticShop
 from .text_prompts import TextPromptEncoder, text_sft_dataset
 from .tokenization import add_item_tokens, build_tokenizer, check_round_trip
-from .windows import RowWindows, Windows, history_lengths, window_starts
+from .windows import RowWindows, Window, Windows, history_lengths, user_windows, window_starts
 
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What a reader returns: who took what, in which order, and what is known about the items."""
+"""Interaction data: the item sequences of users, the catalog, item features, and k-core filtering."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -9,15 +9,15 @@ import numpy as np
 
 from gflowtrl.catalog import Item
 from gflowtrl.catalog.items import ItemIndex
-from gflowtrl.checks import check_text
+from gflowtrl.checks import COUNT, check_number, check_text
 
 
-#: Levels of an `Event`, ordered by how much they say about a user's taste.
+#: Levels of an `Event`, from the weakest to the strongest sign of preference.
 SHOWN, CLICKED, PURCHASED = 0, 1, 2
 
 
 class Event(NamedTuple):
-    """One item shown to one user: the session's number, the item, and `SHOWN`, `CLICKED` or `PURCHASED`."""
+    """One item shown to one user: session number, item, and level (`SHOWN`, `CLICKED` or `PURCHASED`)."""
 
     session: int
     item: Item
@@ -29,21 +29,21 @@ class InteractionData:
     """Interactions of users with the items of one catalog.
 
     Args:
-        name: what tables and reports call it.
-        users: user ids, each once, all `int` or all `str`.
-        sequences: for each user the items taken, oldest first.
-        items: the whole catalog, sorted; items that nobody took included.
-        item_features: item -> what is known about it (`{"title": ...}`); may be empty.
-        semantic_ids: item -> tokens, or `None` where ids are still to be made. Kept in the order of `items`, so that a
-            catalog made of it has its item axis in that order.
-        synthetic: whether the interactions were made by a program.
-        events: for each user the log with impressions, oldest first, or `None`. The events of level `CLICKED` and
+        name: name of the data in tables and reports.
+        users: unique user ids, all `int` or all `str`.
+        sequences: item sequence of each user, oldest first.
+        items: the whole catalog, sorted, including items without interactions.
+        item_features: item -> features (`{"title": ...}`); may be empty.
+        semantic_ids: item -> tokens, or `None` if the items have no semantic ids yet. Reordered like `items`, so that
+            an `ItemCatalog` built from it has its item axis in that order.
+        synthetic: whether the interactions are simulated.
+        events: event log of each user with impressions, oldest first, or `None`. The events of level `CLICKED` and
             above are the user's sequence, in the same order.
-        license: under which terms the data may be used, in words of your own, or `None` where nobody said.
-        source: where the data come from, in words of your own, or `None`.
+        license: terms of use as free text, or `None` if unknown.
+        source: origin of the data as free text, or `None` if unknown.
 
     Raises:
-        ValueError: where these parts contradict each other; the message names the first user or item concerned.
+        ValueError: if these parts contradict each other; the message names the first user or item concerned.
     """
 
     name: str
@@ -70,12 +70,11 @@ class InteractionData:
         if self.semantic_ids is not None:
             self.semantic_ids = _in_item_order(self.semantic_ids, self.items, self.name)
         if self.events is not None:
-            self._check_events()
+            self._check_events(known)
 
-    def _check_events(self) -> None:
+    def _check_events(self, known: set[Item]) -> None:
         if len(self.events) != len(self.users):
             raise ValueError(f"{self.name}: {len(self.users)} users but {len(self.events)} event lists were given.")
-        known = set(self.items)
         for user, sequence, events in zip(self.users, self.sequences, self.events, strict=True):
             self._check_known(user, "was shown", [event.item for event in events], known)
             if [event.item for event in events if event.level >= CLICKED] != list(sequence):
@@ -94,25 +93,24 @@ class InteractionData:
         return sum(map(len, self.sequences))
 
     def summary(self) -> str:
-        """One line for a log: sizes, the usual length of a sequence, and whether the data is synthetic."""
+        """Return one line for a log: sizes, sequence lengths, and whether the data is synthetic."""
         lengths = [len(sequence) for sequence in self.sequences] or [0]
         kind = " (SYNTHETIC)" if self.synthetic else ""
         return (
             f"{self.name}{kind}: {len(self.users):,} users, {len(self.items):,} items, {self.num_interactions:,} "
-            f"interactions; {min(lengths)} to {max(lengths)} a user, median {np.median(lengths):.0f}"
+            f"interactions; {min(lengths)} to {max(lengths)} per user, median {np.median(lengths):.0f}"
         )
 
 
 def k_core(data: InteractionData, k: int = 5) -> InteractionData:
-    """The largest part of `data` in which every user has at least `k` interactions and every item too.
+    """Return the largest part of `data` in which every user and every item has at least `k` interactions.
 
-    Users and items are dropped in turn until nothing changes. Items that nobody took are dropped as well.
+    Users and items are dropped in turn until nothing changes. Items without interactions are dropped as well.
 
     Raises:
         ValueError: if nothing is left, or `k` is below 1.
     """
-    if k < 1:
-        raise ValueError(f"k_core needs k >= 1, but k={k} was given.")
+    check_number("k", k, COUNT)
     flat, offsets = flatten(data.sequences, data.items)
     user_of = np.repeat(np.arange(len(data.users)), np.diff(offsets))
     keep = core_members(user_of, flat, k)
@@ -134,7 +132,7 @@ def k_core(data: InteractionData, k: int = 5) -> InteractionData:
 
 
 def core_members(user_of: np.ndarray, item_of: np.ndarray, k: int) -> np.ndarray:
-    """Which interactions are in the k-core, bool (T,), for the numbers of their users and items, both (T,)."""
+    """Return which interactions are in the k-core, bool (T,), given their user and item indices, both (T,)."""
     keep = np.ones(len(user_of), dtype=bool)
     while True:
         users, items = user_of[keep], item_of[keep]
@@ -145,7 +143,7 @@ def core_members(user_of: np.ndarray, item_of: np.ndarray, k: int) -> np.ndarray
 
 
 def flatten(sequences: Sequence[Sequence[Item]], items: Sequence[Item]) -> tuple[np.ndarray, np.ndarray]:
-    """All sequences end to end as item indices, int64 (T,), and where each begins and ends, int64 (len + 1,)."""
+    """Concatenate sequences into item indices, int64 (T,), with the offset of each, int64 (len(sequences) + 1,)."""
     offsets = np.cumsum([0, *map(len, sequences)], dtype=np.int64)
     index = ItemIndex(items)
     flat = np.fromiter((index[item] for item in chain.from_iterable(sequences)), np.int64, count=offsets[-1])
@@ -153,17 +151,17 @@ def flatten(sequences: Sequence[Sequence[Item]], items: Sequence[Item]) -> tuple
 
 
 def ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """`arange(start, stop)` for every pair, end to end, without a loop."""
+    """Concatenate `arange(start, stop)` over all pairs, without a loop."""
     lengths = stops - starts
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
 
 
 def _check_unique(values: Sequence[Item], what: str) -> None:
-    kinds = {type(value) for value in values}
-    if not (kinds <= {int} or kinds <= {str}):
-        names = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise ValueError(f"{what} ids must be all whole numbers or all strings, but these kinds were found: {names}.")
+    types = {type(value) for value in values}
+    if not (types <= {int} or types <= {str}):
+        names = ", ".join(sorted(kind.__name__ for kind in types))
+        raise ValueError(f"{what} ids must be all whole numbers or all strings, but their types are {names}.")
     ItemIndex(values, what)
 
 

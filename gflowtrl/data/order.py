@@ -1,4 +1,4 @@
-"""The order of training rows in an epoch: a function of (seed, epoch), so that a resumed run repeats it."""
+"""Samplers that order training rows as a function of (seed, epoch), so that a resumed run repeats the order."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from torch.utils.data import Sampler
 
 
 class GroupedEpochSampler(Sampler[int]):
-    """Rows in random order, the rows of a group together.
+    """Yield rows in random order, keeping the rows of a group together.
 
-    Groups whose prompts and numbers of rows are alike come together, because a batch is padded to the largest of each;
-    batches come in random order. A group may be cut by the end of a batch: it then is computed in two parts.
+    Groups with similar prompt lengths and similar numbers of rows are batched together, because a batch is padded to
+    the largest of each. Batches come in random order. A group may be cut by the end of a batch; it is then computed
+    in two parts.
 
     Args:
-        groups: rows, each in one group (`RowWindows.groups`).
-        lengths: of each group's longest prompt, in any unit.
-        batch_size: rows of one step over all processes.
+        groups: row indices, each in exactly one group (`RowWindows.groups`).
+        lengths: length of each group's longest prompt, in any unit.
+        batch_size: rows per step over all processes.
         seed: any integer.
-        spread: batches among which groups are sorted; more means less padding and less randomness.
+        spread: number of batches among which groups are sorted; more means less padding and less randomness.
     """
 
     def __init__(
@@ -40,31 +41,31 @@ class GroupedEpochSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.groups), generator=generator).tolist()
         rows: list[int] = []
-        pool: list[int] = []
-        waiting = 0
+        pool: list[int] = []  # groups that are sorted together
+        pooled_rows = 0
         for number in order:
             pool.append(number)
-            waiting += len(self.groups[number])
-            if waiting >= self.spread * self.batch_size or number == order[-1]:
+            pooled_rows += len(self.groups[number])
+            if pooled_rows >= self.spread * self.batch_size or number == order[-1]:
                 pool.sort(key=self.sizes.__getitem__, reverse=True)
                 rows += [row for n in pool for row in self.groups[n]]
-                pool, waiting = [], 0
+                pool, pooled_rows = [], 0
         batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
-        short = batches.pop() if len(batches[-1]) < self.batch_size else []
+        remainder = batches.pop() if len(batches[-1]) < self.batch_size else []
         for number in torch.randperm(len(batches), generator=generator).tolist():
             yield from batches[number]
-        yield from short
+        yield from remainder
 
 
 class LengthGroupedEpochSampler(GroupedEpochSampler):
-    """Rows in random order, rows of like length together: every row its own group.
+    """Yield rows in random order, batching rows of similar length: every row is its own group.
 
-    transformers' own length grouping draws from the global generator, whose state at the beginning of an epoch is lost
-    when a run is interrupted; this one repeats the epoch's order.
+    The length grouping of transformers draws from the global generator, whose state at the start of an epoch is lost
+    when a run is interrupted. This sampler repeats the order of the epoch.
 
     Args:
-        lengths: `(rows,)`.
-        batch_size, seed, spread: as for `GroupedEpochSampler`.
+        lengths: `(rows,)` length of each row.
+        batch_size, seed, spread: as in `GroupedEpochSampler`.
     """
 
     def __init__(self, lengths: Tensor, batch_size: int, seed: int, spread: int = 50):

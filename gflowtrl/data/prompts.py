@@ -1,7 +1,7 @@
-"""Histories to prompts: the one place where the plain prompt format is defined.
+"""Prompt encoding, collators and SFT rows. This module alone defines the plain prompt format.
 
-It is `[bos]` and the tokens of the last `max_history_items` items. Supervised training, fine-tuning, decoding and
-evaluation all come through `item_tokens` and so cannot differ.
+A plain prompt is `[bos]` and the tokens of the last `max_history_items` items. Supervised training, fine-tuning,
+decoding and evaluation all use `item_tokens`, so their prompts cannot differ.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.checks import COUNT, check_number
 
-from .splits import ragged, user_windows
-from .windows import RowWindows, Windows
+from .splits import ragged
+from .windows import RowWindows, Windows, user_windows
 
 
 IGNORED_LABEL = -100
@@ -29,17 +29,18 @@ IGNORED_LABEL = -100
 def item_tokens(
     catalog: ItemCatalog, histories: Sequence[Sequence[Item]], table: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens of all items of all histories, end to end; one gather, no walk over tokens.
+    """Concatenate the tokens of all items of all histories, with one gather and no loop over tokens.
 
     Args:
-        catalog, histories: the items, and lists of them.
-        table: `(items, W)` tokens of each item, padded with -1 at the right; by default the semantic ids.
+        catalog: the catalog of the items.
+        histories: lists of items.
+        table: `(items, W)` tokens of each item, right-padded with -1; by default the semantic ids.
 
     Returns:
-        tokens (T,), the row that each belongs to (T,), and its item's place in that row (T,); all long, on the CPU.
+        tokens (T,), the row of each token (T,), and the position of its item in that row (T,); all long, on the CPU.
 
     Raises:
-        ValueError: for an item that is not in the catalog, with the row it is in.
+        ValueError: for an item that is not in the catalog; the message names its row.
     """
     try:
         items = catalog.index_of(list(chain.from_iterable(histories)))
@@ -50,26 +51,27 @@ def item_tokens(
     present = tokens >= 0
     lengths = torch.tensor([len(history) for history in histories], dtype=torch.long)
     row = torch.repeat_interleave(lengths)
-    place = torch.arange(len(row)) - (lengths.cumsum(0) - lengths)[row]
+    position = torch.arange(len(row)) - (lengths.cumsum(0) - lengths)[row]
     per_item = present.sum(1)
-    return tokens[present], row.repeat_interleave(per_item), place.repeat_interleave(per_item)
+    return tokens[present], row.repeat_interleave(per_item), position.repeat_interleave(per_item)
 
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How a history becomes text.
+    """Format of text prompts.
 
     Attributes:
-        template: the prompt, with `{history}` where the items stand.
-        item: one item, with `{title}`, `{semantic_id}` or both; items follow each other as they are, so it ends with
-            what shall separate them. The semantic id is its tokens, joined by spaces.
-        chat: hand the template to the tokenizer's chat template as the user's message; the id is the answer.
-        system: the system message of a chat.
-        max_title_words: titles are cut to so many words.
-        untitled: what stands for a title that is missing; None: that is an error.
+        template: the prompt, with `{history}` as the placeholder for the items.
+        item: one item, with `{title}`, `{semantic_id}` or both. Items are concatenated without a separator, so include
+            one at the end. The semantic id is its tokens, joined by spaces.
+        chat: whether to pass the template through the tokenizer's chat template as the user message; the semantic id
+            is the assistant's answer.
+        system: system message of a chat.
+        max_title_words: maximum words per title; longer titles are cut.
+        untitled: replacement for a missing title; None: a missing title is an error.
 
     Raises:
-        ValueError: a template or item without its place, or a system message without a chat.
+        ValueError: if a placeholder is missing, or a system message is given without a chat.
     """
 
     template: str = "Bought, oldest first:\n{history}Next:"
@@ -81,29 +83,29 @@ class PromptFormat:
 
     def __post_init__(self) -> None:
         if self.template.count("{history}") != 1:
-            raise ValueError(f"The template must hold {{history}} once, but it is {self.template!r}.")
+            raise ValueError(f"template is {self.template!r}; it must contain {{history}} exactly once.")
         if "{title}" not in self.item and "{semantic_id}" not in self.item:
-            raise ValueError(f"item must hold {{title}} or {{semantic_id}}, but it is {self.item!r}.")
+            raise ValueError(f"item is {self.item!r}; it must contain {{title}} or {{semantic_id}}.")
         if self.system is not None and not self.chat:
-            raise ValueError("system was given, but only a chat has a system message; set chat=True.")
+            raise ValueError("system was given, but only a chat has a system message. Set chat=True.")
         check_number("max_title_words", self.max_title_words, COUNT)
 
 
 class PromptEncoder:
-    """Turns histories into a left-padded batch of prompts.
+    """Encode histories as a left-padded batch of prompts.
 
-    Where the tokenizer has no `bos` token the prompt is the history's tokens alone. Where it has no padding token,
-    `eos` or 0 fills the masked places.
+    If the tokenizer has no `bos` token, a prompt is the tokens of its items alone. If it has no padding token, `eos`
+    or 0 fills the masked positions.
 
     Args:
-        catalog: gives the token ids. Prompts are made on the CPU wherever the catalog's tree is.
-        tokenizer: gives `bos` and padding.
-        max_history_items: how many items of a history, the last ones, are used.
+        catalog: source of the token ids. Prompts are created on the CPU, whatever the device of the catalog's tree.
+        tokenizer: source of the `bos` and padding tokens.
+        max_history_items: number of most recent items of a history that a prompt contains.
 
     Attributes:
-        format: of prompts in words; None for the plain ones.
-        head, tail: the tokens before and after those of the items.
-        table: `(items, W)` tokens of each item, padded with -1 at the right.
+        format: format of text prompts; None for plain prompts.
+        head, tail: tokens before and after those of the items.
+        table: `(items, W)` tokens of each item, right-padded with -1.
     """
 
     def __init__(self, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase, max_history_items: int = 20):
@@ -118,41 +120,41 @@ class PromptEncoder:
 
     @property
     def largest_token(self) -> int:
-        """The largest number of a token that a prompt can hold; the model must embed it."""
+        """Largest token id that a prompt can contain; the model must have an embedding for it."""
         return max([*self.head, *self.tail, self.padding, int(self.table.max())])
 
     def __call__(self, histories: Sequence[Sequence[Item]]) -> dict[str, Tensor]:
         """Encode B histories.
 
         Returns:
-            `input_ids` and `attention_mask`, long (B, P), padded at the left to the longest prompt.
+            `input_ids` and `attention_mask`, long (B, P), left-padded to the longest prompt.
 
         Raises:
-            ValueError: for no history at all, an empty one or an unknown item; the message names the row.
+            ValueError: for an empty batch, an empty history or an unknown item; the message names the row.
         """
-        _check_filled(histories)
+        _check_not_empty(histories)
         prompts, _ = self._encode([history[-self.max_history_items :] for history in histories], self.tail)
         return prompts
 
     def encode_windows(self, windows: Windows) -> dict[str, Tensor]:
-        """Encode B prompts as beginnings of U trunks.
+        """Encode B prompts as prefixes of U trunks.
 
         Args:
-            windows: of `Windows.pack`: prompts and their targets.
+            windows: prompts and their targets, as `Windows.pack` returns them.
 
         Returns:
-            `input_ids` and `attention_mask`, long (U, T), the trunks, padded at the left; `trunk` and `cut`, long
-            (B,), the trunk of each prompt and how many of its tokens it sees (`gflowtrl.policy.Prompts`).
+            `input_ids` and `attention_mask`, long (U, T), the left-padded trunks; `trunk` and `cut`, long (B,), the
+            trunk of each prompt and how many of its tokens the prompt sees (`gflowtrl.policy.Prompts`).
 
         Raises:
-            ValueError: prompts end with text behind the history, so that none is the beginning of another; or an
+            ValueError: if the format has text after the history, so that no prompt is a prefix of another, or for an
                 unknown item.
         """
-        _check_filled(windows.histories)
+        _check_not_empty(windows.histories)
         if self.tail:
-            raise ValueError("Prompts end with text behind the history, so that none is the beginning of another.")
-        # A prompt's target is read off the tokens behind it, for which the last one of all is not needed. Where items
-        # are more than their ids, nothing can be read off.
+            raise ValueError("Text follows the history, so no prompt is a prefix of another. Encode them separately.")
+        # The target of a prompt is scored on the trunk tokens after it, so the last token of a trunk is not needed.
+        # Text prompts contain more than semantic ids, so their targets cannot be scored on the trunk.
         items = windows.items if self.format is None else windows.prompts
         prompts, ends = self._encode(items, [])
         if self.format is None:
@@ -160,55 +162,61 @@ class PromptEncoder:
         return prompts | {"trunk": windows.trunk, "cut": ends[windows.trunk, windows.seen - 1]}
 
     def _encode(self, histories: Sequence[Sequence[Item]], tail: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
-        """Whole sequences of items between head and tail; and where each item ends, counted from a row's first token,
-        `(B, items)`, padded with 0."""
-        tokens, row, place = item_tokens(self.catalog, histories, self.table)
+        """Encode all items between head and tail.
+
+        Returns:
+            The left-padded prompts, and the end of each item, `(B, items)`, counted from the row's first token.
+        """
+        tokens, row, position = item_tokens(self.catalog, histories, self.table)
         head, tail_size = len(self.head), len(tail)
         lengths = head + torch.bincount(row, minlength=len(histories)) + tail_size
         columns = torch.arange(int(lengths.max()))
-        at = columns - (len(columns) - lengths)[:, None]  # in the prompt; negative in the padding
-        input_ids = torch.full(at.shape, self.padding)
-        input_ids[(at >= 0) & (at < head)] = torch.tensor(self.head * len(histories), dtype=torch.long)
-        input_ids[(at >= head) & (columns < len(columns) - tail_size)] = tokens
+        offset = columns - (len(columns) - lengths)[:, None]  # from the start of the prompt; negative in the padding
+        input_ids = torch.full(offset.shape, self.padding)
+        input_ids[(offset >= 0) & (offset < head)] = torch.tensor(self.head * len(histories), dtype=torch.long)
+        input_ids[(offset >= head) & (columns < len(columns) - tail_size)] = tokens
         input_ids[:, len(columns) - tail_size :] = torch.tensor(tail, dtype=torch.long)
         sizes = torch.zeros(len(histories), max(map(len, histories)), dtype=torch.long)
-        sizes.index_put_((row, place), torch.ones_like(row), accumulate=True)
-        return {"input_ids": input_ids, "attention_mask": (at >= 0).long()}, head + sizes.cumsum(1)
+        sizes.index_put_((row, position), torch.ones_like(row), accumulate=True)
+        return {"input_ids": input_ids, "attention_mask": (offset >= 0).long()}, head + sizes.cumsum(1)
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest prompt of different items (as far as there are as many as a history may hold)."""
+        """Tokens in the longest prompt of distinct items; items repeat only if the catalog is too small."""
         lengths = (self.table >= 0).sum(1).sort(descending=True).values
         items = lengths[torch.arange(self.max_history_items) % len(lengths)]
         return len(self.head) + int(items.sum()) + len(self.tail)
 
     def longest_histories(self) -> list[list[Item]]:
-        """Two histories to try a model with: `max_history_items` of the longest items, from all over the catalog and
-        different ones as far as there are as many, and a single item."""
+        """Return two histories for trying out a model: `max_history_items` long items, and a single item.
+
+        The long items have the most tokens, are spread evenly over the catalog, and repeat only if there are too few.
+        """
         lengths, count = (self.table >= 0).sum(1), self.max_history_items
-        least = lengths.topk(min(count, len(lengths))).values[-1]
-        long = (lengths >= least).nonzero().flatten()
-        places = torch.linspace(0, len(long) - 1, count).long()
-        chosen = [self.catalog.items[place] for place in long[places].tolist()]
-        return [chosen, chosen[:1]]
+        shortest = lengths.topk(min(count, len(lengths))).values[-1]
+        candidates = (lengths >= shortest).nonzero().flatten()
+        chosen = candidates[torch.linspace(0, len(candidates) - 1, count).long()]
+        history = [self.catalog.items[index] for index in chosen.tolist()]
+        return [history, history[:1]]
 
 
-def _check_filled(histories: Sequence[Sequence[Item]]) -> None:
+def _check_not_empty(histories: Sequence[Sequence[Item]]) -> None:
     if not len(histories):
         raise ValueError("There is no history to encode: the batch is empty.")
     for row, history in enumerate(histories):
         if not len(history):
-            raise ValueError(f"The history in row {row} is empty. A prompt needs at least one item: drop it.")
+            raise ValueError(f"The history in row {row} is empty. A prompt needs at least one item; drop the row.")
 
 
 @dataclass(frozen=True, eq=False)
 class BatchRows:
-    """What is known about the rows of a batch. No mapping, so that nobody looks through all histories for tensors to
-    move to a device.
+    """Columns and windows of the rows of a batch.
+
+    It is not a mapping, so that moving a batch to a device does not search all histories for tensors.
 
     Attributes:
-        columns: every column as a list of length B, under its own name.
-        windows: the items that the prompts hold.
+        columns: dataset columns by name, as lists of length B.
+        windows: the items that the prompts contain.
     """
 
     columns: dict[str, list[Any]]
@@ -216,17 +224,18 @@ class BatchRows:
 
 
 class GroupCollator:
-    """Collates dataset rows into what becomes a `Step`; a row is one prompt, with its group of trajectories to come.
+    """Collate dataset rows, one prompt each, into a batch for `Step.from_batch`.
 
-    The batch has `prompts` (separate ones or windows, `gflowtrl.policy.Prompts`), `row_ids` as long (B,), and `rows`,
-    the `BatchRows`.
+    The batch has `prompts` (separate or windows, see `gflowtrl.policy.Prompts`), `row_ids`, long (B,), and `rows`, a
+    `BatchRows`.
 
     Args:
-        encoder: a `PromptEncoder`, or anything else that turns histories into `input_ids` and `attention_mask`.
-        seen: what the prompts of the rows hold; None: the last items of their histories, as many as `encoder` takes.
-        shared: compute prompts that begin one window together; the encoder needs a method `encode_windows`.
-        max_rows: how many rows begin one trunk at most; attention over a trunk and all that hangs on it grows with its
-            square.
+        encoder: a `PromptEncoder`, or any callable from histories to `input_ids` and `attention_mask`.
+        seen: how many items the prompt of each row contains; None: the most recent items of its history, as many as
+            `encoder` uses.
+        shared: whether prompts of one window share a trunk; the encoder needs a method `encode_windows`.
+        max_rows: maximum rows per trunk, because the cost of attention over a trunk and its branches grows
+            quadratically.
     """
 
     def __init__(
@@ -242,7 +251,7 @@ class GroupCollator:
         for column in ("row_id", "history", "target"):
             if column not in rows[0]:
                 raise ValueError(
-                    f"A row has no column {column!r} (it has {', '.join(sorted(rows[0]))}). Make rows with "
+                    f"The rows have no column {column!r}, only {', '.join(sorted(rows[0]))}. Create rows with "
                     "leave_one_out, and set remove_unused_columns=False in the training arguments."
                 )
         columns = {column: [row[column] for row in rows] for column in rows[0]}
@@ -254,16 +263,16 @@ class GroupCollator:
             windows = Windows.pack(histories, columns["target"], self.max_rows)
             prompts = self.encoder.encode_windows(windows)
         else:
-            longest = getattr(self.encoder, "max_history_items", 0)  # 0: all
-            windows, prompts = Windows.separate([h[-longest:] for h in histories]), self.encoder(histories)
+            limit = getattr(self.encoder, "max_history_items", 0)  # 0: no limit
+            windows, prompts = Windows.separate([h[-limit:] for h in histories]), self.encoder(histories)
         return {"prompts": prompts, "row_ids": torch.tensor(row_ids), "rows": BatchRows(columns, windows)}
 
 
 class TargetCollator:
-    """Collates rows `{"history", "target", ...}` for the SFT of encoder-decoders: history in, the target's id out.
+    """Collate rows `{"history", "target", ...}` for the SFT of encoder-decoders, from history to semantic id.
 
-    The batch has `input_ids` and `attention_mask` `(B, P)` as `encoder` makes them, and `labels` `(B, L)`, the tokens
-    of the target padded with -100 at the right. As ids are read on the tree of items, no end token is needed.
+    The batch has `input_ids` and `attention_mask` `(B, P)` as returned by `encoder`, and `labels` `(B, L)`, the tokens
+    of the target right-padded with -100. Decoding follows the prefix tree, so no end token is needed.
     """
 
     def __init__(self, encoder: PromptEncoder):
@@ -282,11 +291,11 @@ def sft_dataset(
     tokenizer: PreTrainedTokenizerBase,
     max_history_items: int = 20,
 ) -> Dataset:
-    """Rows for TRL's `SFTTrainer`, already tokenized: one a user, more for a long sequence (see `user_windows`).
+    """Create tokenized rows for TRL's `SFTTrainer`: one row per window of each user's sequence (see `user_windows`).
 
     A row is the prompt of its items. The labels are the tokens of the items that are targets in this window, and -100
-    at `bos`, a user's first item and what an earlier window has covered: each target of each sequence is learned once.
-    As ids are read on the tree of items, no end token is needed.
+    at `bos`, at a user's first item and at targets of an earlier window, so each target is learned exactly once.
+    Decoding follows the prefix tree, so no end token is needed.
 
     Returns:
         A dataset with the columns `input_ids` and `labels`.
@@ -294,9 +303,9 @@ def sft_dataset(
     windows = user_windows(sequences, max_history_items)
     if not windows:
         raise ValueError("No sequence has two items or more, so there is nothing to predict from a history.")
-    tokens, row, place = item_tokens(catalog, [window.items for window in windows])
+    tokens, row, position = item_tokens(catalog, [window.items for window in windows])
     first_target = torch.tensor([window.first_target for window in windows])
-    labels = torch.where(place >= first_target[row], tokens, IGNORED_LABEL).numpy()
+    labels = torch.where(position >= first_target[row], tokens, IGNORED_LABEL).numpy()
     inputs, lengths = tokens.numpy(), torch.bincount(row, minlength=len(windows)).numpy()
     if tokenizer.bos_token_id is not None:
         starts = lengths.cumsum() - lengths

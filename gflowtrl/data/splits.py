@@ -1,11 +1,9 @@
-"""Leave-one-out splits, and the windows of one-row-per-user supervised fine-tuning."""
+"""Leave-one-out splits of interaction data."""
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,13 +25,13 @@ class Splits:
     """Leave-one-out splits of an `InteractionData`.
 
     Attributes:
-        train, validation, test: rows of `row_id`, `user`, `history`, `target`, and where there are events also
+        train, validation, test: rows of `row_id`, `user`, `history`, `target` and, if the data has events,
             `session_items` and `session_levels` (see `leave_one_out`).
-        items: the whole catalog, the order of the counts.
-        train_sequences: for each user all items but the last two: what teachers and supervised models are fitted on.
+        items: the whole catalog, in the order of the counts.
+        train_sequences: all items but the last two of each user; the training data of teachers and supervised models.
         item_counts: long (items,), occurrences in `train_sequences`.
         impression_counts: long (items,), number of users who were shown the item up to and including the session of
-            their last training item, held-out items not counted; `None` without events. The propensity of the log.
+            their last training item, without their held-out items; `None` without events. The propensity of the log.
     """
 
     train: Dataset
@@ -46,25 +44,26 @@ class Splits:
 
 
 def leave_one_out(data: InteractionData, max_history_items: int | None = None) -> Splits:
-    """The last item of each user is the test target, the one before it validation, each other but the first training.
+    """Split the targets of each user: the last item is for test, the one before for validation, others for training.
 
-    The history of a row is everything before its target; prompts hold its last items (`PromptEncoder`), in training
-    those of its window (`user_windows`). Its `row_id` is the number of the target interaction in the whole data, so it
-    is unique over all three splits and does not depend on the cut.
+    A user's first item is never a target. The history of a row is all items before its target; prompts contain its
+    most recent items (`PromptEncoder`), in training those of its window (`user_windows`). The `row_id` is the index of
+    the target interaction in the whole data, so it is unique over all three splits and independent of
+    `max_history_items`.
 
-    Where `data` has events, `session_items` are the items of the session in which the target was taken, target
-    included, and `session_levels` their levels (0 shown, 1 clicked, 2 purchased). A training row never shows the
-    user's two held-out items there, a validation row never the test item.
+    If `data` has events, `session_items` are the items of the target's session, including the target, and
+    `session_levels` are their levels (0 shown, 1 clicked, 2 purchased). They never contain the user's two held-out
+    items in a training row, nor the test item in a validation row.
 
     Args:
         data: the interactions.
-        max_history_items: cut histories to their last so many items. Memory grows with the square of what a user has
-            done, so logs of thousands of items per user need it; but rows of a user whose histories were cut share
-            nothing in training.
+        max_history_items: maximum items per history; None: no limit. Memory grows with the square of a user's number
+            of items, so logs of thousands of items per user need a limit, but then the rows of a user whose histories
+            were cut share no computation in training.
 
     Raises:
-        ValueError: a user has fewer than 3 items, `max_history_items` is below 1, or the histories hold more items
-            than a table takes.
+        ValueError: if a user has fewer than 3 items, `max_history_items` is below 1, or the histories of a split have
+            2^31 items or more in total.
     """
     check_number("max_history_items", max_history_items, COUNT, optional=True)
     flat, offsets = flatten(data.sequences, data.items)
@@ -80,21 +79,13 @@ def leave_one_out(data: InteractionData, max_history_items: int | None = None) -
     items_after = lengths[user_of] - 1 - position
     members = {TRAIN: (items_after >= 2) & (position >= 1), VALIDATION: items_after == 1, TEST: items_after == 0}
 
-    item_ids, user_ids = pa.array(data.items), pa.array(data.users)
     splits = {}
     for name, member in members.items():
         targets = np.flatnonzero(member)
         starts = offsets[user_of[targets]]
         if max_history_items is not None:
             starts = np.maximum(starts, targets - max_history_items)
-        if (total := int((targets - starts).sum())) >= 2**31:
-            raise ValueError(f"{data.name}: the histories of all rows hold {total} items; set max_history_items.")
-        columns = {
-            "row_id": pa.array(targets),
-            "user": user_ids.take(pa.array(user_of[targets])),
-            "history": ragged(item_ids.take(pa.array(flat[ranges(starts, targets)])), targets - starts),
-            "target": item_ids.take(pa.array(flat[targets])),
-        }
+        columns = _row_columns(data, flat, user_of[targets], starts, targets)
         if data.events is not None:
             columns |= _session_columns(data, user_of[targets], position[targets], name)
         splits[name] = Dataset(pa.table(columns))
@@ -109,37 +100,24 @@ def leave_one_out(data: InteractionData, max_history_items: int | None = None) -
     )
 
 
-class Window(NamedTuple):
-    """A piece of a sequence, of which the items from position `first_target` on are targets."""
-
-    items: list[Item]
-    first_target: int
-
-
-def user_windows(sequences: Sequence[Sequence[Item]], max_items: int = 20) -> list[Window]:
-    """Cut sequences so that each item but a user's first is a target in exactly one window.
-
-    A window has at most `max_items + 1` items, so that no target sees more than the `max_items` before it that it
-    would see as a row of its own. A sequence that fits is one window. A longer one becomes overlapping windows, in
-    which a target beyond the first window sees at least `max_items // 2` items. Sequences of fewer than two items
-    give none.
-    """
-    check_number("max_items", max_items, COUNT)
-    stride = max_items - max_items // 2
-    windows = []
-    for sequence in sequences:
-        done, end = 1, max_items + 1  # items before `done` have been targets, or are the first
-        while done < len(sequence):
-            end = min(end, len(sequence))
-            start = max(0, end - max_items - 1)
-            windows.append(Window(list(sequence[start:end]), done - start))
-            done, end = end, end + stride
-    return windows
-
-
 def ragged(values: pa.Array, lengths: np.ndarray) -> pa.ListArray:
-    """A column of lists, which follow each other in `values`."""
+    """Split `values` into consecutive lists of the given lengths."""
     return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *lengths], dtype=np.int32)), values)
+
+
+def _row_columns(
+    data: InteractionData, flat: np.ndarray, users: np.ndarray, starts: np.ndarray, targets: np.ndarray
+) -> dict[str, pa.Array]:
+    """Build the columns of the rows with targets `flat[targets]` and histories `flat[start:target]`."""
+    if (total := int((targets - starts).sum())) >= 2**31:
+        raise ValueError(f"{data.name}: the histories of a split have {total} items in total. Set max_history_items.")
+    items = pa.array(data.items)
+    return {
+        "row_id": pa.array(targets),
+        "user": pa.array(data.users).take(pa.array(users)),
+        "history": ragged(items.take(pa.array(flat[ranges(starts, targets)])), targets - starts),
+        "target": items.take(pa.array(flat[targets])),
+    }
 
 
 def _session_columns(

@@ -1,9 +1,9 @@
-"""One micro-batch of a training step, as samplers, rewards and teachers see it."""
+"""One micro-batch of a training step, the input of samplers, rewards and teachers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -25,10 +25,10 @@ REWARD_ARGUMENTS = (
 
 
 def check_column_names(names: Iterable[str]) -> None:
-    """Refuse columns that would collide with an argument of reward functions.
+    """Check that no column has the name of an argument of reward functions.
 
     Raises:
-        ValueError: names the first such column and the remedy.
+        ValueError: for the first such column; the message says how to rename it.
     """
     for name in names:
         if name in REWARD_ARGUMENTS:
@@ -43,13 +43,12 @@ class Step:
     """One micro-batch of B prompts.
 
     Attributes:
-        prompts: separate ones or windows, what a `TreePolicy` reads.
-        row_ids: `(B,)` long, the dataset's number of each row. Random numbers follow from it.
-        target_leaves: `(B,)` long, the leaf of each row's target; -1 where the target is hidden.
-        columns: the dataset's columns, untouched, under their own names: lists of length B. `history` and `target`
-            are among them.
-        progress: share of the training that is done, in [0, 1).
-        windows: the items that the prompts hold; None: those of the column `history`, all of them.
+        prompts: separate prompts or windows, the input of a `TreePolicy`.
+        row_ids: `(B,)` long, the dataset's id of each row. Random numbers are a function of it.
+        target_leaves: `(B,)` long, the leaf of each row's target; -1 if the target is hidden.
+        columns: the unchanged dataset columns by name, lists of length B, including `history` and `target`.
+        progress: completed share of the training, in [0, 1).
+        windows: the items that the prompts contain; None: all items of the column `history`.
     """
 
     prompts: Prompts
@@ -58,7 +57,7 @@ class Step:
     columns: Mapping[str, list[Any]]
     progress: float = 0.0
     windows: Windows | None = None
-    # Not an argument, so that dataclasses.replace makes a step that computes anew.
+    # Not an argument, so that dataclasses.replace creates a step with an empty memo.
     _memo: dict[tuple[int, str], tuple[object, Any]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -71,17 +70,16 @@ class Step:
         progress: float = 0.0,
         windows: Windows | None = None,
     ) -> Step:
-        """A step from its columns: target leaves are those of the column `target`, -1 where there is none.
+        """Create a step whose target leaves are those of the column `target`, -1 without such a column.
 
         Args:
-            prompts: as `prompts` of the step.
-            row_ids: `(B,)` long; moved to the catalog's device, on which the step computes.
+            prompts, progress, windows: attributes of the step.
+            row_ids: `(B,)` long; moved to the catalog's device, which becomes the device of the step.
             columns: lists of length B by name.
-            catalog: finds the leaves.
-            progress, windows: as those of the step.
+            catalog: maps targets to leaves.
 
         Raises:
-            ValueError: a target is not in the catalog.
+            ValueError: if a target is not in the catalog.
         """
         row_ids = row_ids.to(catalog.device)
         leaves = catalog.leaf_of(columns["target"]) if "target" in columns else torch.full_like(row_ids, -1)
@@ -89,10 +87,10 @@ class Step:
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, Any], catalog: ItemCatalog, progress: float = 0.0) -> Step:
-        """A step from a batch of `GroupCollator`. The catalog is moved to the prompts' device.
+        """Create a step from a batch of `GroupCollator`. The catalog is moved to the device of the prompts.
 
         Raises:
-            ValueError: a target is not in the catalog.
+            ValueError: if a target is not in the catalog.
         """
         catalog = catalog.to(batch["prompts"]["input_ids"].device)
         rows = batch["rows"]
@@ -106,37 +104,37 @@ class Step:
         return self.row_ids.device
 
     def column(self, name: str, owner: str) -> list[Any]:
-        """A dataset column.
+        """Return a dataset column.
 
         Args:
-            name: of the column.
-            owner: who needs it, for the error.
+            name: name of the column.
+            owner: who needs the column, for the error message.
 
         Raises:
-            ValueError: there is no such column; the message lists those that exist.
+            ValueError: if the column does not exist; the message lists the existing ones.
         """
         if name not in self.columns:
             raise ValueError(f"{owner} needs the dataset column {name!r}; the rows have {sorted(self.columns)}.")
         return self.columns[name]
 
     def histories(self, owner: str) -> Sequence[Sequence[Item]]:
-        """The items of each prompt, which may be fewer than those of the column `history`.
+        """Return the items of each prompt, which may be fewer than those of the column `history`.
 
         Args:
-            owner: who needs them, for the error.
+            owner: who needs them, for the error message.
 
         Raises:
-            ValueError: there are neither windows nor a column `history`.
+            ValueError: if there are neither windows nor a column `history`.
         """
         return self.column("history", owner) if self.windows is None else self.windows.histories
 
     def once(self, owner: object, name: str, compute: Callable[[], T]) -> T:
-        """`compute()`, computed the first time only. Who shares an owner and a name shares the result.
+        """Return `compute()`, memoized by owner and name.
 
         Args:
-            owner: the object that the result belongs to, told apart by identity; it is kept alive with the step.
-            name: tells apart several results of one owner.
-            compute: makes the result.
+            owner: the object that the result belongs to, compared by identity; the step keeps it alive.
+            name: distinguishes several results of one owner.
+            compute: computes the result on the first call.
         """
         key = (id(owner), name)
         if key not in self._memo:
@@ -144,12 +142,12 @@ class Step:
         return self._memo[key][1]
 
     def rows(self, rows: slice) -> Step:
-        """Some rows as a step with a memo of its own."""
-        return Step(
+        """Return a slice of the rows as a step with its own memo."""
+        return replace(
+            self,
             prompts=some_prompts(self.prompts, rows),
             row_ids=self.row_ids[rows],
             target_leaves=self.target_leaves[rows],
             columns={name: values[rows] for name, values in self.columns.items()},
-            progress=self.progress,
             windows=None if self.windows is None else self.windows.rows(rows),
         )

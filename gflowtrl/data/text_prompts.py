@@ -1,4 +1,4 @@
-"""Prompts in words, for language models that have read some: titles and semantic ids in a text template."""
+"""Text prompts for pretrained language models: titles and semantic ids in a text template."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from .prompts import IGNORED_LABEL, PromptEncoder, PromptFormat
 
 
 class TextPromptEncoder(PromptEncoder):
-    """Turns histories into prompts of words.
+    """Encode histories as text prompts.
 
-    What stands before the items, each item, and what stands behind them are tokenized apart, once: a prompt is these
-    pieces end to end, in training as in decoding.
+    The text before the items, each item, and the text after the items are tokenized separately, once. A prompt is the
+    concatenation of these pieces, in training and in decoding.
 
     Args:
-        catalog: the items.
-        tokenizer: knows words and the tokens of the ids.
-        titles: of every item; not needed where the format's `item` has none.
-        format: the text around them.
-        max_history_items: how many items of a history, the last ones, are used.
+        catalog: the catalog of the items.
+        tokenizer: a text tokenizer with the tokens of the semantic ids.
+        titles: title of every item; not needed if the `item` of the format has no `{title}`.
+        format: format of the prompts.
+        max_history_items: number of most recent items of a history that a prompt contains.
 
     Raises:
-        ValueError: an item without a title, or a tokenizer without a chat template for a chat.
+        ValueError: if an item has no title, or the format is a chat and the tokenizer has no chat template.
     """
 
     def __init__(
@@ -41,47 +41,47 @@ class TextPromptEncoder(PromptEncoder):
     ):
         super().__init__(catalog, tokenizer, max_history_items)
         self.format = PromptFormat() if format is None else format
-        before, behind = self._surroundings(tokenizer)
+        before, after = self._text_around_items(tokenizer)
         self.head = tokenizer(before, add_special_tokens=not self.format.chat)["input_ids"]
-        # A tokenizer that ends a text with a special token would end the prompt's beginning.
+        # Some tokenizers append an end token, which must not follow the beginning of a prompt.
         if not self.format.chat and self.head and self.head[-1] == tokenizer.eos_token_id:
             self.head = self.head[:-1]
-        self.tail = tokenizer(behind, add_special_tokens=False)["input_ids"] if behind else []
+        self.tail = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
         texts = tokenizer(self._item_texts(titles or {}), add_special_tokens=False)["input_ids"]
         self.table = pad_sequence([torch.tensor(text, dtype=torch.long) for text in texts], True, -1)
 
-    def _surroundings(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    def _text_around_items(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
         text = self.format.template
         if self.format.chat:
             if not tokenizer.chat_template:
-                raise ValueError("chat is True, but the tokenizer has no chat template; set tokenizer.chat_template.")
-            said = {"system": self.format.system, "user": text}
-            messages = [{"role": role, "content": words} for role, words in said.items() if words is not None]
+                raise ValueError("chat is True, but the tokenizer has no chat template. Set tokenizer.chat_template.")
+            contents = {"system": self.format.system, "user": text}
+            messages = [{"role": role, "content": words} for role, words in contents.items() if words is not None]
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        before, _, behind = text.partition("{history}")
-        return before, behind
+        before, _, after = text.partition("{history}")
+        return before, after
 
     def _item_texts(self, titles: Mapping[Item, str]) -> list[str]:
-        form = self.format.item
-        if "{title}" in form and self.format.untitled is None:
-            bare = [item for item in self.catalog.items if not str(titles.get(item) or "").split()]
-            if bare:
+        template = self.format.item
+        if "{title}" in template and self.format.untitled is None:
+            untitled = [item for item in self.catalog.items if not str(titles.get(item) or "").split()]
+            if untitled:
                 raise ValueError(
-                    f"The prompt holds titles, but {len(bare)} of {len(self.catalog)} items have none, for example "
-                    f"{bare[0]!r}. Give titles, a text for them as untitled, or an item format without {{title}}."
+                    f"The prompt has titles, but {len(untitled)} of {len(self.catalog)} items have none, for example "
+                    f"{untitled[0]!r}. Give titles, a replacement as untitled, or an item format without {{title}}."
                 )
         texts = []
         for item, tokens in zip(self.catalog.items, self.catalog.semantic_ids, strict=True):
             words = str(titles.get(item) or "").split() or [self.format.untitled or ""]
             title = " ".join(words[: self.format.max_title_words])
-            texts.append(form.replace("{semantic_id}", " ".join(tokens)).replace("{title}", title))
+            texts.append(template.replace("{semantic_id}", " ".join(tokens)).replace("{title}", title))
         return texts
 
 
 def text_sft_dataset(histories: Sequence[Sequence[Item]], targets: Sequence[Item], encoder: PromptEncoder) -> Dataset:
-    """Rows for TRL's `SFTTrainer`, already tokenized, one a target: the prompt, and the target's id to be learned.
+    """Create tokenized rows for TRL's `SFTTrainer`, one per target: the prompt and the target's semantic id as label.
 
-    As ids are read on the tree of items, no end token is needed.
+    Decoding follows the prefix tree, so no end token is needed.
 
     Returns:
         A dataset with the columns `input_ids` and `labels`.
@@ -92,7 +92,7 @@ def text_sft_dataset(histories: Sequence[Sequence[Item]], targets: Sequence[Item
     for start in range(0, len(ids), 1024):
         prompts = encoder(histories[start : start + 1024])
         for tokens, mask, answer in zip(prompts["input_ids"], prompts["attention_mask"], ids[start:], strict=False):
-            prompt, written = tokens[mask.bool()].tolist(), answer[answer >= 0].tolist()
-            columns["input_ids"].append(prompt + written)
-            columns["labels"].append([IGNORED_LABEL] * len(prompt) + written)
+            prompt, label = tokens[mask.bool()].tolist(), answer[answer >= 0].tolist()
+            columns["input_ids"].append(prompt + label)
+            columns["labels"].append([IGNORED_LABEL] * len(prompt) + label)
     return Dataset.from_dict(columns)

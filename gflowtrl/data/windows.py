@@ -1,8 +1,8 @@
-"""Rows that are positions of one window: what their prompts hold, and which of them are computed together.
+"""Windows of item sequences: which items the prompt of each row contains, and which rows are computed together.
 
-A user's rows are `[a] -> b`, `[a, b] -> c`, `[a, b, c] -> d`. Every history and its target is the beginning of the
-next history, and a causal model that reads the longest of them has computed them all. Sequences that are too long for
-a prompt are cut into windows (`user_windows`), the same for every row of a window, so that this stays true.
+A user's rows are `[a] -> b`, `[a, b] -> c`, `[a, b, c] -> d`. Each history with its target is a prefix of the next
+history, so a causal model that reads the longest one has computed all of them. Sequences that are too long for a
+prompt are cut into windows (`user_windows`), the same for all rows of a window, which preserves this property.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,18 +26,25 @@ from gflowtrl.checks import COUNT, check_number
 from .interactions import ranges
 
 
-CHUNK = 50_000  # rows that are read together
-ITEMS_AT_ONCE = 5_000_000  # of their histories that are looked at together
+CHUNK = 50_000  # rows that are read at a time
+ITEMS_AT_ONCE = 5_000_000  # history items that are processed at a time
+
+
+class Window(NamedTuple):
+    """Part of a sequence; the items from position `first_target` on are targets."""
+
+    items: list[Item]
+    first_target: int
 
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """The prompts of a batch of B rows as beginnings of U sequences of items.
+    """The prompts of a batch of B rows as prefixes of U item sequences.
 
     Attributes:
-        items: of each of the U sequences; what is behind the longest prompt is hidden from all.
-        trunk: `(B,)` the sequence that each row's prompt begins.
-        seen: `(B,)` how many of its items the prompt holds.
+        items: items of each of the U sequences; no prompt sees those after the longest prompt.
+        trunk: `(B,)` index of the sequence of which each row's prompt is a prefix.
+        seen: `(B,)` number of its items that the prompt contains.
     """
 
     items: list[list[Item]]
@@ -47,26 +55,26 @@ class Windows:
     def pack(
         cls, histories: Sequence[Sequence[Item]], targets: Sequence[Item], max_rows: int | None = None
     ) -> Windows:
-        """As few sequences as can be, of prompts and their targets.
+        """Pack prompts and their targets into as few sequences as possible.
 
         Args:
-            histories: what each row's prompt holds.
-            targets: the item that follows each.
-            max_rows: sequences that more rows begin are taken several times, each for a part of them.
+            histories: items of each row's prompt.
+            targets: the item after each prompt.
+            max_rows: maximum rows per sequence; a sequence with more rows is repeated, each copy for some of the rows.
         """
-        # Equal items must sort together and nothing else is asked of the order, so any numbering of the items will do.
+        # Only equality of items matters here, so items are numbered in order of appearance and sorted by number.
         numbers: dict[Item, int] = {}
         rows = [[*history, target] for history, target in zip(histories, targets, strict=True)]
         keys = [tuple(numbers.setdefault(item, len(numbers)) for item in row) for row in rows]
         groups: list[list[int]] = []
-        # What has s as a prefix follows s at once in this order: going backwards the last one is the only candidate.
+        # Sorted, all sequences with prefix s follow s directly. In reverse, the last group is the only candidate.
         for row in sorted(range(len(keys)), key=keys.__getitem__, reverse=True):
             if groups and keys[groups[-1][0]][: len(keys[row])] == keys[row]:
                 groups[-1].append(row)
             else:
                 groups.append([row])
         if max_rows is not None:
-            groups = [part for group in groups for part in _evenly(group, max_rows)]
+            groups = [part for group in groups for part in _split_evenly(group, max_rows)]
         trunk = torch.empty(len(rows), dtype=torch.long)
         for number, group in enumerate(groups):
             trunk[group] = number
@@ -74,13 +82,13 @@ class Windows:
 
     @classmethod
     def separate(cls, histories: Sequence[Sequence[Item]]) -> Windows:
-        """Each prompt by itself."""
+        """Use each prompt as its own sequence."""
         items = [list(history) for history in histories]
         return cls(items, torch.arange(len(items)), torch.tensor([len(history) for history in items]))
 
     @property
     def prompts(self) -> list[list[Item]]:
-        """The longest prompt that begins each of the U sequences."""
+        """The longest prompt of each of the U sequences."""
         longest = torch.zeros(len(self.items), dtype=torch.long).scatter_reduce_(0, self.trunk, self.seen, "amax")
         return [items[:seen] for items, seen in zip(self.items, longest.tolist(), strict=True)]
 
@@ -90,22 +98,22 @@ class Windows:
         return [self.items[u][:seen] for u, seen in zip(self.trunk.tolist(), self.seen.tolist(), strict=True)]
 
     def rows(self, rows: slice) -> Windows:
-        """Those of some rows; sequences that none of them begins are left out."""
+        """Return the windows of a slice of the rows, without sequences that these rows do not use."""
         used, trunk = self.trunk[rows].unique(return_inverse=True)
         return Windows([self.items[u] for u in used.tolist()], trunk, self.seen[rows])
 
 
 @dataclass(frozen=True, eq=False)
 class RowWindows:
-    """What the prompt of each row of a data set holds: its window, a function of the data set alone.
+    """How many items the prompt of each row of a data set contains, a function of the data set alone.
 
     Attributes:
         row_ids: `(rows,)` ascending.
-        seen: `(rows,)` how many items, the last ones of its history, the prompt of each of `row_ids` holds.
-        groups: the rows of each window by their number, the shortest prompt first.
-        lengths: `(groups,)` items of the longest prompt of each.
-        cut: how many rows have a longer history than their prompt holds.
-        least_of_cut: the fewest items that a prompt of those rows holds; 0 where there are none.
+        seen: `(rows,)` number of most recent history items that the prompt contains, in the order of `row_ids`.
+        groups: indices of the rows of each window, shortest prompt first.
+        lengths: `(groups,)` number of items in the longest prompt of each window.
+        cut: number of rows whose history is longer than their prompt.
+        least_of_cut: minimum number of items in the prompts of those rows; 0 if no history is cut.
     """
 
     row_ids: Tensor
@@ -117,34 +125,31 @@ class RowWindows:
 
     @classmethod
     def of(cls, rows: Dataset, items: Sequence[Item], max_items: int) -> RowWindows:
-        """Find sequences of rows, and cut them as `user_windows` cuts them.
+        """Reconstruct the sequences of the rows and cut them like `user_windows`.
 
-        Two rows belong to one sequence if history and target of the one begin the history of the other, and both have
-        the same `user` where the data set has that column. Rows need not be complete, nor in any order.
+        Two rows belong to one sequence if the history and target of one are a prefix of the history of the other, and
+        both have the same `user` (if the data set has that column). Rows may be missing and in any order.
 
         Args:
-            rows: with the columns `row_id`, `history`, `target`.
-            items: the catalog's, all that occur.
-            max_items: the most that a prompt may hold.
+            rows: a data set with the columns `row_id`, `history`, `target`.
+            items: the items of the catalog, at least all that occur.
+            max_items: maximum items per prompt.
         """
         lengths, parents = _parents(rows, items)
-        sequence, whole = _sequences(lengths, parents)
-        starts = window_starts(whole[sequence], lengths, max_items)
-        seen = lengths - starts
+        sequence, sequence_lengths = _sequences(lengths, parents)
+        starts = window_starts(sequence_lengths[sequence], lengths, max_items)
         order = np.lexsort((lengths, starts, sequence))
-        changed = (np.diff(sequence[order]) != 0) | (np.diff(starts[order]) != 0)
-        groups = [group.tolist() for group in np.split(order, np.flatnonzero(changed) + 1)]
-        return cls._made(rows, lengths, seen, groups)
+        groups = np.split(order, _run_starts(sequence[order], starts[order])[1:])
+        return cls._of_groups(rows, lengths, lengths - starts, [group.tolist() for group in groups])
 
     @classmethod
     def separate(cls, rows: Dataset, max_items: int) -> RowWindows:
-        """Every row by itself, its prompt the last `max_items` of its history."""
+        """Use each row as its own window; its prompt is the last `max_items` of its history."""
         lengths = history_lengths(rows).numpy()
-        seen = np.minimum(lengths, max_items)
-        return cls._made(rows, lengths, seen, [[row] for row in range(len(seen))])
+        return cls._of_groups(rows, lengths, np.minimum(lengths, max_items), [[row] for row in range(len(rows))])
 
     @classmethod
-    def _made(cls, rows: Dataset, lengths: np.ndarray, seen: np.ndarray, groups: list[list[int]]) -> RowWindows:
+    def _of_groups(cls, rows: Dataset, lengths: np.ndarray, seen: np.ndarray, groups: list[list[int]]) -> RowWindows:
         row_ids, order = torch.tensor(rows["row_id"][:]).sort()
         cut = seen[seen < lengths]
         longest = [int(seen[group[-1]]) for group in groups]
@@ -152,122 +157,146 @@ class RowWindows:
         return cls(row_ids, torch.from_numpy(seen)[order], groups, longest, len(cut), least)
 
     def seen_by(self, row_ids: Sequence[int]) -> list[int]:
-        """How many items the prompts of these rows hold.
+        """Return how many items the prompts of these rows contain.
 
         Raises:
-            KeyError: a row that is not in the data set.
+            KeyError: if a row is not in the data set.
         """
         wanted = torch.tensor(row_ids)
-        place = torch.searchsorted(self.row_ids, wanted).clamp(max=len(self.row_ids) - 1)
-        if not torch.equal(self.row_ids[place], wanted):
-            raise KeyError(f"There is no row {int(wanted[self.row_ids[place] != wanted][0])} in the training data.")
-        return self.seen[place].tolist()
+        index = torch.searchsorted(self.row_ids, wanted).clamp(max=len(self.row_ids) - 1)
+        if not torch.equal(self.row_ids[index], wanted):
+            raise KeyError(f"There is no row {int(wanted[self.row_ids[index] != wanted][0])} in the training data.")
+        return self.seen[index].tolist()
 
 
-def _evenly(group: list[int], max_size: int) -> list[list[int]]:
-    pieces = math.ceil(len(group) / max_size)
-    size = math.ceil(len(group) / pieces)
+def _split_evenly(group: list[int], max_size: int) -> list[list[int]]:
+    size = math.ceil(len(group) / math.ceil(len(group) / max_size))
     return [group[start : start + size] for start in range(0, len(group), size)]
 
 
+def user_windows(sequences: Sequence[Sequence[Item]], max_items: int = 20) -> list[Window]:
+    """Cut sequences so that each item except the first of a sequence is a target in exactly one window.
+
+    A window has at most `max_items + 1` items, so that a target sees at most the `max_items` before it, as it would in
+    a row of its own. A sequence that fits is one window. A longer one becomes overlapping windows, in which a target
+    outside the first window sees at least `max_items // 2` items. Sequences with fewer than two items have no window.
+    """
+    lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
+    counts = (lengths - 1).clip(min=0)  # targets per sequence
+    row = np.repeat(np.arange(len(lengths)), counts)
+    positions = ranges(np.ones_like(counts), counts + 1)
+    starts = window_starts(lengths[row], positions, max_items)
+    first = _run_starts(row, starts)
+    last = np.append(first, len(row))[1:] - 1
+    columns = (row[first], starts[first], positions[first], positions[last])
+    return [
+        Window(list(sequences[index][start : last_target + 1]), first_target - start)
+        for index, start, first_target, last_target in zip(*(column.tolist() for column in columns), strict=True)
+    ]
+
+
 def window_starts(lengths: np.ndarray, positions: np.ndarray, max_items: int) -> np.ndarray:
-    """Where the window of each target begins in its sequence, as `user_windows` cuts it, elementwise.
+    """Return where the window of each target starts in its sequence, elementwise. This is the rule of `user_windows`.
 
     Args:
-        lengths: of the sequences.
-        positions: of the targets in them, >= 1.
-        max_items: the most that a prompt may hold, >= 1.
+        lengths: lengths of the sequences.
+        positions: positions of the targets in their sequences, >= 1.
+        max_items: maximum items per prompt, >= 1.
     """
     check_number("max_items", max_items, COUNT)
     stride = max_items - max_items // 2
-    number = (positions - max_items - 1) // stride + 1  # of the window, <= 0 in the first one
+    number = (positions - max_items - 1) // stride + 1  # index of the window; <= 0 in the first one
     ends = np.minimum(max_items + 1 + number * stride, lengths)
     return np.where(number <= 0, 0, (ends - max_items - 1).clip(min=0))
 
 
+def _run_starts(*keys: np.ndarray) -> np.ndarray:
+    """Return where runs of equal keys start, given sorted keys >= 0 of the same length; the first run starts at 0."""
+    return np.flatnonzero(np.any([np.diff(key, prepend=-1) != 0 for key in keys], axis=0))
+
+
 def history_lengths(rows: Dataset) -> Tensor:
-    """Number of items of each row's history: `(rows,)`."""
-    return torch.tensor([len(history) for history in rows["history"]])
+    """Return the number of items in each row's history, `(rows,)`."""
+    parts = (_column(rows, "history", start, start + CHUNK) for start in range(0, len(rows), CHUNK))
+    lengths = [np.empty(0, np.int64), *(pc.list_value_length(part).to_numpy() for part in parts)]
+    return torch.from_numpy(np.concatenate(lengths))
 
 
 def _parents(rows: Dataset, items: Sequence[Item]) -> tuple[np.ndarray, np.ndarray]:
-    """Number of items of each row's history, and the row whose history and target are the longest beginning of it
-    (-1: none).
+    """Return the history length of each row, and its parent: the row whose history and target are its longest prefix.
 
-    Beginnings are compared by hashes of 64 bits, sums of a random number for each item times one for its place;
-    whoever computes rows together compares them again.
+    The parent is -1 for a history without such a row. Prefixes are compared by 64-bit hashes, each a sum over items of
+    a random number for the item times one for its position. Code that computes rows together compares the items again.
     """
     random, count = np.random.default_rng(0), len(rows)
-    of_item = _odd(random, len(items))
-    parts = (_column(rows, "history", start, start + CHUNK) for start in range(0, count, CHUNK))
-    lengths = np.concatenate([pc.list_value_length(part).to_numpy() for part in parts]).astype(np.int64)
-    of_place = _odd(random, 1 + int(lengths.max()))
-    of_user = np.zeros(count, np.uint64)
+    item_keys = _random_odd(random, len(items))
+    lengths = history_lengths(rows).numpy()
+    position_keys = _random_odd(random, 1 + int(lengths.max()))
+    user_keys = np.zeros(count, np.uint64)
     if "user" in rows.column_names:
-        numbers: dict[str, int] = {}  # of any type that Arrow has; none is a user as well
+        numbers: dict[str, int] = {}  # users of any Arrow type; None is a user too
         users = np.array([numbers.setdefault(repr(user), len(numbers)) for user in rows["user"]])
-        of_user = _odd(random, len(numbers))[users]
-    whole, parents = np.zeros(count, np.uint64), np.full(count, -1)
+        user_keys = _random_odd(random, len(numbers))[users]
+    row_hashes, parents = np.zeros(count, np.uint64), np.full(count, -1)
 
-    def beginnings(part: slice, counts: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and hashes of all beginnings of their histories."""
+    def hash_prefixes(part: slice, counts: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the row and the hash of each prefix of the histories."""
         starts = counts.cumsum() - counts
         row = np.repeat(np.arange(part.start, part.stop), counts)
-        terms = of_item[places] * of_place[ranges(np.zeros_like(counts), counts)]
+        terms = item_keys[indices] * position_keys[ranges(np.zeros_like(counts), counts)]
         sums = terms.cumsum()
-        return row, sums - np.repeat(sums[starts] - terms[starts], counts) + of_user[row]
+        return row, sums - np.repeat(sums[starts] - terms[starts], counts) + user_keys[row]
 
-    for part, counts, places in _histories(rows, items):
-        targets = _places(_column(rows, "target", part.start, part.stop), items)
-        ends = beginnings(part, counts, places)[1][counts.cumsum() - 1]
-        whole[part] = ends + of_item[targets] * of_place[counts]
-    known = whole.argsort(kind="stable")
-    ordered = whole[known]
-    for part, counts, places in _histories(rows, items):
-        row, hashes = beginnings(part, counts, places)
-        place = np.minimum(np.searchsorted(ordered, hashes), count - 1)
-        found = np.flatnonzero(ordered[place] == hashes)
-        parents[row[found]] = known[place[found]]  # of several, the last one stays: the longest
+    for part, counts, indices in _histories(rows, items):
+        targets = _indices_in(items, _column(rows, "target", part.start, part.stop))
+        history_hashes = hash_prefixes(part, counts, indices)[1][counts.cumsum() - 1]
+        row_hashes[part] = history_hashes + item_keys[targets] * position_keys[counts]
+    order = row_hashes.argsort(kind="stable")
+    sorted_hashes = row_hashes[order]
+    for part, counts, indices in _histories(rows, items):
+        row, hashes = hash_prefixes(part, counts, indices)
+        index = np.minimum(np.searchsorted(sorted_hashes, hashes), count - 1)
+        matches = np.flatnonzero(sorted_hashes[index] == hashes)
+        parents[row[matches]] = order[index[matches]]  # the last assignment to a row remains: its longest prefix
     return lengths, parents
 
 
 def _sequences(lengths: np.ndarray, parents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The sequence that each row is of, `(rows,)`, and the items of each sequence, targets included.
+    """Return the sequence of each row, `(rows,)`, and the number of items in each sequence, including targets.
 
-    Every row is of one sequence: that of the longest row that it begins, where several begin alike.
+    A row that is a prefix of several sequences belongs to the longest one.
     """
-    sequence, whole = np.full(len(lengths), -1), []
+    sequence, sequence_lengths = np.full(len(lengths), -1), []
     for row in np.argsort(-lengths, kind="stable").tolist():
         if sequence[row] >= 0:
             continue
-        whole.append(lengths[row] + 1)
+        sequence_lengths.append(lengths[row] + 1)
         while row >= 0 and sequence[row] < 0:
-            sequence[row] = len(whole) - 1
+            sequence[row] = len(sequence_lengths) - 1
             row = parents[row]
-    return sequence, np.array(whole)
+    return sequence, np.array(sequence_lengths)
 
 
 def _histories(rows: Dataset, items: Sequence[Item]) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """Parts of the rows, the lengths of their histories, and the places of all their items in `items`, end to end."""
+    """Yield slices of the rows, the lengths of their histories, and the concatenated indices of their items."""
     for start in range(0, len(rows), CHUNK):
-        part = slice(start, min(start + CHUNK, len(rows)))
-        histories = _column(rows, "history", part.start, part.stop)
+        histories = _column(rows, "history", start, start + CHUNK)
         lengths = pc.list_value_length(histories).to_numpy()
         number = lengths.cumsum() // ITEMS_AT_ONCE
         ends = [*(np.flatnonzero(np.diff(number)) + 1).tolist(), len(lengths)]
         for begin, end in itertools.pairwise([0, *ends]):
-            some = pc.list_flatten(histories.slice(begin, end - begin))
-            yield slice(part.start + begin, part.start + end), lengths[begin:end], _places(some, items)
+            values = pc.list_flatten(histories.slice(begin, end - begin))
+            yield slice(start + begin, start + end), lengths[begin:end], _indices_in(items, values)
 
 
 def _column(rows: Dataset, name: str, start: int, stop: int) -> pa.Array:
     return rows.select_columns([name]).with_format("arrow")[start:stop][name].combine_chunks()
 
 
-def _places(values: pa.Array, items: Sequence[Item]) -> np.ndarray:
+def _indices_in(items: Sequence[Item], values: pa.Array) -> np.ndarray:
     known = pa.array(items)
     return pc.index_in(values.cast(known.type), known).to_numpy(zero_copy_only=False)
 
 
-def _odd(random: np.random.Generator, count: int) -> np.ndarray:
+def _random_odd(random: np.random.Generator, count: int) -> np.ndarray:
     return random.integers(2**63, size=count, dtype=np.uint64) * np.uint64(2) + np.uint64(1)

@@ -1,4 +1,4 @@
-"""Semantic ids of one's own: item text or vectors to tokens."""
+"""Semantic ids from item texts or item vectors."""
 
 from .collisions import resolve_collisions
 from .embedders import Embedder, SentenceTransformerEmbedder, TfidfEmbedder

@@ -1,4 +1,4 @@
-"""Items whose codes are equal: moved apart, told apart by a further level, or kept."""
+"""Collisions, items with equal codes: reassigned, resolved by an additional level, or kept."""
 
 import logging
 from collections import Counter
@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gflowtrl.checks import check_choice
+
 from .residual import ResidualQuantizer
 
 
@@ -16,7 +18,7 @@ POLICIES = ("reassign", "level", "keep")
 
 
 def colliding(codes: Tensor) -> Tensor:
-    """Which rows of codes (N, levels) stand there more than once: bool (N,)."""
+    """Return which rows of codes (N, levels) occur more than once, bool (N,)."""
     _, row, counts = codes.unique(dim=0, return_inverse=True, return_counts=True)
     return counts[row] > 1
 
@@ -28,46 +30,45 @@ def resolve_collisions(
     how: str = "reassign",
     taken: Tensor | None = None,
 ) -> Tensor:
-    """Codes without collisions, or with those that are wanted.
+    """Make codes unique, or keep and count the collisions.
 
     Args:
         codes: long (N, levels).
-        vectors: (N, D), what the codes are of.
-        quantizer: fitted; says which other codes are near.
-        how: `"reassign"`: of the items with one id the one stays that is nearest to it; each other one, the nearest
-            first, moves to the nearest free code of the last level, and where that level is full below its prefix, to
-            the nearest code of the level before it that has room, and so on. `"level"`: a further level counts the
-            items of one id from 0 (TIGER, arXiv 2305.05065, section 3.1); all items have it. `"keep"`: nothing
-            changes, and the log counts the collisions.
-        taken: codes that others have already and keep, in the form that this function returns. Not for `"keep"`.
+        vectors: (N, D), the vectors that were encoded.
+        quantizer: the fitted quantizer, which defines the distances between codes.
+        how: `"reassign"`: among items with the same id, the item nearest to it keeps it. The others, nearest first,
+            move to the nearest free code of the last level or, if that level is full below their prefix, to the
+            nearest code one level up that is not full, and so on. `"level"`: an additional level numbers the items of
+            each id from 0 (TIGER, arXiv 2305.05065, section 3.1); all items get it. `"keep"`: codes do not change, and
+            the number of collisions is logged.
+        taken: codes in use by other items, in the form that this function returns. Not used by `"keep"`.
 
     Returns:
-        long (N, levels), with `"level"` (N, levels + 1). Unique, also against `taken`, but for `"keep"`.
+        Codes, long (N, levels), or (N, levels + 1) for `"level"`. They are unique and not in `taken`, except for
+        `"keep"`.
 
     Raises:
-        ValueError: for an unknown policy, or more items than there are ids.
+        ValueError: for an unknown policy, or if there are more items than ids.
     """
-    if how not in POLICIES:
-        raise ValueError(f"Collisions can be handled by {', '.join(POLICIES)}, but {how!r} was given.")
+    check_choice("collisions", how, POLICIES)
     if how == "keep":
-        number = int(colliding(codes).sum())
-        if number:
+        if number := int(colliding(codes).sum()):
             logger.warning("%d of %d items share their semantic id with another one.", number, len(codes))
         return codes
     if taken is None:
         taken = codes.new_empty((0, codes.shape[1] + (how == "level")))
-    return _count(codes, taken) if how == "level" else _reassign(codes, vectors, quantizer, taken)
+    return _append_level(codes, taken) if how == "level" else _reassign(codes, vectors, quantizer, taken)
 
 
-def _count(codes: Tensor, taken: Tensor) -> Tensor:
-    """Codes with their number among equal ones; numbers go on where those of `taken` end."""
-    following = {}
+def _append_level(codes: Tensor, taken: Tensor) -> Tensor:
+    """Append the number of each row among equal rows, starting after the numbers in `taken`."""
+    next_number: Counter[tuple[int, ...]] = Counter()
     for *path, number in taken.tolist():
-        following[tuple(path)] = max(following.get(tuple(path), 0), number + 1)
+        next_number[tuple(path)] = max(next_number[tuple(path)], number + 1)
     numbers = []
     for path in map(tuple, codes.tolist()):
-        numbers.append(following.get(path, 0))
-        following[path] = numbers[-1] + 1
+        numbers.append(next_number[path])
+        next_number[path] += 1
     return torch.cat([codes, torch.tensor(numbers, dtype=torch.long)[:, None]], dim=1)
 
 
@@ -75,44 +76,44 @@ def _reassign(codes: Tensor, vectors: Tensor | np.ndarray, quantizer: ResidualQu
     ids = quantizer.num_codes**quantizer.num_levels
     if len(codes) + len(taken) > ids:
         raise ValueError(
-            f"{len(codes) + len(taken)} items cannot have different ids of {quantizer.num_levels} levels with "
-            f"{quantizer.num_codes} codes: there are {ids}. Add a level or codes, or choose collisions='level'."
+            f"{len(codes) + len(taken)} items cannot have unique ids with {quantizer.num_levels} levels of "
+            f"{quantizer.num_codes} codes, which give {ids} ids. Add a level or codes, or choose collisions='level'."
         )
     latents = quantizer.latents(vectors)
-    misfit = (latents - quantizer.quantized(codes)).norm(dim=1)
+    errors = (latents - quantizer.quantized(codes)).norm(dim=1)
     paths = [tuple(path) for path in codes.tolist()]
-    below: Counter[tuple[int, ...]] = Counter()  # ids in use below each prefix
+    used: Counter[tuple[int, ...]] = Counter()  # number of ids in use below each prefix
 
     def use(path: Sequence[int]) -> None:
-        below.update(tuple(path[:depth]) for depth in range(len(path) + 1))
+        used.update(tuple(path[:depth]) for depth in range(len(path) + 1))
 
-    def full(prefix: tuple[int, ...]) -> bool:
-        return below[prefix] >= quantizer.num_codes ** (quantizer.num_levels - len(prefix))
+    def is_full(prefix: tuple[int, ...]) -> bool:
+        return used[prefix] >= quantizer.num_codes ** (quantizer.num_levels - len(prefix))
 
     for path in taken.tolist():
         use(path)
     moving = []
-    for row in misfit.argsort(stable=True).tolist():
-        if paths[row] in below:
+    for row in errors.argsort(stable=True).tolist():
+        if paths[row] in used:
             moving.append(row)
         else:
             use(paths[row])
-    for row in moving:  # only now: an item must not move to where another one wants to stay
-        paths[row] = _nearest_free(latents[row], paths[row], quantizer, full)
+    for row in moving:  # in a second pass, so that no item moves to the id that another item keeps
+        paths[row] = _nearest_free(latents[row], paths[row], quantizer, is_full)
         use(paths[row])
     return torch.tensor(paths, dtype=torch.long).reshape(codes.shape)
 
 
 def _nearest_free(
-    latent: Tensor, path: tuple[int, ...], quantizer: ResidualQuantizer, full: Callable[[tuple[int, ...]], bool]
+    latent: Tensor, path: tuple[int, ...], quantizer: ResidualQuantizer, is_full: Callable[[tuple[int, ...]], bool]
 ) -> tuple[int, ...]:
-    """A free id that shares as long a prefix with `path` as possible, each further level the nearest with room."""
+    """Return a free id with the longest possible prefix of `path`, then the nearest codes that are not full."""
     prefix = path[:-1]
-    while full(prefix):
+    while is_full(prefix):
         prefix = prefix[:-1]
     while len(prefix) < len(path):
-        left = latent - quantizer.quantized(torch.tensor([prefix], dtype=torch.long))
-        distances = (left - quantizer.codebooks[len(prefix)]).norm(dim=1)
+        residual = latent - quantizer.quantized(torch.tensor([prefix], dtype=torch.long))
+        distances = (residual - quantizer.codebooks[len(prefix)]).norm(dim=1)
         nearest = distances.argsort(stable=True).tolist()
-        prefix = next((*prefix, code) for code in nearest if not full((*prefix, code)))
+        prefix = next((*prefix, code) for code in nearest if not is_full((*prefix, code)))
     return prefix

@@ -1,11 +1,11 @@
-"""Texts to vectors."""
+"""Text embedders."""
 
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,43 +14,41 @@ from torch import Tensor
 from gflowtrl.checks import COUNT, check_number
 
 
-if TYPE_CHECKING:
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-
 class Embedder(ABC):
-    """Makes a vector of each text: `fit(texts)` once, then `embed(texts) -> (len(texts), D)`, rows of length 1.
+    """Base class of text embedders: `fit(texts)` once, then `embed(texts) -> (len(texts), D)`, rows of norm 1.
 
-    `config` (JSON) and `state()` (tensors) are what a saved one is made again of. A text that says nothing to the
-    embedder has a vector of zeros.
+    `from_state` restores a saved embedder from `config` (JSON) and `state()` (tensors). A text without known words has
+    a vector of zeros.
     """
 
     config: dict[str, Any]
 
     def fit(self, texts: Sequence[str]) -> "Embedder":
-        """Learns what is to be learned from the catalog's texts, if anything."""
+        """Fit the embedder to the texts of the catalog; by default nothing is fitted."""
         return self
 
     @abstractmethod
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """Texts to float32 `(len(texts), D)` on the CPU."""
+        """Embed texts as float32 `(len(texts), D)` on the CPU."""
 
     def state(self) -> dict[str, Tensor]:
+        """Return the tensors to save."""
         return {}
 
     @classmethod
     def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Embedder":
+        """Restore a saved embedder."""
         return cls(**config)
 
 
 class TfidfEmbedder(Embedder):
     """Latent semantic analysis: TF-IDF with 1 + log(tf), reduced by a truncated SVD (Deerwester et al., 1990).
 
-    Needs no download. Words are counted that stand in at least two texts.
+    It needs no download. Words that occur in only one text are ignored.
 
     Args:
-        dim: columns of the vectors, at most: there are never as many as texts or words.
-        seed: of the randomized SVD.
+        dim: maximum dimension of the vectors; it is always less than the number of texts and of words.
+        seed: seed of the randomized SVD.
     """
 
     def __init__(self, dim: int = 256, seed: int = 0) -> None:
@@ -65,21 +63,21 @@ class TfidfEmbedder(Embedder):
         return {"dim": self.dim, "seed": self.seed, "words": words}
 
     def fit(self, texts: Sequence[str]) -> "TfidfEmbedder":
-        """Learns the words, their weights and the SVD; those of an earlier fit are forgotten.
+        """Learn the vocabulary, the word weights and the SVD, replacing those of an earlier fit.
 
         Raises:
-            ValueError: if fewer than three texts or two words are there to tell items apart.
+            ValueError: if there are fewer than three texts, or fewer than three words that occur in two texts.
         """
         from sklearn.decomposition import TruncatedSVD  # slow to import, and rarely needed
 
-        tfidf = _vectorizer()  # a loaded one would keep to the words that it has
+        tfidf = _vectorizer()  # new, because a loaded one has a fixed vocabulary
         try:
             weights = tfidf.fit_transform(texts)
-        except ValueError:  # scikit-learn's message speaks of settings that one cannot change here
+        except ValueError:  # the message of scikit-learn names settings that cannot be changed here
             weights = None
         if weights is None or min(weights.shape) < 3:
             raise ValueError(
-                f"The {len(texts)} item texts share fewer than three words, too few to tell items apart. Give longer "
+                f"The {len(texts)} item texts share fewer than three words, too few to distinguish items. Give longer "
                 "texts (the features of item_texts) or vectors."
             )
         svd = TruncatedSVD(min(self.dim, min(weights.shape) - 1), random_state=self.seed).fit(weights)
@@ -88,7 +86,7 @@ class TfidfEmbedder(Embedder):
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         if self.components is None:
-            raise RuntimeError("This TfidfEmbedder knows no words yet. Call fit(texts) first.")
+            raise RuntimeError("This TfidfEmbedder is not fitted yet. Call fit(texts) first.")
         return F.normalize(torch.from_numpy(self.tfidf.transform(texts) @ self.components.T.double().numpy()).float())
 
     def state(self) -> dict[str, Tensor]:
@@ -103,41 +101,41 @@ class TfidfEmbedder(Embedder):
         return embedder
 
 
-def _vectorizer() -> "TfidfVectorizer":
-    from sklearn.feature_extraction.text import TfidfVectorizer
+def _vectorizer() -> Any:
+    from sklearn.feature_extraction.text import TfidfVectorizer  # slow to import, and rarely needed
 
     return TfidfVectorizer(min_df=2, sublinear_tf=True)
 
 
 class SentenceTransformerEmbedder(Embedder):
-    """Vectors of any sentence-transformers model (Reimers and Gurevych, EMNLP 2019), unchanged by `fit`.
+    """Embed texts with a sentence-transformers model (Reimers and Gurevych, EMNLP 2019), which `fit` does not change.
 
-    Needs `pip install gflowtrl[text]`. A saved tokenizer keeps the name, not the weights.
+    It needs `pip install gflowtrl[text]`. A saved `ItemTokenizer` contains the name of the model, not its weights.
 
     Args:
-        name_or_folder: a folder, or a name on the Hugging Face hub, from which it is then downloaded.
+        name_or_folder: a folder, or a name on the Hugging Face Hub, from which the model is downloaded.
 
     Raises:
         ImportError: if sentence-transformers is not installed.
-        FileNotFoundError: if a folder is named that is not there.
+        FileNotFoundError: if the folder does not exist.
     """
 
     def __init__(self, name_or_folder: str | os.PathLike) -> None:
         name = os.fspath(name_or_folder)
-        is_name = name.count("/") <= 1 and not name.startswith((".", "/", "~"))  # as the hub's: "model", "owner/model"
+        is_name = name.count("/") <= 1 and not name.startswith((".", "/", "~"))  # on the Hub: "model", "owner/model"
         if not is_name and not Path(name).is_dir():
-            raise FileNotFoundError(f"There is no sentence-transformers model in {name}.")
+            raise FileNotFoundError(f"There is no sentence-transformers model in {name}. Check the path.")
         try:
             library = import_module("sentence_transformers")
         except ImportError as error:
             raise ImportError(
                 "SentenceTransformerEmbedder needs the package sentence-transformers: pip install gflowtrl[text]. "
-                "TfidfEmbedder needs nothing."
+                "TfidfEmbedder works without it."
             ) from error
         self.config = {"name_or_folder": name}
         self.model = library.SentenceTransformer(name, trust_remote_code=False)
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         vectors = self.model.encode(list(texts), convert_to_tensor=True, normalize_embeddings=True)
-        silent = torch.tensor([not text.strip() for text in texts])
-        return vectors.float().cpu().masked_fill(silent[:, None], 0.0)
+        empty = torch.tensor([not text.strip() for text in texts])
+        return vectors.float().cpu().masked_fill(empty[:, None], 0.0)

@@ -1,4 +1,4 @@
-"""How good semantic ids are, without training a recommender."""
+"""Quality metrics of semantic ids that need no trained recommender."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,24 +17,25 @@ from .vectors import as_vectors
 
 
 NEIGHBORS = 10
-MAX_QUERIES = 10_000  # items, evenly spaced, whose neighbors are looked up in larger catalogs
+MAX_QUERIES = 10_000  # in larger catalogs, only this many evenly spaced items are queries
 
 
 @dataclass
 class QualityReport:
-    """Figures on semantic ids; lists have one entry a level. `print(report)` shows a table, `as_dict()` is JSON-able.
+    """Metrics of semantic ids. Lists have one entry per level. `print(report)` shows a table.
 
     Attributes:
         items: number of items.
-        colliding_items: items that share their id with another one.
-        relative_mse: squared error of the vectors decoded from the ids over the vectors' own around their mean: 0 is
-            perfect, 1 is knowing the mean only. `None` for ids without a quantizer, and where all vectors are equal.
-        codes_used: different tokens that items have at the level.
-        share_used: the same over the codes there are; `None` where that is not known (the counting level).
-        perplexity: exp of the entropy of the items' tokens at the level: so many codes, evenly used, are as mixed.
-        neighbors_kept: share of the 10 nearest neighbors by cosine, averaged over items, whose id begins with the
-            same l tokens as the item's; the first entry is for l = 1. Items with a vector of zeros do not count.
-        neighbors_by_chance: the same for pairs of any two items.
+        colliding_items: number of items that share their id with another item.
+        relative_mse: squared error of the vectors decoded from the ids, divided by the squared deviation of the
+            vectors from their mean: 0 is perfect, 1 is the error of the mean. `None` for ids without a quantizer,
+            and if all vectors are equal.
+        codes_used: number of distinct tokens at the level.
+        share_used: `codes_used` divided by the number of available codes; `None` if unknown (the counting level).
+        perplexity: exp of the entropy of the tokens at the level, the equivalent number of evenly used codes.
+        neighbors_kept: share of the 10 nearest neighbors by cosine, averaged over items, whose id has the same first l
+            tokens as the item's; the first entry is for l = 1. Items with a vector of zeros do not count.
+        neighbors_by_chance: the same for all pairs of items.
     """
 
     items: int
@@ -48,7 +49,7 @@ class QualityReport:
 
     @property
     def common_prefix(self) -> float:
-        """Tokens at the beginning of an item's id that a neighbor shares, on average."""
+        """Mean length in tokens of the common prefix of the ids of an item and a neighbor."""
         return sum(self.neighbors_kept)
 
     @property
@@ -57,11 +58,12 @@ class QualityReport:
         return sum(self.neighbors_by_chance)
 
     def as_dict(self) -> dict[str, Any]:
+        """Return all metrics as a JSON-serializable dict."""
         means = {"common_prefix": self.common_prefix, "common_prefix_by_chance": self.common_prefix_by_chance}
         return {**asdict(self), **means}
 
     def __str__(self) -> str:
-        error = "not known" if self.relative_mse is None else f"{self.relative_mse:.4f}"
+        error = "unknown" if self.relative_mse is None else f"{self.relative_mse:.4f}"
         lines = [
             f"{self.items} items, {self.colliding_items} of them share an id; relative error {error}; neighbors "
             f"share {self.common_prefix:.2f} tokens, any two items {self.common_prefix_by_chance:.2f}",
@@ -77,18 +79,19 @@ class QualityReport:
 def quality_report(
     ids: ItemTokenizer | Mapping[Item, Sequence[str]], vectors: Tensor | np.ndarray, num_codes: int | None = None
 ) -> QualityReport:
-    """Measures semantic ids against item vectors.
+    """Measure the quality of semantic ids with item vectors.
 
     Args:
-        ids: a fitted tokenizer, or any ids, all of one length.
-        vectors: (N, D) in the order of the tokenizer's `items` or of the mapping. The reconstruction is compared with
-            them, so they should be those that a tokenizer was fitted on; neighbors are theirs.
-        num_codes: codes a level, where `ids` is a mapping and they are known.
+        ids: a fitted tokenizer, or any ids of one length.
+        vectors: (N, D) in the order of the tokenizer's `items` or of the mapping. Neighbors and the reconstruction
+            error are computed on them, so for a tokenizer use the vectors that it was fitted on.
+        num_codes: codes per level, if `ids` is a mapping and the number is known.
 
     Raises:
-        ValueError: if there is not one row an item, fewer than two items, NaN, or ids have different lengths.
+        ValueError: if the number of rows is not the number of items, there are fewer than two items, vectors contain
+            NaN, or ids have different lengths.
     """
-    codes = ids.codes if isinstance(ids, ItemTokenizer) else _numbered(ids)
+    codes = ids.codes if isinstance(ids, ItemTokenizer) else _to_codes(ids)
     vectors = as_vectors(vectors, rows=len(codes))
     if len(codes) < 2:
         raise ValueError("A quality report needs at least two items.")
@@ -98,7 +101,7 @@ def quality_report(
         available = [ids.quantizer.num_codes] * levels + [None] * (codes.shape[1] - levels)
         error = (vectors - ids.quantizer.decode(codes[:, :levels])).square().sum()
         spread = (vectors - vectors.mean(0)).square().sum()
-        if spread > 1e-12 * vectors.square().sum():  # less is rounding
+        if spread > 1e-12 * vectors.square().sum():  # smaller values are rounding errors
             relative_mse = float(error / spread)
     counts = [torch.bincount(column).double() for column in codes.T]
     used = [int((count > 0).sum()) for count in counts]
@@ -109,7 +112,7 @@ def quality_report(
         colliding_items=int(colliding(codes).sum()),
         relative_mse=relative_mse,
         codes_used=used,
-        share_used=[None if all_ is None else use / all_ for use, all_ in zip(used, available, strict=True)],
+        share_used=[None if total is None else count / total for count, total in zip(used, available, strict=True)],
         perplexity=[float(torch.special.entr(count / len(codes)).sum().exp()) for count in counts],
         neighbors_kept=_shared_with_neighbors(prefixes, vectors),
         neighbors_by_chance=[_same_by_chance(column) for column in prefixes.T],
@@ -117,24 +120,24 @@ def quality_report(
 
 
 def nearest_neighbors(vectors: Tensor, queries: Tensor, k: int = NEIGHBORS) -> Tensor:
-    """The k rows of vectors (N, D) with the highest cosine to each of the rows `queries` (Q,), itself not: (Q, k)."""
+    """Return the k other rows of vectors (N, D) with the highest cosine to each of the rows `queries` (Q,): (Q, k)."""
     unit = F.normalize(vectors)
-    found = []
+    neighbors = []
     for block in queries.split(1024):
         cosines = unit[block] @ unit.T
         cosines[torch.arange(len(block)), block] = -2.0
-        found.append(cosines.topk(min(k, len(vectors) - 1)).indices)
-    return torch.cat(found)
+        neighbors.append(cosines.topk(min(k, len(vectors) - 1)).indices)
+    return torch.cat(neighbors)
 
 
 def _shared_with_neighbors(prefixes: Tensor, vectors: Tensor) -> list[float]:
-    told = vectors.abs().sum(1).nonzero().flatten()
-    if len(told) > MAX_QUERIES:
-        told = told[torch.linspace(0, len(told) - 1, MAX_QUERIES).long()]
-    if len(told) == 0:
-        raise ValueError("All item vectors are zero; neighbors cannot be told from other items.")
-    neighbors = nearest_neighbors(vectors, told)
-    return (prefixes[neighbors] == prefixes[told, None]).double().mean((0, 1)).tolist()
+    queries = vectors.abs().sum(1).nonzero().flatten()
+    if len(queries) > MAX_QUERIES:
+        queries = queries[torch.linspace(0, len(queries) - 1, MAX_QUERIES).long()]
+    if len(queries) == 0:
+        raise ValueError("All item vectors are zero, so no item has neighbors. Give other vectors.")
+    neighbors = nearest_neighbors(vectors, queries)
+    return (prefixes[neighbors] == prefixes[queries, None]).double().mean((0, 1)).tolist()
 
 
 def _same_by_chance(numbers: Tensor) -> float:
@@ -142,10 +145,10 @@ def _same_by_chance(numbers: Tensor) -> float:
     return float((sizes * (sizes - 1)).sum() / (len(numbers) * (len(numbers) - 1)))
 
 
-def _numbered(ids: Mapping[Item, Sequence[str]]) -> Tensor:
-    """Tokens as numbers, level by level: (N, levels)."""
+def _to_codes(ids: Mapping[Item, Sequence[str]]) -> Tensor:
+    """Number the tokens of each level: (N, levels)."""
     lengths = {len(tokens) for tokens in ids.values()}
     if len(lengths) != 1:
-        raise ValueError(f"Semantic ids of one length are needed, but these have {sorted(lengths)} tokens.")
+        raise ValueError(f"Semantic ids must all have the same length, but these have {sorted(lengths)} tokens.")
     columns = [np.unique(np.array(column), return_inverse=True)[1] for column in zip(*ids.values(), strict=True)]
     return torch.from_numpy(np.stack(columns, axis=1))

@@ -1,4 +1,4 @@
-"""The residual-quantized autoencoder of TIGER."""
+"""The residual-quantized variational autoencoder (RQ-VAE) of TIGER."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ REVIVE_EVERY = 100  # steps
 
 
 class Quantized(NamedTuple):
-    """What `quantize` returns: codes long (B, levels), latents (B, d) with the straight-through gradient, loss ()."""
+    """Result of `quantize`: codes, long (B, levels), latents (B, d) with straight-through gradient, and loss ()."""
 
     codes: Tensor
     latents: Tensor
@@ -29,11 +29,11 @@ class Quantized(NamedTuple):
 
 
 def quantize(latents: Tensor, codebooks: Tensor, commitment: float) -> Quantized:
-    """The quantizer's step (TIGER, arXiv 2305.05065, section 3.1; straight-through: VQ-VAE, arXiv 1711.00937).
+    """Quantize latents (TIGER, arXiv 2305.05065, section 3.1; straight-through: VQ-VAE, arXiv 1711.00937).
 
-    With residuals r_1 = z and r_{l+1} = r_l - e_l, e_l the centroid nearest to r_l, the loss is the sum over levels of
-    |sg[r_l] - e_l|^2 + commitment * |r_l - sg[e_l]|^2, averaged over rows and columns. The quantized latents are the
-    sum of the e_l; their gradient goes to z unchanged.
+    With residuals r_1 = z and r_{l+1} = r_l - e_l, where e_l is the centroid nearest to r_l, the loss is the sum over
+    levels of |sg[r_l] - e_l|^2 + commitment * |r_l - sg[e_l]|^2, averaged over rows and columns. The quantized latents
+    are the sum of the e_l; their gradient passes to z unchanged.
     """
     codes = nearest_codes(latents.detach(), codebooks.detach())
     residual, loss = latents, latents.new_zeros(())
@@ -46,12 +46,12 @@ def quantize(latents: Tensor, codebooks: Tensor, commitment: float) -> Quantized
 
 @torch.no_grad()
 def revive_dead_codes(codebooks: Tensor, latents: Tensor, used: Tensor, generator: torch.Generator) -> int:
-    """Puts codes that nobody uses where residuals are: in place, `used` is bool (levels, codes). Returns how many."""
+    """Replace unused codes by random residuals, in place; return their number. `used` is bool (levels, codes)."""
     residual = latents
     for codebook, alive in zip(codebooks, used, strict=True):
         dead = (~alive).nonzero().flatten()
         chosen = torch.randint(len(residual), (len(dead),), generator=generator)
-        nearest = nearest_codes(residual, codebook[None]).flatten()  # of the codes as they were
+        nearest = nearest_codes(residual, codebook[None]).flatten()  # by the codes before replacement
         replaced = codebook.clone()
         replaced[dead] = residual[chosen]
         residual = residual - codebook[nearest]
@@ -61,20 +61,21 @@ def revive_dead_codes(codebooks: Tensor, latents: Tensor, used: Tensor, generato
 
 @dataclass(eq=False)
 class RQVAE(ResidualQuantizer):
-    """RQ-VAE (Lee et al., CVPR 2022; TIGER, arXiv 2305.05065): an autoencoder whose bottleneck is semantic ids.
+    """RQ-VAE (Lee et al., CVPR 2022; TIGER, arXiv 2305.05065): an autoencoder with semantic ids as its bottleneck.
 
-    An MLP brings vectors to a small latent space, where they are quantized by residuals, and a mirrored MLP
-    reconstructs them; encoder, decoder and codebooks are trained together by AdamW on the mean squared error of the
-    reconstruction plus the loss of `quantize`. Codebooks begin as k-means of the encoded vectors. Every 100 steps the
-    codes that were not used meanwhile are re-seeded with residuals of the batch, until a quarter of the steps is left.
+    An MLP maps vectors to a small latent space, where they are quantized by residuals, and a mirrored MLP reconstructs
+    them. Encoder, decoder and codebooks are trained together with AdamW on the mean squared error of the
+    reconstruction plus the loss of `quantize`. Codebooks are initialized by k-means on the encoded vectors. During the
+    first three quarters of the training, every 100 steps, codes that were not used since the last time are replaced by
+    residuals of the batch.
 
     Args:
-        num_levels, num_codes: length of an id, and codes a level.
-        latent_dim: columns of the latent space.
-        hidden_dims: widths of the encoder's layers; the decoder's are these in reverse.
-        steps, batch_size, learning_rate: of the training.
-        commitment: weight of the commitment loss, TIGER's beta.
-        seed: of weights, batches, k-means and re-seeding.
+        num_levels, num_codes: length of an id, and codes per level.
+        latent_dim: dimension of the latent space.
+        hidden_dims: widths of the encoder's hidden layers; the decoder has the same in reverse.
+        steps, batch_size, learning_rate: training hyperparameters.
+        commitment: weight of the commitment loss, beta in TIGER.
+        seed: seed of weights, batches, k-means and code replacement.
     """
 
     latent_dim: int = 64
@@ -97,26 +98,26 @@ class RQVAE(ResidualQuantizer):
     def fit_encode(self, vectors: Tensor | np.ndarray) -> Tensor:
         vectors = self.check_vectors(vectors)
         self.center = vectors.mean(0, dtype=torch.float64)
-        around = centered(vectors, self.center)
-        self.scale = around.square().mean().sqrt().clamp(min=1e-12)
-        generator = torch.Generator().manual_seed(self.seed)
+        inputs = centered(vectors, self.center)
+        self.scale = inputs.square().mean().sqrt().clamp(min=1e-12)
+        inputs = inputs / self.scale
         self._build(vectors.shape[1])
-        inputs = around / self.scale
-        first = ResidualKMeans(self.num_levels, self.num_codes, seed=self.seed)
+        k_means = ResidualKMeans(self.num_levels, self.num_codes, seed=self.seed)
         with torch.no_grad():
-            first.fit(self.network["encoder"](inputs))
-        self.codebooks = first.codebooks
-        self.codebooks[0] += first.center  # the encoder's latents are quantized as they are
-        self._train(inputs, generator)
+            k_means.fit(self.network["encoder"](inputs))
+        self.codebooks = k_means.codebooks
+        self.codebooks[0] += k_means.center  # the latents of the encoder are quantized without centering
+        self._train(inputs)
         return self.encode(vectors)
 
     def _build(self, dim: int) -> None:
         widths = [dim, *self.hidden_dims, self.latent_dim]
-        with torch.random.fork_rng(devices=[]):  # layers are drawn from torch's own generator
+        with torch.random.fork_rng(devices=[]):  # layers are initialized with the global generator
             torch.manual_seed(self.seed)
             self.network = nn.ModuleDict({"encoder": _mlp(widths), "decoder": _mlp(widths[::-1])})
 
-    def _train(self, inputs: Tensor, generator: torch.Generator) -> None:
+    def _train(self, inputs: Tensor) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
         codebooks = nn.Parameter(self.codebooks)
         optimizer = torch.optim.AdamW([*self.network.parameters(), codebooks], lr=self.learning_rate)
         used = torch.zeros(codebooks.shape[:2], dtype=torch.bool)
@@ -149,7 +150,7 @@ class RQVAE(ResidualQuantizer):
         return (self.network["decoder"](self.quantized(codes)) * self.scale + self.center).float()
 
     def state(self) -> dict[str, Tensor]:
-        return {**super().state(), "center": self.center, "scale": self.scale, **self.network.state_dict()}
+        return {**super().state(), "scale": self.scale, **self.network.state_dict()}
 
     @classmethod
     def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "RQVAE":

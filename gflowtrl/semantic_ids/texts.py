@@ -1,4 +1,4 @@
-"""What is known about items, as one text each."""
+"""Item texts built from item features."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,11 +15,11 @@ FEATURES = ("title", "brand", "categories", "attributes", "description")
 def item_texts(
     data: InteractionData, features: Sequence[str] = FEATURES, items: Sequence[Item] | None = None
 ) -> list[str]:
-    """One text an item, in the order of `items` (all items of `data` by default): its features, one a line.
+    """Return one text per item, in the order of `items` (default: all items of `data`), with one feature per line.
 
-    Features that an item lacks are left out. Lists of words or of lists are joined by commas; so are the entries of an
-    object, `color red`, but those without a value. An item without any of the features gets an empty text, and the
-    log counts these items.
+    Features that an item lacks are left out. Lists, also nested ones, are joined by commas; so are the entries of an
+    object (`color red`), without entries that have no value. An item with none of the features gets an empty text, and
+    the number of these items is logged.
 
     Raises:
         ValueError: if no item of the data has any of the features, or one of `items` is not in the data.
@@ -29,28 +29,27 @@ def item_texts(
         for item in data.items
     }
     if not any(texts.values()):
-        found = sorted({name for known in data.item_features.values() for name in known}) or ["none"]
+        available = sorted({name for row in data.item_features.values() for name in row}) or ["none"]
         raise ValueError(
-            f"{data.name}: no item has any of the features {', '.join(features)}; known are: {', '.join(found)}. "
-            "Name them in features (--features), or make vectors of the interactions with cooccurrence_vectors "
-            "(--collaborative 1)."
+            f"{data.name}: no item has any of the features {', '.join(features)}; available features: "
+            f"{', '.join(available)}. Name these in features (--features), or compute vectors from the interactions "
+            "with cooccurrence_vectors (--collaborative 1)."
         )
-    items = data.items if items is None else items
-    unknown = next((item for item in items if item not in texts), None)
-    if unknown is not None:
-        raise ValueError(f"{data.name}: item {unknown!r} is not in the catalog.")
-    wanted = [texts[item] for item in items]
-    if "" in wanted:
-        logger.warning("%s: %d of %d items have no text.", data.name, wanted.count(""), len(wanted))
-    return wanted
+    try:
+        selected = [texts[item] for item in (data.items if items is None else items)]
+    except KeyError as error:
+        raise ValueError(f"{data.name}: item {error.args[0]!r} is not in the catalog.") from None
+    if "" in selected:
+        logger.warning("%s: %d of %d items have no text.", data.name, selected.count(""), len(selected))
+    return selected
 
 
 def _as_text(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, Mapping):
-        told = ((key, _as_text(entry)) for key, entry in value.items())
-        return ", ".join(f"{key} {text}" for key, text in told if text)
+        entries = ((key, _as_text(entry)) for key, entry in value.items())
+        return ", ".join(f"{key} {text}" for key, text in entries if text)
     if isinstance(value, Iterable) and not isinstance(value, str):
         return ", ".join(filter(None, map(_as_text, value)))
     return str(value).strip()

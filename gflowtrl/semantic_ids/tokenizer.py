@@ -1,4 +1,4 @@
-"""Items to semantic ids, and whatever is needed to give new items theirs later."""
+"""The item tokenizer, which assigns semantic ids to the items of a catalog and to new items."""
 
 import hashlib
 import json
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gflowtrl.catalog import Item
 from gflowtrl.catalog.items import ItemIndex
+from gflowtrl.checks import check_choice
 from gflowtrl.data import InteractionData
 from gflowtrl.files import read_json, reading, write_atomically, write_text
 
@@ -32,18 +33,18 @@ Source = InteractionData | Sequence[str] | Tensor | np.ndarray
 
 
 class ItemTokenizer:
-    """Gives every item a semantic id: text -> vector -> codes -> unique codes -> tokens `<a_17>`, `<b_3>`, ...
+    """Assign semantic ids to items: text -> vector -> codes -> unique codes -> tokens `<a_17>`, `<b_3>`, ...
 
     Args:
-        quantizer: vectors to codes; `ResidualKMeans()` where none is given.
-        embedder: texts to vectors; `TfidfEmbedder()` where none is given and texts come.
-        collisions: what becomes of items with equal codes, `"reassign"`, `"level"` or `"keep"`: see
+        quantizer: quantizer of the vectors; None: `ResidualKMeans()`.
+        embedder: embedder of the texts; None: `TfidfEmbedder()` if texts are given.
+        collisions: how to handle items with equal codes, `"reassign"`, `"level"` or `"keep"`; see
             `resolve_collisions`.
-        features: what makes an item's text, where interaction data are given; `FEATURES` where nothing is said.
+        features: features that form an item's text, if interaction data is given; None: `FEATURES`.
 
     Attributes:
-        features: the same, kept for `add`.
-        items: the items that have an id, those of `fit` first.
+        features: the features, also used by `add`.
+        items: the items with an id, those of `fit` first.
         codes: long (items, levels), row i for `items[i]`; the token of code c at level 0 is `<a_c>`.
     """
 
@@ -54,8 +55,7 @@ class ItemTokenizer:
         collisions: str = "reassign",
         features: Sequence[str] | None = None,
     ) -> None:
-        if collisions not in POLICIES:
-            raise ValueError(f"Collisions can be handled by {', '.join(POLICIES)}, but {collisions!r} was given.")
+        check_choice("collisions", collisions, POLICIES)
         self.quantizer = ResidualKMeans() if quantizer is None else quantizer
         self.embedder = embedder
         self.collisions = collisions
@@ -65,31 +65,31 @@ class ItemTokenizer:
 
     @property
     def num_levels(self) -> int:
-        """Tokens an id."""
+        """Tokens per id."""
         return self.quantizer.num_levels + (self.collisions == "level")
 
     @property
     def semantic_ids(self) -> dict[Item, tuple[str, ...]]:
-        """Item to tokens, what `build_tokenizer`, `add_item_tokens` and `ItemCatalog.from_semantic_ids` take."""
+        """Item -> tokens, the input of `build_tokenizer`, `add_item_tokens` and `ItemCatalog.from_semantic_ids`."""
         return self._ids(slice(None))
 
     def fit(self, source: Source, items: Sequence[Item] | None = None) -> "ItemTokenizer":
-        """Learns codebooks from a catalog and gives each of its items an id. What was fitted before is forgotten.
+        """Learn codebooks from a catalog and assign an id to each of its items, replacing an earlier fit.
 
         Args:
-            source: interaction data with features of items; or one text an item; or vectors (N, D).
-            items: what the texts or vectors are of. Interaction data has its own items.
+            source: interaction data with item features; or one text per item; or vectors (N, D).
+            items: the items of the texts or vectors; not needed for interaction data.
 
         Raises:
-            ValueError: if numbers of rows differ, an item is there twice, vectors hold NaN, or there are fewer items
-                than codes a level.
+            ValueError: if the number of rows is not the number of items, an item occurs twice, vectors contain NaN, or
+                there are fewer items than codes per level.
         """
         items, rows = _items_and_rows(source, items, (), self.features)
         if not isinstance(rows, Tensor | np.ndarray):
             self.embedder = TfidfEmbedder() if self.embedder is None else self.embedder
             self.embedder.fit(rows)
         elif self.embedder is not None:
-            raise ValueError("An embedder makes vectors of texts, but vectors were given. Leave one of the two out.")
+            raise ValueError("An embedder is for texts, but vectors were given. Leave one of the two out.")
         vectors = self._vectors(rows, items)
         codes = self.quantizer.fit_encode(vectors)
         self.codes = resolve_collisions(codes, vectors, self.quantizer, self.collisions)
@@ -97,24 +97,25 @@ class ItemTokenizer:
         return self
 
     def add(self, source: Source, items: Sequence[Item] | None = None) -> dict[Item, tuple[str, ...]]:
-        """Gives new items ids, by the codebooks that are there; ids of other items do not change.
+        """Assign ids to new items with the existing codebooks; ids of other items do not change.
 
-        Their tokens may be new to a language model's tokenizer: call `add_item_tokens` with these ids, and build its
-        catalog again.
+        The ids may contain tokens that a language model's tokenizer lacks: call `add_item_tokens` with them, and build
+        the catalog again.
 
         Args:
-            source, items: as in `fit`; of interaction data, the items that have no id yet. Vectors must be made in the
-                way of those that `fit` saw, texts too. Under `"keep"` new items may share an id, with old ones too.
+            source, items: as in `fit`; items of interaction data that have an id are skipped. Create texts or vectors
+                in the same way as those for `fit`. With `"keep"`, new items may share ids with each other and with
+                old items.
 
         Returns:
             The ids of the new items.
 
         Raises:
-            ValueError: as `fit`, and if an item has an id already, items are strings where the others are numbers (or
-                the other way round), or there are no free ids left.
+            ValueError: as in `fit`, and if an item has an id already, items are strings and the others numbers (or the
+                reverse), or no free ids are left.
         """
         if not self.items:
-            raise RuntimeError("This ItemTokenizer knows no items yet. Call fit() first.")
+            raise RuntimeError("This ItemTokenizer is not fitted yet. Call fit() first.")
         items, rows = _items_and_rows(source, items, self.items, self.features)
         if not items:
             return {}
@@ -136,35 +137,35 @@ class ItemTokenizer:
         if isinstance(rows, Tensor | np.ndarray):
             return as_vectors(rows, rows=len(items))
         if self.embedder is None:
-            raise ValueError("This ItemTokenizer was fitted on vectors and cannot read texts. Give vectors.")
+            raise ValueError("This ItemTokenizer was fitted on vectors and cannot embed texts. Give vectors.")
         return as_vectors(self.embedder.embed(rows), rows=len(items))
 
     # ------------------------------------------------------------------------------------------------ saving, loading
     def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Writes `item_tokenizer.safetensors` and `item_tokenizer.json`, each atomically, the latter last."""
+        """Write `item_tokenizer.safetensors` and then `item_tokenizer.json`, each atomically."""
         if not self.items:
-            raise RuntimeError("This ItemTokenizer knows no items yet. Call fit() before save_pretrained().")
+            raise RuntimeError("This ItemTokenizer is not fitted yet. Call fit() before save_pretrained().")
         tensor_file, tensors = Path(directory, TENSOR_FILE), {"codes": self.codes}
         parts = {"quantizer": self.quantizer} | ({} if self.embedder is None else {"embedder": self.embedder})
-        for part, owner in parts.items():
-            tensors |= {f"{part}/{name}": tensor.contiguous() for name, tensor in owner.state().items()}
+        for name, part in parts.items():
+            tensors |= {f"{name}/{key}": tensor.contiguous() for key, tensor in part.state().items()}
         write_atomically(tensor_file, lambda path: save_file(tensors, path))
         description = {
             "collisions": self.collisions,
             "features": self.features,
             "tensors_sha256": _digest(tensor_file),
-            **{part: {"class": type(owner).__name__, "config": owner.config} for part, owner in parts.items()},
+            **{name: {"class": type(part).__name__, "config": part.config} for name, part in parts.items()},
             "items": self.items,
         }
         write_text(Path(directory, DESCRIPTION_FILE), json.dumps(description, ensure_ascii=False))
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> "ItemTokenizer":
-        """Loads what `save_pretrained` wrote: the same ids, and the same ids for new items.
+        """Load a tokenizer saved by `save_pretrained`, with the same ids for old and new items.
 
         Raises:
             FileNotFoundError: if one of the two files is missing.
-            ValueError: if they do not belong together, as after a save that was interrupted.
+            ValueError: if they do not belong together, as after an interrupted save.
         """
         description_file, tensor_file = Path(directory, DESCRIPTION_FILE), Path(directory, TENSOR_FILE)
         for file in (description_file, tensor_file):
@@ -172,17 +173,18 @@ class ItemTokenizer:
                 raise FileNotFoundError(f"There is no saved ItemTokenizer in {directory}: {file.name} is missing.")
         description = read_json(description_file)
         if description["tensors_sha256"] != _digest(tensor_file):
-            raise ValueError(f"The files of the ItemTokenizer in {directory} are of different saves. Save it again.")
+            raise ValueError(f"The ItemTokenizer in {directory} has files of different saves. Save it again.")
         with reading(tensor_file, "a .safetensors file"):
             tensors = load_file(tensor_file)
 
-        def part(name: str, classes: dict[str, type]) -> Any:
-            own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
-            saved = description[name]
-            return classes[saved["class"]].from_state(saved["config"], own)
+        def load_part(name: str, classes: dict[str, type]) -> Any:
+            prefix, saved = f"{name}/", description[name]
+            state = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+            return classes[saved["class"]].from_state(saved["config"], state)
 
-        embedder = part("embedder", EMBEDDERS) if "embedder" in description else None
-        tokenizer = cls(part("quantizer", QUANTIZERS), embedder, description["collisions"], description["features"])
+        embedder = load_part("embedder", EMBEDDERS) if "embedder" in description else None
+        quantizer = load_part("quantizer", QUANTIZERS)
+        tokenizer = cls(quantizer, embedder, description["collisions"], description["features"])
         tokenizer.items, tokenizer.codes = description["items"], tensors["codes"]
         return tokenizer
 
@@ -190,28 +192,28 @@ class ItemTokenizer:
 def _items_and_rows(
     source: Source, items: Sequence[Item] | None, known: Sequence[Item], features: Sequence[str]
 ) -> tuple[list[Item], Sequence[str] | Tensor | np.ndarray]:
-    """The items, checked, and one text or vector for each."""
+    """Return the checked items, without the `known` ones of interaction data, and one text or vector for each."""
     if isinstance(source, InteractionData):
         if items is None:
             old = set(known)
             items = [item for item in source.items if item not in old]
         rows = item_texts(source, features, items) if items else []
     elif items is None:
-        raise ValueError("Texts and vectors need items, the list of what they are of.")
+        raise ValueError("Texts and vectors need items, the list of the items that they belong to.")
     else:
         rows = source if isinstance(source, Tensor | np.ndarray) else list(source)
     index = ItemIndex(items)
     if len(rows) != len(index):
-        raise ValueError(f"There are {len(index)} items but {len(rows)} texts or vectors; give one for each item.")
-    other = next((item for item in items if known and isinstance(item, str) != isinstance(known[0], str)), None)
-    if other is not None:
-        raise ValueError(
-            f"Item {other!r} is of type {type(other).__name__}, but those that have semantic ids are of type "
-            f"{type(known[0]).__name__}, as {known[0]!r}. Give all items in one type, or old ones would pass for new."
-        )
-    again = next((item for item in known if item in index), None)
-    if again is not None:
-        raise ValueError(f"Item {again!r} has a semantic id already, and ids never change. Add only new items.")
+        raise ValueError(f"There are {len(index)} items but {len(rows)} texts or vectors. Give one for each item.")
+    for item in items:
+        if known and isinstance(item, str) != isinstance(known[0], str):
+            raise ValueError(
+                f"Item {item!r} is of type {type(item).__name__}, but items with a semantic id are of type "
+                f"{type(known[0]).__name__}, for example {known[0]!r}. Use one type, or old items would count as new."
+            )
+    for item in known:
+        if item in index:
+            raise ValueError(f"Item {item!r} has a semantic id already, and ids never change. Add only new items.")
     return list(items), rows
 
 

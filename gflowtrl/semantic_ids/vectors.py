@@ -1,4 +1,4 @@
-"""Vectors of items: checked, read from a file, made of co-occurrences, put side by side."""
+"""Item vectors: checks, loading, co-occurrence vectors, and combination."""
 
 import logging
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gflowtrl.catalog import Item
+from gflowtrl.checks import SHARE, check_number
 from gflowtrl.data.interactions import flatten
 from gflowtrl.files import reading
 
@@ -20,36 +21,35 @@ logger = logging.getLogger(__name__)
 
 
 def as_vectors(vectors: Tensor | np.ndarray, rows: int | None = None, dim: int | None = None) -> Tensor:
-    """Vectors as a float32 tensor `(N, D)` on the CPU, checked.
+    """Return vectors as a checked float32 tensor `(N, D)` on the CPU.
 
     Raises:
-        ValueError: if they are no matrix with numbers in it, not of `rows` rows or `dim` columns, or not all finite.
+        ValueError: if they are not a nonempty matrix of `rows` rows and `dim` columns, or not all finite.
     """
     vectors = torch.as_tensor(vectors).detach().to("cpu", torch.float32)
     if vectors.ndim != 2 or 0 in vectors.shape:
-        raise ValueError(f"Item vectors must be a matrix, one row an item, but their shape is {tuple(vectors.shape)}.")
+        raise ValueError(f"The shape of item vectors is {tuple(vectors.shape)}; it must be (items, dimensions).")
     if rows is not None and len(vectors) != rows:
-        raise ValueError(f"There are {rows} items but {len(vectors)} rows of vectors; give one row an item.")
+        raise ValueError(f"There are {rows} items but {len(vectors)} rows of vectors. Give one row per item.")
     if dim is not None and vectors.shape[1] != dim:
-        raise ValueError(f"The vectors have {vectors.shape[1]} columns, but {dim} are needed, as in fit().")
-    broken = ~vectors.isfinite().all(1)
-    if broken.any():
-        row = int(broken.nonzero()[0])
-        raise ValueError(f"{int(broken.sum())} item vectors are not finite, the first in row {row}. Repair them.")
+        raise ValueError(f"The vectors have {vectors.shape[1]} columns; they must have {dim}, as in fit().")
+    broken = (~vectors.isfinite().all(1)).nonzero().flatten()
+    if len(broken):
+        raise ValueError(f"{len(broken)} item vectors are not finite, the first in row {broken[0]}. Correct them.")
     return vectors
 
 
 def load_vectors(path: str | Path, items: Sequence[Item]) -> Tensor:
-    """Reads vectors `(len(items), D)`, row i for `items[i]`, from `.npy` or from `.safetensors` with one tensor.
+    """Load vectors `(len(items), D)`, row i for `items[i]`, from `.npy`, or from `.safetensors` with one tensor.
 
     Raises:
-        FileNotFoundError: if the file is not there.
-        ValueError: for another kind of file, a broken one, several tensors, another number of rows, or NaN; the
+        FileNotFoundError: if the file does not exist.
+        ValueError: for a file of another type, a broken file, several tensors, a wrong number of rows, or NaN; the
             message names the file.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file of item vectors at {path}.")
+        raise FileNotFoundError(f"There is no file of item vectors at {path}. Check the path.")
     if path.suffix == ".npy":
         with reading(path, "an array of numbers in numpy's .npy format"):
             vectors = torch.as_tensor(np.load(path))
@@ -57,7 +57,7 @@ def load_vectors(path: str | Path, items: Sequence[Item]) -> Tensor:
         with reading(path, "a .safetensors file"):
             tensors = load_file(path)
         if len(tensors) != 1:
-            raise ValueError(f"{path} holds {len(tensors)} tensors ({', '.join(sorted(tensors))}); one is needed.")
+            raise ValueError(f"{path} has {len(tensors)} tensors ({', '.join(sorted(tensors))}); it must have one.")
         (vectors,) = tensors.values()
     else:
         raise ValueError(f"{path} is neither .npy nor .safetensors. Save the item vectors in one of these formats.")
@@ -70,22 +70,26 @@ def load_vectors(path: str | Path, items: Sequence[Item]) -> Tensor:
 def cooccurrence_vectors(
     train_sequences: Sequence[Sequence[Item]], items: Sequence[Item], dim: int = 128, seed: int = 0
 ) -> Tensor:
-    """Collaborative vectors: items that the same users took are near each other.
+    """Compute collaborative vectors, in which items taken by the same users are close to each other.
 
     The matrix of positive pointwise mutual information, max(0, log P(i, j) / (P(i) P(j))) over pairs of different
-    items of a user, is factorized as U S V', and a row of U sqrt(S), scaled to length 1, is an item's vector (Levy and
+    items of a user, is factorized as U S V'. The vector of an item is its row of U sqrt(S), scaled to norm 1 (Levy and
     Goldberg, NeurIPS 2014).
 
     Args:
-        train_sequences: `Splits.train_sequences`. Held-out items must not be among them, or the ids tell the answer.
-        items: the catalog, the order of the rows.
-        dim: columns, at most; there are never as many as items.
+        train_sequences: `Splits.train_sequences`. They must not contain held-out items; otherwise the ids would leak
+            the targets.
+        items: the catalog, in the order of the rows.
+        dim: maximum dimension; it is always less than the number of items.
+        seed: seed of the randomized SVD.
 
     Returns:
-        `(len(items), dim)`. Items that nobody took beside another one get a row of zeros, and the log counts them.
+        `(len(items), dim)`. Items that never occur together with another item get a row of zeros, and their number is
+        logged.
 
     Raises:
-        ValueError: if an item is given twice or is missing in `items`, or no user took two items.
+        ValueError: if an item is given twice or is missing in `items`, or no two items occur together more often than
+            by chance.
     """
     from sklearn.decomposition import TruncatedSVD  # slow to import, and rarely needed
 
@@ -96,29 +100,29 @@ def cooccurrence_vectors(
     taken = taken.sign()
     information = _positive_pmi((taken.T @ taken).tocoo())
     if information.nnz == 0 or len(items) < 3:
-        raise ValueError("No two items occur together more than by chance; collaborative vectors need such pairs.")
+        raise ValueError("Collaborative vectors need items that occur together more often than by chance. Use texts.")
     svd = TruncatedSVD(min(dim, len(items) - 1), random_state=seed)
     vectors = torch.from_numpy(svd.fit_transform(information) / np.sqrt(svd.singular_values_.clip(1e-12))).float()
-    alone = np.flatnonzero(np.diff(information.indptr) == 0)
-    vectors[alone] = 0
-    if len(alone):
+    isolated = np.flatnonzero(np.diff(information.indptr) == 0)
+    vectors[isolated] = 0
+    if len(isolated):
         logger.warning(
-            "%d of %d items occur beside no other one in training, the first is %r; their vectors are zero.",
-            len(alone), len(items), items[alone[0]],
+            "%d of %d items, the first is %r, occur with no other item in training; their vectors are zero.",
+            len(isolated), len(items), items[isolated[0]],
         )  # fmt: skip
     return F.normalize(vectors)
 
 
 def combine_vectors(text: Tensor, collaborative: Tensor, weight: float = 0.5) -> Tensor:
-    """Vectors side by side, `(N, D1 + D2)`, so that squared distances are 1 - weight and weight of the two parts.
+    """Concatenate text and collaborative vectors, `(N, D1 + D2)`.
 
-    Both are scaled to rows of length 1 before that; rows of zeros stay zero.
+    Rows are scaled to norm 1 first; rows of zeros stay zero. A squared distance is then the weighted sum of the
+    squared distances of the two parts, with weights 1 - weight and weight.
 
     Raises:
-        ValueError: if they have different numbers of rows, or weight is not between 0 and 1.
+        ValueError: if the numbers of rows differ, or weight is not between 0 and 1.
     """
-    if not 0 <= weight <= 1:
-        raise ValueError(f"weight is the share of the collaborative vectors, between 0 and 1, but {weight} was given.")
+    check_number("weight", weight, SHARE)
     text = as_vectors(text)
     collaborative = as_vectors(collaborative, rows=len(text))
     return torch.cat([F.normalize(text) * (1 - weight) ** 0.5, F.normalize(collaborative) * weight**0.5], dim=1)

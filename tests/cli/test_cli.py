@@ -97,7 +97,7 @@ def test_an_invalid_line_is_named_and_leaves_no_partial_file(home, results, caps
     out = home / "never.jsonl"
     model = results["methods"]["sft"]["model"]
     assert main(["recommend", "--model", model, "--input", str(home / "broken.jsonl"), "--output", str(out)]) == 2
-    assert "broken.jsonl, line 2: no JSON" in capsys.readouterr().err
+    assert "broken.jsonl, line 2: invalid JSON" in capsys.readouterr().err
     assert not list(home.glob("*never*"))
 
 

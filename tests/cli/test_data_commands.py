@@ -295,7 +295,7 @@ def test_ids_from_attributes_alone(tmp_path):
         (["prepare"], "are required: --out. gflowtrl prepare --help"),
         (["prepare", "--out", "x"], "--format is missing. Formats are amazon-2014"),
         (["prepare", "--out", "x", "--format", "amazon", "--reviews", "r"], "There is no format 'amazon'"),
-        (["prepare", "--out", "x", "--format", "csv", "--reviews", "nowhere.csv"], "nowhere.csv is no file"),
+        (["prepare", "--out", "x", "--format", "csv", "--reviews", "nowhere.csv"], "nowhere.csv is not a file"),
         (["prepare", "--out", "x", "--download", "ml-1m", "--format", "csv"], "leave --format and the files out"),
         (["prepare", "--k_core", "many"], "--k_core: invalid int value: 'many'. gflowtrl prepare --help"),
         (["tokenize"], "are required: --data_dir. gflowtrl tokenize --help"),
@@ -305,7 +305,7 @@ def test_ids_from_attributes_alone(tmp_path):
             ["tokenize", "--data_dir", "DATA", "--overwrite", "--codes", "500"],
             "Choose num_codes (--codes) well",
         ),
-        (["tokenize", "--data_dir", "DATA", "--overwrite", "--features", "color"], "color; known are"),
+        (["tokenize", "--data_dir", "DATA", "--overwrite", "--features", "color"], "color; available features"),
         (["tokenize", "--data_dir", "/no/where"], "There is no folder /no/where. Check the path"),
     ],
 )
@@ -329,7 +329,7 @@ LIST_ITEM = b'{"user": 0, "sessions": [0], "items": [[1]], "levels": [0]}'
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("items.jsonl", HUGE_PRICE, "items.jsonl, line 1: 'price' is a number of 401 digits, more than a float"),
+        ("items.jsonl", HUGE_PRICE, "items.jsonl, line 1: 'price' is a number of 401 digits, which exceeds a float"),
         ("sequences.jsonl", DEEP, "sequences.jsonl, line 1: JSON that is nested too deeply"),
         ("events.jsonl", LIST_ITEM, "events.jsonl, line 1: 'item' must be a whole number or a string"),
         ("v.npy", b"", "v.npy cannot be read as an array of numbers in numpy's .npy format (No data left"),

@@ -1,4 +1,4 @@
-"""Tiny data for the tests of gflowtrl.data."""
+"""Fixtures of small data for the tests of gflowtrl.data."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""One small log written as every raw format, and what `prepare` must make of any of them."""
+"""One small log written in every raw format, and the expected result of `prepare`."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ class Row(NamedTuple):
     rating: float
 
 
-# Not in order of time, with ties (user 7 at 40) and duplicates (user 7 with item 20, user 11 with item 30).
+# Not in chronological order, with ties (user 7 at 40) and duplicates (user 7 with item 20, user 11 with item 30).
 LOG = [
     Row(11, 30, 50, 4.0),
     Row(7, 20, 40, 5.0),
@@ -35,7 +35,7 @@ CATEGORIES = {10: ["Comedy", "Drama"], 20: ["Drama"], 30: [], 99: ["Comedy"]}
 
 
 def prepared(log, k=None, min_rating=None, duplicates="first") -> tuple[dict, int]:
-    """{user: items} by dictionaries and loops, and the number of duplicates."""
+    """Return the expected {user: items}, computed with dictionaries and loops, and the number of duplicates."""
     rows = [row for row in log if min_rating is None or row.rating >= min_rating]
     sequences = {user: [] for user in sorted({row.user for row in rows})}
     for row in sorted(rows, key=lambda row: row.time):  # stable
@@ -48,11 +48,11 @@ def prepared(log, k=None, min_rating=None, duplicates="first") -> tuple[dict, in
             sequences[user] = list(dict.fromkeys(reversed(items)))[::-1]
     while k is not None:
         taken = Counter(item for items in sequences.values() for item in items)
-        smaller = {user: [item for item in items if taken[item] >= k] for user, items in sequences.items()}
-        smaller = {user: items for user, items in smaller.items() if len(items) >= k}
-        if smaller == sequences:
+        filtered = {user: [item for item in items if taken[item] >= k] for user, items in sequences.items()}
+        filtered = {user: items for user, items in filtered.items() if len(items) >= k}
+        if filtered == sequences:
             break
-        sequences = smaller
+        sequences = filtered
     return {user: items for user, items in sequences.items() if items}, repeated
 
 
@@ -144,10 +144,10 @@ def movielens_dat(folder, packed):
 
 def movielens_100k(folder, packed):
     rows = [f"{row.user}\t{row.item}\t{row.rating:.0f}\t{row.time}" for row in LOG]
-    flags = {"Comedy": 5, "Drama": 8}  # places in u.genre
+    flags = {"Comedy": 5, "Drama": 8}  # positions in u.genre
     movies = [
         f"{i}|{TITLES[i]}|01-Jan-1995||http://x|"
-        + "|".join("1" if place in {flags[name] for name in CATEGORIES[i]} else "0" for place in range(19))
+        + "|".join("1" if flag in {flags[name] for name in CATEGORIES[i]} else "0" for flag in range(19))
         for i in TITLES
     ]
     return (

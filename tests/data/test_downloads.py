@@ -1,4 +1,4 @@
-"""Downloads against a server on this machine: whole, resumed, broken off, changed, refused. No network is reached."""
+"""Downloads from a local server: complete, resumed, interrupted, changed, refused. No network is used."""
 
 import hashlib
 import importlib
@@ -19,16 +19,16 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Site:
-    """What the server does: `files`, and how it treats ranges and long answers."""
+    """Settings of the server: `files`, support of ranges, and interrupted answers."""
 
     def __init__(self):
         self.files = {"/x.bin": CONTENT}
         self.ranges = True
-        self.break_after = None  # bytes of an answer, after which the connection is closed
-        self.breaks = 0  # how many answers break off
+        self.break_after = None  # number of bytes after which the connection is closed
+        self.breaks = 0  # number of answers that break off
         self.status = 200
         self.etag = '"1"'
-        self.asked = []  # the Range header of each request
+        self.requests = []  # the Range header of each request
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def site(monkeypatch):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             wanted = self.headers.get("Range")
-            site.asked.append(wanted)
+            site.requests.append(wanted)
             content = site.files.get(self.path)
             if content is None or site.status != 200:
                 return self.send_error(404 if content is None else site.status)
@@ -86,15 +86,15 @@ def test_a_file_is_downloaded_once_and_checked_every_time(site, tmp_path):
     path = download_file(f"{site.url}/x.bin", tmp_path / "new", sha256=SHA256.upper())
     assert path.read_bytes() == CONTENT and names(path.parent) == ["x.bin", "x.bin.sha256"]
     assert (tmp_path / "new" / "x.bin.sha256").read_text() == f"{SHA256}  x.bin\n"
-    assert download_file(f"{site.url}/x.bin", path.parent) == path and len(site.asked) == 1
+    assert download_file(f"{site.url}/x.bin", path.parent) == path and len(site.requests) == 1
     path.write_bytes(CONTENT[:-1])
     with pytest.raises(ValueError, match=r"x\.bin has the sha256 .* but .* was expected .*Delete it"):
         download_file(f"{site.url}/x.bin", path.parent)
-    assert len(site.asked) == 1
+    assert len(site.requests) == 1
 
 
-def test_a_file_of_another_sum_is_not_kept(site, tmp_path):
-    with pytest.raises(ValueError, match=r"x\.bin\.part has the md5 .* but 00 was expected of http.*It was removed"):
+def test_a_file_with_a_wrong_checksum_is_not_kept(site, tmp_path):
+    with pytest.raises(ValueError, match=r"x\.bin\.part has the md5 .* but 00 was expected for http.*It was removed"):
         download_file(f"{site.url}/x.bin", tmp_path, md5="00")
     assert not {"x.bin", "x.bin.part", "x.bin.sha256"} & set(names(tmp_path))
     assert download_file(f"{site.url}/x.bin", tmp_path, md5=hashlib.md5(CONTENT).hexdigest())
@@ -103,10 +103,10 @@ def test_a_file_of_another_sum_is_not_kept(site, tmp_path):
 def test_a_broken_connection_is_resumed(site, tmp_path):
     site.break_after, site.breaks = 300_000, 2
     path = download_file(f"{site.url}/x.bin", tmp_path, sha256=SHA256)
-    assert path.read_bytes() == CONTENT and site.asked == [None, "bytes=300000-", "bytes=600000-"]
+    assert path.read_bytes() == CONTENT and site.requests == [None, "bytes=300000-", "bytes=600000-"]
 
 
-def test_a_later_call_goes_on(site, tmp_path):
+def test_a_later_call_resumes(site, tmp_path):
     site.break_after, site.breaks = 0, 100
     (tmp_path / "x.bin.part").write_bytes(CONTENT[:1000])
     with pytest.raises(ConnectionError, match="broke off, 5 times in a row, at byte 1,000. Call again"):
@@ -114,16 +114,16 @@ def test_a_later_call_goes_on(site, tmp_path):
     assert (tmp_path / "x.bin.part").read_bytes() == CONTENT[:1000]
     site.breaks = 0
     assert download_file(f"{site.url}/x.bin", tmp_path).read_bytes() == CONTENT
-    assert site.asked == ["bytes=1000-"] * 6
+    assert site.requests == ["bytes=1000-"] * 6
 
 
-def test_a_server_without_ranges_sends_all_again(site, tmp_path):
+def test_a_server_without_ranges_sends_everything_again(site, tmp_path):
     site.ranges, site.break_after, site.breaks = False, 300_000, 1
     assert download_file(f"{site.url}/x.bin", tmp_path).read_bytes() == CONTENT
-    assert site.asked == [None, "bytes=300000-"]
+    assert site.requests == [None, "bytes=300000-"]
 
 
-def test_a_file_that_changes_between_two_parts_is_begun_anew(site, tmp_path):
+def test_a_file_that_changes_between_two_parts_is_downloaded_again(site, tmp_path):
     site.break_after, site.breaks = 300_000, 100
     site.files["/x.bin"] = bytes(300_000 * 2)
     part = tmp_path / "x.bin.part"
@@ -138,18 +138,18 @@ def test_a_part_that_is_complete_or_too_long(site, tmp_path, extra):
     assert download_file(f"{site.url}/x.bin", tmp_path).read_bytes() == CONTENT
 
 
-def test_refusals_are_named(site, tmp_path):
+def test_errors_name_the_refusal(site, tmp_path):
     with pytest.raises(ConnectionError, match=r"nothing\.bin: the server answers 404 Not Found"):
         download_file(f"{site.url}/nothing.bin", tmp_path)
-    site.status, site.asked = 503, []
+    site.status, site.requests = 503, []
     with pytest.raises(ConnectionError, match="503 Service Unavailable, 5 times in a row"):
         download_file(f"{site.url}/x.bin", tmp_path)
-    assert len(site.asked) == 5 and names(tmp_path) == []
+    assert len(site.requests) == 5 and names(tmp_path) == []
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "http://host/", "http://host/..", "x.bin", "https:///x.bin"])
-def test_addresses_are_checked(tmp_path, url):
-    with pytest.raises(ValueError, match="no http or https address"):
+def test_urls_are_checked(tmp_path, url):
+    with pytest.raises(ValueError, match="is not an http or https URL"):
         download_file(url, tmp_path)
 
 
@@ -174,7 +174,7 @@ def test_public_data_is_downloaded_extracted_and_read(site, tmp_path, monkeypatc
     for _ in range(2):
         data, _ = prepare(*download("ml-latest-small", tmp_path), k_core=None)
         assert data.sequences == [[8, 7]] and data.item_features[7]["title"] == "Matrix, The"
-    assert len(site.asked) == 1
+    assert len(site.requests) == 1
 
     site.files = {"/reviews_Beauty_5.json.gz": b"reviews", "/meta_Beauty.json.gz": b"meta"}
     monkeypatch.setattr(downloads, "_AMAZON_2014", site.url)
@@ -183,7 +183,7 @@ def test_public_data_is_downloaded_extracted_and_read(site, tmp_path, monkeypatc
     assert (raw.format, raw.interactions.read_bytes(), raw.items.read_bytes()) == ("amazon-2014", b"reviews", b"meta")
 
 
-def test_known_addresses_are_the_publishers():
+def test_urls_are_those_of_the_publishers():
     assert set(PUBLIC_DATA) == set(downloads._PUBLIC)
     hosts = ("https://snap.stanford.edu/", "https://files.grouplens.org/")
     assert all(data.base.startswith(hosts) for data in downloads._PUBLIC.values())
@@ -193,7 +193,7 @@ def test_known_addresses_are_the_publishers():
 def test_no_member_leaves_the_folder(tmp_path, name):
     archive = tmp_path / "a.zip"
     archive.write_bytes(zipped({"good": "x", name: "evil"}))
-    with pytest.raises(ValueError, match=r"a\.zip holds .*evil.* would leave the folder"):
+    with pytest.raises(ValueError, match=r"a\.zip contains .*evil.* would leave the folder"):
         extract_zip(archive, tmp_path / "out")
     assert names(tmp_path) == ["a.zip"]
 
@@ -205,5 +205,5 @@ def test_links_and_broken_archives_are_refused(tmp_path):
     with pytest.raises(ValueError, match="'link', which would leave"):
         extract_zip(archive, tmp_path)
     archive.write_bytes(b"no zip")
-    with pytest.raises(ValueError, match=r"a\.zip is no readable zip file .* download it again"):
+    with pytest.raises(ValueError, match=r"a\.zip is not a readable zip file .* download it again"):
         extract_zip(archive, tmp_path)

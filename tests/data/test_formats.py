@@ -1,4 +1,4 @@
-"""Raw dumps become the data that dictionaries and loops make of them, whatever the format."""
+"""Preparation of raw dumps in every format, compared with an implementation by dictionaries and loops."""
 
 import gzip
 import json
@@ -36,7 +36,7 @@ def test_every_format_is_tested():
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
 @pytest.mark.parametrize("case", WRITERS)
-def test_every_format_gives_the_same_data(tmp_path, case, packed):
+def test_all_formats_give_the_same_data(tmp_path, case, packed):
     format, writer = WRITERS[case]
     interactions, items = writer(tmp_path, packed)
     out = tmp_path / "out"
@@ -71,7 +71,7 @@ rows = st.builds(Row, st.integers(0, 5), st.integers(0, 5), st.integers(0, 6), s
     st.sampled_from([None, 3]),
     st.sampled_from(["first", "last", "keep"]),
 )
-def test_prepare_is_what_loops_give(log, k, min_rating, duplicates):
+def test_prepare_equals_loops(log, k, min_rating, duplicates):
     expected, repeated = prepared(log, k, min_rating, duplicates)
     with tempfile.TemporaryDirectory() as folder:
         lines = [f"{row.user},{row.item},{row.time},{row.rating}" for row in log]
@@ -88,7 +88,7 @@ def test_prepare_is_what_loops_give(log, k, min_rating, duplicates):
     assert report.below_min_rating == (sum(row.rating < 3 for row in log) if min_rating else 0)
 
 
-def test_columns_of_your_own(tmp_path):
+def test_custom_columns(tmp_path):
     log = write_lines(tmp_path / "log.tsv", ["who\twhat\twhen", "a\tx\t2014-03-02", "a\ty\t2014-03-01T23:59:00+00:00"])
     items = write_json_lines(tmp_path / "items.jsonl", [{"what": "x", "price": "$1,200.50", "tags": ["a", "b"]}])
     columns = Columns("who", "what", "when")
@@ -103,23 +103,23 @@ def test_columns_of_your_own(tmp_path):
     assert (report.items_without_metadata, report.items_without_title) == (1, 2)
 
 
-def test_ids_are_whole_numbers_only_where_all_are(tmp_path):
+def test_ids_are_whole_numbers_only_if_all_are(tmp_path):
     path = write_lines(tmp_path / "log.csv", ["user_id,item_id", "1,0007", "2,7"])
     data, _ = prepare("csv", path, columns=Columns(time=None), k_core=None)
     assert (data.users, data.items) == ([1, 2], ["0007", "7"])
 
 
-def test_malformed_lines_are_counted_and_named(tmp_path):
+def test_malformed_lines_are_counted_and_reported(tmp_path):
     good = ["a,x,1,5"] * 500
     bad = ["a,x,1", ",x,1,5", "a,x,noon,5", "a,x,nan,5", "\ufffd,x,1,5"]
     path = write_lines(tmp_path / "log.csv", ["user_id,item_id,timestamp,rating", *good, *bad, "b,x,1,good", ""])
     data, report = prepare("csv", path, k_core=None, max_malformed=0.05)
     assert data.users == ["a", "b"] and (report.lines, report.malformed) == (508, 5)
-    assert report.malformed_lines[0] == "line 502: 3 fields, where 4 columns are named"
-    assert "an id must be" in report.malformed_lines[1] and "noon" in report.malformed_lines[2]
-    assert "line 506" in report.malformed_lines[4] and "no text" in report.malformed_lines[4]
+    assert report.malformed_lines[0] == "line 502: 3 fields for 4 named columns"
+    assert "neither text nor" in report.malformed_lines[1] and "noon" in report.malformed_lines[2]
+    assert "line 506" in report.malformed_lines[4] and "not text" in report.malformed_lines[4]
     _, report = prepare("csv", path, k_core=None, min_rating=2, max_malformed=0.05)
-    assert report.malformed == 6  # now that the ratings matter
+    assert report.malformed == 6  # with min_rating, an invalid rating counts too
     with pytest.raises(ValueError, match=r"log\.csv: 5 of 508 lines \(1\.0%\) .*max_malformed.*line 502.*Repair"):
         prepare("csv", path, k_core=None, max_malformed=0.005)
 
@@ -129,7 +129,9 @@ def test_malformed_metadata_is_counted(tmp_path):
     good = {"parent_asin": "B1", "title": " A &amp;quot;lamp&amp;quot; ", "store": "Lux", "price": "from 9.99", "x": 1}
     lines = [json.dumps(good), json.dumps(good | {"title": "again"}), "{", "[1]", '{"title": "no item"}']
     meta = write_lines(tmp_path / "meta.jsonl", lines)
-    with pytest.raises(ValueError, match=r"meta\.jsonl: 3 of 5 lines .*line 3: no JSON.*'parent_asin' is missing"):
+    with pytest.raises(
+        ValueError, match=r"meta\.jsonl: 3 of 5 lines .*line 3: invalid JSON.*'parent_asin' is missing"
+    ):
         prepare("amazon-2023", log, meta, k_core=None)
     data, report = prepare("amazon-2023", log, meta, k_core=None, max_malformed=1)
     assert data.item_features == {"B1": {"title": 'A "lamp"', "brand": "Lux", "price": 9.99}}
@@ -137,7 +139,7 @@ def test_malformed_metadata_is_counted(tmp_path):
     assert (report.items_without_metadata, report.items_without_title) == (1, 1)
 
 
-def test_a_literal_is_never_run(tmp_path):
+def test_a_literal_is_never_executed(tmp_path):
     log = write_json_lines(tmp_path / "r.json", [{"reviewerID": "a", "asin": "B", "unixReviewTime": 1}])
     meta = write(tmp_path / "m.json", "{'asin': 'B'}\n{'asin': __import__('os').getcwd()}\n{'asin': 'B'\n")
     _, report = prepare("amazon-2014", log, meta, k_core=None, max_malformed=1)
@@ -147,23 +149,23 @@ def test_a_literal_is_never_run(tmp_path):
 @pytest.mark.parametrize(
     ("format", "text", "message"),
     [
-        ("amazon-2014", "a,b,c\n", r"raw, line 1 is not 'amazon-2014': no JSON.* reviewerID.*another format"),
+        ("amazon-2014", "a,b,c\n", r"raw, line 1 is not .* 'amazon-2014': invalid JSON.* reviewerID.*another format"),
         ("amazon-2018", '{"user_id": 1}\n', "line 1 .*'unixReviewTime' is missing"),
         ("amazon-2023", "A1,B1,5.0,1\n", "line 1 .*header lacks user_id, parent_asin, timestamp, rating; it has A1"),
-        ("movielens", "1::2::3\n", "line 1 .*3 fields, where user, movie, rating and time"),
+        ("movielens", "1::2::3\n", "line 1 .*3 fields instead of user, movie, rating and time"),
         ("movielens", "user,movie\n1,2\n", "header lacks userId"),
         ("recbole", "user_id:token\tb:token\n", "header lacks item_id"),
         ("csv", "user_id,item_id\n", "header lacks timestamp.*Columns"),
-        ("csv", "user_id,item_id,timestamp\nu,i\n", "line 2 .*2 fields, where 3 columns are named"),
-        ("csv", "user_id,user_id,item_id,timestamp\n", "names a column twice"),
-        ("csv", "", "raw holds no data"),
-        ("csv", "user_id,item_id,timestamp\n", "raw holds no data"),
-        ("jsonl", '\n["user_id"]\n', "1 of 2 lines .*a JSON object is needed"),
+        ("csv", "user_id,item_id,timestamp\nu,i\n", "line 2 .*2 fields for 3 named columns"),
+        ("csv", "user_id,user_id,item_id,timestamp\n", "has a column name twice"),
+        ("csv", "", "raw contains no data"),
+        ("csv", "user_id,item_id,timestamp\n", "raw contains no data"),
+        ("jsonl", '\n["user_id"]\n', "1 of 2 lines .*expected a JSON object"),
         ("s3rec", "lonely\n", "line 1 .*user 'lonely' has no items"),
-        ("parquet", "PAR", "raw is no parquet file"),
+        ("parquet", "PAR", "raw is not a readable parquet file"),
     ],
 )
-def test_a_file_of_another_format_is_refused(tmp_path, format, text, message):
+def test_a_file_in_another_format_is_refused(tmp_path, format, text, message):
     with pytest.raises(ValueError, match=message):
         prepare(format, write(tmp_path / "raw", text), k_core=None)
 
@@ -173,7 +175,7 @@ def test_broken_files(tmp_path):
     path.write_bytes(gzip.compress(b"user_id,item_id,timestamp\n" + b"a,b,1\n" * 9)[:-9])
     with pytest.raises(ValueError, match=r"log\.csv: the gzip data is broken after line .*Download"):
         prepare("csv", path, k_core=None)
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.csv is no file\. Format 'csv' reads a header"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.csv is not a file\. Format 'csv' reads a header"):
         prepare("csv", tmp_path / "nowhere.csv")
     with pytest.raises(FileNotFoundError, match=r"is a folder, and 'movielens' needs one of ratings\.csv"):
         prepare("movielens", tmp_path)
@@ -190,9 +192,9 @@ def test_a_field_too_long_is_one_malformed_row(tmp_path):
 @pytest.mark.parametrize(
     ("end", "last_lost", "malformed"),
     [('"6 inch', 902, 801), ('6"', 902, 801), ("ok", 2001, 1900)],
-    ids=["another stray quote", "a quote that ends the field", "none, to the end"],
+    ids=["another unbalanced quote", "a quote that ends the field", "no other quote"],
 )
-def test_lines_that_a_stray_quote_swallows_are_malformed(tmp_path, end, last_lost, malformed):
+def test_lines_that_an_unbalanced_quote_swallows_are_malformed(tmp_path, end, last_lost, malformed):
     notes = {100: '"6 inch', 900: end}
     lines = [f"u{n // 10},i{n % 10},{n},{notes.get(n, 'ok')}" for n in range(2000)]
     path = write_lines(tmp_path / "log.csv", ["user_id,item_id,timestamp,note", *lines])
@@ -203,20 +205,20 @@ def test_lines_that_a_stray_quote_swallows_are_malformed(tmp_path, end, last_los
     assert len(report.malformed_lines) == 1
 
 
-def test_text_of_many_lines_is_no_stray_quote(tmp_path):
+def test_a_quoted_text_of_many_lines_is_valid(tmp_path):
     text = "\n".join(["Salt, pepper, oil", *(f"Step {n}, stir, wait" for n in range(40)), "Serve."])
     rows = ["user_id,item_id,timestamp,note", f'a,x,1,"{text}"', f'a,,2,"{text}"', 'a,y,3,"said ""yes"""']
     data, report = prepare("csv", write_lines(tmp_path / "log.csv", rows), k_core=None, max_malformed=0.6)
     assert data.sequences == [["x", "y"]]
-    assert (report.lines, report.malformed) == (86, 42)  # a row of many lines is as many lines, where it is malformed
+    assert (report.lines, report.malformed) == (86, 42)  # all lines of a malformed row count
 
 
-def test_parquet_times_of_different_units_are_one_log(tmp_path):
+def test_parquet_times_of_different_units_form_one_log(tmp_path):
     instants = [datetime(2024, month, 1, 12, tzinfo=UTC) for month in (3, 1, 6, 2, 5, 4)]
-    kinds = [pa.timestamp("ns"), pa.timestamp("us"), pa.timestamp("ms", "Europe/Berlin"), pa.timestamp("s")]
+    types = [pa.timestamp("ns"), pa.timestamp("us"), pa.timestamp("ms", "Europe/Berlin"), pa.timestamp("s")]
     files = []
-    for item, (instant, kind) in enumerate(zip(instants, [*kinds, pa.date32(), pa.date64()], strict=True)):
-        times = pa.array([instant.date() if pa.types.is_date(kind) else instant, None], kind)
+    for item, (instant, type) in enumerate(zip(instants, [*types, pa.date32(), pa.date64()], strict=True)):
+        times = pa.array([instant.date() if pa.types.is_date(type) else instant, None], type)
         files.append(tmp_path / f"{item}.parquet")
         pq.write_table(pa.table({"user_id": ["u", "u"], "item_id": [item, 9], "timestamp": times}), files[-1])
     table = {"user_id": ["u"], "item_id": [6], "timestamp": ["2024-03-15"]}
@@ -229,12 +231,12 @@ def test_parquet_dates_and_missing_values(tmp_path):
     table = {"user_id": ["a", None, "a"], "item_id": [1, 2, 3], "timestamp": pa.array([2, 1, 1], pa.date32())}
     pq.write_table(pa.table(table), tmp_path / "log.parquet")
     data, report = prepare("parquet", tmp_path / "log.parquet", k_core=None, max_malformed=0.5)
-    assert data.sequences == [[3, 1]] and report.malformed_lines[0].startswith("line 2: an id must be")
+    assert data.sequences == [[3, 1]] and report.malformed_lines[0].startswith("line 2: the id None is neither text")
     with pytest.raises(ValueError, match="lacks the columns buyer; it has user_id, item_id, timestamp"):
         prepare("parquet", tmp_path / "log.parquet", columns=Columns(user="buyer"))
 
 
-def test_folders_of_movielens_and_recbole_hold_both_files(tmp_path):
+def test_folders_of_movielens_and_recbole_contain_both_files(tmp_path):
     for case in ("movielens dat", "recbole"):
         format, writer = WRITERS[case]
         writer(tmp_path, packed=False)
@@ -245,20 +247,20 @@ def test_folders_of_movielens_and_recbole_hold_both_files(tmp_path):
         prepare("recbole", tmp_path)
 
 
-def test_license_and_source_reach_the_folder(tmp_path):
+def test_license_and_source_are_written_to_the_folder(tmp_path):
     path, out = csv(tmp_path, packed=False)[0], tmp_path / "out"
     prepare("csv", path, out=out, k_core=None, license="CC0", source="a toy")
     data, _ = prepare("folder", out, out=tmp_path / "dense", k_core=2, source="a dense toy")
     assert (data.license, data.source) == ("CC0", "a dense toy") and read_folder(tmp_path / "dense") == data
 
 
-def test_complete_formats_keep_what_they_have(tmp_path):
+def test_complete_formats_keep_their_semantic_ids(tmp_path):
     format, writer = WRITERS["letter"]
     data, _ = prepare(format, writer(tmp_path, packed=False)[0], k_core=2)
     assert data.semantic_ids == {item: (f"<a_{item}>",) for item in (10, 20, 30)}
 
 
-def test_items_of_a_folder_that_nobody_took_stay_without_a_filter(tmp_path):
+def test_items_without_interactions_are_kept_without_a_filter(tmp_path):
     ids = {item: (f"<a_{item}>",) for item in (1, 2, 3, 4)}
     data = InteractionData("toy", [0, 1], [[1, 2], [3, 1]], [1, 2, 3, 4], {4: {"title": "Lamp"}}, ids)
     write_folder(data, tmp_path / "toy")
@@ -267,7 +269,7 @@ def test_items_of_a_folder_that_nobody_took_stay_without_a_filter(tmp_path):
     assert prepare("folder", tmp_path / "toy", k_core=1)[0].items == [1, 2, 3]
 
 
-def test_the_folder_appears_complete_or_not_at_all(tmp_path, monkeypatch):
+def test_the_folder_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
     path, out = csv(tmp_path, packed=False)[0], tmp_path / "new" / "out"
     prepare("csv", path, out=out, k_core=None)
     before = sorted(file.name for file in out.iterdir())
@@ -285,7 +287,7 @@ def test_the_folder_appears_complete_or_not_at_all(tmp_path, monkeypatch):
         prepare("csv", path, out=out, k_core=None, overwrite=True)
     assert sorted(file.name for file in out.iterdir()) == before and len(read_folder(out).users) == 2
     assert [file.name for file in out.parent.iterdir()] == ["out"]
-    with pytest.raises(FileExistsError, match="no data folder, so it is not replaced"):
+    with pytest.raises(FileExistsError, match="not a data folder, so it is not replaced"):
         prepare("csv", path, out=tmp_path, overwrite=True)
     with pytest.raises(FileExistsError, match=r"log\.csv is a file"):
         prepare("csv", path, out=path, overwrite=True)
@@ -295,7 +297,7 @@ def test_the_folder_appears_complete_or_not_at_all(tmp_path, monkeypatch):
     ("format", "options", "message"),
     [
         ("excel", {}, "no format 'excel'. Choose one of amazon-2014"),
-        ("letter", {"items": "x"}, "has no file of items"),
+        ("letter", {"items": "x"}, "has no items file"),
         ("s3rec", {"min_rating": 3}, "has no ratings"),
         ("letter", {"min_rating": 3}, "has no ratings"),
         ("recbole", {"columns": Columns()}, "columns of format 'recbole' are fixed"),
@@ -305,7 +307,7 @@ def test_the_folder_appears_complete_or_not_at_all(tmp_path, monkeypatch):
         ("s3rec", {"k_core": 9}, "has no 9-core"),
     ],
 )
-def test_bad_arguments_are_named(tmp_path, format, options, message):
+def test_errors_name_bad_arguments(tmp_path, format, options, message):
     with pytest.raises(ValueError, match=message):
         prepare(format, s3rec(tmp_path, packed=False)[0], **options)
 
@@ -335,7 +337,7 @@ def test_decimals_become_numbers(tmp_path):
     assert data.item_features == {"x": {"price": 12.5, "weight": 12.5}} and read_folder(tmp_path / "out") == data
 
 
-def test_a_feature_called_item_is_no_id(tmp_path):
+def test_a_feature_called_item_is_renamed(tmp_path):
     log = write_lines(tmp_path / "log.csv", ["user_id,sku,timestamp", "a,5,1", "a,6,2"])
     items = write_lines(tmp_path / "items.csv", ["sku,item,item_name,color", "5,green chair,,green", "6,lamp,L6,red"])
     data, _ = prepare("csv", log, items, tmp_path / "out", columns=Columns(item="sku"), k_core=None)
@@ -348,7 +350,7 @@ def test_a_feature_called_item_is_no_id(tmp_path):
     assert clean_features({"price": 10**400, "size": [10**400, 10**18]}, None) == {"size": [10**18]}
 
 
-def test_half_characters_are_kept_out_of_the_files(tmp_path):
+def test_half_characters_are_not_written(tmp_path):
     log = write(tmp_path / "log.jsonl", '{"u": "a", "i": "x"}\n{"u": "a", "i": "\\ud83d"}\n')
     items = write(tmp_path / "items.jsonl", '{"i": "x", "title": "Cut \\ud83d"}\n')
     columns = Columns("u", "i", time=None)
@@ -357,7 +359,7 @@ def test_half_characters_are_kept_out_of_the_files(tmp_path):
     assert read_folder(tmp_path / "o") == data and data.item_features == {"x": {"title": "Cut ?"}}
 
 
-def test_names_of_csv_columns_are_taken_as_they_are(tmp_path):
+def test_names_of_csv_columns_are_used_literally(tmp_path):
     log = write_lines(tmp_path / "log.csv", ["user:id, item,t", "a,x,1"])
     items = write_lines(tmp_path / "items.csv", [",item,title,size:cm", "0,x,1984,5"])
     data, _ = prepare("csv", log, items, columns=Columns("user:id", "item", "t"), k_core=None)

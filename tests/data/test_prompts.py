@@ -27,8 +27,8 @@ histories_of_users = st.lists(st.lists(st.sampled_from(list(IDS)), min_size=1, m
 
 @settings(max_examples=60, deadline=None)
 @given(histories_of_users, st.integers(1, 4), st.booleans())
-def test_prompts_are_what_the_tokenizer_makes_of_the_text(histories, max_items, with_bos):
-    """Oracle: the text of the last items through the tokenizer, ids of different length, left padding."""
+def test_prompts_equal_the_tokenized_text(histories, max_items, with_bos):
+    """Oracle: the tokenizer on the text of the last items, with ids of different lengths and left padding."""
     tokenizer = build_tokenizer(IDS)
     if not with_bos:
         tokenizer.bos_token = None
@@ -96,34 +96,34 @@ def test_sft_rows_are_prompts_whose_labels_are_the_new_targets(sequences, max_it
     assert learned == sum(len(IDS[item]) for sequence in sequences for item in sequence[1:])
 
 
-def test_collator_packs_prompts_that_go_on_with_anothers_target():
-    """Each prompt holds what the windows say; as beginnings of trunks or in rows of their own, they are the same."""
+def test_shared_prompts_equal_separate_prompts():
+    """Prompts contain the items of their windows and are the same as prefixes of trunks and in separate rows."""
     sequences = [[1, 2, 3, 2, 2], [3, 3, 1], [1, 3]]
     rows = [{"user": u, "history": s[:p], "target": s[p]} for u, s in enumerate(sequences) for p in range(1, len(s))]
     rows = [{"row_id": 7 + i, **row} for i, row in enumerate(rows)]
     encoder = PromptEncoder(CATALOG, TOKENIZER, max_history_items=2)
     seen = RowWindows.of(Dataset.from_list(rows), CATALOG.items, 2)
     mixed = [rows[i] for i in (3, 5, 0, 6, 2, 4, 1)]
-    shared, alone = (GroupCollator(encoder, seen, way)(mixed) for way in (True, False))
-    assert alone["rows"].windows.histories == shared["rows"].windows.histories
+    shared, separate = (GroupCollator(encoder, seen, share)(mixed) for share in (True, False))
+    assert separate["rows"].windows.histories == shared["rows"].windows.histories
     assert shared["rows"].windows.histories == [[3, 2], [3, 3], [1], [1], [2, 3], [3], [1, 2]]
     assert len(shared["prompts"]["input_ids"]) == len(shared["rows"].windows.items) == 5
-    again = separate_prompts(shared["prompts"])
-    assert again["attention_mask"].equal(alone["prompts"]["attention_mask"])
-    assert (again["input_ids"] * again["attention_mask"]).equal(
-        alone["prompts"]["input_ids"] * again["attention_mask"]
+    unpacked = separate_prompts(shared["prompts"])
+    assert unpacked["attention_mask"].equal(separate["prompts"]["attention_mask"])
+    assert (unpacked["input_ids"] * unpacked["attention_mask"]).equal(
+        separate["prompts"]["input_ids"] * unpacked["attention_mask"]
     )
-    # The last target is there to be read off, its last token is not needed.
+    # A trunk includes the last target, which is scored on it, without the last token, which is not needed.
     trunks = shared["prompts"]["input_ids"].tolist(), shared["prompts"]["attention_mask"].bool().tolist()
-    written = [[t for t, real in zip(*trunk, strict=True) if real] for trunk in zip(*trunks, strict=True)]
-    for tokens, items in zip(written, shared["rows"].windows.items, strict=True):
+    unpadded = [[t for t, real in zip(*trunk, strict=True) if real] for trunk in zip(*trunks, strict=True)]
+    for tokens, items in zip(unpadded, shared["rows"].windows.items, strict=True):
         whole = PromptEncoder(CATALOG, TOKENIZER)([items])["input_ids"][0].tolist()
         assert tokens == whole[:-1]
     with pytest.raises(KeyError, match="no row 3 in the training data"):
         GroupCollator(encoder, seen)([{**rows[0], "row_id": 3}])
 
 
-def test_targets_of_encoder_decoders_are_padded_at_the_right():
+def test_targets_of_encoder_decoders_are_right_padded():
     encoder = PromptEncoder(CATALOG, TOKENIZER)
     batch = TargetCollator(encoder)([{"history": [3], "target": 2}, {"history": [2, 2], "target": 1}])
     first, whole = (TOKENIZER.convert_tokens_to_ids(list(IDS[item])) for item in (2, 1))
@@ -131,8 +131,8 @@ def test_targets_of_encoder_decoders_are_padded_at_the_right():
     assert batch["input_ids"].equal(encoder([[3], [2, 2]])["input_ids"])
 
 
-def test_the_longest_histories_are_of_the_longest_items():
-    """Four of twelve ids have three tokens, the others two; none is taken twice while there are enough."""
+def test_the_longest_histories_contain_the_longest_items():
+    """Four of twelve ids have three tokens, the others two; no item occurs twice while there are enough."""
     ids = {i: (f"<a_{i}>", f"<b_{i}>") if i % 3 else (f"<a_{i}>", f"<b_{i}>", f"<c_{i}>") for i in range(12)}
     tokenizer = build_tokenizer(ids)
     catalog = ItemCatalog.from_semantic_ids(ids, tokenizer)

@@ -1,4 +1,4 @@
-"""Tables without a header, several files, encodings, and files that are no text."""
+"""Tables without a header, several files, encodings, and files that are not text."""
 
 import bz2
 import gzip
@@ -59,13 +59,13 @@ def test_a_table_without_a_header_or_time(tmp_path):
 @pytest.mark.parametrize(
     "first", ["user_id,item_id,rating,timestamp", "USER_ID, item_id ,rating,timestamp", "u,i,r,t"]
 )
-def test_a_header_where_none_was_announced_is_refused(tmp_path, header, first):
+def test_an_unexpected_header_is_refused(tmp_path, header, first):
     log = write_lines(tmp_path / "log.csv", [first, *ROWS])
     with pytest.raises(ValueError, match=r"log\.csv, line 1 .*looks like a header .*leave out header \(--header\)"):
         prepare("csv", log, columns=Columns(header=header), k_core=None)
 
 
-def test_a_header_of_items_where_none_was_announced_is_refused(tmp_path):
+def test_an_unexpected_header_of_items_is_refused(tmp_path):
     log = write_lines(tmp_path / "log.csv", ROWS)
     items = write_lines(tmp_path / "items.csv", ["item_id,title", "B1,Lamp"])
     columns = Columns(header=NAMES, items_header=("item_id", "title"))
@@ -73,7 +73,7 @@ def test_a_header_of_items_where_none_was_announced_is_refused(tmp_path):
         prepare("csv", log, items, columns=columns, k_core=None)
 
 
-def test_a_broken_first_line_is_not_called_a_header(tmp_path):
+def test_a_malformed_first_line_is_not_reported_as_a_header(tmp_path):
     log = write_lines(tmp_path / "log.csv", ["A1,B1,5.0,noon", "A1,B2,4.0,evening"])
     with pytest.raises(ValueError, match="line 1 .*the time 'noon' is neither a number nor ISO 8601 text") as error:
         prepare("csv", log, columns=Columns(header=NAMES), k_core=None)
@@ -81,7 +81,7 @@ def test_a_broken_first_line_is_not_called_a_header(tmp_path):
 
 
 @pytest.mark.parametrize("format", ["csv", "amazon-2023", "movielens"])
-def test_data_where_a_header_was_expected_is_named(tmp_path, format):
+def test_the_error_names_data_instead_of_a_header(tmp_path, format):
     log = write_lines(tmp_path / "log.csv", ROWS)
     with pytest.raises(ValueError, match=r"line 1 .*looks like a line of data.*--header user_id item_id rating"):
         prepare(format, log, k_core=None)
@@ -91,42 +91,42 @@ def test_data_where_a_header_was_expected_is_named(tmp_path, format):
     ("columns", "message"),
     [
         ({"header": NAMES[:3]}, "given as user_id, item_id, rating, without timestamp.*--time_column none"),
-        ({"header": ("user_id", "item_id", "timestamp")}, "line 1 .*4 fields, where 3 columns are named"),
-        ({"header": "user_id"}, "header must be two or more different names"),
-        ({"header": ("a", "a")}, "header must be two or more different names"),
-        ({"items_header": ("item_id",)}, "items_header must be two or more different names"),
+        ({"header": ("user_id", "item_id", "timestamp")}, "line 1 .*4 fields for 3 named columns"),
+        ({"header": "user_id"}, "header is 'user_id'; it must be two or more different column names"),
+        ({"header": ("a", "a")}, "header is .*; it must be two or more different column names"),
+        ({"items_header": ("item_id",)}, "items_header is .*; it must be two or more different column names"),
     ],
 )
-def test_headers_that_do_not_fit(tmp_path, columns, message):
+def test_wrong_headers_are_refused(tmp_path, columns, message):
     with pytest.raises(ValueError, match=message):
         prepare("csv", write_lines(tmp_path / "log.csv", ROWS), columns=Columns(**columns), k_core=None)
 
 
 @pytest.mark.parametrize("row", ["a,x,1,,", "a,x,1", "a,x,1,", "a,x,1,,note"])
-def test_empty_names_at_the_end_of_a_header_are_no_columns(tmp_path, row):
+def test_empty_names_at_the_end_of_a_header_are_ignored(tmp_path, row):
     log = write_lines(tmp_path / "log.csv", ["user_id,item_id,timestamp,, ", row, "a,y,0,,"])
     items = write_lines(tmp_path / "items.csv", ["item_id,title,,", "x,Lamp,,", "y,Desk"])
     data, report = prepare("csv", log, items, k_core=None)
     assert data.sequences == [["y", "x"]] and report.malformed == report.malformed_items == 0
     assert data.item_features == {"x": {"title": "Lamp"}, "y": {"title": "Desk"}}
     for bad in ("a,x,1,,,", "a,x"):
-        with pytest.raises(ValueError, match=r"line 2 .*\d fields, where 3 columns are named"):
+        with pytest.raises(ValueError, match=r"line 2 .*\d fields for 3 named columns"):
             prepare("csv", write_lines(log, ["user_id,item_id,timestamp,,", bad]), k_core=None)
 
 
-def test_blanks_around_values_do_not_count(tmp_path):
+def test_spaces_around_values_are_ignored(tmp_path):
     lines = ["user_id, item_id, timestamp", "1, 5, 2024-03-02", "1 , 6, 2024-03-01", "1,5 , 2024-03-03", " , 5, 100"]
     log = write_lines(tmp_path / "log.csv", lines)
     items = write_lines(tmp_path / "items.csv", ["item_id, title", "5, Pen", " 6, Desk"])
     data, report = prepare("csv", log, items, k_core=None, max_malformed=0.5)
     assert (data.users, data.sequences) == ([1], [[6, 5]]) and report.duplicates == 1
     assert data.item_features == {5: {"title": "Pen"}, 6: {"title": "Desk"}}
-    assert report.malformed_lines == ["line 5: an id must be text or a whole number, but one is ' '"]
+    assert report.malformed_lines == ["line 5: the id ' ' is neither text nor a whole number"]
 
 
-# ------------------------------------------------------------------------------------------------- titles' column
+# ------------------------------------------------------------------------------------------------- title column
 @pytest.mark.parametrize("format", ["csv", "headerless", "jsonl", "parquet"])
-def test_titles_may_have_a_column_of_any_name(tmp_path, format):
+def test_the_title_column_may_have_any_name(tmp_path, format):
     log = [{"user_id": "u", "item_id": item, "timestamp": time} for time, item in enumerate("ba")]
     items = [{"item_id": "a", "Name": "Lamp", "size": 3}, {"item_id": "b", "Name": "Desk", "size": 4}]
     columns = {"title": "Name"}
@@ -153,20 +153,20 @@ def test_titles_may_have_a_column_of_any_name(tmp_path, format):
     assert report.items_without_title == 0 and "--title_column" not in report.summary()
 
 
-def test_titles_that_are_not_found_are_told(tmp_path):
+def test_missing_titles_are_reported(tmp_path):
     log = write_lines(tmp_path / "log.csv", ["user_id,item_id,timestamp", "u,b,1", "u,a,2"])
     items = write_lines(tmp_path / "items.csv", ["item_id,Name", "a,Lamp", "b,Desk"])
     _, report = prepare("csv", log, items, k_core=None)
-    assert "no item has a title: name their column with --title_column" in report.summary()
-    assert "--title_column" not in prepare("csv", log, k_core=None)[1].summary()  # no file of items, nothing to name
+    assert "no item has a title: give the title column with --title_column" in report.summary()
+    assert "--title_column" not in prepare("csv", log, k_core=None)[1].summary()  # without an items file
     with pytest.raises(ValueError, match=r"items\.csv has no column 'Title' for titles; it has item_id, Name"):
         prepare("csv", log, items, columns=Columns(title="Title"), k_core=None)
-    with pytest.raises(ValueError, match="column 'Name' is one of the items' file; give that file too"):
+    with pytest.raises(ValueError, match="title column 'Name' belongs to the items file. Give that file too"):
         prepare("csv", log, columns=Columns(title="Name"), k_core=None)
 
 
 def test_a_header_is_for_csv_only(tmp_path):
-    with pytest.raises(ValueError, match="header can be named for format 'csv' only, but the format is 'jsonl'"):
+    with pytest.raises(ValueError, match="header can be given for format 'csv' only, but the format is 'jsonl'"):
         prepare("jsonl", tmp_path, columns=Columns(header=NAMES))
 
 
@@ -177,7 +177,7 @@ def test_ratings_of_the_other_amazon_release_are_refused(tmp_path):
     for format, log, other in (("amazon-2014", of_2014, of_2018), ("amazon-2018", of_2018, of_2014)):
         data, _ = prepare(format, log, k_core=None)
         assert (data.users, data.sequences) == ([user], [[item]])
-        with pytest.raises(ValueError, match="other way round.*amazon-201"):
+        with pytest.raises(ValueError, match="seem to be swapped.*amazon-201"):
             prepare(format, other, k_core=None)
 
 
@@ -186,8 +186,8 @@ FORMATS_OF_FILES = [case for case, (format, _) in WRITERS.items() if format not 
 
 
 @pytest.mark.parametrize("case", FORMATS_OF_FILES)
-def test_the_same_log_in_two_places_is_all_duplicates(tmp_path, case):
-    """Whatever the format: two files with the same interactions give what one gives, and the rest is duplicates."""
+def test_the_same_log_twice_is_all_duplicates(tmp_path, case):
+    """In every format, two files with the same interactions give the data of one file; the others are duplicates."""
     format, writer = WRITERS[case]
     files = []
     for name in ("a", "b"):
@@ -205,7 +205,7 @@ rows = st.builds(Row, st.integers(0, 5), st.integers(0, 5), st.integers(0, 6), s
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(rows, min_size=1, max_size=20), min_size=1, max_size=4), st.sampled_from(["first", "last"]))
-def test_several_files_are_one_log(tmp_path_factory, parts, duplicates):
+def test_several_files_form_one_log(tmp_path_factory, parts, duplicates):
     folder = tmp_path_factory.mktemp("parts")
     files = []
     for number, part in enumerate(parts):
@@ -217,7 +217,7 @@ def test_several_files_are_one_log(tmp_path_factory, parts, duplicates):
     assert report.lines == sum(map(len, parts)) + len(parts)
 
 
-def test_the_first_description_of_an_item_counts_over_files(tmp_path):
+def test_the_first_line_of_an_item_counts_across_files(tmp_path):
     log = write_json_lines(tmp_path / "log.jsonl", [{"user_id": 1, "item_id": i, "timestamp": 0} for i in (1, 2)])
     first = write_json_lines(tmp_path / "a.jsonl", [{"item_id": 1, "title": "one"}])
     second = write_json_lines(tmp_path / "b.jsonl", [{"item_id": 1, "title": "uno"}, {"item_id": 2, "title": "two"}])
@@ -232,27 +232,25 @@ def test_each_file_has_its_own_columns(tmp_path):
     assert prepare("csv", [first, second], k_core=None)[0].sequences == [["y", "x"]]
 
 
-def test_messages_name_the_file_of_several(tmp_path):
+def test_messages_name_one_of_several_files(tmp_path):
     head = "user_id,item_id,timestamp"
     good = write_lines(tmp_path / "good.csv", [head, *(f"a,x,{time}" for time in range(20))])
     poor = write_lines(tmp_path / "poor.csv", [head, "a,y,1", "a,y", "a,z,noon"])
     _, report = prepare("csv", [good, poor], k_core=None, max_malformed=0.6)
-    assert (
-        report.malformed == 2 and report.malformed_lines[0] == f"{poor}, line 3: 2 fields, where 3 columns are named"
-    )
+    assert report.malformed == 2 and report.malformed_lines[0] == f"{poor}, line 3: 2 fields for 3 named columns"
     with pytest.raises(ValueError, match=r"poor\.csv: 2 of 4 lines .*line 3: 2 fields"):  # a share of its own lines
         prepare("csv", [good, poor], k_core=None, max_malformed=0.4)
     empty = write(tmp_path / "empty.csv", "")
-    with pytest.raises(ValueError, match=r"empty\.csv holds no data"):
+    with pytest.raises(ValueError, match=r"empty\.csv contains no data"):
         prepare("csv", [good, empty], k_core=None)
-    with pytest.raises(ValueError, match=r"other, line 1 is not 'csv'"):
+    with pytest.raises(ValueError, match=r"other, line 1 is not in the format 'csv'"):
         prepare("csv", [good, write(tmp_path / "other", '{"user_id": 1}\n')], k_core=None)
 
 
-def test_files_are_looked_for_before_any_is_read(tmp_path):
-    good = write_lines(tmp_path / "good.csv", ["no header of ours"])
+def test_missing_files_are_found_before_any_file_is_read(tmp_path):
+    good = write_lines(tmp_path / "good.csv", ["not a header"])
     for files, items in (([good, tmp_path / "nowhere.csv"], None), ([good], tmp_path / "nowhere.csv")):
-        with pytest.raises(FileNotFoundError, match=r"nowhere\.csv is no file"):
+        with pytest.raises(FileNotFoundError, match=r"nowhere\.csv is not a file"):
             prepare("csv", files, items)
     with pytest.raises(ValueError, match=r"good\.csv is given twice"):
         prepare("csv", [good, tmp_path / "." / "good.csv"])
@@ -262,7 +260,7 @@ def test_files_are_looked_for_before_any_is_read(tmp_path):
         prepare("letter", [tmp_path, tmp_path])
 
 
-def test_several_folders_bring_their_items(tmp_path):
+def test_items_of_several_folders_are_read(tmp_path):
     format, writer = WRITERS["movielens csv"]
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -271,8 +269,8 @@ def test_several_folders_bring_their_items(tmp_path):
     assert len(report.files) == 4 and data.item_features[30]["title"] == TITLES[30]
 
 
-# ------------------------------------------------------------------------------------------- encodings and no text
-def test_another_encoding_is_counted_and_can_be_named(tmp_path):
+# ------------------------------------------------------------------------------ encodings and files that are not text
+def test_another_encoding_is_counted_and_can_be_given(tmp_path):
     log, items = csv(tmp_path, packed=False)
     items.write_bytes(items.read_text(encoding="utf-8").encode("cp1252"))
     data, report = prepare("csv", log, items, k_core=2)
@@ -281,10 +279,10 @@ def test_another_encoding_is_counted_and_can_be_named(tmp_path):
     assert data.item_features[20]["title"] == TITLES[20] and report.unreadable_items == 0
 
 
-def test_utf16_is_named_and_can_be_read(tmp_path):
+def test_utf16_is_refused_unless_given(tmp_path):
     log = write_lines(tmp_path / "log.csv", ["Kunde;Größe;timestamp", "a;x;1", "a;y;2"], encoding="utf-16")
     columns = Columns("Kunde", "Größe")
-    with pytest.raises(ValueError, match=r"log\.csv is no UTF-8\. .*--encoding"):
+    with pytest.raises(ValueError, match=r"log\.csv is not UTF-8\. .*--encoding"):
         prepare("csv", log, columns=columns, k_core=None)
     assert prepare("csv", log, columns=columns, k_core=None, encoding="utf-16")[0].sequences == [["x", "y"]]
     log.write_text(log.read_text(encoding="utf-16"), encoding="utf-8-sig")
@@ -301,16 +299,16 @@ def test_movielens_100k_is_read_as_latin_1(tmp_path):
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
 @pytest.mark.parametrize("case", ["movielens dat", "movielens 100k"])
-def test_movielens_is_read_as_utf_8_where_it_is(tmp_path, case, encoding, packed):
+def test_the_encoding_of_movielens_is_detected(tmp_path, case, encoding, packed):
     format, writer = WRITERS[case]
     log, items = writer(tmp_path, packed=False)
-    write(items, "\n" * (1 << 16) + items.read_text(encoding="latin-1"), encoding, packed)  # far behind the head
+    write(items, "\n" * (1 << 16) + items.read_text(encoding="latin-1"), encoding, packed)  # far after the head
     data, report = prepare(format, log, items, k_core=2)
     assert data.item_features[20]["title"] == TITLES[20] == "Émile" and report.unreadable_items == 0
 
 
 @pytest.mark.parametrize("encoding", [None, "utf-8", "UTF8", "utf-8-sig"])
-def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path, encoding):
+def test_a_byte_order_mark_is_not_part_of_the_first_column(tmp_path, encoding):
     log = write_lines(tmp_path / "log.csv", ["user_id,item_id,timestamp", "a,x,1"], encoding="utf-8-sig")
     assert prepare("csv", log, k_core=None, encoding=encoding)[0].users == ["a"]
 
@@ -318,24 +316,24 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path, encoding):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (bz2.compress(b"user_id"), r"is an archive or packed .*Unpack it, or pack it with gzip\."),
+        (bz2.compress(b"user_id"), r"is an archive or .*Unpack it, or compress it with gzip\."),
         (gzip.compress(b"PAR1...", mtime=0), "is a parquet file. Read it with format parquet"),
         (b"user_id,item_id,timestamp\ra,x,1\ra,y,2\r", "lines that end in CR alone.*LF"),
-        (b"\0\0\0\1" * 9, "is no UTF-8"),
-        (b"\n  \n\t\n", "raw holds no data"),
-        (b"user_id,item_id,timestamp\n\n   \n", "raw holds no data"),
+        (b"\0\0\0\1" * 9, "is not UTF-8"),
+        (b"\n  \n\t\n", "raw contains no data"),
+        (b"user_id,item_id,timestamp\n\n   \n", "raw contains no data"),
         (b"\x01\x02,\x03\n", r"header lacks user_id.*it has \?\?, \?"),  # no control characters on a terminal
-        (b"user_id,item_id,timestamp\na," + b"b" * 9000 + b"\n", r"2 fields, where 3"),
+        (b"user_id,item_id,timestamp\na," + b"b" * 9000 + b"\n", r"2 fields for 3"),
     ],
 )
-def test_what_is_no_text_is_named(tmp_path, content, message):
+def test_files_that_are_not_text_are_refused(tmp_path, content, message):
     (tmp_path / "raw").write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
         prepare("csv", tmp_path / "raw", k_core=None)
     assert len(str(error.value)) < 1000 and str(error.value).isprintable()
 
 
-def test_a_zip_file_is_named(tmp_path):
+def test_a_zip_file_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "ml.zip", "w") as archive:
         archive.writestr("ratings.csv", "userId,movieId,rating,timestamp\n")
     with pytest.raises(ValueError, match=r"ml\.zip is an archive"):
@@ -348,12 +346,12 @@ def test_lines_of_spaces_are_blank(tmp_path):
     assert data.sequences == [[2, 3], [3, 2]] and report.malformed == 0
 
 
-def test_a_parquet_file_that_breaks_off_is_named(tmp_path):
+def test_a_damaged_parquet_file_is_refused(tmp_path):
     format, writer = WRITERS["parquet"]
     log, _ = writer(tmp_path, packed=False)
     content = log.read_bytes()
     log.write_bytes(content[:4] + b"\0" * 60 + content[64:])
-    with pytest.raises(ValueError, match=r"log\.parquet is no parquet file that can be read") as error:
+    with pytest.raises(ValueError, match=r"log\.parquet is not a readable parquet file") as error:
         prepare(format, log, k_core=None)
     assert "\n" not in str(error.value)
 
@@ -368,7 +366,7 @@ def test_a_parquet_file_that_breaks_off_is_named(tmp_path):
         ("csv", {"max_description_characters": 0}, "at least 1 or None"),
     ],
 )
-def test_bad_options_of_text_are_named(tmp_path, format, options, message):
+def test_errors_name_bad_text_options(tmp_path, format, options, message):
     with pytest.raises(ValueError, match=message):
         prepare(format, tmp_path / "x", **options)
 
@@ -382,13 +380,13 @@ def test_attributes_of_s3rec(tmp_path):
     assert data.item_features == {5: {"attributes": ["attribute_3", "Lamp"]}, 7: {"attributes": ["attribute_12"]}}
     assert (report.item_lines, report.items_without_metadata, len(report.files)) == (4, 0, 2)
     other = write(tmp_path / "other.json", json.dumps({"5": [1]}))
-    data, _ = prepare("s3rec", log, other, k_core=None)  # what is given goes before what is found
+    data, _ = prepare("s3rec", log, other, k_core=None)  # a given file takes precedence over a found one
     assert data.item_features == {5: {"attributes": ["attribute_1"]}}
     for content, message in (
-        ("[1]", "a JSON object is needed, not list"),
-        ('{"5": 3, "6": [1]}', r"line 1 .*a list of attributes is needed, not 3"),
-        ("", r"other\.json holds no data"),
-        ("{", r"other\.json, line 1 .*no JSON"),
+        ("[1]", "expected a JSON object, not list"),
+        ('{"5": 3, "6": [1]}', r"line 1 .*expected a list of attributes, not 3"),
+        ("", r"other\.json contains no data"),
+        ("{", r"other\.json, line 1 .*invalid JSON"),
     ):
         with pytest.raises(ValueError, match=message):
             prepare("s3rec", log, write(other, content), k_core=None)

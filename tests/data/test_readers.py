@@ -34,7 +34,7 @@ def test_folder(tmp_path):
     data = read_interactions(write(tmp_path, items=items, semantic_ids=IDS))
     assert (data.name, data.synthetic, data.users) == (tmp_path.name, False, [0, 1])
     assert data.sequences == [[3, 1, 2], [1, 3, 10]]
-    assert data.items == [1, 2, 3, 10, 11]  # by number, and item 11, which nobody took, is in the catalog
+    assert data.items == [1, 2, 3, 10, 11]  # sorted by number, with item 11, which has no interactions
     assert data.item_features == {1: {"title": "Lamp"}, 10: {"title": ""}}
     assert list(data.semantic_ids) == data.items and data.semantic_ids[10] == ("<a_0>", "<b_1>")
     assert "2 users, 5 items, 6 interactions; 3 to 3" in data.summary()
@@ -59,14 +59,14 @@ def test_letter(tmp_path):
         read_interactions(tmp_path)
 
 
-def test_a_written_folder_reads_back(tmp_path, small_shop):
+def test_a_written_folder_is_read_unchanged(tmp_path, small_shop):
     data, _ = small_shop
     write_folder(data, tmp_path)
     assert read_folder(tmp_path) == data
     assert "SYNTHETIC" in read_folder(tmp_path).summary()
 
 
-def test_nothing_of_earlier_data_stays_in_a_written_folder(tmp_path, small_shop):
+def test_writing_removes_files_of_earlier_data(tmp_path, small_shop):
     shop, _ = small_shop
     write_folder(replace(shop, semantic_ids={item: (f"<a_{item}>",) for item in shop.items}), tmp_path)
     bare = replace(shop, semantic_ids=None, events=None)
@@ -80,20 +80,16 @@ def test_a_feature_called_item_does_not_overwrite_the_id(tmp_path):
     assert read_folder(tmp_path) == replace(data, item_features={1: {"color": "green"}})
 
 
-def test_letter_users_of_more_than_64_bits_are_strings(tmp_path):
+def test_letter_users_beyond_64_bits_are_strings(tmp_path):
     (tmp_path / "Toy.inter.json").write_text(f'{{"7": [3, 1], "{2**63}": [1, 3]}}')
     assert read_letter(tmp_path).users == ["7", str(2**63)]
 
 
-def test_the_greatest_ids_can_be_split(tmp_path):
-    least, greatest = -(2**63), 2**63 - 1
-    data = read_folder(write(tmp_path, [{"user": greatest, "items": [least, 0, greatest]}]))
-    splits = leave_one_out(data)
-    assert (splits.test[0]["user"], splits.test[0]["target"], splits.test[0]["history"]) == (
-        greatest,
-        greatest,
-        [least, 0],
-    )
+def test_the_largest_ids_can_be_split(tmp_path):
+    smallest, largest = -(2**63), 2**63 - 1
+    data = read_folder(write(tmp_path, [{"user": largest, "items": [smallest, 0, largest]}]))
+    row = leave_one_out(data).test[0]
+    assert (row["user"], row["target"], row["history"]) == (largest, largest, [smallest, 0])
 
 
 def test_license_and_source_are_kept(tmp_path):
@@ -103,7 +99,7 @@ def test_license_and_source_are_kept(tmp_path):
     about = {"name": None, "license": None}
     data = read_folder(write(tmp_path, dataset=about))
     assert (data.name, data.license, data.source) == (tmp_path.name, None, None)
-    with pytest.raises(ValueError, match=r"dataset\.json: 'source' must be text, but it is \['a'\]\. Mend it"):
+    with pytest.raises(ValueError, match=r"dataset\.json: 'source' must be text, but it is \['a'\]\. Correct it"):
         read_folder(write(tmp_path, dataset={"source": ["a"]}))
 
 
@@ -112,9 +108,9 @@ def test_license_and_source_are_kept(tmp_path):
     [
         (
             {"sequences": '{"user": 0, "items": [1]}\n{"user": 1, "items": [1,}'},
-            r"sequences\.jsonl, line 2: .*no JSON",
+            r"sequences\.jsonl, line 2: .*invalid JSON",
         ),
-        ({"sequences": '{"user": 0, "items": [1]}\n\n[1]'}, r"sequences\.jsonl, line 3: a JSON object is needed"),
+        ({"sequences": '{"user": 0, "items": [1]}\n\n[1]'}, r"sequences\.jsonl, line 3: expected a JSON object"),
         ({"sequences": ""}, "empty"),
         ({"sequences": [{"user": 0, "items": []}]}, "user 0 has no items"),
         ({"sequences": [{"user": 7}]}, "user 7 has no items"),
@@ -127,16 +123,16 @@ def test_license_and_source_are_kept(tmp_path):
         ({"sequences": [{"user": -(2**63) - 1, "items": [1]}]}, r"sequences\.jsonl, line 1: user -9.* as strings"),
         ({"items": json.dumps({"item": 2**64})}, r"items\.jsonl, line 1: item 18446744073709551616 does not fit"),
         ({"sequences": [{"user": 0, "items": [1, "a"]}]}, "whole numbers or all strings"),
-        ({"sequences": [SEQUENCES[0], SEQUENCES[0]]}, "line 2: user 0 has an earlier line"),
-        ({"items": '{"item": 1}\n{"item": 1}'}, r"items\.jsonl, line 2: item 1 has an earlier line"),
+        ({"sequences": [SEQUENCES[0], SEQUENCES[0]]}, "line 2: user 0 is on an earlier line already"),
+        ({"items": '{"item": 1}\n{"item": 1}'}, r"items\.jsonl, line 2: item 1 is on an earlier"),
         ({"items": '{"title": "Lamp"}'}, "line 1: 'item' must be"),
         ({"semantic_ids": {key: IDS[key] for key in ("1", "2", "10")}}, "1 of 4 items have no semantic id.* item 3"),
         ({"semantic_ids": {**IDS, "1": "<a_0>"}}, "semantic id of item 1 must be a list"),
-        ({"semantic_ids": {**IDS, "x": ["<a_0>"]}}, "'x' is no item"),
-        ({"semantic_ids": '{"1": ["<a_0>"],\n "1": ["<a_1>"]}'}, r"semantic_ids\.json: '1' is there twice"),
-        ({"semantic_ids": '{"1": ["<a_0>"],\n "2": [}'}, r"semantic_ids\.json: no JSON .*line 2"),
+        ({"semantic_ids": {**IDS, "x": ["<a_0>"]}}, "'x' is not an item"),
+        ({"semantic_ids": '{"1": ["<a_0>"],\n "1": ["<a_1>"]}'}, r"semantic_ids\.json: the key '1' occurs twice"),
+        ({"semantic_ids": '{"1": ["<a_0>"],\n "2": [}'}, r"semantic_ids\.json: invalid JSON .*line 2"),
         ({"events": '{"user": 5, "sessions": [], "items": [], "levels": []}'}, "user 5 has events but no line"),
-        ({"events": '{"user": 0, "sessions": [0], "items": [3], "levels": []}'}, "line 1: .* of one length"),
+        ({"events": '{"user": 0, "sessions": [0], "items": [3], "levels": []}'}, "line 1: .* of the same length"),
         ({"events": '{"user": 0, "sessions": [0], "items": [3], "levels": [7]}'}, "line 1: a level must be"),
         ({"events": '{"user": 0, "sessions": [0], "items": [3], "levels": [1]}'}, "events of user 0 are not"),
         (
@@ -148,7 +144,7 @@ def test_license_and_source_are_kept(tmp_path):
         ({"semantic_ids": 99_999 * "["}, r"semantic_ids\.json: JSON that is nested too deeply"),
         (
             {"items": '{"item": 1}\n{"item": 2, "title": NaN}'},
-            r"items\.jsonl, line 2: NaN is no number in JSON; write",
+            r"items\.jsonl, line 2: NaN is not a number in JSON; write",
         ),
         ({"items": '{"item": 1, "title": ["a", "b"]}'}, r"items\.jsonl, line 1: 'title' must be text, but .*'a', 'b'"),
         ({"items": '{"item": 1, "title": 7}'}, r"items\.jsonl, line 1: 'title' must be text, but it is 7"),
@@ -158,16 +154,16 @@ def test_license_and_source_are_kept(tmp_path):
         ({"semantic_ids": {**IDS, "1": ["<a_\udfff>"]}}, r"semantic_ids\.json: \\udfff is half a character"),
         (
             {"items": '{"item": 1, "price": 1' + 400 * "0" + "}"},
-            r"line 1: 'price' is a number of 401 digits, more than",
+            r"line 1: 'price' is a number of 401 digits, which exceeds a float",
         ),
         (
             {"items": '{"item": 1, "a": [{"b": -1e400}]}'},
-            r"items\.jsonl, line 1: 'a' is -inf, more than a float holds",
+            r"items\.jsonl, line 1: 'a' is -inf, which exceeds a float",
         ),
-        ({"dataset": '{"synthetic": Infinity}'}, r"dataset\.json: Infinity is no number in JSON"),
+        ({"dataset": '{"synthetic": Infinity}'}, r"dataset\.json: Infinity is not a number in JSON"),
     ],
 )
-def test_bad_files_are_named(tmp_path, files, message):
+def test_errors_name_the_bad_file(tmp_path, files, message):
     with pytest.raises(ValueError, match=message):
         read_folder(write(tmp_path, **files))
 
@@ -175,18 +171,18 @@ def test_bad_files_are_named(tmp_path, files, message):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ('{"title": NaN}', "NaN is no number in JSON"), ('{"title": ["a"]}', "item 2: 'title' must be text"),
+        ('{"title": NaN}', "NaN is not a number in JSON"), ('{"title": ["a"]}', "item 2: 'title' must be text"),
         ('{"title": "\\ud83d"}', "half a character"), ('{"price": 1e999}', "item 2: 'price' is inf"),
     ],
 )  # fmt: skip
-def test_bad_features_of_a_letter_triple_are_named(tmp_path, row, message):
+def test_errors_name_bad_features_of_a_letter_triple(tmp_path, row, message):
     (tmp_path / "Toy.inter.json").write_text('{"0": [3, 1, 2]}')
     (tmp_path / "Toy.item.json").write_text('{"1": {"title": "Ball"}, "2": ' + row + "}")
     with pytest.raises(ValueError, match=rf"Toy\.item\.json: .*{message}"):
         read_letter(tmp_path)
 
 
-def test_whole_characters_and_missing_titles_are_read(tmp_path):
+def test_surrogate_pairs_and_missing_titles_are_read(tmp_path):
     lines = (
         '{"item": 1, "title": "pen \\ud83d\\ude00"}', '{"item": 2, "title": null, "price": 1e300}',
         '{"item": 3, "a": "\\\\ud83d"}',
@@ -196,7 +192,7 @@ def test_whole_characters_and_missing_titles_are_read(tmp_path):
     }  # fmt: skip
 
 
-def test_missing_files_are_named(tmp_path):
+def test_errors_name_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"sequences\.jsonl is missing"):
         read_folder(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"neither sequences\.jsonl nor X\.inter\.json"):
@@ -218,7 +214,7 @@ def test_missing_files_are_named(tmp_path):
         ({"item_features": {2: {"title": "a\ud83d"}}}, "toy: the title of item 2 holds half a character"),
     ],
 )
-def test_contradictions_are_named(changes, message):
+def test_contradictions_raise_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         InteractionData(**{"name": "toy", "users": [0, 1], "sequences": [[1], [2, 1]], "items": [1, 2]} | changes)
 

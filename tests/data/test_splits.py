@@ -17,7 +17,7 @@ sequences_of_users = st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=1
 
 @settings(max_examples=60, deadline=None)
 @given(sequences_of_users, st.sampled_from([None, 1, 3, 20]))
-def test_leave_one_out_against_the_definition(sequences, max_history):
+def test_leave_one_out_follows_its_definition(sequences, max_history):
     splits = leave_one_out(make(sequences), max_history)
     expected = {"train": [], "validation": [], "test": []}
     row_id = 0
@@ -37,21 +37,21 @@ def test_leave_one_out_against_the_definition(sequences, max_history):
     assert splits.impression_counts is None
 
 
-def test_string_ids_survive():
+def test_string_ids_are_kept():
     data = InteractionData("toy", ["u", "v"], [["a", "b", "c"], ["c", "a", "b", "c"]], ["a", "b", "c"])
     splits = leave_one_out(data)
     assert splits.train.to_list() == [{"row_id": 4, "user": "v", "history": ["c"], "target": "a"}]
     assert splits.test["target"][:] == ["c", "c"]
 
 
-def test_leave_one_out_refuses_short_users():
+def test_leave_one_out_refuses_short_sequences():
     with pytest.raises(ValueError, match="user 1 has 2 items, and 1 users have fewer than the 3 .*k_core"):
         leave_one_out(make([[1, 2, 3], [1, 2]]))
     with pytest.raises(ValueError, match="max_history_items"):
         leave_one_out(make([[1, 2, 3]]), 0)
 
 
-def test_sessions_show_no_held_out_item(small_shop):
+def test_sessions_contain_no_held_out_item(small_shop):
     data, _ = small_shop
     splits = leave_one_out(data)
     for name, hidden_tail in (("train", 2), ("validation", 1), ("test", 0)):
@@ -82,10 +82,10 @@ def test_windows_cover_every_target_once(lengths, max_items):
     for items, first_target in user_windows(sequences, max_items):
         assert len(items) <= max_items + 1
         user, start = items[0]
-        assert items == sequences[user][start : start + len(items)]  # a piece of one sequence, without a gap
-        for place in range(first_target, len(items)):
-            assert place >= min(start + place, max_items // 2)  # enough history
-            covered.append(items[place])
+        assert items == sequences[user][start : start + len(items)]  # a contiguous part of one sequence
+        for position in range(first_target, len(items)):
+            assert position >= min(start + position, max_items // 2)  # enough history
+            covered.append(items[position])
     assert sorted(covered) == [target for sequence in sequences for target in sequence[1:]]
 
 
@@ -97,7 +97,7 @@ def test_a_sequence_that_fits_is_one_window():
 @given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6), min_size=1, max_size=8), st.integers(1, 3))
 def test_k_core_is_the_largest_part_with_k_of_each(sequences, k):
     def drop_one_at_a_time(rows, rng):
-        """Oracle: remove any single offender in any order; the k-core does not depend on it."""
+        """Oracle: remove single users or items below k in any order; the k-core does not depend on the order."""
         rows = {user: list(items) for user, items in enumerate(rows)}
         while True:
             flat = [item for items in rows.values() for item in items]
@@ -106,8 +106,8 @@ def test_k_core_is_the_largest_part_with_k_of_each(sequences, k):
             if not bad_items and not bad_users:
                 return rows
             if bad_items and (not bad_users or rng.random() < 0.5):
-                gone = rng.choice(bad_items)
-                rows = {user: [item for item in items if item != gone] for user, items in rows.items()}
+                dropped = rng.choice(bad_items)
+                rows = {user: [item for item in items if item != dropped] for user, items in rows.items()}
             else:
                 del rows[rng.choice(bad_users)]
 
@@ -121,11 +121,11 @@ def test_k_core_is_the_largest_part_with_k_of_each(sequences, k):
     assert core.items == sorted({item for items in expected.values() for item in items})
 
 
-def test_k_core_keeps_all_parts_in_step(small_shop):
+def test_k_core_filters_all_parts_alike(small_shop):
     data, _ = small_shop
-    core = k_core(data, 6)  # making it checks that events, ids and sequences agree
+    core = k_core(data, 6)  # the constructor checks that events, ids and sequences agree
     assert 0 < len(core.users) < len(data.users) and core.synthetic
     assert list(core.semantic_ids) == list(core.item_features) == core.items
     leave_one_out(core)
-    with pytest.raises(ValueError, match="k >= 1"):
+    with pytest.raises(ValueError, match="k is 0; it must be a whole number of at least 1"):
         k_core(data, 0)

@@ -1,4 +1,4 @@
-"""A step: columns under every name, results computed once, slices; and what reaches rewards and samplers."""
+"""Steps: columns with any name, memoized results, slices, and the columns that reach rewards and samplers."""
 
 import gc
 import weakref
@@ -16,7 +16,7 @@ from tests.rewards.world import make_catalog as make_small_catalog
 from tests.trainer.world import losses, make_rows, make_trainer
 
 
-#: Names that the library uses for things of its own, none of which is a dataset column's.
+#: Names that the library uses internally, all allowed as names of dataset columns.
 ANY_NAME = (
     "progress", "policy", "cache", "input_ids", "attention_mask", "target_leaf", "target_leaves", "policy_leaves",
     "policy_log_probs", "leaf_log_rewards", "row_ids", "columns", "members", "labels", "length", "step", "reward",
@@ -47,13 +47,13 @@ def test_once_computes_once_per_owner_and_name():
     owner, equal = ["the same"], ["the same"]
     assert [step.once(owner, "scores", lambda: compute(1)), step.once(owner, "scores", lambda: compute(2))] == [1, 1]
     assert step.once(owner, "flows", lambda: compute(3)) == 3
-    assert step.once(equal, "scores", lambda: compute(4)) == 4  # owners are told apart by identity, not by value
+    assert step.once(equal, "scores", lambda: compute(4)) == 4  # owners are compared by identity, not by value
     assert [step.once(owner, "none", lambda: compute(None)) for _ in range(2)] == [None, None]
     assert calls == [1, 3, 4, None]
     assert make_step().once(owner, "scores", lambda: compute(5)) == 5  # every step has its own results
 
 
-def test_an_error_is_not_remembered():
+def test_an_error_is_not_memoized():
     step = make_step()
     with pytest.raises(ZeroDivisionError):
         step.once(step, "x", lambda: 1 / 0)
@@ -61,7 +61,7 @@ def test_an_error_is_not_remembered():
 
 
 def test_owners_live_as_long_as_the_step():
-    """Their identity is a number that Python would use again for the next object."""
+    """Otherwise Python could reuse the identity of an owner for the next object."""
 
     class Owner:
         pass
@@ -79,7 +79,7 @@ def test_owners_live_as_long_as_the_step():
     assert all(reference() is None for reference in alive)
 
 
-def test_a_changed_copy_computes_anew():
+def test_a_changed_copy_has_an_empty_memo():
     step = make_step()
     assert step.once(step.columns, "target", lambda: step.target_leaves.tolist()) == step.target_leaves.tolist()
     hidden = replace(step, target_leaves=torch.full((4,), -1))
@@ -88,7 +88,7 @@ def test_a_changed_copy_computes_anew():
 
 
 # ---------------------------------------------------------------------------------------------------- columns and rows
-def test_a_missing_column_is_named_with_those_that_exist():
+def test_the_error_of_a_missing_column_lists_the_existing_ones():
     step = make_step(without=("session_items", "session_levels", "budget"))
     assert step.column("history", "Reward 'x'") is step.columns["history"]
     message = r"Reward 'x' needs the dataset column 'price'; the rows have \['history', 'row_id', 'target'\]"
@@ -96,7 +96,7 @@ def test_a_missing_column_is_named_with_those_that_exist():
         step.column("price", "Reward 'x'")
 
 
-def test_rows_are_a_step_of_their_own():
+def test_rows_are_a_step_with_its_own_memo():
     step = make_step(progress=0.25)
     step.once(step, "x", lambda: "of all rows")
     part = step.rows(slice(1, 3))
@@ -127,7 +127,7 @@ def test_names_of_reward_arguments_are_refused(name, tmp_path):
     message = f"column '{name}' has the name of an argument.*rename_column.'{name}', 'my_{name}'"
     with pytest.raises(ValueError, match=message):
         check_column_names(["row_id", name])
-    batch = collate(some_rows(**{name: 1}))  # nothing of it would be lost where no reward is called with columns
+    batch = collate(some_rows(**{name: 1}))  # the collator allows the name; calling a reward with it does not
     plain = CompositeReward(lambda **columns: [1.0] * 2, make_small_catalog(), TOKENIZER)
     with pytest.raises(ValueError, match=message):
         plain.of(Step.from_batch(batch, make_small_catalog())).log(torch.zeros(2, 1, dtype=torch.long))
@@ -147,7 +147,7 @@ def test_every_other_name_is_allowed():
 
 # -------------------------------------------------------------------------------------------------- in a real training
 class Listener(Sampler):
-    """Uniform leaves; keeps what it was given and told."""
+    """Samples uniform leaves and records the steps of all calls."""
 
     def __init__(self):
         self.steps = []
@@ -162,7 +162,7 @@ class Listener(Sampler):
 
 
 class TensorReward:
-    """Reads columns from the step."""
+    """Reward on tensors that records its steps."""
 
     def __init__(self, items):
         self.items, self.steps = items, []
@@ -173,7 +173,7 @@ class TensorReward:
 
 
 def test_columns_of_every_name_reach_rewards_and_samplers(tmp_path):
-    """Untouched, with their own row, and without a change to the training."""
+    """They arrive unchanged, with the right row, and do not change the training."""
 
     def value(name, row_id):
         return f"{name} of {row_id}"

@@ -31,7 +31,7 @@ def shop():
     return SyntheticShop().generate()
 
 
-def test_it_says_that_it_is_synthetic(shop):
+def test_the_shop_is_marked_as_synthetic(shop):
     data, _ = shop
     assert data.name == "synthetic_shop" and data.synthetic and "SYNTHETIC" in data.summary()
 
@@ -44,7 +44,7 @@ def test_same_seed_same_shop_other_seed_other_shop(small_shop):
     assert other.sequences != data.sequences
 
 
-def test_the_log_is_what_the_issue_asks_for(shop):
+def test_the_log_has_the_documented_properties(shop):
     data, truth = shop
     assert min(map(len, data.sequences)) >= 5
     assert all(len(set(sequence)) == len(sequence) for sequence in data.sequences)
@@ -52,13 +52,13 @@ def test_the_log_is_what_the_issue_asks_for(shop):
         assert [event.session for event in log] == sorted(event.session for event in log)
         assert truth.shown[user].nonzero()[:, 0].tolist() == sorted({event.item for event in log})
         assert truth.consumed[user].nonzero()[:, 0].tolist() == sorted(data.sequences[user])
-    assert truth.shown.sum(0).min() >= 20  # users an item was shown to
+    assert truth.shown.sum(0).min() >= 20  # users that each item was shown to
     assert {event.level for log in data.events for event in log} == {SHOWN, CLICKED, PURCHASED}
     assert len(set(data.semantic_ids.values())) == len(data.items)
     assert all({"title", "category", "price"} <= data.item_features[item].keys() for item in data.items)
 
 
-def test_the_log_is_biased_towards_popular_items_and_hides_most_of_what_is_liked(shop):
+def test_the_log_is_biased_towards_popular_items_and_hides_most_liked_items(shop):
     _, truth = shop
     exposure = truth.shown.double().mean(0).sort(descending=True).values
     assert exposure[:30].mean() > 8 * exposure[150:].mean()
@@ -68,7 +68,7 @@ def test_the_log_is_biased_towards_popular_items_and_hides_most_of_what_is_liked
 
 
 def test_clicks_and_purchases_follow_the_true_preference(shop):
-    """Among shown items the click rate rises with the preference as the documented law says, in ten equal groups."""
+    """In ten equal groups of shown items, the click rate follows the documented function of the preference."""
     data, truth = shop
     config = SyntheticShop()
     log = [(user, event.item, event.level) for user, events in enumerate(data.events) for event in events]
@@ -95,7 +95,7 @@ def test_evaluate_by_hand():
     consumed = torch.tensor([[True, False, False, False], [False] * 4])
     truth = ShopTruth(["u", "v"], [1, 2, 3, 4], preference, shown, consumed, liked_ratio=1.0)
     probs = torch.tensor([[0.2, 0.4, 0.4, 0.0]])
-    # u likes items 1 and 2, was not shown 2. Without the taken item 1: truth (.6, .2, .2), prediction (.5, .5, 0).
+    # u likes items 1 and 2 and was not shown 2. Without the taken item 1: truth (.6, .2, .2), prediction (.5, .5, 0).
     assert truth.evaluate(["u"], probs) == pytest.approx({"unseen_liked_mass": 0.4, "total_variation": 0.3})
     both = truth.per_user(["v", "u"], torch.cat([preference[1:], probs]))
     assert both["total_variation"].tolist() == pytest.approx([0.0, 0.3])
@@ -107,12 +107,12 @@ def test_evaluate_by_hand():
     [
         (["w"], [[0.5, 0.5]], "User 'w' is not in this synthetic shop"),
         (["u"], [[0.5, 0.5, 0.0]], r"must be \(1, 2\), but is \(1, 3\)"),
-        (["u"], [[0.5, 0.4]], "Row 0 of item_probs is no probability"),
-        (["u"], [[float("nan"), 0.4]], "Row 0 of item_probs is no probability"),
-        (["u"], [[1.5, -0.5]], "Row 0 of item_probs is no probability"),
+        (["u"], [[0.5, 0.4]], "Row 0 of item_probs is not a probability"),
+        (["u"], [[float("nan"), 0.4]], "Row 0 of item_probs is not a probability"),
+        (["u"], [[1.5, -0.5]], "Row 0 of item_probs is not a probability"),
     ],
 )
-def test_evaluate_refuses(users, probs, message):
+def test_evaluate_refuses_bad_input(users, probs, message):
     none = torch.zeros(1, 2, dtype=torch.bool)
     truth = ShopTruth(["u"], [1, 2], torch.tensor([[0.5, 0.5]], dtype=torch.float64), none, none)
     with pytest.raises(ValueError, match=message):
@@ -135,27 +135,27 @@ def test_impossible_shops_are_refused(fields, message):
 
 # ---------------------------------------------------------------------------------------- the truth cannot be reached
 def reachable(*roots):
-    """All objects reachable from `roots`: attributes, members, closures; not through modules and classes."""
+    """Return all objects reachable from `roots` through attributes, members and closures, not modules and classes."""
     stack, seen = list(roots), {}
     while stack:
-        thing = stack.pop()
-        if id(thing) in seen or isinstance(thing, types.ModuleType | type):
+        value = stack.pop()
+        if id(value) in seen or isinstance(value, types.ModuleType | type):
             continue
-        seen[id(thing)] = thing
-        if isinstance(thing, types.FunctionType):  # not its globals: those are the module
-            stack += [thing.__defaults__, thing.__kwdefaults__, thing.__dict__]
-            stack += [cell.cell_contents for cell in thing.__closure__ or ()]
+        seen[id(value)] = value
+        if isinstance(value, types.FunctionType):  # without its globals, which are the module
+            stack += [value.__defaults__, value.__kwdefaults__, value.__dict__]
+            stack += [cell.cell_contents for cell in value.__closure__ or ()]
         else:
-            stack += gc.get_referents(thing)
+            stack += gc.get_referents(value)
     return seen.values()
 
 
 def assert_hides(truth, *roots):
     secrets = {"preference": truth.preference, "liked": truth.liked}
-    for thing in reachable(*roots):
-        assert not isinstance(thing, ShopTruth)
-        if isinstance(thing, torch.Tensor | np.ndarray):
-            values = torch.as_tensor(thing)
+    for value in reachable(*roots):
+        assert not isinstance(value, ShopTruth)
+        if isinstance(value, torch.Tensor | np.ndarray):
+            values = torch.as_tensor(value)
             for name, secret in secrets.items():
                 same = values.shape == secret.shape and torch.allclose(values.double(), secret.double(), atol=1e-6)
                 assert not same, f"the truth ({name}) can be reached"
@@ -163,7 +163,7 @@ def assert_hides(truth, *roots):
 
 @pytest.fixture(scope="module")
 def training_objects(small_shop):
-    """All that training is made of."""
+    """The objects that a training run uses."""
     data, _ = small_shop
     splits = leave_one_out(data)
     tokenizer = build_tokenizer(data.semantic_ids)
@@ -179,13 +179,13 @@ def training_objects(small_shop):
     }
 
 
-def test_the_walk_finds_a_hidden_truth(small_shop, training_objects):
-    """The test below can fail: a closure, an attribute and a bare copy of the matrix are found."""
+def test_assert_hides_finds_the_truth(small_shop, training_objects):
+    """The test below can fail: the truth is found in a closure, in an attribute and as a copy of the matrix."""
     data, truth = small_shop
-    keeper: Callable = lambda: truth  # noqa: E731
-    for smuggled in (keeper, types.SimpleNamespace(x=[{"y": truth}]), [truth.preference.float().numpy()]):
+    closure: Callable = lambda: truth  # noqa: E731
+    for leak in (closure, types.SimpleNamespace(x=[{"y": truth}]), [truth.preference.float().numpy()]):
         with pytest.raises(AssertionError):
-            assert_hides(truth, training_objects, smuggled)
+            assert_hides(truth, training_objects, leak)
 
 
 def test_training_cannot_reach_the_truth(small_shop, training_objects):
@@ -201,7 +201,7 @@ def test_rewards_and_teachers_cannot_reach_the_truth(small_shop, training_object
 
 
 def test_training_data_is_a_function_of_the_log_alone(small_shop):
-    """Two shops with the same log and a different truth give the same training data."""
+    """Two shops with the same log and different truths have the same training data."""
     data, truth = small_shop
     before = leave_one_out(data)
     truth = copy.deepcopy(truth)

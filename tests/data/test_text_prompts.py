@@ -1,4 +1,4 @@
-"""Prompts in words: the text that a person would expect, in training, decoding and after loading."""
+"""Text prompts: the expected text in training, in decoding and after loading."""
 
 import json
 
@@ -22,14 +22,14 @@ IDS = {1: ("<a_0>", "<b_0>", "<c_0>"), 2: ("<a_1>",), 3: ("<a_2>", "<b_0>"), 4: 
 TITLES = {1: "Red pen, fine", 2: "Blue {semantic_id} pen", 3: "Pad of paper A4", 4: "Desk lamp"}
 
 
-def make(chat: str | None = None):
-    tokenizer = byte_tokenizer(chat)
+def make(chat_template: str | None = None):
+    tokenizer = byte_tokenizer(chat_template)
     add_item_tokens(tokenizer, IDS)
     return tokenizer, ItemCatalog.from_semantic_ids(IDS, tokenizer)
 
 
 TOKENIZER, CATALOG = make()
-CHATTER, CHAT_CATALOG = make(CHAT)
+CHAT_TOKENIZER, CHAT_CATALOG = make(CHAT)
 
 
 def text(tokenizer, prompts, row: int = 0) -> str:
@@ -37,7 +37,7 @@ def text(tokenizer, prompts, row: int = 0) -> str:
     return tokenizer.decode(tokens)
 
 
-def test_a_prompt_reads_as_its_template():
+def test_a_prompt_follows_its_template():
     encoder = TextPromptEncoder(
         CATALOG, TOKENIZER, TITLES, PromptFormat("Had:\n{history}Next:", "- {title} = {semantic_id}\n")
     )
@@ -47,27 +47,27 @@ def test_a_prompt_reads_as_its_template():
     )
 
 
-def test_titles_are_cut_and_taken_as_they_are():
+def test_titles_are_cut_and_inserted_literally():
     short = TextPromptEncoder(CATALOG, TOKENIZER, TITLES, PromptFormat("{history}", "{title};", max_title_words=2))
     assert text(TOKENIZER, short([[2, 3]])) == "Blue {semantic_id};Pad of;"
 
 
-def test_a_text_stands_for_missing_titles():
+def test_missing_titles_are_replaced():
     titles = {**TITLES, 2: " "}
     del titles[3]
-    form = PromptFormat("{history}", "{title};", untitled="something")
-    encoder = TextPromptEncoder(CATALOG, TOKENIZER, titles, form)
+    prompt_format = PromptFormat("{history}", "{title};", untitled="something")
+    encoder = TextPromptEncoder(CATALOG, TOKENIZER, titles, prompt_format)
     assert text(TOKENIZER, encoder([[2, 3]])) == "something;something;"
 
 
-def test_a_chat_is_the_tokenizers_own():
-    form = PromptFormat("I had {history}. And now?", "{title} ", chat=True, system="Recommend.")
-    encoder = TextPromptEncoder(CHAT_CATALOG, CHATTER, TITLES, form)
-    expected = CHATTER.apply_chat_template(
+def test_a_chat_uses_the_chat_template_of_the_tokenizer():
+    prompt_format = PromptFormat("I had {history}. And now?", "{title} ", chat=True, system="Recommend.")
+    encoder = TextPromptEncoder(CHAT_CATALOG, CHAT_TOKENIZER, TITLES, prompt_format)
+    expected = CHAT_TOKENIZER.apply_chat_template(
         [{"role": "system", "content": "Recommend."}, {"role": "user", "content": "I had Desk lamp . And now?"}],
         tokenize=False, add_generation_prompt=True,
     )  # fmt: skip
-    assert text(CHATTER, encoder([[4]])) == expected
+    assert text(CHAT_TOKENIZER, encoder([[4]])) == expected
 
 
 @settings(max_examples=40, deadline=None)
@@ -75,10 +75,10 @@ def test_a_chat_is_the_tokenizers_own():
     st.lists(st.lists(st.sampled_from(list(IDS)), min_size=1, max_size=5), min_size=1, max_size=4),
     st.integers(1, 4),
 )
-def test_pieces_end_to_end_left_padded(histories, longest):
-    """Oracle: each row alone, written out by hand."""
+def test_prompts_are_left_padded_concatenations_of_pieces(histories, max_items):
+    """Oracle: each row is built separately from its pieces."""
     encoder = TextPromptEncoder(
-        CATALOG, TOKENIZER, TITLES, PromptFormat("A {history}Z", "{title} {semantic_id}."), longest
+        CATALOG, TOKENIZER, TITLES, PromptFormat("A {history}Z", "{title} {semantic_id}."), max_items
     )
 
     def tokens(words: str) -> list[int]:
@@ -86,7 +86,7 @@ def test_pieces_end_to_end_left_padded(histories, longest):
 
     rows = []
     for history in histories:
-        items = [tokens(f"{TITLES[item]} {' '.join(IDS[item])}.") for item in history[-longest:]]
+        items = [tokens(f"{TITLES[item]} {' '.join(IDS[item])}.") for item in history[-max_items:]]
         rows.append([*tokens("A "), *(token for item in items for token in item), *tokens("Z")])
     prompts = encoder(histories)
     width = max(map(len, rows))
@@ -106,19 +106,19 @@ def test_sft_rows_are_prompt_and_answer():
 
 
 @pytest.mark.parametrize(
-    ("make_it", "message"),
+    ("build", "message"),
     [
-        (lambda: PromptFormat(template="no place"), "must hold {history} once"),
-        (lambda: PromptFormat(item="nothing"), "must hold {title} or {semantic_id}"),
+        (lambda: PromptFormat(template="no place"), "must contain {history} exactly once"),
+        (lambda: PromptFormat(item="nothing"), "must contain {title} or {semantic_id}"),
         (lambda: PromptFormat(system="You are"), "only a chat has a system message"),
         (lambda: PromptFormat(max_title_words=0), "max_title_words is 0; it must be"),
         (lambda: TextPromptEncoder(CATALOG, TOKENIZER, {1: "a"}), "3 of 4 items have none, for example 2"),
         (lambda: TextPromptEncoder(CATALOG, TOKENIZER, TITLES, PromptFormat(chat=True)), "has no chat template"),
     ],
 )
-def test_bad_input_is_named(make_it, message):
+def test_bad_input_raises_errors(build, message):
     with pytest.raises(ValueError, match=message):
-        make_it()
+        build()
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def rows():
     return Dataset.from_dict({"row_id": list(range(8)), "history": histories, "target": [3, 1, 2, 3] * 2})
 
 
-def test_a_trainer_and_its_checkpoint_keep_the_words(tmp_path, rows):
+def test_a_trainer_and_its_checkpoint_use_the_same_prompts(tmp_path, rows):
     encoder = TextPromptEncoder(CATALOG, TOKENIZER, TITLES, PromptFormat(max_title_words=3), max_history_items=2)
     args = GFlowNetConfig(
         str(tmp_path / "out"), use_cpu=True, max_steps=2, loss_type="vargrad", per_device_train_batch_size=4,
@@ -147,41 +147,41 @@ def test_a_trainer_and_its_checkpoint_keep_the_words(tmp_path, rows):
         assert torch.equal(loaded.encoder([[3, 2, 1]])[name], value)
     expected = Recommender(trainer.model, TOKENIZER, CATALOG, encoder=encoder).recommend([[1, 3]], k=3)
     assert loaded.recommend([[1, 3]], k=3) == expected
-    # The next trainer finds the words in the folder.
+    # The next trainer loads the prompt format from the folder.
     again = GFlowNetTrainer(str(tmp_path / "out"), GroundTruthReward(), args, rows)
     assert again._encoder.format == encoder.format and torch.equal(again._encoder.table, encoder.table)
     loaded.save_pretrained(tmp_path / "copy")
     assert torch.equal(Recommender.from_pretrained(tmp_path / "copy").encoder.table, encoder.table)
 
 
-def roomy():
-    """A model with positions for twenty titles."""
+def long_context_model():
+    """Create a model with positions for twenty titles."""
     model = tiny_model(len(TOKENIZER))
     model.config.max_position_embeddings = 1024
     return model
 
 
-def test_prompts_with_an_end_are_computed_by_themselves(tmp_path):
+def test_prompts_with_text_after_the_items_are_computed_separately(tmp_path):
     histories, targets = [[1], [1, 3], [2], [2, 2]], [3, 4, 2, 1]
     rows = Dataset.from_dict({"row_id": list(range(4)), "history": histories, "target": targets})
     args = GFlowNetConfig(str(tmp_path), use_cpu=True, loss_type="sft", train_sampling_strategy="sequential")
     options = {"train_dataset": rows, "processing_class": TOKENIZER, "catalog": CATALOG}
-    ending = TextPromptEncoder(CATALOG, TOKENIZER, TITLES)
-    with pytest.raises(ValueError, match="none is the beginning of another"):
-        ending.encode_windows(Windows.pack([[1]], [2]))
-    trainer = GFlowNetTrainer(roomy(), None, args, prompt_encoder=ending, **options)
+    with_tail = TextPromptEncoder(CATALOG, TOKENIZER, TITLES)
+    with pytest.raises(ValueError, match="no prompt is a prefix of another"):
+        with_tail.encode_windows(Windows.pack([[1]], [2]))
+    trainer = GFlowNetTrainer(long_context_model(), None, args, prompt_encoder=with_tail, **options)
     assert "trunk" not in next(iter(trainer.get_train_dataloader()))["prompts"]
-    open_ended = TextPromptEncoder(CATALOG, TOKENIZER, TITLES, PromptFormat("Had: {history}"))
-    trainer = GFlowNetTrainer(roomy(), None, args, prompt_encoder=open_ended, **options)
+    without_tail = TextPromptEncoder(CATALOG, TOKENIZER, TITLES, PromptFormat("Had: {history}"))
+    trainer = GFlowNetTrainer(long_context_model(), None, args, prompt_encoder=without_tail, **options)
     batch = next(iter(trainer.get_train_dataloader()))
-    expected = open_ended(batch["rows"].windows.histories)
-    found = separate_prompts(batch["prompts"])
-    assert "trunk" in batch["prompts"] and found["attention_mask"].equal(expected["attention_mask"])
+    expected = without_tail(batch["rows"].windows.histories)
+    prompts = separate_prompts(batch["prompts"])
+    assert "trunk" in batch["prompts"] and prompts["attention_mask"].equal(expected["attention_mask"])
     real = expected["attention_mask"].bool()
-    assert found["input_ids"][real].equal(expected["input_ids"][real])
+    assert prompts["input_ids"][real].equal(expected["input_ids"][real])
     other = ItemCatalog.from_semantic_ids({1: IDS[1], 2: IDS[2]}, TOKENIZER)
     with pytest.raises(ValueError, match="has another catalog than the trainer"):
         GFlowNetTrainer(
-            roomy(), None, GFlowNetConfig(str(tmp_path), use_cpu=True, loss_type="sft"),
+            long_context_model(), None, GFlowNetConfig(str(tmp_path), use_cpu=True, loss_type="sft"),
             prompt_encoder=TextPromptEncoder(other, TOKENIZER, TITLES), **options,
         )  # fmt: skip

@@ -34,7 +34,7 @@ def test_item_tokens_are_added_to_a_text_model(text_tokenizer):
     config = LlamaConfig(vocab_size=vocabulary, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                          num_attention_heads=1)  # fmt: skip
     model = LlamaForCausalLM(config)
-    with pytest.raises(ValueError, match="Item 7: '<a_10>' is no token of the tokenizer"):
+    with pytest.raises(ValueError, match="Item 7: '<a_10>' is not a token of the tokenizer"):
         check_round_trip(text_tokenizer, IDS)
     assert add_item_tokens(text_tokenizer, IDS, model) == 5
     assert model.get_input_embeddings().num_embeddings == len(text_tokenizer) == vocabulary + 5
@@ -42,12 +42,12 @@ def test_item_tokens_are_added_to_a_text_model(text_tokenizer):
     ids = text_tokenizer("I took <a_2> <b_1>")["input_ids"]
     assert text_tokenizer.convert_ids_to_tokens(ids[-2:]) == ["<a_2>", "<b_1>"]
     assert text_tokenizer.decode(ids[-2:], skip_special_tokens=True).replace(" ", "") == "<a_2><b_1>"
-    assert add_item_tokens(text_tokenizer, IDS, model) == 0  # a second time changes nothing
+    assert add_item_tokens(text_tokenizer, IDS, model) == 0  # a second call changes nothing
     assert model.get_input_embeddings().num_embeddings == vocabulary + 5
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_new_tokens_begin_near_the_titles_of_their_items(text_tokenizer, tied):
+def test_new_tokens_are_initialized_from_titles(text_tokenizer, tied):
     ids = {n: (f"<a_{n % 3}>", f"<b_{n % 2}>", "<c_0>") for n in range(6)}
     titles = {n: "xyz"[n % 3] * 5 for n in range(6)} | {5: None}
     config = LlamaConfig(vocab_size=len(text_tokenizer), hidden_size=16, intermediate_size=8, num_hidden_layers=1,
@@ -59,16 +59,16 @@ def test_new_tokens_begin_near_the_titles_of_their_items(text_tokenizer, tied):
     assert torch.equal(tables[0][: len(before)], before)
     for table in tables:
         words = torch.stack([table[text_tokenizer(f" {x * 5}")["input_ids"]].mean(0) for x in "xyz"])
-        begun = table[[text_tokenizer.convert_tokens_to_ids(f"<a_{n}>") for n in range(3)]]
-        near = torch.nn.functional.cosine_similarity(
-            (begun - begun.mean(0))[:, None], (words - words.mean(0))[None], dim=-1
+        new = table[[text_tokenizer.convert_tokens_to_ids(f"<a_{n}>") for n in range(3)]]
+        cosine = torch.nn.functional.cosine_similarity(
+            (new - new.mean(0))[:, None], (words - words.mean(0))[None], dim=-1
         )
-        assert torch.allclose(near.diagonal(), torch.ones(3), atol=1e-4) and near.argmax(1).tolist() == [0, 1, 2]
+        assert torch.allclose(cosine.diagonal(), torch.ones(3), atol=1e-4) and cosine.argmax(1).tolist() == [0, 1, 2]
         assert table.isfinite().all()
         known = table[: len(before)]
-        size = (begun - known.mean(0)).norm(dim=1).mean() / known.std(0).norm()
+        size = (new - known.mean(0)).norm(dim=1).mean() / known.std(0).norm()
         assert size == pytest.approx(1.0, rel=1e-3)
-        # A level with one token says nothing: it begins at the mean.
+        # The only token of a level is initialized with the mean.
         only = table[text_tokenizer.convert_tokens_to_ids("<c_0>")]
         torch.testing.assert_close(only, known.mean(0), rtol=1e-3, atol=1e-4)
 
@@ -80,6 +80,6 @@ def test_special_item_tokens_are_refused(text_tokenizer):
 
 
 @pytest.mark.parametrize("token", ["<a 1>", "", "<bos>"])
-def test_bad_tokens_are_named(token):
+def test_errors_name_bad_tokens(token):
     with pytest.raises(ValueError, match="Item 5 has the token"):
         build_tokenizer({5: (token,)})

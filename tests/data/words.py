@@ -1,4 +1,4 @@
-"""A small tokenizer of words and bytes, as text models have it."""
+"""A byte-level text tokenizer for the tests of text prompts."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -11,7 +11,7 @@ CHAT = (
 
 
 def byte_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """Every byte is a token, no merges."""
+    """Create a tokenizer in which every byte is a token, without merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

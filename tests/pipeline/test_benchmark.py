@@ -96,7 +96,7 @@ def test_the_comparison_measures_prefixes_and_differences(office, base, tmp_path
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[-7:]]
     by_title = {row[0]: dict(zip(table[0], row, strict=True)) for row in table}
     assert list(by_title)[2:] == [*comparison.SHARED.values(), "cross entropy", "two"]
-    assert by_title["two"]["s an epoch"] == "12" and by_title["two"]["peak MB"] == "4"
+    assert by_title["two"]["s per epoch"] == "12" and by_title["two"]["peak MB"] == "4"
     assert by_title["cross entropy"]["recall@10 - cross entropy"] == ""
     kept = json.loads((tmp_path / "kept" / "office-two-seed1.json").read_text())["methods"]["gflownet"]["metrics"]
     found = json.loads((tmp_path / "kept" / "office-two-seed1-prefixes.json").read_text())["methods"]["gflownet"]

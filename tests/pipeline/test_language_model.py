@@ -122,7 +122,7 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(finished, text_model, t
     [
         ({"model": {"hidden_size": 16}}, "a model from scratch knows no words"),
         ({"prompt": {"tempate": "{history}"}}, "prompt.tempate"),
-        ({"prompt": {"template": "no place"}}, "must hold {history} once"),
+        ({"prompt": {"template": "no place"}}, "must contain {history} exactly once"),
         ({"peft": {"rank": 4}}, "peft.rank"),
     ],
 )

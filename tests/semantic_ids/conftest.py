@@ -1,4 +1,4 @@
-"""A catalog of made-up items with text, and vectors in clusters."""
+"""Fixtures: a catalog of artificial items with texts, and clustered vectors."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ COLORS = ("red", "blue", "green", "black", "white")
 
 @pytest.fixture(scope="session")
 def catalog() -> InteractionData:
-    """120 items (8 kinds in 5 colors, 3 equal ones each), one without text; users stay with a kind."""
+    """120 items (8 kinds in 5 colors, 3 equal items each), one without text; each user takes items of one kind."""
     items = list(range(120))
     features = {
         item: {"title": f"{COLORS[item % 5]} {KINDS[item % 8]}", "categories": [["office", f"{KINDS[item % 8]}s"]]}
@@ -20,7 +20,7 @@ def catalog() -> InteractionData:
     }
     features[119] = {"title": "", "categories": None}
     sequences = [[kind + 8 * ((user + step) % 14) for step in range(6)] for user in range(14) for kind in range(8)]
-    return InteractionData("made up", list(range(len(sequences))), sequences, items, features)
+    return InteractionData("artificial", list(range(len(sequences))), sequences, items, features)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Unique ids, and nobody moves without need."""
+"""Collision handling: unique ids, and only colliding items change."""
 
 from collections import Counter
 
@@ -20,7 +20,7 @@ def quantizer_of(seed, num_levels=3, num_codes=3, dim=2):
 
 
 def some_vectors(number, seed):
-    """Twos of equal vectors among others, in a narrow place, so that prefixes are full."""
+    """Vectors with equal pairs, close to each other, so that prefixes become full."""
     vectors = 0.5 * torch.randn(number, 2, generator=torch.Generator().manual_seed(seed))
     vectors[1::2] = vectors[: number // 2]
     return vectors
@@ -43,17 +43,17 @@ def test_reassigned_ids_are_unique_and_only_colliding_items_move(number, seed):
     assert not colliding(resolved).any() and resolved.shape == codes.shape
     moved = (resolved != codes).any(1)
     assert not moved[~colliding(codes)].any()
-    misfit = (vectors - quantizer.decode(codes)).norm(dim=1)
+    errors = (vectors - quantizer.decode(codes)).norm(dim=1)
     for path, size in Counter(paths(codes)).items():
-        rows = torch.tensor([row for row, own in enumerate(paths(codes)) if own == path])
-        assert moved[rows].sum() == size - 1  # one stays,
-        assert misfit[rows[~moved[rows]]] == misfit[rows].min()  # the one that fits best
+        rows = torch.tensor([row for row, other in enumerate(paths(codes)) if other == path])
+        assert moved[rows].sum() == size - 1  # one item keeps its id,
+        assert errors[rows[~moved[rows]]] == errors[rows].min()  # the one with the smallest error
 
 
 @given(NUMBERS, SEEDS, st.data())
 @settings(max_examples=60, deadline=None)
 @pytest.mark.parametrize("how", ["reassign", "level"])
-def test_new_items_never_take_an_old_id(how, number, seed, data):
+def test_new_items_never_get_an_existing_id(how, number, seed, data):
     old = data.draw(st.integers(1, number - 1))
     quantizer, vectors = quantizer_of(seed), some_vectors(number, seed)
     codes = quantizer.encode(vectors)
@@ -62,18 +62,18 @@ def test_new_items_never_take_an_old_id(how, number, seed, data):
     assert len(set(paths(before) + paths(after))) == number
     if how == "level":
         assert before[:, :3].equal(codes[:old]) and after[:, :3].equal(codes[old:])
-        for path, size in Counter(paths(codes)).items():  # numbers go on without a gap
-            numbers = [last for *own, last in paths(before) + paths(after) if tuple(own) == path]
+        for path, size in Counter(paths(codes)).items():  # numbers continue without a gap
+            numbers = [last for *prefix, last in paths(before) + paths(after) if tuple(prefix) == path]
             assert numbers == list(range(size))
 
 
-def test_the_nearest_free_code_is_taken_and_then_the_level_before():
+def test_items_move_to_the_nearest_free_code_and_then_to_another_prefix():
     quantizer = ResidualKMeans(num_levels=2, num_codes=3)
     quantizer.codebooks = torch.tensor([[[0.0], [10.0], [30.0]], [[-1.0], [0.0], [2.0]]])
     vectors = torch.tensor([[0.1], [0.0], [-0.2], [0.3], [30.0]])
     codes = torch.tensor([[0, 1]] * 4 + [[2, 1]])
     resolved = resolve_collisions(codes, vectors, quantizer, "reassign")
-    # row 1 fits best and stays, row 0 moves to -1, row 2 finds only 2; row 3 finds nothing below 0: next is 10 - 1
+    # row 1 has the smallest error and stays, row 0 moves to -1, row 2 to 2; prefix 0 is full: row 3 moves to 10 - 1
     assert resolved.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [2, 1]]
 
 
@@ -87,7 +87,7 @@ def test_kept_collisions_are_counted(caplog):
 def test_errors():
     quantizer, vectors = quantizer_of(0, num_levels=1), some_vectors(4, 0)
     codes = quantizer.encode(vectors)
-    with pytest.raises(ValueError, match="4 items cannot have different ids of 1 levels with 3 codes"):
+    with pytest.raises(ValueError, match="4 items cannot have unique ids with 1 levels of 3 codes, which give 3 ids"):
         resolve_collisions(codes, vectors, quantizer, "reassign")
-    with pytest.raises(ValueError, match="reassign, level, keep, but 'drop'"):
+    with pytest.raises(ValueError, match="collisions is 'drop'; choose 'reassign' or 'level' or 'keep'"):
         resolve_collisions(codes, vectors, quantizer, "drop")

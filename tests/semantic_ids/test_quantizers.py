@@ -1,4 +1,4 @@
-"""Vectors to codes and back."""
+"""Quantizers: encoding, decoding and training."""
 
 import math
 
@@ -34,15 +34,15 @@ def test_residual_k_means_is_a_loop_of_k_means(vectors):
 
 
 @pytest.mark.parametrize("make", [lambda: ResidualKMeans(3, 8), lambda: ResidualKMeans(3, 8, True), small_rqvae])
-def test_each_code_is_the_nearest_to_what_is_left(make, vectors):
+def test_each_code_is_the_nearest_to_the_residual(make, vectors):
     quantizer = make()
     codes = quantizer.fit_encode(vectors)
     unseen = torch.randn(20, 12, generator=torch.Generator().manual_seed(1))
-    left = quantizer.latents(unseen)
+    residual = quantizer.latents(unseen)
     for level, column in enumerate(quantizer.encode(unseen).T):
-        distances = (left[:, None] - quantizer.codebooks[level]).square().sum(2)
+        distances = (residual[:, None] - quantizer.codebooks[level]).square().sum(2)
         assert column.equal(distances.argmin(1))
-        left = left - quantizer.codebooks[level, column]
+        residual = residual - quantizer.codebooks[level, column]
     if not quantizer.config.get("balanced"):
         assert codes.equal(quantizer.encode(vectors))
     assert quantizer.encode(unseen[:1]).equal(quantizer.encode(unseen)[:1])
@@ -53,19 +53,19 @@ def test_each_code_is_the_nearest_to_what_is_left(make, vectors):
 @pytest.mark.parametrize("make", [lambda: ResidualKMeans(3, 16), lambda: ResidualKMeans(3, 16, True), small_rqvae])
 @pytest.mark.parametrize("offset", [128.0, 8192.0, -65536.0])
 def test_a_constant_added_to_all_vectors_changes_no_code(make, offset):
-    """256 vectors in steps of 1/128, so that they, their sum and their mean are exact at each of the offsets."""
+    """The vectors are multiples of 1/128, so that they, their sum and their mean are exact at each offset."""
     vectors = (128 * torch.randn(256, 32, generator=torch.Generator().manual_seed(0))).round() / 128
     far = vectors + offset * torch.tensor([1.0, -1.0, 0.5, 0.0] * 8)
-    here, there = make(), make()
-    codes = here.fit_encode(vectors)
-    assert there.fit_encode(far).equal(codes)
-    assert there.encode(far[:40]).equal(here.encode(vectors[:40]))
+    near_quantizer, far_quantizer = make(), make()
+    codes = near_quantizer.fit_encode(vectors)
+    assert far_quantizer.fit_encode(far).equal(codes)
+    assert far_quantizer.encode(far[:40]).equal(near_quantizer.encode(vectors[:40]))
     assert len(codes[:, 0].unique()) > 6
-    shift = here.decode(codes) - vectors - (there.decode(codes) - far)
+    shift = near_quantizer.decode(codes) - vectors - (far_quantizer.decode(codes) - far)
     assert shift.abs().max() <= 2**-7 * max(1, abs(offset) / 2**16)  # the rounding of float32 at the offset
 
 
-def test_a_quantizer_saved_before_vectors_were_centered_reads_as_it_was(vectors):
+def test_a_quantizer_saved_without_a_center_is_loaded_correctly(vectors):
     quantizer = ResidualKMeans(2, 8).fit(vectors)
     codebooks = quantizer.codebooks.clone()
     codebooks[0] += quantizer.center
@@ -74,7 +74,7 @@ def test_a_quantizer_saved_before_vectors_were_centered_reads_as_it_was(vectors)
     torch.testing.assert_close(old.decode(old.encode(vectors)), quantizer.decode(quantizer.encode(vectors)))
 
 
-def test_more_levels_leave_less_error(vectors):
+def test_more_levels_have_less_error(vectors):
     quantizer = ResidualKMeans(num_levels=4, num_codes=8).fit(vectors)
     codes = quantizer.encode(vectors)
     errors = [(quantizer.decode(codes[:, :level]) - vectors).square().sum() for level in range(1, 5)]
@@ -83,35 +83,34 @@ def test_more_levels_leave_less_error(vectors):
 
 @given(st.integers(1, 40), st.integers(2, 6), st.integers(0, 3), st.integers(0, 99))
 @settings(max_examples=50, deadline=None)
-def test_assignment_keeps_to_capacities(rows, codes, spare, seed):
+def test_assignment_respects_capacities(rows, codes, spare, seed):
     distances = torch.rand(rows, codes, generator=torch.Generator().manual_seed(seed))
     capacity = math.ceil(rows / codes) + spare
     labels = assign_within(distances, capacity)
     sizes = torch.bincount(labels, minlength=codes)
     assert sizes.max() <= capacity
-    # whoever is not at the nearest code found every nearer one full in the end
+    # if a row does not have its nearest code, all nearer codes are full in the end
     for row, label in enumerate(labels):
         assert (sizes[distances[row] < distances[row, label]] == capacity).all()
     assert assign_within(distances, rows).equal(distances.argmin(1))
 
 
-def test_those_choose_first_that_lose_most():
+def test_rows_with_the_largest_gap_are_assigned_first():
     distances = torch.tensor([[0.0, 1.0, 9.0], [0.1, 5.0, 9.0], [0.2, 2.0, 9.0]])
     assert assign_within(distances, 1).tolist() == [2, 0, 1]
 
 
 def test_balanced_codes_are_evenly_used(vectors):
-    crowded = torch.cat(
-        [vectors, vectors[:1] + 0.01 * torch.randn(100, 12, generator=torch.Generator().manual_seed(2))]
-    )
-    codes = ResidualKMeans(num_levels=2, num_codes=10, balanced=True).fit_encode(crowded)
+    dense = 0.01 * torch.randn(100, 12, generator=torch.Generator().manual_seed(2))
+    vectors = torch.cat([vectors, vectors[:1] + dense])
+    codes = ResidualKMeans(num_levels=2, num_codes=10, balanced=True).fit_encode(vectors)
     for column in codes.T:
         assert torch.bincount(column).max() <= 30
-    assert torch.bincount(ResidualKMeans(2, 10).fit_encode(crowded)[:, 0]).max() > 100
+    assert torch.bincount(ResidualKMeans(2, 10).fit_encode(vectors)[:, 0]).max() > 100
 
 
-def test_a_quantizer_step_by_hand():
-    """z = (1, 3); level one has (0, 2) nearest, left over is (1, 1); level two has (1, 0) nearest."""
+def test_quantize_by_hand():
+    """z = (1, 3); the nearest code of level one is (0, 2), the residual (1, 1); the nearest of level two is (1, 0)."""
     latents = torch.tensor([[1.0, 3.0]], requires_grad=True)
     codebooks = torch.tensor([[[5.0, 5.0], [0.0, 2.0]], [[1.0, 0.0], [-3.0, 0.0]]], requires_grad=True)
     codes, quantized, loss = quantize(latents, codebooks, commitment=0.5)
@@ -124,7 +123,7 @@ def test_a_quantizer_step_by_hand():
     torch.testing.assert_close(latents.grad, 0.5 * torch.tensor([[1.0, 1.0 + 1.0]]))
 
 
-def test_the_gradient_goes_straight_through():
+def test_the_straight_through_gradient():
     latents = torch.randn(6, 3, requires_grad=True)
     codebooks = torch.randn(2, 4, 3, requires_grad=True)
     quantized = quantize(latents, codebooks, commitment=0.25).latents
@@ -134,7 +133,7 @@ def test_the_gradient_goes_straight_through():
     assert codebooks.grad is None
 
 
-def test_dead_codes_are_revived_and_living_ones_stay():
+def test_dead_codes_are_replaced_and_used_codes_are_kept():
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(50, 2, generator=generator)
     codebooks = torch.cat([torch.randn(2, 4, 2, generator=generator), torch.full((2, 4, 2), 100.0)], dim=1)
@@ -142,15 +141,15 @@ def test_dead_codes_are_revived_and_living_ones_stay():
     used = torch.stack([torch.bincount(column, minlength=8) > 0 for column in codes.T])
     assert revive_dead_codes(codebooks, latents, used, generator) == int((~used).sum()) >= 8
     assert codebooks[used].equal(before[used])
-    left = latents
+    residual = latents
     for level in range(2):
         for centroid in codebooks[level][~used[level]]:
-            assert (left == centroid).all(1).any()  # a dead code lies on a residual
-        left = left - before[level][codes[:, level]]
+            assert (residual == centroid).all(1).any()  # a dead code becomes a residual
+        residual = residual - before[level][codes[:, level]]
     assert len(nearest_codes(latents, codebooks)[:, 0].unique()) > 4
 
 
-def test_rqvae_learns_and_repeats(vectors):
+def test_rqvae_learns_and_is_reproducible(vectors):
     state = torch.random.get_rng_state()
     codes = small_rqvae().fit_encode(vectors)
     assert torch.random.get_rng_state().equal(state)
@@ -171,18 +170,18 @@ def test_bad_input_is_refused(make, vectors):
     broken[3, 1] = math.nan
     with pytest.raises(ValueError, match="1 item vectors are not finite, the first in row 3"):
         make(num_codes=4).fit(broken)
-    with pytest.raises(ValueError, match=r"their shape is \(200,\)"):
+    with pytest.raises(ValueError, match=r"item vectors is \(200,\)"):
         make(num_codes=4).fit(vectors[:, 0])
-    with pytest.raises(ValueError, match="num_levels must be 1 to 25"):
+    with pytest.raises(ValueError, match="num_levels is 0; it must be 1 to 25"):
         make(num_levels=0)
     with pytest.raises(ValueError, match="num_codes is 1; it must be a whole number of at least 2"):
         make(num_codes=1)
     with pytest.raises(RuntimeError, match="Call fit"):
         make(num_codes=4).encode(vectors)
-    with pytest.raises(ValueError, match="5 columns, but 12 are needed"):
+    with pytest.raises(ValueError, match="5 columns; they must have 12"):
         make(num_codes=4).fit(vectors).encode(vectors[:, :5])
 
 
-def test_rqvae_refuses_settings_that_cannot_train():
+def test_rqvae_refuses_invalid_settings():
     with pytest.raises(ValueError, match="learning_rate is .*; it must be a finite number above 0"):
         RQVAE(learning_rate=0)

@@ -1,4 +1,4 @@
-"""Items to tokens, kept and loaded."""
+"""The item tokenizer: ids, new items, saving and loading."""
 
 import json
 import math
@@ -26,8 +26,8 @@ def test_a_catalog_of_unique_ids(collisions, length, catalog, tmp_path):
     assert ids[7] == tuple(
         f"<{letter}_{code}>" for letter, code in zip("abc", tokenizer.codes[7].tolist(), strict=False)
     )
-    catalog = ItemCatalog.from_semantic_ids(ids, build_tokenizer(ids))
-    assert catalog.tree.num_leaves == 120 and catalog.tree.max_depth == length
+    tree = ItemCatalog.from_semantic_ids(ids, build_tokenizer(ids)).tree
+    assert tree.num_leaves == 120 and tree.max_depth == length
     write_folder(replace(catalog, semantic_ids=ids), tmp_path)
     assert read_folder(tmp_path).semantic_ids == ids
 
@@ -64,23 +64,23 @@ def test_save_load_and_add(collisions, kind, catalog, vectors, tmp_path):
     assert again.quantizer.decode(again.codes[:, :2]).equal(tokenizer.quantizer.decode(tokenizer.codes[:, :2]))
 
 
-def test_items_of_a_grown_catalog_are_added(catalog):
-    young = replace(catalog, items=catalog.items[:100], users=[], sequences=[])
-    tokenizer = ItemTokenizer(ResidualKMeans(2, 16)).fit(young)
+def test_new_items_of_a_catalog_are_added(catalog):
+    smaller = replace(catalog, items=catalog.items[:100], users=[], sequences=[])
+    tokenizer = ItemTokenizer(ResidualKMeans(2, 16)).fit(smaller)
     before = tokenizer.semantic_ids
     added = tokenizer.add(catalog)
     assert list(added) == catalog.items[100:] and tokenizer.semantic_ids == {**before, **added}
     assert tokenizer.add(catalog) == {}
 
 
-def test_new_items_are_read_by_the_features_of_the_fit(catalog, tmp_path):
-    young = replace(catalog, items=catalog.items[:100], users=[], sequences=[])
-    tokenizer = ItemTokenizer(ResidualKMeans(2, 16), collisions="keep", features=["title"]).fit(young)
+def test_new_items_use_the_features_of_fit(catalog, tmp_path):
+    smaller = replace(catalog, items=catalog.items[:100], users=[], sequences=[])
+    tokenizer = ItemTokenizer(ResidualKMeans(2, 16), collisions="keep", features=["title"]).fit(smaller)
     tokenizer.save_pretrained(tmp_path)
     loaded = ItemTokenizer.from_pretrained(tmp_path)
     assert loaded.features == ["title"]
-    moved = {item: {**known, "categories": "green ink"} for item, known in catalog.item_features.items()}
-    added = loaded.add(replace(catalog, item_features=moved))
+    changed = {item: {**row, "categories": "green ink"} for item, row in catalog.item_features.items()}
+    added = loaded.add(replace(catalog, item_features=changed))
     assert added[110] == tokenizer.semantic_ids[30]  # the same title
     assert len(ItemTokenizer.from_pretrained(tmp_path).add(catalog)) == 20
 
@@ -101,33 +101,33 @@ def test_bad_input_is_refused(catalog, vectors):
         make().fit(vectors)
     with pytest.raises(ValueError, match="1 item vectors are not finite"):
         make().fit(torch.cat([vectors, torch.full((1, 12), math.nan)]), list(range(201)))
-    with pytest.raises(ValueError, match="200 items cannot have different ids"):
+    with pytest.raises(ValueError, match="200 items cannot have unique ids"):
         make().fit(vectors, list(range(200)))
     with pytest.raises(ValueError, match="Leave one of the two out"):
         make(embedder=TfidfEmbedder()).fit(vectors, list(range(200)))
-    with pytest.raises(ValueError, match="but 'drop' was given"):
+    with pytest.raises(ValueError, match="collisions is 'drop'; choose 'reassign'"):
         make("drop")
 
 
-def test_wrong_additions_are_refused(vectors):
+def test_bad_new_items_are_refused(vectors):
     with pytest.raises(RuntimeError, match="Call fit"):
         make().add(vectors, list(range(200)))
     tokenizer = make().fit(vectors[:50], list(range(50)))
     codes = tokenizer.codes
     with pytest.raises(ValueError, match="Item 49 has a semantic id already"):
         tokenizer.add(vectors[:2], [49, 50])
-    with pytest.raises(ValueError, match="Item 'A21' is of type str, but .* of type int, as 0. Give all items"):
+    with pytest.raises(ValueError, match="Item 'A21' is of type str, but .* of type int, for example 0. Use one type"):
         tokenizer.add(vectors[:2], ["A21", "A22"])
-    with pytest.raises(ValueError, match="cannot read texts"):
+    with pytest.raises(ValueError, match="cannot embed texts"):
         tokenizer.add(["red lamp"], [50])
-    with pytest.raises(ValueError, match="11 columns, but 12 are needed"):
+    with pytest.raises(ValueError, match="11 columns; they must have 12"):
         tokenizer.add(vectors[:1, :11], [50])
-    with pytest.raises(ValueError, match="70 items cannot have different ids of 2 levels with 8 codes: there are 64"):
+    with pytest.raises(ValueError, match="70 items cannot have unique ids with 2 levels of 8 codes, which give 64"):
         tokenizer.add(vectors[:20], list(range(50, 70)))
     assert tokenizer.codes is codes and len(tokenizer.items) == 50
 
 
-def test_a_broken_save_is_noticed(vectors, tmp_path):
+def test_an_interrupted_save_is_detected(vectors, tmp_path):
     with pytest.raises(RuntimeError, match="Call fit"):
         make().save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"item_tokenizer.json is missing"):
@@ -141,7 +141,7 @@ def test_a_broken_save_is_noticed(vectors, tmp_path):
         ItemTokenizer.from_pretrained(tmp_path)
 
 
-def test_the_default_is_rq_k_means_of_three_levels():
+def test_the_default_is_residual_k_means_with_three_levels():
     tokenizer = ItemTokenizer()
     assert (tokenizer.quantizer.num_levels, tokenizer.quantizer.num_codes, tokenizer.num_levels) == (3, 256, 3)
     assert ItemTokenizer(RQVAE(), collisions="level").num_levels == 4

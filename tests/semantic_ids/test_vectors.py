@@ -1,4 +1,4 @@
-"""Texts, embedders and vectors."""
+"""Item texts, embedders and item vectors."""
 
 import sys
 from dataclasses import replace
@@ -19,23 +19,23 @@ from gflowtrl.semantic_ids import (
 )
 
 
-def test_texts_hold_what_is_known_and_items_without_any_are_counted(catalog, caplog):
+def test_texts_contain_the_features_and_empty_texts_are_counted(catalog, caplog):
     texts = item_texts(catalog)
     assert texts[:2] == ["red lamp\noffice, lamps", "blue desk\noffice, desks"]
     assert texts[119] == "" and "1 of 120 items have no text" in caplog.text
     assert item_texts(catalog, features=("title",), items=[8, 1]) == ["black lamp", "blue desk"]
-    with pytest.raises(ValueError, match="any of the features color; known are: categories, title"):
+    with pytest.raises(ValueError, match="any of the features color; available features: categories, title"):
         item_texts(catalog, features=("color",))
     with pytest.raises(ValueError, match="item 120 is not in the catalog"):
         item_texts(catalog, items=[120])
-    with pytest.raises(ValueError, match="known are: none"):
+    with pytest.raises(ValueError, match="available features: none"):
         item_texts(replace(catalog, item_features={}))
     specs = {"color": "red", "size": {"width": 0, "depth": None}, "tags": ["a", "b"], "note": ""}
-    told = item_texts(replace(catalog, item_features={0: {"specs": specs}}), features=("specs",))
-    assert told[0] == "color red, size width 0, tags a, b"
+    texts = item_texts(replace(catalog, item_features={0: {"specs": specs}}), features=("specs",))
+    assert texts[0] == "color red, size width 0, tags a, b"
 
 
-def test_items_of_like_text_are_near_each_other(catalog):
+def test_items_with_similar_texts_are_close(catalog):
     texts = item_texts(catalog)
     vectors = TfidfEmbedder(dim=8).fit(texts).embed(texts)
     assert vectors.shape == (120, 8) and vectors.dtype == torch.float32
@@ -43,10 +43,10 @@ def test_items_of_like_text_are_near_each_other(catalog):
     assert not vectors[119].any()
     cosines = vectors @ vectors.T
     assert cosines[0, 40] > 0.999 and cosines[0, 8] > cosines[0, 5]  # the same text; the same kind; the same color
-    assert TfidfEmbedder(dim=256).fit(texts).embed(texts).shape[1] < 24  # no more columns than words
+    assert TfidfEmbedder(dim=256).fit(texts).embed(texts).shape[1] < 24  # fewer columns than words
 
 
-def test_a_loaded_embedder_learns_the_words_of_new_texts(catalog):
+def test_a_loaded_embedder_can_be_fitted_again(catalog):
     texts = item_texts(catalog)
     fitted = TfidfEmbedder(dim=8).fit(texts)
     loaded = TfidfEmbedder.from_state(fitted.config, fitted.state())
@@ -69,7 +69,7 @@ def test_tfidf_needs_words():
         TfidfEmbedder(dim=0)
 
 
-def test_sentence_transformers_are_optional_and_take_folders(monkeypatch, tmp_path):
+def test_sentence_transformers_are_optional_and_load_folders(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ImportError, match=r"pip install gflowtrl\[text\]"):
         SentenceTransformerEmbedder("all-MiniLM-L6-v2")
@@ -92,7 +92,7 @@ def test_sentence_transformers_are_optional_and_take_folders(monkeypatch, tmp_pa
     assert embedder.fit(["x"]).embed(["a lamp", ""]).equal(expected)
 
 
-def test_vectors_of_the_user(tmp_path):
+def test_loading_vectors(tmp_path):
     vectors = torch.randn(3, 2)
     np.save(tmp_path / "v.npy", vectors.double().numpy())
     save_file({"any": vectors}, tmp_path / "v.safetensors")
@@ -126,8 +126,8 @@ def test_vectors_of_the_user(tmp_path):
         load_vectors(tmp_path / "none.npy", [])
 
 
-def test_co_occurrence_is_the_factorized_ppmi():
-    """With as many columns as the matrix has rank, products of the vectors are cosines of rows of |PPMI|."""
+def test_co_occurrence_vectors_factorize_the_ppmi():
+    """With as many columns as the rank of the matrix, products of the vectors are cosines of rows of |PPMI|."""
     sequences = [[0, 1], [1, 0, 0], [2, 3], [3, 2], [0, 4], [2]]
     vectors = cooccurrence_vectors(sequences, [0, 1, 2, 3, 4, 5], dim=5).double()
     count = np.zeros((6, 6))
@@ -140,24 +140,24 @@ def test_co_occurrence_is_the_factorized_ppmi():
         ppmi = np.nan_to_num(np.maximum(np.log(count / count.sum() / np.outer(share, share)), 0))
     u, s, _ = np.linalg.svd(ppmi)
     rows = u[:, :5] * np.sqrt(s[:5])
-    rows[5] = 0  # nobody took item 5
+    rows[5] = 0  # item 5 has no interactions
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     rows = rows / np.where(lengths > 1e-9, lengths, 1)
     np.testing.assert_allclose(vectors @ vectors.T, rows @ rows.T, atol=1e-5)
     assert not vectors[5].any()
 
 
-def test_co_occurrence_sees_who_took_what_together(catalog, caplog):
+def test_items_taken_together_have_similar_vectors(catalog, caplog):
     vectors = cooccurrence_vectors(catalog.sequences, catalog.items, dim=16)
     cosines = vectors @ vectors.T
-    assert cosines[0, 8] > 0.9 and cosines[0, 1].abs() < 0.1  # users stay with a kind
-    assert "8 of 120 items occur beside no other one" in caplog.text and not vectors[112:].any()
+    assert cosines[0, 8] > 0.9 and cosines[0, 1].abs() < 0.1  # each user takes items of one kind
+    assert "8 of 120 items, the first is 112, occur with no other item" in caplog.text and not vectors[112:].any()
     assert vectors.equal(cooccurrence_vectors(catalog.sequences, catalog.items, dim=16))
     with pytest.raises(ValueError, match="Item 8 is not in the catalog of 2 items"):
         cooccurrence_vectors(catalog.sequences, [0, 1])
     with pytest.raises(ValueError, match="Item 1 is given twice"):
         cooccurrence_vectors([[1]], [1, 1])
-    with pytest.raises(ValueError, match="No two items occur together"):
+    with pytest.raises(ValueError, match="need items that occur together"):
         cooccurrence_vectors([[0], [1]], [0, 1, 2])
 
 
@@ -170,7 +170,7 @@ def test_combined_distances_are_the_weighted_sum_of_both():
 
     unit = torch.nn.functional.normalize
     torch.testing.assert_close(squared(both), 0.7 * squared(unit(one)) + 0.3 * squared(unit(other)))
-    with pytest.raises(ValueError, match="between 0 and 1"):
+    with pytest.raises(ValueError, match=r"weight is 2; it must be a number in \[0, 1\]"):
         combine_vectors(one, other, weight=2)
     with pytest.raises(ValueError, match="5 items but 4 rows"):
         combine_vectors(one, other[:4])

@@ -1,4 +1,4 @@
-"""Raw dumps in, the folder format out: one file a family of formats. docs/data.md has the table of formats."""
+"""Conversion of raw dumps to the folder format, with one module per family of formats, as listed in docs/data.md."""
 
 from .downloads import PUBLIC_DATA, RawFiles, download, download_file, extract_zip
 from .format import Columns

@@ -1,4 +1,4 @@
-"""Amazon reviews of 2014, 2018 and 2023: `https://amazon-reviews-2023.github.io` and the two releases before it."""
+"""Amazon reviews of 2014, 2018 and 2023 (`https://amazon-reviews-2023.github.io` and the two earlier releases)."""
 
 import ast
 from collections.abc import Callable, Sequence
@@ -27,14 +27,14 @@ _ITEM_FIELDS_2023 = {
 }
 
 
-#: Columns of `ratings_X.csv` and `X.csv`, the ratings without reviews, which have no header.
+#: Columns of `ratings_X.csv` and `X.csv`, which contain ratings without reviews and have no header.
 _RATINGS_2014 = "user", "item", "rating", "timestamp"
 _RATINGS_2018 = "item", "user", "rating", "timestamp"
 
 
 def _reviews(ratings: Sequence[str]) -> Callable[[Source, Request], Parsed]:
     def read(source: Source, request: Request) -> Parsed:
-        # Only what has no sign of JSON in it is such a table: a broken line of JSON is to be named as one.
+        # Lines that look like JSON are not read as a table, so that a broken line is reported as invalid JSON.
         if (head := source.peek()) and head[0] not in "{[" and head.count(",") == len(ratings) - 1:
             _check_order(source, ratings, head.split(","))
             return headerless_interactions(source, ratings, Columns("user", "item"), request.rated, option=None)
@@ -45,13 +45,14 @@ def _reviews(ratings: Sequence[str]) -> Callable[[Source, Request], Parsed]:
 
 
 def _check_order(source: Source, ratings: Sequence[str], fields: list[str]) -> None:
-    """Refuse the ratings of the other release. Ids of items have ten characters, those of users nearly always more."""
+    """Check that the columns are not those of the other release.
+
+    Item ids have ten characters, user ids nearly always more.
+    """
     user, item = (fields[ratings.index(name)].strip('" ') for name in ("user", "item"))
     if len(user) == 10 < len(item):
         release = "amazon-2018" if ratings == _RATINGS_2014 else "amazon-2014"
-        raise source.format_error_at(
-            1, f"users and items seem to be the other way round. Read it with format {release}"
-        )
+        raise source.format_error_at(1, f"users and items seem to be swapped. Read the file with format {release}")
 
 
 def _reviews_2023(source: Source, request: Request) -> Parsed:
@@ -63,7 +64,7 @@ def _reviews_2023(source: Source, request: Request) -> Parsed:
 
 
 def json_interactions(user: str, item: str, time: str | None, rating: str, request: Request) -> Callable[[str], tuple]:
-    """Parser of JSON lines as (user, item, time, rating); the rating is looked at only where it is needed."""
+    """Return a parser of JSON lines to (user, item, time, rating), which reads the rating only if it is needed."""
 
     def parse(line: str) -> tuple:
         row = json_object(line)
@@ -82,27 +83,27 @@ def _items(key: str, fields: dict[str, str]) -> Callable[[Source, Request], Pars
 
 
 def _literal(line: str) -> dict:
-    """A line of the metadata of 2014, a Python literal. `literal_eval` builds constants and runs nothing."""
+    """Parse a line of the 2014 metadata, a Python literal. `literal_eval` builds constants and runs no code."""
     row = ast.literal_eval(line)
     if not isinstance(row, dict):
-        raise ValueError(f"a dictionary is needed, not {type(row).__name__}")
+        raise ValueError(f"expected a dictionary, not {type(row).__name__}")
     return row
 
 
 def _amazon(ratings: Sequence[str]) -> Format:
     return Format(
         interactions=_reviews(ratings),
-        expected="one JSON object a line with reviewerID, asin, unixReviewTime and overall, or CSV without a header: "
+        expected="one JSON object per line with reviewerID, asin, unixReviewTime and overall, or CSV with no header: "
         + ",".join(ratings),
         items=_items("asin", _ITEM_FIELDS),
-        expected_items="one JSON object (or Python literal) a line with asin, title and so on",
+        expected_items="one JSON object (or Python literal) per line with asin, title and so on",
     )
 
 
 AMAZON_2014, AMAZON_2018 = _amazon(_RATINGS_2014), _amazon(_RATINGS_2018)
 AMAZON_2023 = Format(
     interactions=_reviews_2023,
-    expected="CSV with the header user_id,parent_asin,rating,timestamp, or one JSON object a line with these",
+    expected="CSV with the header user_id,parent_asin,rating,timestamp, or one JSON object per line with these fields",
     items=_items("parent_asin", _ITEM_FIELDS_2023),
-    expected_items="one JSON object a line with parent_asin, title and so on",
+    expected_items="one JSON object per line with parent_asin, title and so on",
 )

@@ -1,4 +1,4 @@
-"""Raw item metadata made plain: text without entities, categories as one text, a price as a number."""
+"""Cleaning of raw item metadata: text without HTML entities, categories as one text, prices as numbers."""
 
 import html
 import re
@@ -11,8 +11,8 @@ from gflowtrl.checks import is_finite
 
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
 _DASHES = r"\-\u2010-\u2015\u2212"
-_SIGNS = rf"[^\w.,({_DASHES}]*"  # of a currency, but none that makes another number of what follows
-# Commas are thousands, as in English. What follows must not go on the number: "12,99" is no 12, nor is "12 000".
+_SIGNS = rf"[^\w.,({_DASHES}]*"  # currency signs, without signs that change the number after them
+# Commas separate thousands, as in English. The text after a match must not continue the number ("12,99", "12 000").
 _PRICE = re.compile(
     rf"""
     {_SIGNS} (?:from\s)? (?:[a-z]{{1,3}} (?:\.\s)?)? {_SIGNS}
@@ -26,12 +26,12 @@ _PRICE = re.compile(
 
 
 def clean_features(row: Mapping[str, Any], max_description_characters: int | None) -> dict[str, Any]:
-    """The features of one item as they are kept: nothing empty, every value one that JSON can hold.
+    """Clean the features of one item: no empty values, and only values that JSON can represent.
 
-    `title` and every other text lose HTML entities and repeated spaces. `categories`, nested or not, become one text
-    in which each category stands once. `description` becomes one text without tags, cut after the last word that
-    fits. `price` becomes a float, the lower end where a range is given, and is left out where none can be read.
-    `item` is called `item_name`: in the folder format `item` is the id.
+    HTML entities and repeated spaces are removed from `title` and all other texts. `categories`, nested or not, become
+    one text with each category once. `description` becomes one text without tags, cut after the last word that fits.
+    `price` becomes a float (the lower end of a range) and is left out if it cannot be read. `item` is renamed to
+    `item_name`, because `item` is the id in the folder format.
     """
     features = {}
     for name, value in row.items():
@@ -56,17 +56,17 @@ def clean_features(row: Mapping[str, Any], max_description_characters: int | Non
 
 
 def clean_text(text: Any) -> str:
-    """Text without HTML entities (dumps escape some twice), with single spaces, and of whole characters."""
-    text = str(text).encode("utf-8", "replace").decode()  # JSON can hold half characters, files cannot
+    """Remove HTML entities (some dumps escape them twice), repeated spaces and half characters from a text."""
+    text = str(text).encode("utf-8", "replace").decode()  # JSON can contain half characters, files cannot
     while (plain := html.unescape(text)) != text:
         text = plain
     return " ".join(text.split())
 
 
 def parse_price(value: Any) -> float | None:
-    """A price as a float: `"$1,299.00"`, `"$5 - $9"` (5.0), `12.5`.
+    """Parse a price as a float: `"$1,299.00"`, `"$5 - $9"` (5.0), `12.5`.
 
-    `None` where there is no plain number that is at least 0, or it could be read in two ways (`"12,99"`, `"1 299"`).
+    Return `None` if there is no plain number >= 0, or if the number is ambiguous (`"12,99"`, `"1 299"`).
     """
     if isinstance(value, str):
         match = _PRICE.match(clean_text(value))
@@ -100,5 +100,5 @@ def _leaves(value: Any) -> Iterator[Any]:
 def _cut(text: str, characters: int | None) -> str:
     if characters is None or len(text) <= characters:
         return text
-    kept = text[: characters + 1]  # one more, so that a word which ends just there stays
+    kept = text[: characters + 1]  # one more, so that a word that ends exactly at the limit is kept
     return kept.rsplit(" ", 1)[0] if " " in kept else text[:characters]

@@ -1,4 +1,4 @@
-"""Public data sets by name, and one file from an address: resumable, checked, only when asked for."""
+"""Downloads of public data sets by name and of single files by URL, resumable and checked."""
 
 import http.client
 import shutil
@@ -27,7 +27,7 @@ _BLOCK_BYTES = 1 << 18
 
 
 class RawFiles(NamedTuple):
-    """Files of a raw data set: `prepare(*raw, out=...)` reads them."""
+    """Format and files of a raw data set, the input of `prepare(*raw, out=...)`."""
 
     format: str
     interactions: Path
@@ -40,7 +40,7 @@ class _Public:
     base: str
     interactions: str
     items: str
-    archive: str | None = None  # the zip file that both are in
+    archive: str | None = None  # the zip file that contains both
     md5: str | None = None
 
 
@@ -57,7 +57,7 @@ _PUBLIC = {
     "amazon-2014-office": _amazon("Office_Products"),
     "amazon-2014-sports": _amazon("Sports_and_Outdoors"),
     "amazon-2014-toys": _amazon("Toys_and_Games"),
-    # The md5 sums are those that GroupLens publishes beside the archives; ml-latest-small changes now and then.
+    # The md5 sums are those that GroupLens publishes with the archives; ml-latest-small changes occasionally.
     "ml-100k": _movielens("ml-100k", "u.data", "u.item", "0e33842e24a9c977be4e0107933c0723"),
     "ml-1m": _movielens("ml-1m", "ratings.dat", "movies.dat", "c4d9eecfca2ab87c1945afe126590906"),
     "ml-20m": _movielens("ml-20m", "ratings.csv", "movies.csv", "cd245b17a1ae2cc31bb14903e1204af3"),
@@ -69,19 +69,19 @@ PUBLIC_DATA = tuple(_PUBLIC)
 
 
 def download(name: str, folder: str | Path) -> RawFiles:
-    """Download a public data set, or take what an earlier call has downloaded.
+    """Download a public data set, or reuse the files of an earlier call.
 
-    The data stay under the terms of those who publish them (McAuley lab, GroupLens): read these before you use them.
+    The data are subject to the terms of their publishers (McAuley Lab, GroupLens). Read these before you use the data.
 
     Args:
         name: one of `PUBLIC_DATA`.
-        folder: where the files go; it is made if needed.
+        folder: target folder; it is created if needed.
 
     Returns:
         The format and the files, for `prepare(*raw, out=...)`.
 
     Raises:
-        ValueError: for an unknown name; otherwise as `download_file` and `extract_zip`.
+        ValueError: for an unknown name; otherwise as in `download_file` and `extract_zip`.
     """
     if name not in _PUBLIC:
         raise ValueError(f"There is no public data set {name!r}. Choose one of {', '.join(PUBLIC_DATA)}.")
@@ -94,25 +94,25 @@ def download(name: str, folder: str | Path) -> RawFiles:
 
 
 def source_of(name: str) -> str:
-    """Where a public data set comes from, for `prepare(source=...)`. `name` is one of `PUBLIC_DATA`."""
+    """Return the origin of a public data set, for `prepare(source=...)`. `name` is one of `PUBLIC_DATA`."""
     data = _PUBLIC[name]
     return f"{name}, {data.base}/{data.archive or data.interactions}"
 
 
 def download_file(url: str, folder: str | Path, *, sha256: str | None = None, md5: str | None = None) -> Path:
-    """Download one file into a folder, going on where an earlier call broke off.
+    """Download one file into a folder, resuming an interrupted download.
 
-    An unfinished file is `NAME.part`. The sha256 of a finished one is kept in `NAME.sha256`; a file that is there
-    already is compared with it, and not downloaded again.
+    An unfinished file is `NAME.part`. The sha256 of a finished file is stored in `NAME.sha256`; an existing file is
+    compared with it and not downloaded again.
 
     Args:
-        url: an http or https address whose last part is the file's name.
-        folder: where the file goes; it is made if needed.
-        sha256, md5: what the file must have, in hexadecimal digits, where known.
+        url: an http or https URL whose last part is the file name.
+        folder: target folder; it is created if needed.
+        sha256, md5: expected checksums in hexadecimal digits, if known.
 
     Raises:
-        ValueError: if the address is none, or the file is not the one that was expected.
-        ConnectionError: if the server refuses, or the connection broke off several times in a row.
+        ValueError: if the URL is invalid, or the file does not have the expected checksum.
+        ConnectionError: if the server refuses the request, or the connection broke off several times in a row.
     """
     target = Path(folder) / _file_name(url)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -136,11 +136,11 @@ def download_file(url: str, folder: str | Path, *, sha256: str | None = None, md
 
 
 def extract_zip(archive: str | Path, folder: str | Path) -> list[Path]:
-    """Extract all files of a zip archive below `folder`; a file of the right size that is there already is kept.
+    """Extract all files of a zip archive into `folder`; existing files of the right size are kept.
 
     Raises:
-        ValueError: if the archive is broken, or a member would be written outside `folder` or is a link; nothing is
-            written then.
+        ValueError: if the archive is broken, or a member would be written outside `folder` or is a link. Nothing is
+            written in this case.
     """
     folder = Path(folder)
     try:
@@ -151,7 +151,7 @@ def extract_zip(archive: str | Path, folder: str | Path) -> list[Path]:
                 if not target.is_file() or target.stat().st_size != member.file_size:
                     _extract(content, member, target)
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{archive} is no readable zip file ({error}). Delete it and download it again.") from None
+        raise ValueError(f"{archive} is not a readable zip file ({error}). Delete it and download it again.") from None
     return targets
 
 
@@ -167,7 +167,9 @@ def _safe_name(member: zipfile.ZipInfo, archive: str | Path) -> PurePosixPath:
     name = PurePosixPath(member.filename)
     is_link = S_ISLNK(member.external_attr >> 16)
     if name.is_absolute() or ".." in name.parts or "\\" in member.filename or ":" in member.filename or is_link:
-        raise ValueError(f"{archive} holds {member.filename!r}, which would leave the folder. It is not extracted.")
+        raise ValueError(
+            f"{archive} contains {member.filename!r}, which would leave the folder. Nothing was extracted."
+        )
     return name
 
 
@@ -175,12 +177,12 @@ def _file_name(url: str) -> str:
     parts = urlsplit(url)
     name = unquote(parts.path).rpartition("/")[2]
     if parts.scheme not in ("http", "https") or not parts.netloc or name in ("", ".", "..") or "\\" in name:
-        raise ValueError(f"{url!r} is no http or https address of a file.")
+        raise ValueError(f"{url!r} is not an http or https URL of a file. Check the URL.")
     return name
 
 
 def _fetch(url: str, part: Path) -> None:
-    """Fill `part` up to the end of the file, in several attempts where the connection breaks."""
+    """Download the rest of the file to `part`, with several attempts if the connection breaks."""
     failures = 0
     while True:
         before = part.stat().st_size if part.exists() else 0
@@ -201,22 +203,22 @@ def _fetch(url: str, part: Path) -> None:
         ) as error:
             problem = str(getattr(error, "reason", error)) or type(error).__name__
         done = part.stat().st_size if part.exists() else 0
-        failures = 1 if done > before else failures + 1  # as long as bytes come, it is worth going on
+        failures = 1 if done > before else failures + 1  # the count restarts whenever bytes arrive
         if failures >= _ATTEMPTS:
             raise ConnectionError(
-                f"{url}: {problem}, {_ATTEMPTS} times in a row, at byte {done:,}. Call again to go on from there."
+                f"{url}: {problem}, {_ATTEMPTS} times in a row, at byte {done:,}. Call again to resume from there."
             )
         time.sleep(_PAUSE_SECONDS)
 
 
 def _fetch_once(url: str, part: Path) -> bool:
-    """One connection: append to `part`, or begin it anew; whether it is complete."""
+    """Append to `part` over one connection, or start it again; return whether it is complete."""
     validator = _validator(part)
     done = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "gflowtrl"}
     if done:
         headers["Range"] = f"bytes={done}-"
-        if validator.is_file():  # a file that has changed meanwhile is sent from its beginning
+        if validator.is_file():  # if the file has changed since, the server sends it from the beginning
             headers["If-Range"] = validator.read_text(encoding="utf-8")
     try:
         answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_SECONDS)
@@ -226,12 +228,12 @@ def _fetch_once(url: str, part: Path) -> bool:
         total = (error.headers.get("Content-Range") or "").rpartition("/")[2]
         if total == str(done):
             return True
-        part.unlink()  # longer than the file: not a beginning of it
+        part.unlink()  # it is longer than the file, so it cannot be a part of it
         return False
     with answer:
         resumed = answer.status == http.HTTPStatus.PARTIAL_CONTENT
         if resumed and not (answer.headers.get("Content-Range") or "").startswith(f"bytes {done}-"):
-            raise ConnectionError("the server sent another part than was asked for")
+            raise ConnectionError("the server sent a different range than requested")
         done = done if resumed else 0
         tag = answer.headers.get("ETag") or ""
         mark = answer.headers.get("Last-Modified") if tag.startswith("W/") or not tag else tag
@@ -242,7 +244,7 @@ def _fetch_once(url: str, part: Path) -> bool:
 
 
 def _receive(answer: http.client.HTTPResponse, part: Path, done: int) -> bool:
-    """Write what comes behind the first `done` bytes of `part`; whether it came to its end."""
+    """Write the answer after the first `done` bytes of `part`; return whether it was received completely."""
     length = answer.headers.get("Content-Length")
     total = None if length is None else done + int(length)
     with part.open("ab" if done else "wb") as out, byte_bar(part.stem, total, done) as bar:
@@ -258,13 +260,13 @@ def _check(file: Path, url: str, remedy: str, **expected: str | None) -> None:
         found = wanted and _digest(file, kind)
         if wanted and found != wanted.lower():
             raise ValueError(
-                f"{file} has the {kind} {found}, but {wanted.lower()} was expected of {url}. {remedy}; if a new "
-                "download has the same sum, the published file has changed or the expected sum is wrong."
+                f"{file} has the {kind} {found}, but {wanted.lower()} was expected for {url}. {remedy}; if a new "
+                f"download has the same {kind}, the published file has changed or the expected {kind} is wrong."
             )
 
 
 def _validator(part: Path) -> Path:
-    """Where the server's mark of the version (ETag or date) of an unfinished file is kept."""
+    """Return the file that stores the server's version (ETag or date) of an unfinished file."""
     return part.with_name(part.name + ".validator")
 
 

@@ -1,4 +1,4 @@
-"""What the readers of all raw formats have in common: what they return, the columns, and tables with a header."""
+"""Types shared by the readers of all raw formats: column names, parsed records, tables, and format descriptions."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,20 +10,19 @@ from .source import Source
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns in a table of your own: formats `csv`, `jsonl` and `parquet`.
+    """Column names of your own tables (formats `csv`, `jsonl` and `parquet`).
 
     Args:
         user: column of the user ids.
-        item: column of the item ids, in the interactions and in the items alike.
-        time: column of the times, numbers of any unit or ISO 8601 text; `None` where the order of the file is the
-            order in time.
-        rating: column of the ratings. It is read where `min_rating` is given, and else need not be there.
-        header: for a `csv` of interactions whose first line is data: the names of its columns, in their order.
+        item: column of the item ids, in both interactions and items.
+        time: column of the times, numbers of any unit or ISO 8601 text; `None` if the file is in chronological order.
+        rating: column of the ratings; needed only if `min_rating` is given.
+        header: for a `csv` of interactions without a header line: the names of its columns, in order.
         items_header: the same for a `csv` of items.
-        title: column of the items' titles, which becomes the feature `title`.
+        title: column of the item titles, which becomes the feature `title`.
 
     Raises:
-        ValueError: if a header is one text instead of several, or names a column twice.
+        ValueError: if a header is a string instead of a list of names, or names a column twice.
     """
 
     user: str = "user_id"
@@ -38,13 +37,13 @@ class Columns:
         for name in ("header", "items_header"):
             given = getattr(self, name)
             if given is not None and (isinstance(given, str) or len(given) < 2 or len(set(given)) < len(given)):
-                raise ValueError(f"{name} must be two or more different names of columns, but it is {given!r}.")
+                raise ValueError(f"{name} is {given!r}; it must be two or more different column names.")
 
 
 class Parsed(NamedTuple):
-    """The records of a file and how to parse one; `parse` raises one of `source.MALFORMED` on a bad record.
+    """The records of a file and their parser, which raises one of `source.MALFORMED` for a malformed record.
 
-    Of interactions it returns (user, item, time, rating); of items (item, features as the file has them).
+    It returns (user, item, time, rating) for interactions and (item, uncleaned features) for items.
     """
 
     records: Iterable[tuple[int, Any]]
@@ -52,21 +51,21 @@ class Parsed(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What is asked of a reader: the columns (for tables of your own), and whether ratings are needed."""
+    """Options of a reader: the column names (for your own tables), and whether ratings are needed."""
 
     columns: Columns
     rated: bool
 
 
-#: What to do about a table without a header.
+#: How to read a table without a header.
 _NO_HEADER = (
-    ", which looks like a line of data. Read a table without a header with format csv and the names of its columns in "
-    "their order: Columns(header=...), or --header user_id item_id rating timestamp"
+    ", which looks like a line of data. Read a table without a header with format csv and its column names in order: "
+    "Columns(header=...), or --header user_id item_id rating timestamp"
 )
 
 
 def reads_as(parse: Callable[[str], object], text: str) -> bool:
-    """Whether `parse` can read the text."""
+    """Return whether `parse` accepts the text."""
     try:
         parse(text)
     except ValueError:
@@ -75,11 +74,11 @@ def reads_as(parse: Callable[[str], object], text: str) -> bool:
 
 
 class Table:
-    """Rows of named columns, and how to parse one.
+    """Parsers of rows with named columns.
 
     Args:
-        names: the columns in their order, each once.
-        nameless: how many fields without a name may follow in a row; they are not read.
+        names: the distinct column names, in order.
+        nameless: maximum number of additional fields without a name at the end of a row, which are ignored.
     """
 
     def __init__(self, names: Iterable[str], nameless: int = 0):
@@ -87,7 +86,7 @@ class Table:
         self.most_fields = len(self.names) + nameless
 
     def interactions(self, user: str, item: str, time: str | None, rating: str | None) -> Callable[[list[str]], tuple]:
-        """Parser of rows as (user, item, time, rating), 0 for a time or a rating of column `None`."""
+        """Return a parser of rows to (user, item, time, rating), with 0 for a time or rating column `None`."""
         width, most = len(self.names), self.most_fields
         user_at, item_at, time_at, rating_at = (
             None if name is None else self.names.index(name) for name in (user, item, time, rating)
@@ -95,38 +94,38 @@ class Table:
 
         def parse(fields: list[str]) -> tuple:
             if len(fields) != width and not width < len(fields) <= most:
-                raise ValueError(f"{len(fields)} fields, where {width} columns are named")
+                raise ValueError(f"{len(fields)} fields for {width} named columns")
             when = 0.0 if time_at is None else fields[time_at]
             return fields[user_at], fields[item_at], when, 0.0 if rating_at is None else fields[rating_at]
 
         return parse
 
     def items(self, item: str) -> Callable[[Sequence[str]], tuple[str, dict[str, str]]]:
-        """Parser of rows as (item, all other columns)."""
+        """Return a parser of rows to (item, all other columns)."""
 
         def parse(fields: Sequence[str]) -> tuple[str, dict[str, str]]:
             if not len(self.names) <= len(fields) <= self.most_fields:
-                raise ValueError(f"{len(fields)} fields, where {len(self.names)} columns are named")
+                raise ValueError(f"{len(fields)} fields for {len(self.names)} named columns")
             row = dict(zip(self.names, fields, strict=False))
-            row.pop("", None)  # the nameless column in which tables are numbered
+            row.pop("", None)  # an index column without a name
             return row.pop(item), row
 
         return parse
 
 
 class Header(Table):
-    """A table whose first line names its columns: checks the columns that are needed, and finds them in the rows.
+    """A table whose first line contains the column names.
 
-    Empty names at the end, as spreadsheets write them, are no columns.
+    Empty names at the end, as written by spreadsheets, are ignored.
 
     Args:
         source: the file.
-        rows: its rows, the header first; the header is taken from it.
-        needed: columns that must be there.
-        typed: whether the names are RecBole's `name:type`.
+        rows: its rows, starting with the header, which is consumed.
+        needed: required columns.
+        typed: whether the names have the form `name:type` of RecBole.
 
     Raises:
-        ValueError: if the file is empty or a column is missing; the message says so where the first line looks like
+        ValueError: if the file is empty or a column is missing; the message mentions it if the first line looks like
             data.
     """
 
@@ -149,23 +148,23 @@ class Header(Table):
             data = any(reads_as(float, name) for name in self.names)
             raise source.format_error_at(number, reason + (_NO_HEADER if data else ""))
         if len(self.names) < len(named):
-            raise source.format_error_at(number, "the header names a column twice")
+            raise source.format_error_at(number, "the header has a column name twice")
 
 
 @dataclass(frozen=True)
 class Format:
-    """How files of one raw format are read.
+    """Readers and files of one raw format.
 
     Args:
         interactions: reader of the interactions.
-        expected: what a line of interactions is, for messages.
-        items: reader of the items, or `None` where the format has none.
-        expected_items: what a line of items is, for messages.
-        has_ratings: whether `min_rating` can be asked for.
-        own_columns: whether `Columns` apply.
-        files: patterns of the interactions in a folder, the first that is there is taken.
-        item_files: patterns of the items in that folder.
-        items_beside: where the items lie that belong to a file of interactions, if they lie beside it.
+        expected: description of the interactions file, for messages.
+        items: reader of the items, or `None` if the format has no items.
+        expected_items: description of the items file, for messages.
+        has_ratings: whether `min_rating` is supported.
+        own_columns: whether `Columns` is supported.
+        files: patterns of the interactions file in a folder; the first pattern with a match is used.
+        item_files: patterns of the items file in that folder.
+        items_beside: function from an interactions file to its items file in the same folder, or `None`.
     """
 
     interactions: Callable[[Source, Request], Parsed]

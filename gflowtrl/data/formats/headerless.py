@@ -1,4 +1,4 @@
-"""Tables without a header: columns that are named from outside, in their order, and checks that no header is there."""
+"""Tables without a header: reading with given column names, and a check that the file really has no header."""
 
 import csv
 from collections.abc import Callable, Iterable, Sequence
@@ -8,18 +8,20 @@ from .log import parse_time
 from .source import Source
 
 
-#: What may separate the columns of a table.
+#: Supported column separators.
 DELIMITERS = ",\t;|"
 
 
 def headerless_interactions(
     source: Source, names: Sequence[str], columns: Columns, rated: bool, option: str | None = "header"
 ) -> Parsed:
-    """Interactions in a table whose columns are `names`, which `option` has named (`None`: the format itself).
+    """Read interactions from a table with the columns `names`.
+
+    `option` is the option that specified the names; `None` means that the format itself defines them.
 
     Raises:
-        ValueError: if a column is not among them, the first line has another number of fields at any delimiter, or
-            the first line is a header.
+        ValueError: if a column is not in `names`, no delimiter splits the first line into as many fields, or the first
+            line is a header.
     """
     wanted = columns.user, columns.item, columns.time, columns.rating if rated else None
     table = _table(source, names, filter(None, wanted))
@@ -29,25 +31,25 @@ def headerless_interactions(
 
 
 def headerless_items(source: Source, names: Sequence[str], item: str) -> Parsed:
-    """Items in a table whose columns are `names`; raises as `headerless_interactions`."""
+    """Read items from a table with the columns `names`; errors as in `headerless_interactions`."""
     table = _table(source, names, (item,))
     return Parsed(source.csv_rows(_delimiter(source, names, {}, "items_header")), table.items(item))
 
 
 def _table(source: Source, names: Sequence[str], needed: Iterable[str]) -> Table:
-    source.expected = f"a table without a header, of the columns {', '.join(names)} in this order"
+    source.expected = f"a table without a header and with the columns {', '.join(names)} in this order"
     missing = [name for name in needed if name not in names]
     if missing:
         raise ValueError(
             f"The columns of {source.path} were given as {', '.join(names)}, without {', '.join(missing)}. Use the "
-            "names that are expected, or say which columns are meant (Columns, or --user_column, "
-            "--item_column, --time_column and --rating_column; --time_column none where there is no time)."
+            "expected names, or specify the columns (Columns, or --user_column, --item_column, --time_column and "
+            "--rating_column; --time_column none if there is no time)."
         )
     return Table(names)
 
 
 def _delimiter(source: Source, names: Sequence[str], parsers: dict[int, Callable], option: str | None) -> str:
-    """The character at which the first line falls into as many fields as there are names."""
+    """Return the delimiter that splits the first line into as many fields as there are names."""
     lines = source.peek_lines(2)
     if not lines:
         raise source.nothing()
@@ -58,20 +60,20 @@ def _delimiter(source: Source, names: Sequence[str], parsers: dict[int, Callable
     fits = [sign for sign in DELIMITERS if len(rows[sign][0]) == len(names)]
     if not fits:
         most = max(len(found[0]) for found in rows.values())
-        reason = f"it has {most} fields, where {len(names)} columns are named; commas, tabs, ';' and '|' were tried"
+        reason = f"it has {most} fields for {len(names)} named columns; commas, tabs, ';' and '|' were tried"
         raise source.format_error_at(1, reason)
     first, second = (*rows[fits[0]], [])[:2]
     if _is_header(first, second, names, parsers):
         raise source.format_error_at(
             1,
-            f"it looks like a header ({', '.join(first)}), where a table without one is read. Take this line out, or "
-            + (f"leave out {option} (--{option})" if option else "use format csv"),
+            f"it looks like a header ({', '.join(first)}), but a table with no header is expected. Remove the line, "
+            + (f"or leave out {option} (--{option})" if option else "or use format csv"),
         )
     return fits[0]
 
 
 def _is_header(first: list[str], second: list[str], names: Sequence[str], parsers: dict[int, Callable]) -> bool:
-    """Whether the first row holds two of the names, or its time or rating is none where that of the second is one."""
+    """Return whether row one contains two of the names, or an invalid time or rating that is valid in row two."""
     known = {name.casefold() for name in names}
     if sum(field.strip().casefold() in known for field in first) > 1:
         return True

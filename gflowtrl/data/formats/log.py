@@ -1,4 +1,4 @@
-"""Interactions as three compact arrays: 16 bytes each, and every user and item id once, whatever the dump's size."""
+"""Interaction logs as three compact arrays: 16 bytes per interaction, plus each user and item id once."""
 
 from array import array
 from collections.abc import Iterable, Sequence
@@ -17,21 +17,21 @@ from .source import MALFORMED, Source
 
 Duplicates = Literal["first", "last", "keep"]
 
-UNREADABLE = "\ufffd"  # what bytes that are no text were decoded to
+UNREADABLE = "\ufffd"  # replacement of bytes that cannot be decoded
 _MOST_SECONDS = 1e300
-_MOST_DIGITS = 18  # more would not fit into 64 bits
+_MOST_DIGITS = 18  # more digits may not fit into 64 bits
 
 
 @dataclass
 class InteractionLog:
-    """Who took what and when. Methods change it in place, so that no array is there twice.
+    """Users, items and times of T interactions. Methods change the log in place, to avoid copies of the arrays.
 
     Attributes:
-        users: number of the user, int32 (T,).
-        items: number of the item, int32 (T,).
-        times: float64 (T,), in the unit of the file; `None` once the log is sorted.
-        user_names: the id behind each number of a user; ids of no interaction may be among them.
-        item_names: the same of the items.
+        users: user indices, int32 (T,).
+        items: item indices, int32 (T,).
+        times: float64 (T,), in the unit of the file; `None` after sorting.
+        user_names: user id of each index; may include ids without interactions.
+        item_names: item id of each index; may include ids without interactions.
     """
 
     users: np.ndarray
@@ -44,20 +44,20 @@ class InteractionLog:
         return len(self.users)
 
     def counts(self) -> dict[str, int]:
-        """Numbers of interactions, and of the users and items that occur in them."""
+        """Return the numbers of interactions, users and items."""
         users, items = (int(np.count_nonzero(np.bincount(numbers))) for numbers in (self.users, self.items))
         return {"interactions": len(self), "users": users, "items": items}
 
     def keep(self, chosen: np.ndarray) -> None:
-        """Keep the chosen interactions of a sorted log, bool (T,)."""
+        """Keep the chosen interactions, bool (T,), of a sorted log."""
         self.users = self.users[chosen]
         self.items = self.items[chosen]
 
     def sort_by_time(self) -> float:
-        """Put users together, each oldest first; those at one time keep the file's order, for want of a better one.
+        """Sort by user, then by time, oldest first; interactions with equal times keep the order of the file.
 
         Returns:
-            The share of adjacent interactions of a user that are at one and the same time.
+            The share of adjacent interactions of a user that have the same time.
         """
         order = np.lexsort((self.times, self.users))
         self.users = self.users[order]
@@ -71,7 +71,7 @@ class InteractionLog:
         """Keep the first or the last interaction of a user with an item in a sorted log, or all (`"keep"`).
 
         Returns:
-            How many there are beyond the one of each user with each item.
+            The number of duplicates, interactions beyond the first of each user with each item.
         """
         pairs = self.users.astype(np.int64) * len(self.item_names) + self.items
         order = np.argsort(pairs, kind="stable")
@@ -85,9 +85,9 @@ class InteractionLog:
 
 
 def read_log(files: Iterable[tuple[Source, Parsed]], min_rating: float | None) -> tuple[InteractionLog, int]:
-    """All interactions of the files, one after another, but those rated below `min_rating`, and the number of these.
+    """Read the interactions of all files, except those rated below `min_rating`; return them and the number left out.
 
-    A file is taken from the iterator, and so opened, when the one before it is read.
+    A file is taken from the iterator, and thus opened, after the file before it has been read.
     """
     users, items, times = array("i"), array("i"), array("d")
     user_numbers, item_numbers = _Numbers(), _Numbers()
@@ -123,14 +123,14 @@ def read_log(files: Iterable[tuple[Source, Parsed]], min_rating: float | None) -
 
 
 def log_of(data: InteractionData) -> InteractionLog:
-    """The sequences of `data` as a log; their order is the order of time."""
+    """Convert the sequences of `data`, which are in chronological order, to a log."""
     items, offsets = flatten(data.sequences, data.items)
     users = np.repeat(np.arange(len(data.users)), np.diff(offsets))
     return InteractionLog(users, items, np.zeros(len(items)), data.users, data.items)
 
 
 def sequences_of(log: InteractionLog) -> tuple[list[Item], list[list[Item]]]:
-    """Users, sorted by id, and their items in the order of the log, in which users stand together."""
+    """Return the users, sorted by id, and their item sequences, from a log sorted by user."""
     starts = np.flatnonzero(np.diff(log.users, prepend=-1))
     stops = np.append(starts[1:], len(log))
     name_of_item = log.item_names.__getitem__
@@ -143,36 +143,36 @@ def sequences_of(log: InteractionLog) -> tuple[list[Item], list[list[Item]]]:
 
 
 def identifier(value: Any) -> str:
-    """A user's or an item's id as text, without blanks around it. Raises a ValueError if it is none."""
+    """Return a user or item id as text, without surrounding whitespace. Raise a ValueError if it is invalid."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not (name := value.strip()):
-        raise ValueError(f"an id must be text or a whole number, but one is {value!r}")
-    if UNREADABLE.encode() in value.encode():  # encoding refuses half characters, which JSON can hold and no file
-        raise ValueError(f"the id {value!r} holds bytes that are no text")
+        raise ValueError(f"the id {value!r} is neither text nor a whole number")
+    if UNREADABLE.encode() in value.encode():  # encode() fails for half characters, which JSON can contain
+        raise ValueError(f"the id {value!r} contains bytes that are not text")
     return name
 
 
 class _Numbers(dict):
-    """id -> its number, a new one where the id is new. Whole numbers count as their text, without blanks."""
+    """Map ids to consecutive indices, adding new ids. A whole number and its text are the same id."""
 
     def __missing__(self, value: Any) -> int:
         name = identifier(value)
-        if name is not value:  # strip() gives the same object where there is nothing to strip
+        if name is not value:  # strip() returns the same object if there is nothing to strip
             return self[name]
         self[name] = number = len(self)
         return number
 
 
 def parse_time(time: Any) -> float:
-    """A time as a number: the number itself, or the seconds of ISO 8601 text. Raises a ValueError if it is none."""
+    """Return a time as a number: the number itself, or the seconds of ISO 8601 text. Raise a ValueError otherwise."""
     try:
         seconds = float(time)
     except ValueError:
         when = _date(time)
         seconds = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
     if not -_MOST_SECONDS < seconds < _MOST_SECONDS:
-        raise ValueError(f"the time is {time!r}")
+        raise ValueError(f"the time {time!r} is not a valid number")
     return seconds
 
 
@@ -184,7 +184,7 @@ def _date(time: Any) -> datetime:
 
 
 def _typed(names: Sequence[str]) -> list[Item]:
-    """Whole numbers where all ids are such, in their only notation: "007" and "7" stay two ids."""
+    """Convert ids to whole numbers if all are canonical decimal numbers ("007" and "7" remain two ids)."""
     if all(_is_plain_number(name) for name in names):
         return [int(name) for name in names]
     return list(names)

@@ -1,10 +1,10 @@
-"""MovieLens: `ratings.csv` and `movies.csv`, `ratings.dat` and `movies.dat`, and `u.data` and `u.item` of ml-100k."""
+"""MovieLens: `ratings.csv` and `movies.csv`, `ratings.dat` and `movies.dat`, or `u.data` and `u.item` of ml-100k."""
 
 from .format import Format, Header, Parsed, Request
 from .source import Source
 
 
-# u.genre: the order of the flags in u.item.
+# The order of the flags in u.item, from u.genre.
 # fmt: off
 _GENRES = (
     "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime",
@@ -28,7 +28,7 @@ def _ratings(source: Source, request: Request) -> Parsed:
 
 def _rating(fields: list[str]) -> tuple:
     if len(fields) != 4:
-        raise ValueError(f"{len(fields)} fields, where user, movie, rating and time are needed")
+        raise ValueError(f"{len(fields)} fields instead of user, movie, rating and time")
     user, movie, rating, time = fields
     return user, movie, time, rating
 
@@ -51,14 +51,14 @@ def _movies(source: Source, request: Request) -> Parsed:
 
 def _movie(fields: list[str]) -> tuple:
     if len(fields) != 3:
-        raise ValueError(f"{len(fields)} fields, where movie, title and genres are needed")
+        raise ValueError(f"{len(fields)} fields instead of movie, title and genres")
     item, title, genres = fields
     return item, {"title": title, "categories": [genre for genre in genres.split("|") if genre not in _NO_GENRE]}
 
 
 def _flagged_movie(fields: list[str]) -> tuple:
     if len(fields) != 5 + len(_GENRES):
-        raise ValueError(f"{len(fields)} fields, where u.item has {5 + len(_GENRES)}")
+        raise ValueError(f"{len(fields)} fields instead of the {5 + len(_GENRES)} of u.item")
     genres = [genre for genre, flag in zip(_GENRES, fields[5:], strict=True) if flag == "1" and genre not in _NO_GENRE]
     return fields[0], {"title": fields[1], "categories": genres}
 
@@ -68,7 +68,7 @@ def _double_colon_rows(source: Source):
 
 
 def _encoding(source: Source) -> str:
-    """ml-100k and ml-1m are latin-1, ml-10m is UTF-8, and no file says so. Text in latin-1 is hardly ever UTF-8."""
+    """Detect the encoding: ml-100k and ml-1m are latin-1, ml-10m is UTF-8. Latin-1 text is hardly ever valid UTF-8."""
     return "utf-8-sig" if source.encoding is None and source.is_utf8() else "latin-1"
 
 

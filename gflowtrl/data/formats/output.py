@@ -1,4 +1,4 @@
-"""A folder that appears complete or not at all."""
+"""Output folders that are written completely or not at all."""
 
 import os
 import shutil
@@ -8,28 +8,28 @@ from pathlib import Path
 
 
 def check_target(out: Path, overwrite: bool) -> None:
-    """Refuse to write where something is that must not be lost.
+    """Check that writing to `out` destroys no existing files.
 
     Raises:
-        FileExistsError: if `out` is a file; or a folder that is not empty, unless it is a data folder (one with
+        FileExistsError: if `out` is a file, or a folder that is not empty, unless it is a data folder (one with
             `sequences.jsonl`) and `overwrite` is set.
     """
     if not out.exists():
         return
     if not out.is_dir():
-        raise FileExistsError(f"{out} is a file. Name a folder that is new or empty.")
+        raise FileExistsError(f"{out} is a file. Choose a new or empty folder.")
     if not any(out.iterdir()):
         return
     if not overwrite:
         raise FileExistsError(
-            f"{out} is not empty. Name another folder, or replace this one with overwrite=True (--overwrite)."
+            f"{out} is not empty. Choose another folder, or replace this one with overwrite=True (--overwrite)."
         )
     if not (out / "sequences.jsonl").is_file():
-        raise FileExistsError(f"{out} is not empty and no data folder, so it is not replaced. Name another folder.")
+        raise FileExistsError(f"{out} is not empty and not a data folder, so it is not replaced. Choose another.")
 
 
 def item_tokenizers(folder: Path) -> list[Path]:
-    """What `gflowtrl tokenize` keeps in a data folder for new items: codebooks, which cannot be made again."""
+    """Return the files and folders of `ItemTokenizer`s in a data folder, whose codebooks cannot be recreated."""
     known = (
         path for path in folder.iterdir() if path.stem == "item_tokenizer" or (path / "item_tokenizer.json").is_file()
     )
@@ -38,9 +38,9 @@ def item_tokenizers(folder: Path) -> list[Path]:
 
 @contextmanager
 def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `out` to write into, which takes the place of `out` at the end, and is removed on an error.
+    """Context manager: a temporary folder next to `out`, which replaces `out` on success and is removed on an error.
 
-    The item tokenizers of the old folder are copied into the new one; nothing else of it stays.
+    The item tokenizers of the old folder are copied into the new one; the rest of the old folder is deleted.
     """
     check_target(out, overwrite)
     out = out.resolve()

@@ -1,4 +1,4 @@
-"""From a raw dump to the folder format: read, sort, drop duplicates, filter, describe, write."""
+"""Preparation of a raw dump: read, sort, drop duplicates, filter, add item features, and write a data folder."""
 
 import json
 from dataclasses import asdict
@@ -38,42 +38,41 @@ def prepare(
     source: str | None = None,
     overwrite: bool = False,
 ) -> tuple[InteractionData, Preparation]:
-    """Read a raw dump, clean it, and write it as a folder that `read_folder` reads.
+    """Read a raw dump, clean it, and write it as a folder for `read_folder`.
 
-    The interactions are streamed into arrays (16 bytes each, and every id once), the items after them, of which only
-    those of the result are kept: memory does not grow with the review texts. In order: ratings below `min_rating` are
-    left out, each user's interactions are sorted by time (those at one time keep the file's order), duplicates are
-    dropped, the k-core is taken. Users and items of the result are sorted by id; ids become whole numbers where all
-    ids of the file are.
+    Interactions are streamed into arrays (16 bytes per interaction, and each id once). Item features are streamed
+    after them, and only those of the result are kept, so memory does not grow with the review texts. The steps are, in
+    order: leave out ratings below `min_rating`, sort each user's interactions by time (equal times keep the order of
+    the file), drop duplicates, compute the k-core. Users and items of the result are sorted by id. Ids become whole
+    numbers if all ids of the file are whole numbers.
 
     Args:
         format: one of `RAW_FORMATS`.
-        interactions: the file, plain or gzipped, or several, whose interactions count as one log (with times of one
-            unit); of `movielens` and `recbole` also the folder that holds both files; of `letter` and `folder` what
-            their readers take.
-        items: the file of item features, or several, or `None`.
-        out: the folder to write, or `None` to write nothing. It appears complete or not at all.
-        columns: the columns of `csv`, `jsonl` and `parquet`; `None` stands for `Columns()`.
-        k_core: least number of interactions of each user and each item, or `None` for no such filter.
-        min_rating: lowest rating that counts as an interaction, or `None` for all.
-        duplicates: which interaction of a user with the same item stays: `"first"`, `"last"`, or `"keep"` for all.
-        max_description_characters: longer descriptions are cut at a word; `None` for no cut.
-        max_malformed: share of malformed lines, 0 to 1, above which the file is refused.
-        encoding: of the text of all files, `"cp1252"` for example; `None` for that of the format, which is UTF-8
-            but for some files of MovieLens.
-        name: name of the data; by default that of `out`, else of the (first) interactions.
-        license: under which terms the data may be used, in words of your own; kept in `dataset.json`, as is `source`.
-            `None` keeps what a `folder` says.
-        source: where the data come from, in words of your own.
+        interactions: the file, plain or gzipped, or several files that form one log (with times in one unit); for
+            `movielens` and `recbole` also the folder that contains both files; for `letter` and `folder` the path for
+            their readers.
+        items: the file of item features, or several files, or `None`.
+        out: the folder to write, or `None` to write nothing. It is written completely or not at all.
+        columns: the columns of `csv`, `jsonl` and `parquet`; `None`: `Columns()`.
+        k_core: minimum number of interactions of each user and each item; `None`: no filter.
+        min_rating: minimum rating that counts as an interaction; `None`: no filter.
+        duplicates: which interaction of a user with the same item to keep: `"first"`, `"last"`, or `"keep"` for all.
+        max_description_characters: maximum length of descriptions, which are cut at a word; `None`: no limit.
+        max_malformed: maximum share of malformed lines, 0 to 1; files with more raise an error.
+        encoding: text encoding of all files, for example `"cp1252"`; `None`: the encoding of the format, which is
+            UTF-8 except for some files of MovieLens.
+        name: name of the data; by default the name of `out`, or of the (first) interactions file.
+        license: terms of use as free text, stored in `dataset.json` like `source`. `None` keeps those of a `folder`.
+        source: origin of the data as free text.
         overwrite: whether a data folder at `out` may be replaced.
 
     Returns:
-        The data, and the counts of what happened.
+        The data, and a report with the counts of each step.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        FileExistsError: if `out` is there and not empty, and `overwrite` is not set or it is no data folder.
-        ValueError: for bad arguments; a file that is not of the format; too many malformed lines; nothing left.
+        FileExistsError: if `out` is not empty, and `overwrite` is not set or `out` is not a data folder.
+        ValueError: for invalid arguments, a file in another format, too many malformed lines, or an empty result.
     """
     _check_arguments(format, items, columns, k_core, min_rating, duplicates, max_malformed)
     _check_text(format, encoding, max_description_characters)
@@ -92,7 +91,7 @@ def prepare(
         request = Request(columns or Columns(), rated=min_rating is not None)
         kind = STREAMED[format]
         sources = [Source(path, format, kind.expected, max_malformed, encoding) for path in logs]
-        # Made before hours are spent on the interactions: a missing file is an error now.
+        # Created before the interactions are read, which may take hours, so that a missing file is an error now.
         of_items = [Source(path, format, kind.expected_items, max_malformed, encoding) for path in described]
         data = _from_stream(sources, request, report)
         if of_items:
@@ -101,7 +100,7 @@ def prepare(
     data.source = data.source if source is None else source
     report.items_without_metadata = sum(item not in data.item_features for item in data.items)
     report.items_without_title = sum("title" not in data.item_features.get(item, ()) for item in data.items)
-    data.item_features = {item: row for item, row in data.item_features.items() if row}  # as the folder has them
+    data.item_features = {item: row for item, row in data.item_features.items() if row}  # like read_folder
     if out is not None:
         with new_folder(Path(out), overwrite) as folder:
             write_folder(data, folder)
@@ -120,8 +119,8 @@ def _filter(log: InteractionLog, report: Preparation) -> None:
         report.count(f"{k}-core", log)
         if not len(log):
             raise ValueError(
-                f"{report.name} ({report.files[0]}) has no {k}-core: no user or item is left. Choose a smaller k_core "
-                "(for no such filter None, or 0 on the command line)."
+                f"{report.name} ({report.files[0]}) has no {k}-core: no user or item is left. Choose a smaller "
+                "k_core, or None (0 on the command line) for no filter."
             )
 
 
@@ -145,7 +144,7 @@ def _from_complete(
     report.lines = len(origin.users)
     data = _filtered_data(log_of(origin), report)
     if report.settings["k_core"] is None:
-        data.items = origin.items  # those that nobody took included
+        data.items = origin.items  # including items without interactions
     known = origin.item_features
     data.item_features = {
         item: clean_features(known[item], max_description_characters) for item in data.items if item in known
@@ -161,15 +160,15 @@ def _check_arguments(format, items, columns, k_core, min_rating, duplicates, max
         raise ValueError(f"There is no format {format!r}. Choose one of {', '.join(RAW_FORMATS)}.")
     streamed = STREAMED.get(format)
     if items is not None and (streamed is None or streamed.items is None):
-        raise ValueError(f"Format {format!r} has no file of items, but items={str(items)!r} was given. Leave it out.")
+        raise ValueError(f"Format {format!r} has no items file, but items={str(items)!r} was given. Leave it out.")
     if columns is not None and not (streamed and streamed.own_columns):
         raise ValueError(f"The columns of format {format!r} are fixed. Leave `columns` out, or use csv or jsonl.")
     if columns is not None and columns.title != "title" and items is None:
-        raise ValueError(f"The titles' column {columns.title!r} is one of the items' file; give that file too.")
+        raise ValueError(f"The title column {columns.title!r} belongs to the items file. Give that file too.")
     if columns is not None and format != "csv" and (columns.header or columns.items_header):
-        raise ValueError(f"A header can be named for format 'csv' only, but the format is {format!r}. Leave it out.")
+        raise ValueError(f"A header can be given for format 'csv' only, but the format is {format!r}. Leave it out.")
     if min_rating is not None and not (streamed and streamed.has_ratings):
-        raise ValueError(f"Format {format!r} has no ratings, so min_rating={min_rating} cannot be asked for.")
+        raise ValueError(f"Format {format!r} has no ratings, but min_rating={min_rating} was given. Leave it out.")
     check_number("k_core", k_core, COUNT, optional=True)
     check_choice("duplicates", duplicates, get_args(Duplicates))
     check_number("max_malformed", max_malformed, SHARE)
@@ -180,10 +179,10 @@ def _check_text(format: str, encoding: str | None, max_description_characters: i
     if encoding is None:
         return
     if format == "parquet" or format not in STREAMED:
-        raise ValueError(f"The text of format {format!r} is UTF-8, so encoding={encoding!r} cannot be asked for.")
+        raise ValueError(f"The text of format {format!r} is UTF-8, but encoding={encoding!r} was given. Leave it out.")
     try:
         "".encode(encoding)
     except LookupError:
         raise ValueError(
-            f"There is no text encoding {encoding!r}. Known are utf-8, latin-1, cp1252 and so on."
+            f"There is no text encoding {encoding!r}. Choose utf-8, latin-1, cp1252 or another encoding of Python."
         ) from None

@@ -1,4 +1,4 @@
-"""What a preparation did, in numbers."""
+"""The report of a preparation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,26 +10,28 @@ from .source import Source
 
 @dataclass
 class Preparation:
-    """What `prepare` did, in numbers; `preparation.json` holds the same.
+    """Report of `prepare`; `preparation.json` has the same content.
 
     Attributes:
         name: name of the data.
         format: the raw format.
         files: the files that were read, interactions first.
-        settings: what of the filters was asked for.
-        lines: lines of the interactions.
-        malformed: how many of them were left out, and `malformed_lines` the first few of each file with the reason.
-        below_min_rating: interactions with too low a rating.
-        duplicates: interactions of a user with an item that the user had taken before.
-        tied_share: share of adjacent interactions of a user with the same time, which keep the file's order; 1 where
+        settings: settings of the filters.
+        lines: number of lines of interactions.
+        malformed: number of malformed lines, which were left out.
+        malformed_lines: the first few malformed lines of each file, with the reason.
+        below_min_rating: number of interactions with too low a rating.
+        duplicates: number of interactions of a user with an item that the user had taken before.
+        tied_share: share of adjacent interactions of a user with the same time, which keep the order of the file; 1 if
             the file has no times.
-        steps: interactions, users and items after each step.
-        item_lines: lines of the items.
-        malformed_items: how many of them were left out, and `malformed_item_lines` the first few of each file.
-        repeated_items: lines about an item that an earlier line described.
-        unreadable_items: items of the result whose features hold bytes that are no text in the encoding.
-        items_without_metadata: items of the result that no line describes.
-        items_without_title: items of the result without a title, those without metadata included.
+        steps: numbers of interactions, users and items after each step.
+        item_lines: number of lines of items.
+        malformed_items: number of malformed lines of items, which were left out.
+        malformed_item_lines: the first few of them in each file, with the reason.
+        repeated_items: number of lines for an item that an earlier line described.
+        unreadable_items: number of items of the result whose features contain bytes that are invalid in the encoding.
+        items_without_metadata: number of items of the result that no line describes.
+        items_without_title: number of items of the result without a title, including those without metadata.
     """
 
     name: str
@@ -52,7 +54,7 @@ class Preparation:
     items_without_title: int = 0
 
     def summary(self) -> str:
-        """A few lines for a terminal: the counts after each step, and what was left out."""
+        """Return a few lines for a terminal: the counts after each step, and what was left out."""
         steps = [
             f"{step['step']:>18}: {step['interactions']:>13,} interactions {step['users']:>11,} users "
             f"{step['items']:>10,} items"
@@ -66,27 +68,27 @@ class Preparation:
             f"{self.items_without_metadata:,} items without metadata, {self.items_without_title:,} without a title",
         ]
         if self.unreadable_items:
-            notes.append(f"{self.unreadable_items:,} items with unreadable text, whose encoding may be another one")
+            notes.append(f"{self.unreadable_items:,} items with unreadable text, probably in another encoding")
         own_columns = self.format in ("csv", "jsonl", "parquet") and self.item_lines > 0
         if own_columns and self.items_without_title == self.steps[-1]["items"]:
-            notes.append("no item has a title: name their column with --title_column, or Columns(title=...)")
+            notes.append("no item has a title: give the title column with --title_column, or Columns(title=...)")
         return "\n".join([f"{self.name} ({self.format})", *steps, "; ".join(notes), *self.malformed_lines])
 
     def take_interactions(self, sources: Sequence[Source]) -> None:
-        """Note what was malformed in the files of the interactions."""
+        """Record the lines and malformed lines of the interactions files."""
         self.lines, self.malformed, self.malformed_lines = _malformed(sources)
 
     def take_items(self, sources: Sequence[Source]) -> None:
-        """Note what was malformed in the files of the items."""
+        """Record the lines and malformed lines of the items files."""
         self.item_lines, self.malformed_items, self.malformed_item_lines = _malformed(sources)
 
     def count(self, step: str, log: InteractionLog) -> None:
-        """Note what is left after `step`."""
+        """Record the counts after `step`."""
         self.steps.append({"step": step, **log.counts()})
 
 
 def _malformed(sources: Sequence[Source]) -> tuple[int, int, list[str]]:
-    """Lines, how many of them are malformed, and the first few of these, of several files each with its name."""
+    """Return the numbers of lines and of malformed lines, and the first few of these, with the file name if needed."""
     named = [
         f"{source.path}, {line}" if len(sources) > 1 else line for source in sources for line in source.malformed_lines
     ]

@@ -1,4 +1,4 @@
-"""RecBole's atomic files: `X.inter` and `X.item`, tab separated, with `name:type` in the header."""
+"""Atomic files of RecBole: `X.inter` and `X.item`, tab-separated, with `name:type` in the header."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from .format import Format, Header, Parsed, Request
 from .source import Source
 
 
-# What RecBole's own conversions of other data sets call these features.
+# Feature names in RecBole's conversions of other data sets -> names in the folder format.
 _NAMES = {
     "movie_title": "title",
     "book_title": "title",
@@ -17,7 +17,7 @@ _NAMES = {
     "genre": "categories",
     "genres": "categories",
 }
-#: What they call the item: Steam has `product_id` in the interactions and `id` in the items, LastFM `artist_id`.
+#: Names of the item column: Steam has `product_id` in the interactions and `id` in the items, LastFM `artist_id`.
 _ITEM = ("item_id", "product_id", "artist_id", "id")
 
 
@@ -26,7 +26,7 @@ def _interactions(source: Source, request: Request) -> Parsed:
     rating = "rating" if request.rated else None
     header = Header(source, rows, filter(None, ("user_id", rating)), typed=True)
     item = _item_column(source, header)
-    time = "timestamp" if "timestamp" in header.types else None  # optional in RecBole: then the file's order counts
+    time = "timestamp" if "timestamp" in header.types else None  # optional in RecBole; None: the order of the file
     return Parsed(rows, header.interactions("user_id", item, time, rating))
 
 
@@ -55,15 +55,15 @@ def _value(text: str, name: str, kind: str) -> Any:
         return float(text) if text else None
     if kind == "float_seq":
         return [float(part) for part in text.split()]
-    # Other sequences are text that was cut into words; of these two, each word is a category.
+    # Other sequences are texts split into words. In these two, each word is a category.
     return text.split() if kind == "token_seq" and name in ("class", "genre") else text
 
 
 RECBOLE = Format(
     interactions=_interactions,
-    expected="a tab separated .inter file with the header user_id:token item_id:token [rating:float timestamp:float]",
+    expected="a tab-separated .inter file with the header user_id:token item_id:token [rating:float timestamp:float]",
     items=_items,
-    expected_items="a tab separated .item file with a typed header such as item_id:token title:token_seq",
+    expected_items="a tab-separated .item file with a typed header such as item_id:token title:token_seq",
     files=("*.inter", "*.inter.gz"),
     item_files=("*.item", "*.item.gz"),
 )

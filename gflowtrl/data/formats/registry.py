@@ -1,4 +1,4 @@
-"""The raw formats by name, and reading the files of one."""
+"""Registry of the raw formats by name, and functions that find and read their files."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from .source import MALFORMED, Source
 from .tables import CSV, JSONL, PARQUET
 
 
-#: Files that are streamed.
+#: Formats whose files are streamed.
 STREAMED = {
     "amazon-2014": AMAZON_2014,
     "amazon-2018": AMAZON_2018,
@@ -33,10 +33,10 @@ STREAMED = {
     "parquet": PARQUET,
 }
 
-#: Folders that hold sequences, features and semantic ids already.
+#: Readers of formats that already contain sequences, features and semantic ids.
 COMPLETE = {"letter": read_letter, "folder": read_folder}
 
-#: Names of the formats that `prepare` reads. docs/data.md describes them.
+#: Names of the formats that `prepare` supports. docs/data.md describes them.
 RAW_FORMATS = (*STREAMED, *COMPLETE)
 
 
@@ -44,22 +44,20 @@ Paths = str | Path | Sequence[str | Path]
 
 
 def find_files(format: str, interactions: Paths, items: Paths | None) -> tuple[list[Path], list[Path]]:
-    """The files of interactions and items.
+    """Find the files of interactions and items.
 
-    In a folder of `movielens` or `recbole` they are looked for; so are items that lie beside the interactions, in a
-    format that says where. Items are looked for only where none are given.
+    If `interactions` is a folder (`movielens` and `recbole`), both are searched there. If the format defines the name
+    of the items file, it is searched next to the interactions. Given items take precedence over found ones.
 
     Raises:
-        ValueError: if no file or one file twice is given, a folder holds several that fit, or a complete format gets
-            several paths.
-        FileNotFoundError: if a folder holds no file of the format.
+        ValueError: if no file is given, a file is given twice, a folder contains several matching files, or several
+            paths are given for a complete format.
+        FileNotFoundError: if a folder contains no file of the format.
     """
     paths = _paths(interactions, "interactions")
     if format in COMPLETE:
         if len(paths) > 1:
-            raise ValueError(
-                f"Format {format!r} is read from one path, but {len(paths)} were given. Give one of them."
-            )
+            raise ValueError(f"Format {format!r} is read from one path, but {len(paths)} were given. Give one path.")
         return paths, []
     beside: list[Path] = []
     for place, path in enumerate(paths):
@@ -84,7 +82,7 @@ def _each_once(paths: list[Path]) -> list[Path]:
     seen: set[Path] = set()
     for path in paths:
         if path.resolve() in seen:
-            raise ValueError(f"{path} is given twice. Every interaction in it would count twice; give each file once.")
+            raise ValueError(f"{path} is given twice, so its lines would count twice. Give each file once.")
         seen.add(path.resolve())
     return paths
 
@@ -103,18 +101,18 @@ def _first_that_is_there(folder: Path, patterns: Iterable[str]) -> Path | None:
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
             names = ", ".join(path.name for path in found)
-            raise ValueError(f"{folder} holds several files {pattern} ({names}). Give the path of one.")
+            raise ValueError(f"{folder} contains several files {pattern} ({names}). Give the path of one.")
         if found:
             return found[0]
     return None
 
 
 def read_complete(format: str, path: Path) -> InteractionData:
-    """A folder of a format that is complete. Its log of impressions cannot be filtered like a raw dump."""
+    """Read a folder of a complete format; raise an error for event logs, which `prepare` cannot filter."""
     data = COMPLETE[format](path)
     if data.events is not None:
         raise ValueError(
-            f"{path} has events.jsonl, which would not fit the filtered sequences. Use k_core(read_folder(path)), "
+            f"{path} has events.jsonl, which would not match the filtered sequences. Use k_core(read_folder(path)), "
             "which filters both."
         )
     return data
@@ -127,7 +125,7 @@ def read_features(
     report: Preparation,
     max_description_characters: int | None,
 ) -> dict[Item, dict[str, Any]]:
-    """The cleaned features of the wanted items, in the order of `wanted`. The first line about an item counts."""
+    """Read the cleaned features of the wanted items, in the order of `wanted`, using the first line of each item."""
     by_name = {str(item): item for item in wanted}
     features: dict[Item, dict[str, Any]] = {}
     for source in sources:

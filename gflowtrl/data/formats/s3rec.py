@@ -1,4 +1,4 @@
-"""S3-Rec's files, which many repositories of sequential recommendation use: `X.txt` and `X_item2attributes.json`."""
+"""Files of S3-Rec, used by many sequential recommendation repositories: `X.txt` and `X_item2attributes.json`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +30,7 @@ def _items(source: Source, request: Request) -> Parsed:
 
 
 def _described(source: Source) -> Iterator[tuple[int, tuple[str, Any]]]:
-    """(number in the file, (item, attributes)) of the one JSON object that the file is."""
+    """Yield (number, (item, attributes)) for the entries of the file, which is one JSON object."""
     text = "".join(source.text_lines())
     if not text.strip():
         raise source.nothing()
@@ -44,9 +44,9 @@ def _described(source: Source) -> Iterator[tuple[int, tuple[str, Any]]]:
 
 
 def _words(attributes: Any) -> list[str]:
-    """Attributes as words: their numbers say nothing by themselves, and a text needs words that differ."""
+    """Convert attribute numbers to words, because item texts need distinct words."""
     if not isinstance(attributes, list):
-        raise ValueError(f"a list of attributes is needed, not {attributes!r}")
+        raise ValueError(f"expected a list of attributes, not {attributes!r}")
     return [f"attribute_{name}" if isinstance(name, int) else str(name) for name in attributes]
 
 
@@ -56,7 +56,7 @@ def _items_beside(path: Path) -> Path | None:
 
 S3REC = Format(
     _interactions,
-    "a user followed by its items, oldest first, with spaces between them",
+    "one user per line, followed by the user's items, oldest first, separated by spaces",
     _items,
     'one JSON object {"item": [attribute, ...]}',
     has_ratings=False,

@@ -1,4 +1,4 @@
-"""A raw file that is read once from its beginning to its end: unpacking, progress, and its malformed lines."""
+"""Sequential reading of a raw file: decompression, decoding, progress, and malformed lines."""
 
 import codecs
 import csv
@@ -13,16 +13,16 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 
-#: What a parser raises on a line that does not fit its format.
+#: Errors that a parser raises for a malformed line.
 MALFORMED = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, SyntaxError, RecursionError)
 
 _NAMED_LINES = 5
 _BLOCK_BYTES = 1 << 20
 _HEAD_BYTES = 1 << 12
-_SWALLOWED_LINES = 20  # of a quoted field that all look like rows, which no text does
+_SWALLOWED_LINES = 20  # a quoted field with this many lines that all look like rows is not text
 _REASON_CHARACTERS = 500
-_UNPACK = "an archive or packed in a way that is not read", "Unpack it, or pack it with gzip."
-#: How files begin that are given in the place of text.
+_UNPACK = "an archive or a file with unsupported compression", "Unpack it, or compress it with gzip."
+#: First bytes of files that are not text.
 _OTHERS = {
     b"PK\x03\x04": _UNPACK,  # zip
     b"BZh": _UNPACK,
@@ -34,20 +34,20 @@ _OTHERS = {
 
 
 class Source:
-    """A raw file, and what was wrong in it.
+    """A raw file and its malformed lines.
 
     Args:
-        path: the file; gzip is recognized by its content.
+        path: the file; gzip is detected from the content.
         format: name of the format, for messages.
-        expected: what a line of this file should be, for messages.
-        max_malformed: share of the lines, 0 to 1, that may be malformed.
-        encoding: of its text; `None` for that of the format, which is UTF-8 but for some of MovieLens.
+        expected: description of the expected content, for messages.
+        max_malformed: maximum share of malformed lines, 0 to 1.
+        encoding: text encoding; `None`: the encoding of the format, which is UTF-8 except for some MovieLens files.
 
     Attributes:
         lines: number of the last line that was read.
-        first_line: number of the first line that is data; a malformed one there means the wrong format.
-        malformed: how many lines were rejected.
-        malformed_lines: the first few rejections, each with the line's number and the reason.
+        first_line: number of the first line of data; if it is malformed, the file is not in the format.
+        malformed: number of malformed lines.
+        malformed_lines: the first few malformed lines, each with its number and the reason.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Source:
     ):
         self.path = Path(path)
         if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path} is no file. Format {format!r} reads {expected}.")
+            raise FileNotFoundError(f"{self.path} is not a file. Format {format!r} reads {expected}.")
         self.format = format
         self.expected = expected
         self.max_malformed = max_malformed
@@ -64,20 +64,20 @@ class Source:
         self.first_line = 1
         self.malformed = 0
         self.malformed_lines: list[str] = []
-        self._row_lines = 1  # lines of the record that was read last
+        self._row_lines = 1  # number of lines of the last record
 
     def peek(self) -> str:
-        """The first line that is not blank, without its line end; empty where there is none."""
+        """Return the first nonblank line without its line end, or an empty string."""
         return next(iter(self.peek_lines(1)), "")
 
     def peek_lines(self, count: int) -> list[str]:
-        """The first lines that are not blank, at most `count`, without their line ends."""
+        """Return the first nonblank lines, at most `count`, without their line ends."""
         with self.path.open("rb") as raw, self._whole_gzip(), self._text(io.BufferedReader(raw), "utf-8-sig") as text:
             whole = (line for line in iter(lambda: text.readline(_BLOCK_BYTES), "") if line.strip())
             return [line.strip(" \r\n") for line in islice(whole, count)]
 
     def is_utf8(self) -> bool:
-        """Whether the whole file is text in UTF-8."""
+        """Return whether the whole file is valid UTF-8."""
         decoder = codecs.getincrementaldecoder("utf-8")()
         with self.path.open("rb") as raw, self._whole_gzip():
             content = _unpacked(raw)
@@ -99,9 +99,9 @@ class Source:
             ) from None
 
     def text_lines(self, encoding: str = "utf-8-sig") -> Iterator[str]:
-        """All lines with their line ends, in the encoding of the source, or else in `encoding`.
+        """Yield all lines with their line ends, decoded with the encoding of the source, by default `encoding`.
 
-        Bytes that are not text become U+FFFD, which no id may hold.
+        Invalid bytes become U+FFFD, which is not allowed in ids.
         """
         with byte_bar(self.path.name, self.path.stat().st_size) as bar, _Counted(self.path, bar) as counted:
             raw = io.BufferedReader(counted, _BLOCK_BYTES)
@@ -109,7 +109,7 @@ class Source:
                 yield from text
 
     def _text(self, raw: io.BufferedReader, encoding: str) -> io.TextIOWrapper:
-        """The text in a file. Raises a ValueError if it plainly is none."""
+        """Open the file as text. Raise a ValueError if it obviously is not text."""
         content = _unpacked(raw)
         problem = _no_text(content.peek(_HEAD_BYTES)[:_HEAD_BYTES], known_encoding=self.encoding is not None)
         if problem:
@@ -117,7 +117,7 @@ class Source:
         return io.TextIOWrapper(content, self.encoding or encoding, "replace", newline="\n")
 
     def numbered_lines(self, encoding: str = "utf-8-sig") -> Iterator[tuple[int, str]]:
-        """(number, line without its line end) of all lines that are not blank."""
+        """Yield (number, line without its line end) of all nonblank lines."""
         for number, line in enumerate(self.text_lines(encoding), 1):
             self.lines = number
             line = line.rstrip("\r\n")
@@ -125,16 +125,16 @@ class Source:
                 yield number, line
 
     def csv_rows(self, delimiter: str, encoding: str = "utf-8-sig", quoted: bool = True) -> Iterator:
-        """(number of its last line, fields) of all rows that are not blank, the header's too.
+        """Yield (number of the last line, fields) of all nonblank rows, including the header.
 
-        A stray quote swallows the lines up to the next quote: all of them are malformed.
+        An unbalanced quote swallows the lines up to the next quote; all of them count as malformed.
         """
         quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
         rows = csv.reader(self.text_lines(encoding), delimiter=delimiter, quoting=quoting, strict=True)
         while True:
             try:
                 fields = next(rows, None)
-            except csv.Error as error:  # the next call goes on with the next line
+            except csv.Error as error:  # the next call continues with the next line
                 self._reject_lines(rows.line_num, error)
                 continue
             last = rows.line_num
@@ -150,14 +150,14 @@ class Source:
                 yield last, fields
 
     def _reject_lines(self, last: int, error: Exception) -> None:
-        """Count all lines from the next one to line `last` as malformed, under the number of the first of them."""
+        """Count all lines from the next one to line `last` as malformed, and record the first of them."""
         first, self.lines, self._row_lines = self.lines + 1, last, last - self.lines
         if last > first:
-            error = ValueError(f"a quote opens here, and the lines up to {last} are left out with it ({error})")
+            error = ValueError(f"a quote opens here, so the lines up to {last} are left out ({error})")
         self.reject(first, error)
 
     def reject(self, number: int, error: Exception) -> None:
-        """Count line `number`, and all other lines of its row, as malformed.
+        """Count line `number`, with the other lines of its row, as malformed.
 
         Raises:
             ValueError: if it is the first line of data.
@@ -170,70 +170,72 @@ class Source:
             raise self.format_error_at(number, reason)
 
     def format_error_at(self, number: int, reason: str) -> ValueError:
-        """The error for a file that is not of its format."""
+        """Create the error for a file that is not in its format."""
         return ValueError(
-            f"{self.path}, line {number} is not {self.format!r}: {_short(reason)}. Expected is {self.expected}. "
-            "Check the file, or give another format; docs/data.md lists them."
+            f"{self.path}, line {number} is not in the format {self.format!r}: {_short(reason)}. Expected: "
+            f"{self.expected}. Check the file, or choose another format of docs/data.md."
         )
 
     def nothing(self) -> ValueError:
-        """The error for a file without data."""
-        return ValueError(f"{self.path} holds no data. Expected is {self.expected}. Check whether the file is whole.")
+        """Create the error for a file without data."""
+        return ValueError(
+            f"{self.path} contains no data. Expected: {self.expected}. Check whether the file is complete."
+        )
 
     def finish(self, last: int | None) -> None:
-        """Raise a ValueError if the file held nothing, or too many of its lines were malformed.
+        """Raise a ValueError if the file was empty, or too many of its lines were malformed.
 
         Args:
-            last: number of the last record, `None` where there was none.
+            last: number of the last record, `None` if there was no record.
         """
         if last is None and not self.malformed:
             raise self.nothing()
         share = self.malformed / self.lines
         if share > self.max_malformed:
             raise ValueError(
-                f"{self.path}: {self.malformed:,} of {self.lines:,} lines ({share:.1%}) are malformed, and "
+                f"{self.path}: {self.malformed:,} of {self.lines:,} lines ({share:.1%}) are malformed, but "
                 f"max_malformed={self.max_malformed:g} allows {self.max_malformed:.1%}. "
-                f"{'; '.join(self.malformed_lines)}. Expected is {self.expected}. "
+                f"{'; '.join(self.malformed_lines)}. Expected: {self.expected}. "
                 "Repair the file, check the format, or raise max_malformed."
             )
 
 
 def _no_text(head: bytes, known_encoding: bool) -> str:
-    """What a file is that begins with `head`, and the remedy, where it is no text; else nothing."""
+    """Return what a file that starts with `head` is, and the remedy, if it is not text; otherwise an empty string."""
     for magic, (kind, remedy) in _OTHERS.items():
         if head.startswith(magic):
             return f"is {kind}. {remedy}"
     if known_encoding:
         return ""
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or head.count(0) > len(head) // 4:
-        return "is no UTF-8. If it is text, name its encoding (--encoding, utf-16 for example)."
+        return "is not UTF-8. If it is text, give its encoding (for example --encoding utf-16)."
     if head.count(b"\r") > 1 and b"\n" not in head:
-        return "has lines that end in CR alone, as old Macs wrote them. Make LF of each CR first."
+        return "has lines that end in CR alone, as on old Macs. Convert CR to LF first."
     return ""
 
 
 def _swallows_rows(fields: list[str], delimiter: str) -> bool:
-    """Whether a field in quotes holds lines that all look like rows: its quotes belong to two rows."""
+    """Return whether all lines of a quoted field look like rows, so that its quotes belong to two rows."""
     longest = max(fields, key=lambda field: field.count("\n"))
     inner = longest.split("\n")[1:-1]
     return len(inner) >= _SWALLOWED_LINES - 1 and all(line.count(delimiter) == len(fields) - 1 for line in inner)
 
 
 def _short(reason: str) -> str:
-    """A reason that fits on a line: without control characters, and cut where a broken file made it long."""
+    """Shorten a reason to one line, without control characters."""
     plain = "".join(sign if sign.isprintable() else "?" for sign in reason)
     return plain if len(plain) <= _REASON_CHARACTERS else plain[:_REASON_CHARACTERS] + " ..."
 
 
 def byte_bar(name: str, total: int | None, done: int = 0) -> tqdm:
-    """A progress bar in bytes, that shows itself in a terminal and where the work takes more than three seconds."""
+    """Return a progress bar in bytes, which is shown only in a terminal and after three seconds."""
     return tqdm(
         desc=name, total=total, initial=done, unit="B", unit_scale=True, unit_divisor=1024, delay=3, disable=None
     )
 
 
 class _Counted(io.RawIOBase):
-    """A file that moves a progress bar as it is read: packed bytes, so that the bar's total is the file's size."""
+    """A file that updates a progress bar as it is read, in compressed bytes, so that the total is the file size."""
 
     def __init__(self, path: Path, bar: tqdm):
         self._file = path.open("rb", buffering=0)

@@ -1,4 +1,4 @@
-"""Tables of your own with named columns (`csv`, `jsonl`, `parquet`)."""
+"""Your own tables with named columns (`csv`, `jsonl`, `parquet`)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,14 +36,14 @@ def _csv_items(source: Source, request: Request) -> Parsed:
 
 
 def _titled(source: Source, items: Parsed, request: Request, names: list[str] | None) -> Parsed:
-    """Items whose title column is called `title`; `names` are the columns that are there, where they are known."""
+    """Rename the title column of items to `title`; `names` are the existing columns, if known."""
     title = request.columns.title
     if title == "title":
         return items
     if names is not None and title not in names:
         raise ValueError(
-            f"{source.path} has no column {title!r} for titles; it has {', '.join(names)}. Name one of them in "
-            "Columns(title=...), or with --title_column, or leave it out."
+            f"{source.path} has no column {title!r} for titles; it has {', '.join(names)}. Give one of them as "
+            "Columns(title=...) or --title_column, or leave it out."
         )
     return Parsed(items.records, _renaming(items.parse, title))
 
@@ -59,7 +59,7 @@ def _renaming(parse: Callable[..., tuple], title: str) -> Callable[..., tuple]:
 
 
 def _csv_rows(source: Source, item: str) -> Iterator[tuple[int, list[str]]]:
-    """Rows split at the character at which the header falls into columns, the item's among them."""
+    """Read rows with the delimiter that splits the header into columns that include the item column."""
     head = source.peek()
     fits = (sign for sign in DELIMITERS if item in [name.strip(' "') for name in head.split(sign)] and sign in head)
     return source.csv_rows(next(fits, ","))
@@ -102,8 +102,8 @@ def _open_parquet(source: Source, needed: list[str]) -> pq.ParquetFile:
     if missing:
         found = ", ".join(file.schema_arrow.names)
         raise ValueError(
-            f"{source.path} lacks the columns {', '.join(missing)}; it has {found}. Name them in Columns, or with "
-            "--user_column, --item_column, --time_column and --rating_column."
+            f"{source.path} lacks the columns {', '.join(missing)}; it has {found}. Give their names in Columns or "
+            "with --user_column, --item_column, --time_column and --rating_column."
         )
     return file
 
@@ -111,7 +111,7 @@ def _open_parquet(source: Source, needed: list[str]) -> pq.ParquetFile:
 def _parquet_rows(
     source: Source, file: pq.ParquetFile, names: list[str | None], time: str | None = None
 ) -> Iterator[tuple[int, tuple]]:
-    """(number of the row, values), in the order of `names`; 0 for the name `None`."""
+    """Yield (row number, values in the order of `names`), with 0 for the name `None`."""
     batches = file.iter_batches(_BATCH_ROWS, columns=[name for name in names if name is not None])
     while True:
         with _readable(source):
@@ -131,43 +131,43 @@ def _parquet_rows(
 def _readable(source: Source) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # arrow's messages do not name the file
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # messages of Arrow do not name the file
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{source.path} is no parquet file that can be read ({reason}). Check the file, or the format."
+            f"{source.path} is not a readable parquet file ({reason}). Check the file and the format."
         ) from None
 
 
 def _python_values(column: pa.Array, is_time: bool) -> list:
-    """The values of a column. Timestamps and dates are seconds, as of ISO text, where it `is_time`; else text."""
+    """Return the values of a column. Timestamps and dates become seconds if `is_time`, otherwise text."""
     if not (pa.types.is_timestamp(column.type) or pa.types.is_date(column.type)):
         return column.to_pylist()
     if not is_time:
         return column.cast(pa.string()).to_pylist()
     if pa.types.is_date(column.type):
         column = column.cast(pa.timestamp("ms"))
-    a_second = _PER_SECOND[column.type.unit]
-    return [None if time is None else time / a_second for time in column.cast(pa.int64()).to_pylist()]
+    per_second = _PER_SECOND[column.type.unit]
+    return [None if time is None else time / per_second for time in column.cast(pa.int64()).to_pylist()]
 
 
-_FEATURES = "an item column (named in Columns, or with --item_column) and features in the others"
+_FEATURES = "an item column (given in Columns, or with --item_column) and features in the other columns"
 _COLUMNS = (
-    "a user, an item and a time column (named in Columns, or with --user_column, --item_column and --time_column; "
-    "time=None, or --time_column none, where there is none)"
+    "a user, an item and a time column (given in Columns, or with --user_column, --item_column and --time_column; "
+    "time=None, or --time_column none, if there is no time)"
 )
 
 CSV = Format(
     _csv_interactions,
-    f"a header and {_COLUMNS}, split at commas, tabs, ';' or '|'",
+    f"a header and {_COLUMNS}, separated by commas, tabs, ';' or '|'",
     _csv_items,
     f"a header, {_FEATURES}",
     own_columns=True,
 )
 JSONL = Format(
     _json_interactions,
-    f"one JSON object a line with {_COLUMNS}",
+    f"one JSON object per line with {_COLUMNS}",
     _json_items,
-    f"one JSON object a line with {_FEATURES}",
+    f"one JSON object per line with {_FEATURES}",
     own_columns=True,
 )
 PARQUET = Format(_parquet_interactions, _COLUMNS, _parquet_items, _FEATURES, own_columns=True)
