@@ -1,4 +1,4 @@
-"""The library without the pipeline: data, catalog, teacher, model, GFlowNet, recommendations. A minute on a CPU.
+"""The library without the pipeline: data, catalog, teacher, model, GFlowNet, recommendations. One minute on a CPU.
 
 python examples/minimal.py
 """
@@ -13,7 +13,7 @@ from gflowtrl.teachers import EASE
 
 data, _ = SyntheticShop(seed=0, n_users=600).generate()  # or gflowtrl.data.read_interactions("folder")
 splits = leave_one_out(data)
-tokenizer = build_tokenizer(data.semantic_ids)  # add_item_tokens(tokenizer, ids, model) for a checkpoint of your own
+tokenizer = build_tokenizer(data.semantic_ids)  # add_item_tokens(tokenizer, ids, model) for your own checkpoint
 catalog = ItemCatalog.from_semantic_ids(data.semantic_ids, tokenizer)
 teacher = EASE.fit(splits.train_sequences, data.items, splits.validation)
 price = {item: features["price"] for item, features in data.item_features.items()}
@@ -58,7 +58,6 @@ trainer.train()
 trainer.save_model("outputs/minimal/final")
 
 recommender = Recommender.from_pretrained("outputs/minimal/final")
-for history, found in zip(
-    splits.test["history"][:3], recommender.recommend(splits.test["history"][:3], k=5), strict=True
-):
-    print(history[-5:], "->", [(r.item, f"{r.log_prob:.2f}", price[r.item]) for r in found])
+histories = splits.test["history"][:3]
+for history, recommendations in zip(histories, recommender.recommend(histories, k=5), strict=True):
+    print(history[-5:], "->", [(r.item, f"{r.log_prob:.2f}", price[r.item]) for r in recommendations])

@@ -1,4 +1,6 @@
-"""SFTTrainer and DPOTrainer of TRL and GFlowNetTrainer on the same rows, from the same checkpoint. Minutes on a CPU.
+"""TRL's SFTTrainer and DPOTrainer and our GFlowNetTrainer on the same rows, from the same checkpoint.
+
+It takes a few minutes on a CPU.
 
 python examples/side_by_side.py
 """
@@ -25,7 +27,7 @@ SHARED = {
     "save_strategy": "no", "report_to": "none", "bf16": False, "gradient_checkpointing": False,
 }  # fmt: skip
 
-# ------------------------------------------------------------------------------------------- the same for all of them
+# --------------------------------------------------------------------------------------------- shared by all trainers
 data, _ = SyntheticShop(seed=0, n_users=800, n_items=400).generate()
 splits = leave_one_out(data)
 tokenizer = build_tokenizer(data.semantic_ids)
@@ -38,46 +40,46 @@ def text(tokens: torch.Tensor) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=False)
 
 
-def fresh() -> LlamaForCausalLM:
+def sft_model() -> LlamaForCausalLM:
     return AutoModelForCausalLM.from_pretrained(SFT_FOLDER)
 
 
-def trained(trainer) -> LlamaForCausalLM:
+def train(trainer) -> LlamaForCausalLM:
     trainer.train()
     return trainer.model
 
 
-# ---------------------------------------------------------------------------------- SFT, from which the others set out
+# ------------------------------------------------------------------------------- SFT, the starting point of the others
 def sft(model: LlamaForCausalLM, epochs: int, learning_rate: float) -> LlamaForCausalLM:
     rows = text_sft_dataset(splits.train["history"], splits.train["target"], encoder)
     config = SHARED | {"num_train_epochs": epochs, "learning_rate": learning_rate}
     args = SFTConfig("outputs/side_by_side/sft-run", dataset_kwargs={"skip_prepare_dataset": True}, **config)
-    return trained(SFTTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer))
+    return train(SFTTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer))
 
 
-# -------------------------------------------------------------------- DPO: the target against an item never interacted
+# ------------------------------------------------ DPO: the target against an item that the user never interacted with
 def dpo(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    known, choose, pairs = dict(zip(data.users, map(set, data.sequences), strict=True)), random.Random(0), []
+    known, generator, pairs = dict(zip(data.users, map(set, data.sequences), strict=True)), random.Random(0), []
     for row in splits.train:
         ids = encoder([row["history"]])["input_ids"][0]
-        other = choose.choice([item for item in data.items if item not in known[row["user"]]])
+        other = generator.choice([item for item in data.items if item not in known[row["user"]]])
         chosen, rejected = (" " + " ".join(data.semantic_ids[item]) for item in (row["target"], other))
         pairs.append({"prompt": text(ids), "chosen": chosen, "rejected": rejected})
     args = DPOConfig("outputs/side_by_side/dpo-run", beta=0.1, learning_rate=2e-4, **SHARED)
-    return trained(DPOTrainer(model, args=args, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer))
+    return train(DPOTrainer(model, args=args, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer))
 
 
-# ------------------------------------------------------------------------------ GFlowNet: in proportion to the reward
+# ------------------------------------------------------------ GFlowNet: recommendations in proportion to the reward
 def gflownet(model: LlamaForCausalLM) -> LlamaForCausalLM:
     rewards = [GroundTruthReward(), CollaborativeReward(teacher)]
     args = GFlowNetConfig(
         "outputs/side_by_side/gflownet-run", loss_type="exact_flow", num_generations=4, reward_weights=[0.3, 0.7],
         learning_rate=1e-3, **SHARED,
     )  # fmt: skip
-    return trained(GFlowNetTrainer(model, rewards, args, splits.train, processing_class=tokenizer, catalog=catalog))
+    return train(GFlowNetTrainer(model, rewards, args, splits.train, processing_class=tokenizer, catalog=catalog))
 
 
-def measure(name: str, model: LlamaForCausalLM) -> None:
+def evaluate(name: str, model: LlamaForCausalLM) -> None:
     leaves = rank_rows(make_policy(model.eval(), catalog), encoder, splits.test, num_beams=20)
     metrics = summarize(leaves, catalog.leaf_of(splits.test["target"]), catalog, splits.item_counts, ks=[10]).metrics
     figures = "  ".join(f"{metric} {metrics[metric]:.4f}" for metric in ("recall@10", "ndcg@10", "coverage@10"))
@@ -91,12 +93,12 @@ small = LlamaConfig(
     **special,
 )  # fmt: skip
 sft(LlamaForCausalLM(small), epochs=3, learning_rate=2e-3).save_pretrained(SFT_FOLDER)
-measured = {
-    "SFT": fresh(),
-    "SFT continued": sft(fresh(), epochs=1, learning_rate=5e-4),
-    "DPO": dpo(fresh()),
-    "GFlowNet": gflownet(fresh()),
+models = {
+    "SFT": sft_model(),
+    "SFT continued": sft(sft_model(), epochs=1, learning_rate=5e-4),
+    "DPO": dpo(sft_model()),
+    "GFlowNet": gflownet(sft_model()),
 }
-print("\nThe SYNTHETIC shop, no evidence about real users:")
-for name, model in measured.items():
-    measure(name, model)
+print("\nThe SYNTHETIC shop (not evidence about real users):")
+for name, model in models.items():
+    evaluate(name, model)

@@ -1,8 +1,8 @@
-"""TRL's GRPOTrainer from a checkpoint: sixteen answers a prompt, drawn freely; the target counts 1.
+"""Continue a checkpoint with TRL's GRPOTrainer: 16 free completions per prompt, with reward 1 for the target.
 
 accelerate launch examples/trl_grpo.py --data_dir DIR --model SFT_FOLDER --output_dir outputs/trl_grpo --max_steps 300
 
-`per_device_train_batch_size` counts answers here. Nothing keeps answers to the catalog in training.
+`per_device_train_batch_size` counts completions. In training, completions are not restricted to the catalog.
 """
 
 from datasets import Dataset

@@ -1,13 +1,13 @@
-"""gflowtrl: fine-tune generative recommenders with Generative Flow Networks, beside Hugging Face TRL.
+"""gflowtrl: fine-tune generative recommenders with Generative Flow Networks, as a companion of Hugging Face TRL.
 
-Public names are imported on first use, so that `import gflowtrl` costs nothing and loads neither torch nor trl.
+Public names are imported on first use, so `import gflowtrl` is fast and imports neither torch nor trl.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 
-if TYPE_CHECKING:  # type checkers and editors do not see what __getattr__ finds
+if TYPE_CHECKING:  # type checkers and editors cannot follow __getattr__
     from .catalog import ItemCatalog, PrefixTree
     from .policy import CausalTreePolicy, Seq2SeqTreePolicy, make_policy
     from .recommender import Recommender
@@ -45,7 +45,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(sorted(_HOMES))}.")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(_HOMES)}.")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 

@@ -1,4 +1,4 @@
-"""`python -m gflowtrl` is `gflowtrl`."""
+"""`python -m gflowtrl`: the same as the command `gflowtrl`."""
 
 import sys
 

@@ -57,12 +57,10 @@ def reading(path: str | os.PathLike, what: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:  # the operating system's own error
             raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         if isinstance(error, RecursionError):
             reason = "it is nested too deeply"
-        raise ValueError(
-            f"{os.fspath(path)} cannot be read as {what} ({reason.rstrip('.')}). Repair or replace the file."
-        ) from None
+        raise ValueError(f"{path} cannot be read as {what} ({reason}). Repair or replace the file.") from None
 
 
 def read_json(path: str | os.PathLike) -> Any:

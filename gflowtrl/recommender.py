@@ -1,4 +1,4 @@
-"""Load a checkpoint, recommend."""
+"""Load a saved recommender and recommend items."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from gflowtrl.teachers import TeacherModule, load_teacher
 
 
 TEACHER_FOLDER = "teacher"
-ENUMERATED = 4096  # of so few allowed items all probabilities are computed, where lists are drawn
-ENUMERATED_TOGETHER = 256
+MAX_ENUMERATED = 4096  # sampling among at most so many allowed items computes the probability of each of them
+LEAVES_PER_FORWARD = 256
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 STRATEGIES = ("beam", "sample")
 
@@ -42,10 +42,10 @@ class Recommendation:
 
     Attributes:
         item: the item.
-        log_prob: natural logarithm of the policy's probability of its leaf (of the tempered policy, where it was
-            drawn with a temperature); items that share a semantic id share it. For a user of whom nothing is known,
-            that of the item's share in the training interactions.
-        title: what the item is called, where the recommender knows.
+        log_prob: log-probability (natural logarithm) of its leaf under the policy, or under the tempered policy if the
+            item was sampled with a temperature. Items that share a semantic id have the same value. For a user with
+            no known item: logarithm of the item's share in the training interactions.
+        title: title of the item, if the recommender knows it.
     """
 
     item: Item
@@ -64,9 +64,9 @@ class Step:
 
     Attributes:
         token: the token.
-        probability: the policy's, among the tokens that are possible here.
-        rank: its place among them, 1 for the most probable.
-        choices: how many are possible.
+        probability: its probability under the policy, among the tokens that are possible at this step.
+        rank: its rank among these tokens (1 = most probable).
+        choices: number of tokens that are possible at this step.
     """
 
     token: str
@@ -77,15 +77,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why an item is where it is in a user's list.
+    """Explanation of an item's position in a user's list.
 
     Attributes:
         item, title: the item.
-        log_prob: of its semantic id.
+        log_prob: log-probability of its semantic id.
         steps: its path, token by token.
-        shares_id_with: other items of the same id, which the policy cannot tell apart.
-        teacher_probability, teacher_rank: what the teacher behind the reward says (softmax over all items; 1 is its
-            favorite), where it lies beside the model.
+        shares_id_with: other items with the same semantic id. The policy cannot distinguish them.
+        teacher_probability, teacher_rank: the item's probability (softmax over all items) and rank (1 = best) under
+            the teacher of the reward, if the teacher was saved with the model.
     """
 
     item: Item
@@ -104,17 +104,17 @@ class Recommender:
         model: a causal language model or an encoder-decoder.
         tokenizer: its tokenizer.
         catalog: the items that can be recommended.
-        max_history_items: how many items of a history are used, the last ones.
-        encoder: what makes prompts of histories, where these are not the plain ones.
-        titles: of items, for the answers.
-        item_counts: `(items,)` training interactions in the order of `catalog.items`: what users of whom nothing is
-            known are recommended by.
-        teacher: the collaborative model behind the reward, for explanations.
+        max_history_items: number of items of a history that are used (the last ones).
+        encoder: turns histories into prompts; by default a `PromptEncoder` (plain semantic ids).
+        titles: titles of items, which recommendations and explanations return.
+        item_counts: `(items,)` numbers of training interactions in the order of `catalog.items`. Users with no known
+            item get recommendations by popularity from these counts.
+        teacher: the collaborative model of the reward, for explanations.
 
     Raises:
-        ValueError: prompts are longer than the model's positions; a model that is not known to be exact; at the first
-            use, a policy that is not the model's own distribution (`gflowtrl.policy.check_exact`).
-        NonFiniteError: weights are NaN or infinite, or (from `recommend` and `explain`) its probabilities are.
+        ValueError: prompts are longer than the model's positions; the model is not known to be exact; at the first
+            use, the policy differs from the model's own distribution (`gflowtrl.policy.check_exact`).
+        NonFiniteError: weights are NaN or infinite; from `recommend` and `explain`, probabilities are.
 
     Example:
         ```python
@@ -150,19 +150,18 @@ class Recommender:
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, **model_kwargs) -> Recommender:
-        """Load what a gflowtrl trainer saved (or a checkpoint of its run).
+        """Load a recommender that a gflowtrl trainer saved, or a checkpoint of its run.
 
         Args:
             directory: the folder with model, tokenizer, `catalog.json` and `recommender_config.json` (titles, counts
-                and a teacher are read where they are there), or its name on the Hugging Face Hub, as for
-                `AutoModel.from_pretrained`.
-            **model_kwargs: handed to the `from_pretrained` of `AutoModelForSeq2SeqLM` where the checkpoint is an
-                encoder-decoder, of `AutoModelForCausalLM` otherwise, for example `device_map` or `dtype`. Code that
-                comes with the model runs only with `trust_remote_code=True`.
+                and a teacher are optional), or its name on the Hugging Face Hub, as for `AutoModel.from_pretrained`.
+            **model_kwargs: passed to the `from_pretrained` of `AutoModelForSeq2SeqLM` if the checkpoint is an
+                encoder-decoder, else of `AutoModelForCausalLM`; for example `device_map` or `dtype`. Code in the
+                model's folder runs only with `trust_remote_code=True`.
 
         Raises:
             FileNotFoundError: the folder or one of its files is missing.
-            ValueError: files are damaged or do not belong together: weights and configuration, catalog and
+            ValueError: a file is damaged, or files do not belong together: weights and configuration, catalog and
                 tokenizer, prompts, titles, teacher. The message names the file.
         """
         directory = local_copy(directory)
@@ -172,10 +171,10 @@ class Recommender:
         files = {"encoder": read_encoder(directory, catalog, tokenizer), **read_details(directory, catalog)}
         if (folder := directory / TEACHER_FOLDER).is_dir():
             files["teacher"] = teacher = load_teacher(folder)
-            if strangers := set(catalog.items) - set(teacher.items):
+            if unknown := set(catalog.items) - set(teacher.items):
                 raise ValueError(
-                    f"The teacher in {folder} does not know {len(strangers)} items of {CATALOG_FILE}, for example "
-                    f"{next(iter(strangers))!r}. Restore the files that were saved together, or delete the folder."
+                    f"The teacher in {folder} does not know {len(unknown)} items of {CATALOG_FILE}, for example "
+                    f"{next(iter(unknown))!r}. Restore the files that were saved together, or delete the folder."
                 )
         return cls(load_backbone(directory, **model_kwargs), tokenizer, catalog, **files)
 
@@ -190,10 +189,10 @@ class Recommender:
             self.teacher.save_pretrained(Path(directory, TEACHER_FOLDER))
 
     def check(self) -> None:
-        """Make sure that the model computes numbers: a look at its weights, and one decoding, which also warms it up.
+        """Check that the weights and the log-probabilities of one decoding are finite. It also warms the model up.
 
         Raises:
-            NonFiniteError: names the model's folder and what is wrong with it.
+            NonFiniteError: they are not; the message names the model's folder and what is wrong with it.
         """
         check_weights(self.model)
         check_ranked(*self.policy.beam_search(self._prompts([self.catalog.items[:1]]), 1), self.model)
@@ -215,28 +214,28 @@ class Recommender:
         """Recommend `k` items for each history.
 
         Args:
-            histories: items in chronological order. Items that are not in the catalog are left out with a warning;
-                a user with no known item is recommended what was taken most often in training.
-            k: length of the lists; shorter only where there are fewer items.
-            num_beams: beam width, by default `max(20, k)`; with `strategy="sample"` the number of ids that are drawn,
-                by default `k`. With `exclude_seen` it grows by the longest history.
+            histories: items of each user in chronological order. Items that are not in the catalog are skipped with a
+                warning. A user with no known item gets the most popular items of the training interactions.
+            k: length of the lists. A list is shorter only if fewer items can be recommended.
+            num_beams: beam width, by default `max(20, k)`; with `strategy="sample"` the number of semantic ids that
+                are drawn, by default `k`. With `exclude_seen` the longest history is added to it.
             exclude_seen: leave out items of the history. For applications; benchmark figures keep them.
-            batch_size: histories decoded together.
-            strategy: `"beam"`, the most probable items, the most probable first; or `"sample"`, items drawn without
-                replacement in proportion to their probability, in the order of the draw (stochastic beam search). A
-                policy that is proportional to a reward then gives lists that are, so that every good item gets its
-                turn. Items that share a semantic id come together.
-            temperature: with `"sample"`: divides the logits; below 1 nearer to `"beam"`, above 1 more varied.
-            seed: with `"sample"`: the same seed gives the same lists. Each history draws by its place in
-                `histories`, whatever the batch size.
-            allowed_items: recommend these only (in stock, say). Probabilities stay those among all items.
-            names: what errors and warnings call the histories; by default `"row 0"`, `"row 1"`, ...
+            batch_size: number of histories that are decoded together.
+            strategy: `"beam"`: the most probable items, best first. `"sample"`: items drawn without replacement in
+                proportion to their probability, in the order of the draw (stochastic beam search). If the policy is
+                proportional to a reward, so are these lists: every good item is in some of them. Items that share a
+                semantic id are next to each other.
+            temperature: with `"sample"`: divides the logits; below 1 closer to `"beam"`, above 1 more varied.
+            seed: with `"sample"`: the same seed gives the same lists. A history's draw depends on its index in
+                `histories`, not on the batch size.
+            allowed_items: recommend only these, for example items in stock. Probabilities stay those among all items.
+            names: names of the histories in errors and warnings; by default `"row 0"`, `"row 1"`, ...
 
         Raises:
-            ValueError: k or batch_size below 1, or num_beams below k; an unknown strategy; a temperature that is not
-                positive, or one with `"beam"`; an unknown or no allowed item; a user of whom nothing is known where
-                the recommender holds no counts.
-            TypeError: a history is no list of items.
+            ValueError: k or batch_size is below 1, or num_beams below k; the strategy is unknown; the temperature is
+                not positive, or is set with `"beam"`; allowed_items is empty or holds an unknown item; a user has no
+                known item and the recommender has no `item_counts`.
+            TypeError: a history is not a list of items.
         """
         check_number("batch_size", batch_size, COUNT)
         request = _Request(k, num_beams, exclude_seen, strategy, temperature, seed, self._allowed(allowed_items))
@@ -247,11 +246,11 @@ class Recommender:
         results = {row: self._popular(row, names[row], request) for row, history in enumerate(known) if not history}
         for start in range(0, len(warm), batch_size):
             rows = warm[start : start + batch_size]
-            results.update(zip(rows, self._decoded(rows, [known[row] for row in rows], request), strict=True))
+            results.update(zip(rows, self._decode(rows, [known[row] for row in rows], request), strict=True))
         return [results[row] for row in range(len(known))]
 
-    def _decoded(self, rows: list[int], histories: list[list[Item]], request: _Request) -> list[list[Recommendation]]:
-        """The lists of histories, none of them empty, whose places in the request are `rows`."""
+    def _decode(self, rows: list[int], histories: list[list[Item]], request: _Request) -> list[list[Recommendation]]:
+        """Return the lists of non-empty histories, whose indices in the request are `rows`."""
         prompts = self._prompts(histories)
         beams = request.num_beams or (max(20, request.k) if request.strategy == "beam" else request.k)
         if request.exclude_seen:
@@ -263,19 +262,19 @@ class Recommender:
             leaves, log_probs = self.policy.beam_search(prompts, beams, nodes)
             return self._lists(histories, leaves, log_probs, request)
         noise = StatelessNoise(request.seed).at(0, torch.tensor(rows, device=self.model.device))
-        if request.allowed is not None and len(request.allowed) <= ENUMERATED:
-            return self._lists(histories, *self._drawn_among(prompts, noise, request), request)
+        if request.allowed is not None and len(request.allowed) <= MAX_ENUMERATED:
+            return self._lists(histories, *self._sample_allowed(prompts, noise, request), request)
         while True:
-            # A longer draw begins with the shorter one, and what is left of it is a draw among the items allowed.
+            # With the same noise, a wider search starts with the same draws; its allowed items are a draw among them.
             drawn = self.policy.stochastic_beam_search(prompts, beams, noise, request.temperature)
             lists = self._lists(histories, drawn.leaves, drawn.log_probs, request)
-            short = request.allowed is not None and min(map(len, lists)) < request.k
-            if not short or beams >= self.catalog.tree.num_leaves:
+            too_short = request.allowed is not None and min(map(len, lists)) < request.k
+            if not too_short or beams >= self.catalog.tree.num_leaves:
                 return lists
             beams = min(4 * beams, self.catalog.tree.num_leaves)
 
     def _prompts(self, histories: list[list[Item]]) -> dict[str, Tensor]:
-        """Prompts where the model is, and the catalog too; before the first ones the policy is checked."""
+        """Return the prompts on the model's device, and move the catalog there; check the policy at the first use."""
         self.catalog.to(self.model.device)
         if not self._policy_is_checked:
             check_exact(self.policy, self.encoder)
@@ -283,12 +282,12 @@ class Recommender:
         return {name: value.to(self.model.device) for name, value in self.encoder(histories).items()}
 
     @torch.no_grad()
-    def _drawn_among(self, prompts: dict[str, Tensor], noise: Noise, request: _Request) -> tuple[Tensor, Tensor]:
-        """All allowed leaves `(B, n)` in the order of a draw without replacement (Gumbel), and their log-probabilities
-        under the tempered policy."""
+    def _sample_allowed(self, prompts: dict[str, Tensor], noise: Noise, request: _Request) -> tuple[Tensor, Tensor]:
+        """Return all allowed leaves `(B, n)` in the order of a draw without replacement (Gumbel), and their
+        log-probabilities under the tempered policy."""
         leaves = self.catalog.leaf_of(sorted(request.allowed)).unique()
         log_probs = []
-        for part in leaves.split(ENUMERATED_TOGETHER):
+        for part in leaves.split(LEAVES_PER_FORWARD):
             scores = self.policy.score(prompts, part.expand(len(noise), -1))
             children = scores.child_log_probs / request.temperature
             open_states = (scores.child_log_probs != -torch.inf).any(-1)  # NaN stays NaN
@@ -303,7 +302,7 @@ class Recommender:
     def _lists(
         self, histories: Sequence[Sequence[Item]], leaves: Tensor, log_probs: Tensor, request: _Request
     ) -> list[list[Recommendation]]:
-        """The first `k` items of ranked leaves `(B, n)`."""
+        """Return the first `k` items of ranked leaves `(B, n)`."""
         check_ranked(leaves, log_probs, self.model)
         results = []
         for history, row, values in zip(histories, leaves.tolist(), log_probs.tolist(), strict=True):
@@ -315,20 +314,21 @@ class Recommender:
     def _list(
         self, ranked: Iterable[tuple[Item, float]], request: _Request, seen: Collection[Item] = ()
     ) -> list[Recommendation]:
-        """The first `k` of ranked items and log-probabilities that may be recommended."""
-        found = (
+        """Return the first `k` items that may be recommended, from ranked pairs of item and log-probability."""
+        recommendations = (
             Recommendation(item, log_prob, self.titles.get(item))
             for item, log_prob in ranked
             if item not in seen and (request.allowed is None or item in request.allowed)
         )
-        return list(islice(found, request.k))
+        return list(islice(recommendations, request.k))
 
     def _popular(self, row: int, name: str, request: _Request) -> list[Recommendation]:
-        """For a user of whom nothing is known: what was taken most often, or a draw in proportion to it."""
+        """Rank items by popularity in training, or sample them in proportion to it, for a user with no known item."""
         if self.item_counts is None:
             raise ValueError(
-                f"The history in {name} is empty or holds no known item, and the recommender holds no counts of "
-                f"training interactions to recommend by. Leave it out, or give Recommender(item_counts=...)."
+                f"The history in {name} is empty or holds no known item, and the recommender has no counts of "
+                f"training interactions to rank items by popularity. Leave the history out, or give "
+                f"Recommender(item_counts=...)."
             )
         log_probs = (self.item_counts.double() + 1).log().log_softmax(0)
         order = log_probs / request.temperature
@@ -340,10 +340,10 @@ class Recommender:
         return self._list(zip(items, log_probs[ranked].tolist(), strict=True), request)
 
     def _known(self, histories: Sequence[Sequence[Item]], names: Sequence[str]) -> list[list[Item]]:
-        """Histories without items that are not in the catalog, of which a warning tells."""
+        """Return the histories without items that are not in the catalog; warn about these items."""
         for name, history in zip(names, histories, strict=True):
             if isinstance(history, str) or not isinstance(history, Sequence):
-                raise TypeError(f"The history in {name} is {history!r}; give a list of items for each user.")
+                raise TypeError(f"The history in {name} is {history!r}; it must be a list of items.")
         known, unknown = self.catalog.known_items(histories)
         if unknown:
             row, item = unknown[0]
@@ -359,15 +359,15 @@ class Recommender:
             return None
         allowed = frozenset(items)
         if not allowed:
-            raise ValueError("allowed_items is empty, so that nothing can be recommended; leave it out to allow all.")
+            raise ValueError("allowed_items is empty; give at least one item, or leave it out to allow all items.")
         if unknown := self.catalog.known_items([allowed])[1]:
-            raise ValueError(f"allowed_items holds {unknown[0][1]!r}, which is not in the catalog.")
+            raise ValueError(f"allowed_items holds {unknown[0][1]!r}, which is not in the catalog. Remove it.")
         return allowed
 
     # ---------------------------------------------------------------------------------------------------- explaining
     @torch.no_grad()
     def explain(self, history: Sequence[Item], item: Item) -> Explanation:
-        """Why `item` is where it is in the list of this history: its path, and what the teacher says.
+        """Explain the position of `item` in the list of this history by its path and the teacher's score.
 
         Raises:
             ValueError: the item is not in the catalog, or the history has no known item.
@@ -375,33 +375,34 @@ class Recommender:
         (known,) = self._known([history], ["row 0"])
         if not known:
             raise ValueError(
-                "The history holds no known item, so the policy was not asked: the list is by popularity."
+                "The history holds no known item, so its list is by popularity and the policy cannot explain it. Give "
+                "a history with at least one item of the catalog."
             )
         prompts, leaf = self._prompts([known]), self.catalog.leaf_of([item])
         scores, path = self.policy.score(prompts, leaf[None]), self.catalog.tree.walk(leaf)[0]
         check_ranked(leaf[None], scores.trajectory_log_probs, self.model)
-        place = self.catalog.index_of([item])[0]
         steps = []
-        for depth, token in enumerate(self.catalog.semantic_ids[place]):
+        for depth, token in enumerate(self.catalog.semantic_ids[self.catalog.index_of([item])[0]]):
             probs = scores.child_log_probs[0, 0, depth].exp()
-            mine = probs[scores.child_nodes[0, 0, depth] == path[depth + 1]]
+            prob = probs[scores.child_nodes[0, 0, depth] == path[depth + 1]]
             choices = int(self.catalog.tree.num_children[path[depth]])
-            steps.append(Step(token, float(mine), 1 + int((probs > mine).sum()), choices))
+            steps.append(Step(token, float(prob), 1 + int((probs > prob).sum()), choices))
         others = [other for other in self.catalog.items_of(int(leaf)) if other != item]
         log_prob = float(scores.trajectory_log_probs)
-        return Explanation(item, self.titles.get(item), log_prob, steps, others, *self._of_teacher(known, item))
+        return Explanation(item, self.titles.get(item), log_prob, steps, others, *self._teacher_score(known, item))
 
-    def _of_teacher(self, history: list[Item], item: Item) -> tuple[float | None, int | None]:
+    def _teacher_score(self, history: list[Item], item: Item) -> tuple[float | None, int | None]:
+        """Return the teacher's probability of the item and its rank, or None for both without a teacher."""
         if self.teacher is None:
             return None, None
         probs = self.teacher.score([history[-self.encoder.max_history_items :]])[0].softmax(-1)
-        mine = probs[self.teacher.items.index(item)]
-        return float(mine), 1 + int((probs > mine).sum())
+        prob = probs[self.teacher.items.index(item)]
+        return float(prob), 1 + int((probs > prob).sum())
 
 
 @dataclass(frozen=True)
 class _Request:
-    """What `recommend` is asked for, checked."""
+    """Checked arguments of `recommend`."""
 
     k: int
     num_beams: int | None
@@ -412,23 +413,23 @@ class _Request:
     allowed: frozenset[Item] | None
 
     def __post_init__(self):
-        k, num_beams, strategy, temperature = self.k, self.num_beams, self.strategy, self.temperature
-        check_number("k", k, COUNT)
-        check_choice("strategy", strategy, STRATEGIES)
-        check_number("temperature", temperature, POSITIVE)
-        if num_beams is not None and num_beams < k:
-            raise ValueError(f"num_beams is {num_beams}, but {k} items are asked for; use at least {k} beams.")
-        if strategy == "beam" and temperature != 1.0:
+        check_number("k", self.k, COUNT)
+        check_choice("strategy", self.strategy, STRATEGIES)
+        check_number("temperature", self.temperature, POSITIVE)
+        if self.num_beams is not None and self.num_beams < self.k:
+            raise ValueError(f"num_beams is {self.num_beams}, less than k; it must be at least {self.k}.")
+        if self.strategy == "beam" and self.temperature != 1.0:
             raise ValueError(
-                f"temperature is {temperature}, but strategy 'beam' draws nothing; use strategy='sample'."
+                f"temperature is {self.temperature}, but strategy 'beam' does not sample. Use strategy='sample', or "
+                f"leave temperature out."
             )
 
 
 def local_copy(directory: str | os.PathLike) -> Path:
-    """The folder of a recommender; a name like `user/model` that is no folder here is downloaded from the Hub.
+    """Return the folder of a recommender; download `user/model` from the Hub if no such folder exists.
 
     Raises:
-        FileNotFoundError: there is no such folder, and the name cannot be one of the Hub.
+        FileNotFoundError: the folder does not exist, and the Hub has no model of this name.
     """
     path = Path(directory)
     if path.is_dir():
@@ -436,6 +437,8 @@ def local_copy(directory: str | os.PathLike) -> Path:
     if isinstance(directory, str) and HUB_NAME.fullmatch(directory):
         try:
             return Path(snapshot_download(directory))
-        except (OSError, ValueError) as error:  # the Hub's own errors are of these kinds
-            raise FileNotFoundError(f"{directory} is not a folder, and the Hub does not give it: {error}") from error
+        except (OSError, ValueError) as error:  # huggingface_hub's errors are of these kinds
+            raise FileNotFoundError(
+                f"{directory} is not a folder, and could not be downloaded from the Hub: {error}"
+            ) from error
     raise FileNotFoundError(f"{directory} is not a folder; give the folder of a saved recommender, or its Hub name.")

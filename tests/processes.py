@@ -1,7 +1,7 @@
-"""Python scripts and modules in processes of their own that find the libraries imported.
+"""Run Python scripts and modules in new processes that have already imported the libraries.
 
-A server that has imported them, and done nothing else, forks for each run. That saves the ten seconds in which a new
-interpreter imports them.
+A server process that has only imported the libraries forks for each run. That saves the ten seconds that a new
+interpreter needs for the imports.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ _context.set_forkserver_preload(["gflowtrl.pipeline"])
 def run_python(
     command: Sequence[str | Path], cwd: Path, timeout: float = 300, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs `python COMMAND`, which is `-m MODULE ARGUMENTS` or `FILE ARGUMENTS`, as `subprocess.run` does.
+    """Run `python COMMAND` like `subprocess.run`. COMMAND is `-m MODULE ARGUMENTS` or `FILE ARGUMENTS`.
 
     Args:
         command: the words after `python`.
-        cwd: folder to run in.
+        cwd: working directory.
         timeout: seconds after which the process is killed.
-        environment: variables beside those of this process.
+        environment: variables in addition to those of this process.
 
     Returns:
-        The exit status (negative: the signal that ended the process) and what was printed.
+        The exit status (negative: the signal that ended the process), stdout and stderr.
 
     Raises:
-        subprocess.TimeoutExpired: if it took longer.
+        subprocess.TimeoutExpired: the process took longer than `timeout`.
     """
     words = [str(word) for word in command]
     with tempfile.TemporaryDirectory() as folder:
-        printed = [Path(folder, name) for name in ("stdout", "stderr")]
+        streams = [Path(folder, name) for name in ("stdout", "stderr")]
         variables = {**os.environ, **(environment or {})}
-        process = _context.Process(target=_run, args=(words, str(cwd), variables, [str(file) for file in printed]))
+        process = _context.Process(target=_run, args=(words, str(cwd), variables, [str(file) for file in streams]))
         process.start()
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
             process.join()
             raise subprocess.TimeoutExpired(words, timeout)
-        return subprocess.CompletedProcess(words, process.exitcode, *(file.read_text() for file in printed))
+        return subprocess.CompletedProcess(words, process.exitcode, *(file.read_text() for file in streams))
 
 
-def _run(words: list[str], cwd: str, variables: dict[str, str], printed: list[str]) -> None:
-    for descriptor, file in enumerate(printed, start=1):
+def _run(words: list[str], cwd: str, variables: dict[str, str], streams: list[str]) -> None:
+    for descriptor, file in enumerate(streams, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.clear()
     os.environ.update(variables)

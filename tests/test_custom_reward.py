@@ -1,4 +1,4 @@
-"""A reward of the user's own, in a few lines, changes what is recommended. README and docs show it as it is here."""
+"""A custom reward of a few lines changes the recommendations. README and docs show the same code."""
 
 import inspect
 from pathlib import Path
@@ -20,7 +20,7 @@ def prefer_cheap(items, **kwargs):
 
 
 def mean_price(folder, rewards, weights) -> float:
-    """Mean price of the five best recommendations after training with these rewards."""
+    """Return the mean price of the top five recommendations after training with these rewards."""
     torch.manual_seed(0)
     args = GFlowNetConfig(
         str(folder), reward_weights=weights, num_generations=8, max_steps=60, learning_rate=1e-2, save_strategy="no",
@@ -32,14 +32,14 @@ def mean_price(folder, rewards, weights) -> float:
         sampler={"on_policy": 4, "uniform": 4},
     ).train()  # fmt: skip
     lists = Recommender(model, TOKENIZER, catalog).recommend([row["history"] for row in make_rows(40, seed=5)], k=5)
-    prices = [price[recommendation.item] for found in lists for recommendation in found]
+    prices = [price[recommendation.item] for ranked in lists for recommendation in ranked]
     return sum(prices) / len(prices)
 
 
 def test_a_custom_reward_changes_what_is_recommended(tmp_path):
     without = mean_price(tmp_path, [CollaborativeReward(teacher)], [1.0])
     with_it = mean_price(tmp_path, [CollaborativeReward(teacher), prefer_cheap], [1.0, 1.0])
-    assert without == pytest.approx(5.5, abs=1.5)  # the teacher does not care
+    assert without == pytest.approx(5.5, abs=1.5)  # the teacher ignores the price
     assert with_it < 0.5 * without
 
 
@@ -47,5 +47,5 @@ def test_a_custom_reward_changes_what_is_recommended(tmp_path):
 def test_the_documents_show_this_reward(name):
     file = Path(__file__).parents[1] / name
     if not file.is_file():
-        pytest.skip(f"{name} is not beside the tests")
+        pytest.skip(f"{name} does not exist in an installed copy")
     assert inspect.getsource(prefer_cheap) in file.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What is published: a source archive that holds everything, and a wheel that works where the source tree is not."""
+"""The distributions: a complete source archive, and a wheel that works without the source tree."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if not (ROOT / "MANIFEST.in").is_file():
 
 
 def build(kind: str, tree: Path, folder: Path) -> Path:
-    """Builds "sdist" or "wheel" from a source tree with the setuptools that is installed, as pip and build do."""
+    """Build the "sdist" or "wheel" of a source tree with the installed setuptools, as pip and build do."""
     folder.mkdir()
     code = f"from setuptools import build_meta; build_meta.build_{kind}({str(folder)!r})"
     built = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True)
@@ -52,7 +52,7 @@ def build(kind: str, tree: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """A copy of the source tree without what the work on it leaves behind."""
+    """A copy of the source tree without caches and build outputs."""
     copy = tmp_path_factory.mktemp("tree")
     for folder in FOLDERS:
         shutil.copytree(
@@ -74,7 +74,7 @@ def archive(tree, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(archive, tmp_path_factory) -> Path:
-    """The wheel that pip makes of the source archive."""
+    """The wheel that pip builds from the source archive."""
     return build("wheel", archive, tmp_path_factory.mktemp("wheel") / "dist")
 
 
@@ -90,7 +90,7 @@ def contents(wheel: Path) -> dict[str, bytes]:
 
 def test_the_source_archive_holds_the_whole_tree(tree, archive):
     ours = {path.relative_to(tree) for path in tree.rglob("*") if path.is_file()}
-    ours = {path for path in ours if "egg-info" not in path.parts[0]}  # setuptools has left its own in the tree
+    ours = {path for path in ours if "egg-info" not in path.parts[0]}  # setuptools has written it into the tree
     assert len(ours) > 300
     missing = sorted(map(str, ours - {path.relative_to(archive) for path in archive.rglob("*")}))
     assert not missing, f"MANIFEST.in leaves out {missing[:5]}"
@@ -144,11 +144,11 @@ def test_the_wheel_holds_the_package_its_license_and_its_recipes(wheel):
     metadata = message_from_bytes(packed[f"{about}/METADATA"])
     assert metadata["Version"] == gflowtrl.__version__
     assert metadata["License"] == "Apache-2.0"
-    assert metadata.get_payload().startswith("# gflowtrl")  # what a package index shows
+    assert metadata.get_payload().startswith("# gflowtrl")  # the page of the package index
 
 
 @pytest.mark.slow
-def test_the_wheel_works_where_no_source_tree_is(wheel, tmp_path):
+def test_the_wheel_works_without_the_source_tree(wheel, tmp_path):
     target, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
     elsewhere.mkdir()
     install = ["install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel]

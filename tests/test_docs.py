@@ -1,6 +1,6 @@
-"""README and docs: links lead somewhere, code compiles, imports what is there and runs, commands have their options.
+"""README and docs: links are valid, code compiles, imports existing names and runs, and commands have their options.
 
-`make docs` builds the site, with warnings as errors, and runs the notebook; here is what can be seen without that.
+`make docs` builds the site with warnings as errors and runs the notebook. These tests need no build.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ BLOCK = re.compile(r"^ *```(\w+)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FILE = re.compile(r"(?<![\w/.-])(?:recipes|examples|benchmarks|tests|docs)/[\w./-]+\.(?:py|yaml|md|json)")
 
-pytestmark = pytest.mark.skipif(not PAGES, reason="README.md is not beside the package: an installed copy is tested")
+pytestmark = pytest.mark.skipif(not PAGES, reason="README.md does not exist: an installed copy is tested")
 
 
 def blocks(language: str) -> list:
-    found = [(page, text) for page in PAGES for kind, text in BLOCK.findall(page.read_text()) if kind == language]
-    return [pytest.param(text, id=f"{page.name}-{number}") for number, (page, text) in enumerate(found)]
+    pairs = [(page, text) for page in PAGES for kind, text in BLOCK.findall(page.read_text()) if kind == language]
+    return [pytest.param(text, id=f"{page.name}-{number}") for number, (page, text) in enumerate(pairs)]
 
 
 def anchors(page: Path) -> set[str]:
-    """What a heading is called in a link, as GitHub makes it."""
+    """Return the anchors of the headings by GitHub's rule."""
     headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", page.read_text()), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_and_files_are_there(page):
+def test_links_and_files_exist(page):
     text = page.read_text()
     for target in LINK.findall(BLOCK.sub("", text)):
         if target.startswith("http"):
@@ -62,11 +62,11 @@ def test_links_and_files_are_there(page):
             assert anchor in anchors(file), f"{page.name} links to {target}; {file.name} has {sorted(anchors(file))}"
     for name in FILE.findall(text):
         known = (ROOT / name).exists() or (page.parent / name).exists()
-        assert known or name.startswith("docs/") and not (ROOT / "docs").exists(), f"{page.name} speaks of {name}"
+        assert known or name.startswith("docs/") and not (ROOT / "docs").exists(), f"{page.name} mentions {name}"
 
 
 @pytest.mark.parametrize("code", blocks("python"))
-def test_python_compiles_and_imports_what_is_there(code):
+def test_python_compiles_and_imports_existing_names(code):
     tree = ast.parse(code)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("gflowtrl", "trl", "transformers"):
@@ -104,17 +104,17 @@ def test_commands_have_the_options_that_are_shown(words, capsys):
         if not re.fullmatch(r"--?[a-z][\w.]*", option):
             continue
         section = option.split(".")[0]
-        ours = option in known or section in known and "." in option
-        if not ours and words[0] in ("train", "sft", "teacher"):  # an option without a section is the GFlowNet's
+        exists = option in known or section in known and "." in option
+        if not exists and words[0] in ("train", "sft", "teacher"):  # an option without a section is the GFlowNet's
             from gflowtrl import GFlowNetConfig
 
-            ours = option[2:] in GFlowNetConfig.__dataclass_fields__
-        assert ours, f"gflowtrl {words[0]} has no {option}"
+            exists = option[2:] in GFlowNetConfig.__dataclass_fields__
+        assert exists, f"gflowtrl {words[0]} has no {option}"
 
 
 @pytest.mark.parametrize("package", PUBLIC)
 def test_every_public_name_is_documented_and_in_the_reference(package):
-    """`automodule` brings classes and functions into a page, by `__all__`; all else has to be named there."""
+    """`automodule` documents the classes and functions of `__all__`; other values must be named on the page."""
     module, page = importlib.import_module(package), ROOT / "docs" / "reference" / f"{package.split('.')[1]}.md"
     text = page.read_text()
     whole = f".. automodule:: {package}\n   :members:\n   :imported-members:\n" in text
@@ -128,7 +128,7 @@ def test_every_public_name_is_documented_and_in_the_reference(package):
     assert f"\n{page.stem}\n" in (page.parent / "index.md").read_text(), f"the reference's index lacks {page.stem}"
 
 
-def test_the_reference_says_where_the_names_of_gflowtrl_are_described():
+def test_the_reference_lists_the_names_of_gflowtrl():
     text = (ROOT / "docs" / "reference" / "index.md").read_text()
     for name in gflowtrl.__all__:
         assert f"gflowtrl.{gflowtrl._HOMES.get(name)}.{name}`" in text or f".. py:data:: {name}\n" in text, name
@@ -145,15 +145,15 @@ def test_choosing_has_every_loss_reward_and_sampler():
 
 
 def load_script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A script of docs/ as a module."""
+    """Import a script of docs/ as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)  # where dataclasses look their module up
+    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look up their module here
     spec.loader.exec_module(module)
     return module
 
 
-def test_tables_of_results_are_what_the_records_give(monkeypatch):
+def test_tables_of_results_agree_with_the_records(monkeypatch):
     script = load_script("make_results", monkeypatch)
     pages = {page: page.read_text() for page in script.PAGES}
     used = [name for text in pages.values() for _, name, _ in script.MARKED.findall(text)]
@@ -162,35 +162,35 @@ def test_tables_of_results_are_what_the_records_give(monkeypatch):
         assert script.filled(text) == text, f"{page.name}: run python docs/make_results.py"
 
 
-def test_tables_of_results_are_made_anew_where_a_figure_differs(monkeypatch, tmp_path):
+def test_tables_of_results_are_updated(monkeypatch, tmp_path):
     script = load_script("make_results", monkeypatch)
     page = tmp_path / "page.md"
     monkeypatch.setattr(script, "PAGES", [page])
     monkeypatch.setattr(sys, "argv", ["make_results.py"])
     page.write_text("before\n<!-- results:shop -->\n<!-- /results -->\nafter\n")
     script.main()
-    made = page.read_text()
-    assert re.search(r"\| GFlowNet, exact flows .*\| +\.337 ± \.011 ", made)
-    assert made.startswith("before\n") and made.endswith("\nafter\n")
+    text = page.read_text()
+    assert re.search(r"\| GFlowNet, exact flows .*\| +\.337 ± \.011 ", text)
+    assert text.startswith("before\n") and text.endswith("\nafter\n")
     monkeypatch.setattr(sys, "argv", ["make_results.py", "--check"])
     script.main()
-    page.write_text(made.replace(".337", ".338"))
+    page.write_text(text.replace(".337", ".338"))
     with pytest.raises(SystemExit, match="page.md does not agree"):
         script.main()
-    assert ".338" in page.read_text()  # a check writes nothing
+    assert ".338" in page.read_text()  # --check writes nothing
 
 
-def test_pictures_are_made_by_the_script_shown_and_small(monkeypatch):
+def test_pictures_come_from_the_script_are_used_and_small(monkeypatch):
     pictures = load_script("pictures", monkeypatch)
     files = sorted((ROOT / "docs" / "images").iterdir())
-    made = [*pictures.PICTURES, "seconds"]  # the last by benchmarks/quality/seconds.py
-    assert [file.name for file in files] == sorted(f"{name}.png" for name in made)
-    shown = set(re.findall(r"!\[[^\]]+\]\(images/([\w.]+)\)", "".join(page.read_text() for page in PAGES)))
+    names = [*pictures.PICTURES, "seconds"]  # the last one is made by benchmarks/quality/seconds.py
+    assert [file.name for file in files] == sorted(f"{name}.png" for name in names)
+    used = set(re.findall(r"!\[[^\]]+\]\(images/([\w.]+)\)", "".join(page.read_text() for page in PAGES)))
     for file in files:
-        assert file.name in shown and file.stat().st_size < 100_000, file.name
+        assert file.name in used and file.stat().st_size < 100_000, file.name
 
 
-def test_notebooks_are_kept_without_outputs():
+def test_notebooks_are_stored_without_outputs():
     notebooks = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
     assert notebooks
     for notebook in notebooks:
@@ -199,7 +199,7 @@ def test_notebooks_are_kept_without_outputs():
 
 
 def run_page(name: str, folder: Path) -> str:
-    """All Python of a page, from top to bottom, in a process of its own; what it printed."""
+    """Run all Python code of a page in a new process and return what it prints."""
     page = (ROOT / name).read_text()
     script = folder / "page.py"
     script.write_text("\n".join(code for kind, code in BLOCK.findall(page) if kind == "python"))
@@ -208,13 +208,13 @@ def run_page(name: str, folder: Path) -> str:
     return ran.stdout
 
 
-def test_extending_runs_and_does_what_it_says(tmp_path):
-    said = run_page("docs/extending.md", tmp_path)
-    plain, cheap = map(float, re.search(r"mean price (\S+), with the reward (\S+)", said).groups())
-    exact = float(re.search(r"mean price with exact flows (\S+)", said)[1])
+def test_the_extensions_of_the_page_run_and_work(tmp_path):
+    printed = run_page("docs/extending.md", tmp_path)
+    plain, cheap = map(float, re.search(r"mean price (\S+), with the reward (\S+)", printed).groups())
+    exact = float(re.search(r"mean price with exact flows (\S+)", printed)[1])
     assert cheap < plain / 2 and exact < plain / 2
-    assert "'sampler/shelf/share': 0.375" in said
-    first, last = map(float, re.search(r"residual (\S+) -> (\S+) nats", said).groups())
+    assert "'sampler/shelf/share': 0.375" in printed
+    first, last = map(float, re.search(r"residual (\S+) -> (\S+) nats", printed).groups())
     assert last < 0.7 * first
 
 
@@ -227,16 +227,16 @@ def test_the_code_of_the_readme_runs_and_recommends(tmp_path):
     assert len({title for title, _, _ in found}) == 5
     log_probs = [float(log_prob) for _, _, log_prob in found]
     assert log_probs == sorted(log_probs, reverse=True)
-    assert log_probs[0] > math.log(2 / 120)  # trained: of 120 items the first one has more than twice its even share
+    assert log_probs[0] > math.log(2 / 120)  # more than twice the uniform probability of 120 items
 
 
 def test_quickstart_runs_and_recommends(tmp_path):
-    said = run_page("docs/quickstart.md", tmp_path)
-    lines = re.findall(r"^(\w+ / \w+ no\. \d+) +(-\d+\.\d+)$", said, re.MULTILINE)
+    printed = run_page("docs/quickstart.md", tmp_path)
+    lines = re.findall(r"^(\w+ / \w+ no\. \d+) +(-\d+\.\d+)$", printed, re.MULTILINE)
     assert len({title for title, _ in lines}) == 5
     assert [float(value) for _, value in lines] == sorted((float(value) for _, value in lines), reverse=True)
 
 
-def test_the_way_from_trl_runs(tmp_path):
-    said = run_page("docs/trl.md", tmp_path)
-    assert said.count("train_runtime") == 2  # GRPO's and ours
+def test_the_code_of_the_trl_page_runs(tmp_path):
+    printed = run_page("docs/trl.md", tmp_path)
+    assert printed.count("train_runtime") == 2  # GRPO's and ours

@@ -1,4 +1,4 @@
-"""A folder whose files do not fit each other is refused at loading, by the file, and none of its code runs."""
+"""Loading refuses a folder with inconsistent files and names the file, and runs none of the folder's code."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def folder(saved, tmp_path) -> Path:
 
 
 def change(file: Path, edit) -> None:
-    """Edit what a JSON or safetensors file holds."""
+    """Edit the content of a JSON or safetensors file."""
     if file.suffix == ".json":
         content = json.loads(file.read_text())
         file.write_text(json.dumps(edit(content) or content))
@@ -61,7 +61,7 @@ def swap(mapping: dict, one: str, other: str) -> None:
 LAYER = "model.layers.1.mlp.up_proj.weight"
 FAULTS = {
     "a tensor is missing": ("model.safetensors", lambda c: drop(c, LAYER), rf"lacks 1 tensors \('{LAYER}'\)"),
-    "a tensor too many": (
+    "an unexpected tensor": (
         "model.safetensors",
         lambda c: c.update(strange=torch.ones(2)),
         "holds, but the model does not have, 1 tensors \\('strange'",
@@ -78,7 +78,7 @@ FAULTS = {
         lambda c: {**GPT2Config(vocab_size=len(TOKENIZER), n_embd=32, n_layer=2, n_head=4).to_dict()},
         "are not those of GPT2LMHeadModel, which its config.json describes",
     ),
-    "an architecture of the same tensors": (
+    "another architecture with the same tensors": (
         "config.json",
         lambda c: c.update(model_type="mistral"),
         r"was saved as LlamaForCausalLM, but its config.json describes MistralForCausalLM \(model_type 'mistral'\)",
@@ -119,19 +119,19 @@ FAULTS = {
     "an item twice": ("catalog.json", lambda c: c["items"].__setitem__(3, c["items"][0]), "lists item 'i001' 2 times"),
     "a null id": ("catalog.json", lambda c: c["semantic_ids"].__setitem__(3, None), "semantic id of item .* is None"),
     "a null token": ("catalog.json", lambda c: c["semantic_ids"][3].__setitem__(0, None), r"is \[None, "),
-    "an id less": ("catalog.json", lambda c: drop(c["semantic_ids"], -1), "has 24 items and 23 semantic ids"),
-    "no numbers": ("catalog.json", lambda c: drop(c, "token_ids"), r"must hold items, semantic_ids and token_ids"),
+    "a missing id": ("catalog.json", lambda c: drop(c["semantic_ids"], -1), "has 24 items and 23 semantic ids"),
+    "no token ids": ("catalog.json", lambda c: drop(c, "token_ids"), r"must hold items, semantic_ids and token_ids"),
     "null titles": ("item_details.json", lambda c: c["titles"].__setitem__(0, 3), "invalid value 3 in titles"),
-    "counts that are none": ("item_details.json", lambda c: c["counts"].__setitem__(0, -1), "value -1 in counts"),
-    "a count less": ("item_details.json", lambda c: drop(c["counts"], -1), "counts for 23 items, but the catalog"),
-    "details of something else": ("item_details.json", lambda c: [c], "must contain a JSON object"),
-    "no length of histories": ("recommender_config.json", lambda c: drop(c, "max_history_items"), "lacks 'max_hist"),
-    "a length that is none": ("recommender_config.json", lambda c: c.update(max_history_items=0), "cannot be used: "),
+    "a negative count": ("item_details.json", lambda c: c["counts"].__setitem__(0, -1), "value -1 in counts"),
+    "a missing count": ("item_details.json", lambda c: drop(c["counts"], -1), "counts for 23 items, but the catalog"),
+    "details of the wrong type": ("item_details.json", lambda c: [c], "must contain a JSON object"),
+    "no history length": ("recommender_config.json", lambda c: drop(c, "max_history_items"), "lacks 'max_hist"),
+    "a history length of 0": ("recommender_config.json", lambda c: c.update(max_history_items=0), "cannot be used: "),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_files_that_do_not_fit_are_named(folder, fault):
+def test_inconsistent_files_are_named(folder, fault):
     file, edit, message = FAULTS[fault]
     change(folder / file, edit)
     with pytest.raises(ValueError, match=message):
@@ -156,7 +156,7 @@ def test_damaged_files_are_named(folder, name, content):
         Recommender.from_pretrained(folder)
 
 
-def test_files_that_do_not_fit_are_named_by_a_trainer_too(folder):
+def test_a_trainer_names_inconsistent_files_too(folder):
     change(folder / "tokenizer.json", FAULTS["swapped tokens"][1])
     with pytest.raises(ValueError, match="gives token '<a_0>' the token id 3, but the tokenizer gives it 4"):
         GFlowNetTrainer(str(folder), [GroundTruthReward()], GFlowNetConfig(str(folder), use_cpu=True), make_rows())
@@ -169,7 +169,7 @@ def test_a_model_with_fewer_tokens_than_its_catalog_is_refused(folder):
         Recommender.from_pretrained(folder)
 
 
-def test_tied_and_intentionally_absent_tensors_are_not_missed(tmp_path):
+def test_tied_and_intentionally_absent_tensors_are_not_missing(tmp_path):
     for kind in ("t5", "bart", "marian"):
         tiny_seq2seq(40, kind).save_pretrained(tmp_path / kind)
         load_backbone(tmp_path / kind)
@@ -181,8 +181,8 @@ def test_tied_and_intentionally_absent_tensors_are_not_missed(tmp_path):
     load_backbone(tmp_path / "tied")
 
 
-def test_a_plain_model_may_hold_more_but_not_less(tmp_path):
-    """A published checkpoint often holds a tensor or two that the class does not read."""
+def test_a_plain_model_may_have_extra_tensors_but_none_missing(tmp_path):
+    """Published checkpoints often hold a few tensors that the class does not load."""
     tiny_model(40).save_pretrained(tmp_path)
     change(tmp_path / "model.safetensors", lambda c: c.update(extra=torch.ones(1)))
     load_backbone(tmp_path)
@@ -191,7 +191,7 @@ def test_a_plain_model_may_hold_more_but_not_less(tmp_path):
         load_backbone(tmp_path)
 
 
-def test_a_teacher_of_other_items_is_named(folder):
+def test_a_teacher_that_lacks_items_is_named(folder):
     Popularity(ITEMS[:-1]).save_pretrained(folder / "teacher")
     with pytest.raises(ValueError, match="The teacher in .*teacher does not know 1 items of catalog.json"):
         Recommender.from_pretrained(folder)
@@ -205,7 +205,7 @@ def test_a_teacher_of_other_items_is_named(folder):
         (lambda c: {k: v[:1] if "lora_A" in k else v for k, v in c.items()}, "The adapters of .* cannot be loaded"),
     ],
 )
-def test_adapters_that_do_not_fit_are_named(tmp_path, edit, message):
+def test_inconsistent_adapters_are_named(tmp_path, edit, message):
     tiny_model(40).save_pretrained(tmp_path / "base")
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     get_peft_model(load_backbone(tmp_path / "base"), config).save_pretrained(tmp_path / "adapters")
@@ -220,7 +220,7 @@ def widen(content: dict) -> dict:
 
 
 @pytest.fixture(scope="module")
-def in_words(tmp_path_factory) -> Path:
+def text_prompts(tmp_path_factory) -> Path:
     folder, tokenizer = tmp_path_factory.mktemp("words"), byte_tokenizer()
     add_item_tokens(tokenizer, SEMANTIC_IDS)
     catalog = ItemCatalog.from_semantic_ids(SEMANTIC_IDS, tokenizer)
@@ -243,8 +243,8 @@ def in_words(tmp_path_factory) -> Path:
         ("recommender_config.json", lambda c: c.update(prompt_format="verse"), "prompt_format is 'verse'"),
     ],
 )  # fmt: skip
-def test_prompts_of_another_save_are_named(in_words, tmp_path, file, edit, message):
-    folder = Path(shutil.copytree(in_words, tmp_path / "model"))
+def test_inconsistent_prompts_are_named(text_prompts, tmp_path, file, edit, message):
+    folder = Path(shutil.copytree(text_prompts, tmp_path / "model"))
     if edit is None:
         (folder / file).unlink()
     else:
@@ -253,7 +253,7 @@ def test_prompts_of_another_save_are_named(in_words, tmp_path, file, edit, messa
         Recommender.from_pretrained(folder)
 
 
-# ---------------------------------------------------------------------------------------------------- code of a folder
+# --------------------------------------------------------------------------------------------------- code in a folder
 CODE = """
 from pathlib import Path
 Path({marker!r}).touch()
@@ -278,7 +278,7 @@ PLACES = {
 
 @pytest.fixture(params=PLACES)
 def with_code(request, folder, tmp_path) -> tuple[Path, Path]:
-    """A recommender's folder with Python code in it, and the file that this code makes when it is run."""
+    """A recommender's folder with Python code, and the file that this code creates when it runs."""
     file, entries, base = PLACES[request.param]
     marker = tmp_path / "was_run"
     (folder / "foreign.py").write_text(CODE.format(marker=str(marker), base=base))
@@ -290,7 +290,7 @@ def command(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "gflowtrl", *words], input="y\n" * 9, text=True, capture_output=True)
 
 
-def test_code_of_a_folder_does_not_run_and_nobody_asks(with_code, monkeypatch, tmp_path):
+def test_code_in_a_folder_does_not_run_and_the_user_is_not_asked(with_code, monkeypatch, tmp_path):
     folder, marker = with_code
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     loads = [
@@ -306,7 +306,7 @@ def test_code_of_a_folder_does_not_run_and_nobody_asks(with_code, monkeypatch, t
     assert not marker.exists()
 
 
-def test_code_runs_where_the_user_trusts_it(folder, tmp_path, monkeypatch):
+def test_code_runs_if_the_user_trusts_it(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     file, entries, base = PLACES["tokenizer"]
     (folder / "foreign.py").write_text(CODE.format(marker=str(tmp_path / "was_run"), base=base))
@@ -315,17 +315,17 @@ def test_code_runs_where_the_user_trusts_it(folder, tmp_path, monkeypatch):
     assert type(tokenizer).__name__ == "Foreign" and (tmp_path / "was_run").exists()
 
 
-def test_models_are_loaded_in_one_place():
-    """Elsewhere one of transformers' loaders would ask at the terminal, or fill what is missing at random."""
+def test_models_are_loaded_in_one_file_only():
+    """A loader of transformers used elsewhere might ask at the terminal, or initialize missing tensors randomly."""
     loader = re.compile(r"\b(Auto\w+|PeftModel|PreTrained\w+|\w*loader)\.from_pretrained\(")
     package = Path(gflowtrl.__file__).parent
-    found = {path.name for path in package.rglob("*.py") if loader.search(re.sub(r"`[^`]*`", "", path.read_text()))}
-    assert found == {"loading.py"}
+    files = {path.name for path in package.rglob("*.py") if loader.search(re.sub(r"`[^`]*`", "", path.read_text()))}
+    assert files == {"loading.py"}
 
 
 @pytest.mark.parametrize("with_code", ["model"], indirect=True)
 @pytest.mark.parametrize("name", ["recommend", "serve", "evaluate", "train"])
-def test_yes_at_the_terminal_runs_no_code(with_code, tmp_path, name):
+def test_commands_run_no_code_even_if_the_user_answers_yes(with_code, tmp_path, name):
     folder, marker = with_code
     data = tmp_path / "data"
     data.mkdir()
@@ -343,7 +343,7 @@ def test_yes_at_the_terminal_runs_no_code(with_code, tmp_path, name):
         "evaluate": ["--model", str(folder), "--data_dir", str(data)],
         "train": ["--config", str(recipe)],
     }[name]
-    done = command(name, *words)
-    assert done.returncode == 2, done.stderr
+    ran = command(name, *words)
+    assert ran.returncode == 2, ran.stderr
     assert not marker.exists()
-    assert "error: " in done.stderr and "trust_remote_code" in done.stderr and "Traceback" not in done.stderr
+    assert "error: " in ran.stderr and "trust_remote_code" in ran.stderr and "Traceback" not in ran.stderr

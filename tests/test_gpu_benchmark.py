@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py in small on the CPU: what it measures, what it counts, and what it leaves out."""
+"""A small run of benchmarks/gpu.py on the CPU: its measurements, its counts of FLOPs, and its time budget."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def report(tmp_path_factory) -> dict:
         patch.setattr(gpu, "START", time.monotonic())
         assert gpu.main() == 0
     text = out.read_text()
-    assert str(out.parent) not in text  # no folder of this machine
+    assert str(out.parent) not in text  # no path of this machine
     return json.loads(text)
 
 
@@ -39,32 +39,32 @@ def rows(report: dict, part: str, name: str) -> dict[str, dict]:
     return {row[name]: row for row in report["parts"][part]["rows"]}
 
 
-def test_every_part_is_there_and_its_figures_are_finite_and_positive(report):
+def test_every_part_has_finite_and_positive_results(report):
     assert list(report["parts"]) == list(gpu.PARTS)
     for name, part in report["parts"].items():
         assert part["status"] == ("needs CUDA" if name == "synchronizations" else "complete")
         assert bool(part["rows"]) == (name != "synchronizations")
         for row in part["rows"]:
-            figures = {key: value for key, value in row.items() if not isinstance(value, str)}
-            assert len(figures) >= 5
-            assert all(math.isfinite(value) and value > 0 for value in figures.values()), row
+            numbers = {key: value for key, value in row.items() if not isinstance(value, str)}
+            assert len(numbers) >= 5
+            assert all(math.isfinite(value) and value > 0 for value in numbers.values()), row
     assert report["matmul_flops"] > 0 and report["versions"]["torch"] == torch.__version__
 
 
-def test_bf16_moves_the_distribution_and_float64_does_not(report):
+def test_bf16_changes_the_distribution_and_float64_does_not(report):
     for size in ("0.2M", "1.2M"):
-        found = {row["precision"]: row for row in report["parts"]["exactness"]["rows"] if row["size"] == size}
-        assert found["float64"]["largest_total_variation"] < 1e-5
+        results = {row["precision"]: row for row in report["parts"]["exactness"]["rows"] if row["size"] == size}
+        assert results["float64"]["largest_total_variation"] < 1e-5
         for precision in ("bf16 autocast", "bf16 weights"):
-            assert 1e-4 < found[precision]["total_variation"] < 0.1
+            assert 1e-4 < results[precision]["total_variation"] < 0.1
     for row in report["parts"]["total_variation"]["rows"]:
         assert row["trained"] < row["untrained"]
 
 
-def test_tokens_of_a_step_are_those_of_its_rows(report):
-    """Four prompts of 1 to 4 items of three tokens: whole rows of one user, or rows of their own."""
+def test_tokens_per_step_are_those_of_its_rows(report):
+    """Four prompts of 1 to 4 items of three tokens, either in one whole row per user or in separate rows."""
     sides = rows(report, "training_office", "side")
-    # bos, the tokens of five items but the last: the targets' ids are read off.
+    # BOS and the tokens of five items except the last token: the targets' ids are part of the row.
     assert sides["sft, whole rows"]["tokens_per_step"] == 1 + 5 * 3 - 1
     longest = 1 + 4 * 3
     assert 4 * longest < sides["sft, separate rows"]["tokens_per_step"] <= 4 * (longest + 2)
@@ -96,7 +96,7 @@ def dense_model(frozen: bool) -> LlamaForCausalLM:
 
 
 @pytest.mark.parametrize(("frozen", "per_weight"), [(False, 6), (True, 4)])
-def test_flops_are_those_of_a_count_by_hand_and_of_torch(frozen, per_weight):
+def test_flops_agree_with_a_count_by_hand_and_with_torch(frozen, per_weight):
     model, ids = dense_model(frozen), torch.randint(11, (3, 5))
     work = Work(model)
     with FlopCounterMode(display=False) as counted:
@@ -114,7 +114,7 @@ def test_flops_are_those_of_a_count_by_hand_and_of_torch(frozen, per_weight):
     assert work.tokens == 0 and work.tokens_without_gradient == 15
 
 
-def test_a_cache_is_attended_to():
+def test_attention_to_a_cache_is_counted():
     formula = FlopFormula.of(dense_model(False))
     assert formula.layers(2, 2 * 30, False) - formula.layers(2, 2 * 10, False) == 4 * 32 * 40
     model, ids = dense_model(False), torch.randint(11, (1, 5))
@@ -127,8 +127,8 @@ def test_a_cache_is_attended_to():
 
 
 # --------------------------------------------------------------------------------------------------- synchronizations
-def test_waiting_is_counted_where_it_happens_and_in_one_step_only(monkeypatch):
-    """Torch's warning is raised by hand once per level of every draw."""
+def test_synchronizations_of_one_step_are_counted_by_their_source(monkeypatch):
+    """The test issues torch's warning once per level of every draw."""
 
     def inverse_cdf(*args):
         warnings.warn(synchronizations.MESSAGE, stacklevel=1)
@@ -137,32 +137,31 @@ def test_waiting_is_counted_where_it_happens_and_in_one_step_only(monkeypatch):
     module = sys.modules[TreePolicy.__module__]
     original = module.inverse_cdf
     monkeypatch.setattr(module, "inverse_cdf", inverse_cdf)
-    found = {row["work"]: row for row in (measure() for measure in synchronizations.count_all(SMALL))}
+    results = {row["work"]: row for row in (measure() for measure in synchronizations.count_all(SMALL))}
     for work, count in {
         "policy.sample, K 16": 3, "policy.beam_search, width 20": 0, "training step, vargrad, whole rows": 3,
         "training step, exact_flow, whole rows": 0, "training step, sft, whole rows": 0,
     }.items():  # fmt: skip
-        assert found[work]["synchronizations"] == count, work
-        for site in found[work]["sites"]:
+        assert results[work]["synchronizations"] == count, work
+        for site in results[work]["sites"]:
             assert site["line"].startswith(f"{__name__}:") and site["gflowtrl"].startswith(f"{module.__name__}:")
             assert site["count"] == 3
 
 
 def test_other_warnings_are_shown():
-    with warnings.catch_warnings(record=True) as shown, synchronizations.synchronizations() as found:
+    with warnings.catch_warnings(record=True) as others, synchronizations.synchronizations() as counted:
         warnings.warn("something else", stacklevel=1)
-    assert not found and [str(warning.message) for warning in shown] == ["something else"]
+    assert not counted and [str(warning.message) for warning in others] == ["something else"]
 
 
 # ------------------------------------------------------------------------------------------------------------- budget
 def run(out, part: gpu.Part, seconds: float) -> dict:
-    made = gpu.Run(RunSettings(SMALL.device), out, time.monotonic() + seconds, {"parts": {}})
-    made.part("part", part)
+    gpu.Run(RunSettings(SMALL.device), out, time.monotonic() + seconds, {"parts": {}}).part("part", part)
     return json.loads(out.read_text())["parts"]["part"]
 
 
 def test_a_part_that_no_longer_fits_is_left_out(tmp_path):
-    part = run(tmp_path / "gpu.json", gpu.Part(60, lambda _: pytest.fail("it was begun")), seconds=30)
+    part = run(tmp_path / "gpu.json", gpu.Part(60, lambda _: pytest.fail("it was started")), seconds=30)
     assert part["status"] in ("left out: 30 seconds left", "left out: 29 seconds left") and part["rows"] == []
 
 
@@ -170,7 +169,7 @@ def test_a_part_that_takes_too_long_is_stopped_and_keeps_its_rows(tmp_path):
     out = tmp_path / "gpu.json"
 
     def too_long() -> dict:
-        assert json.loads(out.read_text())["parts"]["part"]["rows"] == [{"figure": 1}]  # a kill would lose nothing
+        assert json.loads(out.read_text())["parts"]["part"]["rows"] == [{"figure": 1}]  # already saved
         time.sleep(20)
         return {"figure": 2}
 
@@ -178,7 +177,7 @@ def test_a_part_that_takes_too_long_is_stopped_and_keeps_its_rows(tmp_path):
     assert part["status"].startswith("stopped") and part["rows"] == [{"figure": 1}] and part["seconds"] < 5
 
 
-def test_a_row_that_fails_costs_only_itself(tmp_path):
+def test_a_failing_row_does_not_affect_other_rows(tmp_path):
     part = run(tmp_path / "gpu.json", gpu.Part(5, lambda _: iter([lambda: 1 / 0, lambda: {"figure": 2}])), seconds=60)
     assert part["status"] == "failed: 1 of 2 rows"
     assert part["rows"] == [{"failed": "failed: ZeroDivisionError: division by zero"}, {"figure": 2}]

@@ -1,4 +1,4 @@
-"""`make test-lowest` installs the versions that setup.cfg says are enough, and no others."""
+"""`make test-lowest` installs exactly the lower bounds of setup.cfg."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOOL = ROOT / "tools" / "lowest_versions.py"
 
 
 def setup_cfg(folder: Path, requirements: str, extra: str = "numpy>=2") -> list[str]:
-    """A folder with the tool and a setup.cfg; the command that runs the one on the other."""
+    """Write the tool and a setup.cfg to a folder, and return the command that runs the tool."""
     (folder / "tools").mkdir()
     (folder / "tools" / TOOL.name).write_text(TOOL.read_text())
     (folder / "setup.cfg").write_text(
@@ -33,14 +33,14 @@ def test_every_requirement_is_pinned_to_the_lowest_version_that_it_allows():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     lines = [config["options"]["install_requires"], *config["options.extras_require"].values()]
-    asked = [Requirement(line) for line in "\n".join(lines).splitlines() if line]
-    asked = [requirement for requirement in asked if requirement.name != "gflowtrl"]
-    assert constraints.keys() == {requirement.name for requirement in asked}
-    for requirement in asked:
+    requirements = [Requirement(line) for line in "\n".join(lines).splitlines() if line]
+    requirements = [requirement for requirement in requirements if requirement.name != "gflowtrl"]
+    assert constraints.keys() == {requirement.name for requirement in requirements}
+    for requirement in requirements:
         (pin,) = constraints[requirement.name].specifier
         assert pin.operator == "=="
         assert pin.version in requirement.specifier
-        if requirement.name == "torch":  # not tested as far down as the code allows
+        if requirement.name == "torch":  # tested from a higher version on than setup.cfg allows
             assert Version(pin.version) == Version("2.13")
             continue
         lower = [Version(part.version) for part in requirement.specifier if part.operator == ">="]
@@ -57,11 +57,11 @@ def test_upper_bounds_and_extras(tmp_path):
 @pytest.mark.parametrize(
     ("requirement", "message"),
     [
-        ("rich", "asks for 'rich' without a lower bound"),
-        ("rich<15", "asks for 'rich<15' without a lower bound"),
+        ("rich", "requires 'rich' without a lower bound"),
+        ("rich<15", "requires 'rich<15' without a lower bound"),
         ("numpy>=2.2", "two lower bounds for numpy, 2.2 and 2"),
     ],
 )
-def test_refusals(tmp_path, requirement, message):
+def test_invalid_requirements_are_refused(tmp_path, requirement, message):
     failed = subprocess.run(setup_cfg(tmp_path, requirement), capture_output=True, text=True)
     assert failed.returncode == 1 and message in failed.stderr

@@ -1,4 +1,4 @@
-"""The package as a whole: light to import, layered, honest about what it needs, and never unpickling."""
+"""The whole package: fast to import, layered, with complete requirements and without unpickling."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGE = Path(gflowtrl.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
 
-# DESIGN: imports go one way, from the right to the left.
+# A package may import from its own layer and from earlier ones.
 LAYERS = (
     {"checks", "compat", "configuration", "files", "finite", "trunks"},
     {"catalog"},
@@ -30,17 +30,17 @@ LAYERS = (
     {"pipeline", "serving"},
     {"cli", "__main__"},
 )
-LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-TRAINING_ROOMS = {"trainer", "pipeline", "cli"}  # where trl may be imported
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+TRAINING_PACKAGES = {"trainer", "pipeline", "cli"}  # may import trl
 
 
-def room_of(path: Path) -> str:
-    """First part of a module's path below the package: its room in DESIGN's layout."""
+def package_of(path: Path) -> str:
+    """Return the first part of a module's path in gflowtrl: the name of its package, or of a single module."""
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def imports_of(path: Path) -> list[str]:
-    """Absolute dotted names of all that a module imports, those inside functions and TYPE_CHECKING included."""
+    """Return the absolute dotted names of all imports of a module, including those in functions and TYPE_CHECKING."""
     package = ["gflowtrl", *path.relative_to(PACKAGE).parent.parts]
     names = []
     for node in ast.walk(TREES[path]):
@@ -65,16 +65,16 @@ def test_importing_the_package_loads_no_library_and_opens_no_connection():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
 
 
-def test_losses_know_tensors_only():
+def test_losses_depend_on_tensors_only():
     for path in MODULES:
-        if room_of(path) == "losses":
+        if package_of(path) == "losses":
             allowed = ("gflowtrl.losses", "gflowtrl.checks")
-            ours = [n for n in imports_of(path) if n.startswith("gflowtrl.") and not n.startswith(allowed)]
-            assert not ours, f"{path} imports {ours}"
+            others = [n for n in imports_of(path) if n.startswith("gflowtrl.") and not n.startswith(allowed)]
+            assert not others, f"{path} imports {others}"
 
 
 @pytest.mark.parametrize("name", [name for name in gflowtrl.__all__ if name != "__version__"])
-def test_every_public_name_is_there_and_documented(name):
+def test_every_public_name_exists_and_is_documented(name):
     assert getattr(gflowtrl, name).__doc__
 
 
@@ -83,26 +83,26 @@ def test_an_unknown_name_is_refused():
         _ = gflowtrl.Trainer
 
 
-def test_imports_go_one_way():
+def test_imports_go_in_one_direction():
     graph: dict[str, set[str]] = {}
     for path in MODULES:
-        here = room_of(path)
-        if here == "__init__":
+        package = package_of(path)
+        if package == "__init__":
             continue
-        assert here in LEVEL, f"{path} stands outside the layout of DESIGN; give it a place in LAYERS"
+        assert package in LEVEL, f"{path} is not in a layer; add {package} to LAYERS"
         for name in imports_of(path):
             parts = name.split(".")
-            if parts[0] != "gflowtrl" or len(parts) == 1 or parts[1] == here:
+            if parts[0] != "gflowtrl" or len(parts) == 1 or parts[1] == package:
                 continue
-            there = parts[1]
-            assert there in LEVEL, f"{path} imports {name}, past the layers; import it from its own room"
-            assert LEVEL[there] <= LEVEL[here], f"{path} imports {name}, which stands above it"
-            graph.setdefault(here, set()).add(there)
-    TopologicalSorter(graph).prepare()  # rooms of one layer may use each other, but never in a circle
+            imported = parts[1]
+            assert imported in LEVEL, f"{path} imports {name} from gflowtrl; import it from its own package"
+            assert LEVEL[imported] <= LEVEL[package], f"{path} imports {name}, whose layer comes later in LAYERS"
+            graph.setdefault(package, set()).add(imported)
+    TopologicalSorter(graph).prepare()  # packages of one layer may import each other, but not in a cycle
 
 
-def test_no_files_import_each_other():
-    """Not in a circle, however long; imports inside functions and for annotations count, too."""
+def test_no_import_cycles_between_files():
+    """Imports in functions and for annotations count too."""
     files = {".".join(["gflowtrl", *path.relative_to(PACKAGE).with_suffix("").parts]): path for path in MODULES}
     files = {name.removesuffix(".__init__"): path for name, path in files.items()}
     graph: dict[str, set[str]] = {name: set() for name in files}
@@ -118,7 +118,7 @@ def test_no_files_import_each_other():
 def test_trl_is_imported_by_training_code_only():
     of_trl = {f"gflowtrl.compat.{name}" for name, (module, _) in compat.NAMES.items() if module.startswith("trl.")}
     for path in MODULES:
-        if room_of(path) not in TRAINING_ROOMS | {"compat"}:  # compat imports it when one of these names is asked for
+        if package_of(path) not in TRAINING_PACKAGES | {"compat"}:  # compat imports it on the use of such a name
             assert not [n for n in imports_of(path) if n.split(".")[0] == "trl" or n in of_trl], path
 
 
@@ -137,17 +137,17 @@ def test_importing_the_package_changes_no_logger():
 
 def test_type_checkers_see_every_public_name():
     (branch,) = (node for node in TREES[PACKAGE / "__init__.py"].body if isinstance(node, ast.If))
-    told = {alias.name: node.module for node in branch.body for alias in node.names}
-    assert told == gflowtrl._HOMES
-    assert gflowtrl.__all__ == sorted(gflowtrl.__all__) and set(gflowtrl.__all__) == {"__version__", *told}
+    imported = {alias.name: node.module for node in branch.body for alias in node.names}
+    assert imported == gflowtrl._HOMES
+    assert gflowtrl.__all__ == sorted(gflowtrl.__all__) and set(gflowtrl.__all__) == {"__version__", *imported}
     assert (PACKAGE / "py.typed").is_file()
 
 
-def test_what_is_imported_is_required():
+def test_imported_libraries_are_required():
     setup = configparser.ConfigParser()
     setup.read(PACKAGE.parent / "setup.cfg")
     if "options" not in setup:
-        pytest.skip("setup.cfg is not beside the package: an installed copy is tested")
+        pytest.skip("setup.cfg does not exist: an installed copy is tested")
     required = {re.split(r"[<>=!]", line)[0].lower() for line in setup["options"]["install_requires"].split()}
     renamed = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub", "scikit-learn": "sklearn"}
     required = {renamed.get(name, name) for name in required}
@@ -157,9 +157,9 @@ def test_what_is_imported_is_required():
         {re.split(r"[<>=!]", line)[0] for line in extras[name].split()} for name in ("deepspeed", "serve")
     )
     assert used - set(sys.stdlib_module_names) - {"gflowtrl"} <= required | serving | {extra}
-    for path in MODULES:  # what the server needs stays in its room
-        assert room_of(path) == "serving" or not serving & {name.split(".")[0] for name in imports_of(path)}, path
-    for tree in TREES.values():  # an extra is imported where it is in use, never with the module
+    for path in MODULES:  # libraries of the server are imported in its package only
+        assert package_of(path) == "serving" or not serving & {name.split(".")[0] for name in imports_of(path)}, path
+    for tree in TREES.values():  # the library of an extra is imported in functions, not with the module
         names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
         names |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.module}
         assert extra not in {name.split(".")[0] for name in names}

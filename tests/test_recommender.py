@@ -1,4 +1,4 @@
-"""`Recommender` against brute force over all leaves, and its answers to mistakes."""
+"""`Recommender` against brute force over all leaves, and its error messages."""
 
 import json
 
@@ -26,7 +26,7 @@ def recommender(request) -> Recommender:
 
 
 def brute_force(recommender: Recommender, history: list, exclude: bool = False) -> list[tuple[str, float]]:
-    """All items by falling probability of their leaf, computed for this history alone."""
+    """Return all items by decreasing probability of their leaf, computed for this history alone."""
     (log_probs,) = recommender.policy.leaf_log_probs(recommender.encoder([history]))
     pairs = [(item, log_probs[recommender.catalog.leaf_of([item])].item()) for item in ITEMS]
     pairs = [pair for pair in pairs if not exclude or pair[0] not in history]
@@ -50,10 +50,10 @@ def test_short_lists_are_searched_with_a_wide_beam(recommender):
     found = [r.item for (r,) in recommender.recommend(histories, k=1)]
     assert found == [brute_force(recommender, history)[0][0] for history in histories]
     greedy = [r.item for (r,) in recommender.recommend(histories, k=1, num_beams=1)]
-    assert greedy != found  # so the width matters here
+    assert greedy != found  # so the beam width matters here
 
 
-def test_lists_are_full_and_items_of_one_id_stand_together(recommender):
+def test_lists_are_full_and_items_with_the_same_id_are_adjacent(recommender):
     (found,) = recommender.recommend([["i001"]], k=10, exclude_seen=True)
     assert len(found) == 10 and "i001" not in {r.item for r in found}
     (found,) = recommender.recommend([["i010"]], k=len(ITEMS))
@@ -63,22 +63,22 @@ def test_lists_are_full_and_items_of_one_id_stand_together(recommender):
     assert sum(torch.tensor([r.log_prob for r in found if r.item != "twin"]).exp()) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_nothing_asked_nothing_answered(recommender):
+def test_no_histories_give_no_lists(recommender):
     assert recommender.recommend([]) == []
 
 
-def test_histories_may_come_one_after_the_other(recommender):
+def test_histories_may_be_a_generator(recommender):
     assert recommender.recommend(history for history in HISTORIES) == recommender.recommend(HISTORIES)
 
 
-def test_a_sampled_list_holds_distinct_items_in_proportion(recommender):
-    """The first item of a list is an ordinary draw of the policy."""
+def test_a_sampled_list_has_distinct_items_in_proportion_to_their_probability(recommender):
+    """The first item of each list is a draw from the policy."""
     history, draws = HISTORIES[2], 1500
     lists = recommender.recommend([history] * draws, k=3, strategy="sample", seed=1)
     assert all(len({r.item for r in found}) == 3 for found in lists)
     probability = dict(brute_force(recommender, history))
     assert [r.log_prob for r in lists[0]] == pytest.approx([probability[r.item] for r in lists[0]], abs=1e-4)
-    # "twin" shares the id of "i001" and stands beside it, so leaves are counted.
+    # "twin" has the id of "i001" and comes with it, so leaves are counted.
     leaves = [int(recommender.catalog.leaf_of([found[0].item])) for found in lists]
     size = recommender.catalog.tree.num_leaves
     expected = torch.zeros(size, dtype=torch.double)
@@ -100,8 +100,8 @@ def test_sampled_lists_follow_the_seed_and_not_the_batch(recommender):
     first = items(seed=4)
     assert items(seed=4, batch_size=5) == first == items(seed=4, num_beams=9)
     assert items(seed=5) != first
-    assert first[:4] != first[4:8]  # the same history twice draws twice
-    cold = items(temperature=1e-4)  # no chance is left: the best token at each step comes first
+    assert first[:4] != first[4:8]  # equal histories have different draws
+    cold = items(temperature=1e-4)  # nearly deterministic: the best token at each step is drawn
     greedy = recommender.recommend(HISTORIES * 3, k=1, num_beams=1)
     assert [found[0] for found in cold] == [found.item for (found,) in greedy]
     everything = recommender.recommend([["i001"]], k=10, exclude_seen=True, strategy="sample")[0]
@@ -111,22 +111,22 @@ def test_sampled_lists_follow_the_seed_and_not_the_batch(recommender):
 ALLOWED = {"short", "twin", "i001", "i222", ITEMS[7]}
 
 
-def test_only_allowed_items_come_with_their_own_probabilities(recommender):
+def test_only_allowed_items_are_recommended_with_unchanged_probabilities(recommender):
     expected = [pair for pair in brute_force(recommender, HISTORIES[0]) if pair[0] in ALLOWED]
     (found,) = recommender.recommend(HISTORIES[:1], k=10, allowed_items=ALLOWED)
     assert [r.item for r in found] == [item for item, _ in expected]
     assert [r.log_prob for r in found] == pytest.approx([value for _, value in expected], abs=1e-4)
-    # A greedy search among all items ends elsewhere; among these it still ends at one of them.
+    # A greedy search among all items would end at another item.
     ((one,),) = recommender.recommend(HISTORIES[:1], k=1, num_beams=1, allowed_items={expected[-1][0]})
     assert one.item == expected[-1][0]
 
 
-@pytest.mark.parametrize("enumerated", [0, 4096])
-def test_draws_among_allowed_items_are_in_proportion(recommender, monkeypatch, enumerated):
-    """Whether all of them are looked at, or drawn from all items."""
-    monkeypatch.setattr("gflowtrl.recommender.ENUMERATED", enumerated)
+@pytest.mark.parametrize("max_enumerated", [0, 4096])
+def test_allowed_items_are_sampled_in_proportion_to_their_probability(recommender, monkeypatch, max_enumerated):
+    """Both if all allowed items are enumerated, and if all items are sampled and the others left out."""
+    monkeypatch.setattr("gflowtrl.recommender.MAX_ENUMERATED", max_enumerated)
     history, draws, warm = HISTORIES[2], 600, 1.7
-    allowed = ALLOWED - {"twin"}  # which comes together with "i001"
+    allowed = ALLOWED - {"twin"}  # it has the id of "i001"
     options = {"k": 2, "strategy": "sample", "seed": 3, "temperature": warm, "allowed_items": allowed}
     lists = recommender.recommend([history] * draws, **options)
     assert lists[:5] == recommender.recommend([history] * draws, batch_size=7, **options)[:5]
@@ -147,12 +147,12 @@ def test_unknown_items_are_left_out_with_a_warning(recommender):
     assert items[0] == items[1] == [r.item for r in recommender.recommend([["i010"]])[0]]
 
 
-def test_users_of_whom_nothing_is_known_get_what_was_taken_most(recommender):
+def test_users_without_known_items_get_popular_items(recommender):
     counts = torch.arange(len(ITEMS))
     known = Recommender(recommender.model, TOKENIZER, recommender.catalog, 5, item_counts=counts)
     with pytest.warns(UserWarning, match="not in the catalog"):
         cold, warm, strange = known.recommend([[], ["i010"], ["nonsense"]], k=4)
-    by_count = [recommender.catalog.items[place] for place in counts.argsort(descending=True)]
+    by_count = [recommender.catalog.items[index] for index in counts.argsort(descending=True)]
     assert [r.item for r in cold] == [r.item for r in strange] == by_count[:4]
     assert warm == recommender.recommend([["i010"]], k=4)[0]
     shares = (counts.double() + 1) / (counts + 1).sum()
@@ -161,31 +161,31 @@ def test_users_of_whom_nothing_is_known_get_what_was_taken_most(recommender):
     assert [r.item for r in few] == by_count[-2:]
     lists = known.recommend([[]] * 400, k=1, strategy="sample", seed=2)
     drawn = [recommender.catalog.items.index(found[0].item) for found in lists]
-    top = sum(place >= len(ITEMS) // 2 for place in drawn) / 400
+    top = sum(index >= len(ITEMS) // 2 for index in drawn) / 400
     assert top == pytest.approx(float(shares[len(ITEMS) // 2 :].sum()), abs=0.08)
     assert lists == known.recommend([[]] * 400, k=1, strategy="sample", seed=2)
 
 
-def test_an_explanation_is_the_path_with_its_probabilities(recommender):
+def test_an_explanation_has_the_path_with_its_probabilities(recommender):
     history = HISTORIES[2]
     ranked = recommender.recommend([history], k=len(ITEMS))[0]
-    for place in (0, 5, len(ITEMS) - 1):
-        found = recommender.explain(history, ranked[place].item)
-        assert found.log_prob == pytest.approx(ranked[place].log_prob, abs=1e-4)
-        product = torch.tensor([step.probability for step in found.steps]).log().sum().item()
-        assert product == pytest.approx(found.log_prob, abs=1e-4)
-        tokens = recommender.catalog.semantic_ids[recommender.catalog.items.index(found.item)]
-        assert [step.token for step in found.steps] == list(tokens)
+    for index in (0, 5, len(ITEMS) - 1):
+        explanation = recommender.explain(history, ranked[index].item)
+        assert explanation.log_prob == pytest.approx(ranked[index].log_prob, abs=1e-4)
+        product = torch.tensor([step.probability for step in explanation.steps]).log().sum().item()
+        assert product == pytest.approx(explanation.log_prob, abs=1e-4)
+        tokens = recommender.catalog.semantic_ids[recommender.catalog.items.index(explanation.item)]
+        assert [step.token for step in explanation.steps] == list(tokens)
     first = {ids[0] for ids in recommender.catalog.semantic_ids}
     assert all(recommender.explain(history, item).steps[0].choices == len(first) for item in ITEMS)
-    best = {recommender.explain(history, item).steps[0].rank for item in ITEMS}
-    assert best == set(range(1, len(first) + 1))
+    ranks = {recommender.explain(history, item).steps[0].rank for item in ITEMS}
+    assert ranks == set(range(1, len(first) + 1))
     assert recommender.explain(history, "twin").shares_id_with == ["i001"]
     with pytest.raises(ValueError, match="no known item"):
         recommender.explain([], "twin")
 
 
-def test_titles_counts_and_teacher_are_saved_and_explain(recommender, tmp_path):
+def test_titles_counts_and_teacher_are_saved_and_used_in_explanations(recommender, tmp_path):
     teacher = Popularity.fit([["i010", "twin", "i010"], ["i010"]], recommender.catalog.items)
     titles, counts = {"i010": "A lamp", "twin": "Ein Stuhl für zwei"}, torch.arange(len(ITEMS))
     Recommender(
@@ -202,7 +202,7 @@ def test_titles_counts_and_teacher_are_saved_and_explain(recommender, tmp_path):
 
 
 @pytest.mark.parametrize("title", [float("nan"), ["a"], "pen \ud83d"])
-def test_titles_that_are_no_text_are_refused(recommender, tmp_path, title):
+def test_invalid_titles_are_refused(recommender, tmp_path, title):
     with pytest.raises(ValueError, match="The title of item 'i010' (must be text|holds half a character)"):
         Recommender(recommender.model, TOKENIZER, recommender.catalog, 5, titles={"i010": title})
     recommender.save_pretrained(tmp_path)
@@ -214,7 +214,7 @@ def test_titles_that_are_no_text_are_refused(recommender, tmp_path, title):
 
 @pytest.mark.parametrize("kind", ["qwen3", "t5", "bart"])
 @pytest.mark.parametrize("heads", [False, True])
-def test_saved_and_loaded_it_says_the_same(tmp_path, kind, heads):
+def test_a_loaded_recommender_equals_the_saved_one(tmp_path, kind, heads):
     model = (tiny_model if kind == "qwen3" else tiny_seq2seq)(len(TOKENIZER), kind)
     if heads:
         attach_flow_heads(model)
@@ -233,15 +233,15 @@ def test_saved_and_loaded_it_says_the_same(tmp_path, kind, heads):
 @pytest.mark.parametrize(
     ("histories", "options", "error", "message"),
     [
-        ([["i010"], ["i010"], []], {"batch_size": 1}, ValueError, "row 2 is empty.*holds no counts"),
+        ([["i010"], ["i010"], []], {"batch_size": 1}, ValueError, "row 2 is empty.*has no counts"),
         ([["i010"]], {"allowed_items": []}, ValueError, "allowed_items is empty"),
         ([["i010"]], {"allowed_items": ["nonsense"]}, ValueError, "allowed_items holds 'nonsense'"),
-        (["i010"], {}, TypeError, "row 0 is 'i010'; give a list of items"),
-        ([3], {}, TypeError, "row 0 is 3; give a list of items"),
+        (["i010"], {}, TypeError, "row 0 is 'i010'; it must be a list of items"),
+        ([3], {}, TypeError, "row 0 is 3; it must be a list of items"),
         ([["i010"]], {"k": 0}, ValueError, "k is 0"),
         ([["i010"]], {"batch_size": 0}, ValueError, "batch_size is 0; it must be a whole number of at least 1"),
         ([["i010"]], {"batch_size": -1}, ValueError, "batch_size is -1; it must be a whole number of at least 1"),
-        ([["i010"]], {"k": 10, "num_beams": 9}, ValueError, "num_beams is 9, but 10 items"),
+        ([["i010"]], {"k": 10, "num_beams": 9}, ValueError, "num_beams is 9, less than k; it must be at least 10"),
         ([["i010"]], {"strategy": "greedy"}, ValueError, "strategy is 'greedy'; choose 'beam' or 'sample'"),
         (
             [["i010"]],
@@ -250,15 +250,15 @@ def test_saved_and_loaded_it_says_the_same(tmp_path, kind, heads):
             "temperature is 0.0; it must be a finite number above 0",
         ),
         ([["i010"]], {"strategy": "sample", "temperature": float("nan")}, ValueError, "temperature is nan"),
-        ([["i010"]], {"temperature": 2.0}, ValueError, "strategy 'beam' draws nothing; use strategy='sample'"),
+        ([["i010"]], {"temperature": 2.0}, ValueError, "strategy 'beam' does not sample. Use strategy='sample'"),
     ],
 )
-def test_mistakes_are_explained(recommender, histories, options, error, message):
+def test_invalid_arguments_are_errors_with_a_remedy(recommender, histories, options, error, message):
     with pytest.raises(error, match=message):
         recommender.recommend(histories, **options)
 
 
-def test_a_missing_folder_and_a_plain_language_model_are_told_apart(tmp_path):
+def test_a_missing_folder_and_a_plain_language_model_have_different_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         Recommender.from_pretrained(tmp_path / "nowhere")
     tiny_model(len(TOKENIZER)).save_pretrained(tmp_path)
@@ -266,7 +266,7 @@ def test_a_missing_folder_and_a_plain_language_model_are_told_apart(tmp_path):
         Recommender.from_pretrained(tmp_path)
 
 
-def test_adapters_keep_their_temperature_and_a_whole_model_drops_them(tmp_path):
+def test_saved_adapters_keep_their_temperature_and_a_full_model_replaces_them(tmp_path):
     tiny_model(len(TOKENIZER)).save_pretrained(tmp_path / "base")
     model = load_backbone(tmp_path / "base")
     set_temperature(model, 0.25)
@@ -279,20 +279,20 @@ def test_adapters_keep_their_temperature_and_a_whole_model_drops_them(tmp_path):
         first.recommend([["i010"]], k=2)[0][0].log_prob, abs=1e-4
     )
     (tmp_path / "out" / "policy_config.json").write_text("[1]")
-    with pytest.raises(ValueError, match="policy_config.json must hold a JSON object"):
+    with pytest.raises(ValueError, match=r"policy_config.json holds \[1\]; it must hold a JSON object"):
         Recommender.from_pretrained(tmp_path / "out")
-    whole = Recommender(tiny_model(len(TOKENIZER), seed=3), TOKENIZER, make_catalog())
-    whole.save_pretrained(tmp_path / "out")
+    full = Recommender(tiny_model(len(TOKENIZER), seed=3), TOKENIZER, make_catalog())
+    full.save_pretrained(tmp_path / "out")
     again = Recommender.from_pretrained(tmp_path / "out")
     assert [r.item for r in again.recommend([["i010"]], k=5)[0]] == [
-        r.item for r in whole.recommend([["i010"]], k=5)[0]
+        r.item for r in full.recommend([["i010"]], k=5)[0]
     ]
 
 
-def test_a_subclass_of_ones_own_is_loaded_as_its_base(tmp_path):
-    class Own(LlamaForCausalLM):
+def test_a_custom_subclass_is_loaded_as_its_base_class(tmp_path):
+    class CustomLlama(LlamaForCausalLM):
         pass
 
-    model = Own(tiny_model(len(TOKENIZER)).config).eval()
+    model = CustomLlama(tiny_model(len(TOKENIZER)).config).eval()
     Recommender(model, TOKENIZER, make_catalog()).save_pretrained(tmp_path)
     assert type(Recommender.from_pretrained(tmp_path).model) is LlamaForCausalLM

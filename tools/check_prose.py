@@ -1,9 +1,9 @@
-"""Checks the English of the repository, as far as a script can. Only the standard library is used.
+"""Check the English of the repository with regular expressions. Needs only the standard library.
 
 python tools/check_prose.py                               # everything; prints file:line: phrase -> remedy
 python tools/check_prose.py docs/data.md gflowtrl/data    # single files or folders
 
-Read are Markdown, the comments and strings of Python files, and the comments of YAML files. Code in backticks is not.
+It checks Markdown, the comments and strings of Python files, and the comments of YAML files, except code in backticks.
 """
 
 from __future__ import annotations
@@ -58,25 +58,25 @@ CODE = re.compile(r"(?<!`)(?P<ticks>`+)(?:(?!\n\s*\n)[^`])+(?P=ticks)(?!`)|\]\([
 
 
 def blank(text: str, by: str = "\0") -> str:
-    """`text` with every character but line breaks replaced, so that offsets and line numbers stay."""
+    """Replace every character except line breaks, so that offsets and line numbers stay the same."""
     return re.sub(r"[^\n]", by, text)
 
 
 def comment_prose(source: str) -> str:
-    """Only what comes after # in each line: YAML, and code inside Markdown."""
+    """Return only the text after # in each line, of YAML and of code in Markdown."""
     lines = [re.split(r"(?:^|(?<=\s))#+", line, maxsplit=1) for line in source.split("\n")]
     return "\n".join(blank(line[0]) + " " + line[1] if len(line) > 1 else blank(line[0]) for line in lines)
 
 
 def markdown_prose(source: str) -> str:
-    """Markdown without the code of its code blocks; comments in them stay."""
+    """Return Markdown without the code in code blocks; their comments are kept."""
     parts = re.split(r"^(?=[ \t]*(?:```|~~~))", source, flags=re.MULTILINE)
     prose = "".join(comment_prose(part) if number % 2 else part for number, part in enumerate(parts))
     return re.sub(r"^[ \t]*(?:```|~~~).*", lambda fence: blank(fence[0]), prose, flags=re.MULTILINE)
 
 
 def python_prose(source: str) -> str:
-    """Comments and strings of a Python file, where they are; a phrase may go on in the next comment or string."""
+    """Return comments and strings of a Python file at their positions. A phrase may continue in the next one."""
     starts = [0, *(match.end() for match in re.finditer("\n", source))]
     kinds = (tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", -1))
     prose, end = "", 0
@@ -97,7 +97,7 @@ READERS = {".md": markdown_prose, ".py": python_prose, ".yaml": comment_prose, "
 
 
 def findings(source: str, suffix: str) -> list[tuple[int, str]]:
-    """(line, phrase -> remedy) of each phrase to replace, and each line of Markdown that is too long."""
+    """Return `(line, "phrase -> remedy")` for each phrase to replace and each line of Markdown that is too long."""
     prose = READERS[suffix](source)
     text = CODE.sub(lambda code: blank(code[0]), prose)
     found = [
@@ -115,7 +115,7 @@ def findings(source: str, suffix: str) -> list[tuple[int, str]]:
 
 
 def readme_findings(source: str) -> list[tuple[int, str]]:
-    """The README is a first page: its words (without code blocks) and its lines are counted."""
+    """Return a finding if the README has too many words (without code blocks) or lines."""
     words, lines = len(markdown_prose(source).replace("\0", "").split()), source.count("\n")
     return [
         (lines, f"{count} {what} -> at most {most}")
@@ -125,7 +125,7 @@ def readme_findings(source: str) -> list[tuple[int, str]]:
 
 
 def files_in(path: Path) -> list[Path]:
-    """The files below a folder that are checked, or the file itself."""
+    """Return the files in a folder that are checked, or the file itself."""
     if path.is_file():
         return [path]
     files = sorted(file for file in path.rglob("*") if file.suffix in READERS)

@@ -1,9 +1,9 @@
-"""Keeps built documentation under its version, next to that of other versions. `make docs-release` calls it.
+"""Copy built documentation to a folder for its version, next to those of other versions. For `make docs-release`.
 
 python tools/keep_docs.py docs/_build/html SITE VERSION
 
-SITE gets a folder per version, `versions.json` (newest first), from which the sidebar of all of them makes its menu,
-and an `index.html` that leads to the newest.
+SITE has a folder per version, `versions.json` (newest first) for the menu in the sidebar of all versions, and an
+`index.html` that redirects to the newest version.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from packaging.version import InvalidVersion, Version
 
 
 def kept_versions(site: Path) -> list[str]:
-    """Names of the versions in a site, newest first; other folders are left out."""
+    """Return the names of the versions in a site, newest first. Other folders are ignored."""
     versions = []
     for folder in site.iterdir():
         try:

@@ -1,4 +1,4 @@
-"""The `gflowtrl` command: one word for each thing that the library does."""
+"""The command line interface `gflowtrl`: one subcommand per task of the library."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import gflowtrl
 from gflowtrl.compat import quiet_libraries
 
 
-#: Name to what `--help` says. A command's module, imported when it is asked for, has a `main`.
+#: Name of each command -> its description in `--help`. Its module has a `main` and is imported on use.
 COMMANDS = {
-    "prepare": "a data folder from a raw dump (Amazon, MovieLens, RecBole, CSV, ...)",
-    "tokenize": "semantic ids for the items of a data folder",
-    "teacher": "fit a recipe's collaborative teacher and measure it",
-    "sft": "supervised fine-tuning of a recipe's model",
-    "train": "a whole recipe: teacher, SFT, its control, GFlowNet, test; on one process or many",
-    "evaluate": "measure a saved recommender on the validation or test split",
-    "recommend": "recommendations for a file of histories",
-    "serve": "recommendations over HTTP",
-    "compare": "one table and pictures of several runs",
+    "prepare": "make a data folder from a raw dump (Amazon, MovieLens, RecBole, CSV, ...)",
+    "tokenize": "make semantic ids for the items of a data folder",
+    "teacher": "fit and evaluate the collaborative teacher of a recipe",
+    "sft": "fine-tune the model of a recipe by supervised learning (SFT)",
+    "train": "run a whole recipe: teacher, SFT, its control, GFlowNet, test; on one process or several",
+    "evaluate": "evaluate a saved recommender on the validation or test split",
+    "recommend": "make recommendations for a file of histories",
+    "serve": "serve recommendations over HTTP",
+    "compare": "compare several runs in one table and a plot",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line.
+    """Run a command line.
 
     Returns:
-        The exit code: 0; 2 for bad input, of which one line on stderr tells; 130 after Ctrl-C.
+        The exit code: 0; 2 for invalid input, with one line on stderr that explains it; 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     quiet_libraries()
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _run(words)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # nobody reads what is printed any more (`gflowtrl ... | head`)
+    except BrokenPipeError:  # the reader of a pipe has exited (`gflowtrl ... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -50,14 +50,15 @@ def _run(words: list[str]) -> int:
         print(gflowtrl.__version__)
         return 0
     if words[0] not in COMMANDS:
-        print(f"error: {words[0]!r} is no command of gflowtrl; it has {', '.join(COMMANDS)}.", file=sys.stderr)
+        print(f"error: {words[0]!r} is not a command of gflowtrl; choose {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    if words[0] in ("teacher", "sft"):  # parts of what `train` does
+    if words[0] in ("teacher", "sft"):  # stages of `train`
         return import_module(".train", __name__).main(words[1:], words[0])
     return import_module(f".{words[0]}", __name__).main(words[1:])
 
 
 def usage() -> str:
-    lines = ["usage: gflowtrl COMMAND [options]", "", "Generative recommenders, fine-tuned with GFlowNets.", ""]
+    """Return the text of `gflowtrl --help`."""
+    lines = ["usage: gflowtrl COMMAND [options]", "", "Fine-tune generative recommenders with GFlowNets.", ""]
     lines += [f"  {name:<12}{text}" for name, text in COMMANDS.items()]
-    return "\n".join([*lines, "", "gflowtrl COMMAND --help says what a command takes."])
+    return "\n".join([*lines, "", "gflowtrl COMMAND --help lists the options of a command."])

@@ -10,19 +10,19 @@ from .common import guarded, make_parser, parse, show
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command; returns the exit code."""
-    parser = make_parser("evaluate", "Measures a saved recommender by constrained beam search.")
+    """Run the command and return the exit code."""
+    parser = make_parser("evaluate", "Evaluate a saved recommender by constrained beam search.")
     parser.add_argument("--model", required=True, help="folder of a recommender, or its name on the Hub")
     parser.add_argument("--data_dir", required=True, help="folder of the data (docs/data.md)")
-    parser.add_argument("--split", choices=["validation", "test"], default="test", help="which targets")
-    parser.add_argument("--ks", type=int, nargs="+", default=[5, 10, 20], help="cut-offs of the metrics")
-    parser.add_argument("--num_beams", type=int, default=20, help="width of the beam search")
+    parser.add_argument("--split", choices=["validation", "test"], default="test", help="split of the targets")
+    parser.add_argument("--ks", type=int, nargs="+", default=[5, 10, 20], help="cutoffs of the metrics")
+    parser.add_argument("--num_beams", type=int, default=20, help="beam width")
     parser.add_argument("--batch_size", type=int, default=256, help="histories decoded together")
     parser.add_argument("--output", type=Path, help="JSON file for the metrics")
     return guarded(lambda: _evaluate(parse(parser, arguments)))
 
 
-def _evaluate(given: argparse.Namespace) -> None:
+def _evaluate(options: argparse.Namespace) -> None:
     import torch
 
     from gflowtrl.data import leave_one_out, read_interactions
@@ -32,27 +32,26 @@ def _evaluate(given: argparse.Namespace) -> None:
     from gflowtrl.recommender import Recommender
     from gflowtrl.trainer import rank_rows
 
-    data = read_interactions(given.data_dir)
-    recommender = Recommender.from_pretrained(given.model)
-    strangers = [item for item in data.items if item not in recommender.catalog]
-    if strangers:
+    data = read_interactions(options.data_dir)
+    recommender = Recommender.from_pretrained(options.model)
+    if unknown := [item for item in data.items if item not in recommender.catalog]:
         raise ValueError(
-            f"{len(strangers)} of {len(data.items)} items of {given.data_dir} are not in the recommender's catalog, "
-            f"the first is {strangers[0]!r}. Give the data that it was trained on."
+            f"{len(unknown)} of {len(data.items)} items of {options.data_dir} are not in the recommender's catalog; "
+            f"the first is {unknown[0]!r}. Give the data that the recommender was trained on."
         )
     splits = leave_one_out(data, recommender.encoder.max_history_items)
-    rows = getattr(splits, given.split)
-    leaves = rank_rows(recommender.policy, recommender.encoder, rows, given.num_beams, given.batch_size, progress=True)
+    rows = getattr(splits, options.split)
+    leaves = rank_rows(recommender.policy, recommender.encoder, rows, options.num_beams, options.batch_size)
     catalog = recommender.catalog.to("cpu")
     counts = dict(zip(data.items, splits.item_counts.tolist(), strict=True))
     item_counts = torch.tensor([counts.get(item, 0) for item in catalog.items])
-    report = summarize(leaves.cpu(), catalog.leaf_of(rows["target"]), catalog, item_counts, given.ks)
-    found = {"model": str(given.model), "split": given.split, "users": len(rows), "num_beams": given.num_beams}
-    found |= {"metrics": report.metrics, "standard_errors": report.standard_errors}
-    if given.output is not None:
-        write_json(given.output, found)
-    shown = [name for name in report.metrics if name.split("@")[0] in ("recall", "ndcg", "mrr", "coverage", "gini")]
+    report = summarize(leaves.cpu(), catalog.leaf_of(rows["target"]), catalog, item_counts, options.ks)
+    content = {"model": options.model, "split": options.split, "users": len(rows), "num_beams": options.num_beams}
+    content |= {"metrics": report.metrics, "standard_errors": report.standard_errors}
+    if options.output is not None:
+        write_json(options.output, content)
+    names = [name for name in report.metrics if name.split("@")[0] in ("recall", "ndcg", "mrr", "coverage", "gini")]
     errors = {name: f"{error:.4f}" for name, error in report.standard_errors.items()}
-    lines = [[name, f"{report.metrics[name]:.4f}", errors.get(name, "")] for name in shown]
-    about = f"{data.summary()}; {given.split} split, {len(rows):,} users, beam {given.num_beams}"
-    show(given, found, f"{about}\n\n{aligned([['metric', 'value', 'standard error'], *lines])}")
+    lines = [[name, f"{report.metrics[name]:.4f}", errors.get(name, "")] for name in names]
+    about = f"{data.summary()}; {options.split} split, {len(rows):,} users, beam width {options.num_beams}"
+    show(options, content, f"{about}\n\n{aligned([['metric', 'value', 'standard error'], *lines])}")

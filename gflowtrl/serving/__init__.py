@@ -1,13 +1,13 @@
-"""A recommender behind HTTP. Needs the extra `serve`; docs/serving.md describes requests and answers.
+"""An HTTP server for a recommender. It needs the extra `serve`; docs/serving.md describes requests and answers.
 
-Names are imported on first use, so that this package can be imported where FastAPI is not installed.
+Public names are imported on first use, so this package can be imported without FastAPI.
 """
 
 from importlib import import_module
 
 
 _HOMES = {"Limits": "limits", "create_app": "app", "serve": "server"}
-_EXTRA = {"fastapi", "pydantic", "starlette", "uvicorn"}  # what the extra brings
+_EXTRA = {"fastapi", "pydantic", "starlette", "uvicorn"}  # libraries of the extra
 
 __all__ = list(_HOMES)
 

@@ -1,4 +1,4 @@
-"""The HTTP interface: check a request, hand it to the worker, put the result into words."""
+"""The HTTP interface: checks a request, passes it to the worker, and formats the result."""
 
 from __future__ import annotations
 
@@ -27,26 +27,31 @@ from .middleware import RequestMiddleware
 
 MODELS = {"/recommend": RecommendRequest, "/explain": ExplainRequest}
 PATHS = (*MODELS, "/health", "/metrics")
-RETRY_AFTER = {"Retry-After": "1"}  # seconds; a full queue is mostly gone by then
+RETRY_AFTER = {"Retry-After": "1"}  # seconds in which most of a full queue is answered
 PROBLEMS = {status: {"model": Problem} for status in (400, 413, 422, 500, 503, 504)}
 
 
 @asynccontextmanager
-async def _at_work(recommender: Recommender, worker: Worker, problems: list[str], _: FastAPI) -> AsyncIterator[None]:
-    """From startup to shutdown: the model is tried once, and the worker runs."""
-    problems[:] = await asyncio.to_thread(_problems_of, recommender)
+async def _lifespan(recommender: Recommender, worker: Worker, problems: list[str], _: FastAPI) -> AsyncIterator[None]:
+    """Check the model once at startup, and run the worker until shutdown."""
+    problems.clear()
+    try:
+        await asyncio.to_thread(recommender.check)
+    except NonFiniteError as error:
+        problems.append(str(error))
     worker.start()
     yield
     await asyncio.to_thread(worker.stop)
 
 
 def create_app(recommender: Recommender, limits: Limits | None = None) -> FastAPI:
-    """An application that answers with `recommender`; the routes are described in docs/serving.md.
+    """Return an application that serves `recommender`. docs/serving.md describes the routes.
 
-    The model is used by one thread, from the application's startup to its shutdown, which answers what is queued.
+    One thread uses the model, from the application's startup to its shutdown. At shutdown it first answers the
+    requests in the queue.
 
     Args:
-        recommender: nothing else may use it meanwhile.
+        recommender: the recommender. Nothing else may use it at the same time.
         limits: by default `Limits()`.
 
     Example:
@@ -58,110 +63,101 @@ def create_app(recommender: Recommender, limits: Limits | None = None) -> FastAP
     limits = Limits() if limits is None else limits
     metrics = Metrics()
     worker = Worker(limits, metrics.count_batch)
+    problems: list[str] = []  # what was wrong with the model at its last use
 
-    problems: list[str] = []  # of the last answer: what is wrong with the model
-
-    lifespan = partial(_at_work, recommender, worker, problems)
+    lifespan = partial(_lifespan, recommender, worker, problems)
     app = FastAPI(title="gflowtrl", version=gflowtrl.__version__, lifespan=lifespan)
     app.add_middleware(RequestMiddleware, metrics=metrics, paths=PATHS, max_body_bytes=limits.max_body_bytes)
     _add_error_handlers(app)
-    ask = partial(_ask, worker, limits, problems)
+    run = partial(_run, worker, limits, problems)
 
     @app.post("/recommend", responses=PROBLEMS)
-    async def recommend(asked: RecommendRequest) -> RecommendAnswer:
-        """The items that come next, for each history."""
-        request_checks.check_limits(asked, limits)
-        request_checks.check_allowed(asked.allowed_items, recommender.catalog)
-        histories, warnings = request_checks.known_items(asked.histories, recommender)
-        work = partial(recommender.recommend, **asked.model_dump(exclude={"histories"}))
-        found = await ask(work, histories, batch_key(asked, histories))
-        return RecommendAnswer(recommendations=found, warnings=warnings)
+    async def recommend(body: RecommendRequest) -> RecommendAnswer:
+        """Recommend items for each history."""
+        request_checks.check_limits(body, limits)
+        request_checks.check_allowed(body.allowed_items, recommender.catalog)
+        histories, warnings = request_checks.known_items(body.histories, recommender)
+        work = partial(recommender.recommend, **body.model_dump(exclude={"histories"}))
+        return RecommendAnswer(
+            recommendations=await run(work, histories, batch_key(body, histories)), warnings=warnings
+        )
 
     @app.post("/explain", responses=PROBLEMS)
-    async def explain(asked: ExplainRequest) -> ExplainAnswer:
-        """Why an item is where it is in the list of a history."""
-        history, warnings = request_checks.known_to_explain(asked, limits, recommender.catalog)
-        (found,) = await ask(lambda rows: [recommender.explain(*row) for row in rows], [(history, asked.item)], None)
-        return ExplainAnswer(**vars(found), probability=math.exp(found.log_prob), warnings=warnings)
+    async def explain(body: ExplainRequest) -> ExplainAnswer:
+        """Explain the position of an item in the list of a history."""
+        history, warnings = request_checks.known_to_explain(body, limits, recommender.catalog)
+        work = [(history, body.item)]
+        (explanation,) = await run(lambda rows: [recommender.explain(*row) for row in rows], work, None)
+        return ExplainAnswer(**vars(explanation), probability=math.exp(explanation.log_prob), warnings=warnings)
 
     @app.get("/health", responses={503: {"model": Health}}, response_model_exclude_none=True)
     async def health(response: Response) -> Health:
-        """Whether requests are answered: 200, or 503 before the start, during the shutdown, and where the model
-        computes NaN."""
+        """Return 200, or 503 before startup, during shutdown and if the model computes NaN."""
         ready = worker.ready and not problems
         response.status_code = 200 if ready else 503
         name, items, problem = recommender.model.name_or_path, len(recommender.catalog), next(iter(problems), None)
         return Health(ready=ready, model=name, items=items, version=gflowtrl.__version__, problem=problem)
 
     @app.get("/metrics")
-    async def numbers() -> Response:
-        """Counters and histograms in Prometheus' text format."""
+    async def get_metrics() -> Response:
+        """Return counters and histograms in Prometheus' text format."""
         return Response(metrics.text(worker.queue_length), media_type=CONTENT_TYPE)
 
     return app
 
 
-def batch_key(asked: RecommendRequest, histories: Sequence[Sequence[Any]]) -> Hashable | None:
-    """Requests of equal keys may be decoded together, as this changes the answer of none; None: alone.
+def batch_key(body: RecommendRequest, histories: Sequence[Sequence[Any]]) -> Hashable | None:
+    """Return the key of a request. Requests with equal keys may be decoded together without a change to any answer.
 
-    A sampled list draws by its place in the call of `Recommender.recommend`, so that other requests would shift it.
-    With `exclude_seen` the beam grows by the longest history of the call, so that requests go together where their own
-    would grow alike.
+    None: the request is decoded alone. A sampled list depends on its index in the call of `Recommender.recommend`,
+    which other requests would shift. With `exclude_seen` the longest history of the call is added to the beam width,
+    so requests are decoded together only if their own longest histories are equally long.
     """
-    if asked.strategy == "sample" or asked.allowed_items is not None:
+    if body.strategy == "sample" or body.allowed_items is not None:
         return None
-    return asked.k, max(len(set(history)) for history in histories) if asked.exclude_seen else None
+    return body.k, max(len(set(history)) for history in histories) if body.exclude_seen else None
 
 
-def _problems_of(recommender: Recommender) -> list[str]:
-    """What is wrong with the model before the first request."""
-    try:
-        recommender.check()
-    except NonFiniteError as error:
-        return [str(error)]
-    return []
-
-
-async def _ask(
+async def _run(
     worker: Worker, limits: Limits, problems: list[str], work: Callable[[list[Any]], list[Any]], rows: list[Any],
     key: Hashable | None,
 ) -> list[Any]:  # fmt: skip
-    """What `work` makes of the rows, in the worker's time; `problems` become those of the last answer."""
+    """Return the results of `work` for the rows, computed by the worker, and update `problems`."""
     try:
         future = worker.submit(Job(work, rows, key))
-        found = await asyncio.wait_for(asyncio.wrap_future(future), limits.timeout_s)
+        results = await asyncio.wait_for(asyncio.wrap_future(future), limits.timeout_s)
         problems.clear()
-        return found
+        return results
     except Unavailable as error:
         raise HTTPException(503, str(error), RETRY_AFTER) from None
     except TimeoutError:
-        text = f"The request was not answered within {limits.timeout_s:g} seconds; ask later, or for less."
+        text = f"The request was not answered within {limits.timeout_s:g} seconds. Try again later, or ask for less."
         raise HTTPException(504, text) from None
     except Failed as error:
         if isinstance(error.__cause__, NonFiniteError):
             problems[:] = [str(error.__cause__)]
             raise HTTPException(503, problems[0]) from None
-        text = f"The request could not be answered because of a fault in the server ({error}); see its log."
+        text = f"The request could not be answered because of an error in the server ({error}); see its log."
         raise HTTPException(500, text) from None
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    """Every error is `{"detail": sentence}`."""
+    """Return every error as `{"detail": sentence}`."""
 
     @app.exception_handler(RequestValidationError)
-    async def malformed(request: Request, error: RequestValidationError) -> Response:
+    async def invalid_request(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         status = 400 if first["type"] == "json_invalid" else 422
         return JSONResponse({"detail": format_error(MODELS[request.scope["route"].path], first)}, status)
 
     @app.exception_handler(StarletteHTTPException)
-    async def refused(request: Request, error: StarletteHTTPException) -> Response:
-        posted, got = ", ".join(MODELS), ", ".join(PATHS[len(MODELS) :])
+    async def http_error(request: Request, error: StarletteHTTPException) -> Response:
+        post, get = ", ".join(MODELS), ", ".join(PATHS[len(MODELS) :])
         allowed = (error.headers or {}).get("Allow", "")
-        texts = {  # of FastAPI's own refusals; 400 is a body that breaks JSON's reader: not UTF-8, nested too deeply
+        texts = {  # instead of FastAPI's own texts; 400: a body that json cannot read (not UTF-8, nested too deeply)
             400: "The body cannot be read as JSON; send a JSON object in UTF-8.",
-            404: f"There is nothing at this path; use POST {posted} or GET {got}.",
-            405: f"This path does not answer to {request.method}; use {allowed}.",
+            404: f"There is nothing at this path; use POST {post} or GET {get}.",
+            405: f"This path does not support {request.method}; use {allowed}.",
         }
         text = texts.get(error.status_code, error.detail)
         return JSONResponse({"detail": text}, error.status_code, headers=error.headers)

@@ -1,7 +1,7 @@
-"""One thread that owns the model, and the queue before it.
+"""A queue of requests, and one thread that owns the model and answers them in batches.
 
-Requests of equal settings that wait together are decoded together: a decoding of 20 histories costs little more than
-one of a single history. The thread knows neither HTTP nor recommenders.
+Waiting requests with equal settings are decoded together: decoding 20 histories costs little more than decoding one.
+This module depends neither on HTTP nor on recommenders.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Unavailable(RuntimeError):
 
 
 class Failed(RuntimeError):
-    """The work raised an exception, which is its cause, and which the log holds."""
+    """The work raised an exception. It is the `__cause__`, and it was logged."""
 
 
 @dataclass(eq=False)
@@ -34,10 +34,10 @@ class Job:
     """Work for the model.
 
     Attributes:
-        work: rows in, one result for each out.
-        rows: those of this job.
-        key: jobs of equal keys may be done in one call of `work`; None: never with another one.
-        future: gets the results of the rows.
+        work: function from a list of rows to a list with one result per row.
+        rows: the rows of this job.
+        key: jobs with equal keys may be done in one call of `work`. None: this job is done alone.
+        future: receives the results of the rows.
     """
 
     work: Callable[[list[Any]], list[Any]]
@@ -48,11 +48,11 @@ class Job:
 
 
 class Worker:
-    """Does jobs one batch after the other, the oldest first, each with the later ones that can join it.
+    """A thread that does one batch of jobs at a time: the oldest job, and later jobs with the same key.
 
     Args:
-        limits: `max_batch`, `max_wait_ms` and `max_queue` count here.
-        on_batch: told the number of rows of every batch that was done.
+        limits: `max_batch`, `max_wait_ms` and `max_queue` are used.
+        on_batch: called with the number of rows after each batch.
     """
 
     def __init__(self, limits: Limits, on_batch: Callable[[int], None]):
@@ -62,14 +62,14 @@ class Worker:
         self._stopping = True
 
     def start(self) -> None:
-        """Begin to work; a worker that was stopped can be started again."""
+        """Start the thread. A stopped worker can be started again."""
         self._stopping = False
-        # A daemon, so that a second Ctrl-C ends the process even where a decoding hangs.
+        # A daemon thread, so that a second Ctrl-C ends the process even if a decoding hangs.
         self._thread = threading.Thread(target=self._run, name="gflowtrl-model", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Take no more jobs, finish those that are queued, and return when all is done; after `start` only."""
+        """Accept no more jobs, finish the queued ones, and wait for the thread. Call it after `start` only."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -77,51 +77,53 @@ class Worker:
 
     @property
     def ready(self) -> bool:
+        """Whether jobs are accepted and the thread is alive."""
         return not self._stopping and self._thread.is_alive()
 
     @property
     def queue_length(self) -> int:
+        """Number of waiting jobs."""
         return len(self._queue)
 
     def submit(self, job: Job) -> Future:
-        """Queue a job; its future gets the results of its rows, or the exception `Failed`.
+        """Queue a job and return its future, which receives the results of the rows or the exception `Failed`.
 
         Raises:
             Unavailable: the queue is full, or the worker is not running.
         """
         with self._changed:
             if self._stopping:
-                raise Unavailable("The server is shutting down; ask another one, or later.")
-            if len(self._queue) >= self._limits.max_queue:  # those that nobody waits for any more make room
-                self._queue = [waiting for waiting in self._queue if not waiting.future.canceled()]
+                raise Unavailable("The server is shutting down. Try again later, or use another server.")
+            if len(self._queue) >= self._limits.max_queue:  # remove canceled jobs
+                self._queue = [waiting for waiting in self._queue if not waiting.future.done()]
             if len(self._queue) >= self._limits.max_queue:
-                raise Unavailable(f"{len(self._queue)} requests are waiting, as many as this server takes; ask later.")
+                raise Unavailable(f"The queue is full ({len(self._queue)} requests are waiting). Try again later.")
             self._queue.append(job)
             self._changed.notify_all()
         return job.future
 
     # -------------------------------------------------------------------------------------------------- in the thread
     def _run(self) -> None:
-        while (batch := self._next()) is not None:
+        while (batch := self._next_batch()) is not None:
             batch = [job for job in batch if job.future.set_running_or_notify_cancel()]
             if batch:
                 self._do(batch)
 
-    def _next(self) -> list[Job] | None:
-        """The next batch, taken out of the queue; None when the worker is to stop and nothing is left."""
+    def _next_batch(self) -> list[Job] | None:
+        """Take the next batch out of the queue, or return None if the worker is stopping and the queue is empty."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._stopping)
             if not self._queue:
                 return None
             first = self._queue[0]
-            left = first.queued_at + self._limits.max_wait_ms / 1000 - time.monotonic()
-            self._changed.wait_for(lambda: self._stopping or self._joining(first)[1], left)
-            batch, _ = self._joining(first)
+            seconds_left = first.queued_at + self._limits.max_wait_ms / 1000 - time.monotonic()
+            self._changed.wait_for(lambda: self._stopping or self._batch_of(first)[1], seconds_left)
+            batch, _ = self._batch_of(first)
             self._queue = [job for job in self._queue if job not in batch]
             return batch
 
-    def _joining(self, first: Job) -> tuple[list[Job], bool]:
-        """The jobs that can be done with the first one, itself included, and whether waiting for more is of no use."""
+    def _batch_of(self, first: Job) -> tuple[list[Job], bool]:
+        """Return the first job with the jobs that can be done together with it, and whether waiting is useless."""
         if first.key is None:
             return [first], True
         batch, rows = [], 0
@@ -135,11 +137,12 @@ class Worker:
         return batch, rows >= self._limits.max_batch or len(batch) < len(self._queue)
 
     def _do(self, batch: list[Job]) -> None:
+        """Do the work of a batch and set the results of its futures."""
         rows = [row for job in batch for row in job.rows]
         try:
             results = iter(batch[0].work(rows))
         except Exception as error:
-            if len(batch) > 1:  # what is wrong with one request must not spoil the others
+            if len(batch) > 1:  # an error in one request must not affect the others: try each one alone
                 for job in batch:
                     self._do([job])
                 return

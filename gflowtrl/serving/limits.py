@@ -1,4 +1,4 @@
-"""What a server takes on, so that no client can take it down."""
+"""Limits of a server."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from gflowtrl.checks import COUNT, NOT_NEGATIVE, POSITIVE, check_number
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes on.
+    """Limits of a server, so that no client can overload it.
 
     Args:
-        max_batch: histories that are decoded together. A request is never split: one that has more is decoded alone.
-        max_wait_ms: milliseconds that a request waits for others to be decoded with while the model is idle.
-        max_queue: requests that wait for the model; the next one is answered with 503.
-        max_k: longest list that may be asked for; also bounds the beam.
-        max_histories: histories of a request.
-        max_history_items: items of a history. Only the last ones are read, but with `exclude_seen` the beam grows by
-            all of them.
-        max_body_bytes: bytes of a request's body.
-        timeout_s: seconds after which a request that is not answered yet is answered with 504.
+        max_batch: number of histories that are decoded together. A request is never split: one with more histories is
+            decoded alone.
+        max_wait_ms: milliseconds that a request waits for others to join its batch while the model is idle.
+        max_queue: number of requests that may wait for the model. The next one is answered with 503.
+        max_k: greatest `k` of a request. It also bounds the beam width.
+        max_histories: number of histories per request.
+        max_history_items: number of items per history. The prompt has only the last ones, but with `exclude_seen`
+            all of them are added to the beam width.
+        max_body_bytes: bytes per request body.
+        timeout_s: seconds after which a waiting request is answered with 504.
 
     Raises:
-        ValueError: a limit below 1 (`max_wait_ms`: below 0; `timeout_s`: not above 0).
+        ValueError: a limit is below 1 (`max_wait_ms`: below 0; `timeout_s`: not above 0).
     """
 
     max_batch: int = 64

@@ -1,4 +1,4 @@
-"""Requests and answers, and what is said of a request that is none."""
+"""Schemas of requests and answers, and the error messages of invalid requests."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictInt, StrictStr
 
+from gflowtrl.recommender import Step
+
 
 Item = StrictInt | StrictStr
-ITEM = "a whole number or a text"
-COLDEST, HOTTEST = 0.01, 100.0  # beyond, logits divided by the temperature leave what float32 tells apart
+ITEM = "a whole number or a string"
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0  # beyond these, tempered logits lose too much precision in float32
+TEMPERATURE = f'a number from {MIN_TEMPERATURE} to {MAX_TEMPERATURE} (1 with strategy "beam")'
 
 
 class Request(BaseModel):
-    """What a client sends; a field's description says what is expected in the sentence about a mistake."""
+    """Base class of requests. A field's description completes the error message "FIELD must be ..."."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -27,9 +30,8 @@ class RecommendRequest(Request):
     k: Annotated[int, Field(ge=1, description="a whole number of at least 1, the length of the lists")] = 10
     strategy: Annotated[Literal["beam", "sample"], Field(description='"beam" or "sample"')] = "beam"
     temperature: Annotated[
-        float, Field(ge=COLDEST, le=HOTTEST, allow_inf_nan=False,
-                     description=f"a number from {COLDEST} to {HOTTEST}, other than 1 only with strategy \"sample\"")
-    ] = 1.0  # fmt: skip
+        float, Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, allow_inf_nan=False, description=TEMPERATURE)
+    ] = 1.0
     seed: Annotated[int, Field(description="a whole number")] = 0
     exclude_seen: Annotated[bool, Field(description="true or false")] = False
     allowed_items: Annotated[
@@ -44,7 +46,7 @@ class ExplainRequest(Request):
 
 
 class Answer(BaseModel):
-    model_config = ConfigDict(from_attributes=True)  # made of what the recommender returns
+    model_config = ConfigDict(from_attributes=True)  # built from the recommender's dataclasses
 
 
 class RecommendedItem(Answer):
@@ -58,15 +60,8 @@ class RecommendAnswer(Answer):
     warnings: list[str]
 
 
-class ExplainedStep(Answer):
-    token: str
-    probability: FiniteFloat
-    rank: int
-    choices: int
-
-
 class ExplainAnswer(RecommendedItem):
-    steps: list[ExplainedStep]
+    steps: list[Step]
     shares_id_with: list[Item]
     teacher_probability: FiniteFloat | None
     teacher_rank: int | None
@@ -82,31 +77,31 @@ class Health(BaseModel):
 
 
 class Problem(BaseModel):
-    """The body of every answer that is an error: one sentence."""
+    """The body of every error answer: one sentence."""
 
     detail: str
 
 
-# ------------------------------------------------------------------------------------------------------------ mistakes
+# ------------------------------------------------------------------------------------------------------ error messages
 def repr_json(value: Any) -> str:
-    """A value as it stands in a request, cut where it is long."""
-    text = json.dumps(value)  # ASCII: half a surrogate pair could not be sent back
+    """Format a value of a request as JSON of at most 60 characters."""
+    text = json.dumps(value)  # ASCII, because a lone surrogate cannot be encoded in an answer
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def format_error(model: type[Request], error: dict[str, Any]) -> str:
-    """What is wrong with a request and what is expected, of the first of pydantic's errors."""
+    """Return a sentence about one of pydantic's errors: the field, its value and what is expected."""
     names = ", ".join(model.model_fields)
-    _, *place = error["loc"]  # ("body", field, index, ..., branch of a union)
+    _, *loc = error["loc"]  # ("body", field, index, ..., branch of a union)
     if error["type"] == "json_invalid":
-        return f"The body cannot be read as JSON, from character {place[0]} on; send a JSON object in UTF-8."
-    if not place:
-        return f"The body is no JSON object of type application/json; send one with the fields {names}."
-    name, *inner = place
+        return f"The body cannot be read as JSON (error at character {loc[0]}); send a JSON object in UTF-8."
+    if not loc:
+        return f"The body is not a JSON object of type application/json; send one with the fields {names}."
+    name, *inner = loc
     if error["type"] == "extra_forbidden":
-        return f"{repr_json(name)} is no field of this request; its fields are {names}."
+        return f"{repr_json(name)} is not a field of this request; its fields are {names}."
     expected = model.model_fields[name].description
     if error["type"] == "missing":
-        return f"{name} is missing; give {expected}."
-    where = "".join(f"[{index}]" for index in inner if isinstance(index, int))
-    return f"{name}{where} is {repr_json(error['input'])}; {name} must be {expected}."
+        return f"{name} is missing; it must be {expected}."
+    index = "".join(f"[{part}]" for part in inner if isinstance(part, int))
+    return f"{name}{index} is {repr_json(error['input'])}; {name} must be {expected}."

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-#: Metrics with their types and what they say.
+#: Name of each metric -> type and help text.
 ABOUT = {
     "requests_total": ("counter", "Requests that were answered, by path and status."),
     "request_seconds": ("histogram", "Seconds from a request's arrival to its answer."),
@@ -23,25 +23,27 @@ ABOUT = {
 
 
 class Metrics:
-    """What a server counts; every method may be called from any thread."""
+    """Counters and histograms of a server. Every method is thread-safe."""
 
     def __init__(self):
         self._lock = threading.Lock()
-        # Of each metric the values of its lines, by what stands between the metric's name and the value.
+        # metric -> rest of the line between the metric's name and the value -> value
         self._lines: dict[str, Counter[str]] = {name: Counter() for name in ABOUT}
         self._observe("batch_histories", ROWS, 0, times=0)
 
     def count_request(self, path: str, status: int, seconds: float) -> None:
+        """Count an answered request."""
         with self._lock:
             self._lines["requests_total"][_braces(f'path="{path}"', f'status="{status}"')] += 1
             self._observe("request_seconds", SECONDS, seconds, f'path="{path}"')
 
     def count_batch(self, rows: int) -> None:
+        """Count a batch of so many histories or explanations."""
         with self._lock:
             self._observe("batch_histories", ROWS, rows)
 
     def _observe(self, name: str, bounds: Sequence[float], value: float, *labels: str, times: int = 1) -> None:
-        """Puts a value into a histogram; a bucket counts all values up to its bound, which is inclusive."""
+        """Add a value to a histogram. A bucket counts all values up to and including its bound."""
         lines = self._lines[name]
         for bound in (*bounds, "+Inf"):
             lines["_bucket" + _braces(*labels, f'le="{bound}"')] += times * (value <= float(bound))
@@ -49,7 +51,7 @@ class Metrics:
         lines["_count" + _braces(*labels)] += times
 
     def text(self, queue_length: int) -> str:
-        """All metrics, one a line; the queue's length is known elsewhere."""
+        """Return all metrics in the text format, together with the length of the queue."""
         with self._lock:
             self._lines["queue_length"][""] = queue_length
             text = ""

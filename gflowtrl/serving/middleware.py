@@ -1,4 +1,4 @@
-"""What every request passes: it is measured, its body is bounded, and nothing it causes stays unanswered."""
+"""ASGI middleware that measures requests, limits the size of their bodies and answers unexpected exceptions."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class RequestMiddleware:
-    """ASGI middleware.
+    """Measure each request, limit the size of its body, and answer with 500 if the application raises an exception.
 
     Args:
-        app: what is behind it.
-        metrics: gets path, status and seconds of each request.
-        paths: of the routes that are counted under their own name; others are counted as "other", so that clients
-            cannot make new series.
-        max_body_bytes: of a longer body is said that it is too long.
+        app: the ASGI application.
+        metrics: receives path, status and seconds of each request.
+        paths: paths that are counted by name. All others are counted as "other", so clients cannot create new series.
+        max_body_bytes: longest body; longer ones are answered with 413.
     """
 
     def __init__(self, app: Callable, metrics: Metrics, paths: Collection[str], max_body_bytes: int):
@@ -37,37 +36,38 @@ class RequestMiddleware:
             return await self.app(scope, receive, send)
         start, status = time.perf_counter(), 0
 
-        async def noting(message: dict[str, Any]) -> None:
+        async def send_and_record(message: dict[str, Any]) -> None:
             nonlocal status
             status = message.get("status", status)
             await send(message)
 
         try:
-            await self.app(scope, self._bounded(receive), noting)
+            await self.app(scope, self._limited(receive), send_and_record)
         except Exception:
             logger.exception("%s %s could not be answered.", scope["method"], scope["path"])
             if not status:
-                text = "The request could not be answered because of a fault in the server; see its log."
-                await JSONResponse({"detail": text}, 500)(scope, receive, noting)
+                text = "The request could not be answered because of an error in the server; see its log."
+                await JSONResponse({"detail": text}, 500)(scope, receive, send_and_record)
         finally:
-            if status:  # else the client went away
+            if status:  # 0: the client has disconnected
                 path = getattr(scope.get("route"), "path", None)
                 path = path if path in self.paths else "other"
                 self.metrics.count_request(path, status, time.perf_counter() - start)
 
-    def _bounded(self, receive: Receive) -> Receive:
+    def _limited(self, receive: Receive) -> Receive:
+        """Wrap `receive` so that a body of more than `max_body_bytes` raises a 413."""
         size = 0
 
-        async def bounded() -> dict[str, Any]:
+        async def limited() -> dict[str, Any]:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
             if size <= self.max_body_bytes:
                 return message
-            # A connection that is closed with unread data in it loses the answer: read on, within bounds.
+            # Closing a connection with unread data would lose the answer, so more of the body is read, up to a limit.
             while message.get("more_body") and size < 16 * self.max_body_bytes:
                 message = await receive()
                 size += len(message.get("body", b""))
-            raise HTTPException(413, f"The body has more than {self.max_body_bytes} bytes; ask in several requests.")
+            raise HTTPException(413, f"The body has more than {self.max_body_bytes} bytes; send several requests.")
 
-        return bounded
+        return limited

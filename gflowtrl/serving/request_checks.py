@@ -1,4 +1,4 @@
-"""What can only be said of a request with the catalog and the limits at hand."""
+"""Request checks that need the catalog and the server's limits."""
 
 from __future__ import annotations
 
@@ -13,53 +13,54 @@ from .limits import Limits
 from .messages import ExplainRequest, RecommendRequest, repr_json
 
 
-def check_limits(asked: RecommendRequest, limits: Limits) -> None:
-    """Refuses what is more than this server takes on, and a temperature for a strategy that has none."""
-    _check_at_most("k is", asked.k, limits.max_k)
-    _check_at_most("histories holds", len(asked.histories), limits.max_histories, " in a request; ask in several")
-    for row, history in enumerate(asked.histories):
+def check_limits(body: RecommendRequest, limits: Limits) -> None:
+    """Raise an error for a request above the server's limits, and for a temperature with a strategy that does not
+    use one."""
+    _check_at_most("k is", body.k, limits.max_k)
+    _check_at_most("histories holds", len(body.histories), limits.max_histories, " per request; send several requests")
+    for row, history in enumerate(body.histories):
         _check_at_most(f"histories[{row}] holds", len(history), limits.max_history_items, " items; send the latest")
-    if asked.strategy == "beam" and asked.temperature != 1.0:
-        raise HTTPException(
-            422, f'temperature is {asked.temperature}, but strategy "beam" draws nothing; use strategy "sample".'
-        )
+    if body.strategy == "beam" and body.temperature != 1.0:
+        text = f'temperature is {body.temperature}, but strategy "beam" does not sample; use strategy "sample".'
+        raise HTTPException(422, text)
 
 
 def check_allowed(items: Sequence[Item] | None, catalog: ItemCatalog) -> None:
-    """Refuses `allowed_items` that cannot be recommended: what is meant by them is unclear."""
-    for place, item in enumerate(items or ()):
+    """Raise an error for an item of `allowed_items` that is not in the catalog."""
+    for index, item in enumerate(items or ()):
         if item not in catalog:
-            raise HTTPException(422, f"allowed_items[{place}] is {repr_json(item)}, which is not in {_the(catalog)}.")
+            raise HTTPException(422, f"allowed_items[{index}] is {repr_json(item)}, which is not in {_the(catalog)}.")
 
 
 def known_items(histories: list[list[Item]], recommender: Recommender) -> tuple[list[list[Item]], list[str]]:
-    """Histories without items that are not in the catalog, and a sentence for each row that is answered otherwise
-    than it was asked."""
+    """Return the histories without items that are not in the catalog, and warnings about skipped items and about
+    histories that are answered by popularity."""
     rows, warnings = [], []
     for row, history in enumerate(histories):
-        known, warning = _split(f"histories[{row}]", history, recommender.catalog)
+        known, warning = _known_items(f"histories[{row}]", history, recommender.catalog)
         rows.append(known)
         warnings += warning
         if not known:
             what = f"histories[{row}] {'holds no known item' if history else 'is empty'}"
             if recommender.item_counts is None:
                 raise HTTPException(
-                    422, f"{what}, and this model has no counts of training interactions to answer by; leave it out."
+                    422,
+                    f"{what}, and this model has no counts of training interactions to rank items by popularity; "
+                    f"leave this history out.",
                 )
-            warnings.append(f"{what}; its list is of what was taken most often in training.")
+            warnings.append(f"{what}; its list has the most popular items of the training interactions.")
     return rows, warnings
 
 
-def known_to_explain(asked: ExplainRequest, limits: Limits, catalog: ItemCatalog) -> tuple[list[Item], list[str]]:
-    """The history without items that are not in the catalog, and what was left out."""
-    _check_at_most("history holds", len(asked.history), limits.max_history_items, " items; send the latest")
-    if asked.item not in catalog:
-        raise HTTPException(422, f"item is {repr_json(asked.item)}, which is not in {_the(catalog)}.")
-    known, warnings = _split("history", asked.history, catalog)
+def known_to_explain(body: ExplainRequest, limits: Limits, catalog: ItemCatalog) -> tuple[list[Item], list[str]]:
+    """Return the history without items that are not in the catalog, and a warning about skipped items."""
+    _check_at_most("history holds", len(body.history), limits.max_history_items, " items; send the latest")
+    if body.item not in catalog:
+        raise HTTPException(422, f"item is {repr_json(body.item)}, which is not in {_the(catalog)}.")
+    known, warnings = _known_items("history", body.history, catalog)
     if not known:
-        raise HTTPException(
-            422, f"history is {repr_json(asked.history)}, of which nothing is in {_the(catalog)}; give one known item."
-        )
+        text = f"history is {repr_json(body.history)}, but none of its items is in {_the(catalog)}; send a known item."
+        raise HTTPException(422, text)
     return known, warnings
 
 
@@ -68,14 +69,14 @@ def _check_at_most(what: str, number: int, limit: int, remedy: str = "") -> None
         raise HTTPException(422, f"{what} {repr_json(number)}, but this server allows at most {limit}{remedy}.")
 
 
-def _split(name: str, history: Sequence[Item], catalog: ItemCatalog) -> tuple[list[Item], list[str]]:
-    """The known items, and a sentence about the unknown ones where there are any."""
+def _known_items(name: str, history: Sequence[Item], catalog: ItemCatalog) -> tuple[list[Item], list[str]]:
+    """Return the known items, and a list with one warning if there are unknown ones."""
     (known,), unknown = catalog.known_items([history])
     if not unknown:
         return known, []
-    some = ", ".join(repr_json(item) for _, item in unknown[:5]) + (", ..." if len(unknown) > 5 else "")
-    return known, [f"{name}: items that are not in {_the(catalog)} were left out: {some}."]
+    examples = ", ".join(repr_json(item) for _, item in unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+    return known, [f"{name}: items that are not in {_the(catalog)} were left out: {examples}."]
 
 
 def _the(catalog: ItemCatalog) -> str:
-    return f"the catalog of {len(catalog)} items (they look like {repr_json(catalog.items[0])})"
+    return f"the catalog of {len(catalog)} items (for example {repr_json(catalog.items[0])})"

@@ -1,4 +1,4 @@
-"""`gflowtrl prepare` and `gflowtrl tokenize`: from a raw dump to data that a recipe can train on."""
+"""`gflowtrl prepare` and `gflowtrl tokenize`: from a raw dump to data for training."""
 
 import gzip
 import json
@@ -11,7 +11,7 @@ import pytest
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.cli import main
 from gflowtrl.cli.common import make_parser, parse
-from gflowtrl.cli.tokenize import usual_codes
+from gflowtrl.cli.tokenize import default_num_codes
 from gflowtrl.data import InteractionData, SyntheticShop, build_tokenizer, read_interactions, write_folder
 from gflowtrl.semantic_ids import ItemTokenizer, item_texts
 from tests.data.raw_files import TITLES, WRITERS, write_lines
@@ -19,7 +19,7 @@ from tests.data.raw_files import TITLES, WRITERS, write_lines
 
 @pytest.fixture(scope="module")
 def dump(tmp_path_factory) -> Path:
-    """Reviews and metadata as Amazon's of 2014 are, of a synthetic shop, with a malformed line each."""
+    """Reviews and metadata of a synthetic shop in the format of Amazon 2014; one line of the reviews is malformed."""
     root = tmp_path_factory.mktemp("dump")
     data = SyntheticShop(
         n_users=150, n_items=60, departments=3, shelves=4, interests=3, min_users_shown=40
@@ -30,7 +30,7 @@ def dump(tmp_path_factory) -> Path:
             time += 86_400
             row = {"reviewerID": f"U{user}", "asin": f"B{item:03}", "unixReviewTime": time, "overall": 4.0}
             reviews.append(json.dumps(row))
-    reviews[0], reviews[1] = reviews[1], reviews[0]  # a broken first line would mean another format
+    reviews[0], reviews[1] = reviews[1], reviews[0]  # the format is recognized by the first line
     metas = [repr({"asin": f"B{i:03}", **data.item_features[i], "brand": "x &amp; y"}) for i in data.items]
     for name, lines in (("reviews", reviews), ("meta", metas)):
         with gzip.open(root / f"{name}.json.gz", "wt") as file:
@@ -55,7 +55,7 @@ def test_a_dump_becomes_data_with_ids(prepared, dump):
     assert all(
         data.item_features[item]["brand"] == "x & y" and data.item_features[item]["title"] for item in data.items
     )
-    assert len(set(data.semantic_ids.values())) == len(data.items)  # no two share one
+    assert len(set(data.semantic_ids.values())) == len(data.items)  # no collisions
     assert all(len(ids) == 2 for ids in data.semantic_ids.values())
     catalog = ItemCatalog.from_semantic_ids(data.semantic_ids, build_tokenizer(data.semantic_ids))
     assert catalog.tree.num_leaves == len(data.items)
@@ -72,20 +72,20 @@ def test_new_items_get_ids_and_old_ones_keep_theirs(prepared, capsys):
     assert json.loads(capsys.readouterr().out) == {"new_items": 1}
     after = read_interactions(prepared).semantic_ids
     assert {item: ids for item, ids in after.items() if item != "C001"} == before
-    assert after["C001"] not in before.values() and after["C001"][0] == before["B001"][0]  # the same text, so near it
+    assert after["C001"] not in before.values() and after["C001"][0] == before["B001"][0]  # the same text
     assert ItemTokenizer.from_pretrained(prepared / "item_tokenizer").semantic_ids == after
 
 
 def shop(items: list, feature: str = "title") -> InteractionData:
-    """A few users of a few items, in order, with words as features: those of item number i are a function of i."""
-    places = range(len(items))
-    features = {item: {feature: f"{'abc'[i % 3]}1 {'defg'[i % 4]}2"} for i, item in zip(places, items, strict=True)}
-    sequences = [[items[(user + step) % len(items)] for step in range(5)] for user in places]
-    return InteractionData("small", list(places), sequences, sorted(items), features)
+    """Users with five consecutive items each. The feature of the i-th item is two words that depend on i."""
+    users = range(len(items))
+    features = {item: {feature: f"{'abc'[i % 3]}1 {'defg'[i % 4]}2"} for i, item in enumerate(items)}
+    sequences = [[items[(user + step) % len(items)] for step in range(5)] for user in users]
+    return InteractionData("small", list(users), sequences, sorted(items), features)
 
 
 def tokenized(folder: Path, items: list, *options: str, feature: str = "title") -> dict:
-    """The folder of such data, and the ids that the command gives them."""
+    """Write a folder of such data, run `gflowtrl tokenize` on it and return the ids."""
     write_folder(shop(items, feature), folder)
     words = ["--data_dir", str(folder), "--levels", "2", "--codes", "4", "--collisions", "keep"]
     assert main(["tokenize", *words, *options]) == 0
@@ -96,18 +96,19 @@ def error_of(words: list[str], capsys) -> str:
     capsys.readouterr()
     try:
         code = main(words)
-    except SystemExit as stopped:  # argparse ends by itself
-        code = stopped.code
+    except SystemExit as stop:  # raised by argparse
+        code = stop.code
     error = capsys.readouterr().err
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     return error
 
 
-def test_new_items_are_read_by_the_features_of_the_fit(tmp_path, capsys):
+def test_new_items_use_the_features_of_the_saved_tokenizer(tmp_path, capsys):
     before = tokenized(tmp_path, list(range(20)), "--features", "name", feature="name")
     write_folder(shop(list(range(24)), "name"), tmp_path)
     add = ["tokenize", "--data_dir", str(tmp_path), "--add"]
-    assert "was made with --features name, but title is given" in error_of([*add, "--features", "title"], capsys)
+    error = error_of([*add, "--features", "title"], capsys)
+    assert "--features is title, but the item tokenizer in" in error and "was made with name" in error
     assert main(add) == 0 and main([*add, "--features", "name"]) == 0
     after = read_interactions(tmp_path).semantic_ids
     assert len(after) == 24 and after.items() >= before.items() and after[21] == before[9]  # the same words
@@ -115,7 +116,7 @@ def test_new_items_are_read_by_the_features_of_the_fit(tmp_path, capsys):
     assert json.loads(file.read_text())["features"] == ["name"]
 
 
-def test_ids_stay_where_numbers_become_strings(tmp_path, capsys):
+def test_ids_are_kept_when_numeric_items_become_strings(tmp_path, capsys):
     before = tokenized(tmp_path, list(range(1, 21)))
     write_folder(shop([*map(str, range(1, 21)), "A21"]), tmp_path)
     capsys.readouterr()
@@ -127,7 +128,7 @@ def test_ids_stay_where_numbers_become_strings(tmp_path, capsys):
     assert "Item 1 is of type int" in error_of(["tokenize", "--data_dir", str(tmp_path), "--add"], capsys)
 
 
-def test_a_refreshed_folder_keeps_its_item_tokenizer(tmp_path, capsys):
+def test_an_overwritten_folder_keeps_its_item_tokenizer(tmp_path, capsys):
     def prepare(items: list[str]) -> str:
         rows = [
             f"{user},{items[(user + step) % len(items)]},{step}" for user in range(len(items)) for step in range(5)
@@ -136,52 +137,46 @@ def test_a_refreshed_folder_keeps_its_item_tokenizer(tmp_path, capsys):
         write_lines(
             tmp_path / "items.csv", ["item_id,title", *(f"{i},{'abc'[int(i) % 3]}1 x{int(i) % 4}" for i in items)]
         )
-        files = [
-            "--interactions",
-            str(tmp_path / "log.csv"),
-            "--items",
-            str(tmp_path / "items.csv"),
-            "--out",
-            str(data),
-        ]
+        files = ["--interactions", str(tmp_path / "log.csv"), "--items", str(tmp_path / "items.csv")]
+        files += ["--out", str(data)]
         capsys.readouterr()
         assert main(["prepare", "--format", "csv", *files, "--k_core", "0", "--overwrite"]) == 0
         return capsys.readouterr().out
 
     data = tmp_path / "data"
-    said = prepare([str(item) for item in range(20)])
-    assert f"Next: gflowtrl tokenize --data_dir {data}\n" in said
+    printed = prepare([str(item) for item in range(20)])
+    assert f"Next: gflowtrl tokenize --data_dir {data}\n" in printed
     words = ["tokenize", "--data_dir", str(data), "--levels", "2", "--codes", "4", "--collisions", "keep"]
     assert main(words) == 0
-    assert main([*words, "--tokenizer", str(data / "other")]) == 2  # the ids are there
+    assert main([*words, "--tokenizer", str(data / "other")]) == 2  # the ids exist
     before = read_interactions(data).semantic_ids
-    shutil.copytree(data / "item_tokenizer", data / "mine")  # where --tokenizer may have put another one
+    shutil.copytree(data / "item_tokenizer", data / "second")  # another tokenizer, as if from --tokenizer
     (data / "notes").touch()
-    said = prepare([str(item) for item in range(22)])
-    assert "was kept" in said and f"Next: gflowtrl tokenize --data_dir {data} --add" in said
-    assert (data / "mine" / "item_tokenizer.safetensors").is_file() and not (data / "notes").exists()
-    assert "item_tokenizer.json is there. Use --add" in error_of(words, capsys)  # not replaced by mistake
+    printed = prepare([str(item) for item in range(22)])
+    assert "was kept" in printed and f"Next: gflowtrl tokenize --data_dir {data} --add" in printed
+    assert (data / "second" / "item_tokenizer.safetensors").is_file() and not (data / "notes").exists()
+    assert "item_tokenizer.json exists. Use --add" in error_of(words, capsys)  # not replaced by mistake
     assert main(["tokenize", "--data_dir", str(data), "--add"]) == 0
     after = read_interactions(data).semantic_ids
     assert len(after) == 22 and after.items() >= before.items()
 
     shutil.rmtree(data / "item_tokenizer")
-    assert f"--data_dir {data} --tokenizer {data / 'mine'} --add" in prepare([str(item) for item in range(22)])
+    assert f"--data_dir {data} --tokenizer {data / 'second'} --add" in prepare([str(item) for item in range(22)])
 
 
 def test_the_tokenizer_of_other_data_is_not_replaced(tmp_path, capsys):
-    place = ["--tokenizer", str(tmp_path / "t")]
-    tokenized(tmp_path / "a", list(range(20)), *place)
+    folder = ["--tokenizer", str(tmp_path / "t")]
+    tokenized(tmp_path / "a", list(range(20)), *folder)
     before = (tmp_path / "t" / "item_tokenizer.json").read_text()
     write_folder(shop(list(range(30))), tmp_path / "b")
-    words = ["tokenize", "--data_dir", str(tmp_path / "b"), *place, "--levels", "2", "--codes", "4"]
-    assert "t/item_tokenizer.json is there" in error_of(words, capsys)
+    words = ["tokenize", "--data_dir", str(tmp_path / "b"), *folder, "--levels", "2", "--codes", "4"]
+    assert "t/item_tokenizer.json exists" in error_of(words, capsys)
     assert (tmp_path / "t" / "item_tokenizer.json").read_text() == before
     assert main([*words, "--collisions", "keep", "--overwrite"]) == 0
 
 
 @pytest.mark.parametrize("options", [[], ["--add"], ["--overwrite"]])
-def test_a_letter_triple_gets_no_ids_that_nobody_reads(tmp_path, options, capsys):
+def test_a_letter_triple_is_refused_because_its_readers_ignore_new_ids(tmp_path, options, capsys):
     (tmp_path / "toy.inter.json").write_text(json.dumps({"1": [1, 2, 3], "2": [3, 2, 1]}))
     (tmp_path / "toy.item.json").write_text(json.dumps({str(i): {"title": f"a b c {i}"} for i in (1, 2, 3)}))
     before = sorted(tmp_path.iterdir())
@@ -191,13 +186,13 @@ def test_a_letter_triple_gets_no_ids_that_nobody_reads(tmp_path, options, capsys
         assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_missing_package_is_one_line(prepared, monkeypatch, capsys):
+def test_a_missing_package_is_an_error_of_one_line(prepared, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     words = ["tokenize", "--data_dir", str(prepared), "--overwrite", "--embedder", "someone/some-model"]
     assert "pip install gflowtrl[text]" in error_of(words, capsys)
 
 
-def test_a_file_of_options_may_hold_what_stands_without_a_name(tmp_path, capsys):
+def test_a_file_of_options_may_hold_positional_arguments(tmp_path, capsys):
     def parsed(*words: str):
         parser = make_parser("compare", "x")
         parser.add_argument("runs", nargs="+")
@@ -214,21 +209,21 @@ def test_a_file_of_options_may_hold_what_stands_without_a_name(tmp_path, capsys)
     assert "a has no results.json" in error_of(["compare", "--config", file], capsys)
 
 
-def test_json_has_no_number_that_is_none(tmp_path, capsys):
+def test_json_output_has_null_instead_of_nan(tmp_path, capsys):
     data = shop(list(range(20)))
     data.item_features = {item: {"title": "one two three"} for item in data.items}
     write_folder(data, tmp_path)
     capsys.readouterr()
     words = ["--levels", "1", "--codes", "4", "--collisions", "keep", "--json"]
     assert main(["tokenize", "--data_dir", str(tmp_path), *words]) == 0
-    said = capsys.readouterr().out
-    assert json.loads(said)["relative_mse"] is None and "NaN" not in said
+    printed = capsys.readouterr().out
+    assert json.loads(printed)["relative_mse"] is None and "NaN" not in printed
 
 
 @pytest.mark.parametrize(
     "options", [["--collaborative", "1"], ["--collaborative", "0.5"], ["--quantizer", "balanced"]]
 )
-def test_other_ways_to_ids(prepared, options, capsys):
+def test_collaborative_vectors_and_balanced_codes(prepared, options, capsys):
     words = ["tokenize", "--data_dir", str(prepared), "--levels", "2", "--codes", "16", "--overwrite", "--json"]
     assert main([*words, *options]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -236,7 +231,7 @@ def test_other_ways_to_ids(prepared, options, capsys):
 
 
 @pytest.mark.parametrize("case", WRITERS)
-def test_features_of_every_format_reach_the_texts(tmp_path, case):
+def test_item_texts_have_the_features_of_every_format(tmp_path, case):
     format, writer = WRITERS[case]
     log, items = writer(tmp_path, packed=False)
     out = str(tmp_path / "out")
@@ -269,20 +264,20 @@ def test_several_tables_without_a_header(tmp_path, capsys):
     assert read_interactions(tmp_path / "again").sequences == data.sequences
 
 
-def test_a_download_says_where_it_comes_from(tmp_path, monkeypatch):
+def test_a_download_records_its_source(tmp_path, monkeypatch):
     log, items = WRITERS["movielens dat"][1](tmp_path, packed=False)
-    asked = []
-    monkeypatch.setattr("gflowtrl.data.download", lambda name, raw: asked.append(name) or ("movielens", log, items))
+    names = []
+    monkeypatch.setattr("gflowtrl.data.download", lambda name, raw: names.append(name) or ("movielens", log, items))
     words = ["prepare", "--download", "ml-1m", "--k_core", "0", "--out"]
     assert main([*words, str(tmp_path / "out")]) == 0
     assert read_interactions(tmp_path / "out").source.startswith("ml-1m, https://files.grouplens.org/")
-    assert main([*words, str(tmp_path / "mine"), "--source", "a copy"]) == 0
-    assert read_interactions(tmp_path / "mine").source == "a copy"
-    assert main([*words, str(tmp_path)]) == 2 and len(asked) == 2  # a folder in the way is found before
+    assert main([*words, str(tmp_path / "copy"), "--source", "a copy"]) == 0
+    assert read_interactions(tmp_path / "copy").source == "a copy"
+    assert main([*words, str(tmp_path)]) == 2 and len(names) == 2  # an existing folder is an error before the download
 
 
-def test_attributes_make_ids(tmp_path):
-    """Numbers of one digit too: an embedder that counts words must not lose them."""
+def test_ids_from_attributes_alone(tmp_path):
+    """Attributes may be numbers of one digit, which the embedder must not drop as it drops words of one letter."""
     sequences = [f"{user} {' '.join(str(1 + (user + step) % 40) for step in range(9))}" for user in range(1, 81)]
     write_lines(tmp_path / "Toy.txt", sequences)
     attributes = {str(item): [item % 8, item % 5] for item in range(1, 41)}
@@ -304,8 +299,8 @@ def test_attributes_make_ids(tmp_path):
         (["prepare", "--out", "x", "--download", "ml-1m", "--format", "csv"], "leave --format and the files out"),
         (["prepare", "--k_core", "many"], "--k_core: invalid int value: 'many'. gflowtrl prepare --help"),
         (["tokenize"], "are required: --data_dir. gflowtrl tokenize --help"),
-        (["tokenize", "--data_dir", "DATA"], "semantic_ids.json is there. Use --add"),
-        (["tokenize", "--data_dir", "DATA", "--overwrite", "--collaborative", "2"], "a share from 0 to 1"),
+        (["tokenize", "--data_dir", "DATA"], "semantic_ids.json exists. Use --add"),
+        (["tokenize", "--data_dir", "DATA", "--overwrite", "--collaborative", "2"], "a number from 0 to 1"),
         (
             ["tokenize", "--data_dir", "DATA", "--overwrite", "--codes", "500"],
             "Choose num_codes (--codes) well",
@@ -314,12 +309,12 @@ def test_attributes_make_ids(tmp_path):
         (["tokenize", "--data_dir", "/no/where"], "There is no folder /no/where. Check the path"),
     ],
 )
-def test_mistakes_are_one_line(prepared, words, message, capsys):
+def test_errors_are_one_line(prepared, words, message, capsys):
     before = (prepared / "semantic_ids.json").read_text()
     try:
         code = main([str(prepared) if word == "DATA" else word for word in words])
-    except SystemExit as stopped:  # argparse ends by itself
-        code = stopped.code
+    except SystemExit as stop:  # raised by argparse
+        code = stop.code
     assert code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
@@ -342,7 +337,7 @@ LIST_ITEM = b'{"user": 0, "sessions": [0], "items": [[1]], "levels": [0]}'
         ("v.safetensors", 99 * b"\xff", "v.safetensors cannot be read as a .safetensors file (Error while"),
     ],
 )
-def test_hostile_files_are_one_line_that_names_them(tmp_path, file, content, message, capsys):
+def test_malformed_files_are_named_in_one_line(tmp_path, file, content, message, capsys):
     folder = tmp_path / "data"
     write_folder(shop(list(range(20))), folder)
     (folder / file).write_bytes(content)
@@ -359,6 +354,6 @@ def test_hostile_files_are_one_line_that_names_them(tmp_path, file, content, mes
 
 @pytest.mark.parametrize("items", [4, 7, 8, 60, 320, 1023, 1024, 5000])
 def test_small_catalogs_have_fewer_codes(items):
-    codes = usual_codes(items)
+    codes = default_num_codes(items)
     assert 4 * codes <= max(items, 8) and codes & (codes - 1) == 0
     assert codes == 256 or 8 * codes > items

@@ -1,4 +1,4 @@
-"""One short training of a case, and all that must not depend on how it is spread over processes."""
+"""Short training runs and their results that must not depend on the number of processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.trainer.world import TOKENIZER, make_rows, make_trainer, make_user_ro
 
 
 STEPS, PROMPTS = 20, 8
-VOCABULARY = 4 * len(TOKENIZER)  # most of it no item's, so that the head computes chosen rows only
+VOCABULARY = 4 * len(TOKENIZER)  # mostly tokens of no item, so that the head computes only some of its rows
 LOSSES = (
     "sft,trajectory_balance", "vargrad", "contrastive_balance", "detailed_balance", "subtrajectory_balance",
     "exact_flow",
@@ -31,8 +31,8 @@ BACKBONES = ("llama", "qwen3", "t5")
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained: losses, backbone, whether through adapters, whether with a reference model; and in which way a
-    step's prompts are computed."""
+    """A training run: losses, backbone, adapters or full fine-tuning, a reference model or none; and how the prompts
+    of a step are computed (gradient accumulation, gradient checkpointing)."""
 
     loss: str
     backbone: str = "llama"
@@ -43,12 +43,12 @@ class Case:
 
     @property
     def plain(self) -> Case:
-        """The same training in the simplest way."""
+        """The same run without gradient accumulation and gradient checkpointing."""
         return Case(self.loss, self.backbone, self.adapters, self.reference)
 
     @property
     def combination(self) -> tuple[str, str, bool]:
-        """Loss, backbone, and whether through adapters."""
+        """Loss, backbone, and whether adapters are trained."""
         return self.loss, self.backbone, self.adapters
 
     def __str__(self) -> str:
@@ -58,11 +58,11 @@ class Case:
         return "-".join(words).replace(" ", "")
 
 
-#: What every engine resumes, and what it resumes in the slow tests.
+#: Cases that every engine resumes, and further ones for the slow tests.
 RESUMED = [Case("sft,trajectory_balance", "llama"), Case("detailed_balance", "t5", adapters=True)]
 RESUMED_TOO = [Case("vargrad", "qwen3", adapters=True), Case("vargrad", "t5")]
 
-#: A sampler with a memory: a replay buffer, shares that follow the residuals, and a curriculum.
+#: A sampler with state: a replay buffer, adaptive shares, and a curriculum.
 STATEFUL = {
     "ground_truth": 1,
     "rest": [{"type": "adaptive_mixture", "sources": {"replay": 1, "on_policy": 1, "curriculum": 1}}, 3],
@@ -70,20 +70,20 @@ STATEFUL = {
 
 
 class Draws(list):
-    """A reward that notes what was drawn: step, row, items."""
+    """A reward that records all sampled trajectories: step, row, items."""
 
-    __name__ = "seen"
+    __name__ = "draws"
 
     def __call__(self, items, row_id, trainer_state, **_):
-        self.extend((trainer_state.global_step, row, ",".join(here)) for row, here in zip(row_id, items, strict=True))
+        self.extend((trainer_state.global_step, row, ",".join(leaf)) for row, leaf in zip(row_id, items, strict=True))
         return [0.1] * len(items)
 
 
 def build(
     case: Case, folder: Path, processes: int = 1, seed: int = 0, **options: Any
 ) -> tuple[GFlowNetTrainer, Draws]:
-    """A trainer of global batches of `PROMPTS` prompts, and what it will draw. Its windows have one to five targets;
-    processes and micro-batches cut them in different places."""
+    """Return a trainer with global batches of `PROMPTS` prompts, and the list of its draws. Windows have one to five
+    targets, and are split differently by the number of processes and micro-batches."""
     drawn = Draws()
     rewards = [GroundTruthReward(), CollaborativeReward(teacher), drawn]
     settings = {
@@ -96,19 +96,19 @@ def build(
         "ref_weight": 0.5 * case.reference,
         "loss_kwargs": {"prefix_pairwise": {"eta": 0.3}} if "prefix_pairwise" in case.loss else None,
     }  # fmt: skip
-    # exact_flow needs the reward of every item
-    given = rewards[:2] if case.loss == "exact_flow" else rewards
-    return make_trainer(folder, given, model_of(case, seed), **{**settings, **options}), drawn
+    if case.loss == "exact_flow":  # it needs the reward of every item
+        rewards = rewards[:2]
+    return make_trainer(folder, rewards, model_of(case, seed), **{**settings, **options}), drawn
 
 
 def step_losses(trainer: GFlowNetTrainer) -> list[float]:
-    """The loss of every step, in all digits."""
+    """Return the unrounded loss of every step."""
     logs = [log for log in trainer.state.log_history if "loss" in log]
     return [sum(log[f"loss/{name}"] for name in trainer.args.loss_type) for log in logs]
 
 
 def train(case: Case, folder: Path, processes: int = 1, **options: Any) -> dict[str, Any]:
-    """Train, evaluate and save, and say what came of it, as this process sees it."""
+    """Train, evaluate and save, and return the results of this process."""
     trainer, drawn = build(case, folder, processes, **options)
     trainer.train()
     metrics = trainer.evaluate()
@@ -133,8 +133,8 @@ def train(case: Case, folder: Path, processes: int = 1, **options: Any) -> dict[
 
 
 def resume(case: Case, folder: Path, processes: int = 1, **options: Any) -> dict[str, Any]:
-    """Train 8 steps; then go on from the checkpoint of the fourth with a model of other numbers, where it is not the
-    one that adapters need."""
+    """Train 8 steps, then resume from the checkpoint of step 4. Without adapters, the model that resumes has other
+    initial weights."""
     options |= {"optim": "adamw_torch", "max_steps": 8, "save_strategy": "steps", "save_steps": 4}
 
     def sampler() -> Sampler:
@@ -155,15 +155,17 @@ def resume(case: Case, folder: Path, processes: int = 1, **options: Any) -> dict
 
 
 def model_of(case: Case, seed: int = 0) -> PreTrainedModel:
-    unset_hf_deepspeed_config()  # of the case before, which would shard this model before its numbers are set
+    unset_hf_deepspeed_config()  # the previous case's would shard this model before its weights are set
     model = (tiny_seq2seq if case.backbone == "t5" else tiny_model)(VOCABULARY, case.backbone, seed=seed)
-    if case.backbone == "qwen3":  # one table of embeddings, as Qwen's small models have it, and a layer with a window
+    if (
+        case.backbone == "qwen3"
+    ):  # tied embeddings, as in Qwen's small models, and a layer with sliding-window attention
         model.config.tie_word_embeddings = True
         model.config.layer_types = ["sliding_attention", "full_attention"]
         model.config.use_sliding_window, model.config.sliding_window = True, 4
         torch.manual_seed(seed)
         model = type(model)(model.config)
-    for module in model.modules():  # no dropout: its random numbers follow from the shape of the micro-batch
+    for module in model.modules():  # no dropout: its random numbers depend on the shape of the micro-batch
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         elif isinstance(getattr(module, "dropout", None), float):
@@ -180,11 +182,11 @@ def adapters_of(case: Case) -> LoraConfig | None:
 
 
 def chosen(engine: int, every: bool = False) -> list[Case]:
-    """The cases of an engine: each loss, each backbone with and without adapters, and over six engines each loss with
-    each of these; the first accumulates gradients, the second checkpoints activations, and the third and fourth, one
-    of them with adapters, have a reference model. `every`: all of them."""
+    """Return the cases of an engine: each loss once, each backbone once with and once without adapters; over six
+    engines, each loss with each of these. The first case accumulates gradients, the second checkpoints activations,
+    and the third and fourth (one of them with adapters) have a reference model. `every`: all combinations."""
     combinations = [
-        (loss, combo) for place, loss in enumerate(LOSSES) for combo in (range(6) if every else [(place + engine) % 6])
+        (loss, combo) for index, loss in enumerate(LOSSES) for combo in (range(6) if every else [(index + engine) % 6])
     ]
     return [
         Case(loss, BACKBONES[combo % 3], combo % 2 == 1, number in (2, 3), 1 + (number == 0), number == 1)

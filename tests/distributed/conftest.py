@@ -1,4 +1,4 @@
-"""What all launches of this folder share."""
+"""Fixtures of all tests in this folder."""
 
 import os
 
@@ -6,10 +6,13 @@ import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_extensions(tmp_path_factory: pytest.TempPathFactory):
-    """DeepSpeed compiles an extension at its first start. A process killed meanwhile leaves a lock in the machine's
-    cache that torch waits for without end, so these tests, which kill processes, compile into a folder of this run
-    (one for all of pytest-xdist's workers: the first start compiles, another one waits for it)."""
+def extensions_folder(tmp_path_factory: pytest.TempPathFactory):
+    """Compile DeepSpeed's extension in a folder of this test run.
+
+    DeepSpeed compiles it at its first start. A process that is killed during the compilation leaves a lock in the
+    machine's cache, and torch waits for this lock forever. These tests kill processes. All workers of pytest-xdist
+    share the folder: the first one compiles, and the others wait for it.
+    """
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     with pytest.MonkeyPatch.context() as patch:

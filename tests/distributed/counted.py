@@ -1,5 +1,5 @@
-"""What the processes of a launcher know of each other, printed by each: of training arguments as they come, under
-`use_cpu`, and under a backend that accelerate does not take for several CPUs."""
+"""Each process of a launcher prints its number of processes: with default training arguments, with a backend that
+accelerate does not recognize as several CPU processes, and with `use_cpu`."""
 
 import os
 import tempfile
@@ -13,7 +13,7 @@ if __name__ == "__main__":
     for options in ({}, {"ddp_backend": "gloo"}, {"use_cpu": True}):
         try:
             args = GFlowNetConfig(tempfile.gettempdir(), **options)
-            found = f"{args.world_size} {Accelerator().distributed_type}"
+            result = f"{args.world_size} {Accelerator().distributed_type}"
         except ValueError as error:
-            found = str(error)
-        os.write(1, f"{sorted(options)}: {found}\n".encode())  # one write, so that lines stay whole
+            result = str(error)
+        os.write(1, f"{sorted(options)}: {result}\n".encode())  # one write, so that lines are not interleaved

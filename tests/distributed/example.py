@@ -1,4 +1,4 @@
-"""examples/gflowgr_amazon.py as it is, on CPU processes that accelerate shards if the engine wants them to."""
+"""Run examples/gflowgr_amazon.py unchanged on CPU processes, sharded by accelerate if the engine does that."""
 
 import os
 import runpy

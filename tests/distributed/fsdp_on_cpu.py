@@ -1,6 +1,6 @@
-"""Lets two CPU processes be a job that accelerate shards. Import before transformers and accelerate; for tests only.
+"""Make accelerate shard a job of two CPU processes. Import it before transformers and accelerate; for tests only.
 
-accelerate takes processes without an accelerator for MULTI_CPU, where it never applies FSDP.
+Without an accelerator, accelerate sets MULTI_CPU, for which it never applies FSDP.
 """
 
 import os

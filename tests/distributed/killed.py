@@ -1,4 +1,4 @@
-"""examples/gflowgr_amazon.py, killed by SIGKILL at the moment that GFLOWTRL_KILL names."""
+"""Run examples/gflowgr_amazon.py and kill it with SIGKILL at the moment in GFLOWTRL_KILL."""
 
 import os
 import runpy
@@ -19,7 +19,7 @@ def no_file(*args: Any) -> None:
     return None
 
 
-#: moment -> owner and name of a function, the how-manieth call is the last, and which file is half written by then
+#: moment -> owner and name of a function, the number of the call that kills, and the file that is half written then
 MOMENTS = {
     "training": (GFlowNetTrainer, "training_step", 30, no_file),
     "model": (GFlowNetTrainer, "_save", 2, lambda _, folder, *__: Path(folder, "model.safetensors")),
@@ -34,7 +34,7 @@ def arm(moment: str) -> None:
     owner, name, count, file_of = MOMENTS[moment]
     original, calls = getattr(owner, name), []
 
-    def deadly(*args: Any, **kwargs: Any) -> Any:
+    def call_or_kill(*args: Any, **kwargs: Any) -> Any:
         file = file_of(*args)
         if file is not None or file_of is no_file:
             calls.append(args)
@@ -45,7 +45,7 @@ def arm(moment: str) -> None:
             os.truncate(file, os.path.getsize(file) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    setattr(owner, name, deadly)
+    setattr(owner, name, call_or_kill)
 
 
 if __name__ == "__main__":

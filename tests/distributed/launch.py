@@ -1,4 +1,4 @@
-"""Starts a module in two processes of an engine, by `accelerate launch` and the configurations that users get."""
+"""Start a module in two processes with `accelerate launch` and the library's configurations."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "accelerate_configs"
 PROCESSES = 2
-#: name -> (configuration, arguments that a training needs to run on the CPU under it)
+#: engine -> (configuration, training arguments that it needs on CPUs)
 ENGINES = {
     "ddp": ("multi_gpu", {"use_cpu": True}),
     "zero1": ("zero1", {"ddp_backend": "gloo"}),
@@ -23,24 +23,27 @@ ENGINES = {
 
 
 def launch(engine: str, folder: Path, command: list[str], timeout: float = 1200) -> str:
-    """Runs `python COMMAND` in two processes and returns what they printed; an AssertionError where they fail or take
-    longer than `timeout` seconds; the first start under DeepSpeed compiles, which takes minutes on a busy machine."""
+    """Run `python COMMAND` in two processes and return their output.
+
+    They must end without an error within `timeout` seconds. The first start with DeepSpeed compiles an extension,
+    which takes minutes on a busy machine.
+    """
     config = yaml.safe_load((CONFIGS / f"{ENGINES[engine][0]}.yaml").read_text())
     config["num_processes"] = PROCESSES
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{engine}.yaml"
     file.write_text(yaml.safe_dump(config))
     log = folder / f"{engine}.log"
-    with log.open("w") as printed:
+    with log.open("w") as output:
         job = subprocess.Popen(
             [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "--dynamo_backend", "no",
              *command],
-            cwd=ROOT, env=environment(engine), stdout=printed, stderr=subprocess.STDOUT,
+            cwd=ROOT, env=environment(engine), stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
             status = job.wait(timeout)
         except subprocess.TimeoutExpired:
-            # The workers too: one that hangs would take a core from all later tests.
+            # The workers are killed too: a hanging one would use a core during all later tests.
             for process in [*psutil.Process(job.pid).children(recursive=True), job]:
                 process.kill()
             status = f"still running after {timeout} s"
@@ -50,9 +53,9 @@ def launch(engine: str, folder: Path, command: list[str], timeout: float = 1200)
 
 
 def environment(engine: str) -> dict[str, str]:
-    own = {"OMP_NUM_THREADS": "1"}
+    variables = {"OMP_NUM_THREADS": "1"}
     if engine.startswith("zero"):
-        own["DS_ACCELERATOR"] = "cpu"
+        variables["DS_ACCELERATOR"] = "cpu"
     if engine == "fsdp2":
-        own["GFLOWTRL_FSDP_ON_CPU"] = "1"
-    return {**os.environ, **own}
+        variables["GFLOWTRL_FSDP_ON_CPU"] = "1"
+    return {**os.environ, **variables}

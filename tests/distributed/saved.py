@@ -1,4 +1,4 @@
-"""Trains, saves, and saves what another model holds, in one group of processes: `saved.py ENGINE FOLDER`."""
+"""Train, save the model, and save a model with other weights, in one process group: `saved.py ENGINE FOLDER`."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from .cases import Case, build, model_of
 from .launch import ENGINES, PROCESSES
 
 
-#: Case, and the largest number of parameters of a model that is loaded a second time.
+#: Case, and the largest number of parameters for which a saved model is loaded again and compared.
 CASES = [
     (Case("vargrad"), saved.LARGEST), (Case("vargrad"), 0), (Case("vargrad", adapters=True), saved.LARGEST),
     (Case("vargrad", "qwen3", adapters=True), 0), (Case("sft", "t5"), saved.LARGEST),
@@ -37,7 +37,7 @@ def damage(folder: Path) -> None:
 
 
 def save_both(case: Case, largest: int, folder: Path, **options: Any) -> dict[str, Any]:
-    """What the two saves say here, and how often this process has loaded a folder."""
+    """Return the error of the two saves in this process, and how often it has loaded a folder."""
     if case.adapters and PartialState().is_main_process:
         model_of(case).save_pretrained(folder / "base")
     PartialState().wait_for_everyone()
@@ -60,8 +60,8 @@ def save_both(case: Case, largest: int, folder: Path, **options: Any) -> dict[st
         trainer._save = write_another
         trainer.save_model(str(folder / "model"))
         error = None
-    except ValueError as found:
-        error = str(found)
+    except ValueError as exception:
+        error = str(exception)
     finally:
         Recommender.from_pretrained = classmethod(load)
     return {"error": error, "loads": len(loads)}
@@ -72,6 +72,6 @@ if __name__ == "__main__":
     for number, (case, largest) in enumerate(CASES):
         record = save_both(case, largest, folder / str(number), **{"use_cpu": False, **ENGINES[engine][1]})
         Path(folder, f"{number}-{PartialState().process_index}.json").write_text(json.dumps(record))
-    # A thread of gloo that still holds the tensors of the last gathering would abort the interpreter's exit.
+    # A thread of gloo that still holds tensors of the last gather would abort the interpreter at exit.
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()

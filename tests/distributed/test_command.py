@@ -1,4 +1,4 @@
-"""`gflowtrl train --num_processes 2` starts two processes by itself."""
+"""`gflowtrl train --num_processes 2` starts two processes."""
 
 import json
 import os
@@ -26,4 +26,4 @@ def test_the_command_starts_its_processes(engine, tmp_path):
     assert ran.returncode == 0, ran.stderr[-3000:]
     methods = json.loads((tmp_path / "out" / "results.json").read_text())["methods"]
     assert methods["gflownet"]["rows_per_step"] == 2 * settings["gflownet"]["per_device_train_batch_size"]
-    assert "gflowtrl train --config" in ran.stdout  # the hint names the command that was used
+    assert "gflowtrl train --config" in ran.stdout  # the hint names the command of the user

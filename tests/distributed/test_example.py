@@ -1,6 +1,6 @@
-"""The main job on two processes of every engine, as a user starts it, gives what one process gives.
+"""The main job in two processes of every engine has the results of one process.
 
-Slow, for test_invariance.py has met every engine, and test_command.py the job in two processes.
+These tests are slow, because test_invariance.py tests every engine and test_command.py the job in two processes.
 """
 
 import json
@@ -25,7 +25,7 @@ COMPARED = ("recall@5", "ndcg@5", "coverage@5", "total_variation")
 
 
 def recipe(folder, processes: int, options: dict, **changes) -> list[str]:
-    """Writes a recipe whose steps do not depend on the processes; the command line that runs it."""
+    """Write a recipe whose steps do not depend on the number of processes, and return the command that runs it."""
     settings = micro_settings(folder / "out", **changes)
     settings["rewards"] = [
         {"type": "ground_truth", "weight": 0.3}, {"type": "collaborative", "weight": 0.5},
@@ -33,11 +33,11 @@ def recipe(folder, processes: int, options: dict, **changes) -> list[str]:
     ]  # fmt: skip
     settings["sampler"] = {"ground_truth": 1, "on_policy": 2}
     settings["gflownet"]["loss_type"] = ["sft", "trajectory_balance"]
-    settings["gflownet"]["ref_weight"] = 0.5  # of the model before training, or of the one without its adapters
+    settings["gflownet"]["ref_weight"] = 0.5  # reference: the model before training, or the model without its adapters
     settings["gflownet"]["per_device_train_batch_size"] = 32 // processes
     settings["sft"]["per_device_train_batch_size"] = 8 // processes
     for stage in ("sft", "control", "gflownet"):
-        # A last step that is not full would be filled up with rows that one process does not repeat.
+        # An incomplete last step would be filled with repeated rows, which one process does not do.
         settings[stage] |= {"optim": "sgd", "learning_rate": 0.5, "dataloader_drop_last": True, **options}
     folder.mkdir()
     (folder / "micro.yaml").write_text(yaml.safe_dump(settings))
@@ -46,14 +46,14 @@ def recipe(folder, processes: int, options: dict, **changes) -> list[str]:
 
 def metrics(folder) -> dict[tuple[str, str], float]:
     results = json.loads((folder / "out" / "results.json").read_text())
-    found = {(name, key): entry["metrics"][key] for name, entry in results["methods"].items() for key in COMPARED}
+    values = {(name, key): entry["metrics"][key] for name, entry in results["methods"].items() for key in COMPARED}
     calibration = results["calibration"]["methods"].items()
-    return found | {(name, "to R / Z"): entry["test"]["total_variation"] for name, entry in calibration}
+    return values | {(name, "to R / Z"): entry["test"]["total_variation"] for name, entry in calibration}
 
 
 def in_one_process(folder, **changes) -> dict[tuple[str, str], float]:
-    done = run_python(recipe(folder, 1, {"use_cpu": True}, **changes), ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ran = run_python(recipe(folder, 1, {"use_cpu": True}, **changes), ROOT)
+    assert ran.returncode == 0, ran.stderr[-3000:]
     return metrics(folder)
 
 
@@ -66,12 +66,12 @@ def alone(tmp_path_factory):
 def test_every_engine_gives_the_results_of_one_process(engine, alone, tmp_path):
     printed = launch(engine, tmp_path, recipe(tmp_path / engine, PROCESSES, ENGINES[engine][1]))
     assert metrics(tmp_path / engine) == pytest.approx(alone, rel=1e-4)
-    assert printed.count("[gflownet] finished") == 1  # only the first process speaks
+    assert printed.count("[gflownet] finished") == 1  # printed by the main process only
     assert alone["gflownet", "total_variation"] != pytest.approx(alone["sft", "total_variation"], rel=1e-3)
 
 
-def test_an_encoder_decoder_in_shards(tmp_path):
-    """FSDP2 would refuse embeddings that several modules own."""
+def test_a_sharded_encoder_decoder(tmp_path):
+    """FSDP2 refuses embeddings that are shared between modules, so the trainer must handle them."""
     model = {**T5, "dropout_rate": 0.0}
     launch("fsdp2", tmp_path, recipe(tmp_path / "two", PROCESSES, ENGINES["fsdp2"][1], model=model))
     assert metrics(tmp_path / "two") == pytest.approx(in_one_process(tmp_path / "one", model=model), rel=1e-3)
@@ -83,15 +83,15 @@ def adapted_alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
-def test_adapters_in_shards(engine, adapted_alone, tmp_path):
-    """SFT, control and GFlowNet by adapters, which the next stage finds merged."""
+def test_sharded_adapters(engine, adapted_alone, tmp_path):
+    """SFT, control and GFlowNet train adapters, which are merged before the next stage."""
     launch(engine, tmp_path, recipe(tmp_path / "two", PROCESSES, ENGINES[engine][1], peft=LORA))
     assert metrics(tmp_path / "two") == pytest.approx(adapted_alone, rel=1e-3)
     assert len(list((tmp_path / "two" / "out").glob("*/adapters/adapter_model.safetensors"))) == 3
 
 
 def test_the_recipe_of_a_large_language_model(tmp_path):
-    """gflowgr_office_qwen.yaml as it is, under ZeRO-3, on a small Qwen and the shop."""
+    """gflowgr_office_qwen.yaml with ZeRO-3, on a small Qwen and the shop."""
     tokenizer = byte_tokenizer(CHAT)
     tokenizer.save_pretrained(tmp_path / "qwen")
     model = tiny_model(len(tokenizer), "qwen3")

@@ -1,4 +1,4 @@
-"""A NaN in one of two processes ends both of them with the same sentence."""
+"""A NaN in one of two processes stops both with the same error."""
 
 import json
 
@@ -8,7 +8,7 @@ from .launch import launch
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
-def test_both_processes_stop_alike(engine, tmp_path):
+def test_both_processes_stop_with_the_same_error(engine, tmp_path):
     launch(engine, tmp_path, ["-m", "tests.distributed.finite_worker", engine, str(tmp_path)], timeout=600)
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
     assert first == second

@@ -1,4 +1,4 @@
-"""`kill -9` at any moment, and the same command again, end as an undisturbed run does."""
+"""After `kill -9` at any moment, the same command has the results of an uninterrupted run."""
 
 import json
 import os
@@ -37,32 +37,32 @@ def results(folder) -> dict:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def uninterrupted(tmp_path_factory):
     """Folder of a finished run."""
     folder = tmp_path_factory.mktemp("killed") / "whole"
-    done = run_python(command(folder, settings(folder, use_cpu=True)), ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ran = run_python(command(folder, settings(folder, use_cpu=True)), ROOT)
+    assert ran.returncode == 0, ran.stderr[-3000:]
     return folder
 
 
-def begun(whole, folder):
-    """A folder with what comes before the GFlowNet stage."""
+def copy_earlier_stages(whole, folder):
+    """Copy the stages before the GFlowNet stage."""
     (folder / "out").mkdir(parents=True)
     for stage in (whole / "out").iterdir():
         if stage.name.startswith(("teacher-", "sft-", "test-teacher-", "test-sft-")):
             shutil.copytree(stage, folder / "out" / stage.name)
 
 
-#: Of the moments within a checkpoint one, of those outside the first and the last; the others are slow tests.
+#: One moment during a checkpoint, and the first and last of the other moments. The rest are slow tests.
 OFTEN = ("training", "state", "test")
 
 
 @pytest.mark.parametrize(
     "moment", [pytest.param(moment, marks=[] if moment in OFTEN else [pytest.mark.slow]) for moment in MOMENTS]
 )
-def test_one_process(moment, undisturbed, tmp_path):
+def test_one_process(moment, uninterrupted, tmp_path):
     folder = tmp_path / "run"
-    begun(undisturbed, folder)
+    copy_earlier_stages(uninterrupted, folder)
     recipe = settings(folder, use_cpu=True)
     killed = run_python(command(folder, recipe, "killed"), ROOT, environment={"GFLOWTRL_KILL": moment})
     assert killed.returncode == -9, killed.stderr[-3000:]
@@ -71,17 +71,17 @@ def test_one_process(moment, undisturbed, tmp_path):
     assert again.returncode == 0, again.stderr[-3000:]
     assert "[sft]" in again.stdout and "done before" in again.stdout
     assert ("Continuing from" in again.stdout) == (moment not in ("test",))
-    assert results(folder) == results(undisturbed)
+    assert results(folder) == results(uninterrupted)
 
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    """Killed while a process writes its part of a checkpoint."""
+    """The kill happens while a process writes its part of a checkpoint."""
     recipes = {name: settings(tmp_path / name, **ENGINES["zero2"][1]) for name in ("whole", "run")}
     for recipe in recipes.values():
         recipe["sft"] |= {"use_cpu": False, **ENGINES["zero2"][1]}
     launch("zero2", tmp_path, command(tmp_path / "whole", recipes["whole"]))
-    begun(tmp_path / "whole", tmp_path / "run")
+    copy_earlier_stages(tmp_path / "whole", tmp_path / "run")
     os.environ["GFLOWTRL_KILL"] = "state"
     try:
         with pytest.raises(AssertionError, match="SIGKILL"):

@@ -1,4 +1,4 @@
-"""Processes that do not know of each other do not train."""
+"""Processes that are not in one process group refuse to train."""
 
 import subprocess
 import sys
@@ -17,11 +17,11 @@ from tests.pipeline.micro import micro_settings
 from .launch import CONFIGS, ROOT, environment
 
 
-on_cpu = pytest.mark.skipif(torch.accelerator.is_available(), reason="what happens without an accelerator")
+on_cpu = pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without an accelerator")
 
 
 @on_cpu
-def test_the_configuration_of_cpus_starts_two_processes_that_must_know_of_each_other():
+def test_multi_cpu_starts_two_processes_that_must_be_in_one_group():
     ran = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / "multi_cpu.yaml",
          "-m", "tests.distributed.counted"],
@@ -38,12 +38,12 @@ def test_the_configuration_of_cpus_starts_two_processes_that_must_know_of_each_o
     assert lines.count("['use_cpu']: 2 DistributedType.MULTI_CPU") == 2
 
 
-def test_every_configuration_says_which_engine_and_none_is_one_that_starts_a_single_process():
+def test_no_configuration_has_the_type_that_starts_a_single_process():
     kinds = {file.stem: yaml.safe_load(file.read_text())["distributed_type"] for file in CONFIGS.glob("*.yaml")}
     assert "MULTI_CPU" not in kinds.values() and kinds["multi_cpu"] == "MULTI_GPU"
 
 
-def test_a_launcher_of_two_is_refused_by_one(tmp_path, monkeypatch):
+def test_a_single_process_refuses_a_launcher_of_two(tmp_path, monkeypatch):
     PartialState()
     GFlowNetConfig(str(tmp_path), use_cpu=True)
     monkeypatch.setenv("WORLD_SIZE", "2")

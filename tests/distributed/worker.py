@@ -1,4 +1,4 @@
-"""Trains and resumes cases, one after another in one group: `worker.py ENGINE FOLDER TRAINED RESUMED`."""
+"""Train and resume cases one after another in one process group: `worker.py ENGINE FOLDER TRAINED RESUMED`."""
 
 import json
 import os
@@ -19,9 +19,9 @@ if __name__ == "__main__":
     engine, folder = sys.argv[1], Path(sys.argv[2])
     for what, do, cases in (("train", train, load(sys.argv[3])), ("resume", resume, load(sys.argv[4]))):
         for case in cases:
-            own = folder / f"{what}-{case}"
-            record = do(case, own, PROCESSES, **{"use_cpu": False, **ENGINES[engine][1]})
-            Path(f"{own}-{PartialState().process_index}.json").write_text(json.dumps(record))
-    # A thread of gloo that still holds the tensors of the last gathering would abort the interpreter's exit.
+            output = folder / f"{what}-{case}"
+            record = do(case, output, PROCESSES, **{"use_cpu": False, **ENGINES[engine][1]})
+            Path(f"{output}-{PartialState().process_index}.json").write_text(json.dumps(record))
+    # A thread of gloo that still holds tensors of the last gather would abort the interpreter at exit.
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()

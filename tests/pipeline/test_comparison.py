@@ -149,4 +149,5 @@ def test_mistakes_are_one_line(keep, tmp_path, capsys):
         assert main(["compare", str(tmp_path / "other.json")]) == 2
         assert "other.json is not the results.json of a run" in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "out"), "--k", "5", "--against", "Stf"]) == 2
-    assert "--against 'Stf' begins no row's title: Teacher, SFT, SFT continued" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--against is 'Stf'; it must be the start of a row's title: Teacher, SFT, SFT continued" in error

@@ -1,4 +1,4 @@
-"""The HTTP interface against `Recommender.recommend`, and what happens when things go wrong."""
+"""The HTTP interface: its answers are those of `Recommender`, and every failure has a status and a message."""
 
 import math
 import threading
@@ -12,7 +12,7 @@ from gflowtrl import Recommender, __version__
 from gflowtrl.recommender import STRATEGIES
 from tests.trainer.world import ITEMS
 
-from .world import HISTORY, make_recommender, refused
+from .world import HISTORY, assert_refused, make_recommender
 
 
 pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
@@ -36,7 +36,7 @@ def recommender() -> Recommender:
 
 @pytest.fixture(scope="module")
 def oracle() -> Recommender:
-    """The same recommender again, as that of a server is its own."""
+    """Another copy of the recommender, because nothing else may use that of a server."""
     return make_recommender()
 
 
@@ -47,7 +47,7 @@ def client(recommender) -> Iterator[TestClient]:
 
 
 def assert_equal(answer, expected: list) -> None:
-    """The same items in the same order; probabilities up to the rounding of another batch."""
+    """Assert the same items in the same order, and equal probabilities up to the rounding of another batch size."""
     assert answer.status_code == 200, answer.text
     lists = answer.json()["recommendations"]
     assert [[one["item"] for one in found] for found in lists] == [[r.item for r in found] for found in expected]
@@ -79,20 +79,20 @@ def test_every_strategy_of_the_recommender_is_offered(client):
         assert client.post("/recommend", json={"histories": [HISTORY], "strategy": strategy}).status_code == 200
 
 
-def test_twenty_clients_at_once_get_what_each_would_get_alone(recommender, oracle):
-    """Requests that differ in everything, batched where they may be: beams of equal settings, and never samples."""
+def test_twenty_concurrent_clients_get_the_answers_that_each_would_get_alone(recommender, oracle):
+    """Beam requests with equal settings are batched; sampled requests never are."""
     requests = [
-        {"histories": HISTORIES[place % 5 : place % 5 + 2], **OPTIONS[turn]}
-        for turn in (0, 1, 2, 4, 0)
-        for place in range(12)
+        {"histories": HISTORIES[start % 5 : start % 5 + 2], **OPTIONS[option]}
+        for option in (0, 1, 2, 4, 0)
+        for start in range(12)
     ]
-    together = threading.Barrier(20)
+    barrier = threading.Barrier(20)
 
     def post(request: dict):
         return client.post("/recommend", json=request)
 
     with TestClient(create_app(recommender, Limits(max_wait_ms=20.0))) as client, ThreadPoolExecutor(20) as pool:
-        list(pool.map(lambda _: together.wait(10), range(20)))
+        list(pool.map(lambda _: barrier.wait(10), range(20)))
         answers = list(pool.map(post, requests))
         batches, rows = batch_numbers(client)
     for request, answer in zip(requests, answers, strict=True):
@@ -101,7 +101,7 @@ def test_twenty_clients_at_once_get_what_each_would_get_alone(recommender, oracl
     assert 12 < batches < len(requests)  # 12 requests are sampled
 
 
-def test_sampled_requests_draw_alike_in_any_company(recommender, oracle):
+def test_concurrent_sampled_requests_get_equal_answers(recommender, oracle):
     request = {"histories": [HISTORY], "strategy": "sample", "k": 5, "seed": 3}
     with TestClient(create_app(recommender, Limits(max_wait_ms=20.0))) as client, ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: client.post("/recommend", json=request), range(8)))
@@ -110,7 +110,7 @@ def test_sampled_requests_draw_alike_in_any_company(recommender, oracle):
         assert_equal(answer, oracle.recommend(**request))
 
 
-def test_requests_go_together_only_where_the_beam_is_equally_wide():
+def test_requests_are_batched_only_if_their_beams_are_equally_wide():
     def key(histories: list, **options):
         return batch_key(RecommendRequest(histories=histories, **options), histories)
 
@@ -122,7 +122,7 @@ def test_requests_go_together_only_where_the_beam_is_equally_wide():
 
 
 def batch_numbers(client: TestClient) -> tuple[int, int]:
-    """Batches that were done, and the histories in them."""
+    """Number of batches that were decoded, and of histories in them."""
     numbers = metrics_of(client)
     return int(numbers["gflowtrl_batch_histories_count"]), int(numbers["gflowtrl_batch_histories_sum"])
 
@@ -132,27 +132,27 @@ def metrics_of(client: TestClient, path: str = "/metrics") -> dict[str, float]:
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
 
-# -------------------------------------------------------------------------------------------------- what is not known
+# ------------------------------------------------------------------------------------------- unknown items and users
 def test_unknown_items_are_named_in_the_answer(client, oracle):
     answer = client.post("/recommend", json={"histories": [["i010"], ["nonsense", "i010", 7]]})
     assert_equal(answer, oracle.recommend([["i010"], ["i010"]]))
     (warning,) = answer.json()["warnings"]
     assert warning == (
-        'histories[1]: items that are not in the catalog of 24 items (they look like "i001") were left out: '
+        'histories[1]: items that are not in the catalog of 24 items (for example "i001") were left out: '
         '"nonsense", 7.'
     )
 
 
-def test_users_of_whom_nothing_is_known_are_answered_by_popularity_and_told_so(client, oracle):
+def test_users_without_known_items_get_popular_items_and_a_warning(client, oracle):
     answer = client.post("/recommend", json={"histories": [[], ["i010"], ["?"]], "k": 4})
     assert_equal(answer, oracle.recommend([[], ["i010"], []], k=4))
     empty, left_out, unknown = answer.json()["warnings"]
-    assert empty.startswith("histories[0] is empty; its list is of what was taken most often")
+    assert empty.startswith("histories[0] is empty; its list has the most popular items")
     assert left_out.startswith("histories[2]: items") and unknown.startswith("histories[2] holds no known item;")
 
 
 @pytest.mark.parametrize("history", [[], ["?"]])
-def test_without_counts_they_are_refused(history):
+def test_without_counts_such_users_are_refused(history):
     with TestClient(create_app(make_recommender(counts=None))) as client:
         answer = client.post("/recommend", json={"histories": [["i010"], history]})
     assert answer.status_code == 422 and "histories[1]" in answer.json()["detail"]
@@ -167,63 +167,67 @@ def test_explanations_are_those_of_the_recommender(client, oracle):
     assert [step["rank"] for step in answer["steps"]] == [step.rank for step in expected.steps]
     assert answer["shares_id_with"] == ["i001"] and answer["teacher_rank"] is None
     assert answer["warnings"] == [
-        'history: items that are not in the catalog of 24 items (they look like "i001") were left out: "?".'
+        'history: items that are not in the catalog of 24 items (for example "i001") were left out: "?".'
     ]
 
 
-# ------------------------------------------------------------------------------------------------ when things go wrong
-class Held:
-    """A recommender whose next call waits until it is released, or fails."""
+# ------------------------------------------------------------------------------------------------------------ failures
+class BlockedRecommender:
+    """Makes the calls of a recommender wait until `released` is set, and fail if `fails` is."""
 
     def __init__(self, recommender: Recommender, monkeypatch):
         self.entered, self.released, self.fails = threading.Event(), threading.Event(), False
         original = recommender.recommend
 
-        def recommend(*given, **options):
+        def recommend(*args, **options):
             self.entered.set()
             assert self.released.wait(10)
             if self.fails:
                 raise TypeError("broken weights")
-            return original(*given, **options)
+            return original(*args, **options)
 
         monkeypatch.setattr(recommender, "recommend", recommend)
 
 
 def test_a_full_queue_is_503_and_a_long_wait_504(recommender, monkeypatch):
-    held = Held(recommender, monkeypatch)
+    blocked = BlockedRecommender(recommender, monkeypatch)
     request = {"histories": [HISTORY], "strategy": "sample"}
     limits = Limits(max_queue=1, timeout_s=1.5)
     with TestClient(create_app(recommender, limits)) as client, ThreadPoolExecutor(3) as pool:
         waiting = [pool.submit(client.post, "/recommend", json=request)]
-        assert held.entered.wait(5)
+        assert blocked.entered.wait(5)
         waiting.append(pool.submit(client.post, "/recommend", json=request))
         while metrics_of(client)["gflowtrl_queue_length"] < 1:
             pass
         full = client.post("/recommend", json=request)
-        refused(full, 503, "1 requests are waiting, as many as this server takes; ask later")
+        assert_refused(full, 503, r"The queue is full \(1 requests are waiting\). Try again later")
         assert full.headers["retry-after"] == "1"
         for future in waiting:
-            refused(future.result(10), 504, "was not answered within 1.5 seconds")
-        held.released.set()
+            assert_refused(future.result(10), 504, "was not answered within 1.5 seconds")
+        blocked.released.set()
         assert client.post("/recommend", json=request).status_code == 200
-        assert batch_numbers(client)[0] == 2  # the one that waited in the queue was not decoded for nobody
+        assert batch_numbers(client)[0] == 2  # the request that timed out in the queue was not decoded
 
 
-def test_an_exception_of_the_model_is_500_and_the_server_lives_on(recommender, monkeypatch, caplog):
-    held = Held(recommender, monkeypatch)
-    held.released.set()
-    held.fails = True
+def test_an_exception_of_the_model_is_500_and_the_server_continues(recommender, monkeypatch, caplog):
+    blocked = BlockedRecommender(recommender, monkeypatch)
+    blocked.released.set()
+    blocked.fails = True
     with TestClient(create_app(recommender)) as client:
-        refused(client.post("/recommend", json={"histories": [HISTORY]}), 500, r"a fault in the server \(TypeError\)")
+        assert_refused(
+            client.post("/recommend", json={"histories": [HISTORY]}), 500, r"an error in the server \(TypeError\)"
+        )
         assert "broken weights" in caplog.text
-        held.fails = False
+        blocked.fails = False
         assert client.post("/recommend", json={"histories": [HISTORY]}).status_code == 200
 
 
 def test_an_exception_of_the_server_is_500_too(recommender, monkeypatch, caplog):
     with TestClient(create_app(recommender)) as client:
         monkeypatch.setattr(recommender, "catalog", None)
-        refused(client.post("/recommend", json={"histories": [HISTORY]}), 500, "a fault in the server; see its log")
+        assert_refused(
+            client.post("/recommend", json={"histories": [HISTORY]}), 500, "an error in the server; see its log"
+        )
         assert "POST /recommend could not be answered" in caplog.text
 
 
@@ -245,18 +249,18 @@ def test_metrics_count_what_happened(recommender):
 
 
 @pytest.mark.parametrize("mounted", [False, True])
-def test_below_a_prefix_everything_is_as_without(recommender, oracle, mounted):
-    """Behind a proxy, or mounted in another application, whose lifespan then starts the worker."""
+def test_a_path_prefix_changes_nothing(recommender, oracle, mounted):
+    """The prefix of a proxy, or of another application that mounts this one and starts its worker."""
     app = outer = create_app(recommender)
     if mounted:
         outer = FastAPI(lifespan=lambda _: app.router.lifespan_context(app))
         outer.mount("/api", app)
     with TestClient(outer, root_path="" if mounted else "/api", raise_server_exceptions=False) as client:
         assert_equal(client.post("/api/recommend", json={"histories": HISTORIES}), oracle.recommend(HISTORIES))
-        refused(client.post("/api/recommend", json={"histories": [HISTORY], "k": 0}), 422, "k is 0; k must be")
-        refused(client.post("/api/explain", json={"history": HISTORY}), 422, "item is missing")
+        assert_refused(client.post("/api/recommend", json={"histories": [HISTORY], "k": 0}), 422, "k is 0; k must be")
+        assert_refused(client.post("/api/explain", json={"history": HISTORY}), 422, "item is missing")
         broken = client.post("/api/recommend", content="{", headers={"content-type": "application/json"})
-        refused(broken, 400, "cannot be read as JSON")
+        assert_refused(broken, 400, "cannot be read as JSON")
         assert client.get("/api/recommend").status_code == 405 and client.get("/api/items/1").status_code == 404
         numbers = metrics_of(client, "/api/metrics")
     counted = {name: value for name, value in numbers.items() if name.startswith("gflowtrl_requests_total")}
@@ -268,9 +272,9 @@ def test_below_a_prefix_everything_is_as_without(recommender, oracle, mounted):
     }  # fmt: skip
 
 
-def test_health_says_what_is_served_and_whether(recommender):
+def test_health_describes_the_model_and_its_readiness(recommender):
     app = create_app(recommender)
-    assert TestClient(app).get("/health").status_code == 503  # without its startup
+    assert TestClient(app).get("/health").status_code == 503  # before startup
     with TestClient(app) as client:
         answer = client.get("/health")
     assert answer.status_code == 200
@@ -280,7 +284,7 @@ def test_health_says_what_is_served_and_whether(recommender):
 
 
 # ------------------------------------------------------------------------------------------- a model that computes NaN
-def test_a_model_that_breaks_is_503_and_so_is_health():
+def test_nan_in_the_weights_is_503_for_requests_and_health():
     recommender = make_recommender()
     weight = recommender.model.lm_head.weight
     kept = weight.detach().clone()
@@ -292,7 +296,7 @@ def test_a_model_that_breaks_is_503_and_so_is_health():
             ("/recommend", {"histories": [HISTORY]}),
             ("/explain", {"history": HISTORY, "item": "i222"}),
         ):
-            refused(client.post(path, json=body), 503, "NaN or infinity in its weight 'lm_head.weight'")
+            assert_refused(client.post(path, json=body), 503, "NaN or infinity in its weight 'lm_head.weight'")
             answer = client.get("/health")
             assert answer.status_code == 503 and answer.json()["ready"] is False
             assert "'lm_head.weight'" in answer.json()["problem"]
@@ -302,7 +306,7 @@ def test_a_model_that_breaks_is_503_and_so_is_health():
         assert client.get("/health").json().keys() == {"ready", "model", "items", "version"}
 
 
-def test_health_knows_it_before_the_first_request():
+def test_health_is_503_before_the_first_request_to_a_broken_model():
     recommender = make_recommender()
     recommender.model.model.norm.register_forward_hook(lambda module, inputs, output: output * float("inf"))
     with TestClient(create_app(recommender)) as client:

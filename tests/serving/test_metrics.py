@@ -1,4 +1,4 @@
-"""The text that Prometheus reads."""
+"""Metrics in Prometheus' text format."""
 
 import re
 
@@ -16,7 +16,7 @@ def test_histograms_are_cumulative_and_bounds_are_inclusive():
     assert "gflowtrl_queue_length 3" in lines
 
 
-def test_every_line_is_of_the_format():
+def test_every_line_follows_the_format():
     metrics = Metrics()
     metrics.count_request("/recommend", 200, 0.02)
     metrics.count_request("/recommend", 422, 0.001)

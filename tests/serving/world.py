@@ -1,4 +1,4 @@
-"""A recommender to serve, and how a refusal is checked."""
+"""A small recommender to serve, and an assertion about error answers."""
 
 import re
 
@@ -18,8 +18,8 @@ def make_recommender(counts: torch.Tensor | None = COUNTS) -> Recommender:
     return Recommender(model, TOKENIZER, make_catalog(), 5, titles={"i010": "A lamp"}, item_counts=counts)
 
 
-def refused(answer, status: int, message: str) -> None:
-    """The answer is an error of one sentence."""
+def assert_refused(answer, status: int, message: str) -> None:
+    """Assert that the answer is an error whose body is one sentence."""
     detail = answer.json()["detail"]
     assert answer.status_code == status, detail
     assert "\n" not in detail and detail.endswith("."), detail
