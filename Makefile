@@ -36,7 +36,7 @@ help:
 	@echo "make test-rest   run the tests of further combinations"
 	@echo "make test-all   run both"
 	@echo "make test-lowest   run some of the tests with the lowest versions that setup.cfg allows"
-	@echo "make lint   check style and format with ruff, and the types of the core with basedpyright"
+	@echo "make lint   check style and format with ruff, English with codespell, and types of the core with basedpyright"
 	@echo "make docs   build the documentation into docs/_build/html, with warnings as errors"
 	@echo "make docs-release   build it and keep it under its version in SITE, next to earlier releases"
 	@echo "make clean  remove both environments and the documentation"
@@ -62,6 +62,8 @@ test-lowest: $(LOWEST)/.installed
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell gflowtrl tests docs examples recipes benchmarks tools .github *.md CITATION.cff Makefile setup.cfg
+	$(BIN)/python tools/check_prose.py
 	$(BIN)/basedpyright
 
 # -E reads all pages again, because their content depends on the library, which may have changed.

@@ -215,7 +215,7 @@ def check_needs(data: RunData) -> None:
         if needy and not scores_every_item:
             raise ValueError(
                 f"{where} ({spec.get('type') or spec['function']}) scores drawn items only, but {needy} needs the "
-                f"reward of every item: choose another gflownet.loss_type (vargrad, say), or give the reward a "
+                f"reward of every item: choose another gflownet.loss_type, such as vargrad, or give the reward a "
                 f"method score_items (docs/rewards.md)."
             )
 

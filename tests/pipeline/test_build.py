@@ -128,7 +128,7 @@ REWARDS = [
 
 
 def test_rewards_named_in_a_recipe_are_those_of_the_library(tmp_path):
-    """Options arrive, and the pipeline fills in what it knows: teacher, SFT model, titles, the reader beside the
+    """Options arrive, and the pipeline fills in what it knows: teacher, SFT model, titles, the reader next to the
     recipe."""
     tokenizer = text_tokenizer()
     reader = tiny_model(len(tokenizer))

@@ -99,7 +99,7 @@ def test_a_base_lies_beside_the_recipe_or_comes_with_the_library(tmp_path):
     recipe = load_recipe(mine)
     assert recipe.gflownet["num_generations"] == 9 and recipe.model["hidden_size"] == 128 and recipe.name == "mine"
     (tmp_path / "gflowgr_office_llama").write_text("model: {hidden_size: 8, num_attention_heads: 2}\nstages: [sft]\n")
-    assert load_recipe(mine).model["hidden_size"] == 8  # a file beside it comes first
+    assert load_recipe(mine).model["hidden_size"] == 8  # a file next to it comes first
     mine.write_text("base: other.yaml\n")
     with pytest.raises(
         FileNotFoundError, match=r"no recipe other\.yaml, which .*mine\.yaml names as its base.*quickst"

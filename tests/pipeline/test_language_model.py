@@ -73,7 +73,7 @@ def test_cards_name_the_model_it_began_from_and_its_license(finished, text_model
         card = ModelCard.load(Path(finished[1]["methods"][method]["model"], "README.md"))
         assert f"Training started from `{text_model.name}` (license: apache-2.0)." in card.text
         assert card.data.license == "apache-2.0"
-        assert card.data.base_model is None  # a folder is no name on the Hub
+        assert card.data.base_model is None  # a folder is not a name on the Hub
         assert "LlamaForCausalLM that recommends" in card.text and "AutoTokenizer" in card.text
 
 

@@ -119,7 +119,7 @@ def test_other_beginnings_are_other_stages(finished, stage, changes):
 
 
 def test_sft_may_be_a_method_to_compare_with(finished):
-    """Beside the others, which begin from where they began without it, and are not trained again."""
+    """The other stages start from the same model as without it, and are not trained again."""
     recipe, results, _ = finished
     seen = Seen()
     both = run(untrained(recipe.output_dir, stages=list(STAGES)), callbacks=[seen], quiet=True)
