@@ -54,8 +54,13 @@ def check_early(path: str | Path, arguments: Sequence[str]) -> None:
         if section and isinstance(content.get(section), dict):
             check_names(content[section], known, section)
     folder = content.get("data_dir")
-    if isinstance(folder, str) and not Path(folder).exists():
+    if isinstance(folder, str) and not _is_data(Path(folder)):
         raise FileNotFoundError(f"There is no folder {folder}. Check the path; `gflowtrl prepare` makes one.")
+
+
+def _is_data(path: Path) -> bool:
+    """Whether a path is a folder, or the common beginning of a triple (`gflowtrl.data.read_interactions`)."""
+    return path.exists() or path.with_name(f"{path.name}.inter.json").is_file()
 
 
 def declared_fields(classes: Sequence[str]) -> set[str]:

@@ -131,7 +131,12 @@ def reward_class(spec: Mapping[str, Any], recipe: Recipe) -> type[Reward] | None
     if "type" in spec:
         return REWARDS[spec["type"]]
     found = load_function(spec["function"], recipe.folder)
-    return found if isinstance(found, type) and issubclass(found, Reward) else None
+    if isinstance(found, type) and not issubclass(found, Reward):
+        raise ValueError(
+            f"The class {spec['function']} is not derived from gflowtrl.rewards.Reward: derive it, or name an object "
+            f"of the class instead (docs/extending.md)."
+        )
+    return found if isinstance(found, type) else None
 
 
 def needs_teacher(recipe: Recipe) -> bool:
@@ -180,9 +185,10 @@ def reward_key(data: RunData) -> list[dict[str, Any]]:
                 key["item_features"] = fingerprint([features.get(item) for item in data.interactions.items])
         if "teacher" in spec:
             key["teacher"] = teacher_key(data, spec["teacher"])
-        if kind is not None and "titles" in kind.needs(options_of(spec)):
+        needs = set() if kind is None else kind.needs(options_of(spec))
+        if "titles" in needs:
             key["titles"] = fingerprint(sorted(data.titles.items()))
-        if "model" in spec:
+        if "language_model" in needs:
             key["model_files"] = files_fingerprint(recipe.local(spec["model"]))
         keys.append(key)
     return keys
@@ -210,8 +216,8 @@ def check_needs(data: RunData) -> None:
             check_options(kind, spec, where)
             _check_data(data, kind.needs(options), f"{where} ({spec.get('type') or spec['function']})")
             scores_every_item = kind.scores_every_item(options)
-        if "model" in spec:
-            load_config(recipe.local(spec["model"]))
+            if "language_model" in kind.needs(options):
+                load_config(recipe.local(spec["model"]))
         if needy and not scores_every_item:
             raise ValueError(
                 f"{where} ({spec.get('type') or spec['function']}) scores drawn items only, but {needy} needs the "

@@ -62,11 +62,15 @@ def stage_names(recipe: Recipe) -> list[str]:
 
 def _plan(recipe: Recipe) -> dict[str, float]:
     """The stages of a run, in order, with their rough costs in epochs of SFT (measured on Amazon Office)."""
-    cost = {"teacher": 2.0, "sft": _epochs(recipe.sft), "control": 2 * _epochs(recipe.control_fields)}
-    trajectories = recipe.training_arguments("gflownet", recipe.output_dir).num_generations
-    cost["gflownet"] = (2 + 0.6 * trajectories) * _epochs(recipe.gflownet)
+    trained, cost = recipe.trained_stages, {"teacher": 2.0}
+    if "sft" in trained:
+        cost["sft"] = _epochs(recipe.sft)
+    if "control" in trained:
+        cost["control"] = 2 * _epochs(recipe.control_fields)
+    if "gflownet" in trained:
+        trajectories = recipe.training_arguments("gflownet", recipe.output_dir).num_generations
+        cost["gflownet"] = (2 + 0.6 * trajectories) * _epochs(recipe.gflownet)
     before = ["teacher", "test-teacher"] if "teacher" in recipe.stages or _uses_teacher(recipe) else []
-    trained = recipe.trained_stages
     names = [*before, *trained, *(f"test-{name}" for name in trained)]
     if "gflownet" in trained and recipe.rewards and recipe.evaluation.calibration_rows != 0:
         names.append("calibration")
@@ -74,7 +78,9 @@ def _plan(recipe: Recipe) -> dict[str, float]:
 
 
 def _epochs(section: Mapping[str, Any]) -> float:
-    return float(section.get("num_train_epochs", 3.0))
+    """The epochs of a section. Under `max_steps` they may be any number, and are not used."""
+    epochs = float(section.get("num_train_epochs", 3.0))
+    return epochs if epochs > 0 else 3.0
 
 
 def _uses_teacher(recipe: Recipe) -> bool:

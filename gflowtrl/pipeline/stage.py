@@ -54,6 +54,7 @@ class RunContext:
         self.quiet, self.callbacks, self.redo = quiet, list(callbacks), set(redo)
         self.seconds: dict[str, float] = {}  # of each stage that this run used, by folder
         self.plan, self._spent = dict(plan or {}), Counter[str]()
+        self.at_work = 0  # stages within stages: a reward of a later stage may fit its own teacher
 
     @property
     def is_main(self) -> bool:
@@ -68,12 +69,13 @@ class RunContext:
             print(text, flush=True)
 
     def position(self, name: str) -> str:
-        """ "stage 3 of 9: "; "" for a stage that is not in the plan."""
-        return f"stage {[*self.plan].index(name) + 1} of {len(self.plan)}: " if name in self.plan else ""
+        """ "stage 3 of 9: "; "" for a stage that is not in the plan, or is done within another one."""
+        planned = name in self.plan and not self.at_work
+        return f"stage {[*self.plan].index(name) + 1} of {len(self.plan)}: " if planned else ""
 
     def time_left(self, name: str, seconds: float) -> str:
         """ "; about 4 min left", estimated from the stages so far, after one of that name took `seconds`; or ""."""
-        if name not in self.plan:
+        if name not in self.plan or self.at_work:
             return ""
         self._spent[name] += seconds
         rest = sum([*self.plan.values()][[*self.plan].index(name) + 1 :])
@@ -134,9 +136,11 @@ class Stage:
                 write_json(self.folder / "inputs.json", self.inputs)
             clock, started = self.folder / CLOCK_FILE, time.monotonic()
             spent = json.loads(clock.read_text(encoding="utf-8")) if clock.is_file() else 0.0
+            run.at_work += 1
             try:
                 record = work(self.folder)
             finally:
+                run.at_work -= 1
                 seconds = round(spent + time.monotonic() - started, 1)
                 if run.is_main:
                     write_json(clock, seconds)

@@ -57,6 +57,7 @@ class FromSpec:
 
     provided: ClassVar[frozenset[str]] = frozenset()
     reads_target: ClassVar[bool] = True
+    scores_all_items: bool  # see Reward
 
     @classmethod
     def option_names(cls) -> set[str]:
@@ -77,14 +78,15 @@ class FromSpec:
         """Return what the reward needs from the run.
 
         Any of "teacher" (of the recipe), "sft_model", "policy" (in training), "sessions", "impressions", "titles" (of
-        all items) and "group" (all trajectories of a prompt).
+        all items), "language_model" (in the folder that the option `model` names) and "group" (all trajectories of a
+        prompt).
         """
         return set()
 
     @classmethod
     def scores_every_item(cls, spec: Mapping[str, Any]) -> bool:
         """Return whether the reward of every item is known at each step, as exact flows require."""
-        return not cls.needs(spec) & {"policy", "group"}
+        return cls.scores_all_items and not cls.needs(spec) & {"policy", "group"}
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any], context: RewardContext) -> Self:

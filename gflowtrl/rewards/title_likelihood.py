@@ -158,7 +158,7 @@ class TitleLikelihoodReward(Reward):
 
     @classmethod
     def needs(cls, spec: Mapping[str, Any]) -> set[str]:
-        return {"titles"}
+        return {"titles", "language_model"}
 
     @classmethod
     def scores_every_item(cls, spec: Mapping[str, Any]) -> bool:

@@ -78,3 +78,10 @@ def test_the_base_of_a_recipe_is_checked_too(tmp_path):
     (tmp_path / "r.yaml").write_text("base: base.yaml")
     with pytest.raises(ValueError, match="Did you mean 'sft.num_train_epochs'"):
         check_early(tmp_path / "r.yaml", [])
+
+
+@pytest.mark.parametrize("name", [".", "Toys", "link"])
+def test_a_data_folder_is_also_a_link_or_the_beginning_of_a_triple(name, tmp_path):
+    (tmp_path / "Toys.inter.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path)
+    check_early(known_files(recipe_folder())["quickstart"], ["--data_dir", str(tmp_path / name)])

@@ -117,6 +117,42 @@ def test_a_class_of_the_users_is_a_reward_with_options(tmp_path):
         check_needs(prepare(micro_recipe(tmp_path, rewards=[plain])))
 
 
+CLASSES = """
+from gflowtrl.rewards import Reward
+
+class Api(Reward):
+    def __init__(self, model="small"):
+        super().__init__("api")
+
+class Drawn(Reward):
+    scores_all_items = False
+
+    def __init__(self):
+        super().__init__("drawn")
+
+class Duck:
+    def score_items(self, step):
+        return None
+"""
+
+
+def test_what_a_class_of_the_users_says_decides_what_is_checked(tmp_path):
+    """An option that happens to be called model is not a folder; drawn items and strangers are told before a fit."""
+    (tmp_path / "my.py").write_text(CLASSES)
+
+    def checked(name, **options):
+        rewards = [{"function": "my.py:" + name, **options}]
+        run_data = prepare(micro_recipe(tmp_path, rewards=rewards, folder=str(tmp_path)))
+        check_needs(run_data)
+        return reward_key(run_data)
+
+    assert "model_files" not in checked("Api", model="large")[0]
+    with pytest.raises(ValueError, match="scores drawn items only, but exact_flow needs"):
+        checked("Drawn")
+    with pytest.raises(ValueError, match=r"The class my\.py:Duck is not derived from gflowtrl\.rewards\.Reward"):
+        checked("Duck")
+
+
 REWARDS = [
     {"type": "interaction", "values": [0, 2, 5], "target": 7},
     {"type": "token_similarity", "normalize": True},

@@ -64,6 +64,27 @@ def test_another_kind_replaces_its_section(recipe_file):
     assert text == {"model_type": "gpt_neox", "hidden_size": 64}
 
 
+def test_the_same_kind_keeps_its_section():
+    """A section without a model_type describes a Llama; a pretrained model may be in another folder."""
+    scratch, pretrained = {"hidden_size": 8}, {"model_name_or_path": "hub/name", "new_tokens": "titles"}
+    for model, key, value in ((scratch, "model_type", "llama"), (pretrained, "model_name_or_path", "/local")):
+        tree = {"model": dict(model)}
+        set_option(tree, f"model.{key}", value)
+        assert tree["model"] == model | {key: value}
+    for model, key in ((scratch, "model_name_or_path"), (pretrained, "model_type")):
+        tree = {"model": dict(model)}
+        set_option(tree, f"model.{key}", "x")
+        assert tree["model"] == {key: "x"}
+
+
+def test_a_kind_changes_a_section_that_another_option_gives(recipe_file):
+    """It is the later one, so it counts."""
+    text = "--teacher '{type: sasrec, epochs: 2}' --teacher.regularization 3 --teacher.type ease"
+    assert load_recipe(recipe_file, shlex.split(text)).teacher == {"type": "ease", "regularization": 3}
+    text = "--rewards '[{type: ground_truth, weight: 2}]' --rewards.0.type token_similarity"
+    assert load_recipe(recipe_file, shlex.split(text)).rewards == [{"type": "token_similarity", "weight": 2}]
+
+
 def test_a_recipe_tells_its_differences_to_the_base():
     base = {
         "model": {"model_type": "llama", "hidden_size": 8},

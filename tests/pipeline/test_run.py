@@ -17,6 +17,7 @@ from gflowtrl.cli.train import main
 from gflowtrl.data import SyntheticShop, write_folder
 from gflowtrl.metrics import popularity_groups
 from gflowtrl.pipeline import run
+from gflowtrl.pipeline.run import _plan
 from gflowtrl.pipeline.run_data import files_fingerprint, prepare
 from gflowtrl.pipeline.run_report import table
 from gflowtrl.pipeline.training import _sft_trainer
@@ -269,6 +270,19 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
     assert len(lines) == 2
     assert "absent" in lines[0] and "Did you mean 'sft.learning_rate'" in lines[1]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stages": ["teacher"], "gflownet": {"learning_rate": -1.0, "num_train_epochs": "many"}},
+        {"stages": ["sft"], "sft": {"max_steps": 2, "num_train_epochs": 0}},
+        {"start": "untrained", "stages": ["control"], "gflownet": {"max_steps": 2, "num_train_epochs": -1}},
+    ],
+)
+def test_a_plan_reads_the_stages_that_run_and_costs_something(changes, tmp_path):
+    plan = _plan(micro_recipe(tmp_path, **changes))
+    assert plan and all(cost > 0 for cost in plan.values())
 
 
 def test_ctrl_c_says_how_to_continue(tmp_path, monkeypatch, capsys):

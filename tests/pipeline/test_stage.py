@@ -77,6 +77,20 @@ def test_lines_number_the_stages_and_estimate_what_is_left(tmp_path, capsys, mon
     assert "[b] finished in 180 s; about 5 min left" in capsys.readouterr().out
 
 
+def test_a_stage_within_another_one_is_not_a_stage_of_the_plan(tmp_path, capsys):
+    """A reward of c fits its own teacher, a, long after the planned a."""
+    context = RunContext(tmp_path, plan={"a": 1, "b": 2, "c": 4})
+    context.stage("a", {}).run("work", lambda folder: {})
+
+    def work(folder):
+        context.stage("a", {"own": 1}).run("own", lambda folder: {})
+        return {}
+
+    context.stage("c", {}).run("work", work)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:] == ["[c] stage 3 of 3: work", "[a] own", "[a] finished in 0 s", "[c] finished in 0 s"]
+
+
 def finish(context, name: str = "x", calls: list | None = None):
     """A stage that leaves the files of a model."""
 
