@@ -138,8 +138,7 @@ def parse_options(arguments: Sequence[str]) -> dict[str, Any]:
 def set_option(tree: Any, path: str, value: Any, above: str = "") -> None:
     """Set `a.b.0.c` in nested dictionaries and lists, in place. Missing dictionaries are made.
 
-    Another kind (`teacher.type`) replaces the whole section but for its weight, as in a recipe with a `base`. Another
-    folder of a pretrained model is the same kind.
+    Another type (`teacher.type`) replaces the whole section except its weight, since the fields of the two differ.
 
     Raises:
         ValueError: the path goes through a plain value, or to a position that a list does not have.
@@ -154,19 +153,10 @@ def set_option(tree: Any, path: str, value: Any, above: str = "") -> None:
         inner = tree[index] if isinstance(tree, list) else tree.setdefault(index, {})
         set_option(inner, rest, value, f"{above}{key}.")
         return
-    if above and isinstance(tree, dict) and _is_other_kind(tree, key, value):
+    if above and key == "type" and tree.get(key) != value:
         for name in tree.keys() - {"weight"}:
             del tree[name]
     tree[index] = value
-
-
-def _is_other_kind(section: Mapping[str, Any], key: str, value: Any) -> bool:
-    """Whether `key: value` makes a section one of another kind, whose fields are others."""
-    if key == "model_name_or_path":
-        return key not in section
-    if key == "model_type" and "model_name_or_path" not in section:
-        return section.get(key, "llama") != value
-    return key in KINDS and section.get(key) != value
 
 
 def read_recipe(
@@ -188,7 +178,7 @@ def read_recipe(
     content = {"name": path.stem, **_on_its_base(path)}
     check_names(content, known)
     options = parse_options(arguments)
-    for name in _kinds_first(options):
+    for name in _types_first(options):
         section, dot, _ = name.partition(".")
         if section not in known and section not in gflownet:
             check_names([section], known if dot else {*known, *gflownet})
@@ -196,13 +186,12 @@ def read_recipe(
     return content
 
 
-def _kinds_first(names: Collection[str]) -> list[str]:
-    """Names of options in their order, but the kind of a section before the fields of that kind."""
+def _types_first(names: Collection[str]) -> list[str]:
+    """Names of options in their order, but the type of a section before its fields."""
     ordered: dict[str, None] = {}
     for name in names:
-        section = name.rpartition(".")[0]
-        kinds = [f"{section}.{kind}" for kind in KINDS if section]
-        ordered |= dict.fromkeys([*(kind for kind in kinds if kind in names), name])
+        kind = f"{name.rpartition('.')[0]}.type"
+        ordered |= dict.fromkeys([kind, name] if kind in names else [name])
     return [*ordered]
 
 
