@@ -289,11 +289,11 @@ def test_ctrl_c_says_how_to_continue(tmp_path, monkeypatch, capsys):
     def interrupted(recipe, redo):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gflowtrl.cli.train.run", interrupted)
+    monkeypatch.setattr("gflowtrl.pipeline.run", interrupted)
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(micro_settings(tmp_path / "out")))
     assert main(["--config", str(file)]) == 130
-    assert "start the same command again to continue" in capsys.readouterr().err
+    assert "run the same command again to continue" in capsys.readouterr().err
 
 
 def test_a_sample_of_the_users_is_measured(finished, tmp_path):
