@@ -137,7 +137,7 @@ class Duck:
 
 
 def test_what_a_class_of_the_users_says_decides_what_is_checked(tmp_path):
-    """An option that happens to be called model is not a folder; drawn items and strangers are reported before a fit."""
+    """An option may be called model and not be a folder; drawn items and other classes are reported before a fit."""
     (tmp_path / "my.py").write_text(CLASSES)
 
     def checked(name, **options):
