@@ -206,15 +206,15 @@ def _on_its_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merged(_on_its_base(base, (*above, path.resolve())), content)
 
 
-def check_names(given: Iterable[str], known: Iterable[str], where: str = "") -> None:
-    """Raise an error for an unknown field; the message offers the closest known one."""
+def check_names(given: Iterable[str], known: Iterable[str], where: str = "", what: str = "field") -> None:
+    """Raise an error for an unknown name; the message offers the closest known one. `what` is named, in `where`."""
     known = sorted(known)
     for name in given:
         if name not in known:
             prefix = f"{where}." if where else ""
             close = difflib.get_close_matches(str(name), known, n=1)
-            remedy = f"Did you mean {prefix + close[0]!r}?" if close else f"Known fields: {', '.join(known)}."
-            raise ValueError(f"There is no field {prefix + str(name)!r}. {remedy}")
+            remedy = f"Did you mean {prefix + close[0]!r}?" if close else f"Choose from {', '.join(known)}."
+            raise ValueError(f"There is no {what} {prefix + str(name)!r}. {remedy}")
 
 
 @contextmanager

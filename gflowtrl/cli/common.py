@@ -18,7 +18,7 @@ class Parser(argparse.ArgumentParser):
     """A parser that raises its errors, so that `guarded` prints them as one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}. {self.prog} --help says what it takes.")
+        raise ValueError(f"{message}. Run {self.prog} --help for the options.")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -52,6 +52,7 @@ def _tokenize(options: argparse.Namespace) -> None:
         report = quality_report(tokenizer, vectors)
         content = report.as_dict()
         text = f"{report}\n\nThe ids are in {ids_file}, the tokenizer for new items in {folder}."
+        text += f" Next: gflowtrl train --config gflowgr_office_llama --data_dir {options.data_dir}"
     tokenizer.save_pretrained(folder)
     write_text(ids_file, json.dumps({str(item): ids for item, ids in tokenizer.semantic_ids.items()}) + "\n")
     show(options, content, text)

@@ -93,7 +93,7 @@ def _train(arguments: Sequence[str], command: str) -> int:
 
     join_on_cpu()
     recipe = load_recipe(file, options)  # a mistake is reported here, once, and not by every process
-    check_names(given.redo, stage_names(recipe), "redo")
+    check_names(given.redo, stage_names(recipe), what="stage")
     if given.num_processes in (None, 1) and engine is None:
         return _run(recipe, given.redo)
     launcher = PLAIN if engine is None else _engine_options(engine)

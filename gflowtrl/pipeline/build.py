@@ -19,7 +19,7 @@ from gflowtrl.losses import get_loss
 from gflowtrl.policy import load_backbone, whole_models
 from gflowtrl.policy.loading import load_config
 from gflowtrl.rewards import Reward, fit_reward_weights
-from gflowtrl.samplers import uses_teacher
+from gflowtrl.samplers import build_sampler, uses_teacher
 from gflowtrl.teachers import TeacherModule, fingerprint, load_teacher
 
 from .recipe import Recipe
@@ -203,10 +203,12 @@ def check_needs(data: RunData) -> None:
             reward of drawn items only where a loss needs the reward of every item.
         OSError: a file of a function or a language model is missing.
     """
-    recipe, losses = data.recipe, []
+    recipe, needy = data.recipe, []
     if "gflownet" in recipe.stages:
         losses = recipe.training_arguments("gflownet", recipe.output_dir).loss_type
-    needy = next((name for name in losses if get_loss(name).needs_all_rewards), None)
+        needy = [f"loss_type {name}" for name in losses if get_loss(name).needs_all_rewards][:1]
+        sampler = build_sampler(recipe.sampler or "ground_truth", teacher=lambda histories: None)
+        needy += ["the sampler reward"] if sampler.needs_all_rewards else []
     for number, spec in enumerate(recipe.rewards):
         where, options, kind = f"rewards.{number}", options_of(spec), reward_class(spec, recipe)
         if kind is None:
@@ -220,9 +222,9 @@ def check_needs(data: RunData) -> None:
                 load_config(recipe.local(spec["model"]))
         if needy and not scores_every_item:
             raise ValueError(
-                f"{where} ({spec.get('type') or spec['function']}) scores drawn items only, but {needy} needs the "
-                f"reward of every item: choose another gflownet.loss_type, such as vargrad, or give the reward a "
-                f"method score_items (docs/rewards.md)."
+                f"{where} ({spec.get('type') or spec['function']}) scores drawn items only, but the reward of every "
+                f"item is needed by {' and '.join(needy)}. Choose others, such as --loss_type vargrad --sampler "
+                f"on_policy, or give the reward a method score_items (docs/rewards.md)."
             )
 
 
@@ -264,7 +266,7 @@ def load_function(reference: str, folder: str = ".") -> Callable:
     spec.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"{file} defines no function {name!r}; the recipe names the reward {reference!r}.")
+        raise ValueError(f"{file} defines no function or class {name!r}; the recipe names the reward {reference!r}.")
     return function
 
 
@@ -275,4 +277,4 @@ def _function_file(reference: str, folder: str) -> tuple[Path, str]:
     for file in (Path(path), Path(folder, path)):
         if file.is_file():
             return file, name
-    raise FileNotFoundError(f"The file of the reward function {reference!r} is neither here nor in {folder}.")
+    raise FileNotFoundError(f"The file of the reward function {reference!r} was not found here or in {folder}.")

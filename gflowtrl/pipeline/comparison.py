@@ -133,7 +133,7 @@ def _check_measured_alike(results: Sequence[Mapping[str, Any]]) -> None:
     }
     for (one, other), (name, value) in product(pairwise(results), values.items()):
         if value(one) != value(other):
-            raise ValueError(f"{_named(one)} and {_named(other)} differ in {name}; compare runs with the same value.")
+            raise ValueError(f"{_named(one)} and {_named(other)} differ in {name}, so they cannot be compared.")
 
 
 def _named(result: Mapping[str, Any]) -> str:

@@ -97,7 +97,7 @@ class Recipe:
         for name, value in check_types(Recipe, vars(self)).items():
             setattr(self, name, value)
         check_finite(self)
-        check_names(self.stages, STAGES, "stages")
+        check_names(self.stages, STAGES, what="stage")
         if not self.stages:
             raise ValueError(f"stages is empty; choose among {', '.join(STAGES)}.")
         check_number("seed", self.seed, SEED)
@@ -199,10 +199,10 @@ class Recipe:
             }
             if stage == "gflownet":
                 values["reward_weights"] = self.reward_weights or None
-        values |= check_types(kind, section, stage)
-        check_derived(stage, section if stage != "control" else self.control)
         if stage == "control":
             self.training_arguments("gflownet", output_dir)  # errors about the schedule that the control copies
+        values |= check_types(kind, section, stage)
+        check_derived(stage, section if stage != "control" else self.control)
         with locate_errors(stage, field_names(kind)):
             if values["greater_is_better"] is None:
                 values["greater_is_better"] = more_is_better(str(values["metric_for_best_model"])) is not False

@@ -45,7 +45,7 @@ def run(
     Raises:
         ValueError: bad input, damaged files of a finished stage, or another run is working in `output_dir`.
     """
-    check_names(redo, stage_names(recipe), "redo")
+    check_names(redo, stage_names(recipe), what="stage")
     data = data or prepare(recipe)
     check_needs(data)
     dry_run(data)
@@ -112,6 +112,7 @@ def _run(run: RunContext, data: RunData) -> dict[str, Any]:
         trained["gflownet"] = train_gflownet(run, data, start, used)
     tested |= {method: measure_policy(run, data, stage) for method, stage in trained.items()}
     calibration = measure_calibration(run, data, trained, used)
+    run.log("Writing the report.")
     results = run_report.collect(data, trained, tested, run.seconds, teacher_seconds, calibration)
     if run.is_main:
         own = run.root / f"report-{recipe.name}-{fingerprint(recipe.as_dict())[:8]}"
@@ -122,5 +123,7 @@ def _run(run: RunContext, data: RunData) -> dict[str, Any]:
             metrics = results["methods"][method]["metrics"]
             update_model_folder(stage, data, metrics, results["data"]["test_users"])
         run.log(f"\n{run_report.text(results)}\n\nresults.json, report.md and the models are in {Path(run.root)}.")
+        for stage in [*trained.values()][-1:]:
+            run.log(f"Next: gflowtrl recommend --model {stage.folder / 'model'} --input FILE (docs/command.md)")
     run.state.wait_for_everyone()
     return results

@@ -112,7 +112,7 @@ def table(results: Mapping[str, Any]) -> str:
     shown |= {f"Gini@{k}": f"gini@{k}", "long tail": f"long_tail@{k}"}
     if _truth_is_known(results):
         shown |= {title: name for name, title in NAMES.items()}
-    titles, lines = titles_of(results["recipe"]), [["method", *shown, "train s"]]
+    titles, lines = titles_of(results["recipe"]), [["method", *shown, "train (s)"]]
     for method, entry in results["methods"].items():
         values = [f"{entry['metrics'][name]:.4f}" for name in shown.values()]
         lines.append([titles[method], *values, f"{entry['seconds']:.0f}"])
@@ -154,7 +154,7 @@ def text(results: Mapping[str, Any]) -> str:
         )
     if _truth_is_known(results):
         lines.append(
-            "Recall and NDCG count what was bought, and mostly popular items were shown, so they miss a part."
+            "Recall and NDCG count what was bought. Mostly popular items were shown, so both miss other good items."
         )
         lines.append("unseen liked: probability on items that a user likes and was never shown (higher is better).")
         lines.append("TV to truth: total variation to the user's true preference (lower is better).")

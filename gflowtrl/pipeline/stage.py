@@ -74,12 +74,18 @@ class RunContext:
         return f"stage {[*self.plan].index(name) + 1} of {len(self.plan)}: " if planned else ""
 
     def time_left(self, name: str, seconds: float) -> str:
-        """ "; about 4 min left", estimated from the stages so far, after one of that name took `seconds`; or ""."""
+        """ "; about 4 min left", estimated from the stages so far, after one of that name took `seconds`.
+
+        "" until stages with an eighth of the plan's cost are done: a teacher alone says little about the training.
+        """
         if name not in self.plan or self.at_work:
             return ""
         self._spent[name] += seconds
         rest = sum([*self.plan.values()][[*self.plan].index(name) + 1 :])
-        left = rest * self._spent.total() / sum(self.plan[done] for done in self._spent)
+        done = sum(self.plan[name] for name in self._spent)
+        if 8 * done < sum(self.plan.values()):
+            return ""
+        left = rest * self._spent.total() / done
         return f"; about {left / 60:.0f} min left" if left >= 60 else f"; about {left:.0f} s left" if rest else ""
 
     def stage(self, name: str, inputs: Mapping[str, Any]) -> Stage:
@@ -127,7 +133,7 @@ class Stage:
             run.state.wait_for_everyone()
         if self.done:
             self._check()
-            run.log(f"[{self.name}] {run.position(self.name)}{title}: done before, kept in {self.folder}")
+            run.log(f"[{self.name}] {run.position(self.name)}{title}: already done, loaded from {self.folder}")
             run.time_left(self.name, self.record["seconds"])
         elif run.is_main or not main_only:
             run.log(f"[{self.name}] {run.position(self.name)}{title}")

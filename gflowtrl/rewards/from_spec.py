@@ -62,16 +62,19 @@ class FromSpec:
     @classmethod
     def option_names(cls) -> set[str]:
         """Return the names of the options that a recipe can set."""
-        return {*inspect.signature(cls).parameters} - cls.provided
+        return {*inspect.signature(cls).parameters} - {*cls.provided}
 
     @classmethod
     def check_spec(cls, spec: Mapping[str, Any]) -> None:
         """Check the options before the run, without data and models.
 
+        The default calls the constructor, unless it needs what only the run can provide.
+
         Raises:
             ValueError, TypeError: an option has an invalid value.
         """
-        cls(**spec)
+        if not cls.provided:
+            cls(**spec)
 
     @classmethod
     def needs(cls, spec: Mapping[str, Any]) -> set[str]:
@@ -94,6 +97,6 @@ class FromSpec:
 
         Args:
             spec: the options of the recipe, without type and weight.
-            context: what the run provides.
+            context: what the run provides; the default passes its attributes named in `provided`.
         """
-        return cls(**spec)
+        return cls(**{name: getattr(context, name) for name in cls.provided}, **spec)

@@ -109,6 +109,7 @@ class RewardSampler(Sampler):
     """
 
     source_names = ("reward",)
+    needs_all_rewards = True
 
     def __init__(self, temperature: float = 1.0):
         check_number("The temperature of RewardSampler", temperature, POSITIVE)

@@ -79,6 +79,10 @@ class MixtureSampler(Sampler):
     def observes_group(self) -> bool:
         return any(sampler.observes_group for sampler in self.samplers.values())
 
+    @property
+    def needs_all_rewards(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return any(sampler.needs_all_rewards for sampler in self.samplers.values())
+
     def allocate(self, num_generations: int) -> list[int]:
         """Return the number of trajectories of each source, with a total of K."""
         weights = [Fraction(weight) for weight in self.weights]  # exact, so that ties are detected

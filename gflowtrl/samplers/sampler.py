@@ -70,6 +70,7 @@ class Sampler(ABC):
     """
 
     source_names: tuple[str, ...] = ("unnamed",)
+    needs_all_rewards: bool = False  # whether it draws by the rewards of all leaves
     observes_group: bool = False  # whether a mixture passes the whole group to `observe`, or only its own trajectories
 
     @abstractmethod

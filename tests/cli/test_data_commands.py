@@ -292,13 +292,13 @@ def test_ids_from_attributes_alone(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["prepare"], "are required: --out. gflowtrl prepare --help"),
+        (["prepare"], "are required: --out. Run gflowtrl prepare --help"),
         (["prepare", "--out", "x"], "--format is missing. Formats are amazon-2014"),
         (["prepare", "--out", "x", "--format", "amazon", "--reviews", "r"], "There is no format 'amazon'"),
         (["prepare", "--out", "x", "--format", "csv", "--reviews", "nowhere.csv"], "nowhere.csv is not a file"),
         (["prepare", "--out", "x", "--download", "ml-1m", "--format", "csv"], "leave --format and the files out"),
-        (["prepare", "--k_core", "many"], "--k_core: invalid int value: 'many'. gflowtrl prepare --help"),
-        (["tokenize"], "are required: --data_dir. gflowtrl tokenize --help"),
+        (["prepare", "--k_core", "many"], "--k_core: invalid int value: 'many'. Run gflowtrl prepare --help"),
+        (["tokenize"], "are required: --data_dir. Run gflowtrl tokenize --help"),
         (["tokenize", "--data_dir", "DATA"], "semantic_ids.json exists. Use --add"),
         (["tokenize", "--data_dir", "DATA", "--overwrite", "--collaborative", "2"], "a number from 0 to 1"),
         (

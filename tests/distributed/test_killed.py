@@ -69,7 +69,7 @@ def test_one_process(moment, uninterrupted, tmp_path):
     assert not (folder / "out" / "results.json").exists()
     again = run_python(command(folder, recipe), ROOT)
     assert again.returncode == 0, again.stderr[-3000:]
-    assert "[sft]" in again.stdout and "done before" in again.stdout
+    assert "[sft]" in again.stdout and "already done" in again.stdout
     assert ("Continuing from" in again.stdout) == (moment not in ("test",))
     assert results(folder) == results(uninterrupted)
 

@@ -76,7 +76,7 @@ import torch
 from gflowtrl.rewards import Reward
 
 class Cheap(Reward):
-    provided = frozenset({"item_features"})
+    provided = {"item_features"}
     reads_target = False
 
     def __init__(self, item_features, power=1.0):
@@ -91,10 +91,6 @@ class Cheap(Reward):
     def check_spec(cls, spec):
         if spec.get("power", 1.0) <= 0:
             raise ValueError(f"power is {spec['power']}; it must be above 0.")
-
-    @classmethod
-    def from_spec(cls, spec, context):
-        return cls(context.item_features, **spec)
 """
 
 
@@ -147,7 +143,7 @@ def test_what_a_class_of_the_users_says_decides_what_is_checked(tmp_path):
         return reward_key(run_data)
 
     assert "model_files" not in checked("Api", model="large")[0]
-    with pytest.raises(ValueError, match="scores drawn items only, but exact_flow needs"):
+    with pytest.raises(ValueError, match="scores drawn items only, but the reward of every item is needed by"):
         checked("Drawn")
     with pytest.raises(ValueError, match=r"The class my\.py:Duck is not derived from gflowtrl\.rewards\.Reward"):
         checked("Duck")
@@ -229,7 +225,7 @@ def test_what_rewards_need_of_the_data_is_named(tmp_path):
 
 def test_a_missing_reward_function_is_named(tmp_path):
     (tmp_path / "r.py").write_text(CODE)
-    with pytest.raises(ValueError, match="defines no function 'dear'"):
+    with pytest.raises(ValueError, match="defines no function or class 'dear'"):
         load_function("r.py:dear", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="absent.py:cheap"):
         load_function("absent.py:cheap", str(tmp_path))
@@ -241,7 +237,9 @@ def test_a_missing_reward_function_is_found_before_any_training(tmp_path):
     (tmp_path / "r.py").write_text(CODE)
     for reference, error in (("r.py:cheap", None), ("r.py:dear", ValueError), ("absent.py:cheap", FileNotFoundError)):
         rewards = [{"function": f"{tmp_path}/{reference}"}]
-        run_data = prepare(micro_recipe(tmp_path, rewards=rewards, stages=["sft", "gflownet"], gflownet={}))
+        run_data = prepare(
+            micro_recipe(tmp_path, rewards=rewards, stages=["sft", "gflownet"], gflownet={}, sampler="on_policy")
+        )
         with pytest.raises(error) if error else nullcontext():
             check_needs(run_data)
 
@@ -251,7 +249,8 @@ def test_what_only_scores_drawn_items_is_refused_before_any_training(tmp_path):
     function = {"function": f"{tmp_path}/r.py:cheap"}
     for reward in (function, {"type": "rank_penalty"}, {"type": "likelihood", "of": "policy"}):
         rewards = [{"type": "ground_truth"}, reward]
-        with pytest.raises(ValueError, match=r"rewards\.1 \(.*\) scores drawn items only, but exact_flow needs"):
+        message = r"rewards\.1 \(.*\) scores drawn items only.* needed by loss_type exact_flow and the sampler reward"
+        with pytest.raises(ValueError, match=message):
             check_needs(prepare(micro_recipe(tmp_path, rewards=rewards)))
         check_needs(prepare(micro_recipe(tmp_path, rewards=rewards, stages=["teacher", "sft"])))
     rewards = [{"type": "title_likelihood", "model": str(tmp_path / "absent"), "all_items": True}]

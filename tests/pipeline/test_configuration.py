@@ -199,7 +199,7 @@ def test_command_line_sets_any_field(recipe_file):
         ("--num_generations 0", "num_generations is 0"),
         ("--num_generations 1 --loss_type vargrad", "needs at least 2"),
         ("--sampler no_such", "Unknown sampler 'no_such'"),
-        ("--stages sft gflow", "Did you mean 'stages.gflownet'"),
+        ("--stages sft gflow", "There is no stage 'gflow'. Did you mean 'gflownet'"),
         ("--control.num_train_epochs 9", "the control takes exactly the GFlowNet's steps"),
         (
             "--start untrained --control.per_device_train_batch_size 9",
@@ -207,6 +207,7 @@ def test_command_line_sets_any_field(recipe_file):
         ),
         ("--start untrained --control.num_train_epochs -1", "control.num_train_epochs is -1"),
         ("--start untrained --gflownet.num_train_epochs -1", "gflownet.num_train_epochs is -1"),
+        ("--gflownet.num_train_epochs two", "gflownet.num_train_epochs must be a number, but it is 'two'"),
         ("--start untrained --control.loss_type vargrad", "leave control.loss_type out"),
         ("--start teacher", "start is 'teacher'; choose 'sft' or 'untrained'"),
         (

@@ -154,7 +154,7 @@ def test_only_what_is_trained_is_tried_and_done_again(finished, tmp_path, capsys
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps(micro_settings(recipe.output_dir, start="untrained")))
     assert main(["--config", str(file), "--redo", "sft"]) == 2
-    assert "There is no field 'redo.sft'" in capsys.readouterr().err
+    assert "There is no stage 'sft'" in capsys.readouterr().err
     assert main(["--config", str(file), "--redo", "gflownet"]) == 0
     printed = capsys.readouterr().out
     assert "[gflownet] finished" in printed and "[control] finished" not in printed
