@@ -176,5 +176,9 @@ def quiet_libraries() -> None:
     the progress bars of loading weights.
     """
     for name in ("bitsandbytes.backends.cpu.ops", "DeepSpeed"):
-        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
+        logging.getLogger(name).addFilter(_is_error)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR

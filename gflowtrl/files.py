@@ -17,6 +17,12 @@ MISSING = "is missing"
 ARCHIVES = (".pt", ".pth", ".bin")  # torch.save writes zip archives
 
 
+def check_data_path(path: Path) -> None:
+    """Raise FileNotFoundError if a path is neither a folder nor the common beginning of a triple (`X.inter.json`)."""
+    if not path.exists() and not path.with_name(f"{path.name}.inter.json").is_file():
+        raise FileNotFoundError(f"There is no folder {path}. Check the path; `gflowtrl prepare` creates one.")
+
+
 def write_atomically(path: str | os.PathLike, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a temporary file next to `path`, then rename it to `path`. An unfinished file is removed.
 

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from gflowtrl.configuration import check_names, read_recipe
+from gflowtrl.files import check_data_path
 
 
 _TRAINING = "transformers:training_args.py:TrainingArguments"
@@ -23,11 +24,10 @@ CLASSES = {
         "transformers:training_args_seq2seq.py:Seq2SeqTrainingArguments",
     ),
     "gflownet": (
-        *(
-            "gflowtrl:trainer/gflownet_config.py:GFlowNetConfig",
-            "gflowtrl:trainer/tree_policy_config.py:TreePolicyConfig",
-        ),
-        *("trl:trainer/base_config.py:_BaseConfig", _TRAINING),
+        "gflowtrl:trainer/gflownet_config.py:GFlowNetConfig",
+        "gflowtrl:trainer/tree_policy_config.py:TreePolicyConfig",
+        "trl:trainer/base_config.py:_BaseConfig",
+        _TRAINING,
     ),
 }
 CLASSES["control"] = CLASSES["gflownet"]
@@ -53,14 +53,8 @@ def check_early(path: str | Path, arguments: Sequence[str]) -> None:
     for section, known in fields.items():
         if section and isinstance(content.get(section), dict):
             check_names(content[section], known, section)
-    folder = content.get("data_dir")
-    if isinstance(folder, str) and not _is_data(Path(folder)):
-        raise FileNotFoundError(f"There is no folder {folder}. Check the path; `gflowtrl prepare` makes one.")
-
-
-def _is_data(path: Path) -> bool:
-    """Whether a path is a folder, or the common beginning of a triple (`gflowtrl.data.read_interactions`)."""
-    return path.exists() or path.with_name(f"{path.name}.inter.json").is_file()
+    if isinstance(folder := content.get("data_dir"), str):
+        check_data_path(Path(folder))
 
 
 def declared_fields(classes: Sequence[str]) -> set[str]:

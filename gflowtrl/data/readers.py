@@ -11,7 +11,7 @@ from typing import Any
 
 from gflowtrl.catalog import Item
 from gflowtrl.checks import check_text, is_finite
-from gflowtrl.files import reading
+from gflowtrl.files import check_data_path, reading
 
 from .interactions import CLICKED, PURCHASED, SHOWN, Event, InteractionData
 
@@ -32,8 +32,7 @@ def read_interactions(path: str | Path, with_ids: bool = True) -> InteractionDat
         return read_folder(path, with_ids)
     if path.is_dir() and not any(path.glob("*.inter.json")):
         raise FileNotFoundError(f"{path} contains neither sequences.jsonl nor X.inter.json; see docs/data.md.")
-    if not path.exists() and not path.with_name(f"{path.name}.inter.json").is_file():
-        raise FileNotFoundError(f"There is no folder {path}. Check the path; `gflowtrl prepare` creates one.")
+    check_data_path(path)
     return read_letter(path, with_ids)
 
 

@@ -116,18 +116,17 @@ def build_rewards(run: RunContext, data: RunData, teacher: TeacherModule | None,
     context = BuildContext(run, data, teacher, sft_model)
 
     def build(spec: Mapping[str, Any]) -> Callable:
-        kind = reward_class(spec, data.recipe)
-        if kind is not None:
-            return kind.from_spec(options_of(spec), context)
-        function = load_function(spec["function"], data.recipe.folder)
-        features = {"item_features": context.item_features} if _takes_features(function) else {}
-        return functools.partial(function, **features) if features else function
+        found = load_reward(spec, data.recipe)
+        if isinstance(found, type):
+            return found.from_spec(options_of(spec), context)
+        takes_features = _takes_features(found)
+        return functools.partial(found, item_features=context.item_features) if takes_features else found
 
     return [build(spec) for spec in data.recipe.rewards]
 
 
-def reward_class(spec: Mapping[str, Any], recipe: Recipe) -> type[Reward] | None:
-    """The class of a reward, one of the library's or one in a file of the user's; None: a plain function."""
+def load_reward(spec: Mapping[str, Any], recipe: Recipe) -> type[Reward] | Callable:
+    """The class of a reward, one of the library's or one in a file of the user's, or the user's plain function."""
     if "type" in spec:
         return REWARDS[spec["type"]]
     found = load_function(spec["function"], recipe.folder)
@@ -136,13 +135,13 @@ def reward_class(spec: Mapping[str, Any], recipe: Recipe) -> type[Reward] | None
             f"The class {spec['function']} is not derived from gflowtrl.rewards.Reward: derive it, or name an object "
             f"of the class instead (docs/extending.md)."
         )
-    return found if isinstance(found, type) else None
+    return found
 
 
 def needs_teacher(recipe: Recipe) -> bool:
     """Whether a reward or the sampler uses the recipe's own teacher."""
-    kinds = [(reward_class(spec, recipe), options_of(spec)) for spec in recipe.rewards]
-    if any(kind is not None and "teacher" in kind.needs(options) for kind, options in kinds):
+    loaded = [(load_reward(spec, recipe), options_of(spec)) for spec in recipe.rewards]
+    if any(isinstance(found, type) and "teacher" in found.needs(options) for found, options in loaded):
         return True
     return recipe.sampler is not None and uses_teacher(recipe.sampler)
 
@@ -177,15 +176,15 @@ def reward_key(data: RunData) -> list[dict[str, Any]]:
     """All that the rewards depend on besides the recipe's own teacher: options, code, own teachers, titles, models."""
     recipe, keys = data.recipe, []
     for spec in recipe.rewards:
-        key, kind = dict(spec), reward_class(spec, recipe)
+        key, found = dict(spec), load_reward(spec, recipe)
         if "function" in spec:
             key["code"] = fingerprint(_function_file(spec["function"], recipe.folder)[0].read_text(encoding="utf-8"))
-            if kind is not None or _takes_features(load_function(spec["function"], recipe.folder)):
+            if isinstance(found, type) or _takes_features(found):
                 features = data.interactions.item_features
                 key["item_features"] = fingerprint([features.get(item) for item in data.interactions.items])
         if "teacher" in spec:
             key["teacher"] = teacher_key(data, spec["teacher"])
-        needs = set() if kind is None else kind.needs(options_of(spec))
+        needs = found.needs(options_of(spec)) if isinstance(found, type) else set()
         if "titles" in needs:
             key["titles"] = fingerprint(sorted(data.titles.items()))
         if "language_model" in needs:
@@ -210,21 +209,23 @@ def check_needs(data: RunData) -> None:
         sampler = build_sampler(recipe.sampler or "ground_truth", teacher=lambda histories: None)
         needy += ["the sampler reward"] if sampler.needs_all_rewards else []
     for number, spec in enumerate(recipe.rewards):
-        where, options, kind = f"rewards.{number}", options_of(spec), reward_class(spec, recipe)
-        if kind is None:
-            check_names(options, (), where)
-            scores_every_item = hasattr(load_function(spec["function"], recipe.folder), "score_items")
-        else:
-            check_options(kind, spec, where)
-            _check_data(data, kind.needs(options), f"{where} ({spec.get('type') or spec['function']})")
-            scores_every_item = kind.scores_every_item(options)
-            if "language_model" in kind.needs(options):
+        where, options, found = f"rewards.{number}", options_of(spec), load_reward(spec, recipe)
+        who = f"{where} ({spec.get('type') or spec['function']})"
+        if isinstance(found, type):
+            check_options(found, spec, where)
+            needs = found.needs(options)
+            _check_data(data, needs, who)
+            scores_every_item = found.scores_every_item(options)
+            if "language_model" in needs:
                 load_config(recipe.local(spec["model"]))
+        else:
+            check_names(options, (), where)
+            scores_every_item = hasattr(found, "score_items")
         if needy and not scores_every_item:
             raise ValueError(
-                f"{where} ({spec.get('type') or spec['function']}) scores drawn items only, but the reward of every "
-                f"item is needed by {' and '.join(needy)}. Choose others, such as --loss_type vargrad --sampler "
-                f"on_policy, or give the reward a method score_items (docs/rewards.md)."
+                f"{who} scores drawn items only, but the reward of every item is needed by {' and '.join(needy)}. "
+                f"Choose others, such as --loss_type vargrad --sampler on_policy, or give the reward a method "
+                f"score_items (docs/rewards.md)."
             )
 
 
@@ -240,7 +241,8 @@ def _check_data(data: RunData, needs: set[str], who: str) -> None:
             f"{data.interactions.name} has no impressions (events.jsonl), which {who} reads: use popularity: "
             f"interactions."
         )
-    lacking = [item for item in data.interactions.items if item not in data.titles] if "titles" in needs else []
+    titles = data.titles if "titles" in needs else {}
+    lacking = [item for item in data.interactions.items if item not in titles] if "titles" in needs else []
     if lacking:
         raise ValueError(
             f"{data.interactions.name} has no title for {len(lacking)} of {len(data.interactions.items)} items "

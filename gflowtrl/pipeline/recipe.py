@@ -115,7 +115,11 @@ class Recipe:
         self._check_learned_weights()
         sampler = None if self.sampler is None else build_sampler(self.sampler, teacher=lambda histories: None)
         self._check_schedule()
-        args = {stage: self.training_arguments(stage, Path(self.output_dir) / stage) for stage in self.trained_stages}
+        # The control copies the schedule of gflownet, whose errors therefore come first.
+        stages = sorted(self.trained_stages, key="control".__eq__)
+        if "control" in stages and "gflownet" not in stages:
+            stages.insert(-1, "gflownet")
+        args = {stage: self.training_arguments(stage, Path(self.output_dir) / stage) for stage in stages}
         if "gflownet" in self.stages:
             self._check_gflownet(args["gflownet"], sampler)
             self._check_start(args["gflownet"])
@@ -199,8 +203,6 @@ class Recipe:
             }
             if stage == "gflownet":
                 values["reward_weights"] = self.reward_weights or None
-        if stage == "control":
-            self.training_arguments("gflownet", output_dir)  # errors about the schedule that the control copies
         values |= check_types(kind, section, stage)
         check_derived(stage, section if stage != "control" else self.control)
         with locate_errors(stage, field_names(kind)):
