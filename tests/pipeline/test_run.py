@@ -242,7 +242,7 @@ def test_a_damaged_stage_is_done_again_on_request_and_gives_the_same(finished, t
     assert f"The stage sft is finished, but {model} is not a whole safetensors file" in told
     assert "--redo sft" in told
     assert main(["--config", str(file), "--redo", "stf"]) == 2
-    assert "Did you mean 'redo.sft'" in capsys.readouterr().err
+    assert "There is no stage 'stf'. Did you mean 'sft'?" in capsys.readouterr().err
     assert main(["--config", str(file), "--redo", "sft", "test-sft"]) == 0
     printed = capsys.readouterr().out
     assert "[sft] finished" in printed and "[test-sft] finished" in printed and "[control] finished" not in printed
