@@ -215,7 +215,7 @@ class CompositeReward:
             rewards=torch.cat([result.rewards for result in results]),
             parts={name: torch.cat([result.parts[name] for result in results]) for name in results[0].parts},
             floored_mass=torch.stack([s * r.floored_mass for s, r in zip(shares, results, strict=True)]).sum(),
-            excluded=torch.cat([result.excluded for result in results]) if self.exclude_history else None,
+            excluded=self._excluded(step, leaves),
         )
 
     def chunks(self, step: Step) -> list[slice]:
