@@ -2,7 +2,8 @@
 
 from .catalog import ItemCatalog
 from .items import Item
+from .seen import SeenItems
 from .tree import PrefixTree
 
 
-__all__ = ["Item", "ItemCatalog", "PrefixTree"]
+__all__ = ["Item", "ItemCatalog", "PrefixTree", "SeenItems"]

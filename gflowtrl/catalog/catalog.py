@@ -18,6 +18,7 @@ from gflowtrl.files import write_text
 
 from .items import Item, ItemIndex
 from .saved import read_catalog
+from .seen import SeenItems
 from .tree import PrefixTree
 
 
@@ -149,16 +150,52 @@ class ItemCatalog:
             return folded.scatter_add_(1, index, values)
         return folded.scatter_reduce_(1, index, values, "amax", include_self=False)
 
-    def expand_leaves(self, leaves: Tensor, k: int) -> Tensor:
+    def seen_items(
+        self,
+        histories: Sequence[Sequence[Item]],
+        targets: Sequence[Item] | None = None,
+        among: Iterable[Item] | None = None,
+    ) -> SeenItems:
+        """Collect the items that users have had, for rankings and rewards without them.
+
+        Args:
+            histories: all earlier items of each user, in any order.
+            targets: an item of each user that stays a candidate even if the user has had it before.
+            among: the only candidates, without repetitions. Default: all items. Other items do not count as seen, and
+                a leaf is seen if the user has had each of its candidates.
+
+        Raises:
+            ValueError: an item is not in the catalog, or there are not as many targets as histories.
+        """
+        if targets is not None and len(targets) != len(histories):
+            raise ValueError(f"There are {len(histories)} histories and {len(targets)} targets. Give one of each.")
+        size = len(self)
+        rows = torch.repeat_interleave(
+            torch.arange(len(histories)), torch.tensor([len(history) for history in histories], dtype=torch.long)
+        )
+        keys = rows * size + self.index_of([item for history in histories for item in history])
+        item_leaf, leaf_sizes = self.item_leaf.cpu(), self.leaf_sizes.cpu()
+        if targets is not None:
+            keys = keys[~torch.isin(keys, torch.arange(len(targets)) * size + self.index_of(targets))]
+        if among is not None:
+            candidates = self.index_of(list(among))
+            keys = keys[torch.isin(keys % size, candidates)]
+            leaf_sizes = torch.bincount(item_leaf[candidates], minlength=len(leaf_sizes))
+        return SeenItems.of(keys.unique(), item_leaf, leaf_sizes, len(histories))
+
+    def expand_leaves(self, leaves: Tensor, k: int, seen: SeenItems | None = None) -> Tensor:
         """Turn ranked leaves into ranked items. Each leaf yields all its items, and the list is cut at `k`.
 
         Args:
             leaves: `(U, R)`, best first; -1 is skipped.
             k: length of the item list.
+            seen: items of each user that are left out.
 
         Returns:
             `(U, k)` positions in `items`, padded with -1.
         """
+        if seen is not None:
+            return seen.without(self.expand_leaves(leaves, k + seen.most), k)
         leaves = leaves.to(self.device)
         sizes = torch.where(leaves >= 0, self.leaf_sizes[leaves.clamp(min=0)], 0)
         ends = torch.cumsum(sizes, 1)

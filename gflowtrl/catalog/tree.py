@@ -186,6 +186,33 @@ class PrefixTree:
         mask[path[path >= 0]] = True
         return mask
 
+    def closed_nodes(self, excluded: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """Return the nodes from which only excluded leaves can be reached, for each row.
+
+        The cost depends on the number of excluded leaves, not on the size of the tree (with `allowed`, on both).
+
+        Args:
+            excluded: `(B, X)` leaves; -1 is skipped, a repetition counts once.
+            allowed: bool `(M,)` from `path_mask`; the leaves outside it count as excluded, too, but a node that leads
+                to no allowed leaf is not returned.
+
+        Returns:
+            `(B, n)` nodes, ascending, padded with `num_nodes` at the end, for `in_rows`.
+        """
+        total = self.leaf_count
+        leaves = torch.nn.functional.pad(excluded, (0, 1), value=-1).sort(1).values  # at least one column
+        skipped = (leaves < 0) | (leaves == leaves.roll(1, 1))
+        if allowed is not None:
+            ends = allowed[self.leaf_nodes()]
+            paths = self.path_nodes[ends]
+            total = torch.bincount(paths[paths >= 0], minlength=self.num_nodes)
+            skipped |= ~ends[leaves.clamp(min=0)]
+        nodes = self.walk(leaves.clamp(min=0)).masked_fill(skipped[..., None], -1).flatten(1)
+        nodes = torch.where(nodes >= 0, nodes, self.num_nodes).sort(1).values
+        below = torch.searchsorted(nodes, nodes, right=True) - torch.searchsorted(nodes, nodes)
+        closed = (nodes < self.num_nodes) & (below == total[nodes.clamp(max=self.num_nodes - 1)])
+        return torch.where(closed, nodes, self.num_nodes).sort(1).values
+
     def is_determined(self, nodes: Tensor) -> Tensor:
         """Return whether at most one leaf can be reached from each node: `(...,) -> bool (...,)`; True for -1.
 
@@ -231,6 +258,13 @@ class PrefixTree:
 
     def __repr__(self) -> str:
         return f"PrefixTree(num_leaves={self.num_leaves}, num_nodes={self.num_nodes}, max_depth={self.max_depth})"
+
+
+def in_rows(rows: Tensor, values: Tensor) -> Tensor:
+    """Return whether each value occurs in its row: ascending `(B, n)` and `(B, ...)` to bool `(B, ...)`."""
+    flat = values.flatten(1)
+    index = torch.searchsorted(rows, flat).clamp_(max=rows.shape[1] - 1)
+    return (rows.gather(1, index) == flat).view(values.shape)
 
 
 def _check_paths(token_paths: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gflowtrl.catalog import ItemCatalog, PrefixTree
+from gflowtrl.catalog.tree import in_rows
 from gflowtrl.checks import COUNT, POSITIVE, SHARE, check_number
 from gflowtrl.compat import attention_implementation
 from gflowtrl.trunks import Prompts, num_prompts
@@ -59,6 +60,7 @@ class TreePolicy(ABC):
         self.model = model
         self.catalog = catalog
         self.temperature = temperature_of(model)
+        self._shared: tuple[Prompts, BranchDecoder] | None = None
         self._heads = has_flow_heads(model)
         self._output = self._head = selectable_head(model)
         if self._output is not None and 2 * len(catalog.tree.tokens) > num_rows(self._output):
@@ -222,7 +224,9 @@ class TreePolicy(ABC):
         return tree.unique_leaf(nodes), log_q
 
     @torch.no_grad()
-    def beam_search(self, prompts: Prompts, num_beams: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def beam_search(
+        self, prompts: Prompts, num_beams: int, allowed: Tensor | None = None, excluded: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Find the most probable leaves by beam search on the tree.
 
         Args:
@@ -230,16 +234,33 @@ class TreePolicy(ABC):
             num_beams: width of the beam.
             allowed: bool `(M,)` nodes that may be visited (`PrefixTree.path_mask`). Default: all. Probabilities are
                 still normalized over the whole tree.
+            excluded: `(B, X)` leaves that each prompt may not return, padded with -1, on the prompts' device. They are
+                left out during the search, so no list is short because of them. Probabilities stay as they are.
 
         Returns:
             Leaves `(B, num_beams)`, best first, and their tree-normalized log-probabilities. If there are fewer leaves
             than beams, the rest is padded with leaf -1 and log-probability -inf.
+
+        Raises:
+            ValueError: `excluded` has not one row per prompt.
         """
+        batch, tree = num_prompts(prompts), self._tree(prompts)
+        start = torch.zeros(batch, 1, device=prompts["input_ids"].device)
+        closed: Tensor | None = None
+        if excluded is not None:
+            if excluded.dim() != 2 or len(excluded) != batch:
+                raise ValueError(
+                    f"excluded has shape {tuple(excluded.shape)}, but there are {batch} prompts. Give one row of "
+                    f"leaves per prompt, padded with -1."
+                )
+            closed = tree.closed_nodes(excluded, allowed)
+            start = start.masked_fill(closed[:, :1] == 0, -torch.inf)  # nothing is left below the root
 
         def rank(_: Tensor, totals: Tensor, children: Tensor) -> Tensor:
-            return totals if allowed is None else totals.masked_fill(~allowed[children.clamp(min=0)], -torch.inf)
+            if allowed is not None:
+                totals = totals.masked_fill(~allowed[children.clamp(min=0)], -torch.inf)
+            return totals if closed is None else totals.masked_fill(in_rows(closed, children), -torch.inf)
 
-        start = torch.zeros(num_prompts(prompts), 1, device=prompts["input_ids"].device)
         leaves, log_probs, _ = self._search(prompts, num_beams, 1.0, start, rank)
         return leaves, log_probs
 
@@ -327,7 +348,7 @@ class TreePolicy(ABC):
             prompts: the batch.
             width: number of beams.
             temperature: divides the logits.
-            start: `(B, 1)` the root's ranking score; its dtype is used for all sums.
+            start: `(B, 1)` the root's ranking score, -inf for an empty list; its dtype is used for all sums.
             rank: function from ranking scores of the beams `(B, n)`, log-probabilities of their children `(B, n, C)`
                 and the children `(B, n, C)` to the children's ranking scores `(B, n, C)`, -inf for missing children.
 
@@ -335,8 +356,8 @@ class TreePolicy(ABC):
             Leaves, log-probabilities and ranking scores `(B, width)`, best first, padded with -1, -inf and -inf.
         """
         tree = self._tree(prompts)
-        nodes = torch.zeros(start.shape, dtype=torch.long, device=start.device)
-        totals, ranks = torch.zeros_like(start), start
+        nodes = torch.where(start == -torch.inf, -1, 0)
+        totals, ranks = torch.where(start == -torch.inf, start, 0.0), start
         with self._decoding(prompts) as decoder:
             logits, parents = decoder.root_logits, torch.zeros_like(nodes)
             for depth in range(tree.max_depth):
@@ -375,10 +396,28 @@ class TreePolicy(ABC):
         return self.catalog.tree
 
     @contextmanager
+    def computed_once(self, prompts: Prompts) -> Iterator[None]:
+        """Context manager: within it, all sampling and searching with these `prompts` (this object) share one
+        computation of them. The model must not change meanwhile."""
+        self._tree(prompts)
+        with self._decoding(prompts) as decoder:
+            self._shared = prompts, decoder
+            try:
+                yield
+            finally:
+                self._shared = None
+
+    @contextmanager
     def _decoding(self, prompts: Prompts) -> Iterator[BranchDecoder]:
         """Context manager: a decoder of the model in evaluation mode. The model's mode is restored afterwards."""
+        if self._shared is not None and self._shared[0] is prompts:
+            self._shared[1].restart()
+            yield self._shared[1]
+            return
         with evaluation_mode(self.model), only_rows(self._output, self.catalog.tree.tokens):
-            yield self._decoder(prompts)
+            with torch.no_grad():
+                decoder = self._decoder(prompts)
+            yield decoder
 
 
 def _flows_of_states(flows: Tensor, branches: Branches, lengths: Tensor) -> Tensor:
