@@ -218,8 +218,8 @@ class Recommender:
                 warning. A user with no known item gets the most popular items of the training interactions.
             k: length of the lists. A list is shorter only if fewer items can be recommended.
             num_beams: beam width, by default `max(20, k)`; with `strategy="sample"` the number of semantic ids that
-                are drawn, by default `k`. With `exclude_seen` the longest history is added to it.
-            exclude_seen: leave out items of the history. For applications; benchmark figures keep them.
+                are drawn, by default `k`, to which `exclude_seen` adds the longest history.
+            exclude_seen: leave out items of the history, without a change to the probabilities of the others.
             batch_size: number of histories that are decoded together.
             strategy: `"beam"`: the most probable items, best first. `"sample"`: items drawn without replacement in
                 proportion to their probability, in the order of the draw (stochastic beam search). If the policy is
@@ -253,14 +253,18 @@ class Recommender:
         """Return the lists of non-empty histories, whose indices in the request are `rows`."""
         prompts = self._prompts(histories)
         beams = request.num_beams or (max(20, request.k) if request.strategy == "beam" else request.k)
-        if request.exclude_seen:
-            beams += max(len(set(history)) for history in histories)
         if request.strategy == "beam":
-            nodes = None
+            nodes = excluded = None
             if request.allowed is not None:
                 nodes = self.catalog.tree.path_mask(self.catalog.leaf_of(sorted(request.allowed)))
-            leaves, log_probs = self.policy.beam_search(prompts, beams, nodes)
+            if request.exclude_seen:
+                excluded = self.catalog.seen_items(histories, among=request.allowed).leaves.to(self.model.device)
+            leaves, log_probs = self.policy.beam_search(prompts, beams, nodes, excluded)
             return self._lists(histories, leaves, log_probs, request)
+        if request.exclude_seen:
+            # The first unseen items of a draw among all items are a draw among the unseen ones. A masked search would
+            # not be one: the noise of a prefix is that of all its leaves, seen or not.
+            beams += max(len(set(history)) for history in histories)
         noise = StatelessNoise(request.seed).at(0, torch.tensor(rows, device=self.model.device))
         if request.allowed is not None and len(request.allowed) <= MAX_ENUMERATED:
             return self._lists(histories, *self._sample_allowed(prompts, noise, request), request)

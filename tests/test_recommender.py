@@ -63,6 +63,43 @@ def test_lists_are_full_and_items_with_the_same_id_are_adjacent(recommender):
     assert sum(torch.tensor([r.log_prob for r in found if r.item != "twin"]).exp()) == pytest.approx(1.0, abs=1e-5)
 
 
+def test_seen_items_are_masked_in_a_narrow_beam(recommender):
+    """However long the histories of the batch are; also where a leaf's only allowed item is a seen one."""
+    history = [item for item in ITEMS if item not in ("i222", "twin")]
+    for histories in ([["i010"]], [["i010"], history], [["i010"], ["i001", "i111"] * 9]):
+        lists = recommender.recommend(histories, k=3, num_beams=3, exclude_seen=True)
+        (alone,) = recommender.recommend([["i010"]], k=3, num_beams=3, exclude_seen=True)
+        assert [r.item for r in lists[0]] == [r.item for r in alone]
+        assert all(
+            len(found) == min(3, len(ITEMS) - len(set(seen))) for found, seen in zip(lists, histories, strict=True)
+        )
+        assert all(r.item not in seen for found, seen in zip(lists, histories, strict=True) for r in found)
+    allowed = {"twin", "i001", "i222", "i100"}
+    for seen in (["i001"], ["i001", "i222"], ["i001", "twin"]):
+        (found,) = recommender.recommend([seen], k=2, num_beams=2, exclude_seen=True, allowed_items=allowed)
+        expected = [pair for pair in brute_force(recommender, seen, exclude=True) if pair[0] in allowed]
+        if len(expected) == 2:
+            assert {r.item for r in found} == {item for item, _ in expected}
+        assert len(found) == 2 and {r.item for r in found} <= allowed - set(seen)
+
+
+@pytest.mark.parametrize("allowed", [None, ["i001", "twin", "i222", "i010", "short"]])
+def test_sampled_lists_without_seen_items_are_draws_among_the_others(recommender, allowed):
+    """The first item of each list is a draw from the renormalized policy."""
+    history, draws = ["i222", "i001", "i100"], 1500
+    options = {"k": 2, "strategy": "sample", "seed": 5, "exclude_seen": True, "allowed_items": allowed}
+    lists = recommender.recommend([history] * draws, **options)
+    left = {i: p for i, p in brute_force(recommender, history, exclude=True) if allowed is None or i in allowed}
+    assert all(len({r.item for r in found} & left.keys()) == 2 for found in lists)
+    expected = torch.tensor(list(left.values()), dtype=torch.double).softmax(0) * draws
+    counts = torch.tensor([sum(found[0].item == item for found in lists) for item in left]).double()
+    common = expected >= 5
+    observed = torch.cat([counts[common], counts[~common].sum()[None]])
+    wanted = torch.cat([expected[common], expected[~common].sum()[None]])
+    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
+    assert scipy.stats.chisquare(observed.numpy(), wanted.numpy()).pvalue > 1e-3
+
+
 def test_no_histories_give_no_lists(recommender):
     assert recommender.recommend([]) == []
 

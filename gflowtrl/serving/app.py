@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -78,9 +78,7 @@ def create_app(recommender: Recommender, limits: Limits | None = None) -> FastAP
         request_checks.check_allowed(body.allowed_items, recommender.catalog)
         histories, warnings = request_checks.known_items(body.histories, recommender)
         work = partial(recommender.recommend, **body.model_dump(exclude={"histories"}))
-        return RecommendAnswer(
-            recommendations=await run(work, histories, batch_key(body, histories)), warnings=warnings
-        )
+        return RecommendAnswer(recommendations=await run(work, histories, batch_key(body)), warnings=warnings)
 
     @app.post("/explain", responses=PROBLEMS)
     async def explain(body: ExplainRequest) -> ExplainAnswer:
@@ -106,16 +104,15 @@ def create_app(recommender: Recommender, limits: Limits | None = None) -> FastAP
     return app
 
 
-def batch_key(body: RecommendRequest, histories: Sequence[Sequence[Any]]) -> Hashable | None:
+def batch_key(body: RecommendRequest) -> Hashable | None:
     """Return the key of a request. Requests with equal keys may be decoded together without a change to any answer.
 
     None: the request is decoded alone. A sampled list depends on its index in the call of `Recommender.recommend`,
-    which other requests would shift. With `exclude_seen` the longest history of the call is added to the beam width,
-    so requests are decoded together only if their own longest histories are equally long.
+    which other requests would shift.
     """
     if body.strategy == "sample" or body.allowed_items is not None:
         return None
-    return body.k, max(len(set(history)) for history in histories) if body.exclude_seen else None
+    return body.k, body.exclude_seen
 
 
 async def _run(

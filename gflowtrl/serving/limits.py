@@ -19,7 +19,7 @@ class Limits:
         max_k: greatest `k` of a request. It also bounds the beam width.
         max_histories: number of histories per request.
         max_history_items: number of items per history. The prompt has only the last ones, but with `exclude_seen`
-            all of them are added to the beam width.
+            all of them are left out of the answer.
         max_body_bytes: bytes per request body.
         timeout_s: seconds after which a waiting request is answered with 504.
 

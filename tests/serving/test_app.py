@@ -110,13 +110,12 @@ def test_concurrent_sampled_requests_get_equal_answers(recommender, oracle):
         assert_equal(answer, oracle.recommend(**request))
 
 
-def test_requests_are_batched_only_if_their_beams_are_equally_wide():
+def test_requests_are_batched_only_if_their_settings_are_equal():
     def key(histories: list, **options):
-        return batch_key(RecommendRequest(histories=histories, **options), histories)
+        return batch_key(RecommendRequest(histories=histories, **options))
 
     assert key([["i010"]]) == key([["i111", "i010"], ["i010"]]) != key([["i010"]], k=9)
-    assert key([["i010", "i111", "i010"]], exclude_seen=True) == key([["i001"], ["i001", "i222"]], exclude_seen=True)
-    assert key([["i010"]], exclude_seen=True) != key([["i001", "i222"]], exclude_seen=True)
+    assert key([["i010"]], exclude_seen=True) == key([["i001"], ["i001", "i222"]], exclude_seen=True)
     assert key([["i010"]], exclude_seen=True) != key([["i010"]])
     assert key([["i010"]], strategy="sample") is key([["i010"]], allowed_items=["i010"]) is None
 
