@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from gflowtrl.metrics import paired_bootstrap
+from gflowtrl.metrics import UNSEEN, paired_bootstrap
 from gflowtrl.pipeline import Recipe, load_recipe, run
 from gflowtrl.pipeline.comparison import spread
-from gflowtrl.pipeline.plots import titles_of
+from gflowtrl.pipeline.plots import main_metrics, metric_title, titles_of
 from gflowtrl.pipeline.run_report import aligned, interval_text
 
 
@@ -27,8 +27,9 @@ RECIPES = [
     *("gflowgr_office_llama", "gflowgr_office_llama_broad", "gflowgr_office_llama_vargrad"),
     "distillation_office_llama",
 ]
-COLUMNS = [f"{name}@{k}" for k in (5, 10) for name in ("recall", "ndcg")]
+COLUMNS = [*main_metrics(5)[:2], *main_metrics(10)]
 COLUMNS += [f"{name}@10" for name in ("coverage", "entropy", "dgu", "mgu", "long_tail")]
+UNSEEN_RANKS = ", seen removed"  # after a method's name in the ranks of a record
 
 
 def settings(recipe: dict) -> dict:
@@ -43,13 +44,15 @@ def settings(recipe: dict) -> dict:
 
 
 def keep(results: dict, recipe: Recipe, file: Path) -> None:
-    """Write the record of a run without paths, and next to it the target's rank for each user (0: not in the list)."""
+    """Write the record of a run without paths, and next to it the rank of the target's semantic id for each user, also
+    with seen items removed (0: not in the list)."""
     ranks = {}
     for method, entry in results["methods"].items():
         folder = Path(entry.pop("folder"))
         entry.pop("model", None)
-        reciprocal = load_file(folder / "per_user.safetensors")["mrr@20"]
-        ranks[method] = torch.where(reciprocal > 0, (1 / reciprocal).round(), 0).to(torch.uint8)
+        users = load_file(folder / "per_user.safetensors")
+        for name, metric in ((method, "mrr@20"), (f"{method}{UNSEEN_RANKS}", f"{UNSEEN}mrr@20")):
+            ranks[name] = torch.where(users[metric] > 0, (1 / users[metric]).round(), 0).to(torch.uint8)
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(ranks, file.with_suffix(".safetensors"))
     file.write_text(json.dumps({**results, "recipe": settings(recipe.as_dict())}, indent=2) + "\n", encoding="utf-8")
@@ -104,12 +107,14 @@ def rows_of(runs: dict[str, list[Path]]) -> dict[str, list[tuple[dict, dict, dic
 def table(runs: dict[str, list[Path]]) -> str:
     """Return a Markdown table: mean ± standard deviation over seeds, and the difference to the run's control.
 
-    Differences have a 95 % interval over users, whose figures are averaged over the seeds first.
+    Differences count semantic ids, which the records hold for each user. They have a 95 % interval over users, whose
+    figures are averaged over the seeds first. Records of older versions have no figures with seen items removed.
     """
     metrics = ("recall@10", "ndcg@10")
-    lines = [["method", *COLUMNS, "minutes", *(f"{name} - control" for name in metrics)]]
+    lines = [["method", *map(metric_title, COLUMNS), "minutes", *(f"{name} - control" for name in metrics)]]
     for title, seeds in rows_of(runs).items():
-        cells = [spread([entry["metrics"][name] for entry, _, _ in seeds]) for name in COLUMNS]
+        values = [[entry["metrics"].get(name) for entry, _, _ in seeds] for name in COLUMNS]
+        cells = ["" if None in found else spread(found) for found in values]
         seconds = [entry["seconds"] for entry, _, _ in seeds if "seconds" in entry]
         cells.append(spread([value / 60 for value in seconds], digits=1) if len(seconds) == len(seeds) else "")
         ours, controls = [gain for _, gain, _ in seeds], [control for _, _, control in seeds]

@@ -21,29 +21,30 @@ def main(arguments: Sequence[str]) -> int:
 
 def _compare(options: argparse.Namespace) -> None:
     from gflowtrl.pipeline.comparison import compared_rows, difference, find_results, plot_comparison
-    from gflowtrl.pipeline.plots import TITLES, UNTRAINED_CONTROL
+    from gflowtrl.pipeline.plots import TITLES, UNTRAINED_CONTROL, main_metrics, metric_title
     from gflowtrl.pipeline.run_report import aligned, interval_text
 
     rows = compared_rows(find_results(options.runs))
-    metrics = [f"{name}@{options.k}" for name in ("recall", "ndcg", "coverage", "gini", "dgu", "mgu")]
-    all_metrics = next(iter(rows[0].entries.values()))["metrics"]
-    if metrics[0] not in all_metrics:
-        raise ValueError(f"The runs have no {metrics[0]}; choose --k from their evaluation.ks.")
+    main, others = main_metrics(options.k), [f"{name}@{options.k}" for name in ("coverage", "gini", "dgu", "mgu")]
+    if main[0] not in rows[0].metrics:
+        raise ValueError(f"The runs have no {main[0]}; choose --k from their evaluation.ks.")
     prefixes = (TITLES["control"], UNTRAINED_CONTROL) if options.against is None else options.against
     reference = next((row for row in rows if row.title.startswith(prefixes)), None)
     if reference is None and options.against is not None:
         titles = ", ".join(row.title for row in rows)
         raise ValueError(f"--against is {options.against!r}; it must be the start of a row's title: {titles}.")
-    compared = metrics[:2] if reference else []
+    compared = main if reference else []
     differences = [{metric: difference(row, reference, metric) for metric in compared} for row in rows]
     if options.plot is not None:
-        plotted = {row.title: d[metrics[1]] for row, d in zip(rows, differences, strict=True) if d.get(metrics[1])}
-        plot_comparison(rows, metrics[1], metrics[2], options.plot, plotted, reference.title if reference else "")
+        plotted = {row.title: d[main[1]] for row, d in zip(rows, differences, strict=True) if d.get(main[1])}
+        plot_comparison(rows, main[1], others[0], options.plot, plotted, reference.title if reference else "")
     content, lines = [], []
     for row, by_metric in zip(rows, differences, strict=True):
-        means = {metric: row.mean(metric) for metric in all_metrics}
-        content.append({"title": row.title, "seeds": list(row.entries), "metrics": means, "differences": by_metric})
-        intervals = [interval_text(interval) if interval else "" for interval in by_metric.values()]
-        lines.append([row.title, str(len(row.entries)), *map(row.spread, metrics), *intervals])
-    columns = ["method", "seeds", *metrics, *(f"{metric} - {reference.title}" for metric in compared)]
+        content.append(
+            {"title": row.title, "seeds": list(row.entries), "metrics": row.metrics, "differences": by_metric}
+        )
+        intervals = [interval_text(by_metric[name]) if by_metric[name] else "" for name in compared[:2]]
+        lines.append([row.title, str(len(row.entries)), *map(row.spread, main + others), *intervals])
+    headings = [f"{metric_title(name)} - {reference.title}" for name in compared[:2]] if reference else []
+    columns = ["method", "seeds", *map(metric_title, main + others), *headings]
     show(options, content, aligned([columns, *lines]))

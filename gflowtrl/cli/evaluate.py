@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from .common import guarded, make_parser, parse, show
@@ -26,11 +27,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     import torch
 
     from gflowtrl.data import leave_one_out, read_interactions
-    from gflowtrl.metrics import summarize
+    from gflowtrl.metrics import UNSEEN
+    from gflowtrl.pipeline.evaluation import both_columns, earlier_items
     from gflowtrl.pipeline.run_report import aligned
     from gflowtrl.pipeline.stage import write_json
     from gflowtrl.recommender import Recommender
-    from gflowtrl.trainer import rank_rows
+    from gflowtrl.trainer import rank_both
 
     data = read_interactions(options.data_dir)
     recommender = Recommender.from_pretrained(options.model)
@@ -41,17 +43,21 @@ def _evaluate(options: argparse.Namespace) -> None:
         )
     splits = leave_one_out(data, recommender.encoder.max_history_items)
     rows = getattr(splits, options.split)
-    leaves = rank_rows(recommender.policy, recommender.encoder, rows, options.num_beams, options.batch_size)
-    catalog = recommender.catalog.to("cpu")
+    seen = recommender.catalog.seen_items(earlier_items(data, rows), rows["target"])
+    policy, encoder = recommender.policy, recommender.encoder
+    lists = rank_both(policy, encoder, rows, seen, options.num_beams, options.batch_size)
     counts = dict(zip(data.items, splits.item_counts.tolist(), strict=True))
-    item_counts = torch.tensor([counts.get(item, 0) for item in catalog.items])
-    report = summarize(leaves.cpu(), catalog.leaf_of(rows["target"]), catalog, item_counts, options.ks)
+    item_counts = torch.tensor([counts.get(item, 0) for item in recommender.catalog.items])
+    report = both_columns(*lists, rows, seen, recommender.catalog, item_counts, options.ks)
     content = {"model": options.model, "split": options.split, "users": len(rows), "num_beams": options.num_beams}
     content |= {"metrics": report.metrics, "standard_errors": report.standard_errors}
     if options.output is not None:
         write_json(options.output, content)
-    names = [name for name in report.metrics if name.split("@")[0] in ("recall", "ndcg", "mrr", "coverage", "gini")]
-    errors = {name: f"{error:.4f}" for name, error in report.standard_errors.items()}
-    lines = [[name, f"{report.metrics[name]:.4f}", errors.get(name, "")] for name in names]
+    kinds = ("item_recall", "item_ndcg", "recall", "ndcg", "mrr", "coverage", "gini")
+    lines = [["metric", "value", "standard error", "seen removed", "standard error"]]
+    for name in (name for name in report.metrics if name.split("@")[0] in kinds):
+        columns = [(report.metrics[one], report.standard_errors.get(one)) for one in (name, f"{UNSEEN}{name}")]
+        cells = [(f"{value:.4f}", "" if error is None else f"{error:.4f}") for value, error in columns]
+        lines.append([name, *chain.from_iterable(cells)])
     about = f"{data.summary()}; {options.split} split, {len(rows):,} users, beam width {options.num_beams}"
-    show(options, content, f"{about}\n\n{aligned([['metric', 'value', 'standard error'], *lines])}")
+    show(options, content, f"{about}\n\n{aligned(lines)}")

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gflowtrl.catalog import SeenItems
+
 
 DEFAULT_KS = (5, 10, 20)
 
@@ -38,7 +40,11 @@ def item_ranking_metrics(items: Tensor, targets: Tensor, ks: Sequence[int] = DEF
 
 
 def leaf_ranking_metrics(
-    leaves: Tensor, target_leaves: Tensor, leaf_sizes: Tensor, ks: Sequence[int] = DEFAULT_KS
+    leaves: Tensor,
+    target_leaves: Tensor,
+    leaf_sizes: Tensor,
+    ks: Sequence[int] = DEFAULT_KS,
+    seen: SeenItems | None = None,
 ) -> dict[str, Tensor]:
     """Compute ranking metrics of ranked leaves, both plain and corrected for collisions.
 
@@ -53,15 +59,18 @@ def leaf_ranking_metrics(
         target_leaves: LongTensor `(U,)`.
         leaf_sizes: LongTensor `(N,)`, number of items at each leaf (`catalog.leaf_sizes`).
         ks: cut-offs, in leaves for the plain metrics and in items for the item metrics.
+        seen: items of each user that do not count as items of their leaf, without the target.
 
     Returns:
         Float tensors `(U,)`.
     """
     metrics = item_ranking_metrics(leaves, target_leaves, ks)
-    sizes = torch.where(leaves >= 0, leaf_sizes[leaves], 0)
+    sizes, target_sizes = torch.where(leaves >= 0, leaf_sizes[leaves], 0), leaf_sizes[target_leaves]
+    if seen is not None:
+        sizes = sizes - seen.counts(leaves)
+        target_sizes = target_sizes - seen.counts(target_leaves[:, None]).squeeze(1)
     hits = (leaves == target_leaves[:, None]) & (leaves >= 0)
     before = ((sizes.cumsum(1) - sizes) * hits).sum(1)
-    target_sizes = leaf_sizes[target_leaves]
     longest = max(ks, default=1)
     # discounts[p] is the sum of the first p terms 1 / log2(position + 1), so the gain of a leaf is a difference.
     discounts = 1 / torch.log2(torch.arange(longest, dtype=torch.double, device=leaves.device) + 2)

@@ -1,15 +1,21 @@
 """All metrics of one row of a results table."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from gflowtrl.catalog import ItemCatalog
+from gflowtrl.catalog import ItemCatalog, SeenItems
 
 from .breadth import breadth_metrics
 from .ranking import DEFAULT_KS, item_ranking_metrics, leaf_ranking_metrics
 from .statistics import mean_and_error
+
+
+#: Prefix of the metrics of rankings from which the items that a user has had are removed.
+UNSEEN = "unseen_"
 
 
 @dataclass
@@ -27,6 +33,19 @@ class RankingReport:
     standard_errors: dict[str, float]
     per_user: dict[str, Tensor]
 
+    def with_unseen(self, unseen: RankingReport) -> RankingReport:
+        """Return a report that also holds `unseen`, the metrics of rankings without seen items, under names that begin
+        with `"unseen_"`."""
+
+        def named(values: dict) -> dict:
+            return {f"{UNSEEN}{name}": value for name, value in values.items()}
+
+        return RankingReport(
+            self.metrics | named(unseen.metrics),
+            self.standard_errors | named(unseen.standard_errors),
+            self.per_user | named(unseen.per_user),
+        )
+
 
 def summarize(
     leaf_lists: Tensor,
@@ -34,6 +53,7 @@ def summarize(
     catalog: ItemCatalog,
     item_counts: Tensor,
     ks: Sequence[int] = DEFAULT_KS,
+    seen: SeenItems | None = None,
 ) -> RankingReport:
     """Compute ranking and breadth metrics of ranked leaves, as returned by beam search.
 
@@ -44,14 +64,18 @@ def summarize(
         catalog: expands each leaf to its items for the breadth metrics.
         item_counts: `(n_items,)`, training interactions in the order of `catalog.items`.
         ks: cut-offs.
+        seen: items of each user that do not count as recommended, from `catalog.seen_items(histories, targets)`; the
+            lists come from a search that excludes `seen.leaves`.
 
     Raises:
-        ValueError: the lists are shorter than the largest cut-off.
+        ValueError: the lists are shorter than the largest cut-off, or `seen` holds a target.
     """
     _check_width(leaf_lists, len(catalog.leaf_sizes), ks, "leaves; use at least that many beams")
     leaf_lists, target_leaves = leaf_lists.cpu(), target_leaves.cpu()
-    per_user = leaf_ranking_metrics(leaf_lists, target_leaves, catalog.leaf_sizes.cpu(), ks)
-    return _report(per_user, catalog.expand_leaves(leaf_lists, max(ks)).cpu(), item_counts, ks)
+    if seen is not None and bool((seen.leaves == target_leaves[:, None]).any()):
+        raise ValueError("seen holds the target of a user. Give the targets to catalog.seen_items.")
+    per_user = leaf_ranking_metrics(leaf_lists, target_leaves, catalog.leaf_sizes.cpu(), ks, seen)
+    return _report(per_user, catalog.expand_leaves(leaf_lists, max(ks), seen).cpu(), item_counts, ks)
 
 
 def summarize_items(

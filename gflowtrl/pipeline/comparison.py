@@ -18,7 +18,7 @@ from gflowtrl.files import read_json
 from gflowtrl.metrics import paired_bootstrap
 
 from .evaluation import PER_USER_FILE
-from .plots import DPI, TITLES, plot_differences, titles_of
+from .plots import DPI, TITLES, metric_title, plot_differences, titles_of
 from .recipe import control_section
 from .training import result_fields
 
@@ -43,11 +43,17 @@ class ComparedRow:
     title: str
     entries: dict[int, dict[str, Any]] = field(default_factory=dict)
 
-    def mean(self, metric: str) -> float:
-        return fmean(entry["metrics"][metric] for entry in self.entries.values())
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Means over the seeds of the metrics that all seeds have. Records of older versions lack some."""
+        first, *others = (entry["metrics"] for entry in self.entries.values())
+        names = [name for name in first if all(name in other for other in others)]
+        return {name: fmean(entry["metrics"][name] for entry in self.entries.values()) for name in names}
 
     def spread(self, metric: str) -> str:
-        return spread([entry["metrics"][metric] for entry in self.entries.values()])
+        """Mean and standard deviation over the seeds, "" without the metric."""
+        values = [entry["metrics"].get(metric) for entry in self.entries.values()]
+        return "" if None in values else spread(values)
 
 
 def spread(values: Sequence[float], digits: int = 4) -> str:
@@ -165,7 +171,7 @@ def _free_title(method: str, recipe: Mapping[str, Any], entry: Mapping[str, Any]
 def difference(row: ComparedRow, other: ComparedRow, metric: str) -> dict[str, float] | None:
     """Paired bootstrap over users of `row` minus `other`, with each user's metrics averaged over their common seeds.
 
-    None if they have no common seed, or if the files with the metrics of users are gone.
+    None if they have no common seed, or if the files with the metrics of users are gone or lack this one.
     """
     seeds = row.entries.keys() & other.entries.keys()
     if not seeds or row is other:
@@ -175,7 +181,10 @@ def difference(row: ComparedRow, other: ComparedRow, metric: str) -> dict[str, f
         files = [Path(one.entries[seed]["folder"], PER_USER_FILE) for seed in seeds]
         if not all(file.is_file() for file in files):
             return None
-        means.append(torch.stack([load_file(file)[metric].double() for file in files]).mean(0))
+        values = [load_file(file).get(metric) for file in files]
+        if any(value is None for value in values):
+            return None
+        means.append(torch.stack(values).double().mean(0))
     return paired_bootstrap(*means)
 
 
@@ -208,12 +217,15 @@ def plot_comparison(
         x, y = values.mean(0).tolist()
         marker, color = "os^Dv<>PX*"[number % 10], f"C{number % 10}"
         axes.errorbar(x, y, error[1], error[0], fmt=marker, color=color, capsize=3, label=row.title)
-    axes.set(xlabel=breadth, ylabel=accuracy, title="Accuracy against breadth, test split")
+    axes.set(xlabel=metric_title(breadth), ylabel=metric_title(accuracy), title="Accuracy against breadth, test split")
     axes.margins(0.15)
     figure.legend(loc="outside lower left", ncols=panels, fontsize="small")  # never covers a marker
     for other in right:
         plot_differences(
             other, {fill(title, 24, break_long_words=False): found for title, found in differences.items()}
         )
-        other.set(xlabel="95 % interval over users (filled: excludes 0)", title=f"{accuracy}: difference to {against}")
+        other.set(
+            xlabel="95 % interval over users (filled: excludes 0)",
+            title=f"{metric_title(accuracy)}: difference to {against}",
+        )
     figure.savefig(file, dpi=DPI)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gflowtrl.metrics import RankingReport, summarize, summarize_items
+from gflowtrl.catalog import Item, ItemCatalog, SeenItems
+from gflowtrl.data import InteractionData
+from gflowtrl.metrics import DEFAULT_KS, UNSEEN, RankingReport, summarize, summarize_items
 from gflowtrl.policy import make_policy
-from gflowtrl.teachers import TeacherModule, top_items
-from gflowtrl.trainer import rank_rows
+from gflowtrl.teachers import Teacher, TeacherModule, top_items
+from gflowtrl.trainer import rank_both
 
 from .models import trained_model
 from .run_data import RunData
@@ -23,27 +28,73 @@ from .stage import Record, RunContext, Stage, if_set
 
 
 PER_USER_FILE = "per_user.safetensors"
+TEACHER_BATCH = 1024  # users whose lists of a teacher are made together
+
+
+def earlier_items(data: InteractionData, rows: Dataset) -> list[list[Item]]:
+    """All items before the target of each row of `leave_one_out(data)`, also if the rows' histories were cut."""
+    ends, found = list(accumulate(map(len, data.sequences))), []
+    for row_id in rows["row_id"]:
+        sequence = data.sequences[user := bisect_right(ends, row_id)]
+        found.append(sequence[: row_id - ends[user] + len(sequence)])
+    return found
+
+
+def both_columns(
+    leaves: Tensor, unseen: Tensor, rows: Dataset, seen: SeenItems, catalog: ItemCatalog, item_counts: Tensor,
+    ks: Sequence[int] = DEFAULT_KS,
+) -> RankingReport:  # fmt: skip
+    """Metrics of the two rankings of `rank_both`; those without seen items begin with `unseen_`. The catalog moves
+    to the CPU."""
+    targets, catalog = catalog.leaf_of(rows["target"]).cpu(), catalog.to("cpu")
+    report = summarize(leaves, targets, catalog, item_counts, ks)
+    return report.with_unseen(summarize(unseen, targets, catalog, item_counts, ks, seen))
+
+
+def both_lists(
+    teacher: Teacher, catalog: ItemCatalog, rows: Dataset, earlier: Sequence[Sequence[Item]], k: int, longest: int
+) -> tuple[Tensor, Tensor]:
+    """A teacher's `k` best items for each row `(U, k)`, and its `k` best items that the user has not had.
+
+    Args:
+        teacher: scores the items in the order of the catalog.
+        catalog: the items.
+        rows: histories and targets.
+        earlier: all items that each user has had.
+        k: length of the lists; -1 where there are no more items.
+        longest: how many items of a history the teacher sees.
+    """
+    lists, unseen, histories, targets = [], [], rows["history"], rows["target"]
+    for start in range(0, len(rows), TEACHER_BATCH):
+        part = slice(start, start + TEACHER_BATCH)
+        seen = catalog.seen_items(earlier[part], targets[part])
+        ranked = top_items(teacher, histories[part], k + seen.most, max_history_items=longest)
+        lists.append(ranked[:, :k])
+        unseen.append(seen.without(ranked, k))
+    return torch.cat(lists), torch.cat(unseen)
 
 
 def measure_policy(run: RunContext, data: RunData, trained: Stage) -> Stage:
     """Measure the model of a training stage by beam search on the test split, which the processes share."""
 
-    def recommend() -> tuple[RankingReport, Tensor, Callable[[list], Tensor]]:
+    def recommend() -> tuple[RankingReport, dict[str, Tensor], Callable[[list], Tensor]]:
         model, rows, measure = trained_model(trained), data.test, data.recipe.evaluation
         policy, encoder, state = make_policy(model, data.catalog), data.encoder, run.state
-        mine = rows.shard(state.num_processes, state.process_index, contiguous=True)
-        ranked = rank_rows(policy, encoder, mine, measure.num_beams, measure.batch_size, run.shows_progress)
-        leaves = torch.cat(gather_object([ranked]))
-        targets = data.catalog.leaf_of(rows["target"]).cpu()
-        data.catalog.to("cpu")
-        report = summarize(leaves, targets, data.catalog, data.item_counts, measure.ks)
+        earlier, targets = earlier_items(data.interactions, rows), rows["target"]
+        mine = torch.arange(len(rows)).tensor_split(state.num_processes)[state.process_index].tolist()
+        part = data.catalog.seen_items([earlier[i] for i in mine], [targets[i] for i in mine])
+        beams, size = measure.num_beams, measure.batch_size
+        ranked = rank_both(policy, encoder, rows.select(mine), part, beams, size, run.shows_progress)
+        leaves, unseen = map(torch.cat, zip(*gather_object([ranked]), strict=True))
+        seen = data.catalog.seen_items(earlier, targets)
+        report = both_columns(leaves, unseen, rows, seen, data.catalog, data.item_counts, measure.ks)
 
         def distribution(histories: list) -> Tensor:
             prompts = {name: value.to(model.device) for name, value in encoder(histories).items()}
             leaf_probs = policy.leaf_log_probs(prompts).exp() / data.catalog.leaf_sizes
             return leaf_probs[:, data.catalog.item_leaf].cpu()
 
-        return report, leaves, distribution
+        return report, {"leaves": leaves, f"{UNSEEN}leaves": unseen}, distribution
 
     return _test(run, data, trained.name, trained.fingerprint, recommend, main_only=False)
 
@@ -51,12 +102,16 @@ def measure_policy(run: RunContext, data: RunData, trained: Stage) -> Stage:
 def measure_teacher(run: RunContext, data: RunData, teacher: TeacherModule, key: Any) -> Stage:
     """Measure the teacher's own recommendations on the test split; `key`: all that the teacher depends on."""
 
-    def recommend() -> tuple[RankingReport, Tensor, Callable[[list], Tensor]]:
+    def recommend() -> tuple[RankingReport, dict[str, Tensor], Callable[[list], Tensor]]:
         rows, measure, longest = data.test, data.recipe.evaluation, data.encoder.max_history_items
-        items = top_items(teacher, rows["history"], max(measure.num_beams, *measure.ks), max_history_items=longest)
-        targets = data.catalog.index_of(rows["target"])
+        earlier, catalog = earlier_items(data.interactions, rows), data.catalog
+        items, unseen = both_lists(teacher, catalog, rows, earlier, max(measure.num_beams, *measure.ks), longest)
+        targets = catalog.index_of(rows["target"])
         report = summarize_items(items, targets, data.item_counts, measure.ks)
-        leaves = data.catalog.item_leaf.cpu()[items]
+        report = report.with_unseen(summarize_items(unseen, targets, data.item_counts, measure.ks))
+        item_leaf = catalog.item_leaf.cpu()
+        own = torch.where(unseen >= 0, item_leaf[unseen], -1)
+        leaves = {"leaves": item_leaf[items], f"{UNSEEN}leaves": own}
 
         def distribution(histories: list) -> Tensor:
             return teacher.score([history[-longest:] for history in histories]).softmax(-1).cpu()
@@ -67,7 +122,8 @@ def measure_teacher(run: RunContext, data: RunData, teacher: TeacherModule, key:
 
 
 def per_user(stage: Stage) -> dict[str, Tensor]:
-    """Metrics of each test user `(U,)`, and `leaves` `(U, beams)`, in the order of the test rows."""
+    """Metrics of each test user `(U,)`, and `leaves` `(U, beams)`, in the order of the test rows; both also with seen
+    items removed, under names that begin with `unseen_`."""
     return load_file(stage.folder / PER_USER_FILE)
 
 
@@ -82,7 +138,8 @@ def _test(
         report, leaves, distribution = recommend()
         if not run.is_main:
             return {}
-        tensors = {**report.per_user, "row_id": torch.tensor(rows["row_id"]), "leaves": leaves.int()}
+        tensors = {**report.per_user, "row_id": torch.tensor(rows["row_id"])}
+        tensors |= {name: ranked.int() for name, ranked in leaves.items()}
         metrics = dict(report.metrics)
         if data.truth is not None:
             parts = range(0, len(rows), measure.batch_size)
@@ -95,7 +152,7 @@ def _test(
         save_file(own, folder / PER_USER_FILE)
         return {"users": len(rows), "metrics": metrics, "standard_errors": report.standard_errors}
 
-    inputs = {"num_beams": measure.num_beams, "ks": measure.ks, **if_set(users=measure.users)}
+    inputs = {"num_beams": measure.num_beams, "ks": measure.ks, "seen": "both", **if_set(users=measure.users)}
     stage = run.stage(f"test-{method}", {"data": data.fingerprint, "of": key, "evaluation": inputs})
     stage.run(f"recommending to {len(rows):,} test users", work, main_only)
     return stage

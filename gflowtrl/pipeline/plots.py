@@ -8,7 +8,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gflowtrl.metrics import primary_cutoff
+from gflowtrl.metrics import UNSEEN, primary_cutoff
 
 
 if TYPE_CHECKING:
@@ -29,6 +29,20 @@ STYLES = {
 #: Names that the report uses for metrics whose keys are not readable.
 NAMES = {"unseen_liked_mass": "unseen liked", "total_variation": "TV to truth"}
 DPI = 150
+
+
+def main_metrics(k: int) -> list[str]:
+    """The main metrics of tables: of items, first with all items as candidates, then with seen items removed."""
+    return [f"{prefix}item_{name}@{k}" for prefix in ("", UNSEEN) for name in ("recall", "ndcg")]
+
+
+def metric_title(name: str) -> str:
+    """Name of a metric in tables and figures: "item Recall@10", "item Recall@10, seen removed", "TV to truth"."""
+    if name in NAMES:
+        return NAMES[name]
+    bare = name.removeprefix(UNSEEN)
+    title = bare.replace("item_", "item ").replace("recall@", "Recall@").replace("ndcg@", "NDCG@")
+    return title if bare == name else f"{title}, seen removed"
 
 
 def titles_of(recipe: Mapping[str, Any]) -> dict[str, str]:
@@ -90,11 +104,11 @@ def plot_differences(axes: Axes, intervals: Mapping[str, Mapping[str, float]]) -
 def _accuracy_against_breadth(methods: Mapping[str, Any], titles: Mapping[str, str], k: int) -> Figure:
     figure, (axes,) = _figure(7)
     for method, entry in methods.items():
-        x, y = entry["metrics"][f"coverage@{k}"], entry["metrics"][f"ndcg@{k}"]
-        error = 1.96 * entry["standard_errors"][f"ndcg@{k}"]
+        x, y = entry["metrics"][f"coverage@{k}"], entry["metrics"][f"item_ndcg@{k}"]
+        error = 1.96 * entry["standard_errors"][f"item_ndcg@{k}"]
         axes.errorbar(x, y, error, label=titles[method], linestyle="none", capsize=3, **STYLES[method])
     axes.margins(0.15)
-    _name(axes, f"coverage@{k}", f"NDCG@{k} (bars: 95 %)")
+    _name(axes, f"coverage@{k}", f"item NDCG@{k} (bars: 95 %)")
     return figure
 
 
@@ -104,7 +118,7 @@ def _metrics(
     """Bars of each method, and next to them the differences to the control. The users are the same, so an interval of
     the difference says more than overlapping bars."""
     figure, (axes, *right) = _figure(11 if differences else 7, 2 if differences else 1)
-    names = [f"recall@{k}", f"ndcg@{k}", f"mrr@{k}"]
+    names = main_metrics(k)
     width = 0.8 / len(methods)
     for number, (method, entry) in enumerate(methods.items()):
         positions = [x + (number - (len(methods) - 1) / 2) * width for x in range(len(names))]
@@ -112,10 +126,10 @@ def _metrics(
         heights = [entry["metrics"][name] for name in names]
         color = STYLES[method]["color"]
         axes.bar(positions, heights, width, yerr=errors, capsize=2, label=titles[method], color=color)
-    axes.set_xticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), [metric_title(name).replace(", ", ",\n") for name in names])
     _name(axes, "", "mean over users (bars: 95 %)")
     for other in right:
-        plot_differences(other, {NAMES.get(name, name): found for name, found in differences.items()})
+        plot_differences(other, {metric_title(name): found for name, found in differences.items()})
         other.set_xlabel("GFlowNet - control, 95 % interval over users (filled: excludes 0)")
         other.set_title("Difference to the control")
     return figure
@@ -126,9 +140,8 @@ def _by_popularity(methods: Mapping[str, Any], titles: Mapping[str, str], k: int
     for method, entry in methods.items():
         values = [float("nan") if mean is None else mean for mean in entry["recall_by_popularity"]]
         axes.plot(range(1, len(values) + 1), values, label=titles[method], **STYLES[method])
-    _name(
-        axes, "popularity of the target: groups with equal numbers of interactions, 1: the rarest items", f"Recall@{k}"
-    )
+    x = "popularity of the target: groups with equal numbers of interactions, 1: the rarest items"
+    _name(axes, x, f"item Recall@{k}")
     return figure
 
 

@@ -15,7 +15,7 @@ import torch
 from gflowtrl.metrics import group_means, paired_bootstrap, popularity_groups, primary_cutoff
 
 from .evaluation import per_user
-from .plots import NAMES, plot_run, titles_of
+from .plots import NAMES, main_metrics, metric_title, plot_run, titles_of
 from .run_data import RunData
 from .stage import Stage, write_json
 
@@ -48,7 +48,7 @@ def collect(
     methods = {}
     for method, stage in tested.items():
         record = stage.record
-        by_group = group_means(per_user(stage)[f"recall@{k}"], groups, count)
+        by_group = group_means(per_user(stage)[f"item_recall@{k}"], groups, count)
         methods[method] = {
             "metrics": record["metrics"],
             "standard_errors": record["standard_errors"],
@@ -98,7 +98,7 @@ def _environment() -> dict[str, Any]:
 def compare(data: RunData, first: Stage, second: Stage, k: int) -> dict[str, dict[str, float]]:
     """Paired bootstrap over test users of the difference of two methods, for each main metric."""
     a, b = per_user(first), per_user(second)
-    names = [f"recall@{k}", f"ndcg@{k}"] + [n for n in ("unseen_liked_mass", "total_variation") if n in a]
+    names = main_metrics(k) + [n for n in ("unseen_liked_mass", "total_variation") if n in a]
     samples = data.recipe.evaluation.bootstrap_samples
     return {name: paired_bootstrap(a[name], b[name], samples=samples) for name in names}
 
@@ -107,8 +107,9 @@ def table(results: Mapping[str, Any]) -> str:
     """The results as a Markdown table."""
     ks = results["recipe"]["evaluation"]["ks"]
     k = primary_cutoff(ks)
-    shown = {f"Recall@{n}": f"recall@{n}" for n in sorted(ks) if n <= k}
-    shown |= {f"NDCG@{k}": f"ndcg@{k}", f"coverage@{k}": f"coverage@{k}", f"entropy@{k}": f"entropy@{k}"}
+    names = [f"item_recall@{n}" for n in sorted(ks) if n < k] + main_metrics(k)
+    shown = {metric_title(name): name for name in names}
+    shown |= {f"coverage@{k}": f"coverage@{k}", f"entropy@{k}": f"entropy@{k}"}
     shown |= {f"Gini@{k}": f"gini@{k}", "long tail": f"long_tail@{k}"}
     if _truth_is_known(results):
         shown |= {title: name for name, title in NAMES.items()}
@@ -142,14 +143,15 @@ def text(results: Mapping[str, Any]) -> str:
         "",
         table(results),
         "",
-        f"Test split, {data['test_users']:,} users, last item left out; all items are candidates, seen items are "
-        f"not removed.",
+        f"Test split, {data['test_users']:,} users, last item left out; all items are candidates.",
+        "seen removed: the items that the user had before the target are not candidates. Recall and NDCG count items: "
+        "items with the same semantic id have an expected rank (docs/metrics.md).",
     ]
     for name, interval in results.get("gflownet_minus_control", {}).items():
         low, high = interval["low"], interval["high"]
         verdict = "no clear difference" if low <= 0 <= high else "higher" if low > 0 else "lower"
         lines.append(
-            f"GFlowNet - control, {NAMES.get(name, name)}: {interval['mean_difference']:+.4f}, 95 % interval "
+            f"GFlowNet - control, {metric_title(name)}: {interval['mean_difference']:+.4f}, 95 % interval "
             f"[{low:+.4f}, {high:+.4f}] (paired bootstrap over users: {verdict})."
         )
     if _truth_is_known(results):

@@ -1,7 +1,7 @@
 """Trainers: `GFlowNetTrainer`, `APAOTrainer`, their configurations and their common base."""
 
 from .apao import APAOConfig, APAOTrainer
-from .evaluation import RankingEvaluationMixin, compare_with_rewards, rank_rows
+from .evaluation import RankingEvaluationMixin, compare_with_rewards, rank_both, rank_rows
 from .gflownet_config import GFlowNetConfig
 from .gflownet_trainer import GFlowNetTrainer
 from .tree_policy_config import TreePolicyConfig
@@ -17,5 +17,6 @@ __all__ = [
     "TreePolicyConfig",
     "TreePolicyTrainer",
     "compare_with_rewards",
+    "rank_both",
     "rank_rows",
 ]

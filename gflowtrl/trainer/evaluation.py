@@ -12,7 +12,7 @@ from torch.utils.data import SequentialSampler
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, TrainingArguments
 
-from gflowtrl.catalog import ItemCatalog
+from gflowtrl.catalog import ItemCatalog, SeenItems
 from gflowtrl.data import GroupCollator, PromptEncoder, Step, history_lengths
 from gflowtrl.finite import NonFiniteError, bad_ranking, check_ranked, describe
 from gflowtrl.metrics import binned_by_target, jensen_shannon, summarize, total_variation
@@ -164,8 +164,17 @@ def rank_rows(
     num_beams: int = 20,
     batch_size: int = 256,
     progress: bool = True,
+    excluded: Tensor | None = None,
 ) -> Tensor:
     """Run constrained beam search for every row, in one process.
+
+    Args:
+        policy, encoder: the policy, and the encoder that makes prompts from histories.
+        rows: rows with a `history`.
+        num_beams: beam width.
+        batch_size: rows that are decoded together.
+        progress: show a progress bar.
+        excluded: `(rows, X)` leaves that the search leaves out, padded with -1.
 
     Returns:
         `(rows, num_beams)` leaves in the order of `rows`, best first; -1 if the catalog has fewer leaves.
@@ -174,16 +183,49 @@ def rank_rows(
         ValueError: the policy is not the model's own distribution (`check_exact`).
         NonFiniteError: the model computes NaN.
     """
+    return _rank(policy, encoder, rows, num_beams, batch_size, progress, [excluded])[0]
+
+
+def rank_both(
+    policy: TreePolicy,
+    encoder: PromptEncoder,
+    rows: Dataset,
+    seen: SeenItems,
+    num_beams: int = 20,
+    batch_size: int = 256,
+    progress: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Rank among all leaves and, with the same computation of the prompts, among those with an unseen item.
+
+    Args:
+        seen: what the user of each row has had, from `catalog.seen_items`. Other arguments are those of `rank_rows`.
+
+    Returns:
+        Two results of `rank_rows`: nothing removed, seen items removed.
+    """
+    ranked, unseen = _rank(policy, encoder, rows, num_beams, batch_size, progress, [None, seen.leaves])
+    return ranked, unseen
+
+
+def _rank(
+    policy: TreePolicy, encoder: PromptEncoder, rows: Dataset, num_beams: int, batch_size: int, progress: bool,
+    searches: Sequence[Tensor | None],
+) -> list[Tensor]:  # fmt: skip
+    """Return the ranked leaves of every row, once for each tensor of excluded leaves."""
     check_exact(policy, encoder)
     device = next(policy.model.parameters()).device
     ordered, order = by_length(rows)
     histories = ordered["history"]
-    ranked = torch.empty(len(rows), num_beams, dtype=torch.long)
+    ranked = [torch.empty(len(rows), num_beams, dtype=torch.long) for _ in searches]
     for start in tqdm(range(0, len(rows), batch_size), desc="Ranking", disable=not progress):
+        batch = order[start : start + batch_size]
         prompts = {k: v.to(device) for k, v in encoder(histories[start : start + batch_size]).items()}
-        leaves, log_probs = policy.beam_search(prompts, num_beams)
-        check_ranked(leaves, log_probs, policy.model)
-        ranked[order[start : start + batch_size]] = leaves.cpu()
+        with policy.computed_once(prompts):
+            for found, excluded in zip(ranked, searches, strict=True):
+                left_out = None if excluded is None else excluded[batch].to(device)
+                leaves, log_probs = policy.beam_search(prompts, num_beams, excluded=left_out)
+                check_ranked(leaves, log_probs, policy.model)
+                found[batch] = leaves.cpu()
     return ranked
 
 

@@ -44,9 +44,11 @@ def test_evaluate_reproduces_the_metrics_of_the_run(home, results, capsys):
     assert main(["evaluate", *options, "--json", "--output", str(home / "metrics.json")]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["metrics"] == pytest.approx({name: entry["metrics"][name] for name in printed["metrics"]})
+    assert printed["metrics"].keys() >= {"item_recall@5", "unseen_item_recall@5", "unseen_coverage@3"}
     assert json.loads((home / "metrics.json").read_text()) == printed
     assert main(["evaluate", *options, "--split", "validation"]) == 0
-    assert "| recall@5 " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| recall@5 " in printed and "| seen removed |" in printed
 
 
 def test_options_come_from_a_file_and_the_command_line_wins(home, results, capsys):
@@ -107,11 +109,11 @@ def test_compare_lists_every_method_once_with_means_over_seeds(home, results, ca
     assert list(rows) == ["Teacher", "SFT", "SFT continued (control), 3 steps", "GFlowNet: micro"]
     files = sorted((home / "out").glob("report-*/results.json"))
     runs = [json.loads(file.read_text()) for file in files]
-    values = [run["methods"]["gflownet"]["metrics"]["ndcg@5"] for run in runs]
+    values = [run["methods"]["gflownet"]["metrics"]["item_ndcg@5"] for run in runs]
     assert len(values) == 2 and sorted(rows["GFlowNet: micro"]["seeds"]) == [1, 2]
-    assert rows["GFlowNet: micro"]["metrics"]["ndcg@5"] == pytest.approx(sum(values) / 2)
-    gaps = [v - run["methods"]["control"]["metrics"]["ndcg@5"] for v, run in zip(values, runs, strict=True)]
-    assert rows["GFlowNet: micro"]["differences"]["ndcg@5"]["mean_difference"] == pytest.approx(sum(gaps) / 2)
+    assert rows["GFlowNet: micro"]["metrics"]["item_ndcg@5"] == pytest.approx(sum(values) / 2)
+    gaps = [v - run["methods"]["control"]["metrics"]["item_ndcg@5"] for v, run in zip(values, runs, strict=True)]
+    assert rows["GFlowNet: micro"]["differences"]["item_ndcg@5"]["mean_difference"] == pytest.approx(sum(gaps) / 2)
     assert (home / "plot.png").stat().st_size > 5000
     assert main(["compare", str(home / "out"), "--k", "5"]) == 0
     assert "±" in capsys.readouterr().out

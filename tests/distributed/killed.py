@@ -26,7 +26,7 @@ MOMENTS = {
     "optimizer": (torch, "save", 2, lambda _, file: file if str(file).endswith("optimizer.pt") else None),
     "state": (TrainerState, "save_to_json", 2, lambda _, file: file),
     "evaluation": (GFlowNetTrainer, "prediction_step", 5, no_file),
-    "test": (evaluation, "rank_rows", 1, no_file),
+    "test": (evaluation, "rank_both", 1, no_file),
 }
 
 

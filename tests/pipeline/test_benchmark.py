@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from gflowtrl.data import SyntheticShop, write_folder
 
@@ -67,8 +68,12 @@ def test_runs_are_kept_tabulated_and_not_repeated(office, base, tmp_path, monkey
         f"office-{name}-seed{seed}.json" for name in ("one", "two") for seed in (1, 2)
     ]
     assert str(tmp_path) not in kept[0].read_text()
-    values = [json.loads(file.read_text())["methods"]["gflownet"]["metrics"]["recall@10"] for file in kept[:2]]
+    values = [json.loads(file.read_text())["methods"]["gflownet"]["metrics"]["item_recall@10"] for file in kept[:2]]
     assert office.spread(values) in printed[-2]
+    record, ranks = json.loads(kept[0].read_text()), load_file(kept[0].with_suffix(".safetensors"))
+    for name, prefix in (("gflownet", ""), ("gflownet, seen removed", "unseen_")):
+        mean = office.gains(ranks[name])["ndcg@10"].mean()
+        assert mean == pytest.approx(record["methods"]["gflownet"]["metrics"][f"{prefix}ndcg@10"], abs=1e-6)
 
     monkeypatch.setattr(office, "run", lambda recipe: pytest.fail("a kept run was repeated"))
     office.main()
@@ -79,6 +84,17 @@ def test_gains_follow_from_ranks(office):
     gains = office.gains(torch.tensor([0, 1, 3, 10, 11], dtype=torch.uint8))
     assert gains["recall@10"].tolist() == [0, 1, 1, 1, 0]
     torch.testing.assert_close(gains["ndcg@10"][:3], torch.tensor([0, 1, 0.5], dtype=torch.double))
+
+
+def test_records_of_older_versions_are_tabulated(office):
+    """They have no figures with seen items removed; their cells are empty."""
+    files = sorted((QUALITY.parent / "results" / "quality").glob("office-gflowgr_office_llama-seed4?.json"))
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in office.table({"main": files}).splitlines()]
+    rows = {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}
+    metrics = [json.loads(file.read_text())["methods"]["sft"]["metrics"] for file in files]
+    assert rows["SFT"]["item Recall@10"] == office.spread([one["item_recall@10"] for one in metrics])
+    unseen = [one.get("unseen_item_ndcg@10") for one in metrics]
+    assert rows["SFT"]["item NDCG@10, seen removed"] == ("" if None in unseen else office.spread(unseen))
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from gflowtrl.pipeline.comparison import compared_rows, difference, find_results
 from .micro import micro_recipe
 
 
-METRICS = ("recall", "ndcg", "coverage", "gini", "dgu", "mgu")
+METRICS = ("item_recall", "item_ndcg", "unseen_item_recall", "unseen_item_ndcg", "coverage", "gini", "dgu", "mgu")
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_a_row_is_one_setting_in_whatever_order_the_runs_come(keep, tmp_path):
     }  # fmt: skip
     folders = [[entry["folder"].rpartition("-")[2] for entry in row.entries.values()] for row in rows[-2:]]
     assert folders == [["a", "d"], ["b", "c"]]
-    assert difference(rows[-1], rows[-2], "ndcg@5")["mean_difference"] == 0
+    assert difference(rows[-1], rows[-2], "item_ndcg@5")["mean_difference"] == 0
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_what_begins_untrained_is_a_row_of_its_own(keep, tmp_path, capsys):
     rows = seeds_of(compared_rows(find_results([tmp_path / "out"])))
     assert rows[untrained] == [1, 2] and rows["GFlowNet: micro"] == [1, 2] and rows["SFT'"] == [2]
     assert main(["compare", str(tmp_path / "out"), "--k", "5"]) == 0
-    assert f"ndcg@5 - {untrained}" in capsys.readouterr().out
+    assert f"item NDCG@5 - {untrained}" in capsys.readouterr().out
     for seed, run in ((3, "c"), (4, "d")):
         keep(seed, run, gflownet=FLOW)
     file = tmp_path / "out" / "report-c" / "results.json"
@@ -133,13 +133,41 @@ def test_runs_measured_differently_are_refused_by_their_files(keep, tmp_path, ca
         compared_rows(bare)
 
 
+def test_results_without_the_second_column_are_compared_by_the_first(keep, tmp_path, capsys):
+    """Those of versions before it, alone and together with newer ones."""
+    keep(1, "a")
+    keep(2, "b")
+    keep(3, "c", rewards=[{"type": "ground_truth"}])
+    file = tmp_path / "out" / "report-b" / "results.json"
+    content = json.loads(file.read_text())
+    for entry in content["methods"].values():
+        old = {name: value for name, value in entry["metrics"].items() if not name.startswith("unseen_")}
+        entry["metrics"] = old
+        save_file({name: torch.full((6,), 0.2) for name in old}, f"{entry['folder']}/per_user.safetensors")
+    file.write_text(json.dumps(content))
+    assert main(["compare", str(tmp_path / "out"), "--k", "5", "--json"]) == 0
+    rows = {row["title"]: row for row in json.loads(capsys.readouterr().out)}
+    mixed, new = rows["GFlowNet: micro"], rows["GFlowNet: micro'"]
+    assert mixed["seeds"] == [1, 2] and new["seeds"] == [3]
+    assert mixed["metrics"]["item_ndcg@5"] == pytest.approx(0.15) and "unseen_item_ndcg@5" not in mixed["metrics"]
+    assert mixed["differences"]["item_ndcg@5"]["mean_difference"] == 0
+    assert mixed["differences"]["unseen_item_ndcg@5"] is None
+    assert new["metrics"]["unseen_item_ndcg@5"] == 0.3
+    assert new["differences"]["unseen_item_ndcg@5"]["mean_difference"] == 0
+    assert main(["compare", str(tmp_path / "out"), "--k", "5"]) == 0
+    table = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines()]
+    column = table[0].index("item NDCG@5, seen removed")
+    cells = {line[1]: line[column] for line in table[2:]}
+    assert cells["GFlowNet: micro"] == "" and cells["GFlowNet: micro'"] == "0.3000"
+
+
 def test_outputs_that_have_moved_are_found_where_they_are(keep, tmp_path, monkeypatch):
     for seed, run in ((1, "a"), (2, "b")):
         keep(seed, run)
     (tmp_path / "out").rename(tmp_path / "moved")
     monkeypatch.chdir("/")
     rows = {row.title: row for row in compared_rows(find_results([tmp_path / "moved"]))}
-    assert difference(rows["SFT"], rows["Teacher"], "ndcg@5")["mean_difference"] == 0
+    assert difference(rows["SFT"], rows["Teacher"], "item_ndcg@5")["mean_difference"] == 0
 
 
 def test_mistakes_are_one_line(keep, tmp_path, capsys):

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from gflowtrl import Recommender
 from gflowtrl.cli.train import main
-from gflowtrl.data import SyntheticShop, write_folder
+from gflowtrl.data import SyntheticShop, leave_one_out, write_folder
 from gflowtrl.metrics import popularity_groups
 from gflowtrl.pipeline import run
+from gflowtrl.pipeline.evaluation import earlier_items
 from gflowtrl.pipeline.run import _plan
 from gflowtrl.pipeline.run_data import files_fingerprint, prepare
 from gflowtrl.pipeline.run_report import table
@@ -64,22 +65,23 @@ def test_results_hold_what_a_reader_needs(finished):
     assert list(results["methods"]) == METHODS
     for entry in results["methods"].values():
         metrics = entry["metrics"]
-        assert 0 <= metrics["recall@3"] <= metrics["recall@5"] <= 1
+        for kind in ("recall", "item_recall", "unseen_recall", "unseen_item_recall"):
+            assert 0 <= metrics[f"{kind}@3"] <= metrics[f"{kind}@5"] <= 1
         assert {"ndcg@5", "coverage@5", "entropy@5", "gini@5", "long_tail@5", "unseen_liked_mass"} <= metrics.keys()
         assert 0 < metrics["total_variation"] < 1
-    interval = results["gflownet_minus_control"]["recall@5"]
-    difference = (
-        results["methods"]["gflownet"]["metrics"]["recall@5"] - results["methods"]["control"]["metrics"]["recall@5"]
-    )
-    assert interval["mean_difference"] == pytest.approx(difference, abs=1e-6)
-    assert interval["low"] <= interval["mean_difference"] <= interval["high"]
+    for name in ("item_recall@5", "item_ndcg@5", "unseen_item_recall@5", "unseen_item_ndcg@5"):
+        interval = results["gflownet_minus_control"][name]
+        flow, control = (results["methods"][method]["metrics"][name] for method in ("gflownet", "control"))
+        assert interval["mean_difference"] == pytest.approx(flow - control, abs=1e-6)
+        assert interval["low"] <= interval["mean_difference"] <= interval["high"]
     assert results["data"]["synthetic"] and "SYNTHETIC" in results["data"]["summary"]
     assert results["recipe"]["seed"] == 7
     assert {name.rpartition("-")[0] for name in results["seconds"]} == {
         "teacher", "sft", "control", "gflownet", "calibration", *(f"test-{method}" for method in METHODS)
     }  # fmt: skip
     assert {"torch", "transformers", "trl", "python"} <= results["versions"].keys()
-    assert "SYNTHETIC" in Path(recipe.output_dir, "report.md").read_text()
+    report = Path(recipe.output_dir, "report.md").read_text()
+    assert "SYNTHETIC" in report and "item Recall@5, seen removed | item NDCG@5, seen removed" in report
     for name in ("accuracy_vs_coverage", "metrics", "recall_by_popularity", "training", "calibration"):
         assert Path(recipe.output_dir, f"{name}.png").stat().st_size > 5000, name
     assert [line.split("|")[1].strip() for line in table(results).splitlines()[2:]] == [
@@ -93,12 +95,47 @@ def test_recall_by_popularity_is_that_of_the_targets_groups(finished):
     groups = popularity_groups(run_data.item_counts)
     targets = run_data.test["target"]
     for entry in results["methods"].values():
-        recall = load_file(Path(entry["folder"], "per_user.safetensors"))["recall@5"]
+        recall = load_file(Path(entry["folder"], "per_user.safetensors"))["item_recall@5"]
         found = {}
         for target, value in zip(targets, recall.tolist(), strict=True):
             found.setdefault(int(groups[run_data.interactions.items.index(target)]), []).append(value)
         expected = [sum(found[g]) / len(found[g]) if g in found else None for g in range(int(groups.max()) + 1)]
         assert entry["recall_by_popularity"] == pytest.approx(expected)
+
+
+def test_the_second_column_ranks_without_what_the_user_has_had(finished):
+    """Brute force for all methods: the policies' exact distribution, the teacher's scores."""
+    recipe, results = finished
+    run_data = prepare(recipe)
+    catalog, rows = run_data.catalog, run_data.test
+    assert earlier_items(run_data.interactions, rows) == list(rows["history"])
+    short = leave_one_out(run_data.interactions, 2).test
+    assert earlier_items(run_data.interactions, short) == list(rows["history"]) != list(short["history"])
+    for method in METHODS:
+        entry = results["methods"][method]
+        users = load_file(Path(entry["folder"], "per_user.safetensors"))
+        for number, row in enumerate(rows):
+            left = [i for i in catalog.items if i not in row["history"] or i == row["target"]]
+            leaves = users["unseen_leaves"][number].tolist()
+            members = [[i for i in left if leaf >= 0 and i in catalog.items_of(leaf)] for leaf in leaves]
+            assert all(members) and len(set(leaves)) == len(leaves)
+            target = int(catalog.leaf_of([row["target"]]))
+            rank = leaves.index(target) if target in leaves else 99
+            assert users["unseen_recall@5"][number] == (rank < 5)
+            before, size = sum(map(len, members[:rank])), len([i for i in left if catalog.leaf_of([i]) == target])
+            inside = min(size, max(0, 5 - before)) if rank < 99 and method != "teacher" else size * (rank < 5)
+            assert users["unseen_item_recall@5"][number] == pytest.approx(inside / size)
+        for name in ("recall@3", "item_ndcg@5", "mrr@5"):
+            assert entry["metrics"][f"unseen_{name}"] == pytest.approx(float(users[f"unseen_{name}"].mean()))
+    sft = results["methods"]["sft"]
+    policy, found = (
+        Recommender.from_pretrained(sft["model"]).policy,
+        load_file(Path(sft["folder"], "per_user.safetensors")),
+    )
+    seen = catalog.seen_items(rows["history"], rows["target"])
+    for column, excluded in (("leaves", None), ("unseen_leaves", seen.leaves)):
+        searched = policy.beam_search(run_data.encoder(rows["history"]), 5, excluded=excluded)[0]
+        assert (searched == found[column]).float().mean() > 0.99  # another batch may swap leaves that are as probable
 
 
 def test_control_and_gflownet_take_equal_steps_on_equal_rows(finished):
