@@ -9,7 +9,7 @@ ablation-STUDY.png for each study. Replay is not tested, because no prompt occur
 """
 
 from matplotlib.figure import Figure
-from office import COLUMNS, KEPT, kept_run, make_parser, places
+from office import HEADINGS, KEPT, figures, kept_run, make_parser, places
 
 from gflowtrl.pipeline.run_report import aligned
 
@@ -76,10 +76,10 @@ STUDIES: dict[str, dict[str, list[str]]] = {
 
 
 def table(study: str, records: dict[str, dict]) -> str:
-    lines = [[study, *COLUMNS]]
+    lines = [[study, *HEADINGS]]
     for name, record in records.items():
         metrics = record["methods"]["gflownet"]["metrics"]
-        lines.append([name, *(f"{metrics[column]:.4f}" for column in COLUMNS)])
+        lines.append([name, *figures([metrics])])
     return aligned(lines)
 
 

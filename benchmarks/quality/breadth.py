@@ -8,7 +8,7 @@ benchmarks/results/quality/ are not repeated. Prints a table, sorted by coverage
 
 import torch
 from matplotlib.figure import Figure
-from office import COLUMNS, KEPT, ROOT, kept_run, make_parser, places
+from office import HEADINGS, KEPT, ROOT, figures, kept_run, make_parser, places
 
 from gflowtrl.pipeline import load_recipe
 from gflowtrl.pipeline.build import fit_teacher
@@ -45,9 +45,9 @@ def table(records: dict[str, dict]) -> str:
     first = next(iter(records.values()))["methods"]
     rows = {"Teacher": first["teacher"], "SFT": first["sft"], "SFT continued (control)": first["control"]}
     rows |= {name: record["methods"]["gflownet"] for name, record in records.items()}
-    lines = [["reward", *COLUMNS]]
+    lines = [["reward", *HEADINGS]]
     for name, entry in sorted(rows.items(), key=lambda row: -row[1]["metrics"]["coverage@10"]):
-        lines.append([name, *(f"{entry['metrics'][column]:.4f}" for column in COLUMNS)])
+        lines.append([name, *figures([entry["metrics"]])])
     return aligned(lines)
 
 

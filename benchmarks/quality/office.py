@@ -29,6 +29,7 @@ RECIPES = [
 ]
 COLUMNS = [*main_metrics(5)[:2], *main_metrics(10)]
 COLUMNS += [f"{name}@10" for name in ("coverage", "entropy", "dgu", "mgu", "long_tail")]
+HEADINGS = [metric_title(name) for name in COLUMNS]
 UNSEEN_RANKS = ", seen removed"  # after a method's name in the ranks of a record
 
 
@@ -81,6 +82,12 @@ def gains(ranks: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"recall@10": inside.double(), "ndcg@10": torch.where(inside, 1 / torch.log2(ranks + 1.0), 0.0).double()}
 
 
+def figures(records: list[dict]) -> list[str]:
+    """Return the figures of the columns, from the metrics of one record per seed; "" for those that a record lacks."""
+    values = [[metrics.get(name) for metrics in records] for name in COLUMNS]
+    return ["" if None in found else spread(found) for found in values]
+
+
 def rows_of(runs: dict[str, list[Path]]) -> dict[str, list[tuple[dict, dict, dict | None]]]:
     """Map each title to one (record, gains of each user, gains of the same run's control) per seed.
 
@@ -108,13 +115,12 @@ def table(runs: dict[str, list[Path]]) -> str:
     """Return a Markdown table: mean ± standard deviation over seeds, and the difference to the run's control.
 
     Differences count semantic ids, which the records hold for each user. They have a 95 % interval over users, whose
-    figures are averaged over the seeds first. Records of older versions have no figures with seen items removed.
+    figures are averaged over the seeds first.
     """
     metrics = ("recall@10", "ndcg@10")
-    lines = [["method", *map(metric_title, COLUMNS), "minutes", *(f"{name} - control" for name in metrics)]]
+    lines = [["method", *HEADINGS, "minutes", *(f"{name} - control" for name in metrics)]]
     for title, seeds in rows_of(runs).items():
-        values = [[entry["metrics"].get(name) for entry, _, _ in seeds] for name in COLUMNS]
-        cells = ["" if None in found else spread(found) for found in values]
+        cells = figures([entry["metrics"] for entry, _, _ in seeds])
         seconds = [entry["seconds"] for entry, _, _ in seeds if "seconds" in entry]
         cells.append(spread([value / 60 for value in seconds], digits=1) if len(seconds) == len(seeds) else "")
         ours, controls = [gain for _, gain, _ in seeds], [control for _, _, control in seeds]
