@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from gflowtrl.metrics import UNSEEN, paired_bootstrap
+from gflowtrl.metrics import paired_bootstrap
+from gflowtrl.metrics.ranking_report import UNSEEN
 from gflowtrl.pipeline import Recipe, load_recipe, run
 from gflowtrl.pipeline.comparison import spread
 from gflowtrl.pipeline.plots import main_metrics, metric_title, titles_of

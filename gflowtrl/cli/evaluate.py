@@ -27,7 +27,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     import torch
 
     from gflowtrl.data import leave_one_out, read_interactions
-    from gflowtrl.metrics import UNSEEN
+    from gflowtrl.metrics.ranking_report import UNSEEN
     from gflowtrl.pipeline.evaluation import both_columns, earlier_items
     from gflowtrl.pipeline.run_report import aligned
     from gflowtrl.pipeline.stage import write_json

@@ -2,15 +2,13 @@
 
 from .breadth import breadth_metrics, popularity_groups
 from .prefixes import prefix_metrics
-from .ranking import DEFAULT_KS, group_means, item_ranking_metrics, leaf_ranking_metrics, primary_cutoff
-from .ranking_report import UNSEEN, RankingReport, summarize, summarize_items
+from .ranking import group_means, item_ranking_metrics, leaf_ranking_metrics, primary_cutoff
+from .ranking_report import RankingReport, summarize, summarize_items
 from .reliability import binned_by_target, reliability_curve
 from .statistics import jensen_shannon, mean_and_error, paired_bootstrap, total_variation
 
 
 __all__ = [
-    "DEFAULT_KS",
-    "UNSEEN",
     "RankingReport",
     "binned_by_target",
     "breadth_metrics",

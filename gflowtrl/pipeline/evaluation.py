@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 
 from gflowtrl.catalog import Item, ItemCatalog, SeenItems
 from gflowtrl.data import InteractionData
-from gflowtrl.metrics import DEFAULT_KS, UNSEEN, RankingReport, summarize, summarize_items
+from gflowtrl.metrics import RankingReport, summarize, summarize_items
+from gflowtrl.metrics.ranking_report import UNSEEN
 from gflowtrl.policy import make_policy
 from gflowtrl.teachers import Teacher, TeacherModule, top_items
 from gflowtrl.trainer import rank_both
@@ -42,7 +43,7 @@ def earlier_items(data: InteractionData, rows: Dataset) -> list[list[Item]]:
 
 def both_columns(
     leaves: Tensor, unseen: Tensor, rows: Dataset, seen: SeenItems, catalog: ItemCatalog, item_counts: Tensor,
-    ks: Sequence[int] = DEFAULT_KS,
+    ks: Sequence[int],
 ) -> RankingReport:  # fmt: skip
     """Metrics of the two rankings of `rank_both`; those without seen items begin with `unseen_`. The catalog moves
     to the CPU."""

@@ -8,7 +8,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gflowtrl.metrics import UNSEEN, primary_cutoff
+from gflowtrl.metrics import primary_cutoff
+from gflowtrl.metrics.ranking_report import UNSEEN
 
 
 if TYPE_CHECKING:
