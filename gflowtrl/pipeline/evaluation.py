@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from gflowtrl.metrics import RankingReport, summarize, summarize_items
 from gflowtrl.policy import make_policy
-from gflowtrl.teachers import TeacherModule, top_items
+from gflowtrl.teachers import TeacherModule, score_histories, top_items
 from gflowtrl.trainer import rank_rows
 
 from .models import trained_model
@@ -59,7 +59,7 @@ def measure_teacher(run: RunContext, data: RunData, teacher: TeacherModule, key:
         leaves = data.catalog.item_leaf.cpu()[items]
 
         def distribution(histories: list) -> Tensor:
-            return teacher.score([history[-longest:] for history in histories]).softmax(-1).cpu()
+            return score_histories(teacher, histories, longest).softmax(-1).cpu()
 
         return report, leaves, distribution
 
