@@ -25,13 +25,11 @@ def main(arguments: Sequence[str]) -> int:
     parser = Parser(
         prog="gflowtrl teacher --tune",
         allow_abbrev=False,
-        description="Fit the teacher of a recipe (or load it, if a run in the same output_dir has fitted it), and measure "
-        "its distribution on the validation split for several temperatures and popularity corrections. The test split "
-        "is not read. Other options are fields of the recipe, as in gflowtrl train.",
+        description="Fit the teacher of a recipe (or load it, if a run in the same output_dir has fitted it), and "
+        "measure its distribution on the validation split for several temperatures and popularity corrections. The "
+        "test split is not read. Other options are fields of the recipe, as in gflowtrl train.",
     )
-    parser.add_argument(
-        "--tune", action="store_true", required=True, help="tune instead of measuring on the test split"
-    )
+    parser.add_argument("--tune", action="store_true", help="tune, instead of measuring on the test split")
     parser.add_argument("--config", default="quickstart", help="recipe: a file, or the name of one of the library")
     history = parser.add_mutually_exclusive_group()
     history.add_argument("--exclude_history", action="store_true", help="give items of the history a probability of 0")
@@ -50,9 +48,10 @@ def _tune(given: argparse.Namespace, options: list[str]) -> None:
     file = find_file(given.config, recipe_folder())
     check_early(file, options)
 
-    from gflowtrl.pipeline import load_recipe, prepare
+    from gflowtrl.pipeline import load_recipe
     from gflowtrl.pipeline.build import check_needs, fit_teacher
     from gflowtrl.pipeline.lock import sole_run
+    from gflowtrl.pipeline.run_data import prepare
     from gflowtrl.pipeline.stage import RunContext
     from gflowtrl.pipeline.teacher_tuning import tune_teacher
 

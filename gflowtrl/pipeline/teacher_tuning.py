@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gflowtrl.metrics import mean_and_error, summarize_items
+from gflowtrl.metrics import summarize_items
 from gflowtrl.teachers import TeacherModule, as_teacher, score_histories
 
 from .run_data import RunData
@@ -26,8 +26,8 @@ class Setting:
     Attributes:
         temperature, popularity_correction: options of `CollaborativeReward`.
         log_likelihood: mean over the users of the log-probability of the target.
-        ndcg, ndcg_error, recall, coverage: of the top items, with the standard error of the NDCG. They do not depend on
-            the temperature.
+        ndcg, ndcg_error, recall, coverage: of the top items, with the standard error of the NDCG (0 for one user).
+            They do not depend on the temperature.
     """
 
     temperature: float
@@ -86,6 +86,9 @@ def tune_teacher(data: RunData, teacher: TeacherModule, item_counts: Tensor, exc
         teacher: the fitted teacher.
         item_counts: `(items,)`, training counts in the order of the catalog.
         exclude_history: give items of the history a probability of 0.
+
+    Raises:
+        ValueError: all targets are excluded.
     """
     rows, k, longest = data.validation, data.recipe.evaluation.primary_k, data.recipe.data.max_history_items
     aligned, index_of = as_teacher(teacher, data.catalog.items), data.catalog.index_of
@@ -103,13 +106,16 @@ def tune_teacher(data: RunData, teacher: TeacherModule, item_counts: Tensor, exc
         log_likelihoods.append(torch.stack([_log_likelihoods(logits, targets[part]) for logits in corrected]))
     lists, values = torch.cat(tops, 1), torch.cat(log_likelihoods, 2).double()
     reached = values[0, 0].isfinite()
+    if not reached.any():
+        raise ValueError("All validation targets are items of their histories: use --keep_history.")
     settings = []
     for correction, items, by_temperature in zip(CORRECTIONS, lists, values, strict=True):
         report = summarize_items(items, targets, item_counts, [k])
-        ndcg, error = mean_and_error(report.per_user[f"ndcg@{k}"])
+        ndcg = report.metrics[f"ndcg@{k}"]
+        error = report.standard_errors[f"ndcg@{k}"] if len(rows) > 1 else 0.0
         recall, coverage = report.metrics[f"recall@{k}"], report.metrics[f"coverage@{k}"]
         for temperature, logs in zip(TEMPERATURES, by_temperature, strict=True):
-            mean = float(logs[reached].mean()) if reached.any() else -torch.inf
+            mean = float(logs[reached].mean())
             settings.append(Setting(temperature, correction, mean, ndcg, error, recall, coverage))
     unreachable = int((~reached).sum())
     return Tuning(settings, choose(settings), k, len(rows), unreachable, exclude_history)
