@@ -21,7 +21,8 @@ from gflowtrl.policy.loading import load_config
 from gflowtrl.rewards import Reward, fit_reward_weights
 from gflowtrl.samplers import build_sampler, uses_teacher
 from gflowtrl.semantic_ids import SentenceTransformerEmbedder, TfidfEmbedder, item_texts
-from gflowtrl.teachers import TFIDF, TeacherModule, fingerprint, load_teacher
+from gflowtrl.teachers import TeacherModule, fingerprint, load_teacher
+from gflowtrl.teachers.text import TFIDF
 
 from .recipe import Recipe
 from .run_data import RunData, files_fingerprint

@@ -11,7 +11,6 @@ from gflowtrl.configuration import check_names, locate_errors
 from gflowtrl.rewards import Reward
 from gflowtrl.teachers import (
     EASE,
-    LEARNED,
     ItemKNN,
     ItemText,
     MixtureTeacher,
@@ -20,6 +19,7 @@ from gflowtrl.teachers import (
     TeacherModule,
     Transitions,
 )
+from gflowtrl.teachers.mixture import LEARNED
 
 
 #: A new teacher or reward is a class and a line here.
