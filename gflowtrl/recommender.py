@@ -26,7 +26,7 @@ from gflowtrl.policy import Noise, StatelessNoise, check_exact, check_positions,
 from gflowtrl.policy.heads import split_heads
 from gflowtrl.policy.loading import check_embedded, load_tokenizer
 from gflowtrl.policy.merging import update_adapter_files
-from gflowtrl.teachers import TeacherModule, load_teacher
+from gflowtrl.teachers import TeacherModule, load_teacher, score_histories
 
 
 TEACHER_FOLDER = "teacher"
@@ -399,7 +399,7 @@ class Recommender:
         """Return the teacher's probability of the item and its rank, or None for both without a teacher."""
         if self.teacher is None:
             return None, None
-        probs = self.teacher.score([history[-self.encoder.max_history_items :]])[0].softmax(-1)
+        probs = score_histories(self.teacher, [history], self.encoder.max_history_items)[0].softmax(-1)
         prob = probs[self.teacher.items.index(item)]
         return float(prob), 1 + int((probs > prob).sum())
 

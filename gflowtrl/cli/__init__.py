@@ -15,7 +15,7 @@ from gflowtrl.compat import quiet_libraries
 COMMANDS = {
     "prepare": "make a data folder from a raw dump (Amazon, MovieLens, RecBole, CSV, ...)",
     "tokenize": "make semantic ids for the items of a data folder",
-    "teacher": "fit and evaluate the collaborative teacher of a recipe",
+    "teacher": "fit and evaluate the collaborative teacher of a recipe, or tune its distribution",
     "sft": "fine-tune the model of a recipe by supervised learning (SFT)",
     "train": "run a whole recipe: teacher, SFT, its control, GFlowNet, test; on one process or several",
     "evaluate": "evaluate a saved recommender on the validation or test split",
@@ -52,7 +52,7 @@ def _run(words: list[str]) -> int:
     if words[0] not in COMMANDS:
         print(f"error: {words[0]!r} is not a command of gflowtrl; choose {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    if words[0] in ("teacher", "sft"):  # stages of `train`
+    if words[0] == "sft":  # a stage of `train`
         return import_module(".train", __name__).main(words[1:], words[0])
     return import_module(f".{words[0]}", __name__).main(words[1:])
 

@@ -37,7 +37,8 @@ Every field of the recipe is an option. Values are YAML: --gflownet.loss_type va
 WHAT = {
     "train": "Train a generative recommender, fine-tune it with a GFlowNet, and compare it with continued SFT.",
     "sft": "Train a generative recommender by supervised fine-tuning: the first half of `gflowtrl train`.",
-    "teacher": "Fit the collaborative teacher of a recipe, and measure its recommendations.",
+    "teacher": "Fit the collaborative teacher of a recipe, and measure its recommendations. With --tune: choose the\n"
+    "temperature and popularity correction of its distribution (gflowtrl teacher --tune --help).",
 }
 OTHER_DATA = """
 These are results on a SYNTHETIC shop. For your own data, a table or a dump of Amazon or MovieLens (docs/command.md):

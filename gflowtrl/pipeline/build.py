@@ -20,13 +20,15 @@ from gflowtrl.policy import load_backbone, whole_models
 from gflowtrl.policy.loading import load_config
 from gflowtrl.rewards import Reward, fit_reward_weights
 from gflowtrl.samplers import build_sampler, uses_teacher
+from gflowtrl.semantic_ids import SentenceTransformerEmbedder, TfidfEmbedder, item_texts
 from gflowtrl.teachers import TeacherModule, fingerprint, load_teacher
+from gflowtrl.teachers.text import TFIDF
 from gflowtrl.trainer.gflownet_trainer import excludes_history
 
 from .recipe import Recipe
 from .run_data import RunData, files_fingerprint
-from .specs import LEARNED, REWARDS, TEACHERS, check_options, options_of
-from .stage import RunContext
+from .specs import LEARNED, REWARDS, TEACHERS, check_options, needs_of_teacher, options_of
+from .stage import RunContext, if_set
 
 
 FLOOR = 1e-3  # reward floor while weights are learned, if the recipe's is 0: rows without any reward stay finite
@@ -35,38 +37,61 @@ FLOOR = 1e-3  # reward floor while weights are learned, if the recipe's is 0: ro
 # --------------------------------------------------------------------------------------------------------- teachers
 def teacher_key(data: RunData, spec: Mapping[str, Any]) -> dict[str, Any]:
     """All that a fitted teacher depends on: the inputs of its stage."""
+    kind = TEACHERS[spec["type"]]
     spec = {name: value for name, value in spec.items() if name != "weight"}
-    if "seed" in TEACHERS[spec["type"]].option_names():
+    if "seed" in kind.option_names():
         spec = {"seed": data.recipe.seed, **spec}
     if "parts" in spec:
         spec["parts"] = [[part.get("weight", 1.0), teacher_key(data, part)] for part in spec["parts"]]
-    return {"data": data.fingerprint, "teacher": spec}
+    key = {"data": data.fingerprint, "teacher": spec}
+    if "texts" in kind.needs:
+        key["texts"] = fingerprint(item_texts(data.interactions))
+        key |= if_set(model_files=files_fingerprint(data.recipe.local(spec.get("embedder", TFIDF))))
+    return key
 
 
 def fit_teacher(run: RunContext, data: RunData, spec: Mapping[str, Any]) -> TeacherModule:
     """The teacher of a recipe's section, fitted once; the parts of a mixture are stages of their own."""
-    kind = TEACHERS[spec["type"]]
+    kind, longest, held_out = TEACHERS[spec["type"]], data.recipe.data.max_history_items, data.splits.validation
+    pairs = zip(held_out["history"], held_out["target"], strict=True)
+    validation = [{"history": history, "target": target} for history, target in pairs]
     if "parts" in spec:
-        return kind.from_spec(options_of(spec), {"fit": functools.partial(fit_teacher, run, data)})
+        context = {
+            "fit": functools.partial(fit_teacher, run, data),
+            "validation": validation,
+            "max_history_items": longest,
+        }
+        mixture = kind.from_spec(options_of(spec), context)
+        if any(part.get("weight") == LEARNED for part in spec["parts"]):
+            named = zip(spec["parts"], mixture.weights, strict=True)
+            run.log("Learned weights of the teachers: " + ", ".join(f"{p['type']} {w:.3f}" for p, w in named) + ".")
+        return mixture
     stage = run.stage("teacher", teacher_key(data, spec))
 
     def fit(folder: Path) -> dict[str, Any]:
-        longest, held_out = data.recipe.data.max_history_items, data.splits.validation
-        pairs = zip(held_out["history"], held_out["target"], strict=True)
+        # A teacher is asked about the items that prompts hold, or about as many as its own section says.
+        seen = spec.get("max_history_items", longest)
         context = {
             "train_sequences": data.splits.train_sequences,
             "items": data.interactions.items,
-            # A teacher is asked about the items that prompts hold.
-            "validation": [{"history": history[-longest:], "target": target} for history, target in pairs],
+            "validation": [{**row, "history": row["history"][-seen:]} for row in validation],
             "device": run.state.device,
             "progress": not run.quiet,
             "max_history_items": longest,
+            "embed": functools.partial(embed_items, data),
         }
         kind.from_spec(options_of(stage.inputs["teacher"]), context).save_pretrained(folder / "model")
         return {}
 
     stage.run(f"fitting {spec['type']} on {data.kind}", fit, main_only=True)
     return load_teacher(stage.folder / "model").to(run.state.device)
+
+
+def embed_items(data: RunData, embedder: str) -> Tensor:
+    """The vectors of the items' texts, `(items, D)`: by TF-IDF and SVD, or by a sentence-transformers model."""
+    texts = item_texts(data.interactions)
+    model = TfidfEmbedder() if embedder == TFIDF else SentenceTransformerEmbedder(data.recipe.local(embedder))
+    return model.fit(texts).embed(texts)
 
 
 # ---------------------------------------------------------------------------------------------------------- rewards
@@ -201,10 +226,11 @@ def check_needs(data: RunData) -> None:
 
     Raises:
         ValueError: no sessions, impressions or titles where a reward needs them, no such function in its file, a
-            reward of drawn items only where a loss needs the reward of every item.
+            reward of drawn items only where a loss needs the reward of every item, no texts for a teacher of texts.
         OSError: a file of a function or a language model is missing.
     """
     recipe, needy = data.recipe, []
+    _check_texts(data, recipe.teacher, "teacher")
     if "gflownet" in recipe.stages:
         losses = recipe.training_arguments("gflownet", recipe.output_dir).loss_type
         needy = [f"loss_type {name}" for name in losses if get_loss(name).needs_all_rewards][:1]
@@ -212,6 +238,8 @@ def check_needs(data: RunData) -> None:
         needy += ["the sampler reward"] if sampler.needs_all_rewards else []
     for number, spec in enumerate(recipe.rewards):
         where, options, found = f"rewards.{number}", options_of(spec), load_reward(spec, recipe)
+        if "teacher" in spec:
+            _check_texts(data, spec["teacher"], f"{where}.teacher")
         who = f"{where} ({spec.get('type') or spec['function']})"
         if isinstance(found, type):
             check_options(found, spec, where)
@@ -229,6 +257,18 @@ def check_needs(data: RunData) -> None:
                 f"Choose others, such as --loss_type vargrad --sampler on_policy, or give the reward a method "
                 f"score_items (docs/rewards.md)."
             )
+
+
+def _check_texts(data: RunData, spec: Mapping[str, Any], where: str) -> None:
+    """Check that a teacher which reads the texts of items finds some."""
+    if "texts" in needs_of_teacher(spec):
+        try:
+            item_texts(data.interactions)
+        except ValueError:
+            raise ValueError(
+                f"{where} reads the texts of items (type: text), but no item of {data.interactions.name} has a title "
+                f"or another text (items.jsonl, docs/data.md). Add texts, or leave this teacher out."
+            ) from None
 
 
 def _check_data(data: RunData, needs: set[str], who: str) -> None:

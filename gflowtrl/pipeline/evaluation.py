@@ -20,7 +20,7 @@ from gflowtrl.data import InteractionData
 from gflowtrl.metrics import RankingReport, summarize, summarize_items
 from gflowtrl.metrics.ranking_report import UNSEEN
 from gflowtrl.policy import make_policy
-from gflowtrl.teachers import Teacher, TeacherModule, top_items
+from gflowtrl.teachers import Teacher, TeacherModule, score_histories, top_items
 from gflowtrl.trainer import rank_both
 
 from .models import trained_model
@@ -115,7 +115,7 @@ def measure_teacher(run: RunContext, data: RunData, teacher: TeacherModule, key:
         leaves = {"leaves": item_leaf[items], f"{UNSEEN}leaves": own}
 
         def distribution(histories: list) -> Tensor:
-            return teacher.score([history[-longest:] for history in histories]).softmax(-1).cpu()
+            return score_histories(teacher, histories, longest).softmax(-1).cpu()
 
         return report, leaves, distribution
 

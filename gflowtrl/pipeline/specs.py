@@ -9,13 +9,26 @@ from gflowtrl import rewards
 from gflowtrl.checks import FINITE, POSITIVE, check_number
 from gflowtrl.configuration import check_names, locate_errors
 from gflowtrl.rewards import Reward
-from gflowtrl.teachers import EASE, MixtureTeacher, Popularity, SASRec, TeacherModule
+from gflowtrl.teachers import (
+    EASE,
+    ItemKNN,
+    ItemText,
+    MixtureTeacher,
+    Popularity,
+    SASRec,
+    TeacherModule,
+    Transitions,
+)
+from gflowtrl.teachers.mixture import LEARNED
 
 
 #: A new teacher or reward is a class and a line here.
 TEACHERS: dict[str, type[TeacherModule]] = {
     "sasrec": SASRec,
+    "transitions": Transitions,
+    "item_knn": ItemKNN,
     "ease": EASE,
+    "text": ItemText,
     "popularity": Popularity,
     "mixture": MixtureTeacher,
 }
@@ -28,8 +41,6 @@ REWARDS: dict[str, type[Reward]] = {
     "rank_penalty": rewards.RankPenaltyReward,
     "title_likelihood": rewards.TitleLikelihoodReward,
 }
-#: A weight that validation rows decide.
-LEARNED = "learned"
 
 
 def options_of(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,17 +53,29 @@ def needs_of(spec: Mapping[str, Any]) -> set[str]:
     return REWARDS[spec["type"]].needs(options_of(spec)) if "type" in spec else set()
 
 
-def check_teacher(spec: Any, where: str) -> None:
-    """Check a teacher's type and options; `where` is its place in the recipe."""
+def check_teacher(spec: Any, where: str, is_part: bool = False) -> None:
+    """Check a teacher's type and options.
+
+    Args:
+        spec: the teacher's section.
+        where: its place in the recipe.
+        is_part: whether it is a part of a mixture, whose weight may be learned.
+    """
     kind = spec.get("type") if isinstance(spec, Mapping) else None
     if kind not in TEACHERS:
         raise ValueError(f"{where}.type is {kind!r}; choose from {', '.join(TEACHERS)}.")
     check_names(spec, {"type", "weight"} | TEACHERS[kind].option_names(), where)
-    check_number(f"{where}.weight", spec.get("weight", 1.0), POSITIVE)
+    if not (is_part and spec.get("weight") == LEARNED):
+        check_number(f"{where}.weight", spec.get("weight", 1.0), POSITIVE)
     with locate_errors(where, TEACHERS[kind].option_names()):
         TEACHERS[kind].check_options(**options_of(spec))
     for number, part in enumerate(spec.get("parts", ())):
-        check_teacher(part, f"{where}.parts.{number}")
+        check_teacher(part, f"{where}.parts.{number}", is_part=True)
+
+
+def needs_of_teacher(spec: Mapping[str, Any]) -> set[str]:
+    """What a teacher or the parts of a mixture need of the run (`TeacherModule.needs`)."""
+    return set(TEACHERS[spec["type"]].needs).union(*map(needs_of_teacher, spec.get("parts", ())))
 
 
 def check_reward(spec: Any, where: str) -> None:

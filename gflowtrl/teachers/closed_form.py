@@ -8,39 +8,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gflowtrl.catalog import Item
-from gflowtrl.checks import POSITIVE, check_number
+from gflowtrl.checks import POSITIVE
 
+from .calibrated import CalibratedTeacher
 from .teacher import History, TeacherModule
 
 
-class EASE(TeacherModule):
+class EASE(CalibratedTeacher):
     """Embarrassingly shallow autoencoder (Steck, WWW 2019): a linear item-item model in closed form.
 
-    The scores are the summed weights of the distinct items of the history, regardless of order, divided by
-    `temperature`. The temperature turns the scores into logits (see `fit`) and does not change the ranking. The
+    The raw scores are the summed weights of the distinct items of the history, regardless of order. The
     recommendations are less accurate but much broader than those of SASRec. Time grows with the cube and memory with
     the square of the number of items, so EASE is suitable for up to about 30,000 items.
 
     Args:
         items: the catalog, in the order of the score columns.
-        temperature: divisor of the scores.
+        temperature: divisor of the scores (`CalibratedTeacher`).
     """
 
-    bounds = {"regularization": POSITIVE, "temperature": POSITIVE}
-    temperature_grid = tuple(2.0**-power for power in range(11))
+    bounds = {"regularization": POSITIVE}
 
     def __init__(self, items: Sequence[Item], temperature: float = 1.0) -> None:
-        check_number("temperature", temperature, POSITIVE)
-        super().__init__(items, temperature=temperature)
+        super().__init__(items, temperature)
         self.register_buffer("weights", torch.zeros(len(self.items), len(self.items)))
 
     @torch.no_grad()
-    def score(self, histories: Sequence[History]) -> Tensor:
+    def raw_scores(self, histories: Sequence[History]) -> Tensor:
         rows = [sorted(set(row)) for row in self.encode(histories)]
         flat = torch.tensor([index for row in rows for index in row], dtype=torch.long, device=self.device)
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.long, device=self.device)
-        scores = F.embedding_bag(flat, self.weights, lengths.cumsum(0) - lengths, mode="sum")
-        return scores / self.config["temperature"]
+        return F.embedding_bag(flat, self.weights, lengths.cumsum(0) - lengths, mode="sum")
 
     @classmethod
     @torch.no_grad()
@@ -52,10 +49,7 @@ class EASE(TeacherModule):
         *,
         regularization: float = 100.0,
     ) -> "EASE":
-        """Fit the weights and, with `validation` rows (`"history"`, `"target"`), the temperature.
-
-        The temperature is the value of `temperature_grid` with the highest mean log-softmax of the targets.
-        """
+        """Fit the weights and, with `validation` rows (`"history"`, `"target"`), the temperature."""
         cls.check_options(regularization=regularization)
         teacher = cls(items)
         gram = torch.zeros(len(teacher.items), len(teacher.items))
@@ -65,13 +59,7 @@ class EASE(TeacherModule):
         gram.diagonal().add_(regularization)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
         teacher.weights.copy_((inverse / -inverse.diagonal()).fill_diagonal_(0.0))
-        if rows := list(validation or []):
-            grid = cls.temperature_grid
-            log_likelihoods = [
-                torch.stack([-F.cross_entropy(scores / value, targets, reduction="sum") for value in grid])
-                for scores, targets in teacher.scored(rows)
-            ]
-            teacher.config["temperature"] = grid[int(sum(log_likelihoods).argmax())]
+        teacher.calibrate(validation)
         return teacher
 
 

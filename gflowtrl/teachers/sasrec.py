@@ -1,6 +1,5 @@
 """SASRec with cross entropy over the full softmax."""
 
-import copy
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from gflowtrl.catalog import Item
-from gflowtrl.checks import COUNT, POSITIVE, SEED, SHARE_BELOW_ONE
+from gflowtrl.checks import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE_BELOW_ONE
 from gflowtrl.data.windows import Windows
 from gflowtrl.finite import NonFiniteError
 
@@ -51,6 +50,8 @@ class SASRec(TeacherModule):
         items: the catalog, in the order of the score columns.
         max_history_items: longest history that is read. Longer histories are truncated to their last items.
         width, layers, heads, dropout: shape of the transformer. The width must be divisible by the number of heads.
+        full_history: read the row's own history in training (`teacher_scores`), not only the items of the prompt. A
+            recipe that sets `max_history_items` sets this too.
 
     Raises:
         ValueError: an option is out of bounds.
@@ -59,6 +60,7 @@ class SASRec(TeacherModule):
     bounds = {
         "max_history_items": COUNT, "width": COUNT, "layers": COUNT, "heads": COUNT, "dropout": SHARE_BELOW_ONE,
         "epochs": COUNT, "patience": COUNT, "batch_size": COUNT, "learning_rate": POSITIVE, "seed": SEED,
+        "weight_decay": NOT_NEGATIVE, "average": COUNT,
     }  # fmt: skip
 
     def __init__(
@@ -69,11 +71,12 @@ class SASRec(TeacherModule):
         layers: int = 2,
         heads: int = 2,
         dropout: float = 0.4,
+        full_history: bool = False,
     ) -> None:
         config = dict(max_history_items=max_history_items, width=width, layers=layers, heads=heads, dropout=dropout)
         self.check_options(**config)
-        super().__init__(items, **config)
-        self.max_history_items = max_history_items
+        super().__init__(items, **config, full_history=full_history)
+        self.max_history_items, self.full_history = max_history_items, full_history
         self.item_embedding = nn.Embedding(len(self.items), width)
         self.position_embedding = nn.Embedding(max_history_items, width)
         self.dropout = nn.Dropout(dropout)
@@ -131,12 +134,14 @@ class SASRec(TeacherModule):
         patience: int = 8,
         batch_size: int = 512,
         learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+        average: int = 1,
         seed: int = 42,
         device: str | torch.device = "cpu",
         progress: bool = True,
         **config: Any,
     ) -> "SASRec":
-        """Train a model on the sequences and keep the epoch with the best NDCG@10 on `validation`.
+        """Train a model on the sequences and keep the epochs with the best NDCG@10 on `validation`.
 
         Args:
             train_sequences: one chronological list of items per user.
@@ -144,43 +149,52 @@ class SASRec(TeacherModule):
             validation: rows with `"history"` and `"target"`. Without them, the last of all epochs is kept.
             patience: number of epochs without a better validation NDCG@10 after which the training stops.
             batch_size: targets per step.
+            weight_decay: decoupled weight decay (AdamW).
+            average: number of the best epochs whose weights are averaged (Izmailov et al., UAI 2018); without
+                `validation`, of the last epochs.
             seed: seed of initialization, order and dropout. The global random state does not change.
-            **config: `max_history_items`, `width`, `layers`, `heads`, `dropout`.
+            **config: `max_history_items`, `width`, `layers`, `heads`, `dropout`, `full_history`.
 
         Raises:
             NonFiniteError: the training diverged.
         """
         cls.check_options(
-            epochs=epochs, patience=patience, batch_size=batch_size, learning_rate=learning_rate, seed=seed
-        )
+            epochs=epochs, patience=patience, batch_size=batch_size, learning_rate=learning_rate, seed=seed,
+            weight_decay=weight_decay, average=average,
+        )  # fmt: skip
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             teacher = cls(items, **config).to(device)
             windows = teacher._windows(train_sequences)
             rows = list(validation or [])
-            optimizer = torch.optim.Adam(teacher.parameters(), lr=learning_rate)
-            best, best_state, stale = -1.0, None, 0
+            optimizer = torch.optim.AdamW(teacher.parameters(), lr=learning_rate, weight_decay=weight_decay)
+            kept: list[tuple[float, dict[str, Tensor]]] = []  # the best epochs, best first
+            best, stale = -1.0, 0
             bar = tqdm(range(epochs), desc="SASRec", unit="epoch", disable=not progress)
-            for _ in bar:
+            for epoch in bar:
                 loss = teacher._train_epoch(windows, optimizer, batch_size)
                 if not math.isfinite(loss):
                     raise NonFiniteError(
                         f"The loss of SASRec is {loss}: the training diverged. Lower learning_rate ({learning_rate})."
                     )
+                value = teacher._ndcg(rows) if rows else float(epoch)
+                state = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+                kept = sorted([*kept, (value, state)], key=lambda entry: -entry[0])[:average]
                 if not rows:
                     bar.set_postfix(loss=f"{loss:.3f}")
                     continue
-                value = teacher._ndcg(rows)
-                if value > best:
-                    best, best_state, stale = value, copy.deepcopy(teacher.state_dict()), 0
-                else:
-                    stale += 1
+                best, stale = (value, 0) if value > best else (best, stale + 1)
                 bar.set_postfix(loss=f"{loss:.3f}", validation_ndcg=f"{value:.4f}", best=f"{best:.4f}")
                 if stale >= patience:
                     break
-        if best_state is not None:
-            teacher.load_state_dict(best_state)
+        states = [state for _, state in kept]
+        teacher.load_state_dict({name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]})
         return teacher.eval()
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], context: Mapping[str, Any]) -> "SASRec":
+        """Fit the teacher of a recipe. One that sets `max_history_items` reads full histories."""
+        return super().from_spec(spec, {**context, "full_history": "max_history_items" in spec})
 
     def _windows(self, sequences: Iterable[History]) -> list[Tensor]:
         """Return training windows grouped by length, tensors (number, T + 1), so that batches have no padding.

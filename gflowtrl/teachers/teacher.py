@@ -26,7 +26,7 @@ CONFIG_FILE = "teacher.json"
 TENSOR_FILE = "teacher.safetensors"
 BATCH = 512  # histories per batch
 #: Parameters of a teacher and its `fit` that the run provides and a recipe cannot set.
-PROVIDED = {"items", "validation", "device", "progress", "max_history_items", "config"}
+PROVIDED = {"items", "validation", "device", "progress", "vectors", "full_history", "config"}
 
 
 @runtime_checkable
@@ -55,6 +55,7 @@ class TeacherModule(nn.Module):
 
     classes: ClassVar[dict[str, type["TeacherModule"]]] = {}
     bounds: ClassVar[dict[str, Bound]] = {}  # bounds of the options of the class and its `fit`
+    needs: ClassVar[frozenset[str]] = frozenset()  # what a fit needs besides sequences and items: "texts" of all items
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -168,9 +169,10 @@ class TeacherModule(nn.Module):
         Args:
             spec: the options of the recipe, without type and weight.
             context: what the run provides: `train_sequences`, `items`, and, if `fit` has such parameters, `validation`
-                (rows), `device`, `progress` (whether to show progress bars) and `max_history_items`.
+                (rows), `device`, `progress` (whether to show progress bars) and `max_history_items` (unless the recipe
+                sets it).
         """
-        names = cls._fit_parameters() & PROVIDED & context.keys() - {"items"}
+        names = cls._fit_parameters() & {*PROVIDED, "max_history_items"} & context.keys() - {"items"} - spec.keys()
         provided = {name: context[name] for name in names}
         return cls.fit(context["train_sequences"], context["items"], **provided, **spec)
 
@@ -252,7 +254,8 @@ def teacher_scores(teacher: Teacher, step: Step, owner: str) -> Tensor:
     """Return a teacher's scores for the prompts of a step, computed once per step: `(B, len(teacher.items))` float32.
 
     Rewards and samplers that share a teacher share its scores, even if the teacher is reordered or part of a mixture.
-    The teacher sees the items in the prompts, like the policy (`Step.histories`).
+    The teacher sees the items in the prompts, like the policy (`Step.histories`), unless it has an own
+    `max_history_items` (`full_history`): it then sees the last items of the column `history`.
 
     Args:
         teacher: the teacher.
@@ -282,9 +285,15 @@ def _scores(step: Step, histories: Sequence[History], part: Teacher) -> Tensor:
     if hasattr(part, "combine"):
         return part.combine(partial(_scores_once, step, histories))
     with torch.no_grad():
+        if _reads_full_history(part):
+            return _checked_scores(part, part.score(step.column("history", f"The teacher {type(part).__name__}")))
         if step.windows is not None and _reads_windows(part):
             return _checked_scores(part, part.score_windows(step.windows))
         return _checked_scores(part, part.score(histories))
+
+
+def _reads_full_history(teacher: Teacher) -> bool:
+    return getattr(teacher, "full_history", False)
 
 
 def _reads_windows(teacher: Teacher) -> bool:
@@ -311,6 +320,19 @@ def _checked_scores(teacher: Teacher, scores: Tensor) -> Tensor:
     return scores
 
 
+def score_histories(teacher: Teacher, histories: Sequence[History], max_history_items: int | None) -> Tensor:
+    """Score all items for whole histories: `(B, len(teacher.items))`.
+
+    Each history is cut to its last `max_history_items` (None: not at all), also for the parts of a mixture. A teacher
+    with an own `max_history_items` (`full_history`) gets it whole and cuts it itself.
+    """
+    if hasattr(teacher, "combine"):
+        return teacher.combine(lambda part: score_histories(part, histories, max_history_items))
+    if max_history_items and not _reads_full_history(teacher):
+        histories = [history[-max_history_items:] for history in histories]
+    return _checked_scores(teacher, teacher.score(histories))
+
+
 @torch.no_grad()
 def top_items(
     teacher: Teacher,
@@ -322,10 +344,10 @@ def top_items(
 ) -> Tensor:
     """Return the `k` best items of each history: item *indices* (teacher columns), LongTensor `(U, k)`, best first.
 
-    Histories are truncated to their last `max_history_items`. Items of the history are candidates too.
+    Histories are truncated to their last `max_history_items` (`score_histories`). Items of the history are candidates
+    too.
     """
-    cut = [list(history)[-max_history_items:] if max_history_items else list(history) for history in histories]
-    k, starts = min(k, len(teacher.items)), range(0, len(cut), batch_size)
-    batches = (_checked_scores(teacher, teacher.score(cut[start : start + batch_size])) for start in starts)
-    lists = [scores.topk(k).indices.cpu() for scores in batches]
+    k, whole = min(k, len(teacher.items)), [list(history) for history in histories]
+    parts = (whole[start : start + batch_size] for start in range(0, len(whole), batch_size))
+    lists = [score_histories(teacher, part, max_history_items).topk(k).indices.cpu() for part in parts]
     return torch.cat(lists) if lists else torch.empty(0, k, dtype=torch.long)
