@@ -55,7 +55,7 @@ def sft(
 
 
 def _mean_over_children(log_probs: Tensor, child_log_probs: Tensor | None) -> Tensor:
-    """Return the mean of log pi over the children of each visited state: `(B, K, L)`, 0 where there are none."""
+    """Return the mean of log pi over the children of each visited state: `(B, K, L)`, 0 after the end of an id."""
     if child_log_probs is None:
         raise ValueError("label_smoothing spreads over the children of each state and needs child_log_probs.")
     expect_shape("child_log_probs", child_log_probs, (*log_probs.shape, child_log_probs.shape[-1]), "(B, K, L, C)")

@@ -142,7 +142,7 @@ def test_a_callable_without_a_name_can_be_a_loss():
 
 
 def test_a_tensor_that_a_loss_can_do_without():
-    """With the default None it is passed if it is known, and it is no option. Other Nones are options."""
+    """It has the default None, and is not an option. Other parameters with the default None are options."""
 
     def mine(log_probs, ref_log_probs=None, clip=None):
         return log_probs.sum(-1) if ref_log_probs is None else (log_probs - ref_log_probs).sum(-1)
