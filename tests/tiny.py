@@ -7,17 +7,15 @@ import scipy
 import torch
 from accelerate.utils import compare_versions
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BartConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     MarianConfig,
     MBartConfig,
     MT5Config,
     PegasusConfig,
     PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
     T5Config,
     UMT5Config,
 )
@@ -48,18 +46,18 @@ def catalog_of(paths: torch.Tensor) -> ItemCatalog:
 
 
 def tiny_model(
-    vocab_size: int, kind: str = "llama", attention: str = "sdpa", seed: int = 0, hidden_size: int = 32
+    vocab_size: int, kind: str = "llama", attention: str = "sdpa", seed: int = 0, hidden_size: int = 32, **options
 ) -> PreTrainedModel:
+    """Build a causal model; `options` are further fields of its configuration."""
     torch.manual_seed(seed)
-    config_class, model_class = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[
-        kind
-    ]
-    config = config_class(
-        vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=hidden_size // 4, max_position_embeddings=128,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, attn_implementation=attention, initializer_range=0.3,
+    if kind != "gpt_neox":  # it has no grouped heads
+        options |= {"num_key_value_heads": 2, "head_dim": hidden_size // 4}
+    config = AutoConfig.for_model(
+        kind, vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.3, **options,
     )  # fmt: skip
-    return model_class(config).eval()
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
 def needs_transformers(version: str, feature: str) -> None:

@@ -13,6 +13,7 @@ from gflowtrl.files import check_data_path
 
 
 _TRAINING = "transformers:training_args.py:TrainingArguments"
+_STOPPING = "gflowtrl:pipeline/sections.py:StoppingSection"
 #: Sections of a recipe and the classes whose fields they may hold, bases included, as package:file:class.
 CLASSES = {
     "": ("gflowtrl:pipeline/recipe.py:Recipe",),
@@ -22,12 +23,14 @@ CLASSES = {
     "sft": (
         *("trl:trainer/sft_config.py:SFTConfig", "trl:trainer/base_config.py:_BaseConfig", _TRAINING),
         "transformers:training_args_seq2seq.py:Seq2SeqTrainingArguments",
+        _STOPPING,
     ),
     "gflownet": (
         "gflowtrl:trainer/gflownet_config.py:GFlowNetConfig",
         "gflowtrl:trainer/tree_policy_config.py:TreePolicyConfig",
         "trl:trainer/base_config.py:_BaseConfig",
         _TRAINING,
+        _STOPPING,
     ),
 }
 CLASSES["control"] = CLASSES["gflownet"]

@@ -64,12 +64,16 @@ class LossInputs:
         return cls(**tensors | {"lengths": torch.ones(shape[:2], dtype=torch.long)})
 
 
+_TENSORS = tuple(entry.name for entry in fields(LossInputs))
+
+
 @dataclass(frozen=True)
 class LossSpec:
     """A loss function and what the trainer must provide for it. Most needs follow from the function's parameters.
 
     Args:
-        function: per-trajectory loss `(B, K)`. Parameters without a default are tensors of `LossInputs`; parameters
+        function: per-trajectory loss `(B, K)`. Parameters without a default are tensors of `LossInputs`, and so is one
+            with the name of such a tensor and the default None, which the function can do without. Other parameters
             with a default are options, set by `loss_kwargs`.
         min_generations: minimum number of trajectories per prompt.
         uses_target: the loss is computed on the observed target's id instead of the sampled trajectories.
@@ -94,12 +98,11 @@ class LossSpec:
     prefix_weights: type[PrefixWeights] | None = None
 
     def __post_init__(self) -> None:
-        known = [entry.name for entry in fields(LossInputs)]
-        unknown = [name for name in self.inputs if name not in known]
+        unknown = [name for name in self.inputs if name not in _TENSORS]
         if unknown:
             raise ValueError(
                 f"The loss {_name(self.function)!r} has the parameter {unknown[0]!r} without a default, which is not "
-                f"a tensor of a step; those are {', '.join(known)}. If it is an option, give it a default."
+                f"a tensor of a step; those are {', '.join(_TENSORS)}. If it is an option, give it a default."
             )
 
     def __call__(self, inputs: LossInputs, **options: Any) -> Tensor:
@@ -109,7 +112,8 @@ class LossSpec:
             ValueError: a tensor that the loss needs is None.
         """
         tensors = {name: getattr(inputs, name) for name in self.inputs}
-        missing = [name for name, tensor in tensors.items() if tensor is None]
+        needed = [p.name for p in signature(self.function).parameters.values() if p.default is Parameter.empty]
+        missing = [name for name in needed if tensors[name] is None]
         if missing:
             raise ValueError(f"The loss {_name(self.function)!r} needs {', '.join(missing)}, which was not given.")
         return self.function(**tensors, **_select(self.fit_options(options), self.function))
@@ -117,7 +121,7 @@ class LossSpec:
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the tensors that the function takes."""
-        return tuple(p.name for p in signature(self.function).parameters.values() if p.default is Parameter.empty)
+        return tuple(p for p in signature(self.function).parameters if p not in _defaults(self.function))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -244,8 +248,9 @@ def get_loss(name: str) -> LossSpec:
 
 
 def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
-    parameters = signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not Parameter.empty}
+    """Return the options of a function with their defaults."""
+    parameters = [p for p in signature(function).parameters.values() if p.default is not Parameter.empty]
+    return {p.name: p.default for p in parameters if not (p.default is None and p.name in _TENSORS)}
 
 
 def _select(options: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A new model scores its longest prompts once. Large models and checkpoints are ma
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +16,13 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 
 from gflowtrl.compat import find_adapter_config_file
-from gflowtrl.configuration import check_names
+from gflowtrl.configuration import check_names, locate_errors
+from gflowtrl.data import user_windows
 from gflowtrl.policy import check_exact, make_policy, whole_models
 from gflowtrl.policy.loading import load_config
 from gflowtrl.trainer.input_checks import check_encoder, check_model
 
+from .fields import check_delay
 from .models import build_model, scratch_config, untrained
 from .recipe import QUANTIZATION, Recipe
 from .run_data import RunData
@@ -46,7 +49,10 @@ def dry_run(data: RunData) -> None:
     if not recipe.trained_stages:
         return
     for stage in recipe.trained_stages:
-        _check_optimizer(recipe.training_arguments(stage, recipe.output_dir), stage)
+        args = recipe.training_arguments(stage, recipe.output_dir)
+        _check_optimizer(args, stage)
+        with locate_errors(stage, ["eval_delay"]):
+            _check_delay(data, args, stage)
     with whole_models(), torch.random.fork_rng(devices=[]):
         if "model_name_or_path" in recipe.model:
             _check_loaded(data)
@@ -75,6 +81,20 @@ def _check_optimizer(args: TrainingArguments, stage: str) -> None:
             f"{stage}.lr_scheduler_type {args.lr_scheduler_type.value!r} cannot be used with "
             f"{stage}.lr_scheduler_kwargs {options}: {_line(error)}"
         ) from error
+
+
+def _check_delay(data: RunData, args: TrainingArguments, stage: str) -> None:
+    """Check an `eval_delay` whose units are not those of the length (see `fields.check_evaluated`)."""
+    by_epochs = args.eval_strategy == "epoch"
+    if not args.eval_delay or args.eval_strategy == "no" or by_epochs != (args.max_steps > 0):
+        return
+    recipe, rows = data.recipe, len(data.splits.train)
+    if stage == "sft" and not recipe.encoder_decoder and not recipe.prompt:  # one row per window
+        rows = len(user_windows(data.splits.train_sequences, recipe.data.max_history_items))
+    batches = rows / (args.train_batch_size * args.world_size)
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    steps = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    check_delay(args, args.max_steps / steps if by_epochs else math.ceil(args.num_train_epochs * steps))
 
 
 def _check_scratch(data: RunData) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, TrainingArguments
 
 from gflowtrl.checks import COUNT, SHARE_BELOW_ONE, check_number
 
@@ -56,6 +56,46 @@ def check_derived(stage: str, section: Mapping[str, Any]) -> None:
     owners = {"sft": DERIVED_SFT_FIELDS, "control": DERIVED_CONTROL_FIELDS}.get(stage, DERIVED_FIELDS)
     for name in owners.keys() & section.keys():
         raise ValueError(f"{stage}.{name} cannot be set: it follows from {owners[name]}.")
+
+
+def check_evaluated(args: TrainingArguments, patience: int | None) -> None:
+    """Check that a stage is evaluated at all, and after each epoch if it may stop early.
+
+    Whether `eval_delay` is too long in the units of the other length (epochs of `max_steps`, steps of
+    `num_train_epochs`) depends on the number of rows: see `dry_run`.
+
+    Args:
+        args: of the stage.
+        patience: its `early_stopping_patience`.
+
+    Raises:
+        ValueError: names the field.
+    """
+    strategy = str(args.eval_strategy.value)
+    if patience is not None and strategy != "epoch":
+        raise ValueError(
+            f"early_stopping_patience counts epochs, but eval_strategy is {strategy!r}. Leave eval_strategy out."
+        )
+    known = {"epoch": args.num_train_epochs if args.max_steps <= 0 else None, "steps": max(args.max_steps, 0) or None}
+    check_delay(args, known.get(strategy))
+
+
+def check_delay(args: TrainingArguments, length: float | None) -> None:
+    """Check that the first evaluation is not after the end.
+
+    Args:
+        args: of the stage.
+        length: of the training, in the units of `eval_strategy`: epochs or steps; None: unknown.
+
+    Raises:
+        ValueError: names the field.
+    """
+    if length is not None and args.eval_delay > length:
+        unit = "epochs" if args.eval_strategy == "epoch" else "steps"
+        raise ValueError(
+            f"eval_delay is {args.eval_delay:g}, but the training takes {length:g} {unit}, so it would never be "
+            f"evaluated and no best checkpoint chosen. Lower eval_delay."
+        )
 
 
 def check_model_fields(kind: str, model: Mapping[str, Any]) -> None:

@@ -28,8 +28,8 @@ from gflowtrl.trainer.processes import A_DAY, launched_with
 from gflowtrl.trainer.tree_policy_config import computes_in_bf16
 from gflowtrl.trainer.weighting import source_table
 
-from .fields import check_derived, check_model_fields
-from .sections import DataSection, EvaluationSection, setting
+from .fields import check_derived, check_evaluated, check_model_fields
+from .sections import DataSection, EvaluationSection, StoppingSection, setting
 from .specs import LEARNED, REWARDS, TEACHERS, check_reward, check_teacher, needs_of
 
 
@@ -41,6 +41,8 @@ STARTS = ("sft", "untrained")
 LENGTH = ("num_train_epochs", "max_steps")
 #: Fields that decide a stage's number of steps and rows per step. The control copies them from `gflownet`.
 SCHEDULE = (*LENGTH, "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last")
+#: Fields of every training section that are not training arguments.
+STOPPING = tuple(field_names(StoppingSection))
 #: Learned reward weights assume these values of `gflownet`.
 FITTED_FOR = {"reward_transform": "power", "reward_beta": 1}
 #: Fields of `model` from `trl.ModelConfig` that quantize the weights under adapters.
@@ -76,7 +78,11 @@ class Recipe:
         "fields of peft.LoraConfig: adapters are trained, then merged when a stage ends; empty: train all weights",
     )
     teacher: dict = setting({"type": "sasrec"}, f"type ({', '.join(TEACHERS)}) and its options")
-    sft: dict = setting({}, "fields of trl.SFTConfig, or of Seq2SeqTrainingArguments for an encoder-decoder")
+    sft: dict = setting(
+        {},
+        "fields of trl.SFTConfig, or of Seq2SeqTrainingArguments for an encoder-decoder, and early_stopping_patience, "
+        "as control and gflownet",
+    )
     control: dict = setting(
         {},
         f"fields of GFlowNetConfig; {', '.join(SCHEDULE)} are copied from gflownet, but under start: untrained the "
@@ -163,6 +169,12 @@ class Recipe:
         given = [reward.get("weight", 1.0) for reward in self.rewards]
         return [1.0 if weight == LEARNED else float(weight) for weight in given]
 
+    def stopping(self, stage: str) -> StoppingSection:
+        """The fields of a stage's section that say when it stops early."""
+        given = {name: value for name, value in getattr(self, stage).items() if name in STOPPING}
+        with locate_errors(stage, STOPPING):
+            return StoppingSection(**check_types(StoppingSection, given))
+
     def training_arguments(self, stage: str, output_dir: str | Path) -> Any:
         """The `SFTConfig` (`Seq2SeqTrainingArguments` for encoder-decoders) or `GFlowNetConfig` of a stage.
 
@@ -203,14 +215,16 @@ class Recipe:
             }
             if stage == "gflownet":
                 values["reward_weights"] = self.reward_weights or None
+        section = {name: value for name, value in section.items() if name not in STOPPING}
         values |= check_types(kind, section, stage)
         check_derived(stage, section if stage != "control" else self.control)
-        with locate_errors(stage, field_names(kind)):
+        with locate_errors(stage, [*field_names(kind), *STOPPING]):
             if values["greater_is_better"] is None:
                 values["greater_is_better"] = more_is_better(str(values["metric_for_best_model"])) is not False
             args = kind(output_dir=str(output_dir), seed=self.seed, **values)
             check_training_arguments(args)
             resolve_metric(args, self.evaluation.ks)
+            check_evaluated(args, self.stopping(stage).early_stopping_patience)
         return args
 
     def _check_model(self) -> None:
@@ -329,5 +343,5 @@ def load_recipe(path: str | Path, arguments: Sequence[str] = ()) -> Recipe:
             out the section: `--learning_rate 1e-3`, `--loss_kwargs.vargrad.huber_delta 1`. Values are YAML.
     """
     known = {*field_names(Recipe)} - {"folder"}
-    content = read_recipe(path, arguments, known, field_names(GFlowNetConfig))
+    content = read_recipe(path, arguments, known, [*field_names(GFlowNetConfig), *STOPPING])
     return Recipe(**content, folder=str(Path(path).resolve().parent))

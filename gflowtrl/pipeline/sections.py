@@ -31,6 +31,22 @@ class DataSection:
 
 
 @dataclass
+class StoppingSection:
+    """Fields of every training section (`sft`, `control`, `gflownet`) besides those of its training arguments.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    early_stopping_patience: int | None = setting(
+        None, "stop after so many epochs without a better validation metric; null: train to the end"
+    )
+
+    def __post_init__(self) -> None:
+        check_number("early_stopping_patience", self.early_stopping_patience, COUNT, optional=True)
+
+
+@dataclass
 class EvaluationSection:
     """How policies are measured.
 

@@ -13,7 +13,16 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, ProgressCallback, Seq2SeqTrainer, Trainer, TrainerCallback, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    ProgressCallback,
+    Seq2SeqTrainer,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from trl import SFTTrainer
 
 from gflowtrl.compat import TrainableTokensWrapper
@@ -35,7 +44,7 @@ from gflowtrl.trainer.checkpoints import CompleteCheckpointsMixin
 from gflowtrl.trainer.evaluation import rows_per_step
 from gflowtrl.trainer.finite_steps import FiniteMixin
 from gflowtrl.trainer.model_card import CardFacts, base_model, card_facts, shown_metrics, write_card
-from gflowtrl.trainer.resume import last_checkpoint
+from gflowtrl.trainer.resume import last_checkpoint, read_state
 from gflowtrl.trainer.saved import check_saved
 
 from .build import build_rewards, final_weights, reward_key, teacher_key
@@ -103,6 +112,23 @@ class ShortProgress(ProgressCallback):
         if shown:
             values = ", ".join(f"{name} {float(value):.4f}" for name, value in shown.items())
             self.training_bar.write(f"  epoch {state.epoch:.2f} of {state.num_train_epochs}: {values}")
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' callback for evaluations after each epoch. A resumed training keeps its counter."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.early_stopping_patience_counter = self._epochs_without_gain(vars(state))
+
+    def resume(self, args: TrainingArguments, checkpoint: str) -> None:
+        """End a training, in its arguments, at a checkpoint that was written when it had stopped."""
+        state = read_state(checkpoint)
+        if self._epochs_without_gain(state) >= self.early_stopping_patience:
+            args.max_steps = state["global_step"]
+
+    def _epochs_without_gain(self, state: Mapping[str, Any]) -> int:
+        return state["stateful_callbacks"][type(self).__name__]["attributes"]["early_stopping_patience_counter"]
 
 
 def train_sft(run: RunContext, data: RunData) -> Stage:
@@ -279,6 +305,11 @@ def train(trainer: Trainer, data: RunData, folder: Path, base: Callable[[], PreT
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ShortProgress())
     checkpoint = last_checkpoint(folder / CHECKPOINTS)
+    patience = data.recipe.stopping(_stage_name(folder)).early_stopping_patience
+    if patience is not None:
+        trainer.add_callback(stopping := EarlyStopping(patience))
+        if checkpoint:
+            stopping.resume(trainer.args, checkpoint)
     if checkpoint and trainer.is_world_process_zero():
         print(f"Continuing from {checkpoint}.", flush=True)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -330,8 +361,13 @@ def _card(trainer: Trainer, data: RunData, folder: Path) -> CardFacts:
     base = base_model(recipe.local(begins)) if begins else None
     about = {name: getattr(source, name) for name in ("name", "synthetic", "license", "source")}
     about |= {"users": len(source.users), "items": len(source.items), "interactions": source.num_interactions}
-    name = f"{recipe.name}-{folder.name.rpartition('-')[0]}"
+    name = f"{recipe.name}-{_stage_name(folder)}"
     return replace(card_facts(trainer), name=name, data=about, base=asdict(base) if base else None)
+
+
+def _stage_name(folder: Path) -> str:
+    """The name of the stage that a folder `<name>-<fingerprint>` belongs to."""
+    return folder.name.rpartition("-")[0]
 
 
 def prompt_fingerprint(data: RunData) -> Record:

@@ -202,7 +202,7 @@ class TreePolicyConfig(TRLConfig):
             ("eval_do_concat_batches", True, "metrics are computed from all lists together"),
             ("remove_unused_columns", False, "histories and targets would be removed"),
             ("logging_nan_inf_filter", False, "0.0 would be logged instead of NaN"),
-            ("label_smoothing_factor", 0, "no loss of gflowtrl smooths labels, so it has no effect"),
+            ("label_smoothing_factor", 0, "labels are smoothed by loss_kwargs={'sft': {'label_smoothing': 0.1}}"),
         ):
             if getattr(self, name) != needed:
                 raise ValueError(f"{name} is {getattr(self, name)}, but {reason}. Leave it at {needed}.")
@@ -258,6 +258,11 @@ class TreePolicyConfig(TRLConfig):
                 self.loss_kwargs[name] = get_loss(name).check_options(options)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"loss_kwargs[{name!r}]: {error}") from None
+        if self.label_space == "vocabulary" and self.loss_options("sft").get("label_smoothing"):
+            raise ValueError(
+                "loss_kwargs['sft']: label_smoothing spreads over the children of a state, but label_space is "
+                "'vocabulary'. Leave one of them out."
+            )
 
     def _check_values(self) -> None:
         """Check the choices and bounds of each field."""

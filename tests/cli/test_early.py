@@ -14,7 +14,7 @@ from gflowtrl.cli.early import CLASSES, check_early, declared_fields
 from gflowtrl.configuration import known_files, recipe_folder
 from gflowtrl.data import PromptFormat
 from gflowtrl.pipeline import Recipe
-from gflowtrl.pipeline.sections import DataSection, EvaluationSection
+from gflowtrl.pipeline.sections import DataSection, EvaluationSection, StoppingSection
 
 
 REAL = {
@@ -22,9 +22,9 @@ REAL = {
     "data": [DataSection],
     "evaluation": [EvaluationSection],
     "prompt": [PromptFormat],
-    "sft": [SFTConfig, Seq2SeqTrainingArguments],
-    "gflownet": [GFlowNetConfig],
-    "control": [GFlowNetConfig],
+    "sft": [SFTConfig, Seq2SeqTrainingArguments, StoppingSection],
+    "gflownet": [GFlowNetConfig, StoppingSection],
+    "control": [GFlowNetConfig, StoppingSection],
 }
 
 

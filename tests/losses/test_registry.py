@@ -141,6 +141,22 @@ def test_a_callable_without_a_name_can_be_a_loss():
         register_loss("other", partial(lambda log_probs, histories, scale: log_probs, scale=1.0))
 
 
+def test_a_tensor_that_a_loss_can_do_without():
+    """It has the default None, and is not an option. Other parameters with the default None are options."""
+
+    def mine(log_probs, ref_log_probs=None, clip=None):
+        return log_probs.sum(-1) if ref_log_probs is None else (log_probs - ref_log_probs).sum(-1)
+
+    register_loss("mine", mine)
+    spec, inputs = get_loss("mine"), LossInputs.zeros(2)
+    assert spec.inputs == ("log_probs", "ref_log_probs") and spec.options == {"clip": None}
+    known = LossInputs(inputs.log_probs + 3, inputs.lengths, ref_log_probs=inputs.log_probs + 1)
+    assert spec(known).tolist() == [[2, 2]]
+    assert spec(LossInputs(known.log_probs, inputs.lengths)).tolist() == [[3, 3]]
+    with pytest.raises(ValueError, match="There is no option 'ref_log_probs'; known options: clip"):
+        spec.check_options({"ref_log_probs": 1})
+
+
 def test_a_parameter_that_is_not_a_tensor_of_a_step_is_an_error():
     def mine(log_probs, margin, scale=1.0):
         return log_probs.sum(-1)
@@ -156,7 +172,8 @@ def good_options():
     return {
         "trajectory_balance": {"huber_delta": 0.5}, "vargrad": {"huber_delta": None},
         "contrastive_balance": {"delta": None}, "detailed_balance": {"huber_delta": 2},
-        "subtrajectory_balance": {"lam": 0.5, "huber_delta": 1.0}, "exact_flow": {}, "sft": {"token_mean": True},
+        "subtrajectory_balance": {"lam": 0.5, "huber_delta": 1.0}, "exact_flow": {},
+        "sft": {"token_mean": True, "label_smoothing": 0.1},
         "prefix_pointwise": {"eta": 0.0, "variant": "kdd"}, "prefix_pairwise": {"eta": 1e-4, "variant": "2025"},
         "msl": {"temperature": 0.7}, "sdpo": {"beta": 1}, "grpo": {"beta": 0.0},
     }  # fmt: skip
@@ -180,6 +197,9 @@ def test_every_loss_takes_its_options():
         ("vargrad", {"huber_delta": 0}, "huber_delta is 0; it must be a finite number above 0"),
         ("contrastive_balance", {"delta": -1.0}, "is -1.0; it must be a finite number above 0"),
         ("subtrajectory_balance", {"lam": 0.0}, "lam is 0.0"),
+        ("sft", {"label_smoothing": 1.0}, r"label_smoothing is 1.0; it must be a number in \[0, 1\)"),
+        ("sft", {"label_smoothing": -0.1}, "label_smoothing is -0.1"),
+        ("sft", {"child_log_probs": 1}, "no option 'child_log_probs'; known options: token_mean, label_smoothing"),
         ("msl", {"temperature": 0}, "temperature is 0; it must be"),
         ("sdpo", {"beta": "high"}, "beta is 'high'; it must be"),
         ("grpo", {"beta": -1e-3}, "beta is -0.001; it must be a finite number of at least 0"),

@@ -130,6 +130,33 @@ def test_errors_at_the_first_use(kind, catalog, encoder):
     assert type(policy.model).__name__ in str(error.value)
 
 
+#: Rotary positions, and dropout of embeddings (except StableLM and Falcon), of residuals and of attention.
+DROPOUT = {
+    "gpt_neox": {"hidden_dropout": 0.3, "attention_dropout": 0.3, "tie_word_embeddings": True},
+    "phi": {"embd_pdrop": 0.3, "resid_pdrop": 0.3, "attention_dropout": 0.3},
+    "gptj": {"embd_pdrop": 0.3, "resid_pdrop": 0.3, "attn_pdrop": 0.3},
+    "stablelm": {"hidden_dropout": 0.3, "attention_dropout": 0.3},
+    "falcon": {"hidden_dropout": 0.3, "attention_dropout": 0.3},
+}
+
+
+@pytest.mark.parametrize("kind", DROPOUT)
+def test_dropout_acts_in_training_only(kind, catalog, encoder):
+    """Decoding and the comparison at the first use are without dropout, in a model that is in training too."""
+    policy = make_policy(build(kind, DROPOUT[kind]), catalog)
+    prompts, leaves = encoder([list(range(HISTORY)), [26, 3]]), torch.tensor([[0, 1, 13, 26]]).expand(2, -1)
+    with torch.no_grad():
+        expected = tiny.causal_log_probs(policy, prompts, leaves)
+        torch.testing.assert_close(policy.score(prompts, leaves).log_probs, expected, rtol=0, atol=1e-4)
+        policy.model.train()
+        check_exact(policy, encoder)
+        decoded = policy.leaf_log_probs(prompts).gather(1, leaves)
+        torch.testing.assert_close(decoded, expected.sum(-1), rtol=0, atol=2e-4)
+        noisy = [policy.score(prompts, leaves).log_probs for _ in range(2)]
+    assert all(module.training for module in policy.model.modules())
+    assert not torch.allclose(noisy[0], noisy[1], atol=1e-2) and not torch.allclose(noisy[0], expected, atol=1e-2)
+
+
 ROWS = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 30},
     "llama4_text": {**WINDOWED["llama4_text"], "floor_scale": 31, "attn_scale": 0.5},
@@ -150,7 +177,7 @@ def test_models_that_count_columns_raise_beyond_their_limit(kind, catalog, encod
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["llama", "olmoe"])
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "olmoe"])
 def test_rounding_is_tolerated_and_a_missing_window_is_not(kind, dtype, catalog, encoder, monkeypatch):
     """In bfloat16 OLMoE sometimes chooses another expert, which changes single tokens a lot."""
     check_exact(make_policy(build(kind, {}).to(dtype), catalog), encoder)

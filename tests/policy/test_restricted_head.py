@@ -12,7 +12,8 @@ from tests.tiny import catalog_of, ragged_prompts, random_paths, tiny_model, tin
 VOCAB = 100  # of which the catalog uses 18
 KINDS = [
     ("llama", False, None), ("llama", True, None), ("qwen3", False, None), ("t5", True, None), ("mt5", False, None),
-    ("llama", False, "all"), ("qwen3", True, "all"), ("llama", False, "some"), ("t5", True, "all"),
+    ("gpt_neox", True, None), ("llama", False, "all"), ("qwen3", True, "all"), ("llama", False, "some"),
+    ("t5", True, "all"),
 ]  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """Tests that prompts that share a trunk give the same results as separate prompts."""
 
+import itertools
+
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
@@ -79,7 +81,9 @@ def test_windows_as_separate_prompts():
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize(("kind", "attention"), [("llama", "sdpa"), ("llama", "eager"), ("qwen3", "sdpa")])
+@pytest.mark.parametrize(
+    ("kind", "attention"), [*itertools.product(["llama", "gpt_neox"], ["sdpa", "eager"]), ("qwen3", "sdpa")]
+)
 def test_scores_and_gradients_equal_separate_rows(kind, attention, ragged):
     model, policy = world(kind, attention, ragged, heads=True)
     prompts, targets = windows(policy.catalog)

@@ -10,7 +10,7 @@ from gflowtrl.policy import load_backbone, make_policy
 from gflowtrl.rewards import CollaborativeReward, GroundTruthReward
 from tests.tiny import tiny_model, tiny_seq2seq
 
-from .world import TOKENIZER, make_catalog, make_rows, make_trainer, teacher, weights
+from .world import TOKENIZER, losses, make_catalog, make_rows, make_trainer, make_user_rows, teacher, weights
 
 
 def rewards() -> list:
@@ -58,6 +58,33 @@ def test_it_resumes(trained, tmp_path):
     resumed.train(resume_from_checkpoint=f"{trained.args.output_dir}/checkpoint-2")
     expected = weights(trained)
     assert all(torch.equal(value, expected[name]) for name, value in weights(resumed).items())
+
+
+def test_gpt_neox_with_dropout_and_tied_embeddings_resumes_bit_for_bit(tmp_path):
+    """The vocabulary is large, so that only the catalog's logits are computed."""
+
+    def make(folder, **options):
+        model = tiny_model(
+            3 * len(TOKENIZER), "gpt_neox", hidden_dropout=0.2, attention_dropout=0.2, tie_word_embeddings=True
+        )
+        return make_trainer(
+            tmp_path / folder, rewards(), model, loss_type="sft,detailed_balance", learning_rate=1e-3,
+            save_strategy="steps", save_steps=2, train_dataset=make_user_rows(), **options,
+        )  # fmt: skip
+
+    whole, resumed = make("whole"), make("resumed")
+    whole.train()
+    whole.save_model()
+    assert whole.policy_of(whole.model)._output is not None
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    expected = weights(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(resumed).items())
+    assert losses(resumed)[-2:] == losses(whole)[-2:]
+    saved = load_backbone(str(tmp_path / "whole"))
+    assert saved.get_output_embeddings().weight is saved.get_input_embeddings().weight
+    prompts = whole._encoder(make_user_rows(6)["history"])
+    one, other = (make_policy(m.eval(), make_catalog()).leaf_log_probs(prompts) for m in (whole.model, saved))
+    torch.testing.assert_close(one, other)
 
 
 def test_adapters_on_an_encoder_decoder_are_trained_and_their_reference_is_the_base_model(tmp_path):

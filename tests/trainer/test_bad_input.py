@@ -160,7 +160,7 @@ CONFIGURATION = [
     ({"batch_eval_metrics": True}, "batch_eval_metrics is True"),
     ({"eval_do_concat_batches": False}, "eval_do_concat_batches is False"),
     ({"include_for_metrics": ["loss", "inputs"]}, "include_for_metrics contains 'inputs'"),
-    ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1, but no loss of gflowtrl smooths"),
+    ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1, but labels are smoothed by loss_kwargs"),
     ({"loss_weights": [math.nan]}, r"loss_weights.0 is nan; it must be a finite"),
     ({"loss_weights": [math.inf]}, "loss_weights.0 is inf; it must be a finite"),
     ({"loss_weights": [0.0]}, "loss_weights is .*must not be 0"),

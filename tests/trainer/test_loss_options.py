@@ -69,6 +69,7 @@ REFUSED = [
     ("grpo", {"grpo": {"beta": -1.0}}, ValueError, r"\['grpo'\]: beta is -1.0"),
     ("sft", {"sft": {"token_mean": "yes"}}, TypeError, r"\['sft'\]: token_mean is 'yes'.*default, False"),
     ("sft", {"sft": {"token_mean": 1}}, TypeError, r"\['sft'\]: token_mean is 1.*default, False"),
+    ("sft", {"sft": {"label_smoothing": 1}}, ValueError, r"\['sft'\]: label_smoothing is 1; it must be a number in"),
     ("prefix_pairwise", {"prefix_pairwise": {"eta": -0.1}}, ValueError, r"\['prefix_pairwise'\]: eta is -0.1"),
     ("prefix_pointwise", {"prefix_pointwise": {"eta": "slow"}}, ValueError, "eta is 'slow'"),
     ("prefix_pairwise", {"prefix_pairwise": {"variant": "2024"}}, ValueError, "variant is '2024'; choose"),
@@ -83,6 +84,18 @@ def test_a_bad_option_is_an_error_of_the_configuration(tmp_path, loss_type, give
     with pytest.raises(error, match=sentence) as caught:
         config(tmp_path, loss_type, given)
     assert type(caught.value) is error and str(caught.value).startswith("loss_kwargs")
+
+
+def test_smoothed_labels_stay_on_the_tree(tmp_path):
+    """By default APAO's losses are over the vocabulary."""
+    smooth = {"sft": {"label_smoothing": 0.1}}
+    message = "label_smoothing spreads over the children of a state, but label_space is 'vocabulary'"
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, "sft", smooth, TreePolicyConfig, label_space="vocabulary")
+    with pytest.raises(ValueError, match=message):
+        APAOConfig(str(tmp_path), loss_kwargs=smooth)
+    assert APAOConfig(str(tmp_path), loss_kwargs=smooth, label_space="tree").loss_options("sft")["token_mean"]
+    config(tmp_path, "sft", {"sft": {"label_smoothing": 0.0}}, label_space="vocabulary")
 
 
 @pytest.mark.parametrize("name", list(LOSSES))
@@ -206,6 +219,20 @@ def token_log_probs(pi: torch.Tensor, leaf: int) -> list[float]:
     return found
 
 
+def smoothed(pi: torch.Tensor, leaf: int, share: float) -> float:
+    """Cross entropy along the path to `leaf`, with a share of the target spread evenly over a state's alternatives."""
+    path, total = PATHS[leaf], 0.0
+    for depth in range(len(path)):
+        below = [other for other in range(LEAVES) if PATHS[other][:depth] == path[:depth]]
+        mass = {token: 0.0 for token in {PATHS[other][depth] for other in below}}
+        for other in below:
+            mass[PATHS[other][depth]] += float(pi[other])
+        for token, value in mass.items():
+            target = share / len(mass) + (1 - share) * (token == path[depth])
+            total -= target * math.log(value / sum(mass.values()))
+    return total
+
+
 def pointwise_by_share(pi: torch.Tensor, targets: list[int]) -> float:
     """Prefix losses `-log pi(prefix of m tokens) / m`, weighted by their share of the batch's sum."""
     rows = [[-sum(steps[:m]) / m for m in range(1, len(steps) + 1)] for steps in map(token_log_probs, pi, targets)]
@@ -235,6 +262,8 @@ def expected(name: str, option: float | str | None, step, log_pi, log_ref, leave
     elif name == "sft":
         steps = [token_log_probs(p, target) for p, *_, target in rows]
         values = [-sum(row) / len(row) for row in steps]
+        if option is not True:
+            values = [smoothed(p, target, option) for p, *_, target in rows]
     elif name == "msl":  # the policy already has this temperature
         values = [-sum(token_log_probs(p, target)) for p, *_, target in rows]
     elif name == "sdpo":
@@ -259,7 +288,8 @@ def expected(name: str, option: float | str | None, step, log_pi, log_ref, leave
 OPTIONS = [
     ("vargrad", "huber_delta", 0.3), ("contrastive_balance", "delta", None),
     ("trajectory_balance", "huber_delta", 0.3), ("detailed_balance", "huber_delta", 0.3),
-    ("subtrajectory_balance", "lam", 0.5), ("sft", "token_mean", True), ("msl", "temperature", 0.7),
+    ("subtrajectory_balance", "lam", 0.5), ("sft", "token_mean", True), ("sft", "label_smoothing", 0.2),
+    ("msl", "temperature", 0.7),
     ("sdpo", "beta", 0.5), ("grpo", "beta", 2.0), ("prefix_pointwise", "variant", "2025"),
     ("prefix_pointwise", "variant", "kdd"),
 ]  # fmt: skip

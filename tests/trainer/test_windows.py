@@ -50,12 +50,15 @@ def note_draws(trainer, drawn: dict[tuple[int, int], list[int]]) -> None:
     trainer._draw = noted
 
 
-def assert_same(tmp_path, **options):
-    """Compare trajectories, losses and weights at every step."""
+def assert_same(tmp_path, kind="llama", **options):
+    """Compare trajectories, losses and weights of a model of this kind at every step."""
     found = []
     for shared in (False, True):
         seen = {}
-        trainer, _ = run(tmp_path / str(shared), shared, seen=seen, train_sampling_strategy="sequential", **options)
+        trainer, _ = run(
+            tmp_path / str(shared), shared, seen=seen, model=tiny_model(len(TOKENIZER), kind),
+            train_sampling_strategy="sequential", **options,
+        )  # fmt: skip
         logs = [log for log in trainer.state.log_history if "loss" in log]
         metrics = {name: [log[name] for log in logs] for name in ("loss", "grad_norm", "log_pi", "policy_entropy")}
         found.append((seen, metrics, weights(trainer)))
@@ -82,6 +85,11 @@ def test_every_loss_is_the_same(tmp_path, loss_type):
 @pytest.mark.parametrize("loss_type", ["sft", "prefix_pointwise", "prefix_pairwise", "sdpo"])
 def test_the_vocabulary_as_label_space(tmp_path, loss_type):
     assert_same(tmp_path, reward_funcs=[], loss_type=loss_type, label_space="vocabulary")
+
+
+@pytest.mark.parametrize("loss_type", ["exact_flow", "sft,detailed_balance"])
+def test_gpt_neox_is_the_same(tmp_path, loss_type):
+    assert_same(tmp_path, kind="gpt_neox", loss_type=loss_type)
 
 
 def test_adapters(tmp_path):
