@@ -313,7 +313,7 @@ def train(trainer: Trainer, data: RunData, folder: Path, base: Callable[[], PreT
 def update_model_folder(trained: Stage, data: RunData, metrics: Mapping[str, float], users: int) -> None:
     """Write a stage's test metrics into its model card, and the present titles of items next to it.
 
-    If the run has made semantic ids, the item tokenizer is saved beside the model, for new items.
+    If the run has made semantic ids, the item tokenizer is saved next to the model, for new items.
 
     Args:
         metrics: of the test split.

@@ -57,7 +57,7 @@ def test_recipes_of_the_library_pass(name):
         (["--sft.learning_rat", "1"], "There is no field 'sft.learning_rat'. Did you mean 'sft.learning_rate'?"),
         (["--learning_rat", "1"], "There is no field 'learning_rat'. Did you mean 'learning_rate'?"),
         (["--data.k_cor", "1"], "Did you mean 'data.k_core'?"),
-        (["--data.semantic_ids.quantiser", "kmeans"], "Did you mean 'data.semantic_ids.quantizer'?"),
+        (["--data.semantic_ids.quantizr", "kmeans"], "Did you mean 'data.semantic_ids.quantizer'?"),
         (["--gflownet.num_generation", "1"], "Did you mean 'gflownet.num_generations'?"),
         (["--data_dir", "absent"], "There is no folder absent."),
         (["--config", "absent"], "There is no recipe absent"),

@@ -91,7 +91,7 @@ CASES = [
         "data.semantic_ids must be null or fields with values, such as {quantizer: kmeans}",
     ),
     ("--data.semantic_ids {vectors: absent.npy}", "There is no file of item vectors at absent.npy"),
-    ("--data.semantic_ids {features: [colour]}", "no item has any of the features colour"),
+    ("--data.semantic_ids {features: [shape]}", "no item has any of the features shape"),
     (
         "--data.semantic_ids {levels: 2, codes: 4}",
         "data.semantic_ids: 30 items cannot have unique ids with 2 levels of",

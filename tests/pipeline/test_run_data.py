@@ -1,7 +1,10 @@
 """Data, tokenizer, catalog and model of a run."""
 
+import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier, Thread, current_thread
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from gflowtrl.pipeline.models import build_model
 from gflowtrl.pipeline.run_data import prepare
 from gflowtrl.policy import CausalTreePolicy
 from gflowtrl.policy.temperature import set_temperature, temperature_of
-from gflowtrl.semantic_ids import ItemTokenizer, ResidualKMeans
+from gflowtrl.semantic_ids import ItemTokenizer, ResidualKMeans, make_item_tokenizer
 from tests.tiny import tiny_model
 
 from .micro import micro_recipe, micro_settings
@@ -133,6 +136,50 @@ def test_ids_are_made_once_and_again_when_an_input_changes(tmp_path, monkeypatch
     assert len(made) == 3 and len(set((tmp_path / "out").glob("semantic_ids-*"))) == 6
 
 
+class TwoProcesses:
+    """A stand-in for accelerate's state in two threads, of which the first is the main process."""
+
+    def __init__(self):
+        self.barrier, self.threads = Barrier(2), []
+
+    @property
+    def is_main_process(self):
+        return current_thread() is self.threads[0]
+
+    @contextmanager
+    def main_process_first(self):
+        if not self.is_main_process:
+            self.barrier.wait(60)
+        yield
+        if self.is_main_process:
+            self.barrier.wait(60)
+
+
+def test_the_first_process_makes_the_ids_and_the_other_loads_them(tmp_path, monkeypatch):
+    bare_folder(tmp_path / "data")
+    state, makers, found = TwoProcesses(), [], {}
+
+    def slowly(*arguments):
+        makers.append(current_thread())
+        time.sleep(0.3)
+        return make_item_tokenizer(*arguments)
+
+    def work():
+        found[current_thread()] = prepared(tmp_path, tmp_path / "data")
+
+    monkeypatch.setattr(run_data_module, "PartialState", lambda **_: state)
+    monkeypatch.setattr(run_data_module, "make_item_tokenizer", slowly)
+    state.threads = [Thread(target=work), Thread(target=work)]
+    for thread in reversed(state.threads):  # the other one is there first
+        thread.start()
+    for thread in state.threads:
+        thread.join(120)
+    first, second = (found[thread] for thread in state.threads)
+    assert makers == state.threads[:1]
+    assert first.fingerprint == second.fingerprint
+    assert first.interactions.semantic_ids == second.interactions.semantic_ids
+
+
 def test_damaged_ids_are_an_error_that_names_the_folder(tmp_path):
     bare_folder(tmp_path / "data")
     prepared(tmp_path, tmp_path / "data")
@@ -142,7 +189,7 @@ def test_damaged_ids_are_an_error_that_names_the_folder(tmp_path):
         prepared(tmp_path, tmp_path / "data")
 
 
-def test_the_item_tokenizer_is_saved_beside_each_model_for_new_items(tmp_path):
+def test_the_item_tokenizer_is_saved_next_to_each_model_for_new_items(tmp_path):
     settings = micro_settings(tmp_path, stages=["sft"])
     settings["data"]["semantic_ids"] = IDS  # of the titles of the shop
     recipe = Recipe(**settings)
