@@ -136,7 +136,7 @@ def parse_options(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def set_option(tree: Any, path: str, value: Any, above: str = "") -> None:
-    """Set `a.b.0.c` in nested dictionaries and lists, in place. Missing dictionaries are made.
+    """Set `a.b.0.c` in nested dictionaries and lists, in place. Dictionaries that are missing or null are made.
 
     Another type (`teacher.type`) replaces the whole section except its weight, since the fields of the two differ.
 
@@ -150,7 +150,9 @@ def set_option(tree: Any, path: str, value: Any, above: str = "") -> None:
         raise ValueError(f"--{above}{key} cannot be set: it is a list with positions 0 to {len(tree) - 1}.")
     index = int(key) if isinstance(tree, list) else key
     if dot:
-        inner = tree[index] if isinstance(tree, list) else tree.setdefault(index, {})
+        if isinstance(tree, dict) and tree.get(key) is None:
+            tree[key] = {}
+        inner = tree[index]
         set_option(inner, rest, value, f"{above}{key}.")
         return
     if above and key == "type" and tree.get(key) != value:

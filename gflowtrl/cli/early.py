@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from gflowtrl.configuration import check_names, read_recipe
 from gflowtrl.files import check_data_path
@@ -18,6 +19,7 @@ _STOPPING = "gflowtrl:pipeline/sections.py:StoppingSection"
 CLASSES = {
     "": ("gflowtrl:pipeline/recipe.py:Recipe",),
     "data": ("gflowtrl:pipeline/sections.py:DataSection",),
+    "data.semantic_ids": ("gflowtrl:semantic_ids/making.py:SemanticIdOptions",),
     "evaluation": ("gflowtrl:pipeline/sections.py:EvaluationSection",),
     "prompt": ("gflowtrl:data/prompts.py:PromptFormat",),
     "sft": (
@@ -54,8 +56,11 @@ def check_early(path: str | Path, arguments: Sequence[str]) -> None:
         return
     content = read_recipe(path, arguments, fields[""] - {"folder"}, fields["gflownet"])
     for section, known in fields.items():
-        if section and isinstance(content.get(section), dict):
-            check_names(content[section], known, section)
+        values: Any = content
+        for name in section.split(".") if section else ():
+            values = values.get(name) if isinstance(values, dict) else None
+        if section and isinstance(values, dict):
+            check_names(values, known, section)
     if isinstance(folder := content.get("data_dir"), str):
         check_data_path(Path(folder))
 

@@ -92,41 +92,16 @@ def _add_items(options: argparse.Namespace, folder: Path, data: Any) -> tuple[An
     return tokenizer, len(new)
 
 
-def default_num_codes(num_items: int) -> int:
-    """Return the default number of codes per level: 256 as is usual, or for small catalogs the largest power of two
-    with at least four items per code."""
-    return min(256, max(2, 2 ** ((num_items // 4).bit_length() - 1)))
-
-
 def _fit(options: argparse.Namespace, data: Any) -> tuple[Any, Any]:
     """Return a fitted item tokenizer and the vectors that it was fitted to."""
-    from gflowtrl import semantic_ids as library
-    from gflowtrl.data import leave_one_out
-    from gflowtrl.semantic_ids.texts import FEATURES
+    from dataclasses import fields
 
-    weight = options.collaborative
-    if not 0 <= weight <= 1:
-        raise ValueError(f"--collaborative is {weight}; it must be a number from 0 to 1.")
-    num_codes = default_num_codes(len(data.items)) if options.codes is None else options.codes
-    if options.quantizer == "rqvae":
-        quantizer = library.RQVAE(options.levels, num_codes, seed=options.seed)
-    else:
-        quantizer = library.ResidualKMeans(options.levels, num_codes, options.quantizer == "balanced", options.seed)
-    vectors = None
-    if options.vectors is not None:
-        vectors = library.load_vectors(options.vectors, data.items)
-    elif weight < 1:
-        if options.embedder == "tfidf":
-            embedder = library.TfidfEmbedder(seed=options.seed)
-        else:
-            embedder = library.SentenceTransformerEmbedder(options.embedder)
-        texts = library.item_texts(data, options.features or FEATURES)
-        if not weight:  # the embedder is saved with the tokenizer, for new items
-            tokenizer = library.ItemTokenizer(quantizer, embedder, options.collisions, options.features)
-            return tokenizer.fit(texts, data.items), embedder.embed(texts)
-        vectors = embedder.fit(texts).embed(texts)
-    if weight:
-        other = library.cooccurrence_vectors(leave_one_out(data).train_sequences, data.items, seed=options.seed)
-        vectors = other if vectors is None else library.combine_vectors(vectors, other, weight)
-    tokenizer = library.ItemTokenizer(quantizer, collisions=options.collisions, features=options.features)
-    return tokenizer.fit(vectors, data.items), vectors
+    from gflowtrl.data import leave_one_out
+    from gflowtrl.semantic_ids import SemanticIdOptions, make_item_tokenizer
+
+    try:
+        chosen = SemanticIdOptions(**{entry.name: getattr(options, entry.name) for entry in fields(SemanticIdOptions)})
+    except ValueError as error:  # it begins with the option's name
+        raise ValueError(f"--{error}") from None
+    sequences = leave_one_out(data).train_sequences if chosen.collaborative else ()
+    return make_item_tokenizer(chosen, data, sequences)

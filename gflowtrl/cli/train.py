@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, get_type_hints
+from typing import TYPE_CHECKING, get_args, get_type_hints
 
 from gflowtrl.configuration import check_names, find_file, known_files, read_yaml, recipe_folder
 
@@ -152,13 +152,18 @@ def help_text(command: str) -> str:
     """What `--help` prints: the fields of a recipe with their help texts."""
     from gflowtrl.pipeline import Recipe
 
-    lines, hints = [], get_type_hints(Recipe)
-    for entry in fields(Recipe):
+    engines = ", ".join(known_files(recipe_folder() / ENGINES))
+    recipes, lines = ", ".join(known_files(recipe_folder())), "\n".join(_field_lines(Recipe))
+    return USAGE.format(command=command, what=WHAT[command], fields=lines, recipes=recipes, engines=engines)
+
+
+def _field_lines(section: type, above: str = "") -> list[str]:
+    """One line for each field of a section with a help text, followed by the lines of the sections inside it."""
+    lines, hints = [], get_type_hints(section)
+    for entry in fields(section):
+        name = f"{above}{entry.name}"
         if "help" in entry.metadata:
-            lines.append(f"  --{entry.name:<18} {entry.metadata['help']}")
-        for inner in fields(hints[entry.name]) if is_dataclass(hints[entry.name]) else ():
-            lines.append(f"  --{f'{entry.name}.{inner.name}':<18} {inner.metadata['help']}")
-    return USAGE.format(
-        command=command, what=WHAT[command], fields="\n".join(lines), recipes=", ".join(known_files(recipe_folder())),
-        engines=", ".join(known_files(recipe_folder() / ENGINES)),
-    )  # fmt: skip
+            lines.append(f"  --{name:<18} {entry.metadata['help']}")
+        inside = next(filter(is_dataclass, (hints[entry.name], *get_args(hints[entry.name]))), None)
+        lines += _field_lines(inside, f"{name}.") if inside else []
+    return lines

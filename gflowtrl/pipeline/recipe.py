@@ -156,6 +156,11 @@ class Recipe:
         relative = Path(self.folder, name)
         return str(relative) if not Path(name).is_dir() and relative.is_dir() else name
 
+    def local_file(self, path: str | None) -> str | None:
+        """Resolve the path of a file, relative to here or to the recipe."""
+        relative = Path(self.folder, path or "")
+        return str(relative) if path and not Path(path).is_file() and relative.is_file() else path
+
     @cached_property
     def encoder_decoder(self) -> bool:
         """Whether the model is an encoder-decoder (such as T5), not a causal language model."""

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import random
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gflowtrl.catalog import ItemCatalog
+from gflowtrl.configuration import field_names, locate_errors
 from gflowtrl.data import (
     InteractionData,
     PromptEncoder,
@@ -29,7 +31,11 @@ from gflowtrl.data import (
     read_interactions,
 )
 from gflowtrl.policy.loading import load_tokenizer
+from gflowtrl.semantic_ids import ItemTokenizer, SemanticIdOptions, item_texts, load_vectors, make_item_tokenizer
+from gflowtrl.semantic_ids.texts import FEATURES
+from gflowtrl.semantic_ids.tokenizer import DESCRIPTION_FILE
 from gflowtrl.teachers import fingerprint
+from gflowtrl.trainer.processes import A_DAY
 
 from .recipe import Recipe
 
@@ -44,6 +50,7 @@ class RunData:
 
     Attributes:
         truth: of the synthetic shop; only the evaluation reads it.
+        item_tokenizer: what made the semantic ids; None: they are those of the data.
         fingerprint: changes with the data and with the way they are split.
     """
 
@@ -54,6 +61,7 @@ class RunData:
     tokenizer: PreTrainedTokenizerBase
     catalog: ItemCatalog
     fingerprint: str
+    item_tokenizer: ItemTokenizer | None = None
 
     @cached_property
     def encoder(self) -> PromptEncoder:
@@ -95,41 +103,82 @@ class RunData:
 
 
 def prepare(recipe: Recipe) -> RunData:
-    """Read or make the interactions, split them, and build tokenizer and catalog.
+    """Read or make the interactions, split them, make semantic ids if wanted, and build tokenizer and catalog.
 
     Raises:
         ValueError, FileNotFoundError: bad input; the message says what is wrong and where.
+        ImportError: the embedder of semantic ids needs a package that is not installed.
     """
-    truth = None
+    truth, item_tokenizer, own_ids = None, None, recipe.data.semantic_ids is not None
     if recipe.data_dir is None:
         interactions, truth = SyntheticShop(**recipe.data.shop).generate()
     else:
-        interactions = read_interactions(recipe.data_dir)
+        interactions = read_interactions(recipe.data_dir, with_ids=not own_ids)
         if recipe.data.k_core:
             interactions = k_core(interactions, recipe.data.k_core)
-    if interactions.semantic_ids is None:
+    if interactions.semantic_ids is None and not own_ids:
         raise ValueError(
-            f"{interactions.name} has no semantic ids: {recipe.data_dir} holds no semantic_ids.json. `gflowtrl "
-            f"tokenize --data_dir {recipe.data_dir}` makes it; or give each item a list of tokens there "
-            f"(docs/data.md)."
+            f"{interactions.name} has no semantic ids: {recipe.data_dir} holds no semantic_ids.json. Let the run make "
+            f"them (--data.semantic_ids.quantizer kmeans), or make the file with `gflowtrl tokenize --data_dir "
+            f"{recipe.data_dir}`; or give each item a list of tokens there (docs/data.md)."
         )
     splits = leave_one_out(interactions, _history_cut(interactions, recipe.data.max_history_items))
+    if own_ids:
+        item_tokenizer = _item_tokenizer(recipe, interactions, splits)
+        interactions = replace(interactions, semantic_ids=item_tokenizer.semantic_ids)
     if recipe.model.get("model_name_or_path") is None:
         tokenizer = build_tokenizer(interactions.semantic_ids)
     else:
         tokenizer = load_tokenizer(**recipe.pretrained)
         add_item_tokens(tokenizer, interactions.semantic_ids)
     catalog = ItemCatalog.from_semantic_ids(interactions.semantic_ids, tokenizer)
+    section = asdict(recipe.data)
+    del section["semantic_ids"]  # equal ids are equal data, whoever made them
     content = {
-        "section": asdict(recipe.data),
+        "section": section,
         "users": interactions.users,
         "sequences": interactions.sequences,
         "events": interactions.events,
         "semantic_ids": list(interactions.semantic_ids.items()),
     }
-    data = RunData(recipe, interactions, truth, splits, tokenizer, catalog, fingerprint(content))
+    data = RunData(recipe, interactions, truth, splits, tokenizer, catalog, fingerprint(content), item_tokenizer)
     data.encoder  # noqa: B018  (its construction checks the prompts)
     return data
+
+
+def _item_tokenizer(recipe: Recipe, data: InteractionData, splits: Splits) -> ItemTokenizer:
+    """Make the semantic ids of a recipe, or load them from `output_dir`: equal inputs give the same folder.
+
+    The first process makes them, and the others wait and load them.
+    """
+    given = recipe.data.semantic_ids
+    options = replace(given, embedder=recipe.local(given.embedder), vectors=recipe.local_file(given.vectors))
+    with locate_errors("data.semantic_ids", field_names(SemanticIdOptions)):
+        key = fingerprint(_ids_inputs(options, data, splits))
+        folder = Path(recipe.output_dir, f"semantic_ids-{key[:8]}")
+        state = PartialState(timeout=A_DAY)
+        with state.main_process_first():
+            if not Path(folder, DESCRIPTION_FILE).is_file():
+                tokenizer, _ = make_item_tokenizer(options, data, splits.train_sequences)
+                tokenizer.save_pretrained(folder)
+                return tokenizer
+            try:
+                return ItemTokenizer.from_pretrained(folder)
+            except (ValueError, FileNotFoundError) as error:
+                raise ValueError(f"{error} To make the ids again, remove {folder}.") from error
+
+
+def _ids_inputs(options: SemanticIdOptions, data: InteractionData, splits: Splits) -> dict[str, Any]:
+    """All that semantic ids depend on. Files count by their content."""
+    inputs: dict[str, Any] = {**asdict(options), "items": data.items}
+    if options.uses_texts:
+        inputs["texts"] = item_texts(data, options.features or FEATURES)
+        inputs["embedder_files"] = files_fingerprint(options.embedder)
+    if options.vectors is not None:
+        inputs["vectors"] = sha256(load_vectors(options.vectors, data.items).numpy().tobytes()).hexdigest()
+    if options.collaborative:
+        inputs["sequences"] = splits.train_sequences
+    return inputs
 
 
 def _history_cut(data: InteractionData, max_history_items: int) -> int | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from gflowtrl.checks import COUNT, at_least, check_number
+from gflowtrl.configuration import check_types, field_names, locate_errors
 from gflowtrl.metrics import primary_cutoff
+from gflowtrl.semantic_ids import SemanticIdOptions
 
 
 def setting(default: Any, help: str) -> Any:
@@ -18,16 +21,33 @@ class DataSection:
     """How the data are read.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or an unknown or contradictory option of semantic ids.
+        TypeError: an option of semantic ids has the wrong type.
     """
 
     k_core: int | None = setting(None, "drop users and items with fewer interactions; null: keep all")
     max_history_items: int = setting(20, "how many items of a history models see, the last ones")
     shop: dict = setting({}, "fields of gflowtrl.data.SyntheticShop, used if data_dir is null")
+    semantic_ids: SemanticIdOptions | None = setting(
+        None, "how the run makes semantic ids ({}: the defaults); null: those of the data folder"
+    )
 
     def __post_init__(self) -> None:
+        self.semantic_ids = _semantic_ids(self.semantic_ids)
         check_number("data.k_core", self.k_core, COUNT, optional=True)
         check_number("data.max_history_items", self.max_history_items, COUNT)
+
+
+def _semantic_ids(given: Any) -> SemanticIdOptions | None:
+    """The options of a recipe's mapping; errors name them as `data.semantic_ids...`."""
+    if given is None or isinstance(given, SemanticIdOptions):
+        return given
+    where = "data.semantic_ids"
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{where} must be null or fields with values, such as {{quantizer: kmeans}}, not {given!r}.")
+    values = check_types(SemanticIdOptions, given, where)
+    with locate_errors(where, field_names(SemanticIdOptions)):
+        return SemanticIdOptions(**values)
 
 
 @dataclass

@@ -344,11 +344,15 @@ def train(trainer: Trainer, data: RunData, folder: Path, base: Callable[[], PreT
 def update_model_folder(trained: Stage, data: RunData, metrics: Mapping[str, float], users: int) -> None:
     """Write a stage's test metrics into its model card, and the present titles of items next to it.
 
+    If the run has made semantic ids, the item tokenizer is saved next to the model, for new items.
+
     Args:
         metrics: of the test split.
         users: number of test users.
     """
     write_recommender_files(trained.folder / "model", data.encoder, data.item_counts, data.titles)
+    if data.item_tokenizer is not None:
+        data.item_tokenizer.save_pretrained(trained.folder / "item_tokenizer")
     facts = CardFacts(**trained.record["card"])
     facts.results.append({"split": "test", "users": users, "metrics": shown_metrics(metrics)})
     write_card(facts, trained.folder / "model")

@@ -2,6 +2,7 @@
 
 from .collisions import resolve_collisions
 from .embedders import Embedder, SentenceTransformerEmbedder, TfidfEmbedder
+from .making import SemanticIdOptions, default_num_codes, make_item_tokenizer
 from .quality import QualityReport, quality_report
 from .residual import ResidualKMeans, ResidualQuantizer
 from .rqvae import RQVAE
@@ -17,12 +18,15 @@ __all__ = [
     "QualityReport",
     "ResidualKMeans",
     "ResidualQuantizer",
+    "SemanticIdOptions",
     "SentenceTransformerEmbedder",
     "TfidfEmbedder",
     "combine_vectors",
     "cooccurrence_vectors",
+    "default_num_codes",
     "item_texts",
     "load_vectors",
+    "make_item_tokenizer",
     "quality_report",
     "resolve_collisions",
 ]

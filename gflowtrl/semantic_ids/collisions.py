@@ -60,6 +60,16 @@ def resolve_collisions(
     return _append_level(codes, taken) if how == "level" else _reassign(codes, vectors, quantizer, taken)
 
 
+def check_room(num_items: int, quantizer: ResidualQuantizer) -> None:
+    """Raise a ValueError if a quantizer, fitted or not, has too few ids for unique ones."""
+    ids = quantizer.num_codes**quantizer.num_levels
+    if num_items > ids:
+        raise ValueError(
+            f"{num_items} items cannot have unique ids with {quantizer.num_levels} levels of {quantizer.num_codes} "
+            f"codes, which give {ids} ids. Add a level or codes, or choose collisions='level'."
+        )
+
+
 def _append_level(codes: Tensor, taken: Tensor) -> Tensor:
     """Append the number of each row among equal rows, starting after the numbers in `taken`."""
     next_number: Counter[tuple[int, ...]] = Counter()
@@ -73,12 +83,7 @@ def _append_level(codes: Tensor, taken: Tensor) -> Tensor:
 
 
 def _reassign(codes: Tensor, vectors: Tensor | np.ndarray, quantizer: ResidualQuantizer, taken: Tensor) -> Tensor:
-    ids = quantizer.num_codes**quantizer.num_levels
-    if len(codes) + len(taken) > ids:
-        raise ValueError(
-            f"{len(codes) + len(taken)} items cannot have unique ids with {quantizer.num_levels} levels of "
-            f"{quantizer.num_codes} codes, which give {ids} ids. Add a level or codes, or choose collisions='level'."
-        )
+    check_room(len(codes) + len(taken), quantizer)
     latents = quantizer.latents(vectors)
     errors = (latents - quantizer.quantized(codes)).norm(dim=1)
     paths = [tuple(path) for path in codes.tolist()]

@@ -16,6 +16,7 @@ from .vectors import as_vectors
 
 
 ROWS = 65_536  # rows encoded at a time: their distances to 256 codes take 64 MiB
+MOST_LEVELS = 25  # levels are named by letters, and collisions may need one more
 BALANCING_ROUNDS = 3  # on Amazon Beauty, one round has a fifth more error than three; further rounds gain little
 
 
@@ -37,8 +38,10 @@ class ResidualQuantizer(ABC):
     def __post_init__(self) -> None:
         self.codebooks: Tensor | None = None
         self.center = torch.zeros((), dtype=torch.float64)
-        if not 1 <= self.num_levels <= 25:
-            raise ValueError(f"num_levels is {self.num_levels}; it must be 1 to 25 (levels are named by letters).")
+        if not 1 <= self.num_levels <= MOST_LEVELS:
+            raise ValueError(
+                f"num_levels is {self.num_levels}; it must be 1 to {MOST_LEVELS} (levels are named by letters)."
+            )
         check_number("num_codes", self.num_codes, at_least(2))
 
     @property

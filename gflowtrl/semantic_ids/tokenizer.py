@@ -18,7 +18,7 @@ from gflowtrl.checks import check_choice
 from gflowtrl.data import InteractionData
 from gflowtrl.files import read_json, reading, write_atomically, write_text
 
-from .collisions import POLICIES, resolve_collisions
+from .collisions import POLICIES, check_room, resolve_collisions
 from .embedders import Embedder, SentenceTransformerEmbedder, TfidfEmbedder
 from .residual import ResidualKMeans, ResidualQuantizer
 from .rqvae import RQVAE
@@ -82,9 +82,11 @@ class ItemTokenizer:
 
         Raises:
             ValueError: if the number of rows is not the number of items, an item occurs twice, vectors contain NaN, or
-                there are fewer items than codes per level.
+                there are fewer items than codes per level, or too few ids for unique ones.
         """
         items, rows = _items_and_rows(source, items, (), self.features)
+        if self.collisions == "reassign":
+            check_room(len(items), self.quantizer)  # before minutes are spent on training
         if not isinstance(rows, Tensor | np.ndarray):
             self.embedder = TfidfEmbedder() if self.embedder is None else self.embedder
             self.embedder.fit(rows)

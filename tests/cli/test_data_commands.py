@@ -11,9 +11,8 @@ import pytest
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.cli import main
 from gflowtrl.cli.common import make_parser, parse
-from gflowtrl.cli.tokenize import default_num_codes
 from gflowtrl.data import InteractionData, SyntheticShop, build_tokenizer, read_interactions, write_folder
-from gflowtrl.semantic_ids import ItemTokenizer, item_texts
+from gflowtrl.semantic_ids import ItemTokenizer, default_num_codes, item_texts
 from tests.data.raw_files import TITLES, WRITERS, write_lines
 
 

@@ -15,11 +15,13 @@ from gflowtrl.configuration import known_files, recipe_folder
 from gflowtrl.data import PromptFormat
 from gflowtrl.pipeline import Recipe
 from gflowtrl.pipeline.sections import DataSection, EvaluationSection, StoppingSection
+from gflowtrl.semantic_ids import SemanticIdOptions
 
 
 REAL = {
     "": [Recipe],
     "data": [DataSection],
+    "data.semantic_ids": [SemanticIdOptions],
     "evaluation": [EvaluationSection],
     "prompt": [PromptFormat],
     "sft": [SFTConfig, Seq2SeqTrainingArguments, StoppingSection],
@@ -46,7 +48,8 @@ def test_a_class_that_has_moved_gives_no_names_and_checks_nothing(tmp_path, monk
 
 @pytest.mark.parametrize("name", known_files(recipe_folder()))
 def test_recipes_of_the_library_pass(name):
-    check_early(known_files(recipe_folder())[name], ["--learning_rate", "1", "--sft.learning_rate", "1"])
+    options = ["--learning_rate", "1", "--sft.learning_rate", "1", "--data.semantic_ids.quantizer", "kmeans"]
+    check_early(known_files(recipe_folder())[name], options)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +58,7 @@ def test_recipes_of_the_library_pass(name):
         (["--sft.learning_rat", "1"], "There is no field 'sft.learning_rat'. Did you mean 'sft.learning_rate'?"),
         (["--learning_rat", "1"], "There is no field 'learning_rat'. Did you mean 'learning_rate'?"),
         (["--data.k_cor", "1"], "Did you mean 'data.k_core'?"),
+        (["--data.semantic_ids.quantizr", "kmeans"], "Did you mean 'data.semantic_ids.quantizer'?"),
         (["--gflownet.num_generation", "1"], "Did you mean 'gflownet.num_generations'?"),
         (["--data_dir", "absent"], "There is no folder absent."),
         (["--config", "absent"], "There is no recipe absent"),

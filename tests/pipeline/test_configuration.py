@@ -47,6 +47,9 @@ def test_set_option_reaches_into_lists_and_makes_sections():
     set_option(tree, "rewards.1.weight", 5)
     set_option(tree, "sft.learning_rate", 0.1)
     assert tree == {"rewards": [{"weight": 1}, {"weight": 5}], "seed": 1, "sft": {"learning_rate": 0.1}}
+    tree["data"] = {"semantic_ids": None}
+    set_option(tree, "data.semantic_ids.levels", 2)
+    assert tree.pop("data") == {"semantic_ids": {"levels": 2}}
     with pytest.raises(ValueError, match=re.escape("--rewards.2 cannot be set: it is a list with positions 0 to 1")):
         set_option(tree, "rewards.2.weight", 5)
     with pytest.raises(ValueError, match="seed is the value 1 and has no fields"):
