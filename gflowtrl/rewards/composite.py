@@ -18,7 +18,7 @@ from gflowtrl.policy import TreePolicy
 from gflowtrl.policy.modules import evaluation_mode
 
 from .calling import RewardLog, call_rewards, checked_values, reward_keywords
-from .exclusion import as_mask, contains, seen_items, seen_leaves
+from .exclusion import as_mask, contains, seen_items
 from .reward import AnyReward, ScoresItems, ScoresLeaves, binds, scores_items, scores_leaves
 from .step_reward import DenseReward, RewardResult, SampledReward, StepReward, TopKReward
 
@@ -137,7 +137,7 @@ class CompositeReward:
             policy: the policy in training. A reward that reads its likelihood may need a forward pass.
             trainer_state: passed to plain reward functions.
         """
-        excluded = seen_leaves(step, self.catalog) if self.exclude_history else None
+        excluded = self._excluded_leaves(step)
         fits = self.max_elements is None or len(step) * self.catalog.tree.num_leaves <= self.max_elements
         if self.can_score_all and fits:
             return self.dense(step)
@@ -164,8 +164,7 @@ class CompositeReward:
 
         def compute() -> DenseReward:
             parts = {name: self._item_scores(name, step) for name in self.rewards}
-            excluded = seen_leaves(step, self.catalog) if self.exclude_history else None
-            return DenseReward(self._combine(parts, step, None), self.catalog.tree, excluded)
+            return DenseReward(self._combine(parts, step, None), self.catalog.tree, self._excluded_leaves(step))
 
         return step.once(self, "rewards of all leaves", compute)
 
@@ -231,18 +230,25 @@ class CompositeReward:
         assert scores_items(reward)
         scores = _checked_shape(name, "score_items", reward.score_items(step), shape, step.row_ids)
         if self.exclude_history:
+            seen = seen_items(step, self.catalog)
             # Under "exp", a leaf's largest value may be negative. Leaves without other items are handled in _combine.
             nothing = 0.0 if self.leaf_reduction == "sum" else torch.finfo(scores.dtype).min
-            scores = scores.masked_fill(as_mask(seen_items(step, self.catalog), shape[1]), nothing)
+            scores = scores.index_put(
+                (seen.rows.to(scores.device), seen.items.to(scores.device)), scores.new_tensor(nothing)
+            )
         folded = self.catalog.fold_items(scores, self.leaf_reduction)
         excluded = self._excluded(step, None)
         return folded if excluded is None else folded.masked_fill(excluded, 0.0)
 
+    def _excluded_leaves(self, step: Step) -> Tensor | None:
+        """Return the leaves with only items that the user has had (`StepReward.excluded_leaves`); None if they count."""
+        return seen_items(step, self.catalog).leaves.to(step.device) if self.exclude_history else None
+
     def _excluded(self, step: Step, leaves: Tensor | None) -> Tensor | None:
-        """Return which leaves (None: all) have only items that the user has had, `(B, n)`; None if they count."""
-        if not self.exclude_history:
+        """Return which of `leaves (B, n)`, None: of all, are excluded: bool `(B, n)`; None if they count."""
+        seen = self._excluded_leaves(step)
+        if seen is None:
             return None
-        seen = seen_leaves(step, self.catalog)
         return as_mask(seen, self.catalog.tree.num_leaves) if leaves is None else contains(seen, leaves)
 
     def _list_scores(self, name: str, values: Any, step: Step, leaves: Tensor) -> Tensor:

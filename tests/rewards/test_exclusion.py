@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gflowtrl.policy import StatelessNoise
 from gflowtrl.rewards import CompositeReward, DenseReward, SampledReward, TopKReward
-from gflowtrl.rewards.exclusion import contains, seen_items, seen_leaves
+from gflowtrl.rewards.exclusion import contains
 from gflowtrl.samplers import build_sampler
 from tests.rewards.world import SEMANTIC_IDS, TOKENIZER, TableTeacher, all_leaves, make_catalog, make_policy, make_step
 
@@ -41,13 +41,12 @@ def values(seed=0, columns=9, low=0.0):
 
 @given(histories, targets)
 @settings(max_examples=60, deadline=None)
-def test_sets_of_items_and_leaves(histories, targets):
+def test_which_leaves_are_excluded(histories, targets):
     catalog, step = make_catalog(), make_step(history=histories, target=targets)
-    items, leaves = seen_items(step, catalog), seen_leaves(step, catalog)
+    leaves = CompositeReward(Table(values()), catalog, exclude_history=True).of(step).excluded_leaves
     for row in range(4):
         gone = seen(row, histories, targets)
         closed = [leaf for leaf in range(8) if gone.issuperset(catalog.items_of(leaf))]
-        assert {catalog.items[i] for i in items[row].tolist() if i >= 0} == gone
         assert [leaf for leaf in leaves[row].tolist() if leaf >= 0] == closed
         found = contains(leaves, torch.arange(-1, 8).expand(4, -1))[row]
         assert found.tolist() == [False, *(leaf in closed for leaf in range(8))]
@@ -139,7 +138,7 @@ def test_samplers_do_not_draw_excluded_leaves(name):
         sampler.sample(step, make_policy(catalog), reward, 6, StatelessNoise(number).at(0, step.row_ids)).leaves
         for number in range(30)
     ]
-    assert not contains(seen_leaves(step, catalog), torch.cat(found, 1)).any()
+    assert not contains(reward.excluded_leaves, torch.cat(found, 1)).any()
 
 
 def test_uniform_over_the_others():
