@@ -23,6 +23,7 @@ from gflowtrl.samplers import build_sampler, uses_teacher
 from gflowtrl.semantic_ids import SentenceTransformerEmbedder, TfidfEmbedder, item_texts
 from gflowtrl.teachers import TeacherModule, fingerprint, load_teacher
 from gflowtrl.teachers.text import TFIDF
+from gflowtrl.trainer.gflownet_trainer import excludes_history
 
 from .recipe import Recipe
 from .run_data import RunData, files_fingerprint
@@ -185,6 +186,7 @@ def final_weights(run: RunContext, data: RunData, rewards: Sequence[Callable]) -
     found = fit_reward_weights(
         [rewards[i] for i in learned], data.catalog, data.splits.validation, data.encoder, data.tokenizer,
         floor=args.reward_floor or FLOOR, leaf_reduction=args.leaf_reduction, device=run.state.device,
+        exclude_history=excludes_history(args.exclude_history, data.splits.train),
     )  # fmt: skip
     shares = []
     for i, weight, share in zip(learned, found.weights, found.shares, strict=True):
