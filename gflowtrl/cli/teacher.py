@@ -32,10 +32,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--tune", action="store_true", help="tune, instead of measuring on the test split")
     parser.add_argument("--config", default="quickstart", help="recipe: a file, or the name of one of the library")
     history = parser.add_mutually_exclusive_group()
-    history.add_argument("--exclude_history", action="store_true", help="give items of the history a probability of 0")
     history.add_argument(
-        "--keep_history", action="store_true", help="let items of the history be recommended (the default)"
-    )
+        "--exclude_history", action="store_true", default=None,
+        help="give items of the history a probability of 0 (default: as gflownet.exclude_history says)",
+    )  # fmt: skip
+    history.add_argument(
+        "--keep_history", dest="exclude_history", action="store_false", default=None,
+        help="let items of the history be recommended",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     return guarded(lambda: _tune(*parser.parse_known_args(arguments)))
 
@@ -54,6 +58,7 @@ def _tune(given: argparse.Namespace, options: list[str]) -> None:
     from gflowtrl.pipeline.run_data import prepare
     from gflowtrl.pipeline.stage import RunContext
     from gflowtrl.pipeline.teacher_tuning import tune_teacher
+    from gflowtrl.trainer.gflownet_trainer import excludes_history
 
     recipe = load_recipe(file, options)
     data = prepare(recipe)
@@ -61,9 +66,13 @@ def _tune(given: argparse.Namespace, options: list[str]) -> None:
     run = RunContext(recipe.output_dir, quiet=given.json)
     kind = next((spec.get("popularity", "interactions") for spec in filter(_uses_own, recipe.rewards)), "interactions")
     counts = data.splits.impression_counts if kind == "impressions" else data.splits.item_counts
+    exclude = given.exclude_history
+    if exclude is None:
+        setting = recipe.training_arguments("gflownet", recipe.output_dir).exclude_history
+        exclude = excludes_history(setting, data.splits.train)
     with sole_run(run.root):
         teacher = fit_teacher(run, data, recipe.teacher)
-        found = tune_teacher(data, teacher, counts, given.exclude_history)
+        found = tune_teacher(data, teacher, counts, exclude)
     rewards = _with_best(recipe.rewards, found)
     about = f"{data.interactions.summary()}; validation split, {found.users:,} users"
     show(given, {**found.as_dict(), "rewards": rewards}, f"{about}\n\n{_text(found, rewards)}")

@@ -241,7 +241,7 @@ class CompositeReward:
         return folded if excluded is None else folded.masked_fill(excluded, 0.0)
 
     def _excluded_leaves(self, step: Step) -> Tensor | None:
-        """Return the leaves with only items that the user has had (`StepReward.excluded_leaves`); None if they count."""
+        """Return the leaves with only items that the user has had, for `StepReward`; None if they count."""
         return seen_items(step, self.catalog).leaves.to(step.device) if self.exclude_history else None
 
     def _excluded(self, step: Step, leaves: Tensor | None) -> Tensor | None:

@@ -143,8 +143,13 @@ def test_the_command_prints_a_section_for_the_recipe_and_reuses_the_teacher(fold
         },
     ]  # fmt: skip
     Recipe(**micro_settings(folder / "out", rewards=section["rewards"]))
-    assert main([*words, "--exclude_history", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["exclude_history"] is True
+    for flags, excluded in (
+        (["--exclude_history"], True),
+        (["--gflownet.exclude_history", "yes"], True),
+        (["--gflownet.exclude_history", "yes", "--keep_history"], False),
+    ):
+        assert main([*words, *flags, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["exclude_history"] is excluded
 
 
 @pytest.mark.parametrize(
