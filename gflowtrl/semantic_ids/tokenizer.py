@@ -85,14 +85,14 @@ class ItemTokenizer:
                 there are fewer items than codes per level, or too few ids for unique ones.
         """
         items, rows = _items_and_rows(source, items, (), self.features)
-        if self.collisions == "reassign":
-            check_room(len(items), self.quantizer)  # before minutes are spent on training
         if not isinstance(rows, Tensor | np.ndarray):
             self.embedder = TfidfEmbedder() if self.embedder is None else self.embedder
             self.embedder.fit(rows)
         elif self.embedder is not None:
             raise ValueError("An embedder is for texts, but vectors were given. Leave one of the two out.")
         vectors = self._vectors(rows, items)
+        if self.collisions == "reassign":
+            check_room(len(items), self.quantizer)  # before minutes are spent on training
         codes = self.quantizer.fit_encode(vectors)
         self.codes = resolve_collisions(codes, vectors, self.quantizer, self.collisions)
         self.items = items
