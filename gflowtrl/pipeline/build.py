@@ -21,7 +21,7 @@ from gflowtrl.policy.loading import load_config
 from gflowtrl.rewards import Reward, fit_reward_weights
 from gflowtrl.samplers import build_sampler, uses_teacher
 from gflowtrl.semantic_ids import SentenceTransformerEmbedder, TfidfEmbedder, item_texts
-from gflowtrl.teachers import TeacherModule, fingerprint, load_teacher
+from gflowtrl.teachers import CrossFitTeacher, TeacherModule, fingerprint, load_teacher, without_fold
 from gflowtrl.teachers.text import TFIDF
 from gflowtrl.trainer.gflownet_trainer import excludes_history
 
@@ -50,8 +50,15 @@ def teacher_key(data: RunData, spec: Mapping[str, Any]) -> dict[str, Any]:
     return key
 
 
-def fit_teacher(run: RunContext, data: RunData, spec: Mapping[str, Any]) -> TeacherModule:
-    """The teacher of a recipe's section, fitted once; the parts of a mixture are stages of their own."""
+def fit_teacher(run: RunContext, data: RunData, spec: Mapping[str, Any], fold: int | None = None) -> TeacherModule:
+    """The teacher of a recipe's section, fitted once; the parts of a mixture and folds are stages of their own.
+
+    Args:
+        fold: fit the copy without this one of the `folds` of the section; None: all copies.
+    """
+    folds = spec.get("folds")
+    if folds and fold is None:
+        return CrossFitTeacher([fit_teacher(run, data, spec, number) for number in range(folds)])
     kind, longest, held_out = TEACHERS[spec["type"]], data.recipe.data.max_history_items, data.splits.validation
     pairs = zip(held_out["history"], held_out["target"], strict=True)
     validation = [{"history": history, "target": target} for history, target in pairs]
@@ -66,13 +73,17 @@ def fit_teacher(run: RunContext, data: RunData, spec: Mapping[str, Any]) -> Teac
             named = zip(spec["parts"], mixture.weights, strict=True)
             run.log("Learned weights of the teachers: " + ", ".join(f"{p['type']} {w:.3f}" for p, w in named) + ".")
         return mixture
-    stage = run.stage("teacher", teacher_key(data, spec))
+    sequences, inputs = data.splits.train_sequences, teacher_key(data, spec)
+    if folds:
+        sequences = without_fold(sequences, data.interactions.users, fold, folds)
+        inputs["without_fold"] = fold
+    stage = run.stage("teacher", inputs)
 
     def fit(folder: Path) -> dict[str, Any]:
         # A teacher is asked about the items that prompts hold, or about as many as its own section says.
         seen = spec.get("max_history_items", longest)
         context = {
-            "train_sequences": data.splits.train_sequences,
+            "train_sequences": sequences,
             "items": data.interactions.items,
             "validation": [{**row, "history": row["history"][-seen:]} for row in validation],
             "device": run.state.device,
@@ -83,7 +94,8 @@ def fit_teacher(run: RunContext, data: RunData, spec: Mapping[str, Any]) -> Teac
         kind.from_spec(options_of(stage.inputs["teacher"]), context).save_pretrained(folder / "model")
         return {}
 
-    stage.run(f"fitting {spec['type']} on {data.kind}", fit, main_only=True)
+    part = f", without fold {fold} of {folds}" if folds else ""
+    stage.run(f"fitting {spec['type']} on {data.kind}{part}", fit, main_only=True)
     return load_teacher(stage.folder / "model").to(run.state.device)
 
 

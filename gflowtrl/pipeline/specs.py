@@ -19,6 +19,7 @@ from gflowtrl.teachers import (
     TeacherModule,
     Transitions,
 )
+from gflowtrl.teachers.cross_fit import FOLDS
 from gflowtrl.teachers.mixture import LEARNED
 
 
@@ -44,8 +45,8 @@ REWARDS: dict[str, type[Reward]] = {
 
 
 def options_of(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a teacher or reward, without what says which one it is and how much it counts."""
-    return {name: value for name, value in spec.items() if name not in ("type", "function", "weight")}
+    """The options of a teacher or reward itself, without its name, weight and folds."""
+    return {name: value for name, value in spec.items() if name not in ("type", "function", "weight", "folds")}
 
 
 def needs_of(spec: Mapping[str, Any]) -> set[str]:
@@ -64,7 +65,10 @@ def check_teacher(spec: Any, where: str, is_part: bool = False) -> None:
     kind = spec.get("type") if isinstance(spec, Mapping) else None
     if kind not in TEACHERS:
         raise ValueError(f"{where}.type is {kind!r}; choose from {', '.join(TEACHERS)}.")
-    check_names(spec, {"type", "weight"} | TEACHERS[kind].option_names(), where)
+    check_names(spec, {"type", "weight", "folds"} | TEACHERS[kind].option_names(), where)
+    check_number(f"{where}.folds", spec.get("folds"), FOLDS, optional=True)
+    if spec.get("folds") and "parts" in TEACHERS[kind].option_names():
+        raise ValueError(f"{where}.folds is set, but its parts are fitted one by one: set folds in the parts.")
     if not (is_part and spec.get("weight") == LEARNED):
         check_number(f"{where}.weight", spec.get("weight", 1.0), POSITIVE)
     with locate_errors(where, TEACHERS[kind].option_names()):

@@ -2,6 +2,7 @@
 
 from .cache import fingerprint, fit_cached
 from .closed_form import EASE, Popularity
+from .cross_fit import CrossFitTeacher, fold_of, without_fold
 from .mixture import MixtureTeacher
 from .neighbors import ItemKNN, Transitions
 from .sasrec import SASRec
@@ -10,6 +11,9 @@ from .text import ItemText
 
 
 __all__ = [
+    "CrossFitTeacher",
+    "fold_of",
+    "without_fold",
     "EASE",
     "ItemKNN",
     "ItemText",

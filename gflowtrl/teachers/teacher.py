@@ -282,6 +282,8 @@ def _scores_once(step: Step, histories: Sequence[History], part: Teacher) -> Ten
 
 
 def _scores(step: Step, histories: Sequence[History], part: Teacher) -> Tensor:
+    if hasattr(part, "combine_rows"):
+        return part.combine_rows(step, partial(_scores_once, step, histories))
     if hasattr(part, "combine"):
         return part.combine(partial(_scores_once, step, histories))
     with torch.no_grad():

@@ -26,6 +26,7 @@ from gflowtrl.rewards import (
     TitleLikelihoodReward,
     TokenSimilarityReward,
 )
+from gflowtrl.teachers import Popularity, without_fold
 from tests.rewards.world import text_tokenizer
 from tests.tiny import tiny_model
 
@@ -53,6 +54,20 @@ def test_a_mixture_fits_each_part_once(tmp_path):
     histories = run_data.splits.test["history"][:4]
     expected = 0.75 * ease.score(histories).softmax(1) + 0.25 * popularity.score(histories).softmax(1)
     torch.testing.assert_close(teacher.score(histories).softmax(1), expected)
+
+
+def test_each_fold_is_fitted_once_without_its_users(tmp_path):
+    spec = {"type": "popularity", "folds": 3}
+    recipe = micro_recipe(tmp_path, teacher={"type": "mixture", "parts": [spec, {"type": "ease"}]})
+    run_data, context = prepare(recipe), RunContext(tmp_path, quiet=True)
+    teacher = fit_teacher(context, run_data, spec)
+    assert len(list(tmp_path.glob("teacher-*"))) == 3
+    again = fit_teacher(RunContext(tmp_path, quiet=True), run_data, recipe.teacher)  # reads the three folds
+    assert len(list(tmp_path.glob("teacher-*"))) == 4
+    sequences, users = run_data.splits.train_sequences, run_data.interactions.users
+    for fold, (part, other) in enumerate(zip(teacher.parts, again.parts[0].parts, strict=True)):
+        expected = Popularity.fit(without_fold(sequences, users, fold, 3), run_data.interactions.items)
+        assert torch.equal(part.counts, expected.counts) and torch.equal(other.counts, expected.counts)
 
 
 def test_reward_functions_get_item_features_and_their_code_is_part_of_the_key(tmp_path):

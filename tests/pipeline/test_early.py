@@ -78,6 +78,8 @@ CASES = [
         "teacher.width is 64; it must be divisible by the number of heads, which is 3",
     ),
     ("--teacher {type: mixture, parts: [{type: ease, weight: 0}]}", "teacher.parts.0.weight is 0"),
+    ("--teacher {type: ease, folds: 1}", "teacher.folds is 1"),
+    ("--teacher {type: mixture, folds: 3, parts: [{type: ease}]}", "teacher.folds is set, but its parts are fitted"),
     ("--teacher {type: mixture, normalization: max, parts: [{type: ease}]}", "teacher.normalization is 'max'"),
     ("--rewards.1.teacher {type: sasrec, layers: 0}", "rewards.1.teacher.layers is 0"),
     ("--rewards.0.weight 0 --rewards.1.weight 0", "the weights must be finite and not all zero"),
