@@ -18,7 +18,7 @@ from .mixture import (
     build_sampler,
     uses_teacher,
 )
-from .observed import InteractionLogSampler, UnobservedSampler
+from .observed import HistorySampler, InteractionLogSampler, UnobservedSampler
 from .replay import ReplaySampler
 from .sampler import Feedback, Sampler, Trajectories, validate_trajectories
 
@@ -32,6 +32,7 @@ __all__ = [
     "Feedback",
     "FunctionSampler",
     "GroundTruthSampler",
+    "HistorySampler",
     "InteractionLogSampler",
     "LowConfidenceSampler",
     "MixtureSampler",

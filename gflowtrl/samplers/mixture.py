@@ -28,7 +28,7 @@ from .basic import (
 )
 from .beam import BeamSampler, StochasticBeamSampler
 from .curriculum import CurriculumSampler, LowConfidenceSampler
-from .observed import InteractionLogSampler, UnobservedSampler
+from .observed import HistorySampler, InteractionLogSampler, UnobservedSampler
 from .replay import ReplaySampler
 from .sampler import Feedback, Sampler, Trajectories, check_state, sum_over_processes
 from .schedule import Schedule
@@ -324,6 +324,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "uniform": UniformSampler,
     "reward": RewardSampler,
     "interaction_log": InteractionLogSampler,
+    "history": HistorySampler,
     "unobserved": UnobservedSampler,
     "curriculum": CurriculumSampler,
     "beam": BeamSampler,

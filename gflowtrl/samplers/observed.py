@@ -1,8 +1,9 @@
-"""Samplers that draw observed items of the same session, or unobserved items."""
+"""Samplers that draw observed items of the session or of the history, or unobserved items."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from gflowtrl.data import Step
 from gflowtrl.policy import Noise, TreePolicy
@@ -42,15 +43,52 @@ class InteractionLogSampler(Sampler):
         log = leaf_rows(policy.catalog, rows).to(step.device)
         excluded = None if reward is None else reward.excluded_leaves
         log = distinct_sorted(log.masked_fill(is_member(log, excluded), -1), step.target_leaves)
-        counts = (log >= 0).sum(1, keepdim=True).clamp(min=1)
-        log = torch.cat([log, log.new_full((len(log), 1), -1)], 1)
-        log[:, 0] = torch.where(log[:, 0] < 0, step.target_leaves, log[:, 0])
-        # Distinct leaves are on the left, so the noise of a row does not depend on the longest session of the batch.
-        keys = noise.uniform("interaction_log", log.shape[1]).to(log.device).masked_fill(log < 0, 2.0)
-        shuffled = log.gather(1, keys.argsort(1))
-        position = torch.arange(num_generations, device=log.device) % counts
-        log_q = -counts.float().log().expand(-1, num_generations)
-        return Trajectories.of_one_source(shuffled.gather(1, position), log_q.contiguous())
+        return _in_random_order(
+            log, step.target_leaves, noise.uniform("interaction_log", log.shape[1] + 1), num_generations
+        )
+
+
+class HistorySampler(Sampler):
+    """Items of the prompt, for `exclude_history`: the policy learns where to stop before one of them.
+
+    These items have no reward, so draws from the reward never visit the last states on their paths, and a policy that
+    has got there by a common prefix would not know better. Each row gets the leaves of its prompt, without the
+    target's, in random order; if there are fewer than K, the sequence starts again. A row without such leaves gets the
+    target. `log_q` is the marginal log-probability of each trajectory.
+
+    Without `exclude_history`, this is a source of trajectories like any other.
+    """
+
+    source_names = ("history",)
+
+    def sample(
+        self, step: Step, policy: TreePolicy, reward: StepReward | None, num_generations: int, noise: Noise
+    ) -> Trajectories:
+        leaves = leaf_rows(policy.catalog, step.histories("HistorySampler")).to(step.device)
+        leaves = distinct_sorted(leaves, step.target_leaves)
+        return _in_random_order(
+            leaves, step.target_leaves, noise.uniform("history", leaves.shape[1] + 1), num_generations
+        )
+
+
+def _in_random_order(leaves: Tensor, target_leaves: Tensor, uniforms: Tensor, num_generations: int) -> Trajectories:
+    """Return the leaves of each row in random order, cut or repeated to K; the target for rows without leaves.
+
+    Args:
+        leaves: `(B, W)` distinct leaves, padded with -1 on the right.
+        target_leaves: `(B,)`.
+        uniforms: `(B, W + 1)` in (0, 1).
+        num_generations: K.
+    """
+    counts = (leaves >= 0).sum(1, keepdim=True).clamp(min=1)
+    leaves = torch.nn.functional.pad(leaves, (0, 1), value=-1)
+    leaves[:, 0] = torch.where(leaves[:, 0] < 0, target_leaves, leaves[:, 0])
+    # Distinct leaves are on the left, so the noise of a row does not depend on the longest row of the batch.
+    keys = uniforms.to(leaves.device).masked_fill(leaves < 0, 2.0)
+    shuffled = leaves.gather(1, keys.argsort(1))
+    position = torch.arange(num_generations, device=leaves.device) % counts
+    log_q = -counts.float().log().expand(-1, num_generations)
+    return Trajectories.of_one_source(shuffled.gather(1, position), log_q.contiguous())
 
 
 class UnobservedSampler(Sampler):

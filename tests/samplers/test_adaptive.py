@@ -242,7 +242,7 @@ def test_stateless_samplers_have_an_empty_state():
 # ------------------------------------------------------------------------------------------------------------- by name
 OPTIONS = {
     "ground_truth": {}, "on_policy": {"temperature": 2.0}, "collaborative": {"temperature": 0.5}, "uniform": {},
-    "reward": {"temperature": 2.0}, "interaction_log": {"column": "clicks"}, "unobserved": {},
+    "reward": {"temperature": 2.0}, "interaction_log": {"column": "clicks"}, "unobserved": {}, "history": {},
     "curriculum": {"pool_size": 9, "pool": "teacher", "schedule": [[0, 0.2], [0.8, 1.0]]}, "beam": {},
     "stochastic_beam": {"temperature": 1.5}, "low_confidence": {"pool_size": 7},
     "replay": {"capacity": 8, "recent_share": 0.25, "temperature": 2.0, "fallback": {"uniform": 1}},

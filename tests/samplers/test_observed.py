@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gflowtrl.data import Step
 from gflowtrl.policy import StatelessNoise
-from gflowtrl.samplers import InteractionLogSampler, UnobservedSampler, validate_trajectories
+from gflowtrl.samplers import HistorySampler, InteractionLogSampler, UnobservedSampler, validate_trajectories
 from gflowtrl.samplers.leaf_sets import distinct_ranks, distinct_sorted, leaf_rows, skip_forbidden
 from tests.rewards.world import make_catalog, make_step
 from tests.tiny import catalog_of, random_paths
@@ -135,7 +135,20 @@ def test_interaction_log_reads_another_column():
     assert set(drawn.leaves.flatten().tolist()) == leaves_of(["kiwi"])
 
 
-@pytest.mark.parametrize("sampler", [InteractionLogSampler(), UnobservedSampler()])
+@pytest.mark.parametrize("num", [1, 2, 5])
+def test_history_draws_all_leaves_of_the_prompt_before_it_repeats_one(num):
+    """The fourth row has the target's leaf only, by another item with the same id."""
+    histories, targets = [["fig"], ["pear", "date", "pear"], ["nut", "plum", "lime"], ["apple"]], make_step().columns
+    drawn = draw(HistorySampler(), num, history=histories, target=[*targets["target"][:3], "quince"])
+    expected = [["fig"], ["pear"], ["nut", "plum", "lime"], ["quince"]]
+    for row, items in enumerate(expected):
+        counts = torch.bincount(drawn.leaves[row], minlength=8)
+        assert set(drawn.leaves[row].tolist()) <= leaves_of(items)
+        assert counts[list(leaves_of(items))].max() <= math.ceil(num / len(items))
+        torch.testing.assert_close(drawn.log_q[row], torch.full((num,), -math.log(len(items))))
+
+
+@pytest.mark.parametrize("sampler", [InteractionLogSampler(), UnobservedSampler(), HistorySampler()])
 @pytest.mark.parametrize("rows", [(2,), (3, 1), (1, 0, 3, 2)])
 def test_a_row_draws_the_same_in_any_batch(sampler, rows):
     whole, part = draw(sampler, 6), draw(sampler, 6, rows)
