@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.checks import COUNT, POSITIVE, SEED, SHARE_BELOW_ONE, check_number
@@ -19,7 +19,7 @@ from gflowtrl.finite import check_ranked
 from .recommender import LEAVES_PER_FORWARD, Recommendation, Recommender, _Request
 
 
-TRAJECTORIES_PER_FORWARD = 2**13  # scores are as large as the children of all states of all trajectories
+TRAJECTORIES_PER_FORWARD = 2**11  # their scores take L * C numbers each; smaller parts were faster on a CPU too
 
 
 @dataclass(frozen=True)
@@ -256,6 +256,7 @@ class _Member:
     Items are positions in the ensemble's catalog, `len(catalog)` is padding, and all results are on the CPU.
 
     Attributes:
+        leaves, log_probs: `(U, beams)` the result of `search`.
         prompts: the U distinct views of the histories, the longest first.
         rows: `(U,)` the history of each prompt.
         slots: `(B, views)` the prompt of each view of each history.
@@ -279,36 +280,47 @@ class _Member:
         """Return the items `(B, n)` that beam search finds for any view."""
         policy, catalog, padding = self.member.policy, self.member.catalog, len(self.shared.position)
         nodes = None if allowed is None else catalog.tree.path_mask(catalog.leaf_of(sorted(allowed)))
-        parts = []
+        found = []
         for start in range(0, len(self.prompts), self.size):
             prompts = self.member._prompts(self.prompts[start : start + self.size])
-            leaves, log_probs = policy.beam_search(prompts, beams, nodes)
-            check_ranked(leaves, log_probs, self.member.model)
-            sizes = torch.where(leaves >= 0, catalog.leaf_sizes[leaves], 0).sum(1)
-            own = catalog.expand_leaves(leaves, int(sizes.max())).cpu()
-            parts.append(torch.where(own >= 0, self.shared.position[own], padding))
-        width = max(part.shape[1] for part in parts)
-        items = torch.cat([nn.functional.pad(part, (0, width - part.shape[1]), value=padding) for part in parts])
-        return items[self.slots].flatten(1)
+            found.append(policy.beam_search(prompts, beams, nodes))
+            check_ranked(*found[-1], self.member.model)
+        self.leaves, self.log_probs = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
+        sizes = torch.where(self.leaves >= 0, self.shared.leaf.bincount()[self.leaves], 0).sum(1)
+        own = catalog.expand_leaves(self.leaves, int(sizes.max())).cpu()
+        return torch.where(own >= 0, self.shared.position[own], padding)[self.slots].flatten(1)
 
     def score(self, candidates: Tensor) -> Tensor:
         """Return the log-probabilities of items `(B, n)` for every view, `(B, views, n)`, -inf on padding."""
         is_padding = candidates == len(self.shared.position)
-        # The states of padding are those of the row's first candidate, so they cost nothing.
-        leaves = self.shared.leaf[candidates.where(~is_padding, candidates[:, :1])]
+        leaves = self.shared.leaf[candidates.masked_fill(is_padding, 0)].masked_fill(is_padding, -1)
         columns = min(leaves.shape[1], LEAVES_PER_FORWARD)
         size = min(self.size, max(1, TRAJECTORIES_PER_FORWARD // columns))
         parts = []
         for start in range(0, len(self.prompts), size):
-            prompts = self.member._prompts(self.prompts[start : start + size])
-            wanted = leaves[self.rows[start : start + size]].to(self.member.model.device)
-            scores = [
-                self.member.policy.score(prompts, some).trajectory_log_probs for some in wanted.split(columns, 1)
-            ]
-            check_ranked(wanted, log_probs := torch.cat(scores, 1), self.member.model)
-            parts.append(log_probs.cpu())
-        sizes = self.shared.leaf.bincount()[leaves]
-        return torch.cat(parts)[self.slots].sub(sizes.log()[:, None]).masked_fill(is_padding[:, None], -torch.inf)
+            rows = slice(start, start + size)
+            parts.append(self._score_leaves(rows, leaves[self.rows[rows]]))
+        log_probs = torch.cat(parts)[self.slots] - self.shared.leaf.bincount()[leaves].log()[:, None]
+        return log_probs.masked_fill(is_padding[:, None], -torch.inf)
+
+    def _score_leaves(self, rows: slice, leaves: Tensor) -> Tensor:
+        """Return the log-probabilities of leaves `(n, c)` for some prompts, anything for leaf -1.
+
+        Those of leaves that `search` found are known.
+        """
+        same = leaves[:, :, None] == self.leaves[rows, None]
+        known, beam = same.max(2)
+        known |= leaves < 0
+        log_probs = self.log_probs[rows].gather(1, beam)
+        if bool(known.all()):
+            return log_probs
+        # The unknown ones come first. Rows with fewer of them are filled up with others.
+        order = known.long().argsort(dim=1, stable=True)[:, : int((~known).sum(1).max())]
+        wanted = leaves.gather(1, order).clamp(min=0).to(self.member.model.device)
+        prompts, parts = self.member._prompts(self.prompts[rows]), wanted.split(LEAVES_PER_FORWARD, 1)
+        scores = [self.member.policy.score(prompts, part).trajectory_log_probs for part in parts]
+        check_ranked(wanted, scored := torch.cat(scores, 1), self.member.model)
+        return log_probs.scatter(1, order, scored.cpu())
 
 
 def _normalized(weights: Sequence[float] | None, count: int) -> list[float]:

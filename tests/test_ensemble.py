@@ -84,7 +84,7 @@ def test_an_item_has_the_average_of_its_probabilities(chosen, views, batch_size)
         assert math.fsum(one.probability for one in found) == pytest.approx(1, abs=1e-5)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     st.lists(st.sampled_from(ITEMS), min_size=1, max_size=8),
     st.integers(1, 6),
