@@ -20,7 +20,7 @@ from .step import Step, check_column_names
 from .synthetic_shop import ShopTruth, SyntheticShop
 from .text_prompts import TextPromptEncoder, text_sft_dataset
 from .tokenization import add_item_tokens, build_tokenizer, check_round_trip
-from .windows import RowWindows, Window, Windows, history_lengths, user_windows, window_starts
+from .windows import RowWindows, Window, Windows, count_repeats, history_lengths, user_windows, window_starts
 
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "build_tokenizer",
     "check_column_names",
     "check_round_trip",
+    "count_repeats",
     "download",
     "download_file",
     "extract_zip",

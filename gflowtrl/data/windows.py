@@ -222,6 +222,17 @@ def history_lengths(rows: Dataset) -> Tensor:
     return torch.from_numpy(np.concatenate(lengths))
 
 
+def count_repeats(rows: Dataset) -> int:
+    """Return how many rows have a target that is in their `history`."""
+    repeats = 0
+    for start in range(0, len(rows), CHUNK):
+        histories, targets = (_column(rows, name, start, start + CHUNK) for name in ("history", "target"))
+        row = pc.list_parent_indices(histories)
+        equal = pc.equal(pc.list_flatten(histories), targets.take(row))
+        repeats += len(pc.unique(row.filter(equal)))
+    return repeats
+
+
 def _parents(rows: Dataset, items: Sequence[Item]) -> tuple[np.ndarray, np.ndarray]:
     """Return the history length of each row, and its parent: the row whose history and target are its longest prefix.
 

@@ -21,6 +21,7 @@ from gflowtrl.policy.loading import load_config
 from gflowtrl.rewards import Reward, fit_reward_weights
 from gflowtrl.samplers import build_sampler, uses_teacher
 from gflowtrl.teachers import TeacherModule, fingerprint, load_teacher
+from gflowtrl.trainer.gflownet_trainer import excludes_history
 
 from .recipe import Recipe
 from .run_data import RunData, files_fingerprint
@@ -160,6 +161,7 @@ def final_weights(run: RunContext, data: RunData, rewards: Sequence[Callable]) -
     found = fit_reward_weights(
         [rewards[i] for i in learned], data.catalog, data.splits.validation, data.encoder, data.tokenizer,
         floor=args.reward_floor or FLOOR, leaf_reduction=args.leaf_reduction, device=run.state.device,
+        exclude_history=excludes_history(args.exclude_history, data.splits.train),
     )  # fmt: skip
     shares = []
     for i, weight, share in zip(learned, found.weights, found.shares, strict=True):

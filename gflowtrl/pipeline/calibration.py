@@ -17,7 +17,7 @@ from gflowtrl.policy import make_policy
 from gflowtrl.rewards import CompositeReward
 from gflowtrl.teachers import TeacherModule
 from gflowtrl.trainer import compare_with_rewards
-from gflowtrl.trainer.gflownet_trainer import composite_reward
+from gflowtrl.trainer.gflownet_trainer import composite_reward, excludes_history
 from gflowtrl.trainer.reference import ReferencePrior
 
 from .build import build_rewards
@@ -106,7 +106,8 @@ def _target(
     sft = trained["sft"].folder / "model" if data.recipe.start == "sft" else None
     rewards = build_rewards(run, data, teacher, sft)
     args.reward_weights = trained["gflownet"].record["reward_weights"]
-    fusion = composite_reward(rewards, args, data.catalog, data.tokenizer)
+    exclude = excludes_history(args.exclude_history, data.splits.train)
+    fusion = composite_reward(rewards, args, data.catalog, data.tokenizer, exclude)
     if not args.ref_weight:
         return fusion, None
     return fusion, ReferencePrior(args.ref_weight, data.catalog, trained_model(trained["sft"]))

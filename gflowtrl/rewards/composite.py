@@ -18,6 +18,7 @@ from gflowtrl.policy import TreePolicy
 from gflowtrl.policy.modules import evaluation_mode
 
 from .calling import RewardLog, call_rewards, checked_values, reward_keywords
+from .exclusion import as_mask, contains, seen_items, seen_leaves
 from .reward import AnyReward, ScoresItems, ScoresLeaves, binds, scores_items, scores_leaves
 from .step_reward import DenseReward, RewardResult, SampledReward, StepReward, TopKReward
 
@@ -54,6 +55,9 @@ class CompositeReward:
         top_items: number of best leaves per prompt that keep their own reward if the full table would be larger than
             `max_elements`; the other leaves share the remaining mass equally. None: only drawn leaves are scored, and
             the floor uses the group's mean.
+        exclude_history: give R = 0 (with a floor: the floor, a share of the mean R under "exp" too) to the items that
+            the row's user has had before, `exclusion.seen_items`, in this step: before the items of a leaf are folded.
+            Rewards that know leaves only keep their value at a leaf that has another item. Reads the column `history`.
 
     Raises:
         ValueError: invalid options; later, a reward of the wrong shape, a NaN or infinite value, a negative value with
@@ -73,6 +77,7 @@ class CompositeReward:
         leaf_reduction: str = "sum",
         max_elements: int | None = None,
         top_items: int | None = None,
+        exclude_history: bool = False,
     ):
         several = isinstance(reward_funcs, list | tuple)
         funcs: list[AnyReward] = list(reward_funcs) if several else [cast(AnyReward, reward_funcs)]
@@ -81,7 +86,7 @@ class CompositeReward:
         self.rewards: dict[str, AnyReward] = dict(zip(_names(funcs), funcs, strict=True))
         self.catalog, self.tokenizer = catalog, tokenizer
         self.transform, self.beta, self.floor, self.leaf_reduction = transform, beta, floor, leaf_reduction
-        self.max_elements, self.top_items = max_elements, top_items
+        self.max_elements, self.top_items, self.exclude_history = max_elements, top_items, exclude_history
         for name, reward in self.rewards.items():
             if binds(reward):
                 reward.bind(catalog, tokenizer, leaf_reduction)
@@ -132,20 +137,21 @@ class CompositeReward:
             policy: the policy in training. A reward that reads its likelihood may need a forward pass.
             trainer_state: passed to plain reward functions.
         """
+        excluded = seen_leaves(step, self.catalog) if self.exclude_history else None
         fits = self.max_elements is None or len(step) * self.catalog.tree.num_leaves <= self.max_elements
         if self.can_score_all and fits:
             return self.dense(step)
         if self.can_score_all and self.top_items is not None:
             tables = (self.dense(step.rows(rows)).result.log_rewards for rows in self.chunks(step))
             exact = partial(self.score_in_chunks, step)
-            return TopKReward.best_of(tables, self.top_items, self.catalog.tree, exact)
+            return TopKReward.best_of(tables, self.top_items, self.catalog.tree, exact, excluded)
 
         score = partial(self.score_drawn, step, trainer_state=trainer_state)
         ask_policy = partial(_policy_log_probs, policy, step) if self.reads_policy and policy is not None else None
         reason = "a reward scores drawn leaves only: give it a method score_items(step) -> Tensor (B, items)"
         if self.can_score_all:
             reason = f"a table of all leaves is larger than max_exact_elements={self.max_elements}: raise it"
-        return SampledReward(score, ask_policy, reason)
+        return SampledReward(score, ask_policy, reason, excluded)
 
     @torch.no_grad()
     def dense(self, step: Step) -> DenseReward:
@@ -158,7 +164,8 @@ class CompositeReward:
 
         def compute() -> DenseReward:
             parts = {name: self._item_scores(name, step) for name in self.rewards}
-            return DenseReward(self._combine(parts, step, None), self.catalog.tree)
+            excluded = seen_leaves(step, self.catalog) if self.exclude_history else None
+            return DenseReward(self._combine(parts, step, None), self.catalog.tree, excluded)
 
         return step.once(self, "rewards of all leaves", compute)
 
@@ -208,6 +215,7 @@ class CompositeReward:
             rewards=torch.cat([result.rewards for result in results]),
             parts={name: torch.cat([result.parts[name] for result in results]) for name in results[0].parts},
             floored_mass=torch.stack([s * r.floored_mass for s, r in zip(shares, results, strict=True)]).sum(),
+            excluded=self._excluded(step, leaves),
         )
 
     def chunks(self, step: Step) -> list[slice]:
@@ -222,7 +230,20 @@ class CompositeReward:
         reward = self.rewards[name]
         assert scores_items(reward)
         scores = _checked_shape(name, "score_items", reward.score_items(step), shape, step.row_ids)
-        return self.catalog.fold_items(scores, self.leaf_reduction)
+        if self.exclude_history:
+            # Under "exp", a leaf's largest value may be negative. Leaves without other items are handled in _combine.
+            nothing = 0.0 if self.leaf_reduction == "sum" else torch.finfo(scores.dtype).min
+            scores = scores.masked_fill(as_mask(seen_items(step, self.catalog), shape[1]), nothing)
+        folded = self.catalog.fold_items(scores, self.leaf_reduction)
+        excluded = self._excluded(step, None)
+        return folded if excluded is None else folded.masked_fill(excluded, 0.0)
+
+    def _excluded(self, step: Step, leaves: Tensor | None) -> Tensor | None:
+        """Return which leaves (None: all) have only items that the user has had, `(B, n)`; None if they count."""
+        if not self.exclude_history:
+            return None
+        seen = seen_leaves(step, self.catalog)
+        return as_mask(seen, self.catalog.tree.num_leaves) if leaves is None else contains(seen, leaves)
 
     def _list_scores(self, name: str, values: Any, step: Step, leaves: Tensor) -> Tensor:
         width = leaves.shape[1]
@@ -252,17 +273,27 @@ class CompositeReward:
                 checks.append((weight * values < 0, values, negative))
         missing = "All rewards are None for {where}; at least one reward must apply to every completion."
         checks.append((all_none, total, missing))
-        log_rewards, floored_mass, not_positive = self._transform(total, leaves)
+        excluded = self._excluded(step, leaves)
+        if excluded is not None:
+            total = total.masked_fill(excluded, 0.0)
+        log_rewards, floored_mass, not_positive = self._transform(total, leaves, excluded)
         checks.append(not_positive)
         self._raise_first(checks, step, leaves)
-        return RewardResult(log_rewards, total, parts, floored_mass)
+        return RewardResult(log_rewards, total, parts, floored_mass, excluded=excluded)
 
-    def _transform(self, rewards: Tensor, leaves: Tensor | None) -> tuple[Tensor, Tensor, _Check]:
+    def _transform(
+        self, rewards: Tensor, leaves: Tensor | None, excluded: Tensor | None
+    ) -> tuple[Tensor, Tensor, _Check]:
+        counted = torch.ones_like(rewards, dtype=torch.bool) if leaves is None else _first_occurrence(leaves)
         if self.transform == "exp":
             log_rewards = self.beta * rewards
             overflow = "The log-reward of {where} is not finite; lower reward_beta."
-            return log_rewards, rewards.new_zeros(()), (~torch.isfinite(log_rewards), rewards, overflow)
-        counted = torch.ones_like(rewards, dtype=torch.bool) if leaves is None else _first_occurrence(leaves)
+            not_finite = (~torch.isfinite(log_rewards), rewards, overflow)
+            if excluded is not None:  # R = 0 is not r = 0 here
+                others = log_rewards.masked_fill(excluded | ~counted, -math.inf).logsumexp(1, keepdim=True)
+                floor = others - counted.sum(1, keepdim=True).log() + _log(self.floor)
+                log_rewards = torch.where(excluded, floor, log_rewards)
+            return log_rewards, rewards.new_zeros(()), not_finite
         mean = (rewards * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True)
         floor = self.floor * mean
         log_rewards = self.beta * torch.log(torch.maximum(rewards, floor))
@@ -277,7 +308,10 @@ class CompositeReward:
             f"for some leaf of every row (a GroundTruthReward with the ground truth among the trajectories, or a "
             f"constant), or use reward_transform='exp'."
         )
-        return log_rewards, floored_mass, (~torch.isfinite(log_rewards), rewards, zero)
+        not_positive = ~torch.isfinite(log_rewards)
+        if excluded is not None and self.floor == 0:
+            not_positive &= ~excluded
+        return log_rewards, floored_mass, (not_positive, rewards, zero)
 
     # --------------------------------------------------------------------------------------------------------- errors
     def _raise_first(self, checks: list[_Check], step: Step, leaves: Tensor | None) -> None:
@@ -319,6 +353,10 @@ def _checked_shape(name: str, method: str, scores: Tensor, shape: Sequence[int],
             f"{method} of reward {name!r} returned {actual}; it must return a tensor of shape {tuple(shape)}."
         )
     return scores.detach().to(like.device, torch.float32)
+
+
+def _log(share: float) -> float:
+    return math.log(share) if share else -math.inf
 
 
 def _first_occurrence(leaves: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ class RewardResult:
         metrics: means of the values that reward functions reported with `log_metric`.
         extra: columns of B * K values that reward functions reported with `log_extra`.
         log_prior: `(B, n)`, the part of log R that comes from the prior; None without a prior.
+        excluded: bool `(B, n)`, leaves without reward because of `exclude_history`; None if it is off.
     """
 
     log_rewards: Tensor
@@ -39,6 +40,7 @@ class RewardResult:
     metrics: dict[str, float] = field(default_factory=dict)
     extra: dict[str, list] = field(default_factory=dict)
     log_prior: Tensor | None = None
+    excluded: Tensor | None = None
 
     def gather(self, leaves: Tensor) -> RewardResult:
         """Select `leaves (B, K)` from a result for all leaves."""
@@ -48,6 +50,7 @@ class RewardResult:
             rewards=self.rewards.gather(1, leaves),
             parts={name: values.gather(1, leaves) for name, values in self.parts.items()},
             log_prior=None if self.log_prior is None else self.log_prior.gather(1, leaves),
+            excluded=None if self.excluded is None else self.excluded.gather(1, leaves),
         )
 
     def with_prior(self, log_prior: Tensor) -> RewardResult:
@@ -56,9 +59,16 @@ class RewardResult:
 
 
 class StepReward(ABC):
-    """R of one step's prompts."""
+    """R of one step's prompts.
 
-    why_drawn_only: str = "only drawn leaves are scored"  # the reason and the remedy, for errors
+    Attributes:
+        why_drawn_only: the reason why only drawn leaves are scored, and the remedy, for errors.
+        excluded_leaves: `(B, W)` leaves without reward because of `exclude_history`, which samplers do not draw:
+            distinct, ascending, padded with -1; None if it is off.
+    """
+
+    why_drawn_only: str = "only drawn leaves are scored"
+    excluded_leaves: Tensor | None = None
 
     @abstractmethod
     def score(self, leaves: Tensor, policy_log_probs: Tensor | None = None) -> RewardResult:
@@ -110,14 +120,16 @@ class DenseReward(StepReward):
     Attributes:
         result: rewards of all leaves, `(B, N)`.
         tree: the prefix tree.
+        excluded_leaves: see `StepReward`.
     """
 
     result: RewardResult
     tree: PrefixTree
+    excluded_leaves: Tensor | None = None
 
     def with_prior(self, log_prior: Tensor) -> DenseReward:
         """Return R times a prior, `log_prior (B, N)`. Flows and draws include the prior."""
-        return DenseReward(self.result.with_prior(log_prior), self.tree)
+        return replace(self, result=self.result.with_prior(log_prior))
 
     def score(self, leaves: Tensor, policy_log_probs: Tensor | None = None) -> RewardResult:
         return self.result.gather(leaves)
@@ -131,7 +143,10 @@ class DenseReward(StepReward):
         return flows.masked_fill(nodes < 0, -math.inf)
 
     def sample(self, num_generations: int, noise: Noise, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        probabilities = torch.softmax(self.result.log_rewards / temperature, 1)
+        log_rewards = self.result.log_rewards
+        if self.result.excluded is not None:  # they have the floor
+            log_rewards = log_rewards.masked_fill(self.result.excluded, -math.inf)
+        probabilities = torch.softmax(log_rewards / temperature, 1)
         return draw_leaves(probabilities, noise.uniform("reward", num_generations))
 
 
@@ -140,7 +155,7 @@ class TopKReward(StepReward):
     """R of every leaf if the full table is too large: exact for the k best leaves, the mean for all other leaves.
 
     Z, R of the best leaves and the results of `score` are exact. Only flows and draws lose the differences between
-    the other leaves.
+    the other leaves. With `exclude_history` a seen leaf is one of the others, so that a draw may find it.
 
     Attributes:
         leaves: `(B, k)` long, the best leaves in ascending order.
@@ -148,6 +163,7 @@ class TopKReward(StepReward):
         log_rest: `(B,)`, log of the mean R of the other leaves; -inf if there are no others.
         tree: the prefix tree.
         exact: function that returns the exact rewards of drawn leaves `(B, K)`.
+        excluded_leaves: see `StepReward`.
     """
 
     leaves: Tensor
@@ -155,21 +171,27 @@ class TopKReward(StepReward):
     log_rest: Tensor
     tree: PrefixTree
     exact: Callable[[Tensor], RewardResult]
+    excluded_leaves: Tensor | None = None
 
     @classmethod
     def best_of(
-        cls, tables: Iterable[Tensor], k: int, tree: PrefixTree, exact: Callable[[Tensor], RewardResult]
+        cls,
+        tables: Iterable[Tensor],
+        k: int,
+        tree: PrefixTree,
+        exact: Callable[[Tensor], RewardResult],
+        excluded_leaves: Tensor | None = None,
     ) -> TopKReward:
         """Find the k leaves of each prompt with the largest R.
 
         Args:
             tables: log R of all leaves, `(b, N)` for b of the prompts at a time, so that no table is large.
             k: >= 1; at most N leaves are kept.
-            tree, exact: as for the class.
+            tree, exact, excluded_leaves: as for the class.
         """
         check_number("The number of top leaves", k, COUNT)
         leaves, log_rewards, log_rest = zip(*(_top_of(table, k) for table in tables), strict=True)
-        return cls(torch.cat(leaves), torch.cat(log_rewards), torch.cat(log_rest), tree, exact)
+        return cls(torch.cat(leaves), torch.cat(log_rewards), torch.cat(log_rest), tree, exact, excluded_leaves)
 
     def score(self, leaves: Tensor, policy_log_probs: Tensor | None = None) -> RewardResult:
         return self.exact(leaves)
@@ -214,12 +236,13 @@ class SampledReward(StepReward):
     Attributes:
         score_drawn: returns the rewards of leaves `(B, K)`, given the leaves and their log pi `(B, K)` or None.
         ask_policy: returns log pi of leaves `(B, K)`. Called if a reward reads log pi and it is not known yet.
-        why_drawn_only: the reason and the remedy, for errors.
+        why_drawn_only, excluded_leaves: see `StepReward`.
     """
 
     score_drawn: Callable[[Tensor, Tensor | None], RewardResult]
     ask_policy: Callable[[Tensor], Tensor] | None = None
     why_drawn_only: str = "a reward scores drawn leaves only"
+    excluded_leaves: Tensor | None = None
 
     def score(self, leaves: Tensor, policy_log_probs: Tensor | None = None) -> RewardResult:
         if policy_log_probs is None and self.ask_policy is not None:
@@ -241,6 +264,10 @@ class PosteriorReward(StepReward):
     why_drawn_only = "with ref_weight the reference model scores drawn leaves only: add exact_flow to loss_type"
     reward: StepReward
     log_prior: Callable[[Tensor], Tensor]
+
+    @property
+    def excluded_leaves(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.reward.excluded_leaves
 
     def score(self, leaves: Tensor, policy_log_probs: Tensor | None = None) -> RewardResult:
         return self.reward.score(leaves, policy_log_probs).with_prior(self.log_prior(leaves))

@@ -53,6 +53,7 @@ def fit_reward_weights(
     leaf_reduction: str = "sum",
     batch_size: int = 64,
     device: torch.device | str = "cpu",
+    exclude_history: bool = False,
 ) -> LearnedWeights:
     """Fit the positive weights w that maximize the likelihood of held-out positives y.
 
@@ -80,6 +81,7 @@ def fit_reward_weights(
         held_out: column of the positive.
         floor: `reward_floor` of the training run. It keeps the objective finite for rows where all rewards are zero.
         leaf_reduction, batch_size, device: how the rewards are computed.
+        exclude_history: whether items of the history get no reward in training (`CompositeReward`).
 
     Raises:
         ValueError: a reward reads the held-out positive, is negative, or is 0 everywhere; or all rewards are zero for
@@ -90,7 +92,9 @@ def fit_reward_weights(
         raise ValueError(f"held_out is {held_out!r}; it must be a column of the rows: {rows.column_names}.")
     if not len(rows):
         raise ValueError("rows is empty; pass at least one row to learn weights from.")
-    composite = CompositeReward(rewards, catalog, tokenizer, transform="exp", leaf_reduction=leaf_reduction)
+    composite = CompositeReward(
+        rewards, catalog, tokenizer, transform="exp", leaf_reduction=leaf_reduction, exclude_history=exclude_history
+    )
     steps = _steps(rows, encoder, catalog.to(device), held_out, batch_size)
     batches = [_values_and_totals(composite, step, catalog.leaf_of(positives)) for step, positives in steps]
     values, totals = (torch.cat(parts).double().cpu() for parts in zip(*batches, strict=True))

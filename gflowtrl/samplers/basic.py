@@ -14,8 +14,10 @@ from gflowtrl.checks import POSITIVE, SHARE, check_number
 from gflowtrl.data import Step
 from gflowtrl.policy import Noise, TreePolicy
 from gflowtrl.rewards import CollaborativeReward, StepReward, draw_leaves
+from gflowtrl.rewards.exclusion import as_mask
 from gflowtrl.teachers import Teacher
 
+from .leaf_sets import draw_allowed
 from .sampler import Sampler, Trajectories
 
 
@@ -84,6 +86,8 @@ class CollaborativeSampler(Sampler):
         with torch.no_grad():
             items = self.distribution.bind(policy.catalog).score_items(step)
             leaves = policy.catalog.fold_items(items.to(step.device))
+            if reward is not None and reward.excluded_leaves is not None:
+                leaves = leaves.masked_fill(as_mask(reward.excluded_leaves, leaves.shape[1]), 0.0)
         return Trajectories.of_one_source(*draw_leaves(leaves, noise.uniform("collaborative", num_generations)))
 
 
@@ -97,6 +101,8 @@ class UniformSampler(Sampler):
     ) -> Trajectories:
         size = policy.catalog.tree.num_leaves
         uniforms = noise.uniform("uniform", num_generations).to(step.device)
+        if reward is not None and reward.excluded_leaves is not None:
+            return Trajectories.of_one_source(*draw_allowed(uniforms, reward.excluded_leaves, size, "UniformSampler"))
         leaves = (uniforms * size).long().clamp(max=size - 1)
         return Trajectories.of_one_source(leaves, torch.full(leaves.shape, -math.log(size), device=leaves.device))
 

@@ -16,7 +16,7 @@ from gflowtrl.policy.modules import evaluation_mode
 from gflowtrl.rewards import StepReward
 from gflowtrl.teachers import Teacher, as_teacher, teacher_scores
 
-from .observed import count_allowed, distinct_ranks, observed_leaves, skip_forbidden
+from .leaf_sets import count_allowed, distinct_ranks, observed_leaves, skip_forbidden
 from .sampler import Sampler, Trajectories, fill_missing
 from .schedule import Schedule
 
@@ -48,7 +48,9 @@ class CandidatePool:
         self._aligned: Teacher  # the teacher with its columns in the catalog's order
 
     @torch.no_grad()
-    def candidates(self, step: Step, catalog: ItemCatalog, num_trajectories: int, noise: Noise) -> Tensor:
+    def candidates(
+        self, step: Step, catalog: ItemCatalog, reward: StepReward | None, num_trajectories: int, noise: Noise
+    ) -> Tensor:
         """Return candidate leaves in ascending order of the teacher's score: `(B, size)`, padded with -1 on the right.
 
         Raises:
@@ -61,7 +63,7 @@ class CandidatePool:
                 f"trajectories. Raise it, or omit it for the default of 2 K + 1 candidates for K trajectories."
             )
         scores = self._leaf_scores(step, catalog)
-        observed = observed_leaves(step, catalog, self.owner)
+        observed = observed_leaves(step, catalog, reward, self.owner)
         allowed = count_allowed(observed, catalog.tree.num_leaves, self.owner)
         if self.kind == "random":
             pool = distinct_ranks(allowed, noise.uniform("pool", size))
@@ -122,7 +124,7 @@ class CurriculumSampler(Sampler):
         self, step: Step, policy: TreePolicy, reward: StepReward | None, num_generations: int, noise: Noise
     ) -> Trajectories:
         hardness = float(self.schedule.at(step.progress)[0])
-        pool = self.pool.candidates(step, policy.catalog, num_generations, noise)
+        pool = self.pool.candidates(step, policy.catalog, reward, num_generations, noise)
         last_start = ((pool >= 0).sum(1, keepdim=True) - num_generations).clamp(min=0)
         start = (hardness * last_start + 0.5).long()  # rounds halves up; torch.round would round them to even
         width = min(num_generations, pool.shape[1])
@@ -154,7 +156,7 @@ class LowConfidenceSampler(Sampler):
     def sample(
         self, step: Step, policy: TreePolicy, reward: StepReward | None, num_generations: int, noise: Noise
     ) -> Trajectories:
-        pool = self.pool.candidates(step, policy.catalog, num_generations, noise)
+        pool = self.pool.candidates(step, policy.catalog, reward, num_generations, noise)
         with torch.no_grad(), evaluation_mode(policy.model):
             log_pi = policy.score(step.prompts, pool.clamp(min=0)).trajectory_log_probs
         order = log_pi.masked_fill(pool < 0, torch.inf).argsort(dim=1, stable=True)[:, :num_generations]

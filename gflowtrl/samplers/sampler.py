@@ -47,7 +47,7 @@ class Feedback:
     """Rewards and residuals of a step's trajectories.
 
     Attributes:
-        log_rewards: `(B, K)` log R.
+        log_rewards: `(B, K)` log R, -inf for items that `exclude_history` excludes.
         residual: `(B, K)` |log Z + log pi - log R|, with the best available log Z.
         log_pi: `(B, K)` log pi(leaf | x) under the policy in training.
     """

@@ -44,6 +44,11 @@ class GFlowNetConfig(TreePolicyConfig):
             The exponent or inverse temperature beta. Larger values make the policy greedier.
         reward_floor (`float`, *optional*, defaults to `1e-3`):
             Minimum reward under `"power"`, as a fraction of the prompt's mean reward.
+        exclude_history (`str`, *optional*, defaults to `"no"`):
+            Whether items that the user has had before (all of the column `history`, except the row's own target) get
+            no reward: R is 0, or the floor. `"yes"` suits data without repeats, where such an item is never the next
+            one: the policy learns to leave it out, without a filter. `"auto"`: yes if fewer than 0.1 % of the training
+            targets are repeats; the log says how many are. Samplers do not draw these items, except on policy.
         leaf_reduction (`str`, *optional*, defaults to `"sum"`):
             How a leaf's reward is computed from the rewards of its items: `"sum"` or `"max"`.
         max_exact_elements (`int`, *optional*, defaults to `50_000_000`):
@@ -79,6 +84,9 @@ class GFlowNetConfig(TreePolicyConfig):
     reward_transform: str = option("power", "Transform from the combined reward to log R.", ["power", "exp"])
     reward_beta: float = option(1.0, "Exponent (power) or inverse temperature (exp) of R.")
     reward_floor: float = option(1e-3, "Minimum reward under `power`, as a fraction of the prompt's mean reward.")
+    exclude_history: str = option(
+        "no", "Give no reward to items of the user's history; auto: if repeats are rare.", ["no", "yes", "auto"]
+    )
     leaf_reduction: str = option("sum", "How the rewards of a leaf's items are combined.", ["sum", "max"])
     max_exact_elements: int = option(50_000_000, "Maximum size (prompts x leaves) of a micro-batch's reward table.")
     exact_top_items: int = option(1000, "Leaves per prompt that keep their own reward if that table is too large.")
@@ -96,6 +104,8 @@ class GFlowNetConfig(TreePolicyConfig):
     }
 
     def __post_init__(self):
+        if isinstance(self.exclude_history, bool):  # YAML reads yes and no as such
+            self.exclude_history = "yes" if self.exclude_history else "no"
         super().__post_init__()
         if self.reward_weights is not None:
             self.reward_weights = [float(weight) for weight in listed(self.reward_weights)]
@@ -112,12 +122,20 @@ class GFlowNetConfig(TreePolicyConfig):
         """Check that the weighting and the reference model have an effect on the losses."""
         rewarded = any(loss.needs_rewards for loss in self.losses.values())
         balanced = any(loss.needs_log_rewards for loss in self.losses.values())
-        for name, used in (("trajectory_weighting", rewarded), ("ref_weight", balanced)):
-            if getattr(self, name) and not used:
+        uses = (("trajectory_weighting", rewarded), ("ref_weight", balanced), ("exclude_history", rewarded))
+        for name, used in uses:
+            if getattr(self, name) not in (None, 0, "no") and not used:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, but no loss of {self.loss_type} balances rewards, so it has "
                     f"no effect. Leave it out or add a balance loss to loss_type."
                 )
+        drawn = [name for name, loss in self.losses.items() if loss.needs_log_rewards and not loss.needs_all_rewards]
+        if self.exclude_history != "no" and self.reward_floor == 0 and drawn:
+            raise ValueError(
+                f"exclude_history is {self.exclude_history!r} and reward_floor is 0, so log R of a history item would "
+                f"be minus infinity, and the loss of {drawn[0]!r} infinite if the policy draws one. Set reward_floor "
+                f"to 1e-3, for example, or use exact_flow."
+            )
         if (self.trajectory_weighting == "source") != bool(self.source_weights):
             raise ValueError(
                 f"trajectory_weighting is {self.trajectory_weighting!r} and source_weights is {self.source_weights}; "

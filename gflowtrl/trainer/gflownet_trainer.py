@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from gflowtrl.catalog import Item, ItemCatalog
-from gflowtrl.data import PromptEncoder, Step
+from gflowtrl.data import PromptEncoder, Step, count_repeats
 from gflowtrl.losses import LossInputs, LossSpec, normalized_flows
 from gflowtrl.policy import StepScores, TreePolicy, make_policy
 from gflowtrl.rewards import (
@@ -34,6 +35,10 @@ from .group import Group
 from .reference import ReferencePrior, build_prior
 from .tree_policy_trainer import TreePolicyTrainer
 from .weighting import source_table, weights_by_reward, weights_by_source
+
+
+logger = logging.getLogger(__name__)
+REPEATS = 0.001  # exclude_history="auto" excludes items of the history if a smaller share of the targets are repeats
 
 
 class GFlowNetTrainer(TreePolicyTrainer):
@@ -95,7 +100,7 @@ class GFlowNetTrainer(TreePolicyTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
-        self._reward_funcs, self._ref_model = reward_funcs, ref_model
+        self._reward_funcs, self._ref_model, self._rows = reward_funcs, ref_model, train_dataset
         args = GFlowNetConfig("gflownet-output") if args is None else args
         if not isinstance(args, GFlowNetConfig):
             raise TypeError(f"args is a {type(args).__name__}, but GFlowNetTrainer needs a GFlowNetConfig.")
@@ -112,7 +117,8 @@ class GFlowNetTrainer(TreePolicyTrainer):
         self._needs_reference = any(loss.needs_reference for loss in self.losses.values())
         self.rewards: CompositeReward | None = None
         if self._reward_funcs is not None and self._reward_funcs != []:
-            self.rewards = composite_reward(self._reward_funcs, args, parts.catalog, parts.tokenizer)
+            exclude = excludes_history(args.exclude_history, self._rows)
+            self.rewards = composite_reward(self._reward_funcs, args, parts.catalog, parts.tokenizer, exclude)
         elif any(loss.needs_rewards for loss in self.losses.values()):
             raise ValueError(f"loss_type {args.loss_type} needs a reward; give reward_funcs (see gflowtrl.rewards).")
         if self._exact and self.rewards is not None:
@@ -200,7 +206,10 @@ class GFlowNetTrainer(TreePolicyTrainer):
         """Pass the results of the trajectories to the sampler, then log."""
         if group.rewards is not None:
             log_rewards, log_pi = group.rewards.log_rewards, group.scores.trajectory_log_probs
-            feedback = Feedback(log_rewards, group.residuals(log_rewards)[1].detach(), log_pi.detach())
+            residuals = group.residuals(log_rewards)[1].detach()
+            if group.rewards.excluded is not None:
+                log_rewards = log_rewards.masked_fill(group.rewards.excluded, -torch.inf)  # nothing to replay
+            feedback = Feedback(log_rewards, residuals, log_pi.detach())
             self.sampler.observe(group.step, group.drawn, feedback)
         super()._observe(group)
 
@@ -212,6 +221,8 @@ class GFlowNetTrainer(TreePolicyTrainer):
                 f"{w:g} x {name}" for name, w in zip(self.rewards.names, self.rewards.weights, strict=True)
             )
             settings["trajectories"] = f"{self.num_generations} per prompt from {', '.join(self.sampler.source_names)}"
+            if self.rewards.exclude_history:
+                settings["items of the history"] = "no reward"
         if self.prior is not None:
             settings["reference model"] = f"prior to the power of {self.prior.weight:g}"
         if self.args.trajectory_weighting is not None:
@@ -241,6 +252,26 @@ def _check_exact(rewards: CompositeReward, args: GFlowNetConfig) -> None:
     )
 
 
+def excludes_history(setting: str, rows: Dataset | None) -> bool:
+    """Return whether items of the history get no reward.
+
+    Args:
+        setting: `exclude_history` of the configuration.
+        rows: training rows, for "auto".
+    """
+    if setting != "auto":
+        return setting == "yes"
+    if rows is None:
+        return False
+    repeats = count_repeats(rows)
+    rare = repeats < REPEATS * len(rows)
+    logger.info(
+        f"exclude_history is auto: {repeats} of {len(rows)} training targets ({repeats / len(rows):.2%}) are items of "
+        f"their user's history, so these items get {'no' if rare else 'their'} reward."
+    )
+    return rare
+
+
 def normalized(rewards: Tensor) -> Tensor:
     """Return GRPO's advantages of rewards `(B, K)`: mean 0 and deviation 1 within a group, 0 if all are equal."""
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
@@ -251,10 +282,12 @@ def composite_reward(
     args: GFlowNetConfig,
     catalog: ItemCatalog,
     tokenizer: PreTrainedTokenizerBase,
+    exclude_history: bool,
 ) -> CompositeReward:
-    """Create R from a trainer's arguments."""
+    """Create R from a trainer's arguments; `exclude_history` from `excludes_history`."""
     exact = any(loss.needs_all_rewards for loss in args.losses.values())
     return CompositeReward(
         reward_funcs, catalog, tokenizer, args.reward_weights, args.reward_transform, args.reward_beta,
         args.reward_floor, args.leaf_reduction, args.max_exact_elements, args.exact_top_items if exact else None,
+        exclude_history,
     )  # fmt: skip

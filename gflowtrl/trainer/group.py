@@ -93,6 +93,8 @@ def group_metrics(group: Group, sources: Sequence[str]) -> dict[str, Tensor | fl
             drawn_by = source == index
             metrics[f"sampler/{name}/share"] = drawn_by.float().mean()
             metrics[f"sampler/{name}/reward"] = group.rewards.rewards[drawn_by].mean()
+    if group.rewards.excluded is not None:
+        metrics["drawn_from_history"] = group.rewards.excluded.float().mean()
     if group.rewards.log_prior is not None:
         metrics["log_pi_ref"] = group.rewards.log_prior.mean() / group.prior_weight
     if group.weights is not None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gflowtrl.data import Step
 from gflowtrl.policy import StatelessNoise
 from gflowtrl.samplers import InteractionLogSampler, UnobservedSampler, validate_trajectories
-from gflowtrl.samplers.observed import distinct_ranks, distinct_sorted, leaf_rows, skip_forbidden
+from gflowtrl.samplers.leaf_sets import distinct_ranks, distinct_sorted, leaf_rows, skip_forbidden
 from tests.rewards.world import make_catalog, make_step
 from tests.tiny import catalog_of, random_paths
 
