@@ -36,7 +36,7 @@ class View:
         seed: of `drop` and `shuffle`.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or there is a seed and nothing random.
     """
 
     last: int | None = None
@@ -48,6 +48,8 @@ class View:
         check_number("last", self.last, COUNT, optional=True)
         check_number("drop", self.drop, SHARE_BELOW_ONE)
         check_number("seed", self.seed, SEED)
+        if self.seed and not (self.drop or self.shuffle):
+            raise ValueError(f"seed is {self.seed}, but the view is not random. Set drop or shuffle, or no seed.")
 
     @classmethod
     def parse(cls, text: str) -> View:
