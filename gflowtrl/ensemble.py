@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from datasets import Dataset
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from gflowtrl.catalog import Item, ItemCatalog
-from gflowtrl.checks import COUNT, POSITIVE, SEED, SHARE_BELOW_ONE, check_number
+from gflowtrl.catalog import Item
+from gflowtrl.checks import COUNT, POSITIVE, check_number
+from gflowtrl.data import history_lengths
 from gflowtrl.finite import check_ranked
 
-from .recommender import LEAVES_PER_FORWARD, Recommendation, Recommender, _Request
+from .recommender import LEAVES_PER_FORWARD, Recommendation, Recommender
+from .request import Request, allowed_in
 
 
 TRAJECTORIES_PER_FORWARD = 2**11  # their scores take L * C numbers each; smaller parts were faster on a CPU too
@@ -26,70 +29,38 @@ TRAJECTORIES_PER_FORWARD = 2**11  # their scores take L * C numbers each; smalle
 class View:
     """What a model sees of a history: by default all of the last `max_history_items` items.
 
-    A view depends on its seed and on the length of the history only, so the same history has the same view in every
-    batch.
-
     Args:
         last: only so many of the most recent items. None: all.
-        drop: share of the items that are left out at random. The most recent item stays.
-        shuffle: put the items into random order.
-        seed: of `drop` and `shuffle`.
 
     Raises:
-        ValueError: a number is out of range, or there is a seed and nothing random.
+        ValueError: the number is not a whole one of at least 1.
     """
 
     last: int | None = None
-    drop: float = 0.0
-    shuffle: bool = False
-    seed: int = 0
 
     def __post_init__(self):
         check_number("last", self.last, COUNT, optional=True)
-        check_number("drop", self.drop, SHARE_BELOW_ONE)
-        check_number("seed", self.seed, SEED)
-        if self.seed and not (self.drop or self.shuffle):
-            raise ValueError(f"seed is {self.seed}, but the view is not random. Set drop or shuffle, or no seed.")
 
     @classmethod
     def parse(cls, text: str) -> View:
-        """Read a view from text: `full`, or settings with commas between them, as in `last=10,drop=0.2,seed=1`.
-
-        `shuffle` has no value.
+        """Read a view from text: `full`, or for example `last=10`.
 
         Raises:
-            ValueError: a setting is unknown, occurs twice, or its value is not a number or out of range.
+            ValueError: the text is neither.
         """
-        settings: dict[str, Any] = {}
-        kinds = {"last": int, "drop": float, "seed": int}
-        for part in text.split(",") if text != "full" else ():
-            name, _, value = part.partition("=")
-            try:
-                if name in settings:
-                    raise ValueError
-                settings[name] = True if part == "shuffle" else kinds[name](value)
-            except (KeyError, ValueError):
-                raise ValueError(
-                    f"The view {text!r} has the setting {part!r}, which is unknown, repeated or without a number. "
-                    f"Write full, or settings such as last=10, drop=0.2, shuffle and seed=1, with commas between them."
-                ) from None
-        return cls(**settings)
+        if text == "full":
+            return cls()
+        name, _, value = text.partition("=")
+        if name != "last" or not value.isdecimal():
+            raise ValueError(f"The view {text!r} is unknown. Write full, or last=10 for the ten most recent items.")
+        return cls(int(value))
 
     def __str__(self) -> str:
-        given = [(entry.name, getattr(self, entry.name)) for entry in fields(self)]
-        given = [(name, value) for name, value in given if value != getattr(type(self), name)]
-        return ",".join(name if value is True else f"{name}={value}" for name, value in given) or "full"
+        return "full" if self.last is None else f"last={self.last}"
 
-    def __call__(self, history: Sequence[Item]) -> list[Item]:
-        """Return the view of a non-empty history: a non-empty list of its items."""
-        items = list(history if self.last is None else history[-self.last :])
-        chance = random.Random(self.seed)
-        others = len(items) - 1
-        kept = sorted(chance.sample(range(others), round((1 - self.drop) * others)))
-        items = [items[place] for place in (*kept, others)]
-        if self.shuffle:
-            chance.shuffle(items)
-        return items
+    def __call__(self, history: Sequence[Item]) -> Sequence[Item]:
+        """Return the view of a history."""
+        return history if self.last is None else history[-self.last :]
 
 
 class _SharedItems(NamedTuple):
@@ -190,66 +161,119 @@ class Ensemble:
         Args:
             histories: as in `Recommender.recommend`.
             k: length of the lists.
-            num_beams: beam width of every member for every view, by default `max(20, k)`. With `exclude_seen` the
-                longest history is added to it.
+            num_beams: beam width of every member for every view, by default `max(20, k)`.
             exclude_seen, allowed_items, names: as in `Recommender.recommend`.
             batch_size: number of histories that are merged together, and of prompts that are decoded together.
 
         Raises:
             ValueError, TypeError: as in `Recommender.recommend`.
         """
+        request = Request(k, num_beams, exclude_seen, allowed_in(self.catalog, allowed_items))
+        return self.members[0].answer(histories, names, request, batch_size, self._decode)
+
+    def rank_both(
+        self,
+        rows: Dataset,
+        earlier: Sequence[Sequence[Item]],
+        k: int = 10,
+        num_beams: int | None = None,
+        batch_size: int = 256,
+    ) -> tuple[Tensor, Tensor]:
+        """Rank all items and, with the same computation of the prompts, those that the user has not had.
+
+        Args:
+            rows: U rows with a `history` and a `target`, which stays a candidate if the user has had it before.
+            earlier: all items before the target of each row, also those that its history lacks.
+            k, num_beams, batch_size: as in `recommend`.
+
+        Returns:
+            Positions `(U, k)` in `catalog.items`, best first, padded with -1: nothing removed, seen items removed.
+
+        Raises:
+            ValueError: k or batch_size is below 1, or num_beams below k; an item is not in the catalog.
+        """
         check_number("batch_size", batch_size, COUNT)
-        first = self.members[0]
-        request = _Request(k, num_beams, exclude_seen, "beam", 1.0, 0, first._allowed(allowed_items))
-        histories = list(histories)
-        names = [f"row {row}" for row in range(len(histories))] if names is None else names
-        known = first._known(histories, names)
-        results = {row: first._popular(row, names[row], request) for row, history in enumerate(known) if not history}
-        warm = sorted((row for row, history in enumerate(known) if history), key=lambda row: -len(known[row]))
-        for start in range(0, len(warm), batch_size):
-            rows = warm[start : start + batch_size]
-            results.update(zip(rows, self._decode([known[row] for row in rows], request, batch_size), strict=True))
-        return [results[row] for row in range(len(known))]
+        request = Request(k, num_beams)
+        order = history_lengths(rows).argsort(descending=True, stable=True)
+        ordered = rows.select(order.tolist())
+        histories, targets = ordered["history"], ordered["target"]
+        ranked = torch.full((2, len(rows), k), -1)
+        for start in tqdm(range(0, len(rows), batch_size), desc="Ranking"):
+            part = slice(start, start + batch_size)
+            places = order[part]
+            seen = [
+                [item for item in earlier[row] if item != target]
+                for row, target in zip(places.tolist(), targets[part], strict=True)
+            ]
+            for column, (items, _) in enumerate(self._rank(histories[part], request, [None, seen])):
+                ranked[column, places, : items.shape[1]] = items
+        return ranked[0], ranked[1]
 
     @property
     def max_history_items(self) -> int:
         """Number of items of a history that the member with the longest prompts uses."""
-        return max(member.encoder.max_history_items for member in self.members)
+        return max(member.max_history_items for member in self.members)
+
+    def _decode(self, _: list[int], histories: list[list[Item]], request: Request) -> list[list[Recommendation]]:
+        """Return the lists of non-empty histories (`Recommender.answer`)."""
+        ((ranked, log_probs),) = self._rank(histories, request, [histories if request.exclude_seen else None])
+        items, titles = self.catalog.items, self.members[0].titles
+        return [
+            [
+                Recommendation(items[place], value, titles.get(items[place]))
+                for place, value in zip(places, values, strict=True)
+                if place >= 0
+            ]
+            for places, values in zip(ranked.tolist(), log_probs.tolist(), strict=True)
+        ]
 
     @torch.no_grad()
-    def _decode(self, histories: list[list[Item]], request: _Request, batch_size: int) -> list[list[Recommendation]]:
-        """Return the lists of non-empty histories."""
-        beams = request.num_beams or max(20, request.k)
-        if request.exclude_seen:
-            beams += max(len(set(history)) for history in histories)
-        parts = [
-            _Member(member, self.views, shared, histories, batch_size)
+    def _rank(
+        self, histories: list[list[Item]], request: Request, columns: Sequence[Sequence[Sequence[Item]] | None]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Rank the items for B histories, once for each column: the items of each user that are left out, or None.
+
+        Returns positions `(B, n)` in the catalog, with n at most `request.k` and -1 as padding, and their logarithms
+        of average probabilities.
+        """
+        members = [
+            _Member(member, self.views, shared, histories)
             for member, shared in zip(self.members, self._shared, strict=True)
         ]
-        candidates = _distinct(
-            torch.cat([part.search(beams, request.allowed) for part in parts], 1), len(self.catalog)
-        )
-        scores = [
-            part.score(candidates).double() + math.log(weight / len(self.views))
-            for part, weight in zip(parts, self.weights, strict=True)
+        beams, padding = request.num_beams or max(20, request.k), len(self.catalog)
+        found = [member.search(beams, request.allowed, columns) for member in members]
+        candidates = [
+            self._candidates(torch.cat(items, 1), request.allowed, seen)
+            for seen, items in zip(columns, zip(*found, strict=True), strict=True)
         ]
-        log_probs = torch.cat(scores, 1).logsumexp(1)
-        log_probs, order = log_probs.sort(dim=1, descending=True, stable=True)
-        ranked = zip(histories, candidates.gather(1, order).tolist(), log_probs.tolist(), strict=True)
-        lists = []
-        for history, places, values in ranked:
-            pairs = zip(places, values, strict=True)
-            items = ((self.catalog.items[place], value) for place, value in pairs if place < len(self.catalog))
-            lists.append(self.members[0]._list(items, request, set(history) if request.exclude_seen else set()))
-        return lists
+        together = _distinct(torch.cat(candidates, 1), padding)
+        scores = [
+            member.score(together).double() + math.log(weight / len(self.views))
+            for member, weight in zip(members, self.weights, strict=True)
+        ]
+        average, ranked = torch.cat(scores, 1).logsumexp(1), []
+        for items in candidates:
+            is_padding = items == padding
+            places = torch.searchsorted(together, items).masked_fill(is_padding, 0)
+            log_probs = average.gather(1, places).masked_fill(is_padding, -torch.inf)
+            log_probs, order = log_probs.sort(dim=1, descending=True, stable=True)
+            best = items.masked_fill(is_padding, -1).gather(1, order)
+            ranked.append((best[:, : request.k], log_probs[:, : request.k]))
+        return ranked
 
+    def _candidates(
+        self, items: Tensor, allowed: frozenset[Item] | None, seen: Sequence[Sequence[Item]] | None
+    ) -> Tensor:
+        """Return the `_distinct` items of each row without seen ones and those not allowed.
 
-def positions_of(lists: Sequence[Sequence[Recommendation]], catalog: ItemCatalog, k: int) -> Tensor:
-    """Return the positions `(U, k)` in `catalog.items` of recommended items, padded with -1 (`summarize_items`)."""
-    positions = torch.full((len(lists), k), -1)
-    for row, recommendations in enumerate(lists):
-        positions[row, : len(recommendations)] = catalog.index_of([one.item for one in recommendations])
-    return positions
+        A search returns such items if they share a leaf with others.
+        """
+        padding = len(self.catalog)
+        if seen is not None:
+            items = items.masked_fill(self.catalog.seen_items(seen).contains(items), padding)
+        if allowed is not None:
+            items = items.masked_fill(~torch.isin(items, self.catalog.index_of(list(allowed))), padding)
+        return _distinct(items, padding)
 
 
 class _Member:
@@ -258,18 +282,15 @@ class _Member:
     Items are positions in the ensemble's catalog, `len(catalog)` is padding, and all results are on the CPU.
 
     Attributes:
-        leaves, log_probs: `(U, beams)` the result of `search`.
+        leaves, log_probs: `(U, n)` what `search` has found for each prompt.
         prompts: the U distinct views of the histories, the longest first.
         rows: `(U,)` the history of each prompt.
         slots: `(B, views)` the prompt of each view of each history.
     """
 
-    def __init__(
-        self, member: Recommender, views: Sequence[View], shared: _SharedItems, histories: list[list[Item]], size: int
-    ):
-        self.member, self.shared, self.size = member, shared, size
-        member.catalog.to(member.model.device)
-        longest = member.encoder.max_history_items
+    def __init__(self, member: Recommender, views: Sequence[View], shared: _SharedItems, histories: list[list[Item]]):
+        self.member, self.shared, self.size = member, shared, len(histories)
+        longest = member.max_history_items
         seen = [[tuple(view(history[-longest:])) for view in views] for history in histories]
         distinct = dict.fromkeys((row, view) for row, views_of_row in enumerate(seen) for view in views_of_row)
         ordered = sorted(distinct, key=lambda entry: -len(entry[1]))
@@ -278,25 +299,40 @@ class _Member:
         self.rows = torch.tensor([row for row, _ in ordered])
         self.slots = torch.tensor([[number[row, view] for view in found] for row, found in enumerate(seen)])
 
-    def search(self, beams: int, allowed: frozenset[Item] | None) -> Tensor:
-        """Return the items `(B, n)` that beam search finds for any view."""
-        policy, catalog, padding = self.member.policy, self.member.catalog, len(self.shared.position)
-        nodes = None if allowed is None else catalog.tree.path_mask(catalog.leaf_of(sorted(allowed)))
-        found = []
+    def search(
+        self, beams: int, allowed: frozenset[Item] | None, columns: Sequence[Sequence[Sequence[Item]] | None]
+    ) -> list[Tensor]:
+        """Return the items `(B, n)` that beam search finds for any view, once for each column (`Ensemble._rank`).
+
+        A list may hold items that are seen or not allowed, if they share a leaf with others.
+        """
+        policy, catalog, device = self.member.policy, self.member.catalog, self.member.model.device
+        nodes = None if allowed is None else catalog.to(device).tree.path_mask(catalog.leaf_of(list(allowed)))
+        excluded = [None if seen is None else catalog.seen_items(seen, among=allowed).leaves for seen in columns]
+        found = [[] for _ in columns]
         for start in range(0, len(self.prompts), self.size):
-            prompts = self.member._prompts(self.prompts[start : start + self.size])
-            found.append(policy.beam_search(prompts, beams, nodes))
-            check_ranked(*found[-1], self.member.model)
-        self.leaves, self.log_probs = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
-        sizes = torch.where(self.leaves >= 0, self.shared.leaf.bincount()[self.leaves], 0).sum(1)
-        own = catalog.expand_leaves(self.leaves, int(sizes.max())).cpu()
-        return torch.where(own >= 0, self.shared.position[own], padding)[self.slots].flatten(1)
+            rows = slice(start, start + self.size)
+            prompts = self.member.prompts(self.prompts[rows])
+            with policy.computed_once(prompts):
+                for column, leaves in zip(found, excluded, strict=True):
+                    left_out = None if leaves is None else leaves[self.rows[rows]].to(device)
+                    column.append(policy.beam_search(prompts, beams, nodes, left_out))
+                    check_ranked(*column[-1], self.member.model)
+        ranked = [[torch.cat(parts).cpu() for parts in zip(*column, strict=True)] for column in found]
+        self.leaves, self.log_probs = (torch.cat(parts, 1) for parts in zip(*ranked, strict=True))
+        return [self._items(leaves)[self.slots].flatten(1) for leaves, _ in ranked]
+
+    def _items(self, leaves: Tensor) -> Tensor:
+        """Return all items at the member's leaves: `(U, beams) -> (U, n)`."""
+        sizes = torch.where(leaves >= 0, self.shared.leaf.bincount()[leaves], 0).sum(1)
+        own = self.member.catalog.expand_leaves(leaves, int(sizes.max())).cpu()
+        return torch.where(own >= 0, self.shared.position[own], len(self.shared.position))
 
     def score(self, candidates: Tensor) -> Tensor:
         """Return the log-probabilities of items `(B, n)` for every view, `(B, views, n)`, -inf on padding."""
         is_padding = candidates == len(self.shared.position)
         leaves = self.shared.leaf[candidates.masked_fill(is_padding, 0)].masked_fill(is_padding, -1)
-        columns = min(leaves.shape[1], LEAVES_PER_FORWARD)
+        columns = max(1, min(leaves.shape[1], LEAVES_PER_FORWARD))
         size = min(self.size, max(1, TRAJECTORIES_PER_FORWARD // columns))
         parts = []
         for start in range(0, len(self.prompts), size):
@@ -319,7 +355,7 @@ class _Member:
         # The unknown ones come first. Rows with fewer of them are filled up with others.
         order = known.long().argsort(dim=1, stable=True)[:, : int((~known).sum(1).max())]
         wanted = leaves.gather(1, order).clamp(min=0).to(self.member.model.device)
-        prompts, parts = self.member._prompts(self.prompts[rows]), wanted.split(LEAVES_PER_FORWARD, 1)
+        prompts, parts = self.member.prompts(self.prompts[rows]), wanted.split(LEAVES_PER_FORWARD, 1)
         scores = [self.member.policy.score(prompts, part).trajectory_log_probs for part in parts]
         check_ranked(wanted, scored := torch.cat(scores, 1), self.member.model)
         return log_probs.scatter(1, order, scored.cpu())
@@ -340,4 +376,4 @@ def _distinct(items: Tensor, padding: int) -> Tensor:
     items = items.sort(1).values
     items[:, 1:] = items[:, 1:].masked_fill(items[:, 1:] == items[:, :-1], padding)
     items = items.sort(1).values
-    return items[:, : int((items < padding).sum(1).max())]
+    return items[:, : int((items < padding).sum(1).max())].contiguous()

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,14 +14,14 @@ from gflowtrl import Recommender
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.cli import main
 from gflowtrl.data import InteractionData, build_tokenizer, leave_one_out, read_interactions, write_folder
-from gflowtrl.ensemble import Ensemble, View, positions_of
+from gflowtrl.ensemble import Ensemble, View
 from gflowtrl.metrics import item_ranking_metrics
 from tests.tiny import tiny_model, tiny_seq2seq
 from tests.trainer.world import ITEMS, SEMANTIC_IDS, TOKENIZER, make_catalog
 
 
 HISTORIES = [["i010"], ["short", "twin"], ["i222", "i001", "i100", "i010"], ["i111", "i222"] * 9]
-VIEWS = [View(), View(last=2), View(drop=0.5, shuffle=True, seed=3)]
+VIEWS = [View(), View(last=2), View(last=1)]
 # The same items in another order, with two tokens per id. Other items collide: three at each of eight leaves.
 OTHER_IDS = {item: (f"<x_{i % 4}>", f"<y_{i % 2}>") for i, item in enumerate(reversed(ITEMS))}
 OTHER_TOKENIZER = build_tokenizer(OTHER_IDS)
@@ -54,7 +55,7 @@ def brute_force(members: list, weights: list, views: list, history: list) -> dic
     total = dict.fromkeys(ITEMS, 0.0)
     for member, weight in zip(members, weights, strict=True):
         for view in views:
-            seen = view(history[-member.encoder.max_history_items :])
+            seen = view(history[-member.max_history_items :])
             for item, probability in probabilities_of(member, seen).items():
                 total[item] += weight / sum(weights) / len(views) * probability
     return total
@@ -84,22 +85,71 @@ def test_an_item_has_the_average_of_its_probabilities(chosen, views, batch_size)
         assert math.fsum(one.probability for one in found) == pytest.approx(1, abs=1e-5)
 
 
-@settings(max_examples=8, deadline=None)
+def candidates_of(history: list, beams: int, removed: set) -> set[str]:
+    """The items that any member finds for any view by a search without the leaves whose items are all removed."""
+    found = set()
+    for member in MEMBERS:
+        catalog = member.catalog
+        closed = [leaf for leaf in range(catalog.tree.num_leaves) if removed.issuperset(catalog.items_of(leaf))]
+        for view in VIEWS:
+            prompts = member.encoder([view(history[-member.max_history_items :])])
+            leaves = member.policy.beam_search(prompts, beams, excluded=torch.tensor([closed or [-1]]))[0][0].tolist()
+            found |= {item for leaf in leaves if leaf >= 0 for item in catalog.items_of(leaf)}
+    return found - removed
+
+
+@settings(max_examples=12, deadline=None)
 @given(
-    st.lists(st.sampled_from(ITEMS), min_size=1, max_size=8),
+    st.lists(st.sampled_from(ITEMS), min_size=1, max_size=30),
     st.integers(1, 6),
     st.lists(st.floats(0.1, 10), min_size=3, max_size=3),
+    st.booleans(),
 )
-def test_a_narrow_beam_only_limits_the_candidates(history, beams, weights):
+def test_a_narrow_beam_only_limits_the_candidates(history, beams, weights, exclude_seen):
+    """No list is shorter than the beam, unless the user has had almost everything."""
+    removed = set(history) if exclude_seen else set()
     expected = brute_force(MEMBERS, weights, VIEWS, history)
-    candidates = set()
-    for member in MEMBERS:
-        for view in VIEWS:
-            seen = view(history[-member.encoder.max_history_items :])
-            leaves = member.policy.beam_search(member.encoder([seen]), beams)[0][0].tolist()
-            candidates |= {item for leaf in leaves if leaf >= 0 for item in member.catalog.items_of(leaf)}
-    (found,) = Ensemble(MEMBERS, weights, VIEWS).recommend([history], k=beams, num_beams=beams)
+    candidates = candidates_of(history, beams, removed)
+    assert len(candidates) >= min(beams, len(ITEMS) - len(removed))
+    ensemble = Ensemble(MEMBERS, weights, VIEWS)
+    (found,) = ensemble.recommend([history], k=beams, num_beams=beams, exclude_seen=exclude_seen)
     assert_ranking(found, {item: expected[item] for item in candidates}, beams)
+
+
+def test_a_user_who_has_had_all_items_gets_an_empty_list():
+    histories = [ITEMS, ITEMS[:-1], ITEMS[:3]]
+    lists = Ensemble(MEMBERS, views=VIEWS).recommend(histories, k=2, exclude_seen=True)
+    assert [one.item for one in lists[1]] == ITEMS[-1:]
+    assert lists[0] == [] and len(lists[2]) == 2
+    assert Ensemble(MEMBERS).recommend([ITEMS], exclude_seen=True) == [[]]
+
+
+@pytest.mark.parametrize("batch_size", [256, 2])
+def test_both_rankings_are_those_of_brute_force(batch_size):
+    """Also where the history was cut, and where the target is a repetition, which stays a candidate."""
+    earlier = [*HISTORIES, ITEMS[:20], ["i222", "i100", "i222"]]
+    targets = ["i001", "i111", "i010", "i112", "twin", "i222"]
+    rows = Dataset.from_dict({"history": [history[-5:] for history in earlier], "target": targets})
+    lists = Ensemble(MEMBERS, [3, 1, 1], VIEWS).rank_both(rows, earlier, len(ITEMS), batch_size=batch_size)
+    for row, (history, target) in enumerate(zip(earlier, targets, strict=True)):
+        expected = brute_force(MEMBERS, [3, 1, 1], VIEWS, history)
+        for ranked_items, removed in zip(lists, (set(), set(history) - {target}), strict=True):
+            places = ranked_items[row].tolist()
+            kept = [ITEMS[place] for place in places if place >= 0]
+            assert set(kept) == set(ITEMS) - removed and places[len(kept) :] == [-1] * len(removed)
+            values = [expected[item] for item in kept]
+            assert values == pytest.approx(sorted(values, reverse=True), rel=1e-4)
+
+
+def test_both_rankings_are_the_lists_of_recommend():
+    rows = Dataset.from_dict({"history": HISTORIES, "target": ["i012", "i112", "i112", "i112"]})
+    ensemble = Ensemble(MEMBERS, views=VIEWS)
+    narrow = {"k": 3, "num_beams": 3}
+    for ranked_items, exclude_seen in zip(ensemble.rank_both(rows, HISTORIES, **narrow), (False, True), strict=True):
+        lists = ensemble.recommend(HISTORIES, exclude_seen=exclude_seen, **narrow)
+        assert [[ITEMS[place] for place in places] for places in ranked_items.tolist()] == [
+            [one.item for one in found] for found in lists
+        ]
 
 
 def test_a_narrow_beam_is_approximate():
@@ -139,7 +189,7 @@ def test_seen_items_are_left_out_and_only_allowed_ones_are_recommended():
     allowed = ["twin", "i222", "i100", "short"]
     for history, unseen, chosen, both in zip(
         HISTORIES,
-        ensemble.recommend(HISTORIES, k=5, num_beams=23, exclude_seen=True),
+        ensemble.recommend(HISTORIES, k=5, num_beams=24, exclude_seen=True),
         ensemble.recommend(HISTORIES, k=3, allowed_items=allowed),
         ensemble.recommend(HISTORIES, k=5, allowed_items=allowed, exclude_seen=True),
         strict=True,
@@ -159,47 +209,22 @@ def test_a_user_without_known_items_gets_the_most_popular_ones():
 
 
 # --------------------------------------------------------------------------------------------------------------- views
-@given(
-    st.lists(st.integers(), min_size=1, max_size=12),
-    st.none() | st.integers(1, 15),
-    st.sampled_from([0.0, 0.3, 0.9]),
-    st.booleans(),
-    st.integers(0, 9),
-)
-def test_a_view_is_a_part_of_the_history(history, last, drop, shuffle, seed):
-    view = View(last, drop, shuffle, seed if drop or shuffle else 0)
-    seen = view(history)
-    recent = history[-(view.last or len(history)) :]
-    assert len(seen) == 1 + round((1 - view.drop) * (len(recent) - 1))
-    if view.shuffle:
-        assert all(seen.count(item) <= recent.count(item) for item in seen) and recent[-1] in seen
-    else:
-        rest = iter(recent)
-        assert seen[-1] == recent[-1] and all(item in rest for item in seen)  # a subsequence
-    assert view(history) == seen
+@given(st.lists(st.integers(), max_size=12), st.none() | st.integers(1, 15))
+def test_a_view_is_the_end_of_a_history(history, last):
+    view = View(last)
+    assert view(history) == (history if last is None else list(reversed(history))[:last][::-1])
     assert View.parse(str(view)) == view
-
-
-def test_views_of_random_kinds_depend_on_the_seed():
-    history = list(range(20))
-    for settings_ in ({"drop": 0.5}, {"shuffle": True}):
-        assert len({tuple(View(**settings_, seed=seed)(history)) for seed in range(5)}) == 5
-    orders = [View(shuffle=True, seed=seed)(history[:3]) for seed in range(300)]
-    assert len(set(map(tuple, orders))) == 6  # every order occurs
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("last=0", "last is 0; it must be a whole number of at least 1"),
-        ("last=ten", "the setting 'last=ten'"),
-        ("first=3", "the setting 'first=3'"),
-        ("drop=1", r"drop is 1.0; it must be a number in \[0, 1\)"),
-        ("shuffle=1", "the setting 'shuffle=1'"),
-        ("last=3,last=4", "the setting 'last=4'"),
-        ("", "the setting ''"),
-        ("seed=-1", "seed is -1"),
-        ("last=2,seed=1", "seed is 1, but the view is not random"),
+        ("last=ten", "The view 'last=ten' is unknown. Write full, or last=10"),
+        ("last=-1", "'last=-1' is unknown"),
+        ("last", "'last' is unknown"),
+        ("first=3", "'first=3' is unknown"),
+        ("", "'' is unknown"),
     ],
 )
 def test_a_wrong_view_is_refused(text, message):
@@ -253,7 +278,7 @@ def folders(tmp_path_factory) -> list[str]:
 def test_recommend_averages_models_and_views(folders, capsys, tmp_path):
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, HISTORIES)))
     words = ["recommend", "--input", str(tmp_path / "in.jsonl"), "-k", "4", "--model"]
-    views = ["--views", "full", "last=2", "drop=0.5,shuffle,seed=3"]
+    views = ["--views", "full", "last=2", "last=1"]
     for more, ensemble in (
         ([*folders[:2], "--weights", "3", "1"], Ensemble(MEMBERS[:2], [3, 1])),
         ([folders[0], *views], Ensemble(MEMBERS[:1], views=VIEWS)),
@@ -266,7 +291,7 @@ def test_recommend_averages_models_and_views(folders, capsys, tmp_path):
     assert main([*words, *folders[:2], "--strategy", "sample"]) == 2
     assert "cannot be sampled. Leave out --strategy" in capsys.readouterr().err
     assert main([*words, folders[0], "--views", "lst=3"]) == 2
-    assert "the setting 'lst=3'" in capsys.readouterr().err
+    assert "The view 'lst=3' is unknown" in capsys.readouterr().err
 
 
 def test_evaluate_averages_models(folders, capsys):
@@ -276,15 +301,20 @@ def test_evaluate_averages_models(folders, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert printed["model"] == models and printed["weights"] == [0.5, 0.5] and printed["views"] == ["full"]
     rows = leave_one_out(read_interactions(data_dir), 5).validation
-    order = [ranked(brute_force(MEMBERS[:2], [1, 1], [View()], history)) for history in rows["history"]]
-    items = torch.tensor([[ITEMS.index(item) for item in ranking] for ranking in order])
-    expected = item_ranking_metrics(items, torch.tensor([ITEMS.index(item) for item in rows["target"]]), [3, 5])
-    for name, values in expected.items():
-        assert printed["metrics"][name] == pytest.approx(values.mean().item()), name
-    assert printed["metrics"]["item_ndcg@5"] == printed["metrics"]["ndcg@5"] > 0
-
-
-def test_positions_are_those_of_the_catalog_and_short_lists_are_padded():
-    lists = Ensemble(MEMBERS[:1]).recommend(HISTORIES[:2], k=4, allowed_items=["i222", "i100"])
-    positions = positions_of(lists, MEMBERS[0].catalog, 4)
-    assert positions.tolist() == [[*(ITEMS.index(r.item) for r in found), -1, -1] for found in lists]
+    sequences = read_interactions(data_dir).sequences
+    assert [sequence[-2] for sequence in sequences] == rows["target"]
+    orders = {"": [], "unseen_": []}
+    for history, target, sequence in zip(rows["history"], rows["target"], sequences, strict=True):
+        order = ranked(brute_force(MEMBERS[:2], [1, 1], [View()], history))
+        orders[""].append(order)
+        removed = set(sequence[:-2]) - {target}
+        orders["unseen_"].append([item for item in order if item not in removed])
+    targets = torch.tensor([ITEMS.index(item) for item in rows["target"]])
+    for prefix, order in orders.items():
+        items = torch.tensor([[ITEMS.index(item) for item in ranking[:5]] for ranking in order])
+        for name, values in item_ranking_metrics(items, targets, [3, 5]).items():
+            assert printed["metrics"][f"{prefix}{name}"] == pytest.approx(values.mean().item()), name
+        assert printed["metrics"][f"{prefix}item_ndcg@5"] == printed["metrics"][f"{prefix}ndcg@5"] > 0
+    assert printed["metrics"]["unseen_ndcg@5"] > printed["metrics"]["ndcg@5"]
+    assert main([*words, *models, "--num_beams", "3"]) == 2
+    assert "num_beams is 3, less than k" in capsys.readouterr().err

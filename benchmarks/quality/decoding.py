@@ -7,7 +7,8 @@
 Every average is compared with its own models: with the mean of their metrics for each user, and with the model of the
 highest NDCG, which these same users choose. The intervals are paired over users. The first command measures the single
 models, the averages of the first two, three, ... models, and all view sets with the first model. Choose on the
-validation split, then give the choice to `--averages` on the test split.
+validation split, then give the choice to `--averages` on the test split. All figures are also measured with the items
+removed that a user has had before; the time is that of both rankings.
 """
 
 from __future__ import annotations
@@ -22,60 +23,58 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from gflowtrl import Recommender
+from gflowtrl.catalog import Item
 from gflowtrl.data import leave_one_out, read_interactions
-from gflowtrl.ensemble import Ensemble, View, positions_of
-from gflowtrl.metrics import paired_bootstrap, summarize_items
+from gflowtrl.ensemble import Ensemble, View
+from gflowtrl.metrics import paired_bootstrap
+from gflowtrl.metrics.ranking_report import UNSEEN
+from gflowtrl.pipeline.evaluation import earlier_items, measure_saved
 from gflowtrl.pipeline.run_report import aligned, interval_text
-from gflowtrl.trainer.evaluation import by_length
 
 
 VIEW_SETS = [
     "full last=10",
     "full last=5",
     "full last=10 last=5",
-    "full shuffle",
-    "full shuffle,seed=1 shuffle,seed=2",
-    "full drop=0.2",
-    "full drop=0.2,seed=1 drop=0.2,seed=2",
 ]
-METRICS = ("item_recall@10", "item_ndcg@10")
+COLUMNS = {"": "kept", UNSEEN: "removed"}  # prefixes of metrics, and what happens to items that a user has had
+METRICS = tuple(f"{prefix}{name}" for prefix in COLUMNS for name in ("item_recall@10", "item_ndcg@10"))
 WARM_UP = 8  # users before the clock starts: the first use checks the model
 
 
 @dataclass
 class Task:
-    """Users, longest histories first, with their targets and the training counts, as positions in a catalog."""
+    """Rows of users, all items that each has had, and the number of training interactions of each item."""
 
-    histories: list[list]
-    targets: Tensor
-    counts: Tensor
+    rows: Dataset
+    earlier: list[list[Item]]
+    counts: dict[Item, int]
 
 
 def read_task(given: argparse.Namespace, models: Sequence[Recommender]) -> Task:
     """Read the users of a split; with `--users` a random part of them."""
     data = read_interactions(given.data_dir)
-    splits = leave_one_out(data, max(model.encoder.max_history_items for model in models))
+    splits = leave_one_out(data, max(model.max_history_items for model in models))
     rows = getattr(splits, given.split)
     if given.users is not None:
         rows = rows.shuffle(seed=0).select(range(min(given.users, len(rows))))
-    rows, catalog = by_length(rows)[0], models[0].catalog
     counts = dict(zip(data.items, splits.item_counts.tolist(), strict=True))
-    item_counts = torch.tensor([counts.get(item, 0) for item in catalog.items])
-    return Task(list(rows["history"]), catalog.index_of(rows["target"]), item_counts)
+    return Task(rows, earlier_items(data, rows), counts)
 
 
 def measure(system: Recommender | Ensemble, task: Task, num_beams: int) -> tuple[dict, dict[str, Tensor]]:
     """Return the figures of a system, and its metrics per user."""
-    system.recommend(task.histories[:WARM_UP], 10, num_beams)
+    few = task.rows.select(range(min(WARM_UP, len(task.rows))))
+    measure_saved(system, few, task.earlier[: len(few)], task.counts, [10], num_beams)
     start, cpu_start = time.perf_counter(), time.process_time()
-    lists = system.recommend(task.histories, 10, num_beams)
+    report = measure_saved(system, task.rows, task.earlier, task.counts, [10], num_beams)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    report = summarize_items(positions_of(lists, system.catalog, 10), task.targets, task.counts, [10])
-    figures = {name: report.metrics[name] for name in (*METRICS, "coverage@10")}
-    thousands = len(task.histories) / 1000
+    figures = {name: report.metrics[name] for name in (*METRICS, *(f"{prefix}coverage@10" for prefix in COLUMNS))}
+    thousands = len(task.rows) / 1000
     costs = {"seconds_per_1000_users": seconds / thousands, "cpu_seconds_per_1000_users": cpu_seconds / thousands}
     return {"metrics": figures, **costs}, {name: report.per_user[name] for name in METRICS}
 
@@ -107,18 +106,19 @@ def compared(chosen: dict[str, tuple[list[int], str]], models: list[Recommender]
 
 
 def table(results: dict[str, dict]) -> str:
-    """Return a Markdown table: metrics, differences to the mean and to the best of the average's models, cost."""
+    """Return a Markdown table with two rows each: metrics, differences to the mean and best of the models, cost."""
     costs = {"seconds_per_1000_users": "s / 1,000 users", "cpu_seconds_per_1000_users": "CPU s / 1,000 users"}
-    differences = {
-        "Recall - mean": ("minus_mean", METRICS[0]),
-        "NDCG - mean": ("minus_mean", METRICS[1]),
-        "NDCG - best": ("minus_best", METRICS[1]),
-    }
-    lines = [["recommender", "item Recall@10", "item NDCG@10", "coverage@10", *differences, *costs.values()]]
+    differences = {"Recall - mean": ("minus_mean", METRICS[0]), "NDCG - mean": ("minus_mean", METRICS[1])}
+    differences["NDCG - best"] = ("minus_best", METRICS[1])
+    names = (*METRICS[:2], "coverage@10")
+    lines = [["recommender", "seen items", "item Recall@10", "item NDCG@10", "coverage@10", *differences]]
+    lines[0] += costs.values()
     for name, entry in results.items():
-        cells = [f"{value:.4f}" for value in entry["metrics"].values()]
-        cells += [interval_text(entry[key][m]) if key in entry else "" for key, m in differences.values()]
-        lines.append([name, *cells, *(f"{entry[cost]:.1f}" for cost in costs)])
+        for prefix, kind in COLUMNS.items():
+            cells = [f"{entry['metrics'][prefix + metric]:.4f}" for metric in names]
+            cells += [interval_text(entry[key][prefix + m]) if key in entry else "" for key, m in differences.values()]
+            spent = [f"{entry[cost]:.1f}" for cost in costs] if not prefix else ["", ""]
+            lines.append([name, kind, *cells, *spent])
     return aligned(lines)
 
 
@@ -143,7 +143,7 @@ def main() -> None:
     results = compared({name: known[name] for name in wanted}, models, task, given.num_beams)
     print(f"\n{table(results)}")
     if given.out is not None:
-        about = {"split": given.split, "users": len(task.histories), "num_beams": given.num_beams}
+        about = {"split": given.split, "users": len(task.rows), "num_beams": given.num_beams}
         about |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": platform.platform()}
         about |= {"device": str(models[0].model.device), "threads": torch.get_num_threads()}
         given.out.parent.mkdir(parents=True, exist_ok=True)

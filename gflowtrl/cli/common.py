@@ -126,9 +126,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, nargs="+", help="recommender (folder or Hub name); several: averaged"
     )
     parser.add_argument("--weights", type=float, nargs="+", help="one weight per model; by default equal")
-    parser.add_argument(
-        "--views", nargs="+", help="average over views of a history, as in: full last=10 drop=0.2,seed=1"
-    )
+    parser.add_argument("--views", nargs="+", help="average over views of a history, as in: full last=10 last=5")
 
 
 def is_ensemble(options: argparse.Namespace) -> bool:

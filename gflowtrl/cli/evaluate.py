@@ -24,16 +24,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    import torch
-
     from gflowtrl.data import leave_one_out, read_interactions
-    from gflowtrl.ensemble import Ensemble, positions_of
-    from gflowtrl.metrics import summarize_items
+    from gflowtrl.ensemble import Ensemble
     from gflowtrl.metrics.ranking_report import UNSEEN
-    from gflowtrl.pipeline.evaluation import both_columns, earlier_items
+    from gflowtrl.pipeline.evaluation import earlier_items, measure_saved
     from gflowtrl.pipeline.run_report import aligned
     from gflowtrl.pipeline.stage import write_json
-    from gflowtrl.trainer import rank_both
 
     data = read_interactions(options.data_dir)
     recommender = load_models(options)
@@ -42,36 +38,23 @@ def _evaluate(options: argparse.Namespace) -> None:
             f"{len(unknown)} of {len(data.items)} items of {options.data_dir} are not in the recommender's catalog; "
             f"the first is {unknown[0]!r}. Give the data that the recommender was trained on."
         )
-    several = isinstance(recommender, Ensemble)
-    longest = recommender.max_history_items if several else recommender.encoder.max_history_items
-    splits = leave_one_out(data, longest)
-    rows, catalog = getattr(splits, options.split), recommender.catalog
+    splits = leave_one_out(data, recommender.max_history_items)
+    rows = getattr(splits, options.split)
     counts = dict(zip(data.items, splits.item_counts.tolist(), strict=True))
-    item_counts = torch.tensor([counts.get(item, 0) for item in catalog.items])
-    if several:
-        k = max(options.ks)
-        lists = recommender.recommend(rows["history"], k, options.num_beams, batch_size=options.batch_size)
-        targets = catalog.index_of(rows["target"])
-        report = summarize_items(positions_of(lists, catalog, k), targets, item_counts, options.ks)
-    else:
-        seen = catalog.seen_items(earlier_items(data, rows), rows["target"])
-        policy, encoder = recommender.policy, recommender.encoder
-        lists = rank_both(policy, encoder, rows, seen, options.num_beams, options.batch_size)
-        report = both_columns(*lists, rows, seen, catalog, item_counts, options.ks)
-    content = {"model": options.model if several else options.model[0]}
-    content |= {"weights": recommender.weights, "views": [str(v) for v in recommender.views]} if several else {}
+    earlier, beams, size = earlier_items(data, rows), options.num_beams, options.batch_size
+    report = measure_saved(recommender, rows, earlier, counts, options.ks, beams, size)
+    content = {"model": options.model[0]}
+    if isinstance(recommender, Ensemble):
+        views = [str(view) for view in recommender.views]
+        content = {"model": options.model, "weights": recommender.weights, "views": views}
     content |= {"split": options.split, "users": len(rows), "num_beams": options.num_beams}
     content |= {"metrics": report.metrics, "standard_errors": report.standard_errors}
     if options.output is not None:
         write_json(options.output, content)
     kinds = ("item_recall", "item_ndcg", "recall", "ndcg", "mrr", "coverage", "gini")
-    names = [name for name in report.metrics if name.split("@")[0] in kinds]
-    lines = [["metric", "value", "standard error", *([] if several else ["seen removed", "standard error"])]]
-    for name in names:
-        columns = [
-            (report.metrics[one], report.standard_errors.get(one))
-            for one in (name, f"{UNSEEN}{name}")[: 1 if several else 2]
-        ]
+    lines = [["metric", "value", "standard error", "seen removed", "standard error"]]
+    for name in (name for name in report.metrics if name.split("@")[0] in kinds):
+        columns = [(report.metrics[one], report.standard_errors.get(one)) for one in (name, f"{UNSEEN}{name}")]
         cells = [(f"{value:.4f}", "" if error is None else f"{error:.4f}") for value, error in columns]
         lines.append([name, *chain.from_iterable(cells)])
     about = f"{data.summary()}; {options.split} split, {len(rows):,} users, beam width {options.num_beams}"
