@@ -6,7 +6,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.catalog.catalog import CATALOG_FILE
-from gflowtrl.checks import COUNT, POSITIVE, check_choice, check_number, check_titles
+from gflowtrl.checks import COUNT, check_number, check_titles
 from gflowtrl.data import PromptEncoder
 from gflowtrl.data.recommender_files import read_details, read_encoder, write_recommender_files
 from gflowtrl.finite import check_ranked, check_weights
@@ -28,12 +28,13 @@ from gflowtrl.policy.loading import check_embedded, load_tokenizer
 from gflowtrl.policy.merging import update_adapter_files
 from gflowtrl.teachers import TeacherModule, load_teacher, score_histories
 
+from .request import Request, allowed_in
+
 
 TEACHER_FOLDER = "teacher"
 MAX_ENUMERATED = 4096  # sampling among at most so many allowed items computes the probability of each of them
 LEAVES_PER_FORWARD = 256
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-STRATEGIES = ("beam", "sample")
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,12 @@ class Recommender:
             NonFiniteError: they are not; the message names the model's folder and what is wrong with it.
         """
         check_weights(self.model)
-        check_ranked(*self.policy.beam_search(self._prompts([self.catalog.items[:1]]), 1), self.model)
+        check_ranked(*self.policy.beam_search(self.prompts([self.catalog.items[:1]]), 1), self.model)
+
+    @property
+    def max_history_items(self) -> int:
+        """Number of items of a history that are used (the last ones)."""
+        return self.encoder.max_history_items
 
     # -------------------------------------------------------------------------------------------------- recommending
     def recommend(
@@ -237,21 +243,49 @@ class Recommender:
                 known item and the recommender has no `item_counts`.
             TypeError: a history is not a list of items.
         """
+        allowed = allowed_in(self.catalog, allowed_items)
+        request = Request(k, num_beams, exclude_seen, allowed, strategy, temperature, seed)
+        return self.answer(histories, names, request, batch_size, self._decode)
+
+    def answer(
+        self,
+        histories: Iterable[Sequence[Item]],
+        names: Sequence[str] | None,
+        request: Request,
+        batch_size: int,
+        decode: Callable[[list[int], list[list[Item]], Request], list[list[Recommendation]]],
+    ) -> list[list[Recommendation]]:
+        """Answer `recommend`, or that of an `Ensemble`, whose arguments and errors these are.
+
+        `decode` makes the lists of at most `batch_size` non-empty histories, whose indices in `histories` are its
+        first argument. Longer histories come first, so that prompts of similar lengths are together.
+        """
         check_number("batch_size", batch_size, COUNT)
-        request = _Request(k, num_beams, exclude_seen, strategy, temperature, seed, self._allowed(allowed_items))
         histories = list(histories)
         names = [f"row {row}" for row in range(len(histories))] if names is None else names
-        known = self._known(histories, names)
-        warm = [row for row, history in enumerate(known) if history]
+        known = self._known(histories, names, stacklevel=4)
         results = {row: self._popular(row, names[row], request) for row, history in enumerate(known) if not history}
+        warm = sorted((row for row, history in enumerate(known) if history), key=lambda row: -len(known[row]))
         for start in range(0, len(warm), batch_size):
             rows = warm[start : start + batch_size]
-            results.update(zip(rows, self._decode(rows, [known[row] for row in rows], request), strict=True))
+            results.update(zip(rows, decode(rows, [known[row] for row in rows], request), strict=True))
         return [results[row] for row in range(len(known))]
 
-    def _decode(self, rows: list[int], histories: list[list[Item]], request: _Request) -> list[list[Recommendation]]:
+    def prompts(self, histories: list[list[Item]]) -> dict[str, Tensor]:
+        """Return the prompts of histories on the model's device, and move the catalog there.
+
+        Raises:
+            ValueError: at the first use, if the policy differs from the model's own distribution (`check_exact`).
+        """
+        self.catalog.to(self.model.device)
+        if not self._policy_is_checked:
+            check_exact(self.policy, self.encoder)
+            self._policy_is_checked = True
+        return {name: value.to(self.model.device) for name, value in self.encoder(histories).items()}
+
+    def _decode(self, rows: list[int], histories: list[list[Item]], request: Request) -> list[list[Recommendation]]:
         """Return the lists of non-empty histories, whose indices in the request are `rows`."""
-        prompts = self._prompts(histories)
+        prompts = self.prompts(histories)
         beams = request.num_beams or (max(20, request.k) if request.strategy == "beam" else request.k)
         if request.strategy == "beam":
             nodes = excluded = None
@@ -277,16 +311,8 @@ class Recommender:
                 return lists
             beams = min(4 * beams, self.catalog.tree.num_leaves)
 
-    def _prompts(self, histories: list[list[Item]]) -> dict[str, Tensor]:
-        """Return the prompts on the model's device, and move the catalog there; check the policy at the first use."""
-        self.catalog.to(self.model.device)
-        if not self._policy_is_checked:
-            check_exact(self.policy, self.encoder)
-            self._policy_is_checked = True
-        return {name: value.to(self.model.device) for name, value in self.encoder(histories).items()}
-
     @torch.no_grad()
-    def _sample_allowed(self, prompts: dict[str, Tensor], noise: Noise, request: _Request) -> tuple[Tensor, Tensor]:
+    def _sample_allowed(self, prompts: dict[str, Tensor], noise: Noise, request: Request) -> tuple[Tensor, Tensor]:
         """Return all allowed leaves `(B, n)` in the order of a draw without replacement (Gumbel), and their
         log-probabilities under the tempered policy."""
         leaves = self.catalog.leaf_of(sorted(request.allowed)).unique()
@@ -304,7 +330,7 @@ class Recommender:
         return leaves[order], log_probs.gather(1, order)
 
     def _lists(
-        self, histories: Sequence[Sequence[Item]], leaves: Tensor, log_probs: Tensor, request: _Request
+        self, histories: Sequence[Sequence[Item]], leaves: Tensor, log_probs: Tensor, request: Request
     ) -> list[list[Recommendation]]:
         """Return the first `k` items of ranked leaves `(B, n)`."""
         check_ranked(leaves, log_probs, self.model)
@@ -316,7 +342,7 @@ class Recommender:
         return results
 
     def _list(
-        self, ranked: Iterable[tuple[Item, float]], request: _Request, seen: Collection[Item] = ()
+        self, ranked: Iterable[tuple[Item, float]], request: Request, seen: Collection[Item] = ()
     ) -> list[Recommendation]:
         """Return the first `k` items that may be recommended, from ranked pairs of item and log-probability."""
         recommendations = (
@@ -326,7 +352,7 @@ class Recommender:
         )
         return list(islice(recommendations, request.k))
 
-    def _popular(self, row: int, name: str, request: _Request) -> list[Recommendation]:
+    def _popular(self, row: int, name: str, request: Request) -> list[Recommendation]:
         """Rank items by popularity in training, or sample them in proportion to it, for a user with no known item."""
         if self.item_counts is None:
             raise ValueError(
@@ -343,7 +369,7 @@ class Recommender:
         items = (self.catalog.items[index] for index in ranked.tolist())
         return self._list(zip(items, log_probs[ranked].tolist(), strict=True), request)
 
-    def _known(self, histories: Sequence[Sequence[Item]], names: Sequence[str]) -> list[list[Item]]:
+    def _known(self, histories: Sequence[Sequence[Item]], names: Sequence[str], stacklevel: int) -> list[list[Item]]:
         """Return the histories without items that are not in the catalog; warn about these items."""
         for name, history in zip(names, histories, strict=True):
             if isinstance(history, str) or not isinstance(history, Sequence):
@@ -354,19 +380,9 @@ class Recommender:
             warnings.warn(
                 f"{len(unknown)} items of the histories are not in the catalog and were left out; the first is "
                 f"{item!r} in {names[row]}.",
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
         return known
-
-    def _allowed(self, items: Iterable[Item] | None) -> frozenset[Item] | None:
-        if items is None:
-            return None
-        allowed = frozenset(items)
-        if not allowed:
-            raise ValueError("allowed_items is empty; give at least one item, or leave it out to allow all items.")
-        if unknown := self.catalog.known_items([allowed])[1]:
-            raise ValueError(f"allowed_items holds {unknown[0][1]!r}, which is not in the catalog. Remove it.")
-        return allowed
 
     # ---------------------------------------------------------------------------------------------------- explaining
     @torch.no_grad()
@@ -376,13 +392,13 @@ class Recommender:
         Raises:
             ValueError: the item is not in the catalog, or the history has no known item.
         """
-        (known,) = self._known([history], ["row 0"])
+        (known,) = self._known([history], ["row 0"], stacklevel=3)
         if not known:
             raise ValueError(
                 "The history holds no known item, so its list is by popularity and the policy cannot explain it. Give "
                 "a history with at least one item of the catalog."
             )
-        prompts, leaf = self._prompts([known]), self.catalog.leaf_of([item])
+        prompts, leaf = self.prompts([known]), self.catalog.leaf_of([item])
         scores, path = self.policy.score(prompts, leaf[None]), self.catalog.tree.walk(leaf)[0]
         check_ranked(leaf[None], scores.trajectory_log_probs, self.model)
         steps = []
@@ -402,31 +418,6 @@ class Recommender:
         probs = score_histories(self.teacher, [history], self.encoder.max_history_items)[0].softmax(-1)
         prob = probs[self.teacher.items.index(item)]
         return float(prob), 1 + int((probs > prob).sum())
-
-
-@dataclass(frozen=True)
-class _Request:
-    """Checked arguments of `recommend`."""
-
-    k: int
-    num_beams: int | None
-    exclude_seen: bool
-    strategy: str
-    temperature: float
-    seed: int
-    allowed: frozenset[Item] | None
-
-    def __post_init__(self):
-        check_number("k", self.k, COUNT)
-        check_choice("strategy", self.strategy, STRATEGIES)
-        check_number("temperature", self.temperature, POSITIVE)
-        if self.num_beams is not None and self.num_beams < self.k:
-            raise ValueError(f"num_beams is {self.num_beams}, less than k; it must be at least {self.k}.")
-        if self.strategy == "beam" and self.temperature != 1.0:
-            raise ValueError(
-                f"temperature is {self.temperature}, but strategy 'beam' does not sample. Use strategy='sample', or "
-                f"leave temperature out."
-            )
 
 
 def local_copy(directory: str | os.PathLike) -> Path:

@@ -26,7 +26,7 @@ LAYERS = (
     {"catalog"},
     {"data", "policy", "semantic_ids", "teachers"},
     {"rewards", "samplers", "losses", "metrics"},
-    {"trainer", "recommender"},
+    {"trainer", "recommender", "ensemble", "request"},
     {"pipeline", "serving"},
     {"cli", "__main__"},
 )

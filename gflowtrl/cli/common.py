@@ -7,11 +7,16 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from safetensors import SafetensorError
 
 from gflowtrl.compat import parser_actions
+
+
+if TYPE_CHECKING:
+    from gflowtrl.ensemble import Ensemble
+    from gflowtrl.recommender import Recommender
 
 
 class Parser(argparse.ArgumentParser):
@@ -113,3 +118,28 @@ def _format_error(error: Exception) -> str:
 def show(given: argparse.Namespace, content: Any, text: str) -> None:
     """Print the result: `content` as JSON with `--json`, else `text`."""
     print(json.dumps(content, ensure_ascii=False) if given.json else text)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `load_models`."""
+    parser.add_argument(
+        "--model", required=True, nargs="+", help="recommender (folder or Hub name); several: averaged"
+    )
+    parser.add_argument("--weights", type=float, nargs="+", help="one weight per model; by default equal")
+    parser.add_argument("--views", nargs="+", help="average over views of a history, as in: full last=10 last=5")
+
+
+def is_ensemble(options: argparse.Namespace) -> bool:
+    """Return whether the options of `add_model_options` ask for an average."""
+    return len(options.model) > 1 or options.views is not None or options.weights is not None
+
+
+def load_models(options: argparse.Namespace) -> Recommender | Ensemble:
+    """Load the recommender of `--model`, or the ensemble (`is_ensemble`)."""
+    from gflowtrl.ensemble import Ensemble, View
+    from gflowtrl.recommender import Recommender
+
+    if not is_ensemble(options):
+        return Recommender.from_pretrained(options.model[0])
+    views = [View.parse(text) for text in options.views or ["full"]]
+    return Ensemble.from_pretrained(options.model, options.weights, views)

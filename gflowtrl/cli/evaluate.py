@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-from .common import guarded, make_parser, parse, show
+from .common import add_model_options, guarded, load_models, make_parser, parse, show
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return the exit code."""
     parser = make_parser("evaluate", "Evaluate a saved recommender by constrained beam search.")
-    parser.add_argument("--model", required=True, help="folder of a recommender, or its name on the Hub")
+    add_model_options(parser)
     parser.add_argument("--data_dir", required=True, help="folder of the data (docs/data.md)")
     parser.add_argument("--split", choices=["validation", "test"], default="test", help="split of the targets")
     parser.add_argument("--ks", type=int, nargs="+", default=[5, 10, 20], help="cutoffs of the metrics")
@@ -24,32 +24,30 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    import torch
-
     from gflowtrl.data import leave_one_out, read_interactions
+    from gflowtrl.ensemble import Ensemble
     from gflowtrl.metrics.ranking_report import UNSEEN
-    from gflowtrl.pipeline.evaluation import both_columns, earlier_items
+    from gflowtrl.pipeline.evaluation import earlier_items, measure_saved
     from gflowtrl.pipeline.run_report import aligned
     from gflowtrl.pipeline.stage import write_json
-    from gflowtrl.recommender import Recommender
-    from gflowtrl.trainer import rank_both
 
     data = read_interactions(options.data_dir)
-    recommender = Recommender.from_pretrained(options.model)
+    recommender = load_models(options)
     if unknown := [item for item in data.items if item not in recommender.catalog]:
         raise ValueError(
             f"{len(unknown)} of {len(data.items)} items of {options.data_dir} are not in the recommender's catalog; "
             f"the first is {unknown[0]!r}. Give the data that the recommender was trained on."
         )
-    splits = leave_one_out(data, recommender.encoder.max_history_items)
+    splits = leave_one_out(data, recommender.max_history_items)
     rows = getattr(splits, options.split)
-    seen = recommender.catalog.seen_items(earlier_items(data, rows), rows["target"])
-    policy, encoder = recommender.policy, recommender.encoder
-    lists = rank_both(policy, encoder, rows, seen, options.num_beams, options.batch_size)
     counts = dict(zip(data.items, splits.item_counts.tolist(), strict=True))
-    item_counts = torch.tensor([counts.get(item, 0) for item in recommender.catalog.items])
-    report = both_columns(*lists, rows, seen, recommender.catalog, item_counts, options.ks)
-    content = {"model": options.model, "split": options.split, "users": len(rows), "num_beams": options.num_beams}
+    earlier, beams, size = earlier_items(data, rows), options.num_beams, options.batch_size
+    report = measure_saved(recommender, rows, earlier, counts, options.ks, beams, size)
+    content = {"model": options.model[0]}
+    if isinstance(recommender, Ensemble):
+        views = [str(view) for view in recommender.views]
+        content = {"model": options.model, "weights": recommender.weights, "views": views}
+    content |= {"split": options.split, "users": len(rows), "num_beams": options.num_beams}
     content |= {"metrics": report.metrics, "standard_errors": report.standard_errors}
     if options.output is not None:
         write_json(options.output, content)

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from .common import guarded, make_parser, parse
+from .common import add_model_options, guarded, is_ensemble, load_models, make_parser, parse
 
 
 CHUNK_SIZE = 1024  # histories in memory at a time
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> int:
         "recommend",
         'Recommend items for each line of a file: {"history": [5, 9]}, whose other fields are kept, or [5, 9].',
     )
-    parser.add_argument("--model", required=True, help="folder of a recommender, or its name on the Hub")
+    add_model_options(parser)
     parser.add_argument("--input", default="-", help="file with one history per line; - is standard input")
     parser.add_argument("--output", default="-", help="file for one answer per line; - is standard output")
     parser.add_argument("-k", "--k", type=int, default=10, help="length of the lists")
@@ -40,6 +40,11 @@ def main(arguments: Sequence[str]) -> int:
 def _recommend(options: argparse.Namespace) -> None:
     from gflowtrl.files import write_atomically
 
+    if is_ensemble(options) and (options.strategy != "beam" or options.temperature != 1.0):
+        raise ValueError(
+            "An average of models or views cannot be sampled. Leave out --strategy and --temperature, or give one "
+            "--model without --views and --weights."
+        )
     if options.allowed_items is not None:
         options.allowed_items = _read_allowed(options.allowed_items)
     with open(os.dup(0) if options.input == "-" else options.input, encoding="utf-8-sig") as lines:
@@ -56,19 +61,19 @@ def _recommend(options: argparse.Namespace) -> None:
 def _answer(options: argparse.Namespace, lines: IO[str], out: IO[str]) -> None:
     from tqdm.auto import tqdm
 
-    from gflowtrl.recommender import Recommender
-
-    names = ("k", "strategy", "temperature", "num_beams", "batch_size", "exclude_seen", "allowed_items")
+    names = ["k", "num_beams", "batch_size", "exclude_seen", "allowed_items"]
+    names += [] if is_ensemble(options) else ["strategy", "temperature"]
     arguments = {name: getattr(options, name) for name in names}
-    recommender = Recommender.from_pretrained(options.model)
+    recommender = load_models(options)
     numbered = ((f"{options.input}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip())
     rows = ((name, _parse_row(line, name)) for name, line in numbered)
     with tqdm(disable=not sys.stderr.isatty(), unit=" histories", file=sys.stderr) as progress:
         for number, chunk in enumerate(iter(lambda: list(islice(rows, CHUNK_SIZE)), [])):
             line_names, contents = zip(*chunk, strict=True)
             histories = [content["history"] for content in contents]
-            seed = _chunk_seed(options.seed, number)
-            lists = recommender.recommend(histories, seed=seed, names=line_names, **arguments)
+            if not is_ensemble(options):
+                arguments["seed"] = _chunk_seed(options.seed, number)
+            lists = recommender.recommend(histories, names=line_names, **arguments)
             for content, recommendations in zip(contents, lists, strict=True):
                 answer = {**content, "recommendations": [_as_dict(item) for item in recommendations]}
                 out.write(json.dumps(answer, ensure_ascii=False) + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from tqdm.auto import tqdm
 
 from gflowtrl.catalog import Item, ItemCatalog, SeenItems
 from gflowtrl.data import InteractionData
+from gflowtrl.ensemble import Ensemble
 from gflowtrl.metrics import RankingReport, summarize, summarize_items
 from gflowtrl.metrics.ranking_report import UNSEEN
 from gflowtrl.policy import make_policy
+from gflowtrl.recommender import Recommender
 from gflowtrl.teachers import Teacher, TeacherModule, score_histories, top_items
 from gflowtrl.trainer import rank_both
 
@@ -50,6 +52,38 @@ def both_columns(
     targets, catalog = catalog.leaf_of(rows["target"]).cpu(), catalog.to("cpu")
     report = summarize(leaves, targets, catalog, item_counts, ks)
     return report.with_unseen(summarize(unseen, targets, catalog, item_counts, ks, seen))
+
+
+def both_item_columns(
+    items: Tensor, unseen: Tensor, targets: Tensor, item_counts: Tensor, ks: Sequence[int]
+) -> RankingReport:
+    """Metrics of two rankings of items; those without seen items begin with `unseen_`."""
+    report = summarize_items(items, targets, item_counts, ks)
+    return report.with_unseen(summarize_items(unseen, targets, item_counts, ks))
+
+
+def measure_saved(
+    system: Recommender | Ensemble, rows: Dataset, earlier: Sequence[Sequence[Item]],
+    counts: Mapping[Item, int], ks: Sequence[int], num_beams: int, batch_size: int = 256,
+) -> RankingReport:  # fmt: skip
+    """Both columns of a saved recommender, which ranks semantic ids, or of an ensemble, which ranks items.
+
+    Args:
+        system: the recommender or ensemble.
+        rows: histories and targets.
+        earlier: all items that each user has had (`earlier_items`).
+        counts: numbers of training interactions; 0 for items that are not there.
+        ks: cutoffs.
+        num_beams: beam width.
+        batch_size: histories that are decoded together.
+    """
+    item_counts = torch.tensor([counts.get(item, 0) for item in system.catalog.items])
+    if isinstance(system, Ensemble):
+        items, unseen = system.rank_both(rows, earlier, max(ks), num_beams, batch_size)
+        return both_item_columns(items, unseen, system.catalog.index_of(rows["target"]), item_counts, ks)
+    seen = system.catalog.seen_items(earlier, rows["target"])
+    leaves, unseen = rank_both(system.policy, system.encoder, rows, seen, num_beams, batch_size)
+    return both_columns(leaves, unseen, rows, seen, system.catalog, item_counts, ks)
 
 
 def both_lists(
@@ -108,8 +142,7 @@ def measure_teacher(run: RunContext, data: RunData, teacher: TeacherModule, key:
         earlier, catalog = earlier_items(data.interactions, rows), data.catalog
         items, unseen = both_lists(teacher, catalog, rows, earlier, max(measure.num_beams, *measure.ks), longest)
         targets = catalog.index_of(rows["target"])
-        report = summarize_items(items, targets, data.item_counts, measure.ks)
-        report = report.with_unseen(summarize_items(unseen, targets, data.item_counts, measure.ks))
+        report = both_item_columns(items, unseen, targets, data.item_counts, measure.ks)
         item_leaf = catalog.item_leaf.cpu()
         own = torch.where(unseen >= 0, item_leaf[unseen], -1)
         leaves = {"leaves": item_leaf[items], f"{UNSEEN}leaves": own}

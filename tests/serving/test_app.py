@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gflowtrl import Recommender, __version__
-from gflowtrl.recommender import STRATEGIES
+from gflowtrl.request import STRATEGIES
 from tests.trainer.world import ITEMS
 
 from .world import HISTORY, assert_refused, make_recommender
