@@ -46,9 +46,10 @@ class Row:
     title: str
     runs: str
     method: str = "gflownet"
+    seed: str = "??"  # all seeds
 
     def files(self) -> list[Path]:
-        found = sorted(KEPT.glob(f"{self.runs}-seed??.json"))
+        found = sorted(KEPT.glob(f"{self.runs}-seed{self.seed}.json"))
         if not found:
             raise FileNotFoundError(f"{KEPT} has no records {self.runs}-seed??.json, which the table needs.")
         return found
@@ -80,7 +81,7 @@ def minus(words: str, runs: str | None = None, method: str = "control") -> dict[
 
     def column(name: str) -> Column:
         def cell(row: Row) -> str:
-            other = Row(row.title, runs or row.runs, method)
+            other = Row(row.title, runs or row.runs, method, row.seed)
             if len(row.files()) != len(other.files()):
                 raise ValueError(f"{row.runs} and {other.runs} are of different seeds; run the missing ones.")
             return "" if row == other else difference(row.gains(), other.gains(), name)
@@ -130,6 +131,13 @@ def table(rows: list[Row], columns: dict[str, Column]) -> str:
 MAIN, BEAUTY = "office-gflowgr_office_llama", "beauty-gflowgr_beauty_llama"
 COSTS = {"kept": kept_prefix, "seconds per epoch": seconds_per_epoch}
 ACCURACY = {"Recall@10": metric("recall@10"), "NDCG@10": metric("ndcg@10"), "coverage@10": metric("coverage@10", 3)}
+ITEMS = {
+    "Recall@10": metric("item_recall@10"),
+    "NDCG@10": metric("item_ndcg@10"),
+    "Recall@10, seen removed": metric("unseen_item_recall@10"),
+    "NDCG@10, seen removed": metric("unseen_item_ndcg@10"),
+    "coverage@10": metric("coverage@10", 3),
+}
 MINUS_CONTROL = minus("control")
 MINUS_TEACHERS = minus("its teacher", method="teacher") | minus(
     "distillation", "office-distillation_office_llama", "gflownet"
@@ -179,6 +187,18 @@ BREADTH = [
     Row(".6 target + .4 teacher, popularity correction .5", "breadth-7"),
     Row("temperature .7, popularity correction .5", "breadth-8"),
 ]
+STRONG = "office-gflowgr_office_strong"
+STRONG_ROWS = [
+    Row("its teacher, a mixture", STRONG, "teacher"),
+    Row("cross entropy, the same rows and steps (control)", STRONG, "control"),
+    Row("exact flows (`gflowgr_office_strong`)", STRONG),
+]
+VARIANTS = [
+    Row("`gflowgr_office_strong`", STRONG, seed="42"),
+    Row("without the trajectory to an item of the history", "strength-no_history_trajectory", seed="42"),
+    Row("the same, dropout .1 (GPT-NeoX), 30 epochs", "strength-dropout", seed="42"),
+    Row("the same, one cross-fitted SASRec, 12 epochs", "strength-folds", seed="42"),
+]
 KNOWN_TRUTH = {
     "unseen liked": metric("unseen_liked_mass", 3),
     "over control, per seed": ratio("unseen_liked_mass"),
@@ -224,6 +244,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "breadth": lambda: table(sorted(BREADTH, key=lambda row: -row.values("coverage@10")[0]), ACCURACY),
     "shop": lambda: table([*baselines("shop"), Row("GFlowNet, exact flows", "shop")], KNOWN_TRUTH),
     "seconds": seconds,
+    "strong": lambda: table(STRONG_ROWS, ITEMS | MINUS_CONTROL),
+    "strong_variants": lambda: table(VARIANTS, ITEMS | minus("the recipe", STRONG, "gflownet")),
 }
 
 
