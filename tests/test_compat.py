@@ -243,10 +243,10 @@ def test_models_are_loaded_whole_under_zero3_and_fsdp(tmp_path, monkeypatch):
         def is_zero3(self):
             return True
 
+    tiny_model(40).save_pretrained(tmp_path)
     config = Config()
     monkeypatch.setattr(zero, "_hf_deepspeed_config_weak_ref", weakref.ref(config))
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
-    tiny_model(40).save_pretrained(tmp_path)
     assert zero.is_deepspeed_zero3_enabled()
     with compat.whole_models():
         assert not zero.is_deepspeed_zero3_enabled()

@@ -26,7 +26,7 @@ TFIDF = "tfidf"
 _LEVELS = Bound(
     f"a whole number from 1 to {MOST_LEVELS}", lambda value: isinstance(value, int) and 1 <= value <= MOST_LEVELS
 )
-_WEIGHT = SHARE._replace(meaning="a number from 0 to 1")
+_WEIGHT = Bound("a number from 0 to 1", SHARE.holds)
 
 
 def _option(default: Any, help: str) -> Any:

@@ -94,7 +94,7 @@ def test_a_recipe_tells_its_differences_to_the_base():
 
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted([*ROOT.glob("recipes/*.yaml"), *ROOT.glob("benchmarks/*/recipes/*.yaml")])
+RECIPES = sorted([*ROOT.glob("recipes/*.yaml"), *ROOT.glob("benchmarks/*/recipes/**/*.yaml")])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -105,9 +105,8 @@ def test_recipes_of_this_repository_are_valid(path, tmp_path):
         options += ["--model.model_name_or_path", str(tmp_path)]
     recipe = load_recipe(path, options)
     assert recipe.name == path.stem
-    assert {"teacher", "sft", "control", "gflownet"} - set(recipe.stages) == (
-        {"sft"} if "scratch" in path.stem else set()
-    )
+    missing = {"sft"} if recipe.start == "untrained" else set()
+    assert {"teacher", "sft", "control", "gflownet"} - set(recipe.stages) == missing
 
 
 def test_a_base_lies_beside_the_recipe_or_comes_with_the_library(tmp_path):
