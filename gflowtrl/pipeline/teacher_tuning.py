@@ -91,16 +91,15 @@ def tune_teacher(data: RunData, teacher: TeacherModule, item_counts: Tensor, exc
         ValueError: all targets are excluded.
     """
     rows, k, longest = data.validation, data.recipe.evaluation.primary_k, data.recipe.data.max_history_items
-    aligned, index_of = as_teacher(teacher, data.catalog.items), data.catalog.index_of
-    targets = index_of(rows["target"]).cpu()
+    aligned, targets = as_teacher(teacher, data.catalog.items), data.catalog.index_of(rows["target"])
     penalty, log_likelihoods, tops = torch.log1p(item_counts.float().cpu()), [], []
     for start in range(0, len(rows), BATCH):
         part = slice(start, start + BATCH)
         histories = rows[part]["history"]
         scores = score_histories(aligned, histories, longest).float().cpu()
         if exclude_history:
-            for row, history in enumerate(histories):
-                scores[row, index_of(history).cpu()] = -torch.inf
+            seen = data.catalog.seen_items(histories)
+            scores[seen.rows, seen.items] = -torch.inf
         corrected = [scores - correction * penalty for correction in CORRECTIONS]
         tops.append(torch.stack([logits.topk(min(k, scores.shape[1])).indices for logits in corrected]))
         log_likelihoods.append(torch.stack([_log_likelihoods(logits, targets[part]) for logits in corrected]))

@@ -231,13 +231,13 @@ class CompositeReward:
         scores = _checked_shape(name, "score_items", reward.score_items(step), shape, step.row_ids)
         if self.exclude_history:
             seen = seen_items(step, self.catalog)
-            # Under "exp", a leaf's largest value may be negative. Leaves without other items are handled in _combine.
+            # Under "exp", a leaf's largest value may be negative, so 0 is not the least one.
             nothing = 0.0 if self.leaf_reduction == "sum" else torch.finfo(scores.dtype).min
             scores = scores.index_put(
                 (seen.rows.to(scores.device), seen.items.to(scores.device)), scores.new_tensor(nothing)
             )
         folded = self.catalog.fold_items(scores, self.leaf_reduction)
-        excluded = self._excluded(step, None)
+        excluded = self._excluded(step, None) if self.leaf_reduction == "max" else None
         return folded if excluded is None else folded.masked_fill(excluded, 0.0)
 
     def _excluded_leaves(self, step: Step) -> Tensor | None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gflowtrl.catalog import ItemCatalog, SeenItems
+from gflowtrl.catalog.tree import in_rows
 from gflowtrl.data import Step
 
 
@@ -28,5 +29,8 @@ def as_mask(sets: Tensor, size: int) -> Tensor:
 
 
 def contains(sets: Tensor, values: Tensor) -> Tensor:
-    """Return which values are in their row's set: `(B, W), (B, n) -> bool (B, n)`. The entry -1 is in no set."""
-    return ((sets[:, None] == values[..., None]) & (values[..., None] >= 0)).any(-1)
+    """Return which values are in their row's set: `(B, W), (B, n) -> bool (B, n)`. The entry -1 is in no set.
+
+    Sets are ascending and end with the padding -1; W is at least 1.
+    """
+    return in_rows(sets.masked_fill(sets < 0, torch.iinfo(sets.dtype).max), values)

@@ -14,6 +14,7 @@ from gflowtrl.data import Step
 from gflowtrl.policy import Noise, TreePolicy
 from gflowtrl.policy.modules import evaluation_mode
 from gflowtrl.rewards import StepReward
+from gflowtrl.rewards.exclusion import as_mask
 from gflowtrl.teachers import Teacher, as_teacher, teacher_scores
 
 from .leaf_sets import count_allowed, distinct_ranks, observed_leaves, skip_forbidden
@@ -70,9 +71,7 @@ class CandidatePool:
             missing = pool < 0
             pool = skip_forbidden(pool.clamp(min=0), observed)
         else:
-            # An extra last column takes the padding.
-            is_observed = scores.new_zeros(len(scores), scores.shape[1] + 1, dtype=torch.bool)
-            is_observed = is_observed.scatter_(1, observed.masked_fill(observed < 0, scores.shape[1]), True)[:, :-1]
+            is_observed = as_mask(observed, scores.shape[1])
             pool = scores.masked_fill(is_observed, -torch.inf).topk(size, 1).indices
             missing = is_observed.gather(1, pool)
         # A single sort by score; missing candidates go to the end.

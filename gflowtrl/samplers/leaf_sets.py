@@ -11,12 +11,6 @@ from torch.nn.utils.rnn import pad_sequence
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.data import Step
 from gflowtrl.rewards import StepReward
-from gflowtrl.rewards.exclusion import contains
-
-
-def is_member(leaves: Tensor, of: Tensor | None) -> Tensor:
-    """Return which leaves are in their row's set: `(B, n), (B, W) -> bool (B, n)`. The empty set for None."""
-    return torch.zeros_like(leaves, dtype=torch.bool) if of is None else contains(of, leaves)
 
 
 def leaf_rows(catalog: ItemCatalog, rows: Sequence[Sequence[Item]]) -> Tensor:

@@ -8,8 +8,9 @@ from torch import Tensor
 from gflowtrl.data import Step
 from gflowtrl.policy import Noise, TreePolicy
 from gflowtrl.rewards import StepReward
+from gflowtrl.rewards.exclusion import contains
 
-from .leaf_sets import distinct_sorted, draw_allowed, is_member, leaf_rows, observed_leaves
+from .leaf_sets import distinct_sorted, draw_allowed, leaf_rows, observed_leaves
 from .sampler import Sampler, Trajectories
 
 
@@ -41,8 +42,9 @@ class InteractionLogSampler(Sampler):
     ) -> Trajectories:
         rows = step.column(self.column, "InteractionLogSampler")
         log = leaf_rows(policy.catalog, rows).to(step.device)
-        excluded = None if reward is None else reward.excluded_leaves
-        log = distinct_sorted(log.masked_fill(is_member(log, excluded), -1), step.target_leaves)
+        if reward is not None and reward.excluded_leaves is not None:
+            log = log.masked_fill(contains(reward.excluded_leaves, log), -1)
+        log = distinct_sorted(log, step.target_leaves)
         return _in_random_order(
             log, step.target_leaves, noise.uniform("interaction_log", log.shape[1] + 1), num_generations
         )
