@@ -53,7 +53,7 @@ def _tune(given: argparse.Namespace, options: list[str]) -> None:
     check_early(file, options)
 
     from gflowtrl.pipeline import load_recipe
-    from gflowtrl.pipeline.build import check_needs, fit_teacher
+    from gflowtrl.pipeline.build import BuildContext, check_needs, fit_teacher
     from gflowtrl.pipeline.lock import sole_run
     from gflowtrl.pipeline.run_data import prepare
     from gflowtrl.pipeline.stage import RunContext
@@ -65,7 +65,7 @@ def _tune(given: argparse.Namespace, options: list[str]) -> None:
     check_needs(data)
     run = RunContext(recipe.output_dir, quiet=given.json)
     kind = next((spec.get("popularity", "interactions") for spec in filter(_uses_own, recipe.rewards)), "interactions")
-    counts = data.splits.impression_counts if kind == "impressions" else data.splits.item_counts
+    counts = BuildContext(run, data, None, None).counts(kind)
     exclude = given.exclude_history
     if exclude is None:
         setting = recipe.training_arguments("gflownet", recipe.output_dir).exclude_history

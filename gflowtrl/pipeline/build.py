@@ -20,7 +20,8 @@ from gflowtrl.policy import load_backbone, whole_models
 from gflowtrl.policy.loading import load_config
 from gflowtrl.rewards import Reward, fit_reward_weights
 from gflowtrl.samplers import build_sampler, uses_teacher
-from gflowtrl.semantic_ids import SentenceTransformerEmbedder, TfidfEmbedder, item_texts
+from gflowtrl.semantic_ids import item_texts
+from gflowtrl.semantic_ids.making import make_embedder
 from gflowtrl.teachers import CrossFitTeacher, TeacherModule, fingerprint, load_teacher, without_fold
 from gflowtrl.teachers.text import TFIDF
 from gflowtrl.trainer.gflownet_trainer import excludes_history
@@ -102,7 +103,7 @@ def fit_teacher(run: RunContext, data: RunData, spec: Mapping[str, Any], fold: i
 def embed_items(data: RunData, embedder: str) -> Tensor:
     """The vectors of the items' texts, `(items, D)`: by TF-IDF and SVD, or by a sentence-transformers model."""
     texts = item_texts(data.interactions)
-    model = TfidfEmbedder() if embedder == TFIDF else SentenceTransformerEmbedder(data.recipe.local(embedder))
+    model = make_embedder(embedder if embedder == TFIDF else data.recipe.local(embedder))
     return model.fit(texts).embed(texts)
 
 

@@ -103,6 +103,11 @@ def default_num_codes(num_items: int) -> int:
     return min(256, max(2, 2 ** ((num_items // 4).bit_length() - 1)))
 
 
+def make_embedder(name: str, seed: int = 0) -> TfidfEmbedder | SentenceTransformerEmbedder:
+    """Return the embedder of a recipe: TF-IDF and SVD for `"tfidf"`, else a sentence-transformers model."""
+    return TfidfEmbedder(seed=seed) if name == TFIDF else SentenceTransformerEmbedder(name)
+
+
 def make_item_tokenizer(
     options: SemanticIdOptions, data: InteractionData, train_sequences: Sequence[Sequence[Item]]
 ) -> tuple[ItemTokenizer, Tensor]:
@@ -126,8 +131,7 @@ def make_item_tokenizer(
     if options.vectors is not None:
         vectors = load_vectors(options.vectors, data.items)
     elif options.uses_texts:
-        tfidf = options.embedder == TFIDF
-        embedder = TfidfEmbedder(seed=options.seed) if tfidf else SentenceTransformerEmbedder(options.embedder)
+        embedder = make_embedder(options.embedder, options.seed)
         texts = item_texts(data, options.features or FEATURES)
         if not weight:  # the embedder is saved with the tokenizer, for new items
             tokenizer = ItemTokenizer(quantizer, embedder, options.collisions, options.features)
