@@ -165,18 +165,13 @@ class SASRec(TeacherModule):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             teacher = cls(items, **config).to(device)
-            windows = teacher._windows(train_sequences)
-            rows = list(validation or [])
+            windows, rows = teacher._windows(train_sequences), list(validation or [])
             optimizer = torch.optim.AdamW(teacher.parameters(), lr=learning_rate, weight_decay=weight_decay)
             kept: list[tuple[float, dict[str, Tensor]]] = []  # the best epochs, best first
             best, stale = -1.0, 0
             bar = tqdm(range(epochs), desc="SASRec", unit="epoch", disable=not progress)
             for epoch in bar:
                 loss = teacher._train_epoch(windows, optimizer, batch_size)
-                if not math.isfinite(loss):
-                    raise NonFiniteError(
-                        f"The loss of SASRec is {loss}: the training diverged. Lower learning_rate ({learning_rate})."
-                    )
                 value = teacher._ndcg(rows) if rows else float(epoch)
                 state = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
                 kept = sorted([*kept, (value, state)], key=lambda entry: -entry[0])[:average]
@@ -187,8 +182,7 @@ class SASRec(TeacherModule):
                 bar.set_postfix(loss=f"{loss:.3f}", validation_ndcg=f"{value:.4f}", best=f"{best:.4f}")
                 if stale >= patience:
                     break
-        states = [state for _, state in kept]
-        teacher.load_state_dict({name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]})
+        teacher.load_state_dict({name: torch.stack([state[name] for _, state in kept]).mean(0) for name in kept[0][1]})
         return teacher.eval()
 
     @classmethod
@@ -225,6 +219,11 @@ class SASRec(TeacherModule):
             loss.backward()
             optimizer.step()
             total, count = total + loss.item() * len(targets), count + len(targets)
+        if not math.isfinite(total):
+            rate = optimizer.param_groups[0]["lr"]
+            raise NonFiniteError(
+                f"The loss of SASRec is {total / count}: the training diverged. Lower learning_rate ({rate})."
+            )
         return total / count
 
     def _ndcg(self, rows: Sequence[Mapping[str, Any]], k: int = 10) -> float:
