@@ -1,5 +1,6 @@
 """From interactions to training examples: readers, splits, tokenizers, prompts, and a synthetic shop."""
 
+from .exposed import ExposedCollator, ExposedRows, exposed_rows, has_exposed_rows, reordered
 from .formats import (
     PUBLIC_DATA,
     RAW_FORMATS,
@@ -11,10 +12,10 @@ from .formats import (
     extract_zip,
     prepare,
 )
-from .interactions import CLICKED, PURCHASED, SHOWN, Event, InteractionData, k_core
+from .interactions import CLICKED, PURCHASED, SHOWN, Event, Exposed, InteractionData, k_core
 from .order import GroupedEpochSampler, LengthGroupedEpochSampler
 from .prompts import BatchRows, GroupCollator, PromptEncoder, PromptFormat, TargetCollator, sft_dataset
-from .readers import read_folder, read_interactions, read_letter, write_folder
+from .readers import read_exposed, read_folder, read_interactions, read_letter, write_folder
 from .splits import Splits, leave_one_out
 from .step import Step, check_column_names
 from .synthetic_shop import ShopTruth, SyntheticShop
@@ -32,6 +33,9 @@ __all__ = [
     "BatchRows",
     "Columns",
     "Event",
+    "Exposed",
+    "ExposedCollator",
+    "ExposedRows",
     "GroupCollator",
     "GroupedEpochSampler",
     "InteractionData",
@@ -56,14 +60,18 @@ __all__ = [
     "count_repeats",
     "download",
     "download_file",
+    "exposed_rows",
     "extract_zip",
+    "has_exposed_rows",
     "history_lengths",
     "k_core",
     "leave_one_out",
     "prepare",
+    "read_exposed",
     "read_folder",
     "read_interactions",
     "read_letter",
+    "reordered",
     "sft_dataset",
     "text_sft_dataset",
     "user_windows",

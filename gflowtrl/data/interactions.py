@@ -16,6 +16,13 @@ from gflowtrl.checks import COUNT, check_number, check_text
 SHOWN, CLICKED, PURCHASED = 0, 1, 2
 
 
+class Exposed(NamedTuple):
+    """The items that were shown to one user at random, and whether the user liked each one (0 or 1)."""
+
+    items: list[Item]
+    liked: list[int]
+
+
 class Event(NamedTuple):
     """One item shown to one user: session number, item, and level (`SHOWN`, `CLICKED` or `PURCHASED`)."""
 
@@ -41,6 +48,9 @@ class InteractionData:
             above are the user's sequence, in the same order.
         license: terms of use as free text, or `None` if unknown.
         source: origin of the data as free text, or `None` if unknown.
+        exposed: items that were shown at random, and likes, by user; also of users without a sequence. `None` if
+            unknown. Evaluation alone reads them.
+        impressions: item -> how often the log has shown it, to anybody (items that are missing: never); or `None`.
 
     Raises:
         ValueError: if these parts contradict each other; the message names the first user or item concerned.
@@ -56,6 +66,8 @@ class InteractionData:
     events: list[list[Event]] | None = None
     license: str | None = None
     source: str | None = None
+    exposed: dict[Item, Exposed] | None = None
+    impressions: dict[Item, int] | None = None
 
     def __post_init__(self):
         if len(self.users) != len(self.sequences):
@@ -71,6 +83,12 @@ class InteractionData:
             self.semantic_ids = _in_item_order(self.semantic_ids, self.items, self.name)
         if self.events is not None:
             self._check_events(known)
+        for user, (shown, _) in (self.exposed or {}).items():
+            self._check_known(user, "was shown", shown, known)
+        if unknown := (self.impressions or {}).keys() - known:
+            raise ValueError(
+                f"{self.name}: there are impressions of item {min(unknown)!r}, which is not in the catalog."
+            )
 
     def _check_events(self, known: set[Item]) -> None:
         if len(self.events) != len(self.users):
@@ -128,7 +146,19 @@ def k_core(data: InteractionData, k: int = 5) -> InteractionData:
         item_features={item: features for item, features in data.item_features.items() if item in kept},
         semantic_ids=None if data.semantic_ids is None else {item: data.semantic_ids[item] for item in items},
         events=data.events and [[event for event in data.events[row] if event.item in kept] for row in rows],
+        exposed=data.exposed and exposed_among(data.exposed, kept),
+        impressions=data.impressions and {item: n for item, n in data.impressions.items() if item in kept},
     )
+
+
+def exposed_among(exposed: dict[Item, Exposed], items: set[Item]) -> dict[Item, Exposed]:
+    """Return the exposed items that are in a catalog, without users who have none of them."""
+    found = {}
+    for user, shown in exposed.items():
+        pairs = [pair for pair in zip(*shown, strict=True) if pair[0] in items]
+        if pairs:
+            found[user] = Exposed(*map(list, zip(*pairs, strict=True)))
+    return found
 
 
 def core_members(user_of: np.ndarray, item_of: np.ndarray, k: int) -> np.ndarray:

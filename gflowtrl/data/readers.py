@@ -13,7 +13,7 @@ from gflowtrl.catalog import Item
 from gflowtrl.checks import check_text, is_finite
 from gflowtrl.files import check_data_path, reading
 
-from .interactions import CLICKED, PURCHASED, SHOWN, Event, InteractionData
+from .interactions import CLICKED, PURCHASED, SHOWN, Event, Exposed, InteractionData
 
 
 def read_interactions(path: str | Path, with_ids: bool = True) -> InteractionData:
@@ -39,8 +39,9 @@ def read_interactions(path: str | Path, with_ids: bool = True) -> InteractionDat
 def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
     """Read the folder format.
 
-    `sequences.jsonl` is required. `items.jsonl`, `semantic_ids.json`, `events.jsonl` and `dataset.json` are read if
-    they exist, the ids only if `with_ids` is set. The catalog is all items in the first three files.
+    `sequences.jsonl` is required. `items.jsonl`, `semantic_ids.json`, `events.jsonl`, `exposed.jsonl`,
+    `impressions.json` and `dataset.json` are read if they exist, the ids only if `with_ids` is set. The catalog is all
+    items in the first three files.
 
     Raises:
         FileNotFoundError: if `path` or `sequences.jsonl` is missing.
@@ -74,7 +75,58 @@ def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
         events=events,
         license=about.get("license"),
         source=about.get("source"),
+        exposed=read_exposed(path / "exposed.jsonl") if (path / "exposed.jsonl").is_file() else None,
+        impressions=read_impressions(file, numeric_items) if (file := path / "impressions.json").is_file() else None,
     )
+
+
+def read_exposed(file: str | Path) -> dict[Item, Exposed]:
+    """Read the items that users were shown at random: JSON lines `{"user", "items": [...], "liked": [0 or 1, ...]}`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: for a broken line, a repeated user, an item that a user was shown twice, or a value that is neither
+            0 nor 1; the message names the line.
+    """
+    exposed = {}
+    for where, user, row in _rows(_require(Path(file)), "user"):
+        items, liked = _items(row.get("items"), f"{where}: user {user!r}"), row.get("liked")
+        if (
+            not isinstance(liked, list)
+            or len(liked) != len(items)
+            or any(type(v) is not int or v not in (0, 1) for v in liked)
+        ):
+            raise ValueError(f"{where}: 'liked' must hold 0 or 1 for each of the {len(items)} items.")
+        if len(set(items)) < len(items):
+            item = next(item for item, count in Counter(items).items() if count > 1)
+            raise ValueError(f"{where}: item {item!r} occurs twice. Name each exposed item once.")
+        exposed[user] = Exposed(items, liked)
+    if not exposed:
+        raise ValueError(f"{file} is empty. It needs one line per user, or leave the file out.")
+    return exposed
+
+
+def read_impressions(file: str | Path, numeric_items: bool) -> dict[Item, int]:
+    """Read how often each item was shown: one JSON object from items to whole numbers.
+
+    Args:
+        file: the file.
+        numeric_items: whether items are whole numbers, which are strings as keys of JSON.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a key is not an item, a value is not a whole number of at least 0, or all are 0.
+    """
+    file = _require(Path(file))
+    counts = _read_by_item(file, numeric_items)
+    for item, count in counts.items():
+        if type(count) is not int or not 0 <= count <= _MAX_ID:
+            raise ValueError(
+                f"{file}: the impressions of item {item!r} are {count!r}; give a whole number of at least 0."
+            )
+    if not any(counts.values()):
+        raise ValueError(f"{file}: no item has an impression. Leave the file out if nothing is known.")
+    return counts
 
 
 def read_letter(path: str | Path, with_ids: bool = True) -> InteractionData:
@@ -122,8 +174,8 @@ def read_letter(path: str | Path, with_ids: bool = True) -> InteractionData:
 def write_folder(data: InteractionData, path: str | Path) -> None:
     """Write `data` in the folder format, so that `read_folder(path)` returns it again.
 
-    The folder is created if needed. Existing files of semantic ids and events are removed if `data` has none. A
-    feature called `item` is left out, because the id is stored under that name.
+    The folder is created if needed. Existing files of semantic ids, events, exposed items and impressions are removed
+    if `data` has none. A feature called `item` is left out, because the id is stored under that name.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -134,7 +186,7 @@ def write_folder(data: InteractionData, path: str | Path) -> None:
     about = {"name": data.name, "synthetic": data.synthetic}
     about |= {key: text for key in ("license", "source") if (text := getattr(data, key)) is not None}
     (path / "dataset.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
-    for name in ("semantic_ids.json", "events.jsonl"):
+    for name in ("semantic_ids.json", "events.jsonl", "exposed.jsonl", "impressions.json"):
         (path / name).unlink(missing_ok=True)
     if data.semantic_ids is not None:
         ids = {str(item): tokens for item, tokens in data.semantic_ids.items()}
@@ -146,6 +198,12 @@ def write_folder(data: InteractionData, path: str | Path) -> None:
             for user, log in zip(data.users, data.events, strict=True)
         )
         _write_lines(path / "events.jsonl", rows)
+    if data.exposed is not None:
+        rows = ({"user": user} | shown._asdict() for user, shown in data.exposed.items())
+        _write_lines(path / "exposed.jsonl", rows)
+    if data.impressions is not None:
+        counts = {str(item): count for item, count in data.impressions.items()}
+        (path / "impressions.json").write_text(json.dumps(counts) + "\n", encoding="utf-8")
 
 
 _MIN_ID, _MAX_ID = -(2**63), 2**63 - 1  # range of the int64 columns of the splits

@@ -1,5 +1,6 @@
 """Leave-one-out splits of interaction data."""
 
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import groupby
@@ -28,10 +29,12 @@ class Splits:
         train, validation, test: rows of `row_id`, `user`, `history`, `target` and, if the data has events,
             `session_items` and `session_levels` (see `leave_one_out`).
         items: the whole catalog, in the order of the counts.
-        train_sequences: all items but the last two of each user; the training data of teachers and supervised models.
+        train_sequences: all items but the last two of each user, empty for users without splits; the training data of
+            teachers and supervised models.
         item_counts: long (items,), occurrences in `train_sequences`.
-        impression_counts: long (items,), number of users who were shown the item up to and including the session of
-            their last training item, without their held-out items; `None` without events. The propensity of the log.
+        impression_counts: long (items,), how often the log has shown each item, its propensity: the data's
+            `impressions`, or with events the number of users who were shown the item up to and including the session
+            of their last training item, without their held-out items; `None` if the data have neither.
     """
 
     train: Dataset
@@ -55,6 +58,9 @@ def leave_one_out(data: InteractionData, max_history_items: int | None = None) -
     `session_levels` are their levels (0 shown, 1 clicked, 2 purchased). They never contain the user's two held-out
     items in a training row, nor the test item in a validation row.
 
+    Users with fewer than 3 items cannot be split. Where the data have exposed items, on which these users may still be
+    measured, they have no rows, and a warning says how many they are; otherwise they are an error.
+
     Args:
         data: the interactions.
         max_history_items: maximum items per history; None: no limit. Memory grows with the square of a user's number
@@ -62,22 +68,18 @@ def leave_one_out(data: InteractionData, max_history_items: int | None = None) -
             were cut share no computation in training.
 
     Raises:
-        ValueError: if a user has fewer than 3 items, `max_history_items` is below 1, or the histories of a split have
-            2^31 items or more in total.
+        ValueError: if a user has fewer than 3 items (see above), `max_history_items` is below 1, or the histories of a
+            split have 2^31 items or more in total.
     """
     check_number("max_history_items", max_history_items, COUNT, optional=True)
     flat, offsets = flatten(data.sequences, data.items)
     lengths = np.diff(offsets)
-    if (lengths < 3).any():
-        row = int(np.argmax(lengths < 3))
-        raise ValueError(
-            f"{data.name}: user {data.users[row]!r} has {lengths[row]} items, and {(lengths < 3).sum()} users have "
-            "fewer than the 3 that leave-one-out needs (train, validation, test). Filter first: k_core(data, k=5)."
-        )
+    _check_lengths(data, lengths)
     user_of = np.repeat(np.arange(len(lengths)), lengths)
     position = np.arange(len(flat)) - offsets[user_of]
     items_after = lengths[user_of] - 1 - position
     members = {TRAIN: (items_after >= 2) & (position >= 1), VALIDATION: items_after == 1, TEST: items_after == 0}
+    members = {name: member & (lengths >= 3)[user_of] for name, member in members.items()}
 
     splits = {}
     for name, member in members.items():
@@ -96,7 +98,24 @@ def leave_one_out(data: InteractionData, max_history_items: int | None = None) -
         items=data.items,
         train_sequences=[sequence[:-2] for sequence in data.sequences],
         item_counts=torch.from_numpy(counts),
-        impression_counts=None if data.events is None else _impression_counts(data),
+        impression_counts=_impression_counts(data),
+    )
+
+
+def _check_lengths(data: InteractionData, lengths: np.ndarray) -> None:
+    short = lengths < 3
+    if not short.any():
+        return
+    if data.exposed is None or short.all():
+        row = int(np.argmax(short))
+        raise ValueError(
+            f"{data.name}: user {data.users[row]!r} has {lengths[row]} items, and {short.sum()} users have "
+            "fewer than the 3 that leave-one-out needs (train, validation, test). Filter first: k_core(data, k=5)."
+        )
+    warnings.warn(
+        f"{data.name}: {short.sum():,} of {len(lengths):,} users have fewer than 3 items and take no part in "
+        f"training, validation and test. They are measured on the items that they were exposed to.",
+        stacklevel=3,
     )
 
 
@@ -145,10 +164,16 @@ def _session_columns(
     }
 
 
-def _impression_counts(data: InteractionData) -> Tensor:
+def _impression_counts(data: InteractionData) -> Tensor | None:
+    if data.impressions is not None:
+        return torch.tensor([data.impressions.get(item, 0) for item in data.items])
+    if data.events is None:
+        return None
     index_of = {item: index for index, item in enumerate(data.items)}
     counts = torch.zeros(len(data.items), dtype=torch.long)
     for sequence, log in zip(data.sequences, data.events, strict=True):
+        if len(sequence) < 3:
+            continue  # takes no part in training
         last = [event.session for event in log if event.level >= CLICKED][-3]
         seen = {event.item for event in log if event.session <= last} - set(sequence[-2:])
         counts[[index_of[item] for item in seen]] += 1

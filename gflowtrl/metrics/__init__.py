@@ -1,6 +1,7 @@
 """Metrics of ranking, breadth, fairness and calibration."""
 
 from .breadth import breadth_metrics, popularity_groups
+from .exposed import debiased_estimates, exposed_metrics, inverse_propensities, mean_over_users
 from .prefixes import prefix_metrics
 from .ranking import group_means, item_ranking_metrics, leaf_ranking_metrics, primary_cutoff
 from .ranking_report import RankingReport, summarize, summarize_items
@@ -12,11 +13,15 @@ __all__ = [
     "RankingReport",
     "binned_by_target",
     "breadth_metrics",
+    "debiased_estimates",
+    "exposed_metrics",
     "group_means",
+    "inverse_propensities",
     "item_ranking_metrics",
     "jensen_shannon",
     "leaf_ranking_metrics",
     "mean_and_error",
+    "mean_over_users",
     "paired_bootstrap",
     "popularity_groups",
     "prefix_metrics",

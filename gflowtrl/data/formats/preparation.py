@@ -9,8 +9,8 @@ import numpy as np
 
 from gflowtrl.checks import COUNT, SHARE, check_choice, check_number
 
-from ..interactions import InteractionData, core_members
-from ..readers import write_folder
+from ..interactions import InteractionData, core_members, exposed_among
+from ..readers import read_exposed, read_impressions, write_folder
 from .cleaning import clean_features
 from .format import Columns, Request
 from .log import Duplicates, InteractionLog, log_of, read_log, sequences_of
@@ -30,6 +30,8 @@ def prepare(
     k_core: int | None = 5,
     min_rating: float | None = None,
     duplicates: Duplicates = "first",
+    exposed: str | Path | None = None,
+    impressions: str | Path | None = None,
     max_description_characters: int | None = 1000,
     max_malformed: float = 0.01,
     encoding: str | None = None,
@@ -57,6 +59,9 @@ def prepare(
         k_core: minimum number of interactions of each user and each item; `None`: no filter.
         min_rating: minimum rating that counts as an interaction; `None`: no filter.
         duplicates: which interaction of a user with the same item to keep: `"first"`, `"last"`, or `"keep"` for all.
+        exposed: file of items that users were shown at random (`read_exposed`, docs/exposure.md). Those that the
+            filters have dropped from the catalog are left out and counted.
+        impressions: file of how often each item was shown (`read_impressions`), likewise.
         max_description_characters: maximum length of descriptions, which are cut at a word; `None`: no limit.
         max_malformed: maximum share of malformed lines, 0 to 1; files with more raise an error.
         encoding: text encoding of all files, for example `"cp1252"`; `None`: the encoding of the format, which is
@@ -96,6 +101,7 @@ def prepare(
         data = _from_stream(sources, request, report)
         if of_items:
             data.item_features = read_features(of_items, request, data.items, report, max_description_characters)
+    _add_exposure(data, report, exposed, impressions)
     data.license = data.license if license is None else license
     data.source = data.source if source is None else source
     report.items_without_metadata = sum(item not in data.item_features for item in data.items)
@@ -150,9 +156,30 @@ def _from_complete(
         item: clean_features(known[item], max_description_characters) for item in data.items if item in known
     }
     data.synthetic, data.license, data.source = origin.synthetic, origin.license, origin.source
+    known = set(data.items)
+    data.exposed = origin.exposed and exposed_among(origin.exposed, known)
+    data.impressions = origin.impressions and {i: count for i, count in origin.impressions.items() if i in known}
     if origin.semantic_ids is not None:
         data.semantic_ids = {item: origin.semantic_ids[item] for item in data.items}
     return data
+
+
+def _add_exposure(
+    data: InteractionData, report: Preparation, exposed: str | Path | None, impressions: str | Path | None
+) -> None:
+    """Add exposed items and impressions from their files, without those of items that are not in the catalog."""
+    known = set(data.items)
+    if exposed is not None:
+        found = read_exposed(exposed)
+        data.exposed = exposed_among(found, known)
+        kept, total = (sum(len(shown.items) for shown in rows.values()) for rows in (data.exposed, found))
+        report.exposed_users, report.exposed_left_out = len(data.exposed), total - kept
+    if impressions is not None:
+        counts = read_impressions(impressions, isinstance(data.items[0], int))
+        data.impressions = {item: count for item, count in counts.items() if item in known}
+    for file, kept in ((exposed, data.exposed), (impressions, data.impressions)):
+        if file is not None and not kept:
+            raise ValueError(f"No item of {file} is in the catalog, whose first item is {data.items[0]!r}.")
 
 
 def _check_arguments(format, items, columns, k_core, min_rating, duplicates, max_malformed) -> None:

@@ -32,6 +32,8 @@ class Preparation:
         unreadable_items: number of items of the result whose features contain bytes that are invalid in the encoding.
         items_without_metadata: number of items of the result that no line describes.
         items_without_title: number of items of the result without a title, including those without metadata.
+        exposed_users: number of users with exposed items.
+        exposed_left_out: number of exposed items that are not in the catalog.
     """
 
     name: str
@@ -52,6 +54,8 @@ class Preparation:
     unreadable_items: int = 0
     items_without_metadata: int = 0
     items_without_title: int = 0
+    exposed_users: int = 0
+    exposed_left_out: int = 0
 
     def summary(self) -> str:
         """Return a few lines for a terminal: the counts after each step, and what was left out."""
