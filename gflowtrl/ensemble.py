@@ -228,6 +228,32 @@ class Ensemble:
         ]
 
     @torch.no_grad()
+    def log_probs(self, histories: Sequence[Sequence[Item]], items: Tensor) -> Tensor:
+        """Return the logarithms of the average probabilities of given items.
+
+        Args:
+            histories: B non-empty histories.
+            items: `(B, C)` positions in the catalog; -1 is padding.
+
+        Returns:
+            `(B, C)`, -inf for padding.
+        """
+        rows = [list(history) for history in histories]
+        members = [
+            _Member(member, self.views, shared, rows)
+            for member, shared in zip(self.members, self._shared, strict=True)
+        ]
+        return self._average(members, items.masked_fill(items < 0, len(self.catalog)))
+
+    def _average(self, members: Sequence[_Member], items: Tensor) -> Tensor:
+        """Return the logarithms of the average probabilities of items `(B, n)`, padded with the catalog's size."""
+        scores = [
+            member.score(items).double() + math.log(weight / len(self.views))
+            for member, weight in zip(members, self.weights, strict=True)
+        ]
+        return torch.cat(scores, 1).logsumexp(1)
+
+    @torch.no_grad()
     def _rank(
         self, histories: list[list[Item]], request: Request, columns: Sequence[Sequence[Sequence[Item]] | None]
     ) -> list[tuple[Tensor, Tensor]]:
@@ -247,11 +273,7 @@ class Ensemble:
             for seen, items in zip(columns, zip(*found, strict=True), strict=True)
         ]
         together = _distinct(torch.cat(candidates, 1), padding)
-        scores = [
-            member.score(together).double() + math.log(weight / len(self.views))
-            for member, weight in zip(members, self.weights, strict=True)
-        ]
-        average, ranked = torch.cat(scores, 1).logsumexp(1), []
+        average, ranked = self._average(members, together), []
         for items in candidates:
             is_padding = items == padding
             places = torch.searchsorted(together, items).masked_fill(is_padding, 0)
@@ -282,7 +304,7 @@ class _Member:
     Items are positions in the ensemble's catalog, `len(catalog)` is padding, and all results are on the CPU.
 
     Attributes:
-        leaves, log_probs: `(U, n)` what `search` has found for each prompt.
+        leaves, log_probs: `(U, n)` what `search` has found for each prompt; -2 before the first search.
         prompts: the U distinct views of the histories, the longest first.
         rows: `(U,)` the history of each prompt.
         slots: `(B, views)` the prompt of each view of each history.
@@ -298,6 +320,8 @@ class _Member:
         self.prompts = [list(view) for _, view in ordered]
         self.rows = torch.tensor([row for row, _ in ordered])
         self.slots = torch.tensor([[number[row, view] for view in found] for row, found in enumerate(seen)])
+        # Before a search, no leaf is known.
+        self.leaves, self.log_probs = torch.full((len(ordered), 1), -2), torch.zeros(len(ordered), 1)
 
     def search(
         self, beams: int, allowed: frozenset[Item] | None, columns: Sequence[Sequence[Sequence[Item]] | None]

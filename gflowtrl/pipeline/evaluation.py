@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 from gflowtrl.catalog import Item, ItemCatalog, SeenItems
 from gflowtrl.data import InteractionData
 from gflowtrl.ensemble import Ensemble
-from gflowtrl.metrics import RankingReport, summarize, summarize_items
+from gflowtrl.metrics import RankingReport, inverse_propensities, summarize, summarize_items
+from gflowtrl.metrics.exposed import estimates_of
 from gflowtrl.metrics.ranking_report import UNSEEN
 from gflowtrl.policy import make_policy
 from gflowtrl.recommender import Recommender
@@ -174,7 +175,9 @@ def _test(
             return {}
         tensors = {**report.per_user, "row_id": torch.tensor(rows["row_id"])}
         tensors |= {name: ranked.int() for name, ranked in leaves.items()}
-        metrics = dict(report.metrics)
+        metrics, errors = dict(report.metrics), dict(report.standard_errors)
+        for name, (value, error) in _debiased(data, report.per_user).items():
+            metrics[name], errors[name] = value, error
         if data.truth is not None:
             parts = range(0, len(rows), measure.batch_size)
             bar = tqdm(parts, desc="Comparing with the truth", disable=not run.shows_progress)
@@ -184,9 +187,18 @@ def _test(
             metrics |= {name: float(values.mean()) for name, values in truth.items()}
         own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
         save_file(own, folder / PER_USER_FILE)
-        return {"users": len(rows), "metrics": metrics, "standard_errors": report.standard_errors}
+        return {"users": len(rows), "metrics": metrics, "standard_errors": errors}
 
     inputs = {"num_beams": measure.num_beams, "ks": measure.ks, "seen": "both", **if_set(users=measure.users)}
     stage = run.stage(f"test-{method}", {"data": data.fingerprint, "of": key, "evaluation": inputs})
     stage.run(f"recommending to {len(rows):,} test users", work, main_only)
     return stage
+
+
+def _debiased(data: RunData, per_user: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """What the main metrics would be if the log had shown all items equally often, estimated from its impressions."""
+    if data.splits.impression_counts is None:
+        return {}
+    weights = inverse_propensities(data.splits.impression_counts)[data.catalog.index_of(data.test["target"])]
+    k = data.recipe.evaluation.primary_k
+    return estimates_of(per_user, [f"item_recall@{k}", f"item_ndcg@{k}"], weights)

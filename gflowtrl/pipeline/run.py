@@ -16,6 +16,7 @@ from .build import check_needs, fit_teacher, needs_teacher, teacher_key
 from .calibration import measure_calibration
 from .dry_run import dry_run
 from .evaluation import measure_policy, measure_teacher
+from .exposed import collect_exposed, measure_exposed
 from .lock import sole_run
 from .recipe import Recipe
 from .run_data import RunData, prepare
@@ -49,7 +50,7 @@ def run(
     data = data or prepare(recipe)
     check_needs(data)
     dry_run(data)
-    run = RunContext(recipe.output_dir, quiet, callbacks, redo, _plan(recipe))
+    run = RunContext(recipe.output_dir, quiet, callbacks, redo, _plan(recipe, data.exposed is not None))
     with sole_run(run.root):
         return _run(run, data)
 
@@ -57,10 +58,11 @@ def run(
 def stage_names(recipe: Recipe) -> list[str]:
     """Names of the stages that a run of the recipe may have, as in its messages and folders."""
     trained = recipe.trained_stages
-    return ["teacher", *trained, *(f"test-{name}" for name in ("teacher", *trained)), "calibration"]
+    measured = [f"{kind}-{name}" for kind in ("test", "exposed") for name in ("teacher", *trained)]
+    return ["teacher", *trained, *measured, "calibration"]
 
 
-def _plan(recipe: Recipe) -> dict[str, float]:
+def _plan(recipe: Recipe, has_exposed: bool) -> dict[str, float]:
     """The stages of a run, in order, with their rough costs in epochs of SFT (measured on Amazon Office)."""
     trained, cost = recipe.trained_stages, {"teacher": 2.0}
     if "sft" in trained:
@@ -72,6 +74,8 @@ def _plan(recipe: Recipe) -> dict[str, float]:
         cost["gflownet"] = (2 + 0.6 * trajectories) * _epochs(recipe.gflownet)
     before = ["teacher", "test-teacher"] if "teacher" in recipe.stages or _uses_teacher(recipe) else []
     names = [*before, *trained, *(f"test-{name}" for name in trained)]
+    if has_exposed:
+        names += [f"exposed-{name}" for name in (["teacher"] if before else []) + trained]
     if "gflownet" in trained and recipe.rewards and recipe.evaluation.calibration_rows != 0:
         names.append("calibration")
     return {name: cost.get(name, 0.5) for name in names}
@@ -114,9 +118,12 @@ def _run(run: RunContext, data: RunData) -> dict[str, Any]:
     if "gflownet" in wanted:
         trained["gflownet"] = train_gflownet(run, data, start, used)
     tested |= {method: measure_policy(run, data, stage) for method, stage in trained.items()}
+    exposed = measure_exposed(run, data, trained, teacher, teacher_key(data, recipe.teacher))
     calibration = measure_calibration(run, data, trained, used)
     run.log("Writing the report.")
     results = run_report.collect(data, trained, tested, run.seconds, teacher_seconds, calibration)
+    if exposed:
+        results["exposed"] = collect_exposed(data, exposed, recipe.evaluation.bootstrap_samples)
     if run.is_main:
         own = run.root / f"report-{recipe.name}-{fingerprint(recipe.as_dict())[:8]}"
         logs = {method: stage.record["log"] for method, stage in trained.items()}

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.configuration import field_names, locate_errors
 from gflowtrl.data import (
+    ExposedRows,
     InteractionData,
     PromptEncoder,
     ShopTruth,
@@ -26,6 +27,7 @@ from gflowtrl.data import (
     TextPromptEncoder,
     add_item_tokens,
     build_tokenizer,
+    exposed_rows,
     k_core,
     leave_one_out,
     read_interactions,
@@ -38,6 +40,7 @@ from gflowtrl.teachers import fingerprint
 from gflowtrl.trainer.processes import A_DAY
 
 from .recipe import Recipe
+from .stage import if_set
 
 
 MOST_ITEMS = 1 << 28  # in the histories of all rows: some gigabytes
@@ -80,6 +83,18 @@ class RunData:
     def item_counts(self) -> Tensor:
         """Training interactions of each item, in the order of `catalog.items`."""
         return self.splits.item_counts
+
+    @cached_property
+    def exposed(self) -> ExposedRows | None:
+        """The rows of exposed items, which only the evaluation reads; None if the data have none."""
+        source = self.interactions
+        return source.exposed and exposed_rows(source.users, source.sequences, source.exposed)
+
+    @property
+    def exposure_counts(self) -> Tensor:
+        """How often each item was shown, `(items,)`; without impressions, how often it was taken."""
+        impressions = self.splits.impression_counts
+        return self.item_counts if impressions is None else impressions
 
     @cached_property
     def validation(self) -> Dataset:
@@ -134,12 +149,13 @@ def prepare(recipe: Recipe) -> RunData:
     catalog = ItemCatalog.from_semantic_ids(interactions.semantic_ids, tokenizer)
     section = asdict(recipe.data)
     del section["semantic_ids"]  # equal ids are equal data, whoever made them
-    content = {
+    content = {  # without the exposed items: what is trained does not depend on them
         "section": section,
         "users": interactions.users,
         "sequences": interactions.sequences,
         "events": interactions.events,
         "semantic_ids": list(interactions.semantic_ids.items()),
+        **if_set(impressions=interactions.impressions),
     }
     data = RunData(recipe, interactions, truth, splits, tokenizer, catalog, fingerprint(content), item_tokenizer)
     data.encoder  # noqa: B018  (its construction checks the prompts)

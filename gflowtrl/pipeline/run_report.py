@@ -15,6 +15,7 @@ import torch
 from gflowtrl.metrics import group_means, paired_bootstrap, popularity_groups, primary_cutoff
 
 from .evaluation import per_user
+from .exposed import exposed_headings, exposed_lines, exposed_title
 from .plots import NAMES, main_metrics, metric_title, plot_run, titles_of
 from .run_data import RunData
 from .stage import Stage, write_json
@@ -160,6 +161,8 @@ def text(results: Mapping[str, Any]) -> str:
         )
         lines.append("unseen liked: probability on items that a user likes and was never shown (higher is better).")
         lines.append("TV to truth: total variation to the user's true preference (lower is better).")
+    if "exposed" in results:
+        lines += ["", *_exposed(results["exposed"], titles_of(recipe))]
     if "calibration" in results:
         lines += ["", *_calibration(results["calibration"], titles_of(recipe))]
     return "\n".join(lines)
@@ -177,6 +180,23 @@ def write(results: Mapping[str, Any], logs: Mapping[str, list[dict]], folder: Pa
     plot_run(results, logs, folder)
     (folder / "report.md").write_text(text(results) + "\n", encoding="utf-8")
     write_json(folder / "results.json", results)
+
+
+def _exposed(found: Mapping[str, Any], titles: Mapping[str, str]) -> list[str]:
+    lines = [["method", *exposed_headings()]]
+    for method, entry in found["methods"].items():
+        lines.append([titles[method], *exposed_lines(entry["metrics"], entry["standard_errors"])])
+    differences = []
+    for name, interval in found.get("gflownet_minus_control", {}).items():
+        differences.append(f"GFlowNet - control, {exposed_title(name)}: {interval_text(interval)} (95 % interval).")
+    return [
+        f"Items that {found['users']:,} users were shown at random (docs/exposure.md):",
+        "",
+        aligned(lines),
+        "",
+        f"corrected: log-probability - {found['correction']:g} log(impressions + 1).",
+        *differences,
+    ]
 
 
 def _calibration(found: Mapping[str, Any], titles: Mapping[str, str]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gflowtrl.checks import COUNT, at_least, check_number
+from gflowtrl.checks import COUNT, NOT_NEGATIVE, at_least, check_number
 from gflowtrl.configuration import check_types, field_names, locate_errors
 from gflowtrl.metrics import primary_cutoff
 from gflowtrl.semantic_ids import SemanticIdOptions
@@ -84,9 +84,17 @@ class EvaluationSection:
     calibration_rows: int | None = setting(
         None, "training and test rows on which policies are compared with R/Z; null: 64 if that is quick; 0: none"
     )
+    exposed_orders: int = setting(
+        1, "average policies and teachers over so many orders of a history before they rank exposed items"
+    )
+    exposed_correction: float = setting(
+        0.5, "c of the corrected ranking of exposed items: log-probability - c log(impressions + 1)"
+    )
 
     def __post_init__(self) -> None:
         least = {"num_beams": 1, "batch_size": 1, "bootstrap_samples": 2, "users": 1, "calibration_rows": 0}
+        least |= {"exposed_orders": 1}
+        check_number("evaluation.exposed_correction", self.exposed_correction, NOT_NEGATIVE)
         for name, low in least.items():
             optional = name in ("users", "calibration_rows")
             check_number(f"evaluation.{name}", getattr(self, name), at_least(low), optional)

@@ -2,6 +2,7 @@
 
 from .apao import APAOConfig, APAOTrainer
 from .evaluation import RankingEvaluationMixin, compare_with_rewards, rank_both, rank_rows
+from .exposed import candidate_log_probs
 from .gflownet_config import GFlowNetConfig
 from .gflownet_trainer import GFlowNetTrainer
 from .tree_policy_config import TreePolicyConfig
@@ -16,6 +17,7 @@ __all__ = [
     "RankingEvaluationMixin",
     "TreePolicyConfig",
     "TreePolicyTrainer",
+    "candidate_log_probs",
     "compare_with_rewards",
     "rank_both",
     "rank_rows",

@@ -6,8 +6,10 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
+from gflowtrl.data import has_exposed_rows
 from gflowtrl.metrics import primary_cutoff
 
 
@@ -67,18 +69,28 @@ def resolve_metric(
         args: arguments of any trainer with `RankingEvaluationMixin`. "loss" counts as unset, because `transformers`
             sets it and no loss is evaluated.
         ks: cutoffs of the evaluation.
-        eval_dataset: the trainer's evaluation data; the names in a mapping are part of the metrics' names.
+        eval_dataset: the trainer's evaluation data; the names in a mapping are part of the metrics' names. Exposed
+            items choose no model.
         callbacks: the trainer's callbacks; early stopping needs a metric.
         reports_more: the trainer reports other metrics too, so every name is valid.
 
     Raises:
-        ValueError: `evaluate()` does not report the metric, or the direction contradicts it.
+        ValueError: `evaluate()` does not report the metric, the direction contradicts it, or all evaluation data are
+            exposed items.
     """
-    datasets = list(eval_dataset) if isinstance(eval_dataset, Mapping) else []
+    datasets, given = [], [eval_dataset]
+    if isinstance(eval_dataset, Mapping):
+        given = [rows for rows in eval_dataset.values() if not _are_exposed(rows)]
+        datasets = [name for name, rows in eval_dataset.items() if not _are_exposed(rows)]
     configured = args.metric_for_best_model
     stops_early = any(each is EarlyStoppingCallback or isinstance(each, EarlyStoppingCallback) for each in callbacks)
     if configured is None and not uses_metric(args) and not stops_early:
         return
+    if not given or _are_exposed(given[0]):
+        raise ValueError(
+            "The best model must not be chosen by exposed items, which are the truth that the evaluation measures "
+            "on. Give validation rows too (leave_one_out): eval_dataset={'validation': ..., 'exposed': ...}."
+        )
     if configured in (None, "loss", _default(ks)):
         args.metric_for_best_model = _default(ks, datasets)
         if configured != _default(ks):
@@ -92,6 +104,10 @@ def resolve_metric(
     if name not in known and f"eval_{name}" not in known and not reports_more:
         raise _unknown_metric(name, known)
     _check_direction(args)
+
+
+def _are_exposed(rows: object) -> bool:
+    return isinstance(rows, Dataset) and has_exposed_rows(rows)
 
 
 def _default(ks: Sequence[int], datasets: Sequence[str] = ()) -> str:

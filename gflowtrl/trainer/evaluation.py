@@ -13,14 +13,22 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction, TrainingArguments
 
 from gflowtrl.catalog import ItemCatalog, SeenItems
-from gflowtrl.data import GroupCollator, PromptEncoder, Step, history_lengths
+from gflowtrl.data import ExposedCollator, GroupCollator, PromptEncoder, Step, has_exposed_rows, history_lengths
 from gflowtrl.finite import NonFiniteError, bad_ranking, check_ranked, describe
-from gflowtrl.metrics import binned_by_target, jensen_shannon, summarize, total_variation
+from gflowtrl.metrics import (
+    binned_by_target,
+    exposed_metrics,
+    jensen_shannon,
+    mean_over_users,
+    summarize,
+    total_variation,
+)
 from gflowtrl.policy import TreePolicy, check_exact, make_policy
 from gflowtrl.rewards import CompositeReward
 
 from .best_metric import LOGGED_METRICS, resolve_metric
 from .checkpoints import TrainerBase
+from .exposed import unchecked_log_probs
 from .finite_steps import nonfinite_weight
 from .reference import ReferencePrior
 
@@ -37,6 +45,9 @@ class RankingEvaluationMixin(TrainerBase):
     Call `set_up_ranking` after the constructor. `evaluate()` then takes rows `{"row_id", "history", "target", ...}`
     and returns `eval_recall@10`, `eval_ndcg@10`, `eval_coverage@10`, ... It uses the Trainer's evaluation loop, so
     `metric_for_best_model="eval_ndcg@10"`, early stopping and sharded engines work as usual.
+
+    With rows of exposed items (`gflowtrl.data.exposed_rows`) it returns `eval_ndcg@5`, `eval_recall@5` and `eval_auc`
+    of their ranking by the policy, means over the users for whom each one is defined.
     """
 
     _policies_are_checked = False
@@ -112,7 +123,9 @@ class RankingEvaluationMixin(TrainerBase):
             rows = datasets if eval_dataset is None else datasets[eval_dataset]
         if rows is None:
             raise ValueError("There are no evaluation rows. Pass eval_dataset to the trainer or rows to evaluate().")
-        collator, self.data_collator = self.data_collator, self._ranking_collator
+        encoder = self._ranking_collator.encoder
+        ranking = ExposedCollator(encoder) if has_exposed_rows(rows) else self._ranking_collator
+        collator, self.data_collator = self.data_collator, ranking
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False  # evaluate every row
         try:
             ordered: Any = by_length(rows)[0]
@@ -139,14 +152,23 @@ class RankingEvaluationMixin(TrainerBase):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Return no loss, the ranked leaves `(B, beams)` as predictions and the target leaves `(B,)` as labels."""
+        """Return no loss, the ranked leaves `(B, beams)` as predictions and the target leaves `(B,)` as labels; for
+        exposed items their log-probabilities and likes, both `(B, C)`."""
         batch: Any = self._prepare_inputs(inputs)
+        if "candidates" in batch:
+            scores = unchecked_log_probs(self.policy_of(model), batch["prompts"], batch["candidates"])
+            self._bad_rankings = self._bad_rankings.to(scores.device) | bad_ranking(batch["candidates"], scores)
+            return None, scores, batch["liked"]
         leaves, log_probs = self.policy_of(model).beam_search(batch["prompts"], self._num_beams)
         self._bad_rankings = self._bad_rankings.to(leaves.device) | bad_ranking(leaves, log_probs)
         return None, leaves, self._catalog.leaf_of(batch["rows"].columns["target"]).to(leaves.device)
 
     def _ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         leaves, targets = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+        if targets.dim() == 2:
+            if not bool(leaves[targets >= 0].isfinite().all()):
+                return {}  # `evaluation_loop` raises an error
+            return mean_over_users(exposed_metrics(leaves, targets))[0]
         metrics = summarize(leaves, targets, self._catalog, self._item_counts, self._ks).metrics
         return {name: value for name, value in metrics.items() if name.split("@")[0] in LOGGED_METRICS}
 

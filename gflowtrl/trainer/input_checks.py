@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.compat import carries_adapters
-from gflowtrl.data import PromptEncoder, check_column_names
+from gflowtrl.data import PromptEncoder, check_column_names, has_exposed_rows
 from gflowtrl.policy import check_causal, check_positions
 from gflowtrl.policy.loading import check_embedded
 
@@ -24,11 +24,13 @@ REQUIRED_COLUMNS = ("row_id", "history", "target")
 def check_inputs(
     parts: Parts, max_history_items: int | None, datasets: Iterable[Dataset | None], new_adapters: bool
 ) -> None:
-    """Run all checks of this module on a trainer's inputs."""
+    """Run all checks of this module on a trainer's inputs; the first dataset is that of the training."""
     check_model(parts.model, parts.catalog)
     check_trainable(parts.model, new_adapters)
     check_encoder(parts.encoder, parts.catalog, parts.model, max_history_items)
-    for dataset in datasets:
+    train_dataset, *others = datasets
+    check_training_rows(train_dataset)
+    for dataset in (train_dataset, *others):
         check_rows(dataset, parts.catalog)
 
 
@@ -78,7 +80,10 @@ def check_rows(rows: Dataset | None, catalog: ItemCatalog) -> None:
         return
     if not isinstance(rows, Dataset):
         raise TypeError(f"Rows must be a datasets.Dataset with a length and an order, got {type(rows).__name__}.")
-    missing = [column for column in REQUIRED_COLUMNS if column not in rows.column_names]
+    exposed = has_exposed_rows(rows)
+    missing = [
+        name for name in REQUIRED_COLUMNS if name not in rows.column_names and not (exposed and name == "target")
+    ]
     if missing:
         raise ValueError(
             f"The dataset has no column {', '.join(missing)} (it has {', '.join(rows.column_names)}). "
@@ -88,7 +93,9 @@ def check_rows(rows: Dataset | None, catalog: ItemCatalog) -> None:
     if not len(rows):
         raise ValueError("The dataset has no rows.")
     known, seen = set(catalog.items), set()
-    for row_id, history, target in zip(rows["row_id"], rows["history"], rows["target"], strict=True):
+    # The items of a row besides its history: the target, or the candidates.
+    others = rows["candidates"] if exposed else ([target] for target in rows["target"])
+    for row_id, history, wanted in zip(rows["row_id"], rows["history"], others, strict=True):
         if not isinstance(row_id, int):
             raise TypeError(f"The row_id {row_id!r} is not an integer; number the rows.")
         if row_id in seen:
@@ -98,12 +105,21 @@ def check_rows(rows: Dataset | None, catalog: ItemCatalog) -> None:
         seen.add(row_id)
         if not history:
             raise ValueError(f"Row {row_id} has an empty history; leave out rows without a history.")
-        if target not in known or not known.issuperset(history):
-            unknown = next(item for item in [target, *history] if item not in known)
+        if not (known.issuperset(wanted) and known.issuperset(history)):
+            unknown = next(item for item in [*wanted, *history] if item not in known)
             raise ValueError(
                 f"Row {row_id} contains item {unknown!r}, which is not in the catalog of {len(catalog)} items. "
                 f"Leave it out of the data or give it a semantic id."
             )
+
+
+def check_training_rows(rows: Dataset | None) -> None:
+    """Raise an error for rows of exposed items, which are for evaluation only."""
+    if isinstance(rows, Dataset) and has_exposed_rows(rows):
+        raise ValueError(
+            "train_dataset has candidates and likes of exposed items instead of targets. They are the truth that the "
+            "evaluation measures on: pass them as eval_dataset, and train on the log (leave_one_out)."
+        )
 
 
 def item_counts_of(rows: Dataset | None, catalog: ItemCatalog) -> Tensor:
