@@ -1,5 +1,6 @@
 """From interactions to training examples: readers, splits, tokenizers, prompts, and a synthetic shop."""
 
+from .augmentation import Augmentation, augmented_rows
 from .exposed import ExposedCollator, ExposedRows, exposed_rows, has_exposed_rows, reordered
 from .formats import (
     PUBLIC_DATA,
@@ -30,6 +31,7 @@ __all__ = [
     "PURCHASED",
     "RAW_FORMATS",
     "SHOWN",
+    "Augmentation",
     "BatchRows",
     "Columns",
     "Event",
@@ -54,6 +56,7 @@ __all__ = [
     "Window",
     "Windows",
     "add_item_tokens",
+    "augmented_rows",
     "build_tokenizer",
     "check_column_names",
     "check_round_trip",

@@ -88,9 +88,9 @@ def _check_delay(data: RunData, args: TrainingArguments, stage: str) -> None:
     by_epochs = args.eval_strategy == "epoch"
     if not args.eval_delay or args.eval_strategy == "no" or by_epochs != (args.max_steps > 0):
         return
-    recipe, rows = data.recipe, len(data.splits.train)
+    recipe, rows = data.recipe, len(data.train)
     if stage == "sft" and not recipe.encoder_decoder and not recipe.prompt:  # one row per window
-        rows = len(user_windows(data.splits.train_sequences, recipe.data.max_history_items))
+        rows = len(user_windows(data.train_sequences, recipe.data.max_history_items))
     batches = rows / (args.train_batch_size * args.world_size)
     batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
     steps = max(1, math.ceil(batches / args.gradient_accumulation_steps))

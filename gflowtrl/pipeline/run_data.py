@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gflowtrl.catalog import ItemCatalog
+from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.configuration import field_names, locate_errors
 from gflowtrl.data import (
     ExposedRows,
@@ -26,6 +26,7 @@ from gflowtrl.data import (
     SyntheticShop,
     TextPromptEncoder,
     add_item_tokens,
+    augmented_rows,
     build_tokenizer,
     exposed_rows,
     k_core,
@@ -83,6 +84,20 @@ class RunData:
     def item_counts(self) -> Tensor:
         """Training interactions of each item, in the order of `catalog.items`."""
         return self.splits.item_counts
+
+    @cached_property
+    def train(self) -> Dataset:
+        """The rows that policies train on: the training rows, with altered copies if the recipe says so."""
+        options, splits = self.recipe.data.augmentation, self.splits
+        if options is None:
+            return splits.train
+        return augmented_rows(splits.train, self.interactions.users, splits.train_sequences, options, self.recipe.seed)
+
+    @cached_property
+    def train_sequences(self) -> list[list[Item]]:
+        """The sequences of `train`, for supervised fine-tuning."""
+        options, sequences = self.recipe.data.augmentation, self.splits.train_sequences
+        return sequences if options is None else [*sequences, *options(sequences, self.recipe.seed)]
 
     @cached_property
     def exposed(self) -> ExposedRows | None:
@@ -149,6 +164,7 @@ def prepare(recipe: Recipe) -> RunData:
     catalog = ItemCatalog.from_semantic_ids(interactions.semantic_ids, tokenizer)
     section = asdict(recipe.data)
     del section["semantic_ids"]  # equal ids are equal data, whoever made them
+    del section["augmentation"]  # teachers and the evaluation do not depend on it
     content = {  # without the exposed items: what is trained does not depend on them
         "section": section,
         "users": interactions.users,

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from gflowtrl.checks import COUNT, NOT_NEGATIVE, at_least, check_number
 from gflowtrl.configuration import check_types, field_names, locate_errors
+from gflowtrl.data import Augmentation
 from gflowtrl.metrics import primary_cutoff
 from gflowtrl.semantic_ids import SemanticIdOptions
+
+
+T = TypeVar("T")
 
 
 def setting(default: Any, help: str) -> Any:
@@ -21,8 +25,8 @@ class DataSection:
     """How the data are read.
 
     Raises:
-        ValueError: a number is out of range, or an unknown or contradictory option of semantic ids.
-        TypeError: an option of semantic ids has the wrong type.
+        ValueError: a number is out of range, or an unknown or contradictory option of semantic ids or augmentation.
+        TypeError: such an option has the wrong type.
     """
 
     k_core: int | None = setting(None, "drop users and items with fewer interactions; null: keep all")
@@ -31,23 +35,26 @@ class DataSection:
     semantic_ids: SemanticIdOptions | None = setting(
         None, "how the run makes semantic ids ({}: the defaults); null: those of the data folder"
     )
+    augmentation: Augmentation | None = setting(
+        None, "altered copies of the training sequences for sft, control and gflownet ({}: the defaults); null: none"
+    )
 
     def __post_init__(self) -> None:
-        self.semantic_ids = _semantic_ids(self.semantic_ids)
+        self.semantic_ids = _options(SemanticIdOptions, self.semantic_ids, "data.semantic_ids", "{quantizer: kmeans}")
+        self.augmentation = _options(Augmentation, self.augmentation, "data.augmentation", "{copies: 3}")
         check_number("data.k_core", self.k_core, COUNT, optional=True)
         check_number("data.max_history_items", self.max_history_items, COUNT)
 
 
-def _semantic_ids(given: Any) -> SemanticIdOptions | None:
-    """The options of a recipe's mapping; errors name them as `data.semantic_ids...`."""
-    if given is None or isinstance(given, SemanticIdOptions):
+def _options(kind: type[T], given: Any, where: str, example: str) -> T | None:
+    """The options of a recipe's mapping; errors name them as `<where>.<field>`."""
+    if given is None or isinstance(given, kind):
         return given
-    where = "data.semantic_ids"
     if not isinstance(given, Mapping):
-        raise TypeError(f"{where} must be null or fields with values, such as {{quantizer: kmeans}}, not {given!r}.")
-    values = check_types(SemanticIdOptions, given, where)
-    with locate_errors(where, field_names(SemanticIdOptions)):
-        return SemanticIdOptions(**values)
+        raise TypeError(f"{where} must be null or fields with values, such as {example}, not {given!r}.")
+    values = check_types(kind, given, where)
+    with locate_errors(where, field_names(kind)):
+        return kind(**values)
 
 
 @dataclass

@@ -146,7 +146,7 @@ def train_sft(run: RunContext, data: RunData) -> Stage:
 
 
 def _sft_trainer(data: RunData, folder: Path, callbacks: Sequence[TrainerCallback]) -> Trainer:
-    recipe, model, rows = data.recipe, build_model(data), data.splits.train
+    recipe, model, rows = data.recipe, build_model(data), data.train
     if recipe.peft_config is None:
         merge_tied_embeddings(model)
     else:
@@ -159,7 +159,7 @@ def _sft_trainer(data: RunData, folder: Path, callbacks: Sequence[TrainerCallbac
     elif recipe.prompt:
         rows = text_sft_dataset(rows["history"], rows["target"], data.encoder)
     else:
-        rows = sft_dataset(data.splits.train_sequences, data.catalog, data.tokenizer, longest)
+        rows = sft_dataset(data.train_sequences, data.catalog, data.tokenizer, longest)
     if kind is SFTStage:
         args.dataset_kwargs = {"skip_prepare_dataset": True}  # rows are already tokenized and cut
         lengths = torch.tensor([len(tokens) for tokens in rows["input_ids"]])
@@ -249,7 +249,7 @@ def _flow_trainer(
     return GFlowNetTrainer(
         _start_model(data, start),
         args=args,
-        train_dataset=data.splits.train,
+        train_dataset=data.train,
         eval_dataset=data.validation,
         processing_class=data.tokenizer,
         catalog=data.catalog,
@@ -280,9 +280,10 @@ def _untrained_inputs(data: RunData) -> Record:
     """What an untrained model and its prompts depend on besides the seed."""
     recipe = data.recipe
     begins = recipe.model.get("model_name_or_path")
-    files = files_fingerprint(recipe.local(begins)) if begins else None
+    files, augmentation = files_fingerprint(recipe.local(begins)) if begins else None, recipe.data.augmentation
     return {
-        "data": data.fingerprint, "model": recipe.model, **prompt_fingerprint(data), **if_set(model_files=files)
+        "data": data.fingerprint, "model": recipe.model, **prompt_fingerprint(data),
+        **if_set(model_files=files, augmentation=augmentation and asdict(augmentation)),
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""SASRec with cross entropy over the full softmax."""
+"""SASRec with cross entropy over the full or a sampled softmax."""
 
 import math
 from collections import defaultdict
@@ -40,11 +40,11 @@ class Block(nn.Module):
 
 
 class SASRec(TeacherModule):
-    """Self-attentive sequential recommendation (Kang and McAuley, ICDM 2018), trained with the full softmax.
+    """Self-attentive sequential recommendation (Kang and McAuley, ICDM 2018), trained with a softmax.
 
     The model has item embeddings (tied to the output layer), learned positions and a causal transformer. The loss is
-    cross entropy over *all* items at every position; with sampled negatives, as in the original, the model is much
-    weaker. Use `fit` to train a model.
+    cross entropy over *all* items at every position, or in large catalogs over the target and many sampled items; with
+    one negative per target, as in the original, the model is much weaker. Use `fit` to train a model.
 
     Args:
         items: the catalog, in the order of the score columns.
@@ -60,7 +60,7 @@ class SASRec(TeacherModule):
     bounds = {
         "max_history_items": COUNT, "width": COUNT, "layers": COUNT, "heads": COUNT, "dropout": SHARE_BELOW_ONE,
         "epochs": COUNT, "patience": COUNT, "batch_size": COUNT, "learning_rate": POSITIVE, "seed": SEED,
-        "weight_decay": NOT_NEGATIVE, "average": COUNT,
+        "weight_decay": NOT_NEGATIVE, "average": COUNT, "negatives": COUNT,
     }  # fmt: skip
 
     def __init__(
@@ -87,7 +87,7 @@ class SASRec(TeacherModule):
 
     @classmethod
     def check_options(cls, **options: Any) -> None:
-        super().check_options(**options)
+        super().check_options(**{name: value for name, value in options.items() if value is not None})
         width, heads = options.get("width", 64), options.get("heads", 2)
         if width % heads:
             raise ValueError(f"width is {width}; it must be divisible by the number of heads, which is {heads}.")
@@ -136,6 +136,7 @@ class SASRec(TeacherModule):
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
         average: int = 1,
+        negatives: int | None = None,
         seed: int = 42,
         device: str | torch.device = "cpu",
         progress: bool = True,
@@ -152,6 +153,9 @@ class SASRec(TeacherModule):
             weight_decay: decoupled weight decay (AdamW).
             average: number of the best epochs whose weights are averaged (Izmailov et al., UAI 2018); without
                 `validation`, of the last epochs.
+            negatives: items per step that stand for the whole catalog in the softmax (`_loss`), the same for all
+                targets of the step; None: the full softmax. The time per step then depends little on the number of
+                items.
             seed: seed of initialization, order and dropout. The global random state does not change.
             **config: `max_history_items`, `width`, `layers`, `heads`, `dropout`, `full_history`.
 
@@ -160,7 +164,7 @@ class SASRec(TeacherModule):
         """
         cls.check_options(
             epochs=epochs, patience=patience, batch_size=batch_size, learning_rate=learning_rate, seed=seed,
-            weight_decay=weight_decay, average=average,
+            weight_decay=weight_decay, average=average, negatives=negatives,
         )  # fmt: skip
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -171,7 +175,7 @@ class SASRec(TeacherModule):
             best, stale = -1.0, 0
             bar = tqdm(range(epochs), desc="SASRec", unit="epoch", disable=not progress)
             for epoch in bar:
-                loss = teacher._train_epoch(windows, optimizer, batch_size)
+                loss = teacher._train_epoch(windows, optimizer, batch_size, negatives)
                 value = teacher._ndcg(rows) if rows else float(epoch)
                 state = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
                 kept = sorted([*kept, (value, state)], key=lambda entry: -entry[0])[:average]
@@ -204,7 +208,26 @@ class SASRec(TeacherModule):
             raise ValueError("train_sequences has no sequence of two or more items; SASRec needs at least one.")
         return [torch.tensor(groups[length], device=self.device) for length in sorted(groups)]
 
-    def _train_epoch(self, windows: list[Tensor], optimizer: torch.optim.Optimizer, batch_size: int) -> float:
+    def _loss(self, hidden: Tensor, targets: Tensor, negatives: int | None) -> Tensor:
+        """Return the mean cross entropy of targets `(n,)` at states `(n, width)`.
+
+        With `negatives`, the sum over the other items is estimated from that many uniform draws, each of which stands
+        for (items - 1) / negatives of them (sampled softmax, Jean et al., ACL 2015; as in eSASRec, RecSys 2025). Draws
+        of a target itself are left out.
+        """
+        if negatives is None:
+            return F.cross_entropy(self.logits(hidden), targets)
+        count = len(self.items)
+        drawn = torch.randint(count, (negatives,), device=targets.device)
+        weight = self.item_embedding.weight
+        positive = (hidden * weight[targets]).sum(1, keepdim=True)
+        others = hidden @ weight[drawn].T + math.log((count - 1) / negatives)
+        others = others.masked_fill(drawn == targets[:, None], -torch.inf)
+        return (torch.cat([positive, others], 1).logsumexp(1) - positive.squeeze(1)).mean()
+
+    def _train_epoch(
+        self, windows: list[Tensor], optimizer: torch.optim.Optimizer, batch_size: int, negatives: int | None
+    ) -> float:
         self.train()
         batches = [
             part
@@ -214,7 +237,7 @@ class SASRec(TeacherModule):
         total, count = 0.0, 0
         for index in torch.randperm(len(batches)).tolist():
             inputs, targets = batches[index][:, :-1], batches[index][:, 1:].flatten()
-            loss = F.cross_entropy(self.logits(self(inputs)).flatten(0, 1), targets)
+            loss = self._loss(self(inputs).flatten(0, 1), targets, negatives)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -229,6 +252,8 @@ class SASRec(TeacherModule):
     def _ndcg(self, rows: Sequence[Mapping[str, Any]], k: int = 10) -> float:
         total = 0.0
         for scores, targets in self.scored(rows):
-            rank = 1 + (scores > scores.gather(1, targets[:, None])).sum(1)
+            # The best k scores suffice, and are found faster than all larger scores are counted.
+            best = scores.topk(min(k, scores.shape[1])).values
+            rank = 1 + (best > scores.gather(1, targets[:, None])).sum(1)
             total += torch.where(rank <= k, 1 / torch.log2(rank + 1.0), 0.0).sum().item()
         return total / len(rows)
