@@ -212,16 +212,15 @@ class SASRec(TeacherModule):
         """Return the mean cross entropy of targets `(n,)` at states `(n, width)`.
 
         With `negatives`, the sum over the other items is estimated from that many uniform draws, each of which stands
-        for (items - 1) / negatives of them (sampled softmax, Jean et al., ACL 2015; as in eSASRec, RecSys 2025). Draws
-        of a target itself are left out.
+        for items / negatives of them (sampled softmax, Jean et al., ACL 2015; as in eSASRec, RecSys 2025). Draws of a
+        target itself are left out.
         """
         if negatives is None:
             return F.cross_entropy(self.logits(hidden), targets)
-        count = len(self.items)
-        drawn = torch.randint(count, (negatives,), device=targets.device)
+        drawn = torch.randint(len(self.items), (negatives,), device=targets.device)
         weight = self.item_embedding.weight
         positive = (hidden * weight[targets]).sum(1, keepdim=True)
-        others = hidden @ weight[drawn].T + math.log((count - 1) / negatives)
+        others = hidden @ weight[drawn].T + math.log(len(self.items) / negatives)
         others = others.masked_fill(drawn == targets[:, None], -torch.inf)
         return (torch.cat([positive, others], 1).logsumexp(1) - positive.squeeze(1)).mean()
 

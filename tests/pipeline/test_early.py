@@ -100,6 +100,9 @@ CASES = [
         "--data.semantic_ids kmeans",
         "data.semantic_ids must be null or fields with values, such as {quantizer: kmeans}",
     ),
+    ("--data.augmentation {copies: 0}", "data.augmentation.copies is 0; it must be a whole number of at least 1"),
+    ("--data.augmentation {drop: 0, shift: 0}", "data.augmentation.drop and shift are both 0"),
+    ("--data.augmentation 3", "data.augmentation must be null or fields with values, such as {copies: 3}"),
     ("--data.semantic_ids {vectors: absent.npy}", "There is no file of item vectors at absent.npy"),
     ("--data.semantic_ids {features: [shape]}", "no item has any of the features shape"),
     (

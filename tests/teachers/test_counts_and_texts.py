@@ -167,6 +167,7 @@ def test_bad_options_are_named():
         (lambda: ItemKNN.fit([["gnu"]], ITEMS), "Item 'gnu' is not in the catalog"),
         (lambda: SASRec.fit([["tea", "cup"]], ITEMS, average=0), "average is 0"),
         (lambda: SASRec.fit([["tea", "cup"]], ITEMS, weight_decay=-1), "weight_decay is -1"),
+        (lambda: SASRec.fit([["tea", "cup"]], ITEMS, negatives=0), "negatives is 0"),
     ):
         with pytest.raises(ValueError, match=message):
             fit()

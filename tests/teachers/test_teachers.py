@@ -81,6 +81,34 @@ def test_sasrec_learns_a_cycle():
     )
 
 
+def test_sasrec_learns_a_cycle_from_sampled_items():
+    items = list(range(100, 112))
+    held_out = [{"history": row[:-1], "target": row[-1]} for row in cycle_sequences(items, 50, seed=1)]
+    settings = {"epochs": 12, "learning_rate": 5e-3, "progress": False, "batch_size": 32, "dropout": 0.1, "width": 16}
+    teacher = SASRec.fit(cycle_sequences(items, 300), items, held_out, negatives=6, **settings)
+    top = top_items(teacher, [row["history"] for row in held_out], 1).flatten()
+    assert [items[index] for index in top] == [row["target"] for row in held_out]
+
+
+def test_the_sampled_softmax_estimates_the_full_one():
+    """With many draws, the loss and its gradient are those of the cross entropy over all items."""
+    torch.manual_seed(0)
+    teacher, targets = SASRec(list(range(40)), width=8), torch.tensor([3, 3, 39, 0])
+    torch.nn.init.normal_(teacher.item_embedding.weight)
+    hidden = torch.randn(4, 8)
+
+    def gradient(negatives):
+        loss = teacher._loss(hidden, targets, negatives)
+        return loss, torch.autograd.grad(loss, teacher.item_embedding.weight)[0]
+
+    (full, exact), (sampled, estimate) = gradient(None), gradient(400_000)
+    torch.testing.assert_close(full, torch.nn.functional.cross_entropy(teacher.logits(hidden), targets))
+    torch.testing.assert_close(sampled, full, atol=0.02, rtol=0)
+    torch.testing.assert_close(estimate, exact, atol=0.02, rtol=0)
+    # With one draw, a target is never its own negative.
+    assert all(teacher._loss(hidden[2:3], targets[2:3], 1) >= 0 for _ in range(200))
+
+
 def test_sasrec_uses_the_order_of_a_history():
     """Item b follows (a, x) and item c follows (x, a), which a model of sets cannot distinguish."""
     train = [["tea", "cup", "pot"], ["cup", "tea", "ink"]] * 40
