@@ -9,6 +9,7 @@ Runs with a record of the same recipe in benchmarks/results/quality/ are not rep
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from gflowtrl.pipeline import Recipe, load_recipe, run
 from gflowtrl.pipeline.comparison import spread
 from gflowtrl.pipeline.plots import main_metrics, metric_title, titles_of
 from gflowtrl.pipeline.run_report import aligned, interval_text
+from gflowtrl.pipeline.sections import DataSection, EvaluationSection
 
 
 ROOT = Path(__file__).parents[2]
@@ -31,16 +33,20 @@ RECIPES = [
 COLUMNS = [*main_metrics(5)[:2], *main_metrics(10)]
 COLUMNS += [f"{name}@10" for name in ("coverage", "entropy", "dgu", "mgu", "long_tail")]
 HEADINGS = [metric_title(name) for name in COLUMNS]
+SECTIONS = {"data": DataSection, "evaluation": EvaluationSection}
 UNSEEN_RANKS = ", seen removed"  # after a method's name in the ranks of a record
 
 
 def settings(recipe: dict) -> dict:
     """Return the part of a recipe that must equal that of a kept record.
 
-    Paths, the choice of stages, the number of calibration rows and fields that are not set do not count.
+    Paths, the choice of stages, the number of calibration rows and fields that are not set do not count. Fields that a
+    record lacks have their defaults.
     """
     left_out = ("output_dir", "data_dir", "stages", "calibration_rows")
-    kept = {name: settings(value) if name == "evaluation" else value for name, value in recipe.items()}
+    kept = dict(recipe)
+    for name in SECTIONS.keys() & recipe.keys():
+        kept[name] = settings({**asdict(SECTIONS[name]()), **recipe[name]})
     unset = (("start", "sft"), *((name, value) for name in kept for value in (None, {})))
     return {name: value for name, value in kept.items() if name not in left_out and (name, value) not in unset}
 

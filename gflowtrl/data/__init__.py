@@ -14,6 +14,7 @@ from .formats import (
     prepare,
 )
 from .interactions import CLICKED, PURCHASED, SHOWN, Event, Exposed, InteractionData, k_core
+from .new_items import hold_out_items
 from .order import GroupedEpochSampler, LengthGroupedEpochSampler
 from .prompts import BatchRows, GroupCollator, PromptEncoder, PromptFormat, TargetCollator, sft_dataset
 from .readers import read_exposed, read_folder, read_interactions, read_letter, write_folder
@@ -67,6 +68,7 @@ __all__ = [
     "extract_zip",
     "has_exposed_rows",
     "history_lengths",
+    "hold_out_items",
     "k_core",
     "leave_one_out",
     "prepare",

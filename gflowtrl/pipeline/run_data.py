@@ -29,6 +29,7 @@ from gflowtrl.data import (
     augmented_rows,
     build_tokenizer,
     exposed_rows,
+    hold_out_items,
     k_core,
     leave_one_out,
     read_interactions,
@@ -54,6 +55,7 @@ class RunData:
 
     Attributes:
         truth: of the synthetic shop; only the evaluation reads it.
+        new_items: items that occur in nothing but test targets (`data.new_items`).
         item_tokenizer: what made the semantic ids; None: they are those of the data.
         fingerprint: changes with the data and with the way they are split.
     """
@@ -66,6 +68,7 @@ class RunData:
     catalog: ItemCatalog
     fingerprint: str
     item_tokenizer: ItemTokenizer | None = None
+    new_items: frozenset[Item] = frozenset()
 
     @cached_property
     def encoder(self) -> PromptEncoder:
@@ -152,6 +155,9 @@ def prepare(recipe: Recipe) -> RunData:
             f"them (--data.semantic_ids.quantizer kmeans), or make the file with `gflowtrl tokenize --data_dir "
             f"{recipe.data_dir}`; or give each item a list of tokens there (docs/data.md)."
         )
+    new_items: frozenset[Item] = frozenset()
+    if recipe.data.new_items:
+        interactions, new_items = hold_out_items(interactions, recipe.data.new_items)
     splits = leave_one_out(interactions, _history_cut(interactions, recipe.data.max_history_items))
     if own_ids:
         item_tokenizer = _item_tokenizer(recipe, interactions, splits)
@@ -164,6 +170,8 @@ def prepare(recipe: Recipe) -> RunData:
     catalog = ItemCatalog.from_semantic_ids(interactions.semantic_ids, tokenizer)
     section = asdict(recipe.data)
     del section["semantic_ids"]  # equal ids are equal data, whoever made them
+    if not new_items:
+        del section["new_items"]  # the fingerprint of data from before this field
     del section["augmentation"]  # teachers and the evaluation do not depend on it
     content = {  # without the exposed items: what is trained does not depend on them
         "section": section,
@@ -173,7 +181,8 @@ def prepare(recipe: Recipe) -> RunData:
         "semantic_ids": list(interactions.semantic_ids.items()),
         **if_set(impressions=interactions.impressions),
     }
-    data = RunData(recipe, interactions, truth, splits, tokenizer, catalog, fingerprint(content), item_tokenizer)
+    key = fingerprint(content)
+    data = RunData(recipe, interactions, truth, splits, tokenizer, catalog, key, item_tokenizer, new_items)
     data.encoder  # noqa: B018  (its construction checks the prompts)
     return data
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gflowtrl.metrics import group_means, paired_bootstrap, popularity_groups, primary_cutoff
+from gflowtrl.metrics import group_means, mean_and_error, paired_bootstrap, popularity_groups, primary_cutoff
 
 from .evaluation import per_user
 from .exposed import exposed_headings, exposed_lines, exposed_title
@@ -76,9 +76,24 @@ def collect(
     }
     if {"gflownet", "control"} <= tested.keys():
         results["gflownet_minus_control"] = compare(data, tested["gflownet"], tested["control"], k)
+    if data.new_items:
+        results["new_items"] = _new_items(data, tested, k)
     if calibration is not None:
         results["calibration"] = calibration
     return results
+
+
+def _new_items(data: RunData, tested: Mapping[str, Stage], k: int) -> dict[str, Any]:
+    """Recall and NDCG of each method for the users whose target is a new item, and for the others."""
+    of_new = torch.tensor([target in data.new_items for target in data.test["target"]])
+    methods = {}
+    for method, stage in tested.items():
+        values = per_user(stage)
+        methods[method] = {
+            group: {name: mean_and_error(values[name][of_group]) for name in main_metrics(k)}
+            for group, of_group in (("new", of_new), ("others", ~of_new))
+        }
+    return {"items": len(data.new_items), "users": int(of_new.sum()), "methods": methods}
 
 
 def _environment() -> dict[str, Any]:
@@ -161,6 +176,11 @@ def text(results: Mapping[str, Any]) -> str:
         )
         lines.append("unseen liked: probability on items that a user likes and was never shown (higher is better).")
         lines.append("TV to truth: total variation to the user's true preference (lower is better).")
+    if "new_items" in results:
+        lines += [
+            "",
+            *_of_new_items(results["new_items"], titles_of(recipe), primary_cutoff(recipe["evaluation"]["ks"])),
+        ]
     if "exposed" in results:
         lines += ["", *_exposed(results["exposed"], titles_of(recipe))]
     if "calibration" in results:
@@ -180,6 +200,20 @@ def write(results: Mapping[str, Any], logs: Mapping[str, list[dict]], folder: Pa
     plot_run(results, logs, folder)
     (folder / "report.md").write_text(text(results) + "\n", encoding="utf-8")
     write_json(folder / "results.json", results)
+
+
+def _of_new_items(found: Mapping[str, Any], titles: Mapping[str, str], k: int) -> list[str]:
+    names = main_metrics(k)[:2]
+    lines = [["method", *(f"{metric_title(name)}, {group}" for group in ("new", "others") for name in names)]]
+    for method, groups in found["methods"].items():
+        means = [groups[group][name] for group in ("new", "others") for name in names]
+        lines.append([titles[method], *(f"{mean:.4f} ± {error:.4f}" for mean, error in means)])
+    return [
+        f"New items: {found['items']:,} items occur in nothing but test targets, those of {found['users']:,} users "
+        f"(docs/exposure.md). All items are candidates.",
+        "",
+        aligned(lines),
+    ]
 
 
 def _exposed(found: Mapping[str, Any], titles: Mapping[str, str]) -> list[str]:

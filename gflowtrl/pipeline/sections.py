@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from gflowtrl.checks import COUNT, NOT_NEGATIVE, at_least, check_number
+from gflowtrl.checks import COUNT, NOT_NEGATIVE, SHARE_BELOW_ONE, at_least, check_number
 from gflowtrl.configuration import check_types, field_names, locate_errors
 from gflowtrl.data import Augmentation
 from gflowtrl.metrics import primary_cutoff
@@ -35,6 +35,9 @@ class DataSection:
     semantic_ids: SemanticIdOptions | None = setting(
         None, "how the run makes semantic ids ({}: the defaults); null: those of the data folder"
     )
+    new_items: float = setting(
+        0.0, "share of the items, chosen at random, that occur in nothing but the test targets: the test of new items"
+    )
     augmentation: Augmentation | None = setting(
         None, "altered copies of the training sequences for sft, control and gflownet ({}: the defaults); null: none"
     )
@@ -44,6 +47,7 @@ class DataSection:
         self.augmentation = _options(Augmentation, self.augmentation, "data.augmentation", "{copies: 3}")
         check_number("data.k_core", self.k_core, COUNT, optional=True)
         check_number("data.max_history_items", self.max_history_items, COUNT)
+        check_number("data.new_items", self.new_items, SHARE_BELOW_ONE)
 
 
 def _options(kind: type[T], given: Any, where: str, example: str) -> T | None:

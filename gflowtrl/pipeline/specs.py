@@ -11,6 +11,7 @@ from gflowtrl.configuration import check_names, locate_errors
 from gflowtrl.rewards import Reward
 from gflowtrl.teachers import (
     EASE,
+    ContentSASRec,
     ItemKNN,
     ItemText,
     MixtureTeacher,
@@ -26,6 +27,7 @@ from gflowtrl.teachers.mixture import LEARNED
 #: A new teacher or reward is a class and a line here.
 TEACHERS: dict[str, type[TeacherModule]] = {
     "sasrec": SASRec,
+    "content_sasrec": ContentSASRec,
     "transitions": Transitions,
     "item_knn": ItemKNN,
     "ease": EASE,
@@ -35,6 +37,7 @@ TEACHERS: dict[str, type[TeacherModule]] = {
 }
 REWARDS: dict[str, type[Reward]] = {
     "ground_truth": rewards.GroundTruthReward,
+    "uniform": rewards.UniformReward,
     "interaction": rewards.InteractionReward,
     "token_similarity": rewards.TokenSimilarityReward,
     "collaborative": rewards.CollaborativeReward,

@@ -10,6 +10,7 @@ from .reward import AnyReward, Reward, ScoresItems, ScoresLeaves
 from .step_reward import DenseReward, PosteriorReward, RewardResult, SampledReward, StepReward, TopKReward, draw_leaves
 from .title_likelihood import TitleLikelihoodReward
 from .token_similarity import TokenSimilarityReward
+from .uniform import UniformReward
 from .weights import LearnedWeights, fit_reward_weights, one_step_back
 
 
@@ -33,6 +34,7 @@ __all__ = [
     "TitleLikelihoodReward",
     "TokenSimilarityReward",
     "TopKReward",
+    "UniformReward",
     "draw_leaves",
     "fit_reward_weights",
     "one_step_back",

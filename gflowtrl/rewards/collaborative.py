@@ -14,10 +14,11 @@ from gflowtrl.data import Step
 from gflowtrl.teachers import Teacher, as_teacher, teacher_scores
 
 from .from_spec import RewardContext
+from .popularity import Counts, PopularityOptions, counts_of
 from .reward import Reward
 
 
-class CollaborativeReward(Reward):
+class CollaborativeReward(PopularityOptions, Reward):
     """The teacher's scores of all items, normalized per user to positive values. Reads the column `history`.
 
     - `normalization="softmax"`: `softmax((score - c * log(count + 1)) / temperature)`, a probability over all items.
@@ -47,7 +48,7 @@ class CollaborativeReward(Reward):
         teacher: Teacher | Callable[[Sequence[Sequence[Item]]], Any],
         temperature: float = 1.0,
         popularity_correction: float = 0.0,
-        item_counts: Mapping[Item, int] | Sequence[int] | Tensor | None = None,
+        item_counts: Counts = None,
         normalization: str = "softmax",
         exponent: float = 1.0,
     ):
@@ -77,7 +78,7 @@ class CollaborativeReward(Reward):
     def _prepare(self, catalog: ItemCatalog) -> None:
         self._aligned = as_teacher(self.teacher, catalog.items)
         if self.popularity_correction:
-            self._penalty = self.popularity_correction * torch.log1p(_counts(self.item_counts, catalog.items))
+            self._penalty = self.popularity_correction * torch.log1p(counts_of(self.item_counts, catalog.items))
 
     def score_items(self, step: Step) -> Tensor:
         self._bound_catalog()
@@ -91,31 +92,17 @@ class CollaborativeReward(Reward):
         return torch.where(high == low, torch.ones_like(scores), (scores - low) / (high - low)) ** self.exponent
 
     @classmethod
-    def option_names(cls) -> set[str]:
-        return super().option_names() | {"popularity"}
-
-    @classmethod
     def check_spec(cls, spec: Mapping[str, Any]) -> None:
-        check_choice("popularity", spec.get("popularity", "interactions"), ("interactions", "impressions"))
-        options = {name: value for name, value in spec.items() if name not in ("teacher", "popularity")}
+        options = {name: value for name, value in cls.without_popularity(spec).items() if name != "teacher"}
         cls(lambda histories: None, item_counts=(), **options)
 
     @classmethod
     def needs(cls, spec: Mapping[str, Any]) -> set[str]:
-        impressions = {"impressions"} if spec.get("popularity") == "impressions" else set()
-        return impressions if "teacher" in spec else impressions | {"teacher"}
+        return super().needs(spec) | (set() if "teacher" in spec else {"teacher"})
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any], context: RewardContext) -> Self:
-        options = dict(spec)
-        teacher, kind = options.pop("teacher", None), options.pop("popularity", "interactions")
-        return cls(context.teacher(teacher), item_counts=context.counts(kind), **options)
-
-
-def _counts(counts: Mapping[Item, int] | Sequence[int] | Tensor | None, items: Sequence[Item]) -> Tensor:
-    if isinstance(counts, Mapping):
-        counts = [counts.get(item, 0) for item in items]
-    result = torch.as_tensor(counts, dtype=torch.float32)
-    if result.shape != (len(items),):
-        raise ValueError(f"item_counts has shape {tuple(result.shape)}, but the catalog has {len(items)} items.")
-    return result
+        options = cls.without_popularity(spec)
+        return cls(
+            context.teacher(options.pop("teacher", None)), item_counts=cls.counts_from(spec, context), **options
+        )

@@ -2,6 +2,7 @@
 
 from .cache import fingerprint, fit_cached
 from .closed_form import EASE, Popularity
+from .content import ContentSASRec
 from .cross_fit import CrossFitTeacher, fold_of, without_fold
 from .mixture import MixtureTeacher
 from .neighbors import ItemKNN, Transitions
@@ -11,6 +12,7 @@ from .text import ItemText
 
 
 __all__ = [
+    "ContentSASRec",
     "CrossFitTeacher",
     "fold_of",
     "without_fold",

@@ -92,16 +92,17 @@ class SASRec(TeacherModule):
         if width % heads:
             raise ValueError(f"width is {width}; it must be divisible by the number of heads, which is {heads}.")
 
-    def forward(self, indices: Tensor) -> Tensor:
+    def item_vectors(self) -> Tensor:
+        """Return the vector of each item, `(items, width)`, which input and output layer share."""
+        return self.item_embedding.weight
+
+    def forward(self, indices: Tensor, vectors: Tensor) -> Tensor:
         """Return the hidden states `(B, T, width)` of item indices `(B, T)`. State t depends on the items up to t."""
-        # The embeddings are scaled up at the input, because they are also the (small) weights of the output layer.
-        # This improves speed and quality of the training.
-        items = self.item_embedding(indices) * self.item_embedding.embedding_dim**0.5
+        # The vectors are scaled up at the input, because they are also the (small) weights of the output layer. This
+        # improves speed and quality of the training.
+        items = F.embedding(indices, vectors) * vectors.shape[1] ** 0.5
         positions = self.position_embedding.weight[: indices.shape[1]]
         return self.norm(self.blocks(self.dropout(items + positions)))
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return hidden @ self.item_embedding.weight.T
 
     @torch.no_grad()
     def score(self, histories: Sequence[History]) -> Tensor:
@@ -121,7 +122,8 @@ class SASRec(TeacherModule):
         """Return the logits at some positions of some rows: `(n,)`, `(n,)` -> `(n, len(items))`."""
         # The padding is on the right, where it does not affect a causal model.
         padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(self.device)
-        return self.logits(self.eval()(padded)[row, position])
+        vectors = self.eval().item_vectors()
+        return self(padded, vectors)[row, position] @ vectors.T
 
     @classmethod
     def fit(
@@ -168,8 +170,8 @@ class SASRec(TeacherModule):
         )  # fmt: skip
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            teacher = cls(items, **config).to(device)
-            windows, rows = teacher._windows(train_sequences), list(validation or [])
+            teacher = cls._new(items, sequences := list(train_sequences), **config).to(device)
+            windows, rows = teacher._windows(sequences), list(validation or [])
             optimizer = torch.optim.AdamW(teacher.parameters(), lr=learning_rate, weight_decay=weight_decay)
             kept: list[tuple[float, dict[str, Tensor]]] = []  # the best epochs, best first
             best, stale = -1.0, 0
@@ -186,8 +188,16 @@ class SASRec(TeacherModule):
                 bar.set_postfix(loss=f"{loss:.3f}", validation_ndcg=f"{value:.4f}", best=f"{best:.4f}")
                 if stale >= patience:
                     break
-        teacher.load_state_dict({name: torch.stack([state[name] for _, state in kept]).mean(0) for name in kept[0][1]})
+        mean = {
+            name: torch.stack([state[name] for _, state in kept]).mean(0) for name, _ in teacher.named_parameters()
+        }
+        teacher.load_state_dict(mean, strict=False)  # buffers do not change
         return teacher.eval()
+
+    @classmethod
+    def _new(cls, items: Sequence[Item], sequences: Sequence[History], **config: Any) -> "SASRec":
+        """Return a teacher before its training; for subclasses."""
+        return cls(items, **config)
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any], context: Mapping[str, Any]) -> "SASRec":
@@ -208,19 +218,26 @@ class SASRec(TeacherModule):
             raise ValueError("train_sequences has no sequence of two or more items; SASRec needs at least one.")
         return [torch.tensor(groups[length], device=self.device) for length in sorted(groups)]
 
-    def _loss(self, hidden: Tensor, targets: Tensor, negatives: int | None) -> Tensor:
-        """Return the mean cross entropy of targets `(n,)` at states `(n, width)`.
+    def _training_items(self) -> Tensor:
+        """Return the items in the softmax of the training, `(n,)`; for subclasses."""
+        return torch.arange(len(self.items), device=self.device)
+
+    def _loss(self, hidden: Tensor, vectors: Tensor, targets: Tensor, negatives: int | None) -> Tensor:
+        """Return the mean cross entropy of targets `(n,)` at states `(n, width)`, given the items' vectors.
 
         With `negatives`, the sum over the other items is estimated from that many uniform draws, each of which stands
         for items / negatives of them (sampled softmax, Jean et al., ACL 2015; as in eSASRec, RecSys 2025). Draws of a
         target itself are left out.
         """
+        pool = self._training_items()
         if negatives is None:
-            return F.cross_entropy(self.logits(hidden), targets)
-        drawn = torch.randint(len(self.items), (negatives,), device=targets.device)
-        weight = self.item_embedding.weight
-        positive = (hidden * weight[targets]).sum(1, keepdim=True)
-        others = hidden @ weight[drawn].T + math.log(len(self.items) / negatives)
+            logits = hidden @ vectors.T
+            if len(pool) < len(self.items):
+                logits = logits + torch.full_like(logits[0], -torch.inf).index_fill_(0, pool, 0.0)
+            return F.cross_entropy(logits, targets)
+        drawn = pool[torch.randint(len(pool), (negatives,), device=pool.device)]
+        positive = (hidden * vectors[targets]).sum(1, keepdim=True)
+        others = hidden @ vectors[drawn].T + math.log(len(pool) / negatives)
         others = others.masked_fill(drawn == targets[:, None], -torch.inf)
         return (torch.cat([positive, others], 1).logsumexp(1) - positive.squeeze(1)).mean()
 
@@ -236,7 +253,8 @@ class SASRec(TeacherModule):
         total, count = 0.0, 0
         for index in torch.randperm(len(batches)).tolist():
             inputs, targets = batches[index][:, :-1], batches[index][:, 1:].flatten()
-            loss = self._loss(self(inputs).flatten(0, 1), targets, negatives)
+            vectors = self.item_vectors()
+            loss = self._loss(self(inputs, vectors).flatten(0, 1), vectors, targets, negatives)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -19,6 +19,15 @@ from .teacher import History
 TFIDF = "tfidf"  # the embedder of TF-IDF and SVD
 
 
+def check_vectors(vectors: Tensor, items: Sequence[Item], teacher: str) -> None:
+    """Check that there is one finite vector per item; `teacher` is the name of its class in errors."""
+    if vectors.ndim != 2 or len(vectors) != len(items):
+        raise ValueError(
+            f"vectors has shape {tuple(vectors.shape)}, but there are {len(items)} items; give one row per item."
+        )
+    check_tensors({"vectors": vectors}, f"The input of {teacher}")
+
+
 class ItemText(CalibratedTeacher):
     """Similarity of texts: the cosine of an item's vector and the mean vector of the history.
 
@@ -74,11 +83,7 @@ class ItemText(CalibratedTeacher):
             ValueError: `vectors` has another number of rows.
             NonFiniteError: `vectors` has NaN or infinity.
         """
-        if vectors.ndim != 2 or len(vectors) != len(items):
-            raise ValueError(
-                f"vectors has shape {tuple(vectors.shape)}, but there are {len(items)} items; give one row per item."
-            )
-        check_tensors({"vectors": vectors}, "The input of ItemText")
+        check_vectors(vectors, items, cls.__name__)
         teacher = cls(items, vectors.shape[1], decay)
         teacher.vectors.copy_(F.normalize(vectors.float(), dim=1))
         teacher.calibrate(validation)

@@ -147,5 +147,20 @@ def test_the_command_reports_exposed_items(finished, tmp_path, capsys):
     assert main(["evaluate", "--model", folder, *options, "--exposed_orders", "0"]) == 2
 
 
+def test_new_items_are_measured_apart(tmp_path):
+    settings_of = settings(make_folder(tmp_path / "data"))
+    settings_of["data"] |= {"new_items": 0.2}
+    settings_of |= {"stages": ["teacher", "gflownet"], "start": "untrained"}
+    results = run(micro_recipe(tmp_path / "out", **settings_of), quiet=True)
+    found = results["new_items"]
+    assert found["items"] == 6 and 0 < found["users"] < results["data"]["test_users"]
+    for method, groups in found["methods"].items():
+        of_new, of_others = (groups[group]["item_recall@5"][0] for group in ("new", "others"))
+        share = found["users"] / results["data"]["test_users"]
+        mean = results["methods"][method]["metrics"]["item_recall@5"]
+        assert share * of_new + (1 - share) * of_others == pytest.approx(mean, abs=1e-6)
+    assert "New items: 6 items occur in nothing but test targets" in Path(tmp_path, "out", "report.md").read_text()
+
+
 def test_the_penalty_grows_with_the_logarithm_of_the_count():
     assert exposure_penalty(torch.tensor([0, 9]), 0.5).tolist() == pytest.approx([0.0, 0.5 * 2.302585])

@@ -15,6 +15,7 @@ from gflowtrl.rewards import (
     LikelihoodReward,
     Reward,
     TokenSimilarityReward,
+    UniformReward,
 )
 from tests.rewards.world import (
     SEMANTIC_IDS,
@@ -31,6 +32,7 @@ from tests.rewards.world import (
 
 BUILT_IN = {
     "ground_truth": lambda catalog: GroundTruthReward(),
+    "propensity": lambda catalog: GroundTruthReward(0.5, {"apple": 9, "nut": 3}, clip=3.0),
     "collaborative": lambda catalog: CollaborativeReward(TableTeacher(), 0.7),
     "corrected": lambda catalog: CollaborativeReward(TableTeacher(), 2.0, 0.5, {"apple": 9, "nut": 3}),
     "min_max": lambda catalog: CollaborativeReward(TableTeacher(), normalization="min_max", exponent=2.0),
@@ -64,6 +66,38 @@ def test_three_forms_agree(name, reduction):
     as_tensor = CompositeReward(reward, catalog, leaf_reduction=reduction).of(make_step()).score(leaves)
     torch.testing.assert_close(as_list.parts["plain"], as_tensor.parts[reward.__name__], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(as_list.log_rewards, as_tensor.log_rewards, atol=1e-4, rtol=1e-4)
+
+
+def test_a_target_that_was_hardly_ever_shown_counts_more():
+    catalog, step = make_catalog(), make_step()
+    targets, items = step.columns["target"], list(catalog.items)
+    counts = {item: 4 * place for place, item in enumerate(items)}
+    mean = sum(counts.values()) / len(counts)
+    for strength, clip in ((1.0, 3.0), (0.5, 100.0)):
+        reward = GroundTruthReward(strength, counts, clip).bind(catalog)
+        expected = [min(clip, ((mean + 1) / (counts[target] + 1)) ** strength) for target in targets]
+        scores = reward.score_items(step)
+        assert scores.sum(1).tolist() == pytest.approx(expected)
+        assert [items[i] for i in scores.argmax(1).tolist()] == targets
+    with pytest.raises(ValueError, match="needs item_counts"):
+        GroundTruthReward(1.0)
+    with pytest.raises(ValueError, match="clip is 0"):
+        GroundTruthReward(clip=0)
+    with pytest.raises(ValueError, match="item_counts has shape"):
+        GroundTruthReward(1.0, [1, 2]).bind(catalog)
+
+
+def test_a_uniform_share_gives_every_item_the_same():
+    catalog, step = make_catalog(), make_step()
+    scores = UniformReward().bind(catalog).score_items(step)
+    assert torch.equal(scores, torch.full_like(scores, 1 / len(catalog)))
+    composite = CompositeReward([GroundTruthReward(), UniformReward()], catalog, weights=[0.8, 0.2])
+    shares = composite.dense(step).result.log_rewards.exp()
+    expected = 0.2 * catalog.leaf_sizes / len(catalog)
+    for row, target in enumerate(catalog.leaf_of(step.columns["target"]).tolist()):
+        others = torch.arange(len(expected)) != target
+        torch.testing.assert_close(shares[row, others], expected[others])
+        assert shares[row, target] == pytest.approx(0.8 + float(expected[target]))
 
 
 def test_ground_truth_marks_the_targets_leaf():

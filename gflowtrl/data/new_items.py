@@ -1,0 +1,46 @@
+"""Items that nobody has seen yet: a share of the catalog is held out of all that is learned from."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+from gflowtrl.catalog import Item
+from gflowtrl.checks import SHARE_BELOW_ONE, check_number
+
+from .interactions import InteractionData
+
+
+def hold_out_items(data: InteractionData, share: float, seed: int = 0) -> tuple[InteractionData, frozenset[Item]]:
+    """Remove a random share of the items from all sequences, except as the last item of a user, the test target.
+
+    The items stay in the catalog, with their features and semantic ids, so they can be recommended. The users whose
+    last item is one of them are the test of new items.
+
+    Args:
+        data: the interactions.
+        share: share of the items that become new ones.
+        seed: seed of the choice.
+
+    Returns:
+        The data without the users who have fewer than three items left, and the new items.
+
+    Raises:
+        ValueError: the share is out of range, the data have events, or no user is left.
+    """
+    check_number("share", share, SHARE_BELOW_ONE)
+    if data.events is not None:
+        raise ValueError(
+            f"{data.name} has events, in which new items would be shown. Hold out items of data without events.jsonl."
+        )
+    new = frozenset(random.Random(seed).sample(data.items, round(share * len(data.items))))
+    kept = {}
+    for user, sequence in zip(data.users, data.sequences, strict=True):
+        items = [item for item in sequence[:-1] if item not in new] + sequence[-1:]
+        if len(items) >= 3:
+            kept[user] = items
+    if not kept:
+        raise ValueError(
+            f"{data.name} has no user with three items left without {len(new)} new items; lower the share."
+        )
+    return replace(data, users=list(kept), sequences=list(kept.values())), new
