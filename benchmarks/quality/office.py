@@ -53,7 +53,7 @@ def settings(recipe: dict) -> dict:
 
 def keep(results: dict, recipe: Recipe, file: Path) -> None:
     """Write the record of a run without paths, and next to it the rank of the target's semantic id for each user, also
-    with seen items removed (0: not in the list)."""
+    with seen items removed (0: not in the list), and the metrics of each user's exposed items."""
     ranks = {}
     for method, entry in results["methods"].items():
         folder = Path(entry.pop("folder"))
@@ -61,7 +61,13 @@ def keep(results: dict, recipe: Recipe, file: Path) -> None:
         users = load_file(folder / "per_user.safetensors")
         for name, metric in ((method, "mrr@20"), (f"{method}{UNSEEN_RANKS}", f"{UNSEEN}mrr@20")):
             ranks[name] = torch.where(users[metric] > 0, (1 / users[metric]).round(), 0).to(torch.uint8)
+    exposed = {}
+    for method, entry in results.get("exposed", {}).get("methods", {}).items():
+        users = load_file(Path(entry.pop("folder")) / "per_user.safetensors")
+        exposed |= {f"{method}/{name}": values.float() for name, values in users.items() if name != "row_id"}
     file.parent.mkdir(parents=True, exist_ok=True)
+    if exposed:
+        save_file(exposed, file.with_name(f"{file.stem}-exposed.safetensors"))
     save_file(ranks, file.with_suffix(".safetensors"))
     file.write_text(json.dumps({**results, "recipe": settings(recipe.as_dict())}, indent=2) + "\n", encoding="utf-8")
 

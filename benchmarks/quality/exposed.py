@@ -1,0 +1,108 @@
+"""Exposed items: the ranking of what users were shown at random, of several methods and seeds, in one table.
+
+    python benchmarks/quality/exposed.py --data_dir DIR
+    python benchmarks/quality/exposed.py --data_dir DIR --prefix coat --output_dir outputs/coat --seeds 42
+
+Runs with a record of the same recipe in benchmarks/results/quality/ are not repeated. All runs share their stages in
+--output_dir. All other options are passed to every recipe.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from office import KEPT, ROOT, kept_run, make_parser, places
+from safetensors.torch import load_file
+
+from gflowtrl.pipeline import load_recipe
+from gflowtrl.pipeline.comparison import spread
+from gflowtrl.pipeline.exposed import EXPOSED_NAMES, exposed_headings, paired_difference
+from gflowtrl.pipeline.plots import titles_of
+from gflowtrl.pipeline.run_report import aligned, interval_text
+
+
+OWN = ROOT / "benchmarks" / "quality" / "recipes" / "exposed"
+TEACHERS = ("most_popular", "ease")
+RECIPES = [
+    *(OWN / f"{name}.yaml" for name in TEACHERS),
+    ROOT / "recipes" / "gflowgr_yahoo.yaml",
+    *(OWN / f"{name}.yaml" for name in ("plain", "popularity", "propensity", "uniform", "vargrad")),
+]
+LOG = ["item_recall@10", "snips_item_recall@10"]  # what the log says
+
+
+def rows_of(runs: dict[str, list[Path]]) -> dict[str, list[tuple[dict, dict, dict, dict | None]]]:
+    """Map each title to one (exposed metrics, metrics of the log, of each user, of the control's users) per seed.
+
+    Methods that the recipes share are taken from the first recipe that has them.
+    """
+    rows: dict[str, list] = {}
+    owner: dict[str, str] = {}
+    for name, files in runs.items():
+        for file in files:
+            record, users = json.loads(file.read_text()), load_file(exposed_file(file))
+            for method, entry in record["exposed"]["methods"].items():
+                title = titles_of(record["recipe"])[method]
+                if method == "gflownet":
+                    title = f"{title}: {name}"
+                elif method == "teacher":
+                    title = f"{title}: {record['recipe']['teacher']['type']}"
+                if owner.setdefault(title, name) == name:
+                    own, control = (of_method(users, name) for name in (method, "control"))
+                    log = record["methods"][method]["metrics"]
+                    rows.setdefault(title, []).append((entry["metrics"], log, own, control or None))
+    return rows
+
+
+def of_method(users: dict[str, torch.Tensor], method: str) -> dict[str, torch.Tensor]:
+    """The figures of one method in the file of a record."""
+    return {name.partition("/")[2]: values for name, values in users.items() if name.startswith(f"{method}/")}
+
+
+def exposed_file(file: Path) -> Path:
+    """The file with the figures of each user, next to a record."""
+    return file.with_name(f"{file.stem}-exposed.safetensors")
+
+
+def table(runs: dict[str, list[Path]]) -> str:
+    """Return a Markdown table: mean ± standard deviation over seeds, and the difference to the run's control.
+
+    Differences have a 95 % interval over users, whose figures are averaged over the seeds first.
+    """
+    headings = ["method", *exposed_headings(), "log: Recall@10", "log: SNIPS Recall@10"]
+    lines = [[*headings, "NDCG@5 - control", "AUC - control"]]
+    for title, seeds in rows_of(runs).items():
+        cells = [spread([metrics[name] for metrics, *_ in seeds]) for name in EXPOSED_NAMES]
+        cells += [spread([log[name] for _, log, *_ in seeds]) for name in LOG]
+        for name in ("ndcg@5", "auc"):
+            own, control = [users[name] for _, _, users, _ in seeds], [users and users[name] for *_, users in seeds]
+            shown = "GFlowNet" in title and all(values is not None for values in control)
+            cells.append(difference(own, control) if shown else "")
+        lines.append([title, *cells])
+    return aligned(lines)
+
+
+def difference(own: list[torch.Tensor], control: list[torch.Tensor]) -> str:
+    return interval_text(paired_difference(torch.stack(own).mean(0), torch.stack(control).mean(0)))
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.set_defaults(output_dir="outputs/yahoo")
+    parser.add_argument("--recipes", nargs="+", type=Path, default=RECIPES)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
+    parser.add_argument("--prefix", default="yahoo", help="beginning of the names of the kept files")
+    given, others = parser.parse_known_args()
+    runs: dict[str, list[Path]] = {}
+    for seed in given.seeds:
+        for path in given.recipes:
+            options = [*places(given, seed), *others]
+            name = load_recipe(path, options).name
+            file = KEPT / f"{given.prefix}-{name}-seed{seed}.json"
+            kept_run(path, options, file)
+            runs.setdefault(name, []).append(file)
+    print(f"\n{len(given.seeds)} seed(s), exposed items:\n\n{table(runs)}")
+
+
+if __name__ == "__main__":
+    main()
