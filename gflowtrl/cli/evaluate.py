@@ -23,6 +23,9 @@ def main(arguments: Sequence[str]) -> int:
     add_model_options(parser)
     parser.add_argument("--data_dir", required=True, help="folder of the data (docs/data.md)")
     parser.add_argument("--split", choices=["validation", "test"], default="test", help="split of the targets")
+    parser.add_argument("--temporal", action="store_true", help="split by time, as recipes with data.split: temporal")
+    parser.add_argument("--validation_share", type=float, default=0.1, help="with --temporal: data.validation_share")
+    parser.add_argument("--test_share", type=float, default=0.1, help="with --temporal: data.test_share")
     parser.add_argument("--ks", type=int, nargs="+", default=[5, 10, 20], help="cutoffs of the metrics")
     parser.add_argument("--num_beams", type=int, default=20, help="beam width")
     parser.add_argument("--batch_size", type=int, default=256, help="histories decoded together")
@@ -36,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from gflowtrl.checks import COUNT, NOT_NEGATIVE, check_number
-    from gflowtrl.data import leave_one_out, read_interactions
+    from gflowtrl.data import leave_one_out, read_interactions, temporal_split
     from gflowtrl.ensemble import Ensemble
     from gflowtrl.metrics.ranking_report import UNSEEN
     from gflowtrl.pipeline.evaluation import earlier_items, measure_saved
@@ -53,7 +56,10 @@ def _evaluate(options: argparse.Namespace) -> None:
             f"{len(unknown)} of {len(data.items)} items of {options.data_dir} are not in the recommender's catalog; "
             f"the first is {unknown[0]!r}. Give the data that the recommender was trained on."
         )
-    splits = leave_one_out(data, recommender.max_history_items)
+    if options.temporal:
+        splits = temporal_split(data, options.validation_share, options.test_share)
+    else:
+        splits = leave_one_out(data, recommender.max_history_items)
     rows = getattr(splits, options.split)
     counts = dict(zip(data.items, splits.item_counts.tolist(), strict=True))
     earlier, beams, size = earlier_items(data, rows), options.num_beams, options.batch_size

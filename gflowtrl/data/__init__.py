@@ -21,6 +21,7 @@ from .readers import read_exposed, read_folder, read_interactions, read_letter, 
 from .splits import Splits, leave_one_out
 from .step import Step, check_column_names
 from .synthetic_shop import ShopTruth, SyntheticShop
+from .temporal import has_clock, temporal_split
 from .text_prompts import TextPromptEncoder, text_sft_dataset
 from .tokenization import add_item_tokens, build_tokenizer, check_round_trip
 from .windows import RowWindows, Window, Windows, count_repeats, history_lengths, user_windows, window_starts
@@ -66,6 +67,7 @@ __all__ = [
     "download_file",
     "exposed_rows",
     "extract_zip",
+    "has_clock",
     "has_exposed_rows",
     "history_lengths",
     "hold_out_items",
@@ -78,6 +80,7 @@ __all__ = [
     "read_letter",
     "reordered",
     "sft_dataset",
+    "temporal_split",
     "text_sft_dataset",
     "user_windows",
     "window_starts",

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,6 +50,8 @@ class InteractionData:
         source: origin of the data as free text, or `None` if unknown.
         exposed: items that were shown at random, and likes, by user; also of users without a sequence. `None` if
             unknown. Evaluation alone reads them.
+        times: time of each interaction, in the order of `sequences` and never decreasing for a user, in any unit; or
+            `None`.
         impressions: item -> how often the log has shown it, to anybody (items that are missing: never); or `None`.
 
     Raises:
@@ -66,6 +68,7 @@ class InteractionData:
     events: list[list[Event]] | None = None
     license: str | None = None
     source: str | None = None
+    times: list[list[float]] | None = None
     exposed: dict[Item, Exposed] | None = None
     impressions: dict[Item, int] | None = None
 
@@ -83,6 +86,8 @@ class InteractionData:
             self.semantic_ids = _in_item_order(self.semantic_ids, self.items, self.name)
         if self.events is not None:
             self._check_events(known)
+        if self.times is not None:
+            self._check_times()
         for user, (shown, _) in (self.exposed or {}).items():
             self._check_known(user, "was shown", shown, known)
         if unknown := (self.impressions or {}).keys() - known:
@@ -100,6 +105,15 @@ class InteractionData:
                     f"{self.name}: the clicks and purchases in the events of user {user!r} are not the user's "
                     "sequence, in order. Make the sequence from the events, or leave the events out."
                 )
+
+    def _check_times(self) -> None:
+        if len(self.times) != len(self.users):
+            raise ValueError(f"{self.name}: {len(self.users)} users but {len(self.times)} lists of times were given.")
+        for user, sequence, times in zip(self.users, self.sequences, self.times, strict=True):
+            if len(times) != len(sequence):
+                raise ValueError(f"{self.name}: user {user!r} has {len(sequence)} items but {len(times)} times.")
+            if any(later < time for time, later in pairwise(times)):
+                raise ValueError(f"{self.name}: the times of user {user!r} decrease. Sort items and times by time.")
 
     def _check_known(self, user: Item, what: str, items: list[Item], known: set[Item]) -> None:
         if not known.issuperset(items):
@@ -142,6 +156,7 @@ def k_core(data: InteractionData, k: int = 5) -> InteractionData:
         data,
         users=[data.users[row] for row in rows],
         sequences=[[item for item in data.sequences[row] if item in kept] for row in rows],
+        times=data.times and [times_of(data.sequences[row], data.times[row], kept) for row in rows],
         items=items,
         item_features={item: features for item, features in data.item_features.items() if item in kept},
         semantic_ids=None if data.semantic_ids is None else {item: data.semantic_ids[item] for item in items},
@@ -149,6 +164,11 @@ def k_core(data: InteractionData, k: int = 5) -> InteractionData:
         exposed=data.exposed and exposed_among(data.exposed, kept),
         impressions=data.impressions and {item: n for item, n in data.impressions.items() if item in kept},
     )
+
+
+def times_of(sequence: Sequence[Item], times: Sequence[float], items: set[Item] | frozenset[Item]) -> list[float]:
+    """Return the times of those interactions of a user that are with some items."""
+    return [time for item, time in zip(sequence, times, strict=True) if item in items]
 
 
 def exposed_among(exposed: dict[Item, Exposed], items: set[Item]) -> dict[Item, Exposed]:

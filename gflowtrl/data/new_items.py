@@ -34,13 +34,15 @@ def hold_out_items(data: InteractionData, share: float, seed: int = 0) -> tuple[
             f"{data.name} has events, in which new items would be shown. Hold out items of data without events.jsonl."
         )
     new = frozenset(random.Random(seed).sample(data.items, round(share * len(data.items))))
-    kept = {}
-    for user, sequence in zip(data.users, data.sequences, strict=True):
-        items = [item for item in sequence[:-1] if item not in new] + sequence[-1:]
-        if len(items) >= 3:
-            kept[user] = items
+    kept, times = {}, []
+    for row, (user, sequence) in enumerate(zip(data.users, data.sequences, strict=True)):
+        places = [place for place, item in enumerate(sequence[:-1]) if item not in new] + [len(sequence) - 1]
+        if len(places) >= 3:
+            kept[user] = [sequence[place] for place in places]
+            times.append(data.times and [data.times[row][place] for place in places])
     if not kept:
         raise ValueError(
             f"{data.name} has no user with three items left without {len(new)} new items; lower the share."
         )
-    return replace(data, users=list(kept), sequences=list(kept.values())), new
+    found = replace(data, users=list(kept), sequences=list(kept.values()), times=data.times and times)
+    return found, new

@@ -50,7 +50,14 @@ def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
     """
     path = Path(path)
     file = _require(path / "sequences.jsonl")
-    by_user = {user: _items(row.get("items"), f"{where}: user {user!r}") for where, user, row in _rows(file, "user")}
+    by_user, times = {}, {}
+    for where, user, row in _rows(file, "user"):
+        by_user[user] = _items(row.get("items"), f"{where}: user {user!r}")
+        if "times" in row:
+            times[user] = _times(row["times"], len(by_user[user]), where)
+    if times and len(times) < len(by_user):
+        without = next(user for user in by_user if user not in times)
+        raise ValueError(f"{file}: user {without!r} has no times, but others have. Give all users times, or none.")
     if not by_user:
         raise ValueError(f"{file} is empty. It needs one line per user.")
     users, sequences = list(by_user), list(by_user.values())
@@ -75,6 +82,7 @@ def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
         events=events,
         license=about.get("license"),
         source=about.get("source"),
+        times=list(times.values()) or None,
         exposed=read_exposed(path / "exposed.jsonl") if (path / "exposed.jsonl").is_file() else None,
         impressions=read_impressions(file, numeric_items) if (file := path / "impressions.json").is_file() else None,
     )
@@ -179,8 +187,10 @@ def write_folder(data: InteractionData, path: str | Path) -> None:
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    pairs = zip(data.users, data.sequences, strict=True)
-    _write_lines(path / "sequences.jsonl", ({"user": user, "items": items} for user, items in pairs))
+    rows = ({"user": user, "items": items} for user, items in zip(data.users, data.sequences, strict=True))
+    if data.times is not None:
+        rows = (row | {"times": times} for row, times in zip(rows, data.times, strict=True))
+    _write_lines(path / "sequences.jsonl", rows)
     rows = ({"item": item} | data.item_features.get(item, {}) | {"item": item} for item in data.items)
     _write_lines(path / "items.jsonl", rows)
     about = {"name": data.name, "synthetic": data.synthetic}
@@ -369,6 +379,15 @@ def _items(items: Any, where: str) -> list[Item]:
     if not isinstance(items, list) or not items:
         raise ValueError(f"{where} has no items. Give a list with at least one item.")
     return [_check_id(item, "item", where) for item in items]
+
+
+def _times(times: Any, count: int, where: str) -> list[float]:
+    if not isinstance(times, list) or len(times) != count:
+        raise ValueError(f"{where}: 'times' must be a list of {count} numbers, one per item.")
+    for time in times:
+        if type(time) not in (int, float) or not is_finite(time):
+            raise ValueError(f"{where}: the time {time!r} is not a number. Write times as numbers, such as seconds.")
+    return times
 
 
 def _read_by_item(file: Path, numeric_items: bool) -> dict[Item, Any]:

@@ -81,17 +81,11 @@ def leave_one_out(data: InteractionData, max_history_items: int | None = None) -
     members = {TRAIN: (items_after >= 2) & (position >= 1), VALIDATION: items_after == 1, TEST: items_after == 0}
     members = {name: member & (lengths >= 3)[user_of] for name, member in members.items()}
 
-    splits = {}
-    for name, member in members.items():
-        targets = np.flatnonzero(member)
-        starts = offsets[user_of[targets]]
-        if max_history_items is not None:
-            starts = np.maximum(starts, targets - max_history_items)
-        columns = _row_columns(data, flat, user_of[targets], starts, targets)
-        if data.events is not None:
-            columns |= _session_columns(data, user_of[targets], position[targets], name)
-        splits[name] = Dataset(pa.table(columns))
-
+    hidden = {TRAIN: 2, VALIDATION: 1, TEST: 0}  # held-out items at the end of a sequence
+    splits = {
+        name: rows_of(data, flat, offsets, np.flatnonzero(member), hidden[name], max_history_items)
+        for name, member in members.items()
+    }
     counts = np.bincount(flat[items_after >= 2], minlength=len(data.items))
     return Splits(
         **splits,
@@ -100,6 +94,33 @@ def leave_one_out(data: InteractionData, max_history_items: int | None = None) -
         item_counts=torch.from_numpy(counts),
         impression_counts=_impression_counts(data),
     )
+
+
+def rows_of(
+    data: InteractionData,
+    flat: np.ndarray,
+    offsets: np.ndarray,
+    targets: np.ndarray,
+    hidden_tail: int = 0,
+    max_history_items: int | None = None,
+) -> Dataset:
+    """Build rows of all items before their targets.
+
+    Args:
+        data: the interactions.
+        flat, offsets: from `flatten`.
+        targets: positions of the targets in `flat`.
+        hidden_tail: items at the end of each sequence that sessions must not contain.
+        max_history_items: maximum items per history.
+    """
+    users = np.searchsorted(offsets, targets, side="right") - 1
+    starts = offsets[users]
+    if max_history_items is not None:
+        starts = np.maximum(starts, targets - max_history_items)
+    columns = _row_columns(data, flat, users, starts, targets)
+    if data.events is not None:
+        columns |= _session_columns(data, users, targets - offsets[users], hidden_tail)
+    return Dataset(pa.table(columns))
 
 
 def _check_lengths(data: InteractionData, lengths: np.ndarray) -> None:
@@ -140,9 +161,8 @@ def _row_columns(
 
 
 def _session_columns(
-    data: InteractionData, rows: np.ndarray, positions: np.ndarray, split: str
+    data: InteractionData, rows: np.ndarray, positions: np.ndarray, hidden_tail: int
 ) -> dict[str, pa.Array]:
-    hidden_tail = {TRAIN: 2, VALIDATION: 1, TEST: 0}[split]
     items, levels, lengths = [], [], []
     for row, targets in groupby(zip(rows.tolist(), positions.tolist(), strict=True), itemgetter(0)):
         sequence, log = data.sequences[row], data.events[row]

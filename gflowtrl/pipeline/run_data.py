@@ -33,6 +33,7 @@ from gflowtrl.data import (
     k_core,
     leave_one_out,
     read_interactions,
+    temporal_split,
 )
 from gflowtrl.policy.loading import load_tokenizer
 from gflowtrl.semantic_ids import ItemTokenizer, SemanticIdOptions, item_texts, load_vectors, make_item_tokenizer
@@ -55,7 +56,8 @@ class RunData:
 
     Attributes:
         truth: of the synthetic shop; only the evaluation reads it.
-        new_items: items that occur in nothing but test targets (`data.new_items`).
+        new_items: items that occur in nothing but test targets (`data.new_items`), or not before the validation period
+            (`data.split: temporal`).
         item_tokenizer: what made the semantic ids; None: they are those of the data.
         fingerprint: changes with the data and with the way they are split.
     """
@@ -158,7 +160,12 @@ def prepare(recipe: Recipe) -> RunData:
     new_items: frozenset[Item] = frozenset()
     if recipe.data.new_items:
         interactions, new_items = hold_out_items(interactions, recipe.data.new_items)
-    splits = leave_one_out(interactions, _history_cut(interactions, recipe.data.max_history_items))
+    temporal = recipe.data.split == "temporal"
+    if temporal:
+        splits = temporal_split(interactions, recipe.data.validation_share, recipe.data.test_share)
+        new_items = frozenset(item for item, count in zip(splits.items, splits.item_counts, strict=True) if not count)
+    else:
+        splits = leave_one_out(interactions, _history_cut(interactions, recipe.data.max_history_items))
     if own_ids:
         item_tokenizer = _item_tokenizer(recipe, interactions, splits)
         interactions = replace(interactions, semantic_ids=item_tokenizer.semantic_ids)
@@ -170,8 +177,11 @@ def prepare(recipe: Recipe) -> RunData:
     catalog = ItemCatalog.from_semantic_ids(interactions.semantic_ids, tokenizer)
     section = asdict(recipe.data)
     del section["semantic_ids"]  # equal ids are equal data, whoever made them
-    if not new_items:
-        del section["new_items"]  # the fingerprint of data from before this field
+    # Fields that are not used do not count.
+    for name in () if temporal else ("split", "validation_share", "test_share"):
+        del section[name]
+    if not recipe.data.new_items:
+        del section["new_items"]
     del section["augmentation"]  # teachers and the evaluation do not depend on it
     content = {  # without the exposed items: what is trained does not depend on them
         "section": section,
@@ -179,7 +189,7 @@ def prepare(recipe: Recipe) -> RunData:
         "sequences": interactions.sequences,
         "events": interactions.events,
         "semantic_ids": list(interactions.semantic_ids.items()),
-        **if_set(impressions=interactions.impressions),
+        **if_set(impressions=interactions.impressions, times=interactions.times if temporal else None),
     }
     key = fingerprint(content)
     data = RunData(recipe, interactions, truth, splits, tokenizer, catalog, key, item_tokenizer, new_items)

@@ -76,7 +76,7 @@ def collect(
     }
     if {"gflownet", "control"} <= tested.keys():
         results["gflownet_minus_control"] = compare(data, tested["gflownet"], tested["control"], k)
-    if data.new_items:
+    if not data.new_items.isdisjoint(data.test["target"]):
         results["new_items"] = _new_items(data, tested, k)
     if calibration is not None:
         results["calibration"] = calibration
@@ -152,6 +152,8 @@ def interval_text(interval: Mapping[str, float]) -> str:
 def text(results: Mapping[str, Any]) -> str:
     """The whole printed report."""
     recipe, data = results["recipe"], results["data"]
+    temporal = recipe["data"].get("split") == "temporal"
+    held_out = "their first items after a point in time" if temporal else "last item left out"
     lines = [
         f"Results of {recipe['name']!r}, seed {recipe['seed']}"
         + (" - SYNTHETIC data, not evidence about real users" if data["synthetic"] else ""),
@@ -159,7 +161,7 @@ def text(results: Mapping[str, Any]) -> str:
         "",
         table(results),
         "",
-        f"Test split, {data['test_users']:,} users, last item left out; all items are candidates.",
+        f"Test split, {data['test_users']:,} users, {held_out}; all items are candidates.",
         "seen removed: the items that the user had before the target are not candidates. Recall and NDCG count items: "
         "items with the same semantic id have an expected rank (docs/metrics.md).",
     ]
@@ -209,8 +211,8 @@ def _of_new_items(found: Mapping[str, Any], titles: Mapping[str, str], k: int) -
         means = [groups[group][name] for group in ("new", "others") for name in names]
         lines.append([titles[method], *(f"{mean:.4f} ± {error:.4f}" for mean, error in means)])
     return [
-        f"New items: {found['items']:,} items occur in nothing but test targets, those of {found['users']:,} users "
-        f"(docs/exposure.md). All items are candidates.",
+        f"New items: {found['items']:,} items do not occur in training. They are the targets of {found['users']:,} "
+        f"test users (docs/exposure.md). All items are candidates.",
         "",
         aligned(lines),
     ]

@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from gflowtrl.checks import COUNT, NOT_NEGATIVE, SHARE_BELOW_ONE, at_least, check_number
+from gflowtrl.checks import (
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE_SHARE,
+    SHARE_BELOW_ONE,
+    at_least,
+    check_choice,
+    check_number,
+)
 from gflowtrl.configuration import check_types, field_names, locate_errors
 from gflowtrl.data import Augmentation
 from gflowtrl.metrics import primary_cutoff
@@ -14,6 +22,7 @@ from gflowtrl.semantic_ids import SemanticIdOptions
 
 
 T = TypeVar("T")
+SPLITS = ("leave_one_out", "temporal")
 
 
 def setting(default: Any, help: str) -> Any:
@@ -31,6 +40,11 @@ class DataSection:
 
     k_core: int | None = setting(None, "drop users and items with fewer interactions; null: keep all")
     max_history_items: int = setting(20, "how many items of a history models see, the last ones")
+    split: str = setting(
+        "leave_one_out", "leave_one_out (the last items of each user) or temporal (two points in time, for all users)"
+    )
+    validation_share: float = setting(0.1, "share of the interactions between the two points in time")
+    test_share: float = setting(0.1, "share of the interactions after the second one")
     shop: dict = setting({}, "fields of gflowtrl.data.SyntheticShop, used if data_dir is null")
     semantic_ids: SemanticIdOptions | None = setting(
         None, "how the run makes semantic ids ({}: the defaults); null: those of the data folder"
@@ -48,6 +62,17 @@ class DataSection:
         check_number("data.k_core", self.k_core, COUNT, optional=True)
         check_number("data.max_history_items", self.max_history_items, COUNT)
         check_number("data.new_items", self.new_items, SHARE_BELOW_ONE)
+        check_choice("data.split", self.split, SPLITS)
+        shares = (self.validation_share, self.test_share)
+        for name, share in zip(("validation_share", "test_share"), shares, strict=True):
+            check_number(f"data.{name}", share, POSITIVE_SHARE)
+        check_number("data.validation_share + data.test_share", sum(shares), POSITIVE_SHARE)
+        if self.split == SPLITS[0] and shares != (0.1, 0.1):
+            raise ValueError("data.validation_share and data.test_share are for data.split: temporal only.")
+        if self.split == SPLITS[1] and self.new_items:
+            raise ValueError(
+                "With data.split: temporal, the new items are those of the test period; leave new_items out."
+            )
 
 
 def _options(kind: type[T], given: Any, where: str, example: str) -> T | None:

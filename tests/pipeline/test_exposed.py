@@ -15,6 +15,7 @@ from gflowtrl.data.interactions import Exposed
 from gflowtrl.metrics import exposed_metrics
 from gflowtrl.pipeline import run
 from gflowtrl.pipeline.exposed import exposure_penalty, rank_exposed, system_scorer
+from gflowtrl.pipeline.run_data import prepare
 
 from .micro import micro_recipe, micro_settings
 
@@ -159,7 +160,21 @@ def test_new_items_are_measured_apart(tmp_path):
         share = found["users"] / results["data"]["test_users"]
         mean = results["methods"][method]["metrics"]["item_recall@5"]
         assert share * of_new + (1 - share) * of_others == pytest.approx(mean, abs=1e-6)
-    assert "New items: 6 items occur in nothing but test targets" in Path(tmp_path, "out", "report.md").read_text()
+    assert "New items: 6 items do not occur in training" in Path(tmp_path, "out", "report.md").read_text()
+
+
+def test_a_run_may_be_split_by_time(tmp_path):
+    changes = micro_settings("", start="untrained", stages=["teacher", "gflownet"])
+    changes["data"] |= {"split": "temporal", "validation_share": 0.2, "test_share": 0.2}
+    changes["gflownet"] |= {"num_train_epochs": 1}
+    changes["evaluation"] |= {"calibration_rows": 0}
+    recipe = micro_recipe(tmp_path / "out", **{name: value for name, value in changes.items() if name != "output_dir"})
+    data = prepare(recipe)
+    counts = dict(zip(data.splits.items, data.item_counts.tolist(), strict=True))
+    assert data.new_items == {item for item, count in counts.items() if not count}
+    results = run(recipe, data, quiet=True)
+    assert results["data"]["test_users"] == len(data.splits.test)
+    assert "their first items after a point in time" in Path(tmp_path, "out", "report.md").read_text()
 
 
 def test_the_penalty_grows_with_the_logarithm_of_the_count():

@@ -4,6 +4,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -29,14 +30,14 @@ class InteractionLog:
     Attributes:
         users: user indices, int32 (T,).
         items: item indices, int32 (T,).
-        times: float64 (T,), in the unit of the file; `None` after sorting.
+        times: float64 (T,), in the unit of the file.
         user_names: user id of each index; may include ids without interactions.
         item_names: item id of each index; may include ids without interactions.
     """
 
     users: np.ndarray
     items: np.ndarray
-    times: np.ndarray | None
+    times: np.ndarray
     user_names: list[Item]
     item_names: list[Item]
 
@@ -52,6 +53,7 @@ class InteractionLog:
         """Keep the chosen interactions, bool (T,), of a sorted log."""
         self.users = self.users[chosen]
         self.items = self.items[chosen]
+        self.times = self.times[chosen]
 
     def sort_by_time(self) -> float:
         """Sort by user, then by time, oldest first; interactions with equal times keep the order of the file.
@@ -62,7 +64,7 @@ class InteractionLog:
         order = np.lexsort((self.times, self.users))
         self.users = self.users[order]
         self.items = self.items[order]
-        times, self.times = self.times[order], None
+        self.times = times = self.times[order]
         adjacent = self.users[1:] == self.users[:-1]
         tied = adjacent & (times[1:] == times[:-1])
         return float(tied.sum() / max(1, adjacent.sum()))
@@ -126,20 +128,29 @@ def log_of(data: InteractionData) -> InteractionLog:
     """Convert the sequences of `data`, which are in chronological order, to a log."""
     items, offsets = flatten(data.sequences, data.items)
     users = np.repeat(np.arange(len(data.users)), np.diff(offsets))
-    return InteractionLog(users, items, np.zeros(len(items)), data.users, data.items)
+    times = np.zeros(len(items)) if data.times is None else np.array(list(chain.from_iterable(data.times)), np.float64)
+    return InteractionLog(users, items, times, data.users, data.items)
 
 
-def sequences_of(log: InteractionLog) -> tuple[list[Item], list[list[Item]]]:
-    """Return the users, sorted by id, and their item sequences, from a log sorted by user."""
+def sequences_of(log: InteractionLog) -> tuple[list[Item], list[list[Item]], list[list[float]]]:
+    """Return the users, sorted by id, their item sequences and their times, from a log sorted by user.
+
+    If all times are whole numbers, they are returned as such.
+    """
     starts = np.flatnonzero(np.diff(log.users, prepend=-1))
     stops = np.append(starts[1:], len(log))
     name_of_item = log.item_names.__getitem__
+    whole = bool((np.abs(log.times) < 2**53).all() and (log.times == np.floor(log.times)).all())
+    times = log.times.astype(np.int64) if whole else log.times
     by_user = {
-        log.user_names[log.users[start]]: list(map(name_of_item, log.items[start:stop].tolist()))
+        log.user_names[log.users[start]]: (
+            list(map(name_of_item, log.items[start:stop].tolist())),
+            times[start:stop].tolist(),
+        )
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)
     }
     users = sorted(by_user)
-    return users, [by_user[user] for user in users]
+    return users, [by_user[user][0] for user in users], [by_user[user][1] for user in users]
 
 
 def identifier(value: Any) -> str:

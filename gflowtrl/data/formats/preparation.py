@@ -132,9 +132,10 @@ def _filter(log: InteractionLog, report: Preparation) -> None:
 
 def _filtered_data(log: InteractionLog, report: Preparation) -> InteractionData:
     _filter(log, report)
-    users, sequences = sequences_of(log)
+    users, sequences, times = sequences_of(log)
     items = sorted(log.item_names[number] for number in np.unique(log.items).tolist())
-    return InteractionData(report.name, users, sequences, items)
+    has_times = log.times.min() < log.times.max()  # without times, all are equal
+    return InteractionData(report.name, users, sequences, items, times=times if has_times else None)
 
 
 def _from_stream(sources: list[Source], request: Request, report: Preparation) -> InteractionData:
