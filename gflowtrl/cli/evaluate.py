@@ -91,7 +91,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _exposed(
     options: argparse.Namespace, data: InteractionData, recommender: Recommender | Ensemble, splits: Splits
 ) -> dict[str, Any]:
-    """Measure the recommender on the exposed items of the data; {} if there are none."""
+    """Measure the recommender on the exposed items of the data; {} without such items."""
     import torch
 
     from gflowtrl.data import exposed_rows
