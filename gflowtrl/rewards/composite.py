@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -27,8 +27,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# A check for invalid values: a mask of the failures (B, n), the values for the message, and the message's template.
-_Check = tuple[Tensor, Tensor, str]
+class _Check(NamedTuple):
+    """A check for invalid values: whether there is one, their mask `(B, n)` on demand, and the error's parts."""
+
+    fails: Tensor
+    find: Callable[[], Tensor]
+    values: Tensor
+    message: str
 
 
 class CompositeReward:
@@ -263,25 +268,29 @@ class CompositeReward:
         """Combine the values `(B, n)` of each reward into log R. With `leaves` None, the columns are all leaves."""
         checks: list[_Check] = []
         total = torch.zeros_like(next(iter(parts.values())))
-        all_none = torch.ones_like(total, dtype=torch.bool)
+        nones = []
         for (name, values), weight in zip(parts.items(), self.weights, strict=True):
-            # In a list, NaN stands for None. In a tensor, NaN is an error.
-            none = torch.isnan(values) if not _is_tensor_reward(self.rewards[name]) else torch.zeros_like(all_none)
-            all_none &= none
-            total += weight * values.masked_fill(none, 0.0)
+            given = values
+            if not _is_tensor_reward(self.rewards[name]):  # in a list NaN stands for None, in a tensor it is an error
+                nones.append(torch.isnan(values))
+                given = values.masked_fill(nones[-1], 0.0)
+            total.add_(given, alpha=weight)
+            low, high = torch.aminmax(given)  # NaN if there is a NaN
             not_finite = f"Reward {name!r} returned {{value}} for {{where}}; return a finite number."
-            checks.append((~torch.isfinite(values) & ~none, values, not_finite))
-            if self.transform == "power":
+            checks.append(_Check(~(low.isfinite() & high.isfinite()), partial(_not_finite, given), values, not_finite))
+            if self.transform == "power" and weight:
                 negative = (
                     f"Reward {name!r} returned {{value}} for {{where}}; with reward_transform='power' rewards must "
                     f"be >= 0. Shift or rescale it, or use reward_transform='exp', which allows any sign."
                 )
-                checks.append((weight * values < 0, values, negative))
-        missing = "All rewards are None for {where}; at least one reward must apply to every completion."
-        checks.append((all_none, total, missing))
+                checks.append(_Check(low < 0, partial(torch.lt, given, 0), values, negative))
+        if len(nones) == len(parts):
+            all_none = torch.stack(nones).all(0)
+            missing = "All rewards are None for {where}; at least one reward must apply to every completion."
+            checks.append(_Check(all_none.any(), lambda: all_none, total, missing))
         excluded = self._excluded(step, leaves)
         if excluded is not None:
-            total = total.masked_fill(excluded, 0.0)
+            total.masked_fill_(excluded, 0.0)
         log_rewards, floored_mass, not_positive = self._transform(total, leaves, excluded)
         checks.append(not_positive)
         self._raise_first(checks, step, leaves)
@@ -290,22 +299,26 @@ class CompositeReward:
     def _transform(
         self, rewards: Tensor, leaves: Tensor | None, excluded: Tensor | None
     ) -> tuple[Tensor, Tensor, _Check]:
-        counted = torch.ones_like(rewards, dtype=torch.bool) if leaves is None else _first_occurrence(leaves)
+        counted = None if leaves is None else _first_occurrence(leaves)  # None: all leaves
         if self.transform == "exp":
             log_rewards = self.beta * rewards
             overflow = "The log-reward of {where} is not finite; lower reward_beta."
-            not_finite = (~torch.isfinite(log_rewards), rewards, overflow)
+            not_finite = _finite_check(log_rewards, None, rewards, overflow)
             if excluded is not None:  # R = 0 is not r = 0 here
-                others = log_rewards.masked_fill(excluded | ~counted, -math.inf).logsumexp(1, keepdim=True)
-                floor = others - counted.sum(1, keepdim=True).log() + _log(self.floor)
-                log_rewards = torch.where(excluded, floor, log_rewards)
+                left_out = excluded if counted is None else excluded | ~counted
+                others = log_rewards.masked_fill(left_out, -math.inf).logsumexp(1, keepdim=True)
+                size = math.log(rewards.shape[1]) if counted is None else counted.sum(1, keepdim=True).log()
+                log_rewards = torch.where(excluded, others - size + _log(self.floor), log_rewards)
             return log_rewards, rewards.new_zeros(()), not_finite
-        mean = (rewards * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True)
-        floor = self.floor * mean
-        log_rewards = self.beta * torch.log(torch.maximum(rewards, floor))
-        # The softmax over a row is the share of each distinct leaf in the total R.
-        share = torch.softmax(log_rewards.masked_fill(~counted, -math.inf), 1)
-        floored_mass = (share * (rewards < floor)).sum(1).mean()
+        if counted is None:
+            floor = self.floor * rewards.mean(1, keepdim=True)
+        else:
+            floor = self.floor * (rewards * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True)
+        raised = torch.maximum(rewards, floor)
+        log_rewards = torch.log(raised)
+        if self.beta != 1:
+            log_rewards = self.beta * log_rewards
+        floored_mass = self._floored_mass(rewards, floor, raised, log_rewards, counted)
         cause = "All other rewards of this row are zero too. Add"
         if self.floor == 0:
             cause = "reward_floor is 0. Set it to 1e-3, for example, or add"
@@ -314,19 +327,30 @@ class CompositeReward:
             f"for some leaf of every row (a GroundTruthReward with the ground truth among the trajectories, or a "
             f"constant), or use reward_transform='exp'."
         )
-        not_positive = ~torch.isfinite(log_rewards)
-        if excluded is not None and self.floor == 0:
-            not_positive &= ~excluded
-        return log_rewards, floored_mass, (not_positive, rewards, zero)
+        allowed = excluded if self.floor == 0 else None
+        return log_rewards, floored_mass, _finite_check(log_rewards, allowed, rewards, zero)
+
+    def _floored_mass(
+        self, rewards: Tensor, floor: Tensor, raised: Tensor, log_rewards: Tensor, counted: Tensor | None
+    ) -> Tensor:
+        """Return the share of R on leaves below the floor, averaged over the prompts."""
+        if self.floor == 0:
+            return rewards.new_zeros(())
+        below = (rewards < floor).to(rewards.dtype)
+        if counted is None and self.beta == 1:  # R is what was raised
+            return (floor.squeeze(1) * below.sum(1) / raised.sum(1)).mean()
+        # The softmax over a row is the share of each distinct leaf in the total R.
+        logs = log_rewards if counted is None else log_rewards.masked_fill(~counted, -math.inf)
+        return (torch.softmax(logs, 1) * below).sum(1).mean()
 
     # --------------------------------------------------------------------------------------------------------- errors
     def _raise_first(self, checks: list[_Check], step: Step, leaves: Tensor | None) -> None:
         """Raise the error of the first check that fails. A valid batch costs one synchronization for all checks."""
-        if not torch.stack([mask.any() for mask, _, _ in checks]).any():
+        if not torch.stack([check.fails for check in checks]).any():
             return
-        for mask, values, message in checks:
-            if mask.any():
-                row, column = mask.nonzero()[0].tolist()
+        for fails, find, values, message in checks:
+            if fails:
+                row, column = find().nonzero()[0].tolist()
                 where = self._describe(step, leaves, row, column)
                 raise ValueError(message.format(value=values[row, column].item(), where=where))
 
@@ -359,6 +383,17 @@ def _checked_shape(name: str, method: str, scores: Tensor, shape: Sequence[int],
             f"{method} of reward {name!r} returned {actual}; it must return a tensor of shape {tuple(shape)}."
         )
     return scores.detach().to(like.device, torch.float32)
+
+
+def _not_finite(values: Tensor) -> Tensor:
+    return ~torch.isfinite(values)
+
+
+def _finite_check(log_rewards: Tensor, allowed: Tensor | None, values: Tensor, message: str) -> _Check:
+    """Check that log R is finite, except where `allowed`."""
+    found = log_rewards if allowed is None else log_rewards.masked_fill(allowed, 0.0)
+    low, high = torch.aminmax(found)
+    return _Check(~(low.isfinite() & high.isfinite()), partial(_not_finite, found), values, message)
 
 
 def _log(share: float) -> float:

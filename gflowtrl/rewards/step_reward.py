@@ -146,7 +146,7 @@ class DenseReward(StepReward):
         log_rewards = self.result.log_rewards
         if self.result.excluded is not None:  # they have the floor
             log_rewards = log_rewards.masked_fill(self.result.excluded, -math.inf)
-        probabilities = torch.softmax(log_rewards / temperature, 1)
+        probabilities = torch.softmax(log_rewards if temperature == 1 else log_rewards / temperature, 1)
         return draw_leaves(probabilities, noise.uniform("reward", num_generations))
 
 
@@ -287,8 +287,8 @@ def draw_leaves(probabilities: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor
         leaves `(B, K)` and their log-probabilities `(B, K)` float32.
     """
     leaves = inverse_cdf(probabilities, uniforms)
-    total = probabilities.double().sum(1, keepdim=True)
-    return leaves, (probabilities.double().gather(1, leaves) / total).log().float()
+    total = probabilities.sum(1, keepdim=True, dtype=torch.double)
+    return leaves, (probabilities.gather(1, leaves).double() / total).log().float()
 
 
 def _top_of(log_rewards: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
