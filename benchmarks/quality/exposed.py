@@ -73,7 +73,7 @@ def table(runs: dict[str, list[Path]]) -> str:
     lines = [[*headings, "NDCG@5 - control", "AUC - control"]]
     for title, seeds in rows_of(runs).items():
         cells = [spread([metrics[name] for metrics, *_ in seeds]) for name in EXPOSED_NAMES]
-        cells += [spread([log[name] for _, log, *_ in seeds]) for name in LOG]
+        cells += ["" if name not in seeds[0][1] else spread([log[name] for _, log, *_ in seeds]) for name in LOG]
         for name in ("ndcg@5", "auc"):
             own, control = [users[name] for _, _, users, _ in seeds], [users and users[name] for *_, users in seeds]
             shown = "GFlowNet" in title and all(values is not None for values in control)

@@ -41,7 +41,7 @@ def without_new_items(data: RunData, folder: Path) -> Path:
     users = [source.users[row] for row in kept]
     old = replace(
         source, users=users, sequences=[sequences[row] for row in kept], items=items, item_features=known,
-        semantic_ids=None, times=None,
+        semantic_ids=None, times=None, exposed=None, impressions=None,
     )  # fmt: skip
     write_folder(old, folder)
     return folder
@@ -53,7 +53,7 @@ def added_afterwards(data: RunData, path: Path, options: list[str], folder: Path
     given = [*options, "--data_dir", str(old), "--output_dir", str(folder), "--data.new_items", "0"]
     recipe = load_recipe(path, [*given, "--stages", "teacher", "gflownet"])
     results = run(recipe, quiet=True)
-    (ids_folder,) = folder.glob("semantic_ids-*")
+    ids_folder = max(folder.glob("semantic_ids-*"), key=lambda path: path.stat().st_mtime)
     item_tokenizer = ItemTokenizer.from_pretrained(ids_folder)
     new = [item for item in data.interactions.items if item in data.new_items]
     texts = dict(zip(data.interactions.items, item_texts(data.interactions), strict=True))

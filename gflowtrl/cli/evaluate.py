@@ -47,6 +47,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     from gflowtrl.pipeline.run_report import aligned
     from gflowtrl.pipeline.stage import write_json
 
+    if not options.temporal and (options.validation_share, options.test_share) != (0.1, 0.1):
+        raise ValueError("--validation_share and --test_share are used with --temporal only.")
     check_number("--exposed_orders", options.exposed_orders, COUNT)
     check_number("--exposed_correction", options.exposed_correction, NOT_NEGATIVE)
     data = read_interactions(options.data_dir)
@@ -57,7 +59,8 @@ def _evaluate(options: argparse.Namespace) -> None:
             f"the first is {unknown[0]!r}. Give the data that the recommender was trained on."
         )
     if options.temporal:
-        splits = temporal_split(data, options.validation_share, options.test_share)
+        longest = recommender.max_history_items
+        splits = temporal_split(data, options.validation_share, options.test_share, longest)
     else:
         splits = leave_one_out(data, recommender.max_history_items)
     rows = getattr(splits, options.split)

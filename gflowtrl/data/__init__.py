@@ -1,6 +1,6 @@
 """From interactions to training examples: readers, splits, tokenizers, prompts, and a synthetic shop."""
 
-from .augmentation import Augmentation, augmented_rows
+from .augmentation import Augmentation, augmented_rows, check_augmentable
 from .exposed import ExposedCollator, ExposedRows, exposed_rows, has_exposed_rows, reordered
 from .formats import (
     PUBLIC_DATA,
@@ -60,6 +60,7 @@ __all__ = [
     "add_item_tokens",
     "augmented_rows",
     "build_tokenizer",
+    "check_augmentable",
     "check_column_names",
     "check_round_trip",
     "count_repeats",

@@ -60,12 +60,26 @@ class Augmentation:
         return [sequence[position] for position in kept[order].tolist()]
 
 
+COLUMNS = ["row_id", "user", "history", "target"]
+
+
+def check_augmentable(rows: Dataset) -> None:
+    """Raise an error for training rows with sessions, which altered sequences would not have."""
+    if others := sorted({*rows.column_names} - {*COLUMNS}):
+        raise ValueError(
+            f"Altered sequences have no sessions, but the training rows have {', '.join(others)}. Train without "
+            f"augmentation, or without events.jsonl."
+        )
+
+
 def augmented_rows(
     rows: Dataset,
     users: Sequence[Item],
     sequences: Sequence[Sequence[Item]],
     augmentation: Augmentation,
     seed: int = 0,
+    first_row_id: int | None = None,
+    max_history_items: int | None = None,
 ) -> Dataset:
     """Return training rows and those of the altered sequences: one row per item of a copy except the first.
 
@@ -75,20 +89,21 @@ def augmented_rows(
         sequences: `Splits.train_sequences`.
         augmentation: how they are altered.
         seed: seed of the copies.
+        first_row_id: the first row id of the copies, such as the number of interactions; None: the first free one.
+        max_history_items: maximum items per history; None: no limit.
 
     Raises:
-        ValueError: the rows have columns (sessions) that altered sequences would not have.
+        ValueError: the rows have columns (sessions) that altered sequences would not have, or the histories have 2^31
+            items or more in total.
     """
-    columns = ["row_id", "user", "history", "target"]
-    if others := sorted({*rows.column_names} - {*columns}):
-        raise ValueError(
-            f"Altered sequences have no sessions, but the training rows have {', '.join(others)}. Train without "
-            f"augmentation, or without events.jsonl."
-        )
+    check_augmentable(rows)
     copies = augmentation(sequences, seed)
     ends = [(copy, end) for copy, sequence in enumerate(copies) for end in range(1, len(sequence))]
-    histories = [copies[copy][:end] for copy, end in ends]
-    items, first = rows.features["history"].feature.pa_type, 1 + max(rows["row_id"][:], default=-1)
+    histories = [copies[copy][max(0, end - (max_history_items or end)) : end] for copy, end in ends]
+    if (total := sum(map(len, histories))) >= 2**31:
+        raise ValueError(f"The histories of the altered copies have {total} items in total. Set max_history_items.")
+    first = 1 + max(rows["row_id"][:], default=-1) if first_row_id is None else first_row_id
+    items = rows.features["history"].feature.pa_type
     table = pa.table(
         {
             "row_id": pa.array(range(first, first + len(ends)), rows.features["row_id"].pa_type),
@@ -97,6 +112,5 @@ def augmented_rows(
             "target": pa.array([copies[copy][end] for copy, end in ends], rows.features["target"].pa_type),
         }
     )
-    return concatenate_datasets(
-        [rows.select_columns(columns), Dataset(table).cast(rows.select_columns(columns).features)]
-    )
+    added = Dataset(table).select_columns(rows.column_names).cast(rows.features)
+    return concatenate_datasets([rows, added])

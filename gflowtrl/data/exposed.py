@@ -56,6 +56,9 @@ def exposed_rows(
         users: user ids.
         sequences: the log of each user, oldest first.
         exposed: exposed items by user.
+
+    Raises:
+        ValueError: no user has any.
     """
     columns: dict[str, list[Any]] = {name: [] for name in ("row_id", "user", "history", "candidates", "liked")}
     own_items = 0
@@ -69,6 +72,10 @@ def exposed_rows(
             items, likes = zip(*shown, strict=True)
             for name, value in zip(columns, (row, user, sequence, items, likes), strict=True):
                 columns[name].append(value)
+    if not columns["row_id"]:
+        raise ValueError(
+            "No user has both a log and exposed items that are not in it. Correct exposed.jsonl, or leave it out."
+        )
     lists = {name: _list_column(columns[name]) for name in ("history", "candidates", "liked")}
     table = pa.table({"row_id": pa.array(columns["row_id"], pa.int64()), "user": pa.array(columns["user"]), **lists})
     return ExposedRows(Dataset(table), own_items, len(exposed.keys() - set(users)))

@@ -88,6 +88,11 @@ class InteractionData:
             self._check_events(known)
         if self.times is not None:
             self._check_times()
+        if self.exposed and self.users and type(next(iter(self.exposed))) is not type(self.users[0]):
+            raise ValueError(
+                f"{self.name}: exposed users are like {next(iter(self.exposed))!r}, but users are like "
+                f"{self.users[0]!r}. Write both as whole numbers, or both as strings."
+            )
         for user, (shown, _) in (self.exposed or {}).items():
             self._check_known(user, "was shown", shown, known)
         if unknown := (self.impressions or {}).keys() - known:
@@ -162,7 +167,7 @@ def k_core(data: InteractionData, k: int = 5) -> InteractionData:
         semantic_ids=None if data.semantic_ids is None else {item: data.semantic_ids[item] for item in items},
         events=data.events and [[event for event in data.events[row] if event.item in kept] for row in rows],
         exposed=data.exposed and exposed_among(data.exposed, kept),
-        impressions=data.impressions and {item: n for item, n in data.impressions.items() if item in kept},
+        impressions=data.impressions and impressions_among(data.impressions, kept),
     )
 
 
@@ -171,14 +176,20 @@ def times_of(sequence: Sequence[Item], times: Sequence[float], items: set[Item] 
     return [time for item, time in zip(sequence, times, strict=True) if item in items]
 
 
-def exposed_among(exposed: dict[Item, Exposed], items: set[Item]) -> dict[Item, Exposed]:
-    """Return the exposed items that are in a catalog, without users who have none of them."""
+def exposed_among(exposed: dict[Item, Exposed], items: set[Item]) -> dict[Item, Exposed] | None:
+    """Return the exposed items that are in a catalog, without users who have none of them; None if nobody has any."""
     found = {}
     for user, shown in exposed.items():
         pairs = [pair for pair in zip(*shown, strict=True) if pair[0] in items]
         if pairs:
             found[user] = Exposed(*map(list, zip(*pairs, strict=True)))
-    return found
+    return found or None
+
+
+def impressions_among(impressions: dict[Item, int], items: set[Item]) -> dict[Item, int] | None:
+    """Return the impressions of the items in a catalog; None if they were never shown."""
+    found = {item: count for item, count in impressions.items() if item in items}
+    return found if any(found.values()) else None
 
 
 def core_members(user_of: np.ndarray, item_of: np.ndarray, k: int) -> np.ndarray:

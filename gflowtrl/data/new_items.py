@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+import warnings
 from dataclasses import replace
 
 from gflowtrl.catalog import Item
 from gflowtrl.checks import SHARE_BELOW_ONE, check_number
 
-from .interactions import InteractionData
+from .interactions import InteractionData, impressions_among
 
 
 def hold_out_items(data: InteractionData, share: float, seed: int = 0) -> tuple[InteractionData, frozenset[Item]]:
@@ -23,10 +24,11 @@ def hold_out_items(data: InteractionData, share: float, seed: int = 0) -> tuple[
         seed: seed of the choice.
 
     Returns:
-        The data without the users who have fewer than three items left, and the new items.
+        The data without the users who have fewer than three items left, whose number a warning says, and without
+        impressions of the new items; and the new items.
 
     Raises:
-        ValueError: the share is out of range, the data have events, or no user is left.
+        ValueError: the share is out of range or less than one item, the data have events, or no user is left.
     """
     check_number("share", share, SHARE_BELOW_ONE)
     if data.events is not None:
@@ -34,6 +36,8 @@ def hold_out_items(data: InteractionData, share: float, seed: int = 0) -> tuple[
             f"{data.name} has events, in which new items would be shown. Hold out items of data without events.jsonl."
         )
     new = frozenset(random.Random(seed).sample(data.items, round(share * len(data.items))))
+    if share and not new:
+        raise ValueError(f"The share of new items, {share}, is less than one of {len(data.items)} items. Raise it.")
     kept, times = {}, []
     for row, (user, sequence) in enumerate(zip(data.users, data.sequences, strict=True)):
         places = [place for place, item in enumerate(sequence[:-1]) if item not in new] + [len(sequence) - 1]
@@ -44,5 +48,12 @@ def hold_out_items(data: InteractionData, share: float, seed: int = 0) -> tuple[
         raise ValueError(
             f"{data.name} has no user with three items left without {len(new)} new items; lower the share."
         )
-    found = replace(data, users=list(kept), sequences=list(kept.values()), times=data.times and times)
-    return found, new
+    if len(kept) < len(data.users):
+        warnings.warn(
+            f"{data.name}: {len(data.users) - len(kept):,} of {len(data.users):,} users have fewer than three items "
+            f"left without {len(new):,} new items. They are left out.",
+            stacklevel=2,
+        )
+    shown = data.impressions and impressions_among(data.impressions, {*data.items} - new)
+    users, sequences = list(kept), list(kept.values())
+    return replace(data, users=users, sequences=sequences, times=data.times and times, impressions=shown), new

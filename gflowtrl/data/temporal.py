@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from gflowtrl.checks import POSITIVE_SHARE, check_number
+from gflowtrl.checks import COUNT, POSITIVE_SHARE, check_number
 
 from .interactions import CLICKED, InteractionData, flatten
 from .splits import TEST, TRAIN, VALIDATION, Splits, rows_of
@@ -16,26 +16,36 @@ from .splits import TEST, TRAIN, VALIDATION, Splits, rows_of
 
 def has_clock(data: InteractionData) -> bool:
     """Return whether interactions have times: `times`, or the sessions of a synthetic shop, which all users share."""
-    return data.times is not None or (data.synthetic and data.events is not None)
+    return data.events is None and data.times is not None or data.synthetic and data.events is not None
 
 
 def interaction_times(data: InteractionData) -> np.ndarray:
     """Return the time of each interaction, user after user, float64 (T,).
 
     Raises:
-        ValueError: the data have no times.
+        ValueError: the data have no times, or real events, whose sessions have none.
     """
-    if data.times is not None:
+    if data.events is None and data.times is not None:
         return np.array(list(chain.from_iterable(data.times)), np.float64)
     if has_clock(data):
         return np.array([event.session for log in data.events for event in log if event.level >= CLICKED], np.float64)
+    if data.times is not None:
+        raise ValueError(
+            f"{data.name} has times and events, but what was shown in a session has no time, so it may be of the "
+            f"future. Leave events.jsonl out to split by time."
+        )
     raise ValueError(
         f"{data.name} has no times, so it cannot be split by time. Prepare it again from a log with times "
         f"(gflowtrl prepare writes them), or split off the last items of each user (split: leave_one_out)."
     )
 
 
-def temporal_split(data: InteractionData, validation_share: float = 0.1, test_share: float = 0.1) -> Splits:
+def temporal_split(
+    data: InteractionData,
+    validation_share: float = 0.1,
+    test_share: float = 0.1,
+    max_history_items: int | None = None,
+) -> Splits:
     """Split all interactions at two points in time, the same for all users.
 
     Everything before the first point is for training, as in `leave_one_out`. Each user's first interaction at or after
@@ -48,6 +58,7 @@ def temporal_split(data: InteractionData, validation_share: float = 0.1, test_sh
         validation_share: share of the interactions between the two points, approximately, because interactions at the
             same time stay together.
         test_share: share of the interactions at or after the second point.
+        max_history_items: as for `leave_one_out`.
 
     Returns:
         The splits. The events of the validation and test periods do not count as impressions, and `impressions`, which
@@ -59,6 +70,7 @@ def temporal_split(data: InteractionData, validation_share: float = 0.1, test_sh
     check_number("validation_share", validation_share, POSITIVE_SHARE)
     check_number("test_share", test_share, POSITIVE_SHARE)
     check_number("validation_share + test_share", validation_share + test_share, POSITIVE_SHARE)
+    check_number("max_history_items", max_history_items, COUNT, optional=True)
     times, (flat, offsets) = interaction_times(data), flatten(data.sequences, data.items)
     shares = [1 - validation_share - test_share, 1 - test_share]
     first, second = np.quantile(times, shares, method="higher")
@@ -75,7 +87,7 @@ def temporal_split(data: InteractionData, validation_share: float = 0.1, test_sh
                 f"{data.name} has no {name} rows when it is split at the times {first:g} and {second:g}: no user has "
                 f"an interaction with a history then. Change the shares, or use split: leave_one_out."
             )
-        splits[name] = rows_of(data, flat, offsets, targets)
+        splits[name] = rows_of(data, flat, offsets, targets, max_history_items=max_history_items)
     ends = np.bincount(user_of, weights=period == 0, minlength=len(data.users)).astype(int)  # training items per user
     counts = np.bincount(flat[period == 0], minlength=len(data.items))
     return Splits(
@@ -83,14 +95,12 @@ def temporal_split(data: InteractionData, validation_share: float = 0.1, test_sh
         items=data.items,
         train_sequences=[sequence[:end] for sequence, end in zip(data.sequences, ends.tolist(), strict=True)],
         item_counts=torch.from_numpy(counts),
-        impression_counts=_impressions_before(data, first) if data.events is not None and has_clock(data) else None,
+        impression_counts=None if data.events is None else _impressions_before(data, first),
     )
 
 
-def _impressions_before(data: InteractionData, time: float) -> torch.Tensor | None:
-    """Return how many users were shown each item before a point in time; None if the events have other times."""
-    if data.times is not None:
-        return None
+def _impressions_before(data: InteractionData, time: float) -> torch.Tensor:
+    """Return how many users were shown each item before a point in time."""
     index_of = {item: index for index, item in enumerate(data.items)}
     counts = torch.zeros(len(data.items), dtype=torch.long)
     for log in data.events:

@@ -19,7 +19,7 @@ def exposed_metrics(scores: Tensor, liked: Tensor, k: int = K) -> dict[str, Tens
     expectations over all orders, and a tie of a liked and another item counts 1/2 in the AUC.
 
     Args:
-        scores: float `(U, C)`; higher is better. Those of padding do not count.
+        scores: float `(U, C)`; higher is better, -inf is last. Those of padding do not count.
         liked: `(U, C)`, 1 for liked and 0 for other candidates, negative for padding.
         k: cutoff.
 
@@ -28,14 +28,16 @@ def exposed_metrics(scores: Tensor, liked: Tensor, k: int = K) -> dict[str, Tens
         items), both NaN for users without a liked candidate, and `"auc"`, NaN for users without both kinds.
 
     Raises:
-        ValueError: the shapes differ, or a score is NaN or infinite.
+        ValueError: the shapes differ, or a score is NaN or +inf.
     """
     if scores.shape != liked.shape or scores.dim() != 2:
         raise ValueError(f"scores and liked have shapes {tuple(scores.shape)} and {tuple(liked.shape)}, not (U, C).")
     present = liked >= 0
-    if not bool(scores[present].isfinite().all()):
-        raise ValueError("A score of a candidate is NaN or infinite. Rank with finite scores or log-probabilities.")
-    scores = scores.double().masked_fill(~present, -torch.inf)
+    given = scores[present]
+    if bool((given.isnan() | (given == torch.inf)).any()):
+        raise ValueError("A score of a candidate is NaN or +inf. Give numbers, or -inf for the end of the list.")
+    least = torch.finfo(torch.double).min  # of -inf: above the padding
+    scores = scores.double().clamp(min=least).masked_fill(~present, -torch.inf)
     ordered = scores.sort(1).values
     above = scores.shape[1] - torch.searchsorted(ordered, scores, right=True)
     ties = scores.shape[1] - above - torch.searchsorted(ordered, scores)
@@ -57,8 +59,10 @@ def exposed_metrics(scores: Tensor, liked: Tensor, k: int = K) -> dict[str, Tens
 
 
 def mean_over_users(per_user: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the means and standard errors of metrics `(U,)` over the users for whom each one is defined."""
-    found = {name: mean_and_error(values[~values.isnan()]) for name, values in per_user.items()}
+    """Return the means and standard errors of metrics `(U,)` over the users for whom each one is defined, without
+    metrics that are defined for nobody."""
+    known = {name: values[~values.isnan()] for name, values in per_user.items()}
+    found = {name: mean_and_error(values) for name, values in known.items() if len(values)}
     return {name: mean for name, (mean, _) in found.items()}, {name: error for name, (_, error) in found.items()}
 
 

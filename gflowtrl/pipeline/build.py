@@ -279,7 +279,7 @@ def _check_texts(data: RunData, spec: Mapping[str, Any], where: str) -> None:
             item_texts(data.interactions)
         except ValueError:
             raise ValueError(
-                f"{where} reads the texts of items (type: text), but no item of {data.interactions.name} has a title "
+                f"{where} reads the texts of items, but no item of {data.interactions.name} has a title "
                 f"or another text (items.jsonl, docs/data.md). Add texts, or leave this teacher out."
             ) from None
 
@@ -293,8 +293,8 @@ def _check_data(data: RunData, needs: set[str], who: str) -> None:
         )
     if "impressions" in needs and data.splits.impression_counts is None:
         raise ValueError(
-            f"{data.interactions.name} has no impressions (events.jsonl), which {who} reads: use popularity: "
-            f"interactions."
+            f"{data.interactions.name} has no impressions (impressions.json or events.jsonl; with data.split: "
+            f"temporal only those with times count), which {who} reads: use popularity: interactions."
         )
     titles = data.titles if "titles" in needs else {}
     lacking = [item for item in data.interactions.items if item not in titles] if "titles" in needs else []

@@ -156,6 +156,8 @@ def _setting(method: str, recipe: Mapping[str, Any], entry: Mapping[str, Any]) -
         section = control_section(start, recipe["control"], recipe["gflownet"])
         found |= {"control": section, "steps": entry["steps"]}  # shown in the title
     found |= {name: result_fields(section) for name, section in found.items() if isinstance(section, Mapping)}
+    if method != "teacher":  # the section data is compared by its fingerprint, in which this does not count
+        found["augmentation"] = recipe["data"].get("augmentation")
     found["windows"] = bool(entry.get("windows"))  # missing in records of older versions
     return found | {"rows_per_step": entry.get("rows_per_step")}  # depends on the number of processes
 

@@ -190,6 +190,7 @@ def _test(
         return {"users": len(rows), "metrics": metrics, "standard_errors": errors}
 
     inputs = {"num_beams": measure.num_beams, "ks": measure.ks, "seen": "both", **if_set(users=measure.users)}
+    inputs |= {} if data.splits.impression_counts is None else {"debiased": True}
     stage = run.stage(f"test-{method}", {"data": data.fingerprint, "of": key, "evaluation": inputs})
     stage.run(f"recommending to {len(rows):,} test users", work, main_only)
     return stage

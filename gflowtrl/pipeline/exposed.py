@@ -15,15 +15,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gflowtrl.catalog import Item, ItemCatalog
-from gflowtrl.data import ExposedCollator, ExposedRows, reordered
+from gflowtrl.data import ExposedCollator, ExposedRows, PromptEncoder, reordered
 from gflowtrl.ensemble import Ensemble
+from gflowtrl.finite import NonFiniteError
 from gflowtrl.metrics import exposed_metrics, mean_over_users, paired_bootstrap
 from gflowtrl.metrics.exposed import EXPOSED_METRICS
-from gflowtrl.policy import TreePolicy, make_policy
+from gflowtrl.policy import TreePolicy, check_exact, make_policy
 from gflowtrl.recommender import Recommender
 from gflowtrl.teachers import Teacher, TeacherModule, fingerprint, score_histories
 from gflowtrl.trainer import candidate_log_probs
 from gflowtrl.trainer.evaluation import by_length
+from gflowtrl.trainer.exposed import unchecked_log_probs
 
 from .evaluation import PER_USER_FILE
 from .models import trained_model
@@ -53,13 +55,18 @@ class ExposedReport:
     per_user: dict[str, Tensor]
 
 
-def policy_scorer(policy: TreePolicy, encoder: Callable[[list[list[Item]]], Mapping[str, Tensor]]) -> Scorer:
-    """Score candidates by a policy."""
+def policy_scorer(policy: TreePolicy, encoder: PromptEncoder) -> Scorer:
+    """Score candidates by a policy; NaN if the model computes NaN.
+
+    Raises:
+        ValueError: the policy is not the model's own distribution (`check_exact`).
+    """
+    check_exact(policy, encoder)
     device = next(policy.model.parameters()).device
 
     def score(histories: list[list[Item]], candidates: Tensor) -> Tensor:
         prompts = {name: value.to(device) for name, value in encoder(histories).items()}
-        return candidate_log_probs(policy, prompts, candidates.to(device)).cpu()
+        return unchecked_log_probs(policy, prompts, candidates.to(device)).cpu()
 
     return score
 
@@ -100,6 +107,8 @@ def rank_exposed(
         batch_size: users that are scored together.
         progress: show a progress bar.
     """
+    if not len(rows):  # of a process, if there are fewer rows than processes
+        return torch.zeros(0, 0, dtype=torch.double)
     ordered, order = by_length(rows)
     histories, row_ids = ordered["history"], ordered["row_id"]
     candidates = padded_columns(ordered, catalog)[0]
@@ -109,7 +118,7 @@ def rank_exposed(
         views = [reordered(histories[part], row_ids[part], number) for number in range(orders)]
         scores = torch.stack([score(view, candidates[part]).double() for view in views])
         parts.append(scores.logsumexp(0) - torch.tensor(orders).double().log())
-    found = torch.cat(parts) if parts else torch.zeros(candidates.shape, dtype=torch.double)
+    found = torch.cat(parts)
     return torch.empty_like(found).index_copy_(0, order, found)
 
 
@@ -176,6 +185,8 @@ def _measure(
         part = rank_exposed(scorer(), rows.select(mine), data.catalog, orders, size, run.shows_progress)
         widest = max(map(len, rows["candidates"]))
         parts = gather_object([torch.nn.functional.pad(part, (0, widest - part.shape[1]))])
+        if any(bool(each.isnan().any()) for each in parts):
+            raise NonFiniteError(f"The probabilities of {method} on exposed items are NaN; its activations overflow.")
         if not run.is_main:
             return {}
         penalty = exposure_penalty(data.exposure_counts, measure.exposed_correction)
@@ -195,6 +206,7 @@ def collect_exposed(data: RunData, stages: Mapping[str, Stage], samples: int) ->
         "own_items_left_out": rows.own_items,
         "users_without_log": rows.users_without_log,
         "correction": data.recipe.evaluation.exposed_correction,
+        "counts": "interactions" if data.splits.impression_counts is None else "impressions",
         "methods": {
             method: {name: stage.record[name] for name in ("metrics", "standard_errors")}
             | {"folder": str(stage.folder)}
@@ -203,8 +215,9 @@ def collect_exposed(data: RunData, stages: Mapping[str, Stage], samples: int) ->
     }
     if {"gflownet", "control"} <= stages.keys():
         ours, theirs = (load_file(stages[method].folder / PER_USER_FILE) for method in ("gflownet", "control"))
+        known = found["methods"]["control"]["metrics"]
         found["gflownet_minus_control"] = {
-            name: paired_difference(ours[name], theirs[name], samples) for name in EXPOSED_NAMES
+            name: paired_difference(ours[name], theirs[name], samples) for name in EXPOSED_NAMES if name in known
         }
     return found
 
@@ -216,8 +229,8 @@ def paired_difference(ours: Tensor, theirs: Tensor, samples: int = 10_000) -> di
 
 
 def exposed_lines(metrics: Mapping[str, float], errors: Mapping[str, float]) -> list[str]:
-    """Return the cells of one row of a table: each metric with its standard error."""
-    return [f"{metrics[name]:.4f} ± {errors[name]:.4f}" for name in EXPOSED_NAMES]
+    """Return the cells of one row of a table: each metric with its standard error; "" if it is defined for nobody."""
+    return [f"{metrics[name]:.4f} ± {errors[name]:.4f}" if name in metrics else "" for name in EXPOSED_NAMES]
 
 
 def exposed_headings() -> list[str]:

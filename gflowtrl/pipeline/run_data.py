@@ -28,6 +28,7 @@ from gflowtrl.data import (
     add_item_tokens,
     augmented_rows,
     build_tokenizer,
+    check_augmentable,
     exposed_rows,
     hold_out_items,
     k_core,
@@ -96,7 +97,10 @@ class RunData:
         options, splits = self.recipe.data.augmentation, self.splits
         if options is None:
             return splits.train
-        return augmented_rows(splits.train, self.interactions.users, splits.train_sequences, options, self.recipe.seed)
+        source = self.interactions
+        longest = _history_cut(source, self.recipe.data.max_history_items)
+        rows, sequences, seed = splits.train, splits.train_sequences, self.recipe.seed
+        return augmented_rows(rows, source.users, sequences, options, seed, source.num_interactions, longest)
 
     @cached_property
     def train_sequences(self) -> list[list[Item]]:
@@ -108,7 +112,9 @@ class RunData:
     def exposed(self) -> ExposedRows | None:
         """The rows of exposed items, which only the evaluation reads; None if the data have none."""
         source = self.interactions
-        return source.exposed and exposed_rows(source.users, source.sequences, source.exposed)
+        if source.exposed is None:
+            return None
+        return exposed_rows(source.users, source.sequences, source.exposed)
 
     @property
     def exposure_counts(self) -> Tensor:
@@ -160,12 +166,14 @@ def prepare(recipe: Recipe) -> RunData:
     new_items: frozenset[Item] = frozenset()
     if recipe.data.new_items:
         interactions, new_items = hold_out_items(interactions, recipe.data.new_items)
-    temporal = recipe.data.split == "temporal"
+    temporal, cut = recipe.data.split == "temporal", _history_cut(interactions, recipe.data.max_history_items)
     if temporal:
-        splits = temporal_split(interactions, recipe.data.validation_share, recipe.data.test_share)
+        splits = temporal_split(interactions, recipe.data.validation_share, recipe.data.test_share, cut)
         new_items = frozenset(item for item, count in zip(splits.items, splits.item_counts, strict=True) if not count)
     else:
-        splits = leave_one_out(interactions, _history_cut(interactions, recipe.data.max_history_items))
+        splits = leave_one_out(interactions, cut)
+    if recipe.data.augmentation is not None:
+        check_augmentable(splits.train)
     if own_ids:
         item_tokenizer = _item_tokenizer(recipe, interactions, splits)
         interactions = replace(interactions, semantic_ids=item_tokenizer.semantic_ids)

@@ -172,6 +172,15 @@ def text(results: Mapping[str, Any]) -> str:
             f"GFlowNet - control, {metric_title(name)}: {interval['mean_difference']:+.4f}, 95 % interval "
             f"[{low:+.4f}, {high:+.4f}] (paired bootstrap over users: {verdict})."
         )
+    k = primary_cutoff(recipe["evaluation"]["ks"])
+    name = f"snips_item_ndcg@{k}"
+    if known := {method: entry for method, entry in results["methods"].items() if name in entry["metrics"]}:
+        titles = titles_of(recipe)
+        values = (
+            f"{titles[m]} {entry['metrics'][name]:.4f} ± {entry['standard_errors'][name]:.4f}"
+            for m, entry in known.items()
+        )
+        lines.append(f"item NDCG@{k} if all items had been shown equally often (SNIPS): {', '.join(values)}.")
     if _truth_is_known(results):
         lines.append(
             "Recall and NDCG count what was bought. Mostly popular items were shown, so both miss other good items."
@@ -230,7 +239,7 @@ def _exposed(found: Mapping[str, Any], titles: Mapping[str, str]) -> list[str]:
         "",
         aligned(lines),
         "",
-        f"corrected: log-probability - {found['correction']:g} log(impressions + 1).",
+        f"corrected: log-probability - {found['correction']:g} log({found['counts']} + 1).",
         *differences,
     ]
 

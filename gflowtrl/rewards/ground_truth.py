@@ -71,6 +71,12 @@ class GroundTruthReward(PopularityOptions, Reward):
 
     @classmethod
     def check_spec(cls, spec: Mapping[str, Any]) -> None:
+        if not spec.get("popularity_correction"):
+            for name in ("popularity", "clip"):
+                if name in spec:
+                    raise ValueError(
+                        f"{name} is used with a popularity_correction only. Set one, or leave {name} out."
+                    )
         cls(item_counts=(), **cls.without_popularity(spec))
 
     @classmethod

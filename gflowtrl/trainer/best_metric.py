@@ -78,8 +78,9 @@ def resolve_metric(
         ValueError: `evaluate()` does not report the metric, the direction contradicts it, or all evaluation data are
             exposed items.
     """
-    datasets, given = [], [eval_dataset]
+    datasets, given, exposed = [], [eval_dataset], []
     if isinstance(eval_dataset, Mapping):
+        exposed = [name for name, rows in eval_dataset.items() if _are_exposed(rows)]
         given = [rows for rows in eval_dataset.values() if not _are_exposed(rows)]
         datasets = [name for name, rows in eval_dataset.items() if not _are_exposed(rows)]
     configured = args.metric_for_best_model
@@ -87,10 +88,7 @@ def resolve_metric(
     if configured is None and not uses_metric(args) and not stops_early:
         return
     if not given or _are_exposed(given[0]):
-        raise ValueError(
-            "The best model must not be chosen by exposed items, which are the truth that the evaluation measures "
-            "on. Give validation rows too (leave_one_out): eval_dataset={'validation': ..., 'exposed': ...}."
-        )
+        raise _exposed_chooses()
     if configured in (None, "loss", _default(ks)):
         args.metric_for_best_model = _default(ks, datasets)
         if configured != _default(ks):
@@ -100,10 +98,20 @@ def resolve_metric(
                 f"There are {len(datasets)} evaluation datasets, and metric_for_best_model does not name one of them. "
                 f"{args.metric_for_best_model} is used."
             )
+    for hidden in exposed:
+        if str(args.metric_for_best_model).removeprefix("eval_").startswith(f"{hidden}_"):
+            raise _exposed_chooses()
     name, known = str(args.metric_for_best_model), metric_names(ks, datasets)
     if name not in known and f"eval_{name}" not in known and not reports_more:
         raise _unknown_metric(name, known)
     _check_direction(args)
+
+
+def _exposed_chooses() -> ValueError:
+    return ValueError(
+        "The best model must not be chosen by exposed items, which are the truth that the evaluation measures on. "
+        "Give validation rows too, and choose by them: eval_dataset={'validation': ..., 'exposed': ...}."
+    )
 
 
 def _are_exposed(rows: object) -> bool:

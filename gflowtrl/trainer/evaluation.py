@@ -166,7 +166,7 @@ class RankingEvaluationMixin(TrainerBase):
     def _ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         leaves, targets = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
         if targets.dim() == 2:
-            if not bool(leaves[targets >= 0].isfinite().all()):
+            if bool(leaves[targets >= 0].isnan().any()):
                 return {}  # `evaluation_loop` raises an error
             return mean_over_users(exposed_metrics(leaves, targets))[0]
         metrics = summarize(leaves, targets, self._catalog, self._item_counts, self._ks).metrics

@@ -9,7 +9,7 @@ from gflowtrl.finite import check_ranked
 from gflowtrl.policy import Prompts, TreePolicy
 
 
-LEAVES_PER_FORWARD = 256
+TRAJECTORIES_PER_FORWARD = 2**12  # their scores take L * C numbers each
 
 
 @torch.no_grad()
@@ -21,7 +21,7 @@ def candidate_log_probs(policy: TreePolicy, prompts: Prompts, candidates: Tensor
     Args:
         policy: the policy.
         prompts: B prompts.
-        candidates: `(B, C)` positions of items in the catalog; -1 is padding.
+        candidates: `(B, C)` positions of items in the catalog, on the device of the model; -1 is padding.
 
     Returns:
         `(B, C)`; anything for padding.
@@ -37,7 +37,8 @@ def candidate_log_probs(policy: TreePolicy, prompts: Prompts, candidates: Tensor
 @torch.no_grad()
 def unchecked_log_probs(policy: TreePolicy, prompts: Prompts, candidates: Tensor) -> Tensor:
     """Return what `candidate_log_probs` returns, also NaN: processes that work together raise errors together."""
-    catalog = policy.catalog
+    catalog = policy.catalog.to(candidates.device)
     leaves = catalog.item_leaf[candidates.clamp(min=0)]
-    parts = [policy.score(prompts, part).trajectory_log_probs for part in leaves.split(LEAVES_PER_FORWARD, 1)]
+    columns = max(1, TRAJECTORIES_PER_FORWARD // max(1, len(leaves)))
+    parts = [policy.score(prompts, part).trajectory_log_probs for part in leaves.split(columns, 1)]
     return torch.cat(parts, 1) - catalog.leaf_sizes[leaves].log()

@@ -77,6 +77,13 @@ def test_rows_are_those_of_the_copies():
     assert max(map(len, windows.groups)) == 19  # those of the longest sequence share one, as without copies
 
 
+def test_histories_of_copies_may_be_cut_and_row_ids_follow_all_interactions():
+    data = make_data()
+    splits = leave_one_out(data, 3)
+    rows = augmented_rows(splits.train, data.users, splits.train_sequences, Augmentation(1), 0, 39, 3)
+    assert max(map(len, rows["history"])) == 3 and rows["row_id"][len(splits.train)] == 39
+
+
 def test_bad_options_and_sessions_raise():
     for options, message in (
         ({"copies": 0}, "copies is 0"),

@@ -98,6 +98,14 @@ def test_rows_hold_the_whole_log_and_no_own_items():
         assert has_exposed_rows(found.rows) and not has_exposed_rows(leave_one_out(make_data()).test)
 
 
+def test_data_without_a_usable_exposed_item_raise():
+    with pytest.raises(ValueError, match="No user has both a log and exposed items"):
+        exposed_rows([1], [[10]], {1: Exposed([10], [1]), 2: Exposed([11], [1])})
+    with pytest.raises(ValueError, match="exposed users are like '1', but users are like 1"):
+        make_data(exposed={"1": Exposed([10], [1])})
+    assert k_core(make_data(sequences=[[10, 11, 12]] * 3, exposed={1: Exposed([13], [1])}), 3).exposed is None
+
+
 def test_users_with_fewer_than_three_items_are_measured_but_not_trained_on():
     exposed = EXPOSED | {3: Exposed([14], [1])}
     with pytest.warns(UserWarning, match="1 of 3 users have fewer than 3 items"):

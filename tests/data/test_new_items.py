@@ -1,5 +1,7 @@
 """Held-out items: in nothing but test targets."""
 
+from dataclasses import replace
+
 import pytest
 
 from gflowtrl.data import InteractionData, SyntheticShop, hold_out_items, leave_one_out
@@ -28,6 +30,15 @@ def test_new_items_are_in_nothing_but_test_targets():
     assert not new & {item for row in splits.test["history"] for item in row}
     assert 0 < sum(target in new for target in splits.test["target"]) < len(splits.test)
     assert all(splits.item_counts[ITEMS.index(item)] == 0 for item in new)
+
+
+def test_impressions_of_new_items_are_unknown_and_dropped_users_are_counted():
+    data = replace(make_data(), impressions={item: 3 for item in ITEMS})
+    with pytest.warns(UserWarning, match="of 30 users have fewer than three items left without 8 new items"):
+        found, new = hold_out_items(data, 0.2, seed=1)
+    assert found.impressions.keys() == {*ITEMS} - new
+    with pytest.raises(ValueError, match="less than one of 40 items"):
+        hold_out_items(data, 0.01)
 
 
 def test_other_seeds_choose_others_and_no_share_none():

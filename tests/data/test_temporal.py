@@ -19,7 +19,7 @@ from gflowtrl.data import (
     temporal_split,
     write_folder,
 )
-from gflowtrl.data.interactions import CLICKED
+from gflowtrl.data.interactions import CLICKED, Event
 from tests.pipeline.micro import micro_settings
 
 
@@ -98,6 +98,20 @@ def test_data_without_times_raise():
     ):
         with pytest.raises(ValueError, match=message):
             temporal_split(timed, *shares)
+
+
+def test_sessions_without_times_may_be_of_the_future():
+    events = [[Event(0, 1, 2), Event(1, 2, 1), Event(1, 3, 2), Event(1, 4, 2)]]
+    data = InteractionData("log", [7], [[1, 2, 3, 4]], ITEMS, events=events, times=[[0, 1, 5, 9]])
+    assert not has_clock(data)
+    with pytest.raises(ValueError, match="what was shown in a session has no time"):
+        temporal_split(data, 0.25, 0.25)
+
+
+def test_histories_may_be_cut():
+    data = InteractionData("t", [1], [ITEMS], ITEMS, times=[ITEMS])
+    splits = temporal_split(data, 0.2, 0.2, max_history_items=2)
+    assert splits.test["history"][:] == [[6, 7]] and max(map(len, splits.train["history"])) == 2
 
 
 def test_times_stay_with_their_interactions(tmp_path):

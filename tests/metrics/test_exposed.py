@@ -71,8 +71,10 @@ def test_means_are_over_the_users_for_whom_a_metric_is_defined():
 def test_bad_scores_raise():
     with pytest.raises(ValueError, match="shapes"):
         exposed_metrics(torch.zeros(2, 3), torch.zeros(2, 2))
-    with pytest.raises(ValueError, match="NaN or infinite"):
+    with pytest.raises(ValueError, match="NaN or .inf"):
         exposed_metrics(torch.tensor([[0.0, math.inf]]), torch.tensor([[1, 0]]))
+    found = exposed_metrics(torch.tensor([[-math.inf, -2.0, 0.0]]), torch.tensor([[1, 0, -100]]))
+    assert found["auc"].tolist() == [0.0] and found["ndcg@5"][0].item() == pytest.approx(1 / math.log2(3))
     exposed_metrics(torch.tensor([[0.0, math.nan]]), torch.tensor([[1, -100]]))  # padding may be anything
 
 

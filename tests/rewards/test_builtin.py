@@ -81,6 +81,9 @@ def test_a_target_that_was_hardly_ever_shown_counts_more():
         assert [items[i] for i in scores.argmax(1).tolist()] == targets
     with pytest.raises(ValueError, match="needs item_counts"):
         GroundTruthReward(1.0)
+    for option in ({"clip": 5}, {"popularity": "impressions"}):
+        with pytest.raises(ValueError, match="with a popularity_correction only"):
+            GroundTruthReward.check_spec(option)
     with pytest.raises(ValueError, match="clip is 0"):
         GroundTruthReward(clip=0)
     with pytest.raises(ValueError, match="item_counts has shape"):

@@ -71,7 +71,7 @@ def test_scores_of_many_candidates_are_computed_in_parts(tmp_path, monkeypatch):
     batch = ExposedCollator(trainer._encoder)(list(rows))
     policy = CausalTreePolicy(trainer.model.eval(), trainer._catalog)
     whole = candidate_log_probs(policy, batch["prompts"], batch["candidates"])
-    monkeypatch.setattr("gflowtrl.trainer.exposed.LEAVES_PER_FORWARD", 2)
+    monkeypatch.setattr("gflowtrl.trainer.exposed.TRAJECTORIES_PER_FORWARD", 20)
     assert torch.allclose(candidate_log_probs(policy, batch["prompts"], batch["candidates"]), whole, atol=1e-5)
 
 
@@ -85,7 +85,7 @@ def test_exposed_items_choose_no_checkpoint_and_are_not_trained_on(tmp_path):
     assert {"eval_exposed_auc", "eval_validation_ndcg@10"} <= {
         name for entry in trainer.state.log_history for name in entry
     }
-    with pytest.raises(ValueError, match="metric_for_best_model is 'eval_exposed_auc'"):
+    with pytest.raises(ValueError, match="must not be chosen by exposed items"):
         make(tmp_path, eval_dataset={"exposed": rows, "validation": validation},
                      metric_for_best_model="eval_exposed_auc", **best)  # fmt: skip
     for data in (rows, {"exposed": rows}):

@@ -9,7 +9,7 @@ import numpy as np
 
 from gflowtrl.checks import COUNT, SHARE, check_choice, check_number
 
-from ..interactions import InteractionData, core_members, exposed_among
+from ..interactions import InteractionData, core_members, exposed_among, impressions_among
 from ..readers import read_exposed, read_impressions, write_folder
 from .cleaning import clean_features
 from .format import Columns, Request
@@ -159,7 +159,7 @@ def _from_complete(
     data.synthetic, data.license, data.source = origin.synthetic, origin.license, origin.source
     known = set(data.items)
     data.exposed = origin.exposed and exposed_among(origin.exposed, known)
-    data.impressions = origin.impressions and {i: count for i, count in origin.impressions.items() if i in known}
+    data.impressions = origin.impressions and impressions_among(origin.impressions, known)
     if origin.semantic_ids is not None:
         data.semantic_ids = {item: origin.semantic_ids[item] for item in data.items}
     return data
@@ -173,11 +173,17 @@ def _add_exposure(
     if exposed is not None:
         found = read_exposed(exposed)
         data.exposed = exposed_among(found, known)
-        kept, total = (sum(len(shown.items) for shown in rows.values()) for rows in (data.exposed, found))
-        report.exposed_users, report.exposed_left_out = len(data.exposed), total - kept
+        kept, total = (sum(len(shown.items) for shown in (rows or {}).values()) for rows in (data.exposed, found))
+        report.exposed_users = len({*(data.exposed or ())} & {*data.users})
+        report.exposed_left_out = total - kept
+        if data.exposed and not report.exposed_users:
+            raise ValueError(
+                f"No user of {exposed} is in the log: users there are like {next(iter(data.exposed))!r}, in the log "
+                f"like {data.users[0]!r}."
+            )
     if impressions is not None:
         counts = read_impressions(impressions, isinstance(data.items[0], int))
-        data.impressions = {item: count for item, count in counts.items() if item in known}
+        data.impressions = impressions_among(counts, known)
     for file, kept in ((exposed, data.exposed), (impressions, data.impressions)):
         if file is not None and not kept:
             raise ValueError(f"No item of {file} is in the catalog, whose first item is {data.items[0]!r}.")

@@ -32,7 +32,7 @@ class Preparation:
         unreadable_items: number of items of the result whose features contain bytes that are invalid in the encoding.
         items_without_metadata: number of items of the result that no line describes.
         items_without_title: number of items of the result without a title, including those without metadata.
-        exposed_users: number of users with exposed items.
+        exposed_users: number of users of the log with exposed items.
         exposed_left_out: number of exposed items that are not in the catalog.
     """
 
@@ -71,6 +71,11 @@ class Preparation:
             f"{self.tied_share:.0%} of adjacent interactions at the same time",
             f"{self.items_without_metadata:,} items without metadata, {self.items_without_title:,} without a title",
         ]
+        if self.exposed_users:
+            notes.append(
+                f"{self.exposed_users:,} users with exposed items, {self.exposed_left_out:,} exposed items of no item "
+                f"of the catalog left out"
+            )
         if self.unreadable_items:
             notes.append(f"{self.unreadable_items:,} items with unreadable text, probably in another encoding")
         own_columns = self.format in ("csv", "jsonl", "parquet") and self.item_lines > 0
