@@ -55,9 +55,6 @@ def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
         by_user[user] = _items(row.get("items"), f"{where}: user {user!r}")
         if "times" in row:
             times[user] = _times(row["times"], len(by_user[user]), where)
-    if times and len(times) < len(by_user):
-        without = next(user for user in by_user if user not in times)
-        raise ValueError(f"{file}: user {without!r} has no times, but others have. Give all users times, or none.")
     if not by_user:
         raise ValueError(f"{file} is empty. It needs one line per user.")
     users, sequences = list(by_user), list(by_user.values())
@@ -82,7 +79,7 @@ def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
         events=events,
         license=about.get("license"),
         source=about.get("source"),
-        times=list(times.values()) or None,
+        times=list(times.values()) if len(times) == len(by_user) else None,  # a user may have been added without
         exposed=read_exposed(path / "exposed.jsonl") if (path / "exposed.jsonl").is_file() else None,
         impressions=read_impressions(file, numeric_items) if (file := path / "impressions.json").is_file() else None,
     )

@@ -62,7 +62,7 @@ def stage_names(recipe: Recipe) -> list[str]:
     return ["teacher", *trained, *measured, "calibration"]
 
 
-def _plan(recipe: Recipe, has_exposed: bool) -> dict[str, float]:
+def _plan(recipe: Recipe, has_exposed: bool = False) -> dict[str, float]:
     """The stages of a run, in order, with their rough costs in epochs of SFT (measured on Amazon Office)."""
     trained, cost = recipe.trained_stages, {"teacher": 2.0}
     if "sft" in trained:

@@ -89,7 +89,7 @@ def test_the_shop_has_a_clock_and_nothing_of_the_future_is_counted():
 def test_data_without_times_raise():
     data = InteractionData("still", [1, 2], [[0, 1, 2], [1, 2, 3]], ITEMS)
     assert not has_clock(data)
-    with pytest.raises(ValueError, match="still has no times"):
+    with pytest.raises(ValueError, match="still has no times, or not for all users"):
         temporal_split(data)
     timed = InteractionData("timed", [1], [[0, 1, 2]], ITEMS, times=[[1, 2, 3]])
     for shares, message in (
@@ -146,11 +146,13 @@ def test_broken_times_are_named(tmp_path, times, message):
         read_folder(tmp_path)
 
 
-def test_all_users_have_times_or_none(tmp_path):
+def test_times_of_some_users_are_no_times(tmp_path):
     lines = [{"user": 1, "items": [0, 1, 2], "times": [1, 2, 3]}, {"user": 2, "items": [0, 1, 2]}]
     (tmp_path / "sequences.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(ValueError, match="user 2 has no times, but others have"):
-        read_folder(tmp_path)
+    data = read_folder(tmp_path)
+    assert data.times is None
+    with pytest.raises(ValueError, match="has no times, or not for all users"):
+        temporal_split(data)
 
 
 def test_prepare_keeps_the_times_of_a_log(tmp_path):

@@ -229,7 +229,10 @@ def test_what_rewards_need_of_the_data_is_named(tmp_path):
     for rewards, message in (
         (REWARDS[:1], "has no sessions (events.jsonl), which rewards.0 (interaction) reads"),
         (REWARDS[-1:], "has no title for 1 of 30 items (items.jsonl), for example 3"),
-        ([{"type": "collaborative", "popularity": "impressions"}], "has no impressions (events.jsonl)"),
+        (
+            [{"type": "collaborative", "popularity": "impressions"}],
+            "has no impressions (impressions.json or events.jsonl",
+        ),
     ):
         run_data = prepare(micro_recipe(tmp_path, rewards=rewards))
         run_data.interactions.events = run_data.splits.impression_counts = None

@@ -106,6 +106,8 @@ def test_recipes_of_this_repository_are_valid(path, tmp_path):
     recipe = load_recipe(path, options)
     assert recipe.name == path.stem
     missing = {"sft"} if recipe.start == "untrained" else set()
+    if path.stem in ("ease", "most_popular", "text"):  # rows of tables
+        missing = {"sft", "control", "gflownet"}
     assert {"teacher", "sft", "control", "gflownet"} - set(recipe.stages) == missing
 
 
