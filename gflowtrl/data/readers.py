@@ -206,7 +206,7 @@ def write_folder(data: InteractionData, path: str | Path) -> None:
         )
         _write_lines(path / "events.jsonl", rows)
     if data.exposed is not None:
-        rows = ({"user": user} | shown._asdict() for user, shown in data.exposed.items())
+        rows = ({"user": user, "items": items, "liked": liked} for user, (items, liked) in data.exposed.items())
         _write_lines(path / "exposed.jsonl", rows)
     if data.impressions is not None:
         counts = {str(item): count for item, count in data.impressions.items()}

@@ -35,8 +35,8 @@ def interaction_times(data: InteractionData) -> np.ndarray:
             f"future. Leave events.jsonl out to split by time."
         )
     raise ValueError(
-        f"{data.name} has no times, or not for all users, so it cannot be split by time. Prepare it again from a log with times "
-        f"(gflowtrl prepare writes them), or split off the last items of each user (split: leave_one_out)."
+        f"{data.name} has no times, or not for all users, so it cannot be split by time. Prepare it again from a log "
+        f"with times (gflowtrl prepare writes them), or split off the last items of each user (split: leave_one_out)."
     )
 
 
