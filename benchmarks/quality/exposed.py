@@ -11,10 +11,9 @@ import json
 from pathlib import Path
 
 import torch
-from office import KEPT, ROOT, kept_run, make_parser, places
+from office import ROOT, kept_runs, make_parser
 from safetensors.torch import load_file
 
-from gflowtrl.pipeline import load_recipe
 from gflowtrl.pipeline.comparison import spread
 from gflowtrl.pipeline.exposed import EXPOSED_NAMES, exposed_headings, paired_difference
 from gflowtrl.pipeline.plots import titles_of
@@ -89,18 +88,7 @@ def difference(own: list[torch.Tensor], control: list[torch.Tensor]) -> str:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.set_defaults(output_dir="outputs/yahoo")
-    parser.add_argument("--recipes", nargs="+", type=Path, default=RECIPES)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
-    parser.add_argument("--prefix", default="yahoo", help="beginning of the names of the kept files")
-    given, others = parser.parse_known_args()
-    runs: dict[str, list[Path]] = {}
-    for seed in given.seeds:
-        for path in given.recipes:
-            options = [*places(given, seed), *others]
-            name = load_recipe(path, options).name
-            file = KEPT / f"{given.prefix}-{name}-seed{seed}.json"
-            kept_run(path, options, file)
-            runs.setdefault(name, []).append(file)
+    given, runs = kept_runs(parser, RECIPES, "yahoo")
     print(f"\n{len(given.seeds)} seed(s), exposed items:\n\n{table(runs)}")
 
 

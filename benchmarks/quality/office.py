@@ -9,6 +9,7 @@ Runs with a record of the same recipe in benchmarks/results/quality/ are not rep
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -161,11 +162,19 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    parser = make_parser(__doc__)
-    parser.add_argument("--recipes", nargs="+", default=[str(ROOT / "recipes" / f"{name}.yaml") for name in RECIPES])
+def kept_runs(
+    parser: argparse.ArgumentParser, recipes: Sequence[Path], prefix: str
+) -> tuple[argparse.Namespace, dict[str, list[Path]]]:
+    """Run every recipe with every seed of the command line, and return its options and the records by recipe.
+
+    Args:
+        parser: from `make_parser`.
+        recipes: default of --recipes.
+        prefix: default of --prefix.
+    """
+    parser.add_argument("--recipes", nargs="+", type=Path, default=recipes)
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
-    parser.add_argument("--prefix", default="office", help="beginning of the names of the kept files")
+    parser.add_argument("--prefix", default=prefix, help="beginning of the names of the kept files")
     given, others = parser.parse_known_args()
     runs: dict[str, list[Path]] = {}
     for seed in given.seeds:
@@ -173,8 +182,16 @@ def main() -> None:
             options = [*places(given, seed), *others]
             name = load_recipe(path, options).name
             file = KEPT / f"{given.prefix}-{name}-seed{seed}.json"
-            beam = kept_run(path, options, file)["recipe"]["evaluation"]["num_beams"]
+            kept_run(path, options, file)
             runs.setdefault(name, []).append(file)
+    return given, runs
+
+
+def main() -> None:
+    recipes = [ROOT / "recipes" / f"{name}.yaml" for name in RECIPES]
+    given, runs = kept_runs(make_parser(__doc__), recipes, "office")
+    last = json.loads([*runs.values()][-1][-1].read_text())
+    beam = last["recipe"]["evaluation"]["num_beams"]
     print(f"\n{len(given.seeds)} seed(s), test split, beam {beam}:\n\n{table(runs)}")
 
 

@@ -103,8 +103,7 @@ def _exposed(
     if data.exposed is None:
         return {}
     found, catalog = exposed_rows(data.users, data.sequences, data.exposed), recommender.catalog
-    counts = splits.item_counts if splits.impression_counts is None else splits.impression_counts
-    by_item = dict(zip(data.items, counts.tolist(), strict=True))
+    by_item = dict(zip(data.items, splits.exposure_counts.tolist(), strict=True))
     penalty = exposure_penalty(
         torch.tensor([by_item.get(item, 0) for item in catalog.items]), options.exposed_correction
     )

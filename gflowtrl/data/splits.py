@@ -45,6 +45,11 @@ class Splits:
     item_counts: Tensor
     impression_counts: Tensor | None = None
 
+    @property
+    def exposure_counts(self) -> Tensor:
+        """How often each item was shown, `(items,)`; without impressions, how often it was taken."""
+        return self.item_counts if self.impression_counts is None else self.impression_counts
+
 
 def leave_one_out(data: InteractionData, max_history_items: int | None = None) -> Splits:
     """Split the targets of each user: the last item is for test, the one before for validation, others for training.

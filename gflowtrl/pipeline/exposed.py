@@ -189,7 +189,7 @@ def _measure(
             raise NonFiniteError(f"The probabilities of {method} on exposed items are NaN; its activations overflow.")
         if not run.is_main:
             return {}
-        penalty = exposure_penalty(data.exposure_counts, measure.exposed_correction)
+        penalty = exposure_penalty(data.splits.exposure_counts, measure.exposed_correction)
         report = report_exposed(torch.cat(parts), rows, data.catalog, penalty)
         save_file({**report.per_user, "row_id": torch.tensor(rows["row_id"])}, folder / PER_USER_FILE)
         return {name: value for name, value in asdict(report).items() if name != "per_user"}

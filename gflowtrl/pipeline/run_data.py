@@ -116,12 +116,6 @@ class RunData:
             return None
         return exposed_rows(source.users, source.sequences, source.exposed)
 
-    @property
-    def exposure_counts(self) -> Tensor:
-        """How often each item was shown, `(items,)`; without impressions, how often it was taken."""
-        impressions = self.splits.impression_counts
-        return self.item_counts if impressions is None else impressions
-
     @cached_property
     def validation(self) -> Dataset:
         """The validation rows of the measured users."""

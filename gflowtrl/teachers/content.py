@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gflowtrl.catalog import Item
-from gflowtrl.checks import SHARE_BELOW_ONE, check_text
+from gflowtrl.checks import SHARE_BELOW_ONE
 
 from .sasrec import SASRec
 from .teacher import History
-from .text import TFIDF, check_vectors
+from .text import ReadsTexts, check_vectors
 
 
-class ContentSASRec(SASRec):
+class ContentSASRec(ReadsTexts, SASRec):
     """SASRec whose item vector is a projection of the item's content plus an embedding.
 
     In training, the embedding of each item is left out at random, so that the projection alone must do (DropoutNet,
@@ -36,7 +36,6 @@ class ContentSASRec(SASRec):
     """
 
     bounds = {**SASRec.bounds, "embedding_dropout": SHARE_BELOW_ONE}
-    needs = frozenset({"texts"})
 
     def __init__(self, items: Sequence[Item], dim: int, embedding_dropout: float = 0.5, **config: Any) -> None:
         self.check_options(embedding_dropout=embedding_dropout)
@@ -99,19 +98,3 @@ class ContentSASRec(SASRec):
     @classmethod
     def _fit_parameters(cls) -> set[str]:
         return SASRec._fit_parameters() | {"vectors", "embedding_dropout"}
-
-    @classmethod
-    def option_names(cls) -> set[str]:
-        return super().option_names() | {"embedder"}
-
-    @classmethod
-    def check_options(cls, **options: Any) -> None:
-        super().check_options(**options)
-        check_text("embedder", options.get("embedder", TFIDF))
-
-    @classmethod
-    def from_spec(cls, spec: Mapping[str, Any], context: Mapping[str, Any]) -> ContentSASRec:
-        """Fit the teacher of a recipe. `context["embed"]` returns the vectors of an embedder, by its name."""
-        options = dict(spec)
-        vectors = context["embed"](options.pop("embedder", TFIDF))
-        return super().from_spec(options, {**context, "vectors": vectors})

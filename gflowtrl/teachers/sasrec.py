@@ -188,11 +188,13 @@ class SASRec(TeacherModule):
                 bar.set_postfix(loss=f"{loss:.3f}", validation_ndcg=f"{value:.4f}", best=f"{best:.4f}")
                 if stale >= patience:
                     break
-        mean = {
-            name: torch.stack([state[name] for _, state in kept]).mean(0) for name, _ in teacher.named_parameters()
-        }
-        teacher.load_state_dict(mean, strict=False)  # buffers do not change
+        teacher._load_mean([state for _, state in kept])
         return teacher.eval()
+
+    def _load_mean(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Load the mean of the parameters of some epochs. Buffers do not change."""
+        for name, parameter in self.named_parameters():
+            parameter.data.copy_(torch.stack([state[name] for state in states]).mean(0))
 
     @classmethod
     def _new(cls, items: Sequence[Item], sequences: Sequence[History], **config: Any) -> "SASRec":

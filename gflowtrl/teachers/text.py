@@ -13,7 +13,7 @@ from gflowtrl.finite import check_tensors
 
 from .calibrated import CalibratedTeacher
 from .recency import DECAY, recent_items
-from .teacher import History
+from .teacher import History, TeacherModule
 
 
 TFIDF = "tfidf"  # the embedder of TF-IDF and SVD
@@ -28,7 +28,29 @@ def check_vectors(vectors: Tensor, items: Sequence[Item], teacher: str) -> None:
     check_tensors({"vectors": vectors}, f"The input of {teacher}")
 
 
-class ItemText(CalibratedTeacher):
+class ReadsTexts(TeacherModule):
+    """Base class of teachers whose `fit` takes `vectors`: a recipe names the embedder that makes them of the texts."""
+
+    needs = frozenset({"texts"})
+
+    @classmethod
+    def option_names(cls) -> set[str]:
+        return super().option_names() | {"embedder"}
+
+    @classmethod
+    def check_options(cls, **options: Any) -> None:
+        super().check_options(**options)
+        check_text("embedder", options.get("embedder", TFIDF))
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], context: Mapping[str, Any]) -> TeacherModule:
+        """Fit the teacher of a recipe. `context["embed"]` returns the vectors of an embedder, by its name."""
+        options = dict(spec)
+        vectors = context["embed"](options.pop("embedder", TFIDF))
+        return super().from_spec(options, {**context, "vectors": vectors})
+
+
+class ItemText(ReadsTexts, CalibratedTeacher):
     """Similarity of texts: the cosine of an item's vector and the mean vector of the history.
 
     The vectors are scaled to norm 1, and later items of the history count more in the mean. Only the temperature comes
@@ -46,7 +68,6 @@ class ItemText(CalibratedTeacher):
     """
 
     bounds = {"decay": DECAY}
-    needs = frozenset({"texts"})
 
     def __init__(self, items: Sequence[Item], dim: int, decay: float = 0.7, temperature: float = 1.0) -> None:
         self.check_options(decay=decay)
@@ -88,19 +109,3 @@ class ItemText(CalibratedTeacher):
         teacher.vectors.copy_(F.normalize(vectors.float(), dim=1))
         teacher.calibrate(validation)
         return teacher
-
-    @classmethod
-    def option_names(cls) -> set[str]:
-        return super().option_names() | {"embedder"}
-
-    @classmethod
-    def check_options(cls, **options: Any) -> None:
-        super().check_options(**options)
-        check_text("embedder", options.get("embedder", TFIDF))
-
-    @classmethod
-    def from_spec(cls, spec: Mapping[str, Any], context: Mapping[str, Any]) -> "ItemText":
-        """Fit the teacher of a recipe. `context["embed"]` returns the vectors of an embedder, by its name."""
-        options = dict(spec)
-        vectors = context["embed"](options.pop("embedder", TFIDF))
-        return super().from_spec(options, {**context, "vectors": vectors})
