@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 
+_EXP_RANGE = 80.0  # exp(-80) is a normal number in 32 bits
+
+
 class PrefixTree:
     """Prefix tree over token paths; node 0 is the root, -1 marks "none".
 
@@ -236,28 +239,46 @@ class PrefixTree:
             leaf_log_rewards: `(B, N)`; -inf is a reward of zero.
 
         Returns:
-            `(B, M)`; column 0 is log Z. The flows are computed level by level, bottom-up, so that a subtree with tiny
+            `(B, M)`; column 0 is log Z. Rewards are added level by level, bottom-up, so that a subtree with tiny
             rewards keeps its relative precision.
         """
         batch, num_leaves = leaf_log_rewards.shape
         if num_leaves != self.num_leaves:
             raise ValueError(f"leaf_log_rewards has {num_leaves} columns, but the tree has {self.num_leaves} leaves.")
+        peak, lowest = leaf_log_rewards.amax(1, keepdim=True), _least_finite(leaf_log_rewards)
         flows = leaf_log_rewards.new_full((batch, self.num_nodes), -torch.inf)
         flows[:, self.leaf_nodes()] = leaf_log_rewards
+        if bool((lowest < peak - _EXP_RANGE).any()):
+            return self._add_log_flows(flows)
+        # exp of the difference to the row's maximum is a normal number for every leaf, so that plain sums are exact to
+        # rounding, also those of tiny subtrees.
+        peak = peak.masked_fill(peak == -torch.inf, 0.0)
+        sums = flows.sub_(peak).exp_()
         for depth in range(self.max_depth, 0, -1):
-            start, end = self.level_start[depth], self.level_start[depth + 1]
-            first, last = self.level_start[depth - 1], start
+            first, start, end = self.level_start[depth - 1 : depth + 2]
+            sums[:, first:start].index_add_(1, self.parent[start:end].long() - first, sums[:, start:end])
+        return sums.log_().add_(peak)
+
+    def _add_log_flows(self, flows: Tensor) -> Tensor:
+        """Fill in the inner nodes of `flows (B, M)`, whose leaves are set, for rewards of any range."""
+        for depth in range(self.max_depth, 0, -1):
+            first, start, end = self.level_start[depth - 1 : depth + 2]
             below = flows[:, start:end]
-            parent = (self.parent[start:end].long() - first).expand(batch, -1)
-            peak = below.new_full((batch, last - first), -torch.inf).scatter_reduce(1, parent, below, "amax")
+            parent = (self.parent[start:end].long() - first).expand(len(flows), -1)
+            peak = below.new_full((len(flows), start - first), -torch.inf).scatter_reduce(1, parent, below, "amax")
             peak = peak.masked_fill(peak == -torch.inf, 0.0)
             total = torch.zeros_like(peak).scatter_add_(1, parent, (below - peak.gather(1, parent)).exp())
-            inner = self.num_children[first:last] > 0
-            flows[:, first:last] = torch.where(inner, total.log() + peak, flows[:, first:last])
+            inner = self.num_children[first:start] > 0
+            flows[:, first:start] = torch.where(inner, total.log() + peak, flows[:, first:start])
         return flows
 
     def __repr__(self) -> str:
         return f"PrefixTree(num_leaves={self.num_leaves}, num_nodes={self.num_nodes}, max_depth={self.max_depth})"
+
+
+def _least_finite(values: Tensor) -> Tensor:
+    """Return the least value of each row that is not -inf, `(B, 1)`; inf if there is none."""
+    return values.masked_fill(values == -torch.inf, torch.inf).amin(1, keepdim=True)
 
 
 def in_rows(rows: Tensor, values: Tensor) -> Tensor:

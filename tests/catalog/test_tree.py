@@ -83,11 +83,11 @@ def test_queries_agree_with_a_dictionary(paths):
         assert (tree.leaf_at(torch.tensor(walked[:-1])) == -1).all()
 
 
-@given(prefix_free_paths(), st.integers(0, 1000))
+@given(prefix_free_paths(), st.integers(0, 1000), st.sampled_from([1.0, 30.0, 1000.0]))
 @settings(max_examples=60, deadline=None)
-def test_log_flows_are_sums_of_rewards_below(paths, seed):
+def test_log_flows_are_sums_of_rewards_below(paths, seed, scale):
     tree = PrefixTree(padded(paths))
-    log_rewards = torch.randn(2, tree.num_leaves, generator=torch.Generator().manual_seed(seed)).double() * 30
+    log_rewards = torch.randn(2, tree.num_leaves, generator=torch.Generator().manual_seed(seed)).double() * scale
     flows = tree.log_flows(log_rewards)
     ordered = sorted(paths)
     for node in range(tree.num_nodes):
@@ -96,10 +96,19 @@ def test_log_flows_are_sums_of_rewards_below(paths, seed):
         torch.testing.assert_close(flows[:, node], log_rewards[:, below].logsumexp(1), rtol=1e-12, atol=1e-9)
 
 
-def test_log_flows_of_zero_rewards():
+@pytest.mark.parametrize("value", [0.0, -500.0])
+def test_log_flows_of_zero_rewards(value):
     tree = PrefixTree(torch.tensor([[0, 0], [0, 1], [1, 0]]))
-    flows = tree.log_flows(torch.tensor([[-math.inf, -math.inf, 0.0]]))
-    assert flows.tolist() == [[0.0, -math.inf, 0.0, -math.inf, -math.inf, 0.0]]
+    flows = tree.log_flows(torch.tensor([[-math.inf, -math.inf, value]]))
+    assert flows.tolist() == [[value, -math.inf, value, -math.inf, -math.inf, value]]
+    assert tree.log_flows(torch.full((1, 3), -math.inf)).tolist() == [[-math.inf] * 6]
+
+
+@pytest.mark.parametrize("spread", [10.0, 79.0, 81.0, 300.0])
+def test_log_flows_keep_tiny_subtrees_in_32_bits(spread):
+    tree = PrefixTree(torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]))
+    flows = tree.log_flows(torch.tensor([[0.0, -1.0, -spread, -spread]]))
+    assert float(flows[0, 2]) == pytest.approx(math.log(2) - spread, rel=1e-6)
 
 
 @pytest.mark.parametrize(
