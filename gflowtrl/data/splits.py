@@ -2,6 +2,7 @@
 
 import warnings
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -194,12 +195,18 @@ def _impression_counts(data: InteractionData) -> Tensor | None:
         return torch.tensor([data.impressions.get(item, 0) for item in data.items])
     if data.events is None:
         return None
-    index_of = {item: index for index, item in enumerate(data.items)}
-    counts = torch.zeros(len(data.items), dtype=torch.long)
+    shown = []
     for sequence, log in zip(data.sequences, data.events, strict=True):
-        if len(sequence) < 3:
-            continue  # takes no part in training
-        last = [event.session for event in log if event.level >= CLICKED][-3]
-        seen = {event.item for event in log if event.session <= last} - set(sequence[-2:])
-        counts[[index_of[item] for item in seen]] += 1
+        if len(sequence) >= 3:  # shorter ones take no part in training
+            last = [event.session for event in log if event.level >= CLICKED][-3]
+            shown.append({event.item for event in log if event.session <= last} - set(sequence[-2:]))
+    return count_users(data.items, shown)
+
+
+def count_users(items: Sequence[Item], of_users: Iterable[set[Item]]) -> Tensor:
+    """Return how many users have each item in their set: long `(len(items),)`."""
+    index_of = {item: index for index, item in enumerate(items)}
+    counts = torch.zeros(len(items), dtype=torch.long)
+    for found in of_users:
+        counts[[index_of[item] for item in found]] += 1
     return counts

@@ -11,7 +11,7 @@ from datasets import Dataset
 from gflowtrl.checks import COUNT, POSITIVE_SHARE, check_number
 
 from .interactions import CLICKED, InteractionData, flatten
-from .splits import TEST, TRAIN, VALIDATION, Splits, rows_of
+from .splits import TEST, TRAIN, VALIDATION, Splits, count_users, rows_of
 
 
 def has_clock(data: InteractionData) -> bool:
@@ -90,19 +90,14 @@ def temporal_split(
         splits[name] = rows_of(data, flat, offsets, targets, max_history_items=max_history_items)
     ends = np.bincount(user_of, weights=period == 0, minlength=len(data.users)).astype(int)  # training items per user
     counts = np.bincount(flat[period == 0], minlength=len(data.items))
+    impressions = None
+    if data.events is not None:
+        shown = ({event.item for event in log if event.session < first} for log in data.events)
+        impressions = count_users(data.items, shown)
     return Splits(
         **splits,
         items=data.items,
         train_sequences=[sequence[:end] for sequence, end in zip(data.sequences, ends.tolist(), strict=True)],
         item_counts=torch.from_numpy(counts),
-        impression_counts=None if data.events is None else _impressions_before(data, first),
+        impression_counts=impressions,
     )
-
-
-def _impressions_before(data: InteractionData, time: float) -> torch.Tensor:
-    """Return how many users were shown each item before a point in time."""
-    index_of = {item: index for index, item in enumerate(data.items)}
-    counts = torch.zeros(len(data.items), dtype=torch.long)
-    for log in data.events:
-        counts[[index_of[item] for item in {event.item for event in log if event.session < time}]] += 1
-    return counts

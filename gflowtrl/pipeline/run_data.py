@@ -60,6 +60,7 @@ class RunData:
         new_items: items that occur in nothing but test targets (`data.new_items`), or not before the validation period
             (`data.split: temporal`).
         item_tokenizer: what made the semantic ids; None: they are those of the data.
+        history_cut: to how many items the histories of rows are cut; None: they are whole.
         fingerprint: changes with the data and with the way they are split.
     """
 
@@ -72,6 +73,7 @@ class RunData:
     fingerprint: str
     item_tokenizer: ItemTokenizer | None = None
     new_items: frozenset[Item] = frozenset()
+    history_cut: int | None = None
 
     @cached_property
     def encoder(self) -> PromptEncoder:
@@ -98,9 +100,8 @@ class RunData:
         if options is None:
             return splits.train
         source = self.interactions
-        longest = _history_cut(source, self.recipe.data.max_history_items)
         rows, sequences, seed = splits.train, splits.train_sequences, self.recipe.seed
-        return augmented_rows(rows, source.users, sequences, options, seed, source.num_interactions, longest)
+        return augmented_rows(rows, source.users, sequences, options, seed, source.num_interactions, self.history_cut)
 
     @cached_property
     def train_sequences(self) -> list[list[Item]]:
@@ -194,7 +195,7 @@ def prepare(recipe: Recipe) -> RunData:
         **if_set(impressions=interactions.impressions, times=interactions.times if temporal else None),
     }
     key = fingerprint(content)
-    data = RunData(recipe, interactions, truth, splits, tokenizer, catalog, key, item_tokenizer, new_items)
+    data = RunData(recipe, interactions, truth, splits, tokenizer, catalog, key, item_tokenizer, new_items, cut)
     data.encoder  # noqa: B018  (its construction checks the prompts)
     return data
 
