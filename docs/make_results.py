@@ -1,4 +1,4 @@
-"""Writes the tables of docs/results.md and README.md from the records in benchmarks/results/.
+"""Writes the tables of README.md, docs/results.md and docs/exposure.md from the records in benchmarks/results/.
 
     python docs/make_results.py            # after a benchmark has written new records
     python docs/make_results.py --check    # fail where a table is not what the records give
@@ -19,6 +19,7 @@ from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, stdev
 
+import torch
 from safetensors.torch import load_file
 
 
@@ -27,10 +28,11 @@ sys.path.append(str(ROOT))
 
 from benchmarks.quality.office import KEPT, difference, gains  # noqa: E402
 from gflowtrl.pipeline.comparison import spread  # noqa: E402
-from gflowtrl.pipeline.run_report import aligned  # noqa: E402
+from gflowtrl.pipeline.exposed import paired_difference  # noqa: E402
+from gflowtrl.pipeline.run_report import aligned, interval_text  # noqa: E402
 
 
-PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "exposure.md"]
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
@@ -63,6 +65,16 @@ class Row:
         return [gains(load_file(file.with_suffix(".safetensors"))[self.method]) for file in self.files()]
 
 
+    def exposed(self, name: str) -> list[float]:
+        """The mean of a metric of exposed items, one per seed."""
+        return [read(file)["exposed"]["methods"][self.method]["metrics"][name] for file in self.files()]
+
+    def of_users(self, name: str) -> torch.Tensor:
+        """The metric of exposed items of every user, averaged over the seeds; NaN where it is not defined."""
+        files = [file.with_name(f"{file.stem}-exposed.safetensors") for file in self.files()]
+        return torch.stack([load_file(file)[f"{self.method}/{name}"] for file in files]).mean(0)
+
+
 Column = Callable[[Row], str]
 
 
@@ -89,6 +101,25 @@ def minus(words: str, runs: str | None = None, method: str = "control") -> dict[
         return cache(cell)
 
     return {f"{title} minus {words}": column(title.lower()) for title in ("Recall@10", "NDCG@10")}
+
+
+def exposed(name: str) -> Column:
+    def cell(row: Row) -> str:
+        values = row.exposed(name)
+        return spread(values if len(set(values)) > 1 else values[:1], 3)
+
+    return cell
+
+
+def exposed_minus_control(name: str) -> Column:
+    """Difference of a GFlowNet to the control of the same runs, over users."""
+
+    def cell(row: Row) -> str:
+        if row.method != "gflownet":
+            return ""
+        return interval_text(paired_difference(row.of_users(name), replace(row, method="control").of_users(name)))
+
+    return cell
 
 
 def ratio(name: str) -> Column:
@@ -210,6 +241,15 @@ KNOWN_TRUTH = {
     "TV over control, per seed": ratio("total_variation"),
     "Recall@10 of the log": metric("recall@10", 3),
 }
+TRUTH = {
+    **{f"{title}@5": exposed(f"{title.lower()}@5") for title in ("NDCG", "Recall")},
+    "AUC": exposed("auc"),
+    "NDCG@5, corrected": exposed("corrected_ndcg@5"),
+    "AUC, corrected": exposed("corrected_auc"),
+    "Recall@10 of the log": metric("item_recall@10", 3),
+    "NDCG@5 minus control": exposed_minus_control("ndcg@5"),
+    "AUC minus control": exposed_minus_control("auc"),
+}
 #: Title, way in seconds.json, number of seeds.
 WAYS = [
     ("SASRec, the teacher", "teacher", 1),
@@ -260,8 +300,29 @@ TABLES: dict[str, Callable[[], str]] = {
     "seconds": seconds,
     "strong": lambda: table(STRONG_ROWS, ITEMS | MINUS_CONTROL),
     **{f"strong_{data}": partial(strong_on, record) for data, record in LARGER.items()},
+    **{f"exposed_{data}": partial(on_exposed, data) for data in ("yahoo", "coat")},
     "strong_variants": lambda: table(VARIANTS, ITEMS | minus("the recipe", STRONG, "gflownet")),
 }
+
+
+def on_exposed(prefix: str) -> str:
+    """The methods on items shown at random."""
+    recipe, plain = f"{prefix}-gflowgr_yahoo", f"{prefix}-plain"
+    flows = "GFlowNet, exact flows"
+    rows = [
+        Row("popularity", f"{prefix}-most_popular", "teacher"),
+        Row("EASE", f"{prefix}-ease", "teacher"),
+        Row("SASRec, the teacher", recipe, "teacher"),
+        Row("SFT", recipe, "sft"),
+        Row("SFT continued for the same steps (control)", recipe, "control"),
+        Row(f"{flows}, no correction", plain),
+        Row(f"{flows}, corrected by interactions", f"{prefix}-popularity"),
+        Row(f"{flows}, corrected by impressions (`gflowgr_yahoo`)", recipe),
+        Row("the same, a tenth of the reward uniform", f"{prefix}-uniform"),
+        Row(f"{flows}, inverse propensity of the target", f"{prefix}-propensity"),
+        Row("GFlowNet, VarGrad, corrected by impressions", f"{prefix}-vargrad"),
+    ]
+    return table(rows, TRUTH)
 
 
 def filled(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from gflowtrl.data import history_lengths
 from gflowtrl.finite import check_ranked
 
 from .recommender import LEAVES_PER_FORWARD, Recommendation, Recommender
-from .request import Request, allowed_in
+from .request import Request, allowed_in, exclusions_in
 
 
 TRAJECTORIES_PER_FORWARD = 2**11  # their scores take L * C numbers each; smaller parts were faster on a CPU too
@@ -151,6 +151,7 @@ class Ensemble:
         exclude_seen: bool = False,
         batch_size: int = 256,
         allowed_items: Iterable[Item] | None = None,
+        exclude: Sequence[Collection[Item]] | None = None,
         names: Sequence[str] | None = None,
     ) -> list[list[Recommendation]]:
         """Recommend the `k` most probable items for each history, best first.
@@ -162,13 +163,15 @@ class Ensemble:
             histories: as in `Recommender.recommend`.
             k: length of the lists.
             num_beams: beam width of every member for every view, by default `max(20, k)`.
-            exclude_seen, allowed_items, names: as in `Recommender.recommend`.
+            exclude_seen, allowed_items, exclude, names: as in `Recommender.recommend`.
             batch_size: number of histories that are merged together, and of prompts that are decoded together.
 
         Raises:
             ValueError, TypeError: as in `Recommender.recommend`.
         """
-        request = Request(k, num_beams, exclude_seen, allowed_in(self.catalog, allowed_items))
+        histories, allowed = list(histories), allowed_in(self.catalog, allowed_items)
+        excluded = exclusions_in(self.catalog, exclude, len(histories))
+        request = Request(k, num_beams, exclude_seen, allowed, exclude=excluded)
         return self.members[0].answer(histories, names, request, batch_size, self._decode)
 
     def rank_both(
@@ -214,9 +217,9 @@ class Ensemble:
         """Number of items of a history that the member with the longest prompts uses."""
         return max(member.max_history_items for member in self.members)
 
-    def _decode(self, _: list[int], histories: list[list[Item]], request: Request) -> list[list[Recommendation]]:
+    def _decode(self, rows: list[int], histories: list[list[Item]], request: Request) -> list[list[Recommendation]]:
         """Return the lists of non-empty histories (`Recommender.answer`)."""
-        ((ranked, log_probs),) = self._rank(histories, request, [histories if request.exclude_seen else None])
+        ((ranked, log_probs),) = self._rank(histories, request, [request.excluded(rows, histories)])
         items, titles = self.catalog.items, self.members[0].titles
         return [
             [

@@ -28,7 +28,7 @@ from gflowtrl.policy.loading import check_embedded, load_tokenizer
 from gflowtrl.policy.merging import update_adapter_files
 from gflowtrl.teachers import TeacherModule, load_teacher, score_histories
 
-from .request import Request, allowed_in
+from .request import Request, allowed_in, exclusions_in
 
 
 TEACHER_FOLDER = "teacher"
@@ -215,6 +215,7 @@ class Recommender:
         temperature: float = 1.0,
         seed: int = 0,
         allowed_items: Iterable[Item] | None = None,
+        exclude: Sequence[Collection[Item]] | None = None,
         names: Sequence[str] | None = None,
     ) -> list[list[Recommendation]]:
         """Recommend `k` items for each history.
@@ -235,21 +236,23 @@ class Recommender:
             seed: with `"sample"`: the same seed gives the same lists. A history's draw depends on its index in
                 `histories`, not on the batch size.
             allowed_items: recommend only these, for example items in stock. Probabilities stay those among all items.
+            exclude: for each history, items that this user must not get; items that are not in the catalog do no harm.
             names: names of the histories in errors and warnings; by default `"row 0"`, `"row 1"`, ...
 
         Raises:
             ValueError: k or batch_size is below 1, or num_beams below k; the strategy is unknown; the temperature is
-                not positive, or is set with `"beam"`; allowed_items is empty or holds an unknown item; a user has no
-                known item and the recommender has no `item_counts`.
+                not positive, or is set with `"beam"`; allowed_items is empty or holds an unknown item; exclude has not
+                one entry per history; a user has no known item and the recommender has no `item_counts`.
             TypeError: a history is not a list of items.
         """
-        allowed = allowed_in(self.catalog, allowed_items)
-        request = Request(k, num_beams, exclude_seen, allowed, strategy, temperature, seed)
+        histories, allowed = list(histories), allowed_in(self.catalog, allowed_items)
+        excluded = exclusions_in(self.catalog, exclude, len(histories))
+        request = Request(k, num_beams, exclude_seen, allowed, strategy, temperature, seed, excluded)
         return self.answer(histories, names, request, batch_size, self._decode)
 
     def answer(
         self,
-        histories: Iterable[Sequence[Item]],
+        histories: Sequence[Sequence[Item]],
         names: Sequence[str] | None,
         request: Request,
         batch_size: int,
@@ -261,7 +264,6 @@ class Recommender:
         first argument. Longer histories come first, so that prompts of similar lengths are together.
         """
         check_number("batch_size", batch_size, COUNT)
-        histories = list(histories)
         names = [f"row {row}" for row in range(len(histories))] if names is None else names
         known = self._known(histories, names, stacklevel=4)
         results = {row: self._popular(row, names[row], request) for row, history in enumerate(known) if not history}
@@ -287,25 +289,26 @@ class Recommender:
         """Return the lists of non-empty histories, whose indices in the request are `rows`."""
         prompts = self.prompts(histories)
         beams = request.num_beams or (max(20, request.k) if request.strategy == "beam" else request.k)
+        seen = request.excluded(rows, histories)
         if request.strategy == "beam":
             nodes = excluded = None
             if request.allowed is not None:
                 nodes = self.catalog.tree.path_mask(self.catalog.leaf_of(sorted(request.allowed)))
-            if request.exclude_seen:
-                excluded = self.catalog.seen_items(histories, among=request.allowed).leaves.to(self.model.device)
+            if seen is not None:
+                excluded = self.catalog.seen_items(seen, among=request.allowed).leaves.to(self.model.device)
             leaves, log_probs = self.policy.beam_search(prompts, beams, nodes, excluded)
-            return self._lists(histories, leaves, log_probs, request)
-        if request.exclude_seen:
+            return self._lists(seen, leaves, log_probs, request)
+        if seen is not None:
             # The first unseen items of a draw among all items are a draw among the unseen ones. A masked search would
             # not be one: the noise of a prefix is that of all its leaves, seen or not.
-            beams += max(len(set(history)) for history in histories)
+            beams += max(len(set(items)) for items in seen)
         noise = StatelessNoise(request.seed).at(0, torch.tensor(rows, device=self.model.device))
         if request.allowed is not None and len(request.allowed) <= MAX_ENUMERATED:
-            return self._lists(histories, *self._sample_allowed(prompts, noise, request), request)
+            return self._lists(seen, *self._sample_allowed(prompts, noise, request), request)
         while True:
             # With the same noise, a wider search starts with the same draws; its allowed items are a draw among them.
             drawn = self.policy.stochastic_beam_search(prompts, beams, noise, request.temperature)
-            lists = self._lists(histories, drawn.leaves, drawn.log_probs, request)
+            lists = self._lists(seen, drawn.leaves, drawn.log_probs, request)
             too_short = request.allowed is not None and min(map(len, lists)) < request.k
             if not too_short or beams >= self.catalog.tree.num_leaves:
                 return lists
@@ -330,15 +333,16 @@ class Recommender:
         return leaves[order], log_probs.gather(1, order)
 
     def _lists(
-        self, histories: Sequence[Sequence[Item]], leaves: Tensor, log_probs: Tensor, request: Request
+        self, seen: Sequence[Sequence[Item]] | None, leaves: Tensor, log_probs: Tensor, request: Request
     ) -> list[list[Recommendation]]:
-        """Return the first `k` items of ranked leaves `(B, n)`."""
+        """Return the first `k` items of ranked leaves `(B, n)` that are not among each row's `seen` ones."""
         check_ranked(leaves, log_probs, self.model)
         results = []
-        for history, row, values in zip(histories, leaves.tolist(), log_probs.tolist(), strict=True):
+        left_out = [()] * len(leaves) if seen is None else seen
+        for items_seen, row, values in zip(left_out, leaves.tolist(), log_probs.tolist(), strict=True):
             ranked = ((leaf, value) for leaf, value in zip(row, values, strict=True) if leaf >= 0)
             items = ((item, value) for leaf, value in ranked for item in self.catalog.items_of(leaf))
-            results.append(self._list(items, request, set(history) if request.exclude_seen else set()))
+            results.append(self._list(items, request, set(items_seen)))
         return results
 
     def _list(
@@ -367,7 +371,8 @@ class Recommender:
             order = order - (-noise.uniform("cold", len(order))[0].log()).log()
         ranked = order.argsort(descending=True, stable=True)
         items = (self.catalog.items[index] for index in ranked.tolist())
-        return self._list(zip(items, log_probs[ranked].tolist(), strict=True), request)
+        excluded = set() if request.exclude is None else set(request.exclude[row])
+        return self._list(zip(items, log_probs[ranked].tolist(), strict=True), request, excluded)
 
     def _known(self, histories: Sequence[Sequence[Item]], names: Sequence[str], stacklevel: int) -> list[list[Item]]:
         """Return the histories without items that are not in the catalog; warn about these items."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from gflowtrl.catalog import Item, ItemCatalog
@@ -23,6 +23,7 @@ class Request:
     strategy: str = "beam"
     temperature: float = 1.0
     seed: int = 0
+    exclude: Sequence[Collection[Item]] | None = None
 
     def __post_init__(self):
         check_number("k", self.k, COUNT)
@@ -36,6 +37,18 @@ class Request:
                 f"leave temperature out."
             )
 
+    def excluded(self, rows: Sequence[int], histories: Sequence[Sequence[Item]]) -> list[Sequence[Item]] | None:
+        """Return the items that some users must not get; None if there are none.
+
+        Args:
+            rows: which users, as indices in `exclude`.
+            histories: their histories, which count with `exclude_seen`.
+        """
+        if self.exclude is None:
+            return list(histories) if self.exclude_seen else None
+        own = histories if self.exclude_seen else [()] * len(rows)
+        return [[*history, *self.exclude[row]] for row, history in zip(rows, own, strict=True)]
+
 
 def allowed_in(catalog: ItemCatalog, items: Iterable[Item] | None) -> frozenset[Item] | None:
     """Return the `allowed_items` of `recommend`; check that there are some, and that all are in the catalog."""
@@ -47,3 +60,14 @@ def allowed_in(catalog: ItemCatalog, items: Iterable[Item] | None) -> frozenset[
     if unknown := catalog.known_items([allowed])[1]:
         raise ValueError(f"allowed_items holds {unknown[0][1]!r}, which is not in the catalog. Remove it.")
     return allowed
+
+
+def exclusions_in(
+    catalog: ItemCatalog, exclude: Sequence[Collection[Item]] | None, users: int
+) -> list[list[Item]] | None:
+    """Return the `exclude` of `recommend` without items that are not in the catalog; check that each user has one."""
+    if exclude is None:
+        return None
+    if len(exclude) != users:
+        raise ValueError(f"exclude has {len(exclude)} entries for {users} histories; give one per history.")
+    return catalog.known_items([list(items) for items in exclude])[0]

@@ -122,6 +122,8 @@ def test_a_user_who_has_had_all_items_gets_an_empty_list():
     assert [one.item for one in lists[1]] == ITEMS[-1:]
     assert lists[0] == [] and len(lists[2]) == 2
     assert Ensemble(MEMBERS).recommend([ITEMS], exclude_seen=True) == [[]]
+    own = Ensemble(MEMBERS, views=VIEWS).recommend(histories, k=2, exclude=histories)
+    assert [[row.item for row in rows] for rows in own] == [[row.item for row in rows] for rows in lists]
 
 
 @pytest.mark.parametrize("batch_size", [256, 2])

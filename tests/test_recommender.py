@@ -63,6 +63,21 @@ def test_lists_are_full_and_items_with_the_same_id_are_adjacent(recommender):
     assert sum(torch.tensor([r.log_prob for r in found if r.item != "twin"]).exp()) == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"strategy": "sample", "seed": 3}, {"exclude_seen": True}])
+def test_each_user_has_items_to_leave_out(recommender, options):
+    exclude = [["i010"], [], {"i222", "gone"}, set(ITEMS) - {"twin"}]
+    everything = recommender.recommend(HISTORIES, len(ITEMS), **options)
+    found = recommender.recommend(HISTORIES, len(ITEMS), exclude=exclude, **options)
+    for whole, rows, left_out in zip(everything, found, exclude, strict=True):
+        assert [row.item for row in rows] == [row.item for row in whole if row.item not in left_out]
+        values = [row.log_prob for row in whole if row.item not in left_out]
+        assert [row.log_prob for row in rows] == pytest.approx(values, abs=1e-4)
+    narrow = recommender.recommend(HISTORIES, 2, num_beams=2, exclude=[ITEMS[:-2]] * 4)
+    assert all({row.item for row in rows} == set(ITEMS[-2:]) for rows in narrow)
+    with pytest.raises(ValueError, match="exclude has 1 entries for 4 histories; give one per history"):
+        recommender.recommend(HISTORIES, exclude=[[]])
+
+
 def test_seen_items_are_masked_in_a_narrow_beam(recommender):
     """However long the histories of the batch are; also where a leaf's only allowed item is a seen one."""
     history = [item for item in ITEMS if item not in ("i222", "twin")]

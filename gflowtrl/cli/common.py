@@ -16,6 +16,7 @@ from gflowtrl.compat import parser_actions
 
 if TYPE_CHECKING:
     from gflowtrl.ensemble import Ensemble
+    from gflowtrl.pipeline.all_users import Models
     from gflowtrl.recommender import Recommender
 
 
@@ -134,12 +135,13 @@ def is_ensemble(options: argparse.Namespace) -> bool:
     return len(options.model) > 1 or options.views is not None or options.weights is not None
 
 
-def load_models(options: argparse.Namespace) -> Recommender | Ensemble:
-    """Load the recommender of `--model`, or the ensemble (`is_ensemble`)."""
-    from gflowtrl.ensemble import Ensemble, View
-    from gflowtrl.recommender import Recommender
+def models_of(options: argparse.Namespace) -> Models:
+    """Return the models of `add_model_options`."""
+    from gflowtrl.pipeline.all_users import Models
 
-    if not is_ensemble(options):
-        return Recommender.from_pretrained(options.model[0])
-    views = [View.parse(text) for text in options.views or ["full"]]
-    return Ensemble.from_pretrained(options.model, options.weights, views)
+    return Models(options.model, options.weights, options.views)
+
+
+def load_models(options: argparse.Namespace) -> Recommender | Ensemble:
+    """Load the recommender of `--model`, or the ensemble."""
+    return models_of(options).load()

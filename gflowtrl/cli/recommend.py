@@ -1,4 +1,4 @@
-"""`gflowtrl recommend`: read histories and write recommendations, one JSON line each."""
+"""`gflowtrl recommend`: for the histories of a file, one JSON line each, or for all users of a data folder."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from .common import add_model_options, guarded, is_ensemble, load_models, make_parser, parse
+from .common import add_model_options, guarded, is_ensemble, load_models, make_parser, models_of, parse, show
 
 
 CHUNK_SIZE = 1024  # histories in memory at a time
@@ -21,11 +22,19 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command and return the exit code."""
     parser = make_parser(
         "recommend",
-        'Recommend items for each line of a file: {"history": [5, 9]}, whose other fields are kept, or [5, 9].',
+        'Recommend items for each line of a file: {"history": [5, 9]}, whose other fields are kept, or [5, 9]. Or, '
+        "with --data_dir, for all users of a data folder, which goes on where it was stopped.",
     )
     add_model_options(parser)
     parser.add_argument("--input", default="-", help="file with one history per line; - is standard input")
-    parser.add_argument("--output", default="-", help="file for one answer per line; - is standard output")
+    parser.add_argument(
+        "--data_dir", metavar="DIR", help="recommend for all users of this folder instead (docs/data.md)"
+    )
+    parser.add_argument(
+        "--output",
+        default="-",
+        help="file for the answers; - is standard output; with --data_dir .parquet, .csv or .jsonl",
+    )
     parser.add_argument("-k", "--k", type=int, default=10, help="length of the lists")
     parser.add_argument("--strategy", default="beam", help="beam, or sample: in proportion to probability")
     parser.add_argument("--temperature", type=float, default=1.0, help="temperature of sample")
@@ -34,6 +43,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--batch_size", type=int, default=256, help="histories decoded together")
     parser.add_argument("--exclude_seen", action="store_true", help="leave out items of the history")
     parser.add_argument("--allowed_items", metavar="FILE", help="JSON list of items; recommend only these")
+    parser.add_argument("--where", metavar="SQL", help="with --data_dir: recommend only items with these features")
+    parser.add_argument(
+        "--exclude", metavar="FILE", help='with --data_dir: {"user": 3, "items": [5]}, not for this user'
+    )
+    parser.add_argument("--processes", type=int, default=1, help="with --data_dir: processes that share the users")
     return guarded(lambda: _recommend(parse(parser, arguments)))
 
 
@@ -47,6 +61,10 @@ def _recommend(options: argparse.Namespace) -> None:
         )
     if options.allowed_items is not None:
         options.allowed_items = _read_allowed(options.allowed_items)
+    if options.data_dir is not None:
+        return _recommend_users(options)
+    if options.where is not None or options.exclude is not None or options.processes != 1:
+        raise ValueError("--where, --exclude and --processes are used with --data_dir only.")
     with open(os.dup(0) if options.input == "-" else options.input, encoding="utf-8-sig") as lines:
         if options.output == "-":
             return _answer(options, lines, sys.stdout)
@@ -58,12 +76,33 @@ def _recommend(options: argparse.Namespace) -> None:
         write_atomically(options.output, write)
 
 
+def _recommend_users(options: argparse.Namespace) -> None:
+    from gflowtrl.pipeline.all_users import recommend_users
+
+    if options.input != "-":
+        raise ValueError("--input and --data_dir are two ways to give histories. Leave one out.")
+    if options.output == "-":
+        raise ValueError("--output is missing; give a file that ends with .parquet, .csv or .jsonl.")
+    arguments = {name: getattr(options, name) for name in ("where", "exclude", "processes", *_names(options))}
+    if options.strategy == "sample":
+        arguments["seed"] = options.seed
+    report = recommend_users(models_of(options), options.data_dir, options.output, **arguments)
+    allowed = "" if report.allowed_items is None else f" {report.allowed_items:,} items could be recommended."
+    show(options, asdict(report), f"{report}{allowed} Written to {options.output}.")
+
+
+def _names(options: argparse.Namespace) -> list[str]:
+    """Names of the options that are arguments of `recommend`, without the seed."""
+    names = ["k", "num_beams", "batch_size", "exclude_seen", "allowed_items"]
+    return names if is_ensemble(options) else [*names, "strategy", "temperature"]
+
+
 def _answer(options: argparse.Namespace, lines: IO[str], out: IO[str]) -> None:
     from tqdm.auto import tqdm
 
-    names = ["k", "num_beams", "batch_size", "exclude_seen", "allowed_items"]
-    names += [] if is_ensemble(options) else ["strategy", "temperature"]
-    arguments = {name: getattr(options, name) for name in names}
+    from gflowtrl.pipeline.all_users import part_seed
+
+    arguments = {name: getattr(options, name) for name in _names(options)}
     recommender = load_models(options)
     numbered = ((f"{options.input}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip())
     rows = ((name, _parse_row(line, name)) for name, line in numbered)
@@ -72,22 +111,12 @@ def _answer(options: argparse.Namespace, lines: IO[str], out: IO[str]) -> None:
             line_names, contents = zip(*chunk, strict=True)
             histories = [content["history"] for content in contents]
             if not is_ensemble(options):
-                arguments["seed"] = _chunk_seed(options.seed, number)
+                arguments["seed"] = part_seed(options.seed, number)
             lists = recommender.recommend(histories, names=line_names, **arguments)
             for content, recommendations in zip(contents, lists, strict=True):
                 answer = {**content, "recommendations": [_as_dict(item) for item in recommendations]}
                 out.write(json.dumps(answer, ensure_ascii=False) + "\n")
             progress.update(len(chunk))
-
-
-def _chunk_seed(seed: int, chunk: int) -> int:
-    """Return the seed of a chunk, so that a sampled list depends on the seed and on its line: the first chunk has the
-    given seed, as in Python."""
-    if chunk == 0:
-        return seed
-    import numpy as np
-
-    return int(np.random.SeedSequence([seed % 2**64, chunk]).generate_state(1, np.uint64)[0])
 
 
 def _as_dict(recommendation: Any) -> dict[str, Any]:

@@ -1,0 +1,170 @@
+"""The files of `recommend_users`: parts, and the output that they are merged into."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gflowtrl.catalog import Item
+from gflowtrl.files import write_atomically
+from gflowtrl.recommender import Recommendation
+
+
+POLICY, POPULAR = "policy", "popularity"
+
+
+@dataclass
+class UsersReport:
+    """What `recommend_users` has written.
+
+    Attributes:
+        users: users with a list.
+        by_popularity: users without an item that the model knows, who got popular items.
+        without_items: users for whom nothing is left to recommend.
+        short_lists: users with fewer than k items, those without any among them.
+        unknown_items: items of the histories that are not in the model's catalog; they were skipped.
+        allowed_items: how many items could be recommended; None: all.
+    """
+
+    users: int = 0
+    by_popularity: int = 0
+    without_items: int = 0
+    short_lists: int = 0
+    unknown_items: int = 0
+    allowed_items: int | None = None
+
+    def __str__(self) -> str:
+        notes = {
+            "by popularity, because the model knows no item of their history": self.by_popularity,
+            "with fewer items than asked for": self.short_lists,
+            "without any item": self.without_items,
+        }
+        parts = [f"{self.users:,} users", *(f"{count:,} {what}" for what, count in notes.items() if count)]
+        text = "; ".join(parts)
+        if self.unknown_items:
+            text += f". {self.unknown_items:,} items of the histories are not in the model's catalog and were skipped"
+        return text + "."
+
+
+def check_output(output: Path) -> None:
+    """Raise a ValueError if the ending of a file names no format."""
+    if output.suffix not in WRITERS:
+        raise ValueError(f"{output} ends with {output.suffix or 'nothing'!r}; choose one of {', '.join(WRITERS)}.")
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder. Give the name of a file.")
+
+
+def table_of(
+    users: Sequence[Item],
+    lists: Sequence[Sequence[Recommendation]],
+    cold: Sequence[bool],
+    items: Sequence[Item],
+    k: int,
+) -> tuple[pa.Table, UsersReport]:
+    """Return the lists of some users as a table, and what to report about them.
+
+    Args:
+        users: the users.
+        lists: the list of each user.
+        cold: whether each list is by popularity.
+        items: the catalog, for the type of the column.
+        k: length of a complete list.
+    """
+    lengths = np.array([len(found) for found in lists])
+    of_user = np.repeat(np.arange(len(lists)), lengths)
+    source = np.where(np.array(cold, dtype=bool), POPULAR, POLICY)[of_user]
+    columns = {
+        "user": pa.array(users).take(pa.array(of_user)),
+        "rank": pa.array(np.concatenate([np.arange(1, length + 1) for length in lengths]), pa.int32()),
+        "item": pa.array([entry.item for found in lists for entry in found], pa.array(items).type),
+        "probability": pa.array([entry.probability for found in lists for entry in found], pa.float64()),
+        "source": pa.array(source.tolist(), pa.string()),
+    }
+    report = UsersReport(
+        users=len(lists),
+        by_popularity=sum(cold),
+        without_items=int((lengths == 0).sum()),
+        short_lists=int((lengths < k).sum()),
+    )
+    return pa.table(columns), report
+
+
+def write_part(table: pa.Table, report: UsersReport, file: Path) -> None:
+    """Write a part with its report, completely or not at all."""
+    described = table.replace_schema_metadata({"report": json.dumps(asdict(report))})
+    write_atomically(file, lambda partial: pq.write_table(described, partial))
+
+
+def merge(parts: Sequence[Path], users: Sequence[Item], output: Path) -> UsersReport:
+    """Merge the parts of all users into the output, whose ending is its format, and add up their reports.
+
+    Args:
+        parts: the files of the parts, in the order of the users.
+        users: all users, also those without an item.
+        output: the file to write, completely or not at all.
+    """
+    check_output(output)
+    write_atomically(output, lambda partial: WRITERS[output.suffix](parts, users, partial))
+    total = UsersReport()
+    for part in parts:
+        report = json.loads(pq.read_schema(part).metadata[b"report"])
+        for name in ("users", "by_popularity", "without_items", "short_lists", "unknown_items"):
+            setattr(total, name, getattr(total, name) + report[name])
+    return total
+
+
+def _write_parquet(parts: Sequence[Path], users: Sequence[Item], target: Path) -> None:
+    schema = pq.read_schema(parts[0]).remove_metadata()
+    with pq.ParquetWriter(target, schema) as writer:
+        for part in parts:
+            writer.write_table(pq.read_table(part).replace_schema_metadata())
+
+
+def _write_csv(parts: Sequence[Path], users: Sequence[Item], target: Path) -> None:
+    with target.open("w", encoding="utf-8", newline="") as out:
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(pq.read_schema(parts[0]).names)
+        for part in parts:
+            writer.writerows(zip(*pq.read_table(part).to_pydict().values(), strict=True))
+
+
+def _write_jsonl(parts: Sequence[Path], users: Sequence[Item], target: Path) -> None:
+    with target.open("w", encoding="utf-8") as out:
+        waiting = iter(users)
+        for part in parts:
+            rows = pq.read_table(part).to_pylist()
+            of_user: dict[Item, list[dict[str, Any]]] = {}
+            for row in rows:
+                of_user.setdefault(row["user"], []).append(row)
+            for user, found in of_user.items():
+                _write_empty(out, waiting, user)
+                out.write(json.dumps(_line(user, found), ensure_ascii=False) + "\n")
+        _write_empty(out, waiting, None)
+
+
+def _write_empty(out: TextIO, waiting: Iterator[Item], until: Item | None) -> None:
+    """Write the lines of users without an item, up to the next user who has one."""
+    for user in waiting:
+        if user == until:
+            return
+        out.write(json.dumps(_line(user, []), ensure_ascii=False) + "\n")
+
+
+def _line(user: Item, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    recommendations = [{"item": row["item"], "probability": row["probability"]} for row in rows]
+    return {"user": user, "recommendations": recommendations, "source": rows[0]["source"] if rows else None}
+
+
+WRITERS: dict[str, Callable[[Sequence[Path], Sequence[Item], Path], None]] = {
+    ".parquet": _write_parquet,
+    ".csv": _write_csv,
+    ".jsonl": _write_jsonl,
+}
