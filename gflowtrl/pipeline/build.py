@@ -45,6 +45,8 @@ def teacher_key(data: RunData, spec: Mapping[str, Any]) -> dict[str, Any]:
     if "parts" in spec:
         spec["parts"] = [[part.get("weight", 1.0), teacher_key(data, part)] for part in spec["parts"]]
     key = {"data": data.fingerprint, "teacher": spec}
+    if (earlier := data.recipe.earlier) is not None and earlier.teacher(spec) is not None:
+        key["start"] = earlier.teacher_digest
     if "texts" in kind.needs:
         key["texts"] = fingerprint(item_texts(data.interactions))
         key |= if_set(model_files=files_fingerprint(data.recipe.local(spec.get("embedder", TFIDF))))
@@ -91,6 +93,7 @@ def fit_teacher(run: RunContext, data: RunData, spec: Mapping[str, Any], fold: i
             "progress": not run.quiet,
             "max_history_items": longest,
             "embed": functools.partial(embed_items, data),
+            **if_set(start=data.recipe.earlier and data.recipe.earlier.teacher(stage.inputs["teacher"])),
         }
         kind.from_spec(options_of(stage.inputs["teacher"]), context).save_pretrained(folder / "model")
         return {}

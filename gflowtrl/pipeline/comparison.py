@@ -25,7 +25,7 @@ from .training import result_fields
 
 RESULTS_FILE = "results.json"
 #: Fields of a recipe that do not distinguish settings. Data are compared by their fingerprint.
-NO_SETTING = {"output_dir", "seed", "stages", "data", "evaluation"}
+NO_SETTING = {"output_dir", "continue_from", "seed", "stages", "data", "evaluation"}
 _SFT = {"data_dir", "model", "prompt", "peft", "sft"}
 #: Fields of a recipe that a method depends on. The GFlowNet depends on all but the control's.
 SETTINGS = {"teacher": {"data_dir", "teacher"}, "sft": _SFT, "control": _SFT | {"control"}}

@@ -28,6 +28,7 @@ from gflowtrl.trainer.processes import A_DAY, launched_with
 from gflowtrl.trainer.tree_policy_config import computes_in_bf16
 from gflowtrl.trainer.weighting import source_table
 
+from .continuing import EarlierRun
 from .fields import check_derived, check_evaluated, check_model_fields
 from .sections import DataSection, EvaluationSection, StoppingSection, setting
 from .specs import LEARNED, REWARDS, TEACHERS, check_reward, check_teacher, needs_of
@@ -60,6 +61,9 @@ class Recipe:
 
     output_dir: str = setting("outputs", "folder of stages and results; recipes with the same output_dir share stages")
     data_dir: str | None = setting(None, "folder with interactions (docs/data.md); null: the SYNTHETIC shop")
+    continue_from: str | None = setting(
+        None, "output_dir of an earlier run: its policy and teacher are trained further, with new users and items"
+    )
     name: str = setting("recipe", "name of the run in the report; default: the file's name")
     seed: int = setting(42, "seed of initialization, order and trajectories")
     start: str = setting(
@@ -103,6 +107,8 @@ class Recipe:
         for name, value in check_types(Recipe, vars(self)).items():
             setattr(self, name, value)
         check_finite(self)
+        if self.continue_from is not None:
+            self._continue()
         check_names(self.stages, STAGES, what="stage")
         if not self.stages:
             raise ValueError(f"stages is empty; choose among {', '.join(STAGES)}.")
@@ -232,6 +238,20 @@ class Recipe:
             check_evaluated(args, self.stopping(stage).early_stopping_patience)
         return args
 
+    @cached_property
+    def earlier(self) -> EarlierRun | None:
+        """The run that this one continues."""
+        return None if self.continue_from is None else EarlierRun.read(self.local(self.continue_from))
+
+    def _continue(self) -> None:
+        """Start from the policy of the earlier run, without SFT."""
+        if Path(self.output_dir).resolve() == self.earlier.folder.resolve():
+            raise ValueError(f"output_dir is that of the run to continue, {self.output_dir}. Choose another folder.")
+        # What says how a model is loaded applies to the earlier one too; the shape of a new one does not.
+        loading = self.model if "model_name_or_path" in self.model else {}
+        self.model, self.start = {**loading, "model_name_or_path": str(self.earlier.model)}, "untrained"
+        self.stages = [stage for stage in self.stages if stage != "sft"]
+
     def _check_model(self) -> None:
         if "model_name_or_path" in self.model:
             if self.model.get("new_tokens", "random") not in ("random", "titles"):
@@ -314,10 +334,15 @@ class Recipe:
             return
         for number, reward in enumerate(self.rewards):
             if "sft_model" in needs_of(reward):
+                under, remedy = "start: untrained", "set start: sft, or "
+                if self.earlier is not None:
+                    under, remedy = "continue_from", "set "
                 raise ValueError(
-                    f"rewards.{number} is the likelihood of the SFT model, which does not exist under start: "
-                    f"untrained: set start: sft, or rewards.{number}.of: policy."
+                    f"rewards.{number} is the likelihood of the SFT model, which does not exist under {under}: "
+                    f"{remedy}rewards.{number}.of: policy."
                 )
+        if self.earlier is not None:
+            return  # the reference is the earlier policy
         needy = next((name for name in args.loss_type if get_loss(name).needs_reference), None)
         if args.ref_weight or needy:
             what, remedy = f"loss_type {needy!r} has a reference", "choose another loss"

@@ -95,7 +95,9 @@ def _uses_teacher(recipe: Recipe) -> bool:
 def _run(run: RunContext, data: RunData) -> dict[str, Any]:
     recipe = data.recipe
     run.log(data.interactions.summary())
-    if data.item_tokenizer is not None:
+    if recipe.earlier is not None:
+        run.log(recipe.earlier.summary(data.interactions.items))
+    elif data.item_tokenizer is not None:
         kind, tokens = recipe.data.semantic_ids.quantizer, data.item_tokenizer.num_levels
         run.log(f"This run has made its own semantic ids: {kind}, {tokens} tokens per item.")
     wanted = recipe.stages

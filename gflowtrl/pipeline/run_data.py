@@ -169,7 +169,10 @@ def prepare(recipe: Recipe) -> RunData:
         splits = leave_one_out(interactions, cut)
     if recipe.data.augmentation is not None:
         check_augmentable(splits.train)
-    if own_ids:
+    if recipe.earlier is not None:
+        ids, item_tokenizer = recipe.earlier.semantic_ids(interactions, own_ids)
+        interactions = replace(interactions, semantic_ids=ids)
+    elif own_ids:
         item_tokenizer = _item_tokenizer(recipe, interactions, splits)
         interactions = replace(interactions, semantic_ids=item_tokenizer.semantic_ids)
     if recipe.model.get("model_name_or_path") is None:

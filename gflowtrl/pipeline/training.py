@@ -196,7 +196,7 @@ def train_control(run: RunContext, data: RunData, start: Stage | None) -> Stage:
         trainer = _flow_trainer(run, data, args, start)
         return train(trainer, data, folder, partial(_start_model, data, start, quantized=False))
 
-    about = "cross entropy from the untrained model" if start is None else "SFT continued"
+    about = f"cross entropy from {_beginning(data)}" if start is None else "SFT continued"
     return _run_stage(run, data, "control", inputs, f"{about} (the control)", work)
 
 
@@ -223,7 +223,7 @@ def train_gflownet(run: RunContext, data: RunData, start: Stage | None, teacher:
             teacher.save_pretrained(folder / "model" / TEACHER_FOLDER)  # for the explanations of the recommender
         return {**record, "reward_weights": trainer.rewards.weights if trainer.rewards else []}
 
-    about = "GFlowNet training from the untrained model" if start is None else "GFlowNet fine-tuning"
+    about = f"GFlowNet training from {_beginning(data)}" if start is None else "GFlowNet fine-tuning"
     return _run_stage(run, data, "gflownet", inputs, about, work)
 
 
@@ -260,6 +260,10 @@ def _flow_trainer(
         callbacks=run.callbacks,
         **options,
     )
+
+
+def _beginning(data: RunData) -> str:
+    return "the untrained model" if data.recipe.earlier is None else "the earlier policy"
 
 
 def _start_model(data: RunData, start: Stage | None, quantized: bool = True) -> PreTrainedModel:

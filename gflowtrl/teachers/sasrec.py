@@ -140,6 +140,7 @@ class SASRec(TeacherModule):
         average: int = 1,
         negatives: int | None = None,
         seed: int = 42,
+        start: "SASRec | None" = None,
         device: str | torch.device = "cpu",
         progress: bool = True,
         **config: Any,
@@ -159,9 +160,12 @@ class SASRec(TeacherModule):
                 targets of the step; None: the full softmax. The time per step then depends little on the number of
                 items.
             seed: seed of initialization, order and dropout. The global random state does not change.
+            start: a fitted model of the same shape with which the training begins. Items that it does not know begin
+                at random.
             **config: `max_history_items`, `width`, `layers`, `heads`, `dropout`, `full_history`.
 
         Raises:
+            ValueError: an option is out of bounds, or `start` has another shape.
             NonFiniteError: the training diverged.
         """
         cls.check_options(
@@ -171,6 +175,8 @@ class SASRec(TeacherModule):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             teacher = cls._new(items, sequences := list(train_sequences), **config).to(device)
+            if start is not None:
+                teacher._begin_with(start)
             windows, rows = teacher._windows(sequences), list(validation or [])
             optimizer = torch.optim.AdamW(teacher.parameters(), lr=learning_rate, weight_decay=weight_decay)
             kept: list[tuple[float, dict[str, Tensor]]] = []  # the best epochs, best first
@@ -190,6 +196,17 @@ class SASRec(TeacherModule):
                     break
         teacher._load_mean([state for _, state in kept])
         return teacher.eval()
+
+    @torch.no_grad()
+    def _begin_with(self, start: "SASRec") -> None:
+        """Copy the parameters of another model, with the vectors of the items that both know."""
+        if start.config != self.config:
+            raise ValueError(f"start has the options {start.config}, but the model has {self.config}. Give the same.")
+        column = {item: index for index, item in enumerate(start.items)}
+        rows = [row for row, item in enumerate(self.items) if item in column]
+        vectors = self.item_embedding.weight.clone()
+        vectors[rows] = start.item_embedding.weight[[column[self.items[row]] for row in rows]].to(vectors)
+        self.load_state_dict({**start.state_dict(), "item_embedding.weight": vectors})
 
     def _load_mean(self, states: Sequence[Mapping[str, Tensor]]) -> None:
         """Load the mean of the parameters of some epochs. Buffers do not change."""

@@ -26,7 +26,7 @@ CONFIG_FILE = "teacher.json"
 TENSOR_FILE = "teacher.safetensors"
 BATCH = 512  # histories per batch
 #: Parameters of a teacher and its `fit` that the run provides and a recipe cannot set.
-PROVIDED = {"items", "validation", "device", "progress", "vectors", "full_history", "config"}
+PROVIDED = {"items", "validation", "device", "progress", "vectors", "full_history", "config", "start"}
 
 
 @runtime_checkable
