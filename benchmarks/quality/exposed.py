@@ -1,7 +1,8 @@
 """Exposed items: the ranking of what users were shown at random, of several methods and seeds, in one table.
 
     python benchmarks/quality/exposed.py --data_dir DIR
-    python benchmarks/quality/exposed.py --data_dir DIR --prefix coat --output_dir outputs/coat --seeds 42
+    python benchmarks/quality/exposed.py --data_dir DIR --prefix coat --output_dir outputs/coat
+    python benchmarks/quality/exposed.py --data_dir DIR --plot docs/images/truth.png
 
 Runs with a record of the same recipe in benchmarks/results/quality/ are not repeated. All runs share their stages in
 --output_dir. All other options are passed to every recipe.
@@ -9,8 +10,11 @@ Runs with a record of the same recipe in benchmarks/results/quality/ are not rep
 
 import json
 from pathlib import Path
+from statistics import fmean
 
+import matplotlib
 import torch
+from matplotlib import pyplot as plt
 from office import ROOT, kept_runs, make_parser
 from safetensors.torch import load_file
 
@@ -81,6 +85,23 @@ def table(runs: dict[str, list[Path]]) -> str:
     return aligned(lines)
 
 
+def plot(runs: dict[str, list[Path]], file: Path) -> None:
+    """Draw what the log says of each method against what randomly shown items say: means over seeds."""
+    figure, axes = plt.subplots(figsize=(8.5, 5))
+    for title, seeds in rows_of(runs).items():
+        log = [found["item_recall@10"] for _, found, *_ in seeds if "item_recall@10" in found]
+        if log:
+            kind = "tab:green" if "GFlowNet" in title else "tab:gray" if "Teacher" in title else "tab:orange"
+            place = fmean(log), fmean(metrics["ndcg@5"] for metrics, *_ in seeds)
+            axes.scatter(*place, color=kind)
+            axes.annotate(title, place, xytext=(5, 3), textcoords="offset points", fontsize=8)
+    axes.set_xlabel("Recall@10 of the log (leave-one-out)")
+    axes.set_ylabel("NDCG@5 of items shown at random")
+    axes.margins(x=0.2)
+    figure.tight_layout()
+    figure.savefig(file, dpi=100, metadata={"Software": None})
+
+
 def difference(own: list[torch.Tensor], control: list[torch.Tensor]) -> str:
     return interval_text(paired_difference(torch.stack(own).mean(0), torch.stack(control).mean(0)))
 
@@ -88,7 +109,11 @@ def difference(own: list[torch.Tensor], control: list[torch.Tensor]) -> str:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.set_defaults(output_dir="outputs/yahoo")
+    parser.add_argument("--plot", type=Path, help="file for the figure")
     given, runs = kept_runs(parser, RECIPES, "yahoo")
+    if given.plot is not None:
+        matplotlib.use("Agg")
+        plot(runs, given.plot)
     print(f"\n{len(given.seeds)} seed(s), exposed items:\n\n{table(runs)}")
 
 
