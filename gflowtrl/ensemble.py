@@ -123,7 +123,7 @@ class Ensemble:
                         f"Member {place} of the ensemble does not have {len(missing)} items of member "
                         f"{number + 1 - place}, for example {missing[0]!r}. Give recommenders of the same items."
                     )
-        self.weights = _normalized(weights, len(self.members))
+        self.weights = normalized_weights(weights, len(self.members))
         self._shared = [
             _SharedItems(self.catalog.index_of(member.catalog.items), member.catalog.leaf_of(self.catalog.items).cpu())
             for member in self.members
@@ -140,7 +140,7 @@ class Ensemble:
         """Load every member as `Recommender.from_pretrained` does, which has the arguments and errors."""
         if isinstance(directories, str | os.PathLike):
             raise TypeError(f"directories is {directories!r}; it must be a list of folders.")
-        weights = _normalized(weights, len(directories))  # wrong ones are reported before the models are loaded
+        weights = normalized_weights(weights, len(directories))  # wrong ones are reported before the models are loaded
         return cls([Recommender.from_pretrained(place, **model_kwargs) for place in directories], weights, views)
 
     def recommend(
@@ -388,8 +388,12 @@ class _Member:
         return log_probs.scatter(1, order, scored.cpu())
 
 
-def _normalized(weights: Sequence[float] | None, count: int) -> list[float]:
-    """Return one positive weight per member; their sum is 1."""
+def normalized_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    """Return one positive weight per member; their sum is 1.
+
+    Raises:
+        ValueError: another number of weights, or a weight is not positive.
+    """
     weights = [1.0] * count if weights is None else list(weights)
     if len(weights) != count:
         raise ValueError(f"{len(weights)} weights were given for {count} members. Give one per member.")

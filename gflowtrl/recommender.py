@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 import re
 import warnings
@@ -261,15 +262,13 @@ class Recommender:
         """Answer `recommend`, or that of an `Ensemble`, whose arguments and errors these are.
 
         `decode` makes the lists of at most `batch_size` non-empty histories, whose indices in `histories` are its
-        first argument. Longer histories come first, so that prompts of similar lengths are together.
+        first argument.
         """
         check_number("batch_size", batch_size, COUNT)
         names = [f"row {row}" for row in range(len(histories))] if names is None else names
         known = self._known(histories, names, stacklevel=4)
         results = {row: self._popular(row, names[row], request) for row, history in enumerate(known) if not history}
-        warm = sorted((row for row, history in enumerate(known) if history), key=lambda row: -len(known[row]))
-        for start in range(0, len(warm), batch_size):
-            rows = warm[start : start + batch_size]
+        for rows in request.batches(known, batch_size):
             results.update(zip(rows, decode(rows, [known[row] for row in rows], request), strict=True))
         return [results[row] for row in range(len(known))]
 
@@ -289,28 +288,28 @@ class Recommender:
         """Return the lists of non-empty histories, whose indices in the request are `rows`."""
         prompts = self.prompts(histories)
         beams = request.num_beams or (max(20, request.k) if request.strategy == "beam" else request.k)
-        seen = request.excluded(rows, histories)
+        left_out = request.excluded(rows, histories)
         if request.strategy == "beam":
             nodes = excluded = None
             if request.allowed is not None:
                 nodes = self.catalog.tree.path_mask(self.catalog.leaf_of(sorted(request.allowed)))
-            if seen is not None:
-                excluded = self.catalog.seen_items(seen, among=request.allowed).leaves.to(self.model.device)
+            if left_out is not None:
+                excluded = self.catalog.seen_items(left_out, among=request.allowed).leaves.to(self.model.device)
             leaves, log_probs = self.policy.beam_search(prompts, beams, nodes, excluded)
-            return self._lists(seen, leaves, log_probs, request)
-        if seen is not None:
+            return self._lists(left_out, leaves, log_probs, request)
+        if left_out is not None:
             # The first unseen items of a draw among all items are a draw among the unseen ones. A masked search would
             # not be one: the noise of a prefix is that of all its leaves, seen or not.
-            beams += max(len(set(items)) for items in seen)
+            beams = min(beams + max(len(set(items)) for items in left_out), self.catalog.tree.num_leaves)
         noise = StatelessNoise(request.seed).at(0, torch.tensor(rows, device=self.model.device))
         if request.allowed is not None and len(request.allowed) <= MAX_ENUMERATED:
-            return self._lists(seen, *self._sample_allowed(prompts, noise, request), request)
+            return self._lists(left_out, *self._sample_allowed(prompts, noise, request), request)
         while True:
             # With the same noise, a wider search starts with the same draws; its allowed items are a draw among them.
             drawn = self.policy.stochastic_beam_search(prompts, beams, noise, request.temperature)
-            lists = self._lists(seen, drawn.leaves, drawn.log_probs, request)
-            too_short = request.allowed is not None and min(map(len, lists)) < request.k
-            if not too_short or beams >= self.catalog.tree.num_leaves:
+            lists = self._lists(left_out, drawn.leaves, drawn.log_probs, request)
+            wanted = request.lengths(left_out or [()] * len(rows))
+            if all(map(operator.ge, map(len, lists), wanted)) or beams >= self.catalog.tree.num_leaves:
                 return lists
             beams = min(4 * beams, self.catalog.tree.num_leaves)
 
@@ -333,16 +332,17 @@ class Recommender:
         return leaves[order], log_probs.gather(1, order)
 
     def _lists(
-        self, seen: Sequence[Sequence[Item]] | None, leaves: Tensor, log_probs: Tensor, request: Request
+        self, left_out: Sequence[Sequence[Item]] | None, leaves: Tensor, log_probs: Tensor, request: Request
     ) -> list[list[Recommendation]]:
-        """Return the first `k` items of ranked leaves `(B, n)` that are not among each row's `seen` ones."""
+        """Return the first `k` items of ranked leaves `(B, n)` without those `left_out` for each row."""
         check_ranked(leaves, log_probs, self.model)
         results = []
-        left_out = [()] * len(leaves) if seen is None else seen
-        for items_seen, row, values in zip(left_out, leaves.tolist(), log_probs.tolist(), strict=True):
+        for removed, row, values in zip(
+            left_out or [()] * len(leaves), leaves.tolist(), log_probs.tolist(), strict=True
+        ):
             ranked = ((leaf, value) for leaf, value in zip(row, values, strict=True) if leaf >= 0)
             items = ((item, value) for leaf, value in ranked for item in self.catalog.items_of(leaf))
-            results.append(self._list(items, request, set(items_seen)))
+            results.append(self._list(items, request, set(removed)))
         return results
 
     def _list(
@@ -369,10 +369,9 @@ class Recommender:
         if request.strategy == "sample":
             noise = StatelessNoise(request.seed).at(0, torch.tensor([row]))
             order = order - (-noise.uniform("cold", len(order))[0].log()).log()
-        ranked = order.argsort(descending=True, stable=True)
-        items = (self.catalog.items[index] for index in ranked.tolist())
-        excluded = set() if request.exclude is None else set(request.exclude[row])
-        return self._list(zip(items, log_probs[ranked].tolist(), strict=True), request, excluded)
+        ranked = order.argsort(descending=True, stable=True).tolist()
+        pairs = ((self.catalog.items[index], float(log_probs[index])) for index in ranked)
+        return self._list(pairs, request, set() if request.exclude is None else set(request.exclude[row]))
 
     def _known(self, histories: Sequence[Sequence[Item]], names: Sequence[str], stacklevel: int) -> list[list[Item]]:
         """Return the histories without items that are not in the catalog; warn about these items."""

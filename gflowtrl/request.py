@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from gflowtrl.catalog import Item, ItemCatalog
@@ -10,6 +10,7 @@ from gflowtrl.checks import COUNT, POSITIVE, check_choice, check_number
 
 
 STRATEGIES = ("beam", "sample")
+MANY_EXCLUDED = 256
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,27 @@ class Request:
                 f"temperature is {self.temperature}, but strategy 'beam' does not sample. Use strategy='sample', or "
                 f"leave temperature out."
             )
+
+    def batches(self, histories: Sequence[Sequence[Item]], batch_size: int) -> Iterator[list[int]]:
+        """Yield the indices of the histories that are decoded together; those of empty histories are left out.
+
+        Longer histories come first, so that prompts of similar lengths are together. For a sampled list, as many
+        further items are drawn as its user must not get, so a user with many such items is alone.
+        """
+        warm = sorted((row for row, history in enumerate(histories) if history), key=lambda row: -len(histories[row]))
+        if self.strategy == "sample" and self.exclude is not None:
+            alone = {row for row in warm if len(self.exclude[row]) > MANY_EXCLUDED}
+            yield from ([row] for row in alone)
+            warm = [row for row in warm if row not in alone]
+        for start in range(0, len(warm), batch_size):
+            yield warm[start : start + batch_size]
+
+    def lengths(self, left_out: Sequence[Sequence[Item]]) -> list[int]:
+        """Return how long lists among the allowed items can be, given the items that each user must not get; 0 if all
+        items are allowed."""
+        if self.allowed is None:
+            return [0] * len(left_out)
+        return [min(self.k, len(self.allowed - set(items))) for items in left_out]
 
     def excluded(self, rows: Sequence[int], histories: Sequence[Sequence[Item]]) -> list[Sequence[Item]] | None:
         """Return the items that some users must not get; None if there are none.
@@ -70,4 +92,7 @@ def exclusions_in(
         return None
     if len(exclude) != users:
         raise ValueError(f"exclude has {len(exclude)} entries for {users} histories; give one per history.")
+    for row, items in enumerate(exclude):
+        if isinstance(items, str) or not isinstance(items, Collection):
+            raise TypeError(f"exclude[{row}] is {items!r}; it must be a collection of items.")
     return catalog.known_items([list(items) for items in exclude])[0]

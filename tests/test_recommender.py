@@ -76,6 +76,19 @@ def test_each_user_has_items_to_leave_out(recommender, options):
     assert all({row.item for row in rows} == set(ITEMS[-2:]) for rows in narrow)
     with pytest.raises(ValueError, match="exclude has 1 entries for 4 histories; give one per history"):
         recommender.recommend(HISTORIES, exclude=[[]])
+    with pytest.raises(TypeError, match=r"exclude\[0\] is 'i010'; it must be a collection"):
+        recommender.recommend(HISTORIES[:1], exclude=["i010"])
+
+
+def test_users_with_many_excluded_items_are_sampled_alone(recommender, monkeypatch):
+    options = {"k": 3, "strategy": "sample", "seed": 3, "exclude": [ITEMS[:5], [], ITEMS[5:], ITEMS]}
+    together = recommender.recommend(HISTORIES, **options)
+    monkeypatch.setattr("gflowtrl.request.MANY_EXCLUDED", 3)
+    apart = recommender.recommend(HISTORIES, **options)
+    assert [[row.item for row in rows] for rows in apart] == [[row.item for row in rows] for rows in together]
+    monkeypatch.setattr("gflowtrl.recommender.MAX_ENUMERATED", 0)  # wider searches, until each list is complete
+    allowed = recommender.recommend(HISTORIES, **options, allowed_items=ITEMS[4:7])
+    assert [len(rows) for rows in allowed] == [2, 3, 1, 0]
 
 
 def test_seen_items_are_masked_in_a_narrow_beam(recommender):

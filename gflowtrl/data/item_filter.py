@@ -11,7 +11,7 @@ import pyarrow as pa
 from gflowtrl.catalog import Item
 
 
-#: Only the table is reachable: no files, no network, no Python variables.
+#: No files, no network, no Python variables.
 _CLOSED = {
     "enable_external_access": "false",
     "autoinstall_known_extensions": "false",
@@ -34,25 +34,31 @@ def items_where(items: Sequence[Item], features: Mapping[Item, Mapping[str, Any]
     Raises:
         ValueError: the condition is invalid (the message lists the columns), or no item meets it.
     """
-    names = list(dict.fromkeys(name for row in features.values() for name in row))
-    columns = {_POSITION: pa.array(range(len(items))), "item": pa.array(items)}
-    columns |= {name: _column(features.get(item, {}).get(name) for item in items) for name in names if name != "item"}
+    names = ["item", *dict.fromkeys(name for row in features.values() for name in row)]
+    if len({name.lower() for name in names}) < len(names):  # SQL does not distinguish them
+        raise ValueError(f"Features with equal names, apart from capitals, cannot be used: {', '.join(names)}.")
+    columns = {"item": pa.array(items)}
+    columns |= {name: _column(features.get(item, {}).get(name) for item in items) for name in names[1:]}
+    table = pa.table({_POSITION: pa.array(range(len(items))), **columns})
     with duckdb.connect(":memory:", config=_CLOSED) as database:
-        database.register("items", pa.table(columns))
+        database.register("items", table)
         # On lines of its own, so that a comment at its end does not reach the parenthesis.
-        query = f"SELECT {_POSITION} FROM items WHERE (\n{condition}\n) ORDER BY {_POSITION}"
+        query = f"SELECT {_POSITION} FROM items WHERE (\n{condition}\n)"
         try:
-            if len(duckdb.extract_statements(query)) != 1:
+            if len(database.extract_statements(query)) != 1:
                 raise ValueError("it must be one condition")
-            found = database.execute(query).fetchall()
+            found = {row[0] for row in database.execute(query).fetchall()}
         except (duckdb.Error, ValueError) as error:
             reason = str(error).split("\n")[0]
+            known = database.execute("DESCRIBE items").fetchall()
+            types = ", ".join(f"{name} ({kind})" for name, kind, *_ in known if name != _POSITION)
             raise ValueError(
-                f"The condition {condition!r} is invalid: {reason}. The columns are item, {', '.join(names)}."
+                f"The condition {condition!r} is invalid: {reason}. The columns are {types}; text becomes a number by "
+                f"try_cast(name AS DOUBLE)."
             ) from None
     if not found:
         raise ValueError(f"No item meets the condition {condition!r}, among {len(items)}. Check it.")
-    return [items[position] for (position,) in found]
+    return [item for position, item in enumerate(items) if position in found]
 
 
 def _column(values: Iterable[Any]) -> pa.Array:

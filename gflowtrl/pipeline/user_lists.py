@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, TextIO
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow.csv import CSVWriter
 
 from gflowtrl.catalog import Item
 from gflowtrl.files import write_atomically
@@ -26,7 +27,7 @@ class UsersReport:
     """What `recommend_users` has written.
 
     Attributes:
-        users: users with a list.
+        users: all users.
         by_popularity: users without an item that the model knows, who got popular items.
         without_items: users for whom nothing is left to recommend.
         short_lists: users with fewer than k items, those without any among them.
@@ -57,7 +58,8 @@ class UsersReport:
 def check_output(output: Path) -> None:
     """Raise a ValueError if the ending of a file names no format."""
     if output.suffix not in WRITERS:
-        raise ValueError(f"{output} ends with {output.suffix or 'nothing'!r}; choose one of {', '.join(WRITERS)}.")
+        has = f"ends with {output.suffix!r}" if output.suffix else "has no ending"
+        raise ValueError(f"{output} {has}; choose one of {', '.join(WRITERS)}.")
     if output.is_dir():
         raise ValueError(f"{output} is a folder. Give the name of a file.")
 
@@ -97,22 +99,31 @@ def table_of(
     return pa.table(columns), report
 
 
-def write_part(table: pa.Table, report: UsersReport, file: Path) -> None:
-    """Write a part with its report, completely or not at all."""
-    described = table.replace_schema_metadata({"report": json.dumps(asdict(report))})
+def write_part(table: pa.Table, report: UsersReport, inputs: str, file: Path) -> None:
+    """Write a part with its report and a hash of its inputs, completely or not at all."""
+    described = table.replace_schema_metadata({"report": json.dumps(asdict(report)), "inputs": inputs})
     write_atomically(file, lambda partial: pq.write_table(described, partial))
 
 
-def merge(parts: Sequence[Path], users: Sequence[Item], output: Path) -> UsersReport:
+def inputs_of(file: Path) -> str | None:
+    """Return the hash of a part's inputs; None if there is no such part, or it is damaged."""
+    try:
+        return (pq.read_schema(file).metadata or {})[b"inputs"].decode()
+    except (OSError, KeyError, pa.ArrowException):
+        return None
+
+
+def merge(parts: Sequence[Path], users: Sequence[Item], output: Path, partial: Path) -> UsersReport:
     """Merge the parts of all users into the output, whose ending is its format, and add up their reports.
 
     Args:
         parts: the files of the parts, in the order of the users.
         users: all users, also those without an item.
         output: the file to write, completely or not at all.
+        partial: file on the same disk, which becomes the output when it is complete.
     """
-    check_output(output)
-    write_atomically(output, lambda partial: WRITERS[output.suffix](parts, users, partial))
+    WRITERS[output.suffix](parts, users, partial)
+    os.replace(partial, output)
     total = UsersReport()
     for part in parts:
         report = json.loads(pq.read_schema(part).metadata[b"report"])
@@ -129,11 +140,9 @@ def _write_parquet(parts: Sequence[Path], users: Sequence[Item], target: Path) -
 
 
 def _write_csv(parts: Sequence[Path], users: Sequence[Item], target: Path) -> None:
-    with target.open("w", encoding="utf-8", newline="") as out:
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(pq.read_schema(parts[0]).names)
+    with CSVWriter(target, pq.read_schema(parts[0]).remove_metadata()) as writer:
         for part in parts:
-            writer.writerows(zip(*pq.read_table(part).to_pydict().values(), strict=True))
+            writer.write_table(pq.read_table(part).replace_schema_metadata())
 
 
 def _write_jsonl(parts: Sequence[Path], users: Sequence[Item], target: Path) -> None:

@@ -58,9 +58,20 @@ def test_numbers(prices, bound):
     ],
 )
 def test_what_is_no_condition_is_refused_in_one_line(condition):
-    with pytest.raises(ValueError, match="is invalid.*The columns are item, price, title") as error:
+    with pytest.raises(ValueError, match=r"is invalid.*The columns are item \(VARCHAR\), price \(DOUBLE\)") as error:
         items_where(ITEMS, FEATURES, condition)
     assert len(str(error.value).splitlines()) == 1 + condition.count("\n")
+
+
+def test_names_that_sql_does_not_distinguish_are_refused():
+    with pytest.raises(ValueError, match="apart from capitals, cannot be used: item, Brand, brand"):
+        items_where(ITEMS, {"a": {"Brand": "X", "brand": "Y"}}, "brand = 'Y'")
+    with pytest.raises(ValueError, match="apart from capitals"):
+        items_where(ITEMS, {"a": {"Item": "X"}}, "item = 'a'")
+
+
+def test_only_items_come_back():
+    assert items_where(ITEMS, FEATURES, "false) UNION ALL SELECT 1 UNION ALL SELECT 1 UNION ALL (SELECT 99") == ["b"]
 
 
 def test_no_item_is_an_error():

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,13 +217,16 @@ def _group_lives(group: int) -> bool:
     ("words", "message"),
     [
         (["--output", "recs.txt"], "recs.txt ends with '.txt'; choose one of .parquet, .csv, .jsonl"),
-        (["--output", "recs"], "recs ends with 'nothing'; choose"),
+        (["--output", "recs"], "recs has no ending; choose"),
         ([], "--output is missing"),
         (["--output", "recs.csv", "--input", "x"], "Leave one out"),
         (["--output", "recs.csv", "--where", "cost < 3"], "is invalid"),
         (["--output", "recs.csv", "--where", "price > 1000"], "No item meets"),
         (["--output", "recs.csv", "--processes", "0"], "processes"),
         (["--output", "recs.csv", "-k", "0"], "k "),
+        (["--output", "recs.csv", "--batch_size", "0"], "batch_size"),
+        (["--output", "recs.csv", "--views", "last=0"], "last is 0"),
+        (["--output", "recs.csv", "--weights", "1", "2"], "2 weights were given for 1 members"),
         (["--output", "recs.csv", "--exclude", "missing.jsonl"], "There is no file missing.jsonl"),
     ],
 )
@@ -238,6 +242,7 @@ def test_mistakes_are_one_line(model, data_dir, tmp_path, monkeypatch, capsys, w
     ("line", "message"),
     [
         ('{"user": "u0", "items": 3}', "line 2 must be as"),
+        ('{"user": "u0", "items": [5]}', "with items of test, whose items are like 'i001'"),
         ('{"user": "u99", "items": []}', "line 2: user 'u99' is not in test, whose users are like 'u0'"),
         ('{"user": "u1", "items": []}', "line 2: user 'u1' has an earlier line"),
         ("[1]", "line 2: expected a JSON object"),
@@ -247,6 +252,56 @@ def test_exclusions_name_the_line(model, data_dir, tmp_path, line, message):
     (tmp_path / "exclude.jsonl").write_text('{"user": "u1", "items": []}\n' + line)
     with pytest.raises(ValueError, match=message):
         recommend_users(Models([model]), data_dir, tmp_path / "recs.csv", exclude=tmp_path / "exclude.jsonl")
+
+
+def test_parts_that_are_damaged_are_written_again(model, data_dir, tmp_path, monkeypatch):
+    output, parts = tmp_path / "recs.parquet", tmp_path / "recs.parquet.parts"
+    parts.mkdir()
+    (parts / "part-000001.parquet").write_bytes(b"")
+    (parts / "part-000002.parquet").write_bytes(b"PAR1")
+    recommend_users(Models([model]), data_dir, output, k=3, users_per_part=5)
+    assert list(lists_of(output)) == USERS and not parts.exists()
+
+
+def test_a_foreign_folder_is_not_removed(model, data_dir, tmp_path):
+    (tmp_path / "recs.parquet.parts").mkdir()
+    (tmp_path / "recs.parquet.parts" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is invalid"):
+        recommend_users(Models([model]), data_dir, tmp_path / "recs.parquet", where="cost < 3")
+    assert (tmp_path / "recs.parquet.parts" / "notes.txt").read_text() == "mine"
+
+
+def test_ids_with_special_characters_survive_csv(model, tmp_path):
+    users = ["a,b", 'a"b', "a\rb", "a b", "ä"]
+    write_folder(InteractionData("test", users, [[ITEMS[0]]] * 5, sorted(ITEMS)), tmp_path / "data")
+    recommend_users(Models([model]), tmp_path / "data", tmp_path / "recs.csv", k=1)
+    with (tmp_path / "recs.csv").open(newline="") as lines:
+        assert [row["user"] for row in csv.DictReader(lines)] == users
+
+
+def test_an_error_of_a_process_is_its_own(model, data_dir, tmp_path):
+    """Not "a process has ended early", and the others do not go on."""
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    (broken / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(Exception, match="(?i)safetensors|header|tensor"):
+        recommend_users(Models([str(broken)]), data_dir, tmp_path / "recs.csv", processes=2, users_per_part=3)
+    assert not (tmp_path / "recs.csv.parts").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_data_of_another_model_is_refused(model, tmp_path):
+    write_folder(InteractionData("other", [1], [[2, 3]], [2, 3]), tmp_path / "data")
+    with pytest.raises(
+        ValueError, match=r"knows no item of other: its items are like 'i001', those of the data like 2"
+    ):
+        recommend_users(Models([model]), tmp_path / "data", tmp_path / "recs.csv")
+    poor = tmp_path / "poor"
+    Recommender(tiny_model(len(TOKENIZER)), TOKENIZER, make_catalog()).save_pretrained(poor)
+    write_folder(InteractionData("cold", ["a", "b"], [[ITEMS[0]], ["x"]], [*sorted(ITEMS), "x"]), tmp_path / "cold")
+    with pytest.raises(ValueError, match="User 'b' has no item that the model knows, and the model has no counts"):
+        recommend_users(Models([str(poor)]), tmp_path / "cold", tmp_path / "recs.csv")
+    with pytest.raises(ValueError, match="There is no argument 'tempature'"):
+        recommend_users(Models([model]), tmp_path / "data", tmp_path / "recs.csv", tempature=2)
 
 
 def test_options_of_all_users_need_a_folder(model, capsys):
