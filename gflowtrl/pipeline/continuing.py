@@ -23,7 +23,7 @@ from .specs import options_of
 
 #: Methods whose model may be trained further, the best one first.
 POLICIES = ("gflownet", "sft", "control")
-WARM = "sasrec"  # the type of teachers that are trained further; others are fitted anew
+WARM = "sasrec"  # the type of teachers that are trained further; others are fitted from scratch
 
 
 @dataclass(frozen=True)

@@ -300,8 +300,8 @@ def test_data_of_another_model_is_refused(model, tmp_path):
     write_folder(InteractionData("cold", ["a", "b"], [[ITEMS[0]], ["x"]], [*sorted(ITEMS), "x"]), tmp_path / "cold")
     with pytest.raises(ValueError, match="User 'b' has no item that the model knows, and the model has no counts"):
         recommend_users(Models([str(poor)]), tmp_path / "cold", tmp_path / "recs.csv")
-    with pytest.raises(ValueError, match="There is no argument 'tempature'"):
-        recommend_users(Models([model]), tmp_path / "data", tmp_path / "recs.csv", tempature=2)
+    with pytest.raises(ValueError, match="There is no argument 'temprature'"):
+        recommend_users(Models([model]), tmp_path / "data", tmp_path / "recs.csv", temprature=2)
 
 
 def test_options_of_all_users_need_a_folder(model, capsys):
