@@ -60,7 +60,7 @@ class Request:
         return [min(self.k, len(self.allowed - set(items))) for items in left_out]
 
     def excluded(self, rows: Sequence[int], histories: Sequence[Sequence[Item]]) -> list[Sequence[Item]] | None:
-        """Return the items that some users must not get; None if there are none.
+        """Return the items that some users must not get; None if no user has such items.
 
         Args:
             rows: which users, as indices in `exclude`.

@@ -277,7 +277,7 @@ class PrefixTree:
 
 
 def _least_finite(values: Tensor) -> Tensor:
-    """Return the least value of each row that is not -inf, `(B, 1)`; inf if there is none."""
+    """Return the least value of each row that is not -inf, `(B, 1)`; inf for a row without one."""
     return values.masked_fill(values == -torch.inf, torch.inf).amin(1, keepdim=True)
 
 

@@ -109,7 +109,7 @@ class Job:
         return self.folder / f"part-{number:06d}.parquet"
 
     def is_done(self, number: int) -> bool:
-        """Whether a part is there.
+        """Whether a part exists.
 
         Raises:
             ValueError: it was made from other inputs.
@@ -148,7 +148,7 @@ def recommend_users(
 ) -> UsersReport:
     """Recommend items for every user of a data folder, after the user's whole sequence.
 
-    The lists are computed in parts, which are kept in `OUTPUT.parts` until all are there. A run that was stopped goes
+    The lists are computed in parts, which are kept in `OUTPUT.parts` until they are complete. A run that was stopped goes
     on there: a part is complete or missing, so no user is lost or answered twice. The parts do not depend on the
     number of processes. With several ones, a script needs `if __name__ == "__main__":`.
 
@@ -372,7 +372,7 @@ def _work(part: Part) -> int:
 
 
 def _end(stop: Event) -> None:
-    """End this process when it is told to stop, or when its parent has ended: it would wait for work forever."""
+    """End this process on a signal to stop, or when its parent has ended: it would wait for work forever."""
     parent = multiprocessing.parent_process()
     while not stop.wait(0.5) and parent is not None and parent.is_alive():
         pass

@@ -203,7 +203,7 @@ def test_mistakes(earlier, tmp_path, capsys):
 
 
 def test_ids_of_the_data_are_kept_too(earlier, continued, tmp_path):
-    """A run whose ids are those of its data goes on with data whose new items were added by `tokenize --add`."""
+    """A run whose ids are those of its data is continued with data whose new items were added by `tokenize --add`."""
     _, results, _ = continued
     folder = tmp_path / "data"
     data = read_folder(earlier / "new")
