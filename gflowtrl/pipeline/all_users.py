@@ -148,8 +148,8 @@ def recommend_users(
 ) -> UsersReport:
     """Recommend items for every user of a data folder, after the user's whole sequence.
 
-    The lists are computed in parts, which are kept in `OUTPUT.parts` until they are complete. A run that was stopped goes
-    on there: a part is complete or missing, so no user is lost or answered twice. The parts do not depend on the
+    The lists are computed in parts, which are kept in `OUTPUT.parts` until all of them exist. A run that was stopped
+    goes on there: a part is complete or missing, so no user is lost or answered twice. The parts do not depend on the
     number of processes. With several ones, a script needs `if __name__ == "__main__":`.
 
     Args:
