@@ -230,6 +230,7 @@ LARGER = {
 VARIANTS = [
     Row("`gflowgr_office_strong`", STRONG, seed="42"),
     Row("without the trajectory to an item of the history", "strength-no_history_trajectory", seed="42"),
+    Row("the same, three altered copies of each history, twice the steps", "strength-augmented", seed="42"),
     Row("the same, dropout .1 (GPT-NeoX), 30 epochs", "strength-dropout", seed="42"),
     Row("the same, one cross-fitted SASRec, 12 epochs", "strength-folds", seed="42"),
 ]
@@ -288,6 +289,16 @@ def strong_on(record: str) -> str:
     return table(rows, ITEMS | MINUS_CONTROL)
 
 
+def average() -> str:
+    """Two policies of different seeds, and the average of their probabilities."""
+    found = read(KEPT / "average_office.json")["results"]
+    titles = {f"model {place}": f"seed {seed}, altered copies" for place, seed in ((1, 42), (2, 43))}
+    titles["models 1-2"] = "their average"
+    names = ("item_recall@10", "item_ndcg@10", "unseen_item_recall@10", "unseen_item_ndcg@10", "coverage@10")
+    lines = [[title, *(f"{found[name]['metrics'][metric]:.4f}" for metric in names)] for name, title in titles.items()]
+    return markdown(ITEMS, lines)
+
+
 def on_exposed(prefix: str) -> str:
     """The methods on items shown at random."""
     recipe, flows = f"{prefix}-gflowgr_yahoo", "GFlowNet, exact flows"
@@ -319,6 +330,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "strong": lambda: table(STRONG_ROWS, ITEMS | MINUS_CONTROL),
     **{f"strong_{data}": partial(strong_on, record) for data, record in LARGER.items()},
     **{f"exposed_{data}": partial(on_exposed, data) for data in ("coat",)},
+    "strong_average": average,
     "strong_variants": lambda: table(VARIANTS, ITEMS | minus("the recipe", STRONG, "gflownet")),
 }
 
