@@ -227,6 +227,7 @@ LARGER = {
     "beauty": "beauty-gflowgr_beauty_strong",
     "sports": "sports-gflowgr_sports_strong",
 }
+LONGER = {"beauty-gflowgr_beauty_strong": "beauty-beauty_augmented"}
 VARIANTS = [
     Row("`gflowgr_office_strong`", STRONG, seed="42"),
     Row("without the trajectory to an item of the history", "strength-no_history_trajectory", seed="42"),
@@ -286,7 +287,9 @@ def strong_on(record: str) -> str:
         Row("cross entropy (control)", record, "control", "42"),
         Row("exact flows", record, seed="42"),
     ]
-    return table(rows, ITEMS | MINUS_CONTROL)
+    if more := LONGER.get(record):
+        rows.append(Row("exact flows, an altered copy of each history, 1.5 times the steps", more, seed="42"))
+    return table(rows, ITEMS | minus("control", record))
 
 
 def average() -> str:
