@@ -376,4 +376,4 @@ def _end(stop: Event) -> None:
     parent = multiprocessing.parent_process()
     while not stop.wait(0.5) and parent is not None and parent.is_alive():
         pass
-    os._exit(1)
+    os.kill(os.getpid(), signal.SIGTERM)
