@@ -332,7 +332,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "seconds": seconds,
     "strong": lambda: table(STRONG_ROWS, ITEMS | MINUS_CONTROL),
     **{f"strong_{data}": partial(strong_on, record) for data, record in LARGER.items()},
-    **{f"exposed_{data}": partial(on_exposed, data) for data in ("coat",)},
+    **{f"exposed_{data}": partial(on_exposed, data) for data in ("yahoo", "coat")},
     "strong_average": average,
     "strong_variants": lambda: table(VARIANTS, ITEMS | minus("the recipe", STRONG, "gflownet")),
 }

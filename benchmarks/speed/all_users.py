@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/speed/all_users.py --out benchmarks/results/speed/all_users.json
 
-A random Llama over random items answers random users. The command is started, measured for --seconds, killed, started
-again and measured again, so the time for all users is an extrapolation. The rate of each third of a measurement shows
-whether it is steady.
+A random Llama over random items answers random users. The command is started, measured for --parts, killed, started
+again and measured again, so the time for all users is an extrapolation. The rates of the parts show whether it is
+steady.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
+from statistics import harmonic_mean
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,27 +48,23 @@ def peak_mib(process: int) -> float:
     raise ValueError(f"/proc/{process}/status has no VmHWM.")
 
 
-def measure(command: list[str], parts: Path, seconds: float) -> dict[str, float | list[float]]:
-    """Run the command until it has answered for `seconds` since its first new part, and kill it."""
-    before, started = set(parts.glob("part-*")), time.perf_counter()
+def measure(command: list[str], folder: Path, parts: int) -> dict[str, Any]:
+    """Run the command until it has written so many new parts, and kill it in the middle of the next one."""
+    before, started = set(folder.glob("part-*")), time.time()
     child = subprocess.Popen(command)
     try:
-        while not set(parts.glob("part-*")) - before:
+        while len(new := set(folder.glob("part-*")) - before) < parts:
             if child.poll() is not None:
                 sys.exit("The command has ended.")
             time.sleep(0.05)
-        first, counts = time.perf_counter(), [len(list(parts.glob("part-*")))]
-        for _ in range(3):
-            time.sleep(seconds / 3)
-            counts.append(len(list(parts.glob("part-*"))))
+        time.sleep(2)
         memory = peak_mib(child.pid)
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
-    rates = [
-        (after - before) * USERS_PER_PART / (seconds / 3) for before, after in zip(counts, counts[1:], strict=False)
-    ]
-    return {"seconds_to_first_part": first - started, "users_per_second": rates, "parent_peak_mib": memory}
+    times = sorted(file.stat().st_mtime for file in new)
+    rates = [USERS_PER_PART / (later - earlier) for earlier, later in pairwise(times)]
+    return {"seconds_to_first_part": times[0] - started, "users_per_second": rates, "peak_mib": memory}
 
 
 def main() -> None:
@@ -73,7 +72,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=1_000_000)
     parser.add_argument("--items", type=int, default=12_000)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=120.0, help="length of each of the two measurements")
+    parser.add_argument("--parts", type=int, default=5, help="parts of each of the two measurements, at least 2")
     given = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -86,14 +85,23 @@ def main() -> None:
         command = [sys.executable, "-m", "gflowtrl", "recommend", *map(str, words)]
         parts, kept = Path(f"{output}.parts"), {}
         for run in ("first", "after the kill"):
-            row = measure(command, parts, given.seconds)
+            row = measure(command, parts, given.parts)
             changed = [file.name for file, when in kept.items() if file.stat().st_mtime_ns != when]
             kept = {file: file.stat().st_mtime_ns for file in parts.glob("part-*")}
-            rate = sum(row["users_per_second"]) / 3
-            rows.append({"run": run, **row, "parts_written_again": len(changed), "parts": len(kept)})
+            rate = harmonic_mean(row["users_per_second"])
+            rows.append({"run": run, **row, "rate": rate, "parts_written_again": len(changed), "parts": len(kept)})
             rows[-1]["extrapolated_hours"] = given.users / rate / 3600
             print(json.dumps(rows[-1]), flush=True)
-    report(rows, given)
+    columns = {
+        "run": "{run}",
+        "users per second": "{rate:,.0f}",
+        "s to the first part": "{seconds_to_first_part:.0f}",
+        "peak MiB": "{peak_mib:,.0f}",
+        "parts": "{parts}",
+        "written again": "{parts_written_again}",
+        "hours for all": "{extrapolated_hours:.1f}",
+    }
+    report(rows, columns, given)
 
 
 if __name__ == "__main__":
