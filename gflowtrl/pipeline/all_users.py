@@ -188,28 +188,43 @@ def recommend_users(
         allowed = _meeting(where, data, catalog if allowed is None else allowed)
     arguments["allowed_items"] = None if allowed is None else sorted(allowed)
     inputs = {
+        **_given_inputs(models, data, excluded, arguments), "seed": seed, "users_per_part": users_per_part,
+    }  # fmt: skip
+    with parts_folder(output) as folder:
+        job = Job(folder, models, arguments, seed if sampled else None, fingerprint(inputs))
+        files = _write_parts(job, data, excluded, users_per_part, processes)
+        report = merge(files, data.users, output, folder / "merged")
+        shutil.rmtree(folder)
+    report.allowed_items = None if allowed is None else len(allowed)
+    return report
+
+
+def _given_inputs(
+    models: Models, data: InteractionData, excluded: Mapping[Item, list[Item]] | None, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that lists depend on, without the seed and the size of parts."""
+    return {
         "models": [files_fingerprint(folder) for folder in models.folders],
         "average": [models.weights, models.views],
         "data": fingerprint([data.users, data.sequences]),
         "exclude": fingerprint(excluded and list(excluded.items())),
         "arguments": {name: value for name, value in arguments.items() if name != "batch_size"},
-        "seed": seed,
-        "users_per_part": users_per_part,
     }
-    with parts_folder(output) as folder:
-        job = Job(folder, models, arguments, seed if sampled else None, fingerprint(inputs))
-        starts = range(0, len(data.users), users_per_part)
-        missing = [number for number in range(len(starts)) if not job.is_done(number)]
-        parts = (_part(data, excluded, number, starts[number], users_per_part) for number in missing)
-        sizes = {number: min(users_per_part, len(data.users) - start) for number, start in enumerate(starts)}
-        done = len(data.users) - sum(sizes[number] for number in missing)
-        with tqdm(total=len(data.users), initial=done, unit=" users", desc="Recommending", disable=None) as bar:
-            for number in _answered(job, parts, min(processes, len(missing))):
-                bar.update(sizes[number])
-        report = merge([job.file(number) for number in range(len(starts))], data.users, output, folder / "merged")
-        shutil.rmtree(folder)
-    report.allowed_items = None if allowed is None else len(allowed)
-    return report
+
+
+def _write_parts(
+    job: Job, data: InteractionData, excluded: Mapping[Item, list[Item]] | None, size: int, processes: int
+) -> list[Path]:
+    """Write the parts that do not exist yet, and return the files of all parts in the order of the users."""
+    starts = range(0, len(data.users), size)
+    missing = [number for number in range(len(starts)) if not job.is_done(number)]
+    parts = (_part(data, excluded, number, starts[number], size) for number in missing)
+    sizes = {number: min(size, len(data.users) - start) for number, start in enumerate(starts)}
+    done = len(data.users) - sum(sizes[number] for number in missing)
+    with tqdm(total=len(data.users), initial=done, unit=" users", desc="Recommending", disable=None) as bar:
+        for number in _answered(job, parts, min(processes, len(missing))):
+            bar.update(sizes[number])
+    return [job.file(number) for number in range(len(starts))]
 
 
 def _check_arguments(models: Models, arguments: Mapping[str, Any]) -> None:
@@ -261,7 +276,7 @@ def read_exclusions(file: str | Path, data: InteractionData) -> dict[Item, list[
     """
     known, kind, found = set(data.users), type(data.items[0]), {}
     with reading(file, "text in UTF-8"):
-        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")  # splitlines() also splits inside of texts
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

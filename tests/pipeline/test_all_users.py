@@ -17,7 +17,7 @@ import torch
 from gflowtrl import Recommender
 from gflowtrl.cli import main
 from gflowtrl.data import InteractionData, read_folder, write_folder
-from gflowtrl.pipeline.all_users import Models, part_seed, recommend_users
+from gflowtrl.pipeline.all_users import Models, part_seed, read_exclusions, recommend_users
 from tests.tiny import tiny_model
 from tests.trainer.world import ITEMS, TOKENIZER, make_catalog
 
@@ -254,7 +254,14 @@ def test_exclusions_name_the_line(model, data_dir, tmp_path, line, message):
         recommend_users(Models([model]), data_dir, tmp_path / "recs.csv", exclude=tmp_path / "exclude.jsonl")
 
 
-def test_parts_that_are_damaged_are_written_again(model, data_dir, tmp_path, monkeypatch):
+def test_exclusions_may_hold_any_character(tmp_path):
+    data = InteractionData("test", ["a\u2028b"], [["x\u2028"]], ["x\u2028"])
+    row = {"user": "a\u2028b", "items": ["x\u2028"]}
+    (tmp_path / "exclude.jsonl").write_bytes(json.dumps(row, ensure_ascii=False).encode() + b"\r\n")
+    assert read_exclusions(tmp_path / "exclude.jsonl", data) == {row["user"]: row["items"]}
+
+
+def test_parts_that_are_damaged_are_written_again(model, data_dir, tmp_path):
     output, parts = tmp_path / "recs.parquet", tmp_path / "recs.parquet.parts"
     parts.mkdir()
     (parts / "part-000001.parquet").write_bytes(b"")
