@@ -90,14 +90,11 @@ def temporal_split(
         splits[name] = rows_of(data, flat, offsets, targets, max_history_items=max_history_items)
     ends = np.bincount(user_of, weights=period == 0, minlength=len(data.users)).astype(int)  # training items per user
     counts = np.bincount(flat[period == 0], minlength=len(data.items))
-    impressions = None
-    if data.events is not None:
-        shown = ({event.item for event in log if event.session < first} for log in data.events)
-        impressions = count_users(data.items, shown)
+    shown = ({event.item for event in log if event.session < first} for log in data.events or ())
     return Splits(
         **splits,
         items=data.items,
         train_sequences=[sequence[:end] for sequence, end in zip(data.sequences, ends.tolist(), strict=True)],
         item_counts=torch.from_numpy(counts),
-        impression_counts=impressions,
+        impression_counts=None if data.events is None else count_users(data.items, shown),
     )

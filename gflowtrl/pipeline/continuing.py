@@ -60,7 +60,7 @@ class EarlierRun:
         # Its place is known relative to the folder, which may have been moved.
         model = Path(folder, Path(results["methods"][trained[0]]["model"]).parent.name, "model")
         if not model.is_dir():
-            raise FileNotFoundError(f"continue_from: there is no folder {model}, which results.json names.")
+            raise FileNotFoundError(f"continue_from: the folder {model}, which results.json names, is missing.")
         return cls(Path(folder), model, results["recipe"])
 
     @cached_property

@@ -161,8 +161,8 @@ def prepare(recipe: Recipe) -> RunData:
     new_items: frozenset[Item] = frozenset()
     if recipe.data.new_items:
         interactions, new_items = hold_out_items(interactions, recipe.data.new_items)
-    temporal, cut = recipe.data.split == "temporal", _history_cut(interactions, recipe.data.max_history_items)
-    if temporal:
+    cut = _history_cut(interactions, recipe.data.max_history_items)
+    if recipe.data.split == "temporal":
         splits = temporal_split(interactions, recipe.data.validation_share, recipe.data.test_share, cut)
         new_items = frozenset(item for item, count in zip(splits.items, splits.item_counts, strict=True) if not count)
     else:
@@ -181,7 +181,18 @@ def prepare(recipe: Recipe) -> RunData:
         tokenizer = load_tokenizer(**recipe.pretrained)
         add_item_tokens(tokenizer, interactions.semantic_ids)
     catalog = ItemCatalog.from_semantic_ids(interactions.semantic_ids, tokenizer)
-    section = asdict(recipe.data)
+    key = _data_fingerprint(recipe, interactions)
+    data = RunData(recipe, interactions, truth, splits, tokenizer, catalog, key, item_tokenizer, new_items, cut)
+    data.encoder  # noqa: B018  (its construction checks the prompts)
+    return data
+
+
+def _data_fingerprint(recipe: Recipe, interactions: InteractionData) -> str:
+    """Return a hash of the data and of the way they are split.
+
+    Without the exposed items: what is trained does not depend on them.
+    """
+    section, temporal = asdict(recipe.data), recipe.data.split == "temporal"
     del section["semantic_ids"]  # equal ids are equal data, whoever made them
     # Fields that are not used do not count.
     for name in () if temporal else ("split", "validation_share", "test_share"):
@@ -189,7 +200,7 @@ def prepare(recipe: Recipe) -> RunData:
     if not recipe.data.new_items:
         del section["new_items"]
     del section["augmentation"]  # teachers and the evaluation do not depend on it
-    content = {  # without the exposed items: what is trained does not depend on them
+    content = {
         "section": section,
         "users": interactions.users,
         "sequences": interactions.sequences,
@@ -197,10 +208,7 @@ def prepare(recipe: Recipe) -> RunData:
         "semantic_ids": list(interactions.semantic_ids.items()),
         **if_set(impressions=interactions.impressions, times=interactions.times if temporal else None),
     }
-    key = fingerprint(content)
-    data = RunData(recipe, interactions, truth, splits, tokenizer, catalog, key, item_tokenizer, new_items, cut)
-    data.encoder  # noqa: B018  (its construction checks the prompts)
-    return data
+    return fingerprint(content)
 
 
 def _item_tokenizer(recipe: Recipe, data: InteractionData, splits: Splits) -> ItemTokenizer:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -106,7 +108,7 @@ def write_part(table: pa.Table, report: UsersReport, inputs: str, file: Path) ->
 
 
 def inputs_of(file: Path) -> str | None:
-    """Return the hash of a part's inputs; None if there is no such part, or it is damaged."""
+    """Return the hash of a part's inputs; None if the part is missing or damaged."""
     try:
         return (pq.read_schema(file).metadata or {})[b"inputs"].decode()
     except (OSError, KeyError, pa.ArrowException):
@@ -146,25 +148,14 @@ def _write_csv(parts: Sequence[Path], users: Sequence[Item], target: Path) -> No
 
 
 def _write_jsonl(parts: Sequence[Path], users: Sequence[Item], target: Path) -> None:
+    found = chain.from_iterable(groupby(pq.read_table(part).to_pylist(), itemgetter("user")) for part in parts)
+    user_with_items, rows = next(found, (None, ()))
     with target.open("w", encoding="utf-8") as out:
-        waiting = iter(users)
-        for part in parts:
-            rows = pq.read_table(part).to_pylist()
-            of_user: dict[Item, list[dict[str, Any]]] = {}
-            for row in rows:
-                of_user.setdefault(row["user"], []).append(row)
-            for user, found in of_user.items():
-                _write_empty(out, waiting, user)
-                out.write(json.dumps(_line(user, found), ensure_ascii=False) + "\n")
-        _write_empty(out, waiting, None)
-
-
-def _write_empty(out: TextIO, waiting: Iterator[Item], until: Item | None) -> None:
-    """Write the lines of users without an item, up to the next user who has one."""
-    for user in waiting:
-        if user == until:
-            return
-        out.write(json.dumps(_line(user, []), ensure_ascii=False) + "\n")
+        for user in users:
+            has_items = user == user_with_items
+            out.write(json.dumps(_line(user, list(rows) if has_items else []), ensure_ascii=False) + "\n")
+            if has_items:
+                user_with_items, rows = next(found, (None, ()))
 
 
 def _line(user: Item, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

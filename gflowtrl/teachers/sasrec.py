@@ -2,7 +2,8 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -179,23 +180,35 @@ class SASRec(TeacherModule):
                 teacher._begin_with(start)
             windows, rows = teacher._windows(sequences), list(validation or [])
             optimizer = torch.optim.AdamW(teacher.parameters(), lr=learning_rate, weight_decay=weight_decay)
-            kept: list[tuple[float, dict[str, Tensor]]] = []  # the best epochs, best first
-            best, stale = -1.0, 0
             bar = tqdm(range(epochs), desc="SASRec", unit="epoch", disable=not progress)
-            for epoch in bar:
-                loss = teacher._train_epoch(windows, optimizer, batch_size, negatives)
-                value = teacher._ndcg(rows) if rows else float(epoch)
-                state = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-                kept = sorted([*kept, (value, state)], key=lambda entry: -entry[0])[:average]
-                if not rows:
-                    bar.set_postfix(loss=f"{loss:.3f}")
-                    continue
-                best, stale = (value, 0) if value > best else (best, stale + 1)
-                bar.set_postfix(loss=f"{loss:.3f}", validation_ndcg=f"{value:.4f}", best=f"{best:.4f}")
-                if stale >= patience:
-                    break
-        teacher._load_mean([state for _, state in kept])
+            train_epoch = partial(teacher._train_epoch, windows, optimizer, batch_size, negatives)
+            teacher._load_mean(teacher._best_epochs(bar, train_epoch, rows, patience, average))
         return teacher.eval()
+
+    def _best_epochs(
+        self,
+        bar: tqdm,
+        train_epoch: Callable[[], float],
+        rows: Sequence[Mapping[str, Any]],
+        patience: int,
+        average: int,
+    ) -> list[dict[str, Tensor]]:
+        """Train until validation does not improve, and return the parameters of the best epochs."""
+        kept: list[tuple[float, dict[str, Tensor]]] = []  # best first
+        best, stale = -1.0, 0
+        for epoch in bar:
+            loss = train_epoch()
+            value = self._ndcg(rows) if rows else float(epoch)
+            state = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+            kept = sorted([*kept, (value, state)], key=lambda entry: -entry[0])[:average]
+            if not rows:
+                bar.set_postfix(loss=f"{loss:.3f}")
+                continue
+            best, stale = (value, 0) if value > best else (best, stale + 1)
+            bar.set_postfix(loss=f"{loss:.3f}", validation_ndcg=f"{value:.4f}", best=f"{best:.4f}")
+            if stale >= patience:
+                break
+        return [state for _, state in kept]
 
     @torch.no_grad()
     def _begin_with(self, start: "SASRec") -> None:
