@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 
-from benchmarks.quality.office import KEPT, difference, gains  # noqa: E402
+from benchmarks.quality.office import KEPT, difference, exposed_file, gains  # noqa: E402
 from gflowtrl.pipeline.comparison import spread  # noqa: E402
 from gflowtrl.pipeline.exposed import paired_difference  # noqa: E402
 from gflowtrl.pipeline.run_report import aligned, interval_text  # noqa: E402
@@ -70,21 +70,20 @@ class Row:
 
     def of_users(self, name: str) -> torch.Tensor:
         """The metric of exposed items of every user, averaged over the seeds; NaN where it is not defined."""
-        files = [file.with_name(f"{file.stem}-exposed.safetensors") for file in self.files()]
-        return torch.stack([load_file(file)[f"{self.method}/{name}"] for file in files]).mean(0)
+        found = [load_file(exposed_file(file))[f"{self.method}/{name}"] for file in self.files()]
+        return torch.stack(found).mean(0)
 
 
 Column = Callable[[Row], str]
 
 
-def metric(name: str, digits: int = 4) -> Column:
+def averaged(values: list[float], digits: int) -> str:
     """Mean, and standard deviation where the seeds differ."""
+    return spread(values if len(set(values)) > 1 else values[:1], digits)
 
-    def cell(row: Row) -> str:
-        values = row.values(name)
-        return spread(values if len(set(values)) > 1 else values[:1], digits)
 
-    return cell
+def metric(name: str, digits: int = 4) -> Column:
+    return lambda row: averaged(row.values(name), digits)
 
 
 def minus(words: str, runs: str | None = None, method: str = "control") -> dict[str, Column]:
@@ -103,11 +102,7 @@ def minus(words: str, runs: str | None = None, method: str = "control") -> dict[
 
 
 def exposed(name: str) -> Column:
-    def cell(row: Row) -> str:
-        values = row.exposed(name)
-        return spread(values if len(set(values)) > 1 else values[:1], 3)
-
-    return cell
+    return lambda row: averaged(row.exposed(name), 3)
 
 
 def exposed_minus_control(name: str) -> Column:
@@ -223,11 +218,11 @@ STRONG_ROWS = [
     Row("cross entropy, the same rows and steps (control)", STRONG, "control"),
     Row("exact flows (`gflowgr_office_strong`)", STRONG),
 ]
+#: The records of the strongest recipe, and of the same with altered copies.
 LARGER = {
-    "beauty": "beauty-gflowgr_beauty_strong",
-    "sports": "sports-gflowgr_sports_strong",
+    "beauty": ("beauty-gflowgr_beauty_strong", "beauty-beauty_augmented"),
+    "sports": ("sports-gflowgr_sports_strong",),
 }
-LONGER = {"beauty-gflowgr_beauty_strong": "beauty-beauty_augmented"}
 VARIANTS = [
     Row("`gflowgr_office_strong`", STRONG, seed="42"),
     Row("without the trajectory to an item of the history", "strength-no_history_trajectory", seed="42"),
@@ -280,15 +275,15 @@ def seconds() -> str:
     return markdown(["seeds", "seconds", *ACCURACY], lines)
 
 
-def strong_on(record: str) -> str:
+def strong_on(record: str, augmented: str | None = None) -> str:
     """The strongest recipe of a larger catalog, one seed."""
     rows = [
         Row("its teacher, a mixture", record, "teacher", "42"),
         Row("cross entropy (control)", record, "control", "42"),
         Row("exact flows", record, seed="42"),
     ]
-    if more := LONGER.get(record):
-        rows.append(Row("exact flows, an altered copy of each history, 1.5 times the steps", more, seed="42"))
+    if augmented is not None:
+        rows.append(Row("exact flows, an altered copy of each history, 1.5 times the steps", augmented, seed="42"))
     return table(rows, ITEMS | minus("control", record))
 
 
@@ -298,8 +293,13 @@ def average() -> str:
     titles = {f"model {place}": f"seed {seed}, altered copies" for place, seed in ((1, 42), (2, 43))}
     titles["models 1-2"] = "their average"
     names = ("item_recall@10", "item_ndcg@10", "unseen_item_recall@10", "unseen_item_ndcg@10", "coverage@10")
-    lines = [[title, *(f"{found[name]['metrics'][metric]:.4f}" for metric in names)] for name, title in titles.items()]
-    return markdown(ITEMS, lines)
+    lines = []
+    for name, title in titles.items():
+        minus_mean = found[name].get("minus_mean", {})
+        shown = [interval_text(minus_mean[metric]) if minus_mean else "" for metric in names[:2]]
+        lines.append([title, *(f"{found[name]['metrics'][metric]:.4f}" for metric in names), *shown])
+    columns = [*ITEMS, "Recall@10 minus the mean of the two", "NDCG@10 minus the mean of the two"]
+    return markdown(columns, lines)
 
 
 def on_exposed(prefix: str) -> str:
@@ -331,7 +331,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "shop": lambda: table([*baselines("shop"), Row("GFlowNet, exact flows", "shop")], KNOWN_TRUTH),
     "seconds": seconds,
     "strong": lambda: table(STRONG_ROWS, ITEMS | MINUS_CONTROL),
-    **{f"strong_{data}": partial(strong_on, record) for data, record in LARGER.items()},
+    **{f"strong_{data}": partial(strong_on, *records) for data, records in LARGER.items()},
     **{f"exposed_{data}": partial(on_exposed, data) for data in ("yahoo", "coat")},
     "strong_average": average,
     "strong_variants": lambda: table(VARIANTS, ITEMS | minus("the recipe", STRONG, "gflownet")),

@@ -15,7 +15,7 @@ from statistics import fmean
 import matplotlib
 import torch
 from matplotlib import pyplot as plt
-from office import ROOT, kept_runs, make_parser
+from office import ROOT, exposed_file, kept_runs, make_parser
 from safetensors.torch import load_file
 
 from gflowtrl.pipeline.comparison import spread
@@ -60,11 +60,6 @@ def rows_of(runs: dict[str, list[Path]]) -> dict[str, list[tuple[dict, dict, dic
 def of_method(users: dict[str, torch.Tensor], method: str) -> dict[str, torch.Tensor]:
     """The figures of one method in the file of a record."""
     return {name.partition("/")[2]: values for name, values in users.items() if name.startswith(f"{method}/")}
-
-
-def exposed_file(file: Path) -> Path:
-    """The file with the figures of each user, next to a record."""
-    return file.with_name(f"{file.stem}-exposed.safetensors")
 
 
 def table(runs: dict[str, list[Path]]) -> str:

@@ -68,9 +68,14 @@ def keep(results: dict, recipe: Recipe, file: Path) -> None:
         exposed |= {f"{method}/{name}": values.float() for name, values in users.items() if name != "row_id"}
     file.parent.mkdir(parents=True, exist_ok=True)
     if exposed:
-        save_file(exposed, file.with_name(f"{file.stem}-exposed.safetensors"))
+        save_file(exposed, exposed_file(file))
     save_file(ranks, file.with_suffix(".safetensors"))
     file.write_text(json.dumps({**results, "recipe": settings(recipe.as_dict())}, indent=2) + "\n", encoding="utf-8")
+
+
+def exposed_file(file: Path) -> Path:
+    """The file with the exposed items' metrics of each user, next to a record."""
+    return file.with_name(f"{file.stem}-exposed.safetensors")
 
 
 def kept_run(recipe: str | Path, options: list[str], file: Path) -> dict:

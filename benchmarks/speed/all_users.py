@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import arguments, llama, random_catalog, report
+from measuring import arguments, llama, peak_of, random_catalog, report
 
 from gflowtrl import Recommender
 from gflowtrl.pipeline.all_users import USERS_PER_PART
@@ -40,14 +40,6 @@ def write_users(folder: Path, users: int, items: int) -> None:
             out.write(json.dumps({"user": user, "items": random.integers(0, items, length).tolist()}) + "\n")
 
 
-def peak_mib(process: int) -> float:
-    """Peak resident memory of a process, without its children."""
-    for line in Path(f"/proc/{process}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    raise ValueError(f"/proc/{process}/status has no VmHWM.")
-
-
 def measure(command: list[str], folder: Path, parts: int) -> dict[str, Any]:
     """Run the command until it has written so many new parts, and kill it in the middle of the next one."""
     before, started = set(folder.glob("part-*")), time.time()
@@ -58,7 +50,7 @@ def measure(command: list[str], folder: Path, parts: int) -> dict[str, Any]:
                 sys.exit("The command has ended.")
             time.sleep(0.05)
         time.sleep(2)
-        memory = peak_mib(child.pid)
+        memory = peak_of(child.pid) / MIB
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()

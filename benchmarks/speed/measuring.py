@@ -169,9 +169,14 @@ def peak(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
 
 
-def _status(field: str) -> float:
+def peak_of(process: int) -> float:
+    """Return the peak resident bytes of another process, without its children; NaN where they are not known."""
+    return _status("VmHWM", process)
+
+
+def _status(field: str, process: int | str = "self") -> float:
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
         return float("nan")
     return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), float("nan"))
