@@ -4,7 +4,7 @@ import ast
 from collections.abc import Callable, Sequence
 
 from ..readers import json_object
-from .format import Columns, Format, Header, Parsed, Request
+from .format import Columns, Format, Header, Parsed, Request, json_lines
 from .headerless import headerless_interactions
 from .source import Source
 
@@ -38,8 +38,7 @@ def _reviews(ratings: Sequence[str]) -> Callable[[Source, Request], Parsed]:
         if (head := source.peek()) and head[0] not in "{[" and head.count(",") == len(ratings) - 1:
             _check_order(source, ratings, head.split(","))
             return headerless_interactions(source, ratings, Columns("user", "item"), request.rated, option=None)
-        parse = json_interactions("reviewerID", "asin", "unixReviewTime", "overall", request)
-        return Parsed(source.numbered_lines(), parse)
+        return json_lines(source, request.names("reviewerID", "asin", "unixReviewTime", "overall"))
 
     return read
 
@@ -56,22 +55,10 @@ def _check_order(source: Source, ratings: Sequence[str], fields: list[str]) -> N
 
 
 def _reviews_2023(source: Source, request: Request) -> Parsed:
-    names = "user_id", "parent_asin", "timestamp", "rating"
+    names = request.names("user_id", "parent_asin", "timestamp", "rating")
     if source.peek().startswith("{"):
-        return Parsed(source.numbered_lines(), json_interactions(*names, request))
-    rows = source.csv_rows(",")
-    return Parsed(rows, Header(source, rows, names).interactions(*names))
-
-
-def json_interactions(user: str, item: str, time: str | None, rating: str, request: Request) -> Callable[[str], tuple]:
-    """Return a parser of JSON lines to (user, item, time, rating), which reads the rating only if it is needed."""
-
-    def parse(line: str) -> tuple:
-        row = json_object(line)
-        when = 0.0 if time is None else row[time]
-        return row[user], row[item], when, row[rating] if request.rated else 0.0
-
-    return parse
+        return json_lines(source, names)
+    return Header(source, ",", (*names[:3], "rating")).interactions(source, ",", names)
 
 
 def _items(key: str, fields: dict[str, str]) -> Callable[[Source, Request], Parsed]:

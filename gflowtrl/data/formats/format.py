@@ -2,10 +2,16 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .source import Source
+import numpy as np
+import pyarrow as pa
+
+from ..readers import json_object
+from .plain import Delimited, JsonLines, Plain
+from .source import Source, read_ahead
 
 
 @dataclass(frozen=True)
@@ -44,10 +50,16 @@ class Parsed(NamedTuple):
     """The records of a file and their parser, which raises one of `source.MALFORMED` for a malformed record.
 
     It returns (user, item, time, rating) for interactions and (item, uncleaned features) for items.
+
+    Attributes:
+        records: (line number, record) of each record; with `plain`, blocks as described there.
+        parse: the parser.
+        plain: reader of many records at once, for interactions.
     """
 
-    records: Iterable[tuple[int, Any]]
+    records: Iterable[Any]
     parse: Callable[[Any], tuple]
+    plain: Plain | None = None
 
 
 class Request(NamedTuple):
@@ -55,6 +67,15 @@ class Request(NamedTuple):
 
     columns: Columns
     rated: bool
+
+    def names(self, user: str, item: str, time: str | None, rating: str) -> tuple[str, str, str | None, str | None]:
+        """Return the names of the columns that are needed."""
+        return user, item, time, rating if self.rated else None
+
+    def own_names(self) -> tuple[str, str, str | None, str | None]:
+        """Return the names of the needed columns of your own table."""
+        columns = self.columns
+        return self.names(columns.user, columns.item, columns.time, columns.rating)
 
 
 #: How to read a table without a header.
@@ -79,33 +100,50 @@ class Table:
     Args:
         names: the distinct column names, in order.
         nameless: maximum number of additional fields without a name at the end of a row, which are ignored.
+        wanted: what a row should have, for messages; by default the number of names.
     """
 
-    def __init__(self, names: Iterable[str], nameless: int = 0):
+    def __init__(self, names: Iterable[str], nameless: int = 0, wanted: str = ""):
         self.names = list(names)
+        self.wanted = wanted or f"for {len(self.names)} named columns"
         self.most_fields = len(self.names) + nameless
 
-    def interactions(self, user: str, item: str, time: str | None, rating: str | None) -> Callable[[list[str]], tuple]:
-        """Return a parser of rows to (user, item, time, rating), with 0 for a time or rating column `None`."""
+    def interactions(
+        self,
+        source: Source,
+        delimiter: str,
+        columns: Sequence[str | None],
+        encoding: str = "utf-8-sig",
+        quoted: bool = True,
+    ) -> Parsed:
+        """Return the interactions of a file.
+
+        Args:
+            source: the file.
+            delimiter: the sign between fields.
+            columns: names of the columns of user, item, time and rating; `None`: 0.
+            encoding: as in `Source.blocks`.
+            quoted: whether fields may be in quotes.
+        """
         width, most = len(self.names), self.most_fields
-        user_at, item_at, time_at, rating_at = (
-            None if name is None else self.names.index(name) for name in (user, item, time, rating)
-        )
+        places = [None if name is None else self.names.index(name) for name in columns]
+        user_at, item_at, time_at, rating_at = places
 
         def parse(fields: list[str]) -> tuple:
-            if len(fields) != width and not width < len(fields) <= most:
-                raise ValueError(f"{len(fields)} fields for {width} named columns")
+            if not width <= len(fields) <= most:
+                raise ValueError(f"{len(fields)} fields {self.wanted}")
             when = 0.0 if time_at is None else fields[time_at]
             return fields[user_at], fields[item_at], when, 0.0 if rating_at is None else fields[rating_at]
 
-        return parse
+        rest = partial(source.csv_rows, delimiter, encoding, quoted)
+        return Parsed(text_blocks(source, encoding), parse, Delimited(delimiter, places, width, most, quoted, rest))
 
     def items(self, item: str) -> Callable[[Sequence[str]], tuple[str, dict[str, str]]]:
         """Return a parser of rows to (item, all other columns)."""
 
         def parse(fields: Sequence[str]) -> tuple[str, dict[str, str]]:
             if not len(self.names) <= len(fields) <= self.most_fields:
-                raise ValueError(f"{len(fields)} fields for {len(self.names)} named columns")
+                raise ValueError(f"{len(fields)} fields {self.wanted}")
             row = dict(zip(self.names, fields, strict=False))
             row.pop("", None)  # an index column without a name
             return row.pop(item), row
@@ -120,9 +158,10 @@ class Header(Table):
 
     Args:
         source: the file.
-        rows: its rows, starting with the header, which is consumed.
+        delimiter: the sign between fields.
         needed: required columns.
         typed: whether the names have the form `name:type` of RecBole.
+        quoted: whether fields may be in quotes.
 
     Raises:
         ValueError: if the file is empty or a column is missing; the message mentions it if the first line looks like
@@ -130,9 +169,11 @@ class Header(Table):
     """
 
     def __init__(
-        self, source: Source, rows: Iterator[tuple[int, list[str]]], needed: Iterable[str], typed: bool = False
+        self, source: Source, delimiter: str, needed: Iterable[str], typed: bool = False, quoted: bool = True
     ):
+        rows = source.csv_rows(delimiter, quoted=quoted)
         number, names = next(rows, (0, []))
+        rows.close()
         source.first_line = number + 1
         if not names:
             raise source.nothing()
@@ -149,6 +190,33 @@ class Header(Table):
             raise source.format_error_at(number, reason + (_NO_HEADER if data else ""))
         if len(self.names) < len(named):
             raise source.format_error_at(number, "the header has a column name twice")
+
+
+def text_blocks(source: Source, encoding: str = "utf-8-sig") -> Iterator[pa.Table]:
+    """Yield the lines of a file from `first_line` on, in blocks for a `Plain` reader."""
+    for number, lines in read_ahead(source.blocks(encoding)):
+        block = pa.table({"number": np.arange(number, number + len(lines)), "line": lines})
+        if skipped := max(0, source.first_line - number):
+            block = block.slice(skipped)
+        if len(block):
+            yield block
+
+
+def json_lines(source: Source, columns: Sequence[str | None]) -> Parsed:
+    """Return the interactions of a file with one JSON object per line.
+
+    Args:
+        source: the file.
+        columns: keys of user, item, time and rating; `None`: 0.
+    """
+    user, item, time, rating = columns
+
+    def parse(line: str) -> tuple:
+        row = json_object(line)
+        when = 0.0 if time is None else row[time]
+        return row[user], row[item], when, 0.0 if rating is None else row[rating]
+
+    return Parsed(text_blocks(source), parse, JsonLines(*columns))
 
 
 @dataclass(frozen=True)

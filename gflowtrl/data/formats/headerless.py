@@ -3,7 +3,7 @@
 import csv
 from collections.abc import Callable, Iterable, Sequence
 
-from .format import Columns, Parsed, Table, reads_as
+from .format import Columns, Parsed, Request, Table, reads_as
 from .log import parse_time
 from .source import Source
 
@@ -23,11 +23,11 @@ def headerless_interactions(
         ValueError: if a column is not in `names`, no delimiter splits the first line into as many fields, or the first
             line is a header.
     """
-    wanted = columns.user, columns.item, columns.time, columns.rating if rated else None
+    wanted = Request(columns, rated).own_names()
     table = _table(source, names, filter(None, wanted))
     numeric = (columns.time, parse_time), (columns.rating, float)
     parsers = {names.index(name): parse for name, parse in numeric if name in names}
-    return Parsed(source.csv_rows(_delimiter(source, names, parsers, option)), table.interactions(*wanted))
+    return table.interactions(source, _delimiter(source, names, parsers, option), wanted)
 
 
 def headerless_items(source: Source, names: Sequence[str], item: str) -> Parsed:

@@ -1,26 +1,31 @@
 """Interaction logs as three compact arrays: 16 bytes per interaction, plus each user and item id once."""
 
-from array import array
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import chain
+from itertools import chain, islice
+from operator import itemgetter
 from typing import Any, Literal
 
+import duckdb
 import numpy as np
+import pyarrow as pa
 
 from gflowtrl.catalog import Item
 
 from ..interactions import InteractionData, flatten
 from .format import Parsed
+from .plain import CLOSED, MOST_SECONDS, UNREADABLE, UnfinishedQuoteError, plain_rows
 from .source import MALFORMED, Source
 
 
 Duplicates = Literal["first", "last", "keep"]
 
-UNREADABLE = "\ufffd"  # replacement of bytes that cannot be decoded
-_MOST_SECONDS = 1e300
-_MOST_DIGITS = 18  # more digits may not fit into 64 bits
+_MEMORY = "1GiB"  # of DuckDB; more moves to the disk
+_BATCH_ROWS = 1 << 11  # of one thread at a time
+_BLOCK_ROWS = 1 << 17
+_SCHEMA = pa.schema({"number": pa.int64(), "user": pa.string(), "item": pa.string(), "time": pa.float64()})
 
 
 @dataclass
@@ -50,7 +55,7 @@ class InteractionLog:
         return {"interactions": len(self), "users": users, "items": items}
 
     def keep(self, chosen: np.ndarray) -> None:
-        """Keep the chosen interactions, bool (T,), of a sorted log."""
+        """Keep the chosen interactions, bool (T,) or indices."""
         self.users = self.users[chosen]
         self.items = self.items[chosen]
         self.times = self.times[chosen]
@@ -61,11 +66,11 @@ class InteractionLog:
         Returns:
             The share of adjacent interactions of a user that have the same time.
         """
-        order = np.lexsort((self.times, self.users))
-        self.users = self.users[order]
-        self.items = self.items[order]
-        self.times = times = self.times[order]
         adjacent = self.users[1:] == self.users[:-1]
+        if ((self.users[1:] < self.users[:-1]) | (adjacent & (self.times[1:] < self.times[:-1]))).any():
+            self.keep(np.lexsort((self.times, self.users)))
+            adjacent = self.users[1:] == self.users[:-1]
+        times = self.times
         tied = adjacent & (times[1:] == times[:-1])
         return float(tied.sum() / max(1, adjacent.sum()))
 
@@ -89,39 +94,156 @@ class InteractionLog:
 def read_log(files: Iterable[tuple[Source, Parsed]], min_rating: float | None) -> tuple[InteractionLog, int]:
     """Read the interactions of all files, except those rated below `min_rating`; return them and the number left out.
 
-    A file is taken from the iterator, and thus opened, after the file before it has been read.
+    The log is sorted as by `InteractionLog.sort_by_time`, its ids are sorted, too. A file is taken from the iterator,
+    and thus opened, after the file before it has been read.
     """
-    users, items, times = array("i"), array("i"), array("d")
-    user_numbers, item_numbers = _Numbers(), _Numbers()
-    below, paths = 0, []
-    for source, parsed in files:
-        line = None
-        for line, record in parsed.records:
-            try:
-                user, item, time, rating = parsed.parse(record)
-                if min_rating is not None and not float(rating) >= min_rating:
-                    below += 1
-                    continue
-                when, user_number, item_number = parse_time(time), user_numbers[user], item_numbers[item]
-            except MALFORMED as error:
-                source.reject(line, error)
-                continue
-            users.append(user_number)
-            items.append(item_number)
-            times.append(when)
-        source.finish(line)
-        paths.append(str(source.path))
-    if not users:
+    paths = []
+    with tempfile.TemporaryDirectory(prefix="gflowtrl-") as folder:
+        limits = {"temp_directory": folder, "memory_limit": _MEMORY}
+        with duckdb.connect(":memory:", config=CLOSED | limits) as database:
+            reader = _Reader(database, min_rating)
+            for source, parsed in files:
+                reader.read(source, parsed)
+                paths.append(str(source.path))
+            log = reader.log()
+    if not len(log):
         limit = "" if min_rating is None else f" with a rating of {min_rating:g} or more; choose a lower min_rating"
         raise ValueError(f"{', '.join(paths)}: there is no interaction{limit}.")
-    log = InteractionLog(
-        users=np.frombuffer(users, np.int32),
-        items=np.frombuffer(items, np.int32),
-        times=np.frombuffer(times, np.float64),
-        user_names=_typed(list(user_numbers)),
-        item_names=_typed(list(item_numbers)),
-    )
-    return log, below
+    return log, reader.below
+
+
+class _Reader:
+    """Collects the interactions of all files in a table of DuckDB, which moves to the disk if it becomes too large."""
+
+    def __init__(self, database: duckdb.DuckDBPyConnection, min_rating: float | None):
+        self.below = 0
+        self._database, self._min_rating, self._files = database, min_rating, 0
+        database.execute(
+            'CREATE TABLE log (file INTEGER, number BIGINT, "user" VARCHAR, item VARCHAR, "time" DOUBLE)'
+        )
+
+    def read(self, source: Source, parsed: Parsed) -> None:
+        """Read a file."""
+        self._files += 1
+        last = None
+        if parsed.plain is None:
+            last = self._read_records(source, parsed.parse, parsed.records)
+        else:
+            blocks = iter(parsed.records)
+            for block in blocks:
+                try:
+                    last = self._read_block(source, parsed, block) or last
+                except UnfinishedQuoteError:
+                    source.lines = block["number"][0].as_py() - 1
+                    lines = chain.from_iterable(part["line"].to_pylist() for part in chain([block], blocks))
+                    last = self._read_records(source, parsed.parse, parsed.plain.rest(lines=lines)) or last
+        source.finish(last)
+
+    def log(self) -> InteractionLog:
+        """Return all interactions."""
+        names = [self._name_table(column) for column in ("user", "item")]
+        found = self._database.sql(
+            'SELECT user_names.code AS users, item_names.code AS items, "time" AS times FROM log '
+            'JOIN user_names ON log."user" = user_names.name JOIN item_names ON log.item = item_names.name '
+            "ORDER BY users, times, file, number"
+        ).fetchnumpy()
+        return InteractionLog(found["users"], found["items"], found["times"], *names)
+
+    def _name_table(self, column: str) -> list[Item]:
+        """Number the ids of a column in their order, and return them: whole numbers if all are such."""
+        self._database.execute(f'CREATE TABLE {column}_names AS SELECT DISTINCT "{column}" AS name FROM log')
+        # "007" and "7" remain two ids; numbers of more digits may not fit into 64 bits.
+        numeric = f"SELECT bool_and(regexp_full_match(name, '0|[1-9][0-9]{{0,17}}')) FROM {column}_names"
+        kind = "name::BIGINT" if self._database.execute(numeric).fetchall()[0][0] else "name"
+        self._database.execute(
+            f"CREATE OR REPLACE TABLE {column}_names AS SELECT name, {kind} AS id, (row_number() OVER (ORDER BY {kind}) "
+            f"- 1)::INTEGER AS code FROM {column}_names"
+        )
+        ids = self._database.sql(f"SELECT id FROM {column}_names ORDER BY code")
+        return ids.to_arrow_table()["id"].to_pylist()
+
+    def _read_block(self, source: Source, parsed: Parsed, block: pa.Table) -> int | None:
+        """Read a block, and return the number of its last record, or None."""
+        self._database.register("block", pa.Table.from_batches(block.to_batches(_BATCH_ROWS), block.schema))
+        enough = "true" if self._min_rating is None else f"rating >= {self._min_rating!r} AND NOT isnan(rating)"
+        self._database.execute(
+            f"CREATE OR REPLACE TEMP TABLE found AS SELECT *, {enough} AS enough FROM ({plain_rows(parsed.plain, block)})"
+        )
+        count, enough, timed, last = self._database.execute(
+            "SELECT count(*), count(*) FILTER (enough), count(*) FILTER (enough AND seconds IS NOT NULL), max(number) "
+            "FROM found"
+        ).fetchall()[0]
+        records = []
+        if count < len(block):
+            others = np.ones(len(block), dtype=bool)
+            plain = self._database.sql("SELECT number FROM found").fetchnumpy()["number"]
+            others[plain - block["number"][0].as_py()] = False
+            records = list(parsed.plain.records(block.filter(pa.array(others))))
+        source.lines = block["number"][-1].as_py()
+        self.below += count - enough
+        self._database.execute(
+            f'INSERT INTO log SELECT {self._files}, number, "user", item, seconds FROM found WHERE enough AND seconds '
+            "IS NOT NULL"
+        )
+        if timed < enough:
+            parsed_text = self._database.execute(
+                'SELECT number, "user", item, "time" FROM found WHERE enough AND seconds IS NULL ORDER BY number'
+            )
+            records = self._with_times(parsed_text.fetchall(), records)
+        self._insert(self._parsed(source, parsed.parse, records))
+        return max((number for number in (last, *(number for number, _ in records[-1:])) if number), default=None)
+
+    def _with_times(self, rows: list[tuple], records: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
+        """Insert plain lines whose times are text, and return `records` with the errors of those that are invalid."""
+        known: dict[str, float | ValueError] = {}
+        for text in {text for *_, text in rows}:
+            try:
+                known[text] = parse_time(text)
+            except MALFORMED as error:
+                known[text] = ValueError(str(error))
+        valid = [(*row[:3], known[row[3]]) for row in rows if not isinstance(known[row[3]], ValueError)]
+        self._insert(valid)
+        wrong = [(row[0], known[row[3]]) for row in rows if isinstance(known[row[3]], ValueError)]
+        return sorted([*records, *wrong], key=itemgetter(0))
+
+    def _insert(self, rows: Iterable[tuple[int, str, str, float]]) -> int | None:
+        """Insert (line number, user, item, time); return the last line number, or None."""
+        number, rows = None, iter(rows)
+        while part := list(islice(rows, _BLOCK_ROWS)):
+            columns = dict(zip(("number", "user", "item", "time"), map(list, zip(*part, strict=True)), strict=True))
+            self._database.register("part", pa.table(columns, _SCHEMA))
+            self._database.execute(f"INSERT INTO log SELECT {self._files}, * FROM part")
+            number = part[-1][0]
+        return number
+
+    def _read_records(self, source: Source, parse: Callable[[Any], tuple], records: Iterable) -> int | None:
+        """Read all records, one at a time, and return the number of the last one, or None."""
+        last = None
+
+        def counted() -> Iterator[tuple[int, Any]]:
+            nonlocal last
+            for record in records:
+                last = record[0]
+                yield record
+
+        self._insert(self._parsed(source, parse, counted()))
+        return last
+
+    def _parsed(self, source: Source, parse: Callable[[Any], tuple], records: Iterable) -> Iterator[tuple]:
+        """Yield (number, user, item, time) of the records that count; errors among them are malformed."""
+        for number, record in records:
+            try:
+                if isinstance(record, ValueError):
+                    raise record
+                user, item, time, rating = parse(record)
+                if self._min_rating is not None and not float(rating) >= self._min_rating:
+                    self.below += 1
+                    continue
+                when, user, item = parse_time(time), identifier(user), identifier(item)
+            except MALFORMED as error:
+                source.reject(number, error)
+                continue
+            yield number, user, item, when
 
 
 def log_of(data: InteractionData) -> InteractionLog:
@@ -164,17 +286,6 @@ def identifier(value: Any) -> str:
     return name
 
 
-class _Numbers(dict):
-    """Map ids to consecutive indices, adding new ids. A whole number and its text are the same id."""
-
-    def __missing__(self, value: Any) -> int:
-        name = identifier(value)
-        if name is not value:  # strip() returns the same object if there is nothing to strip
-            return self[name]
-        self[name] = number = len(self)
-        return number
-
-
 def parse_time(time: Any) -> float:
     """Return a time as a number: the number itself, or the seconds of ISO 8601 text. Raise a ValueError otherwise."""
     try:
@@ -182,7 +293,7 @@ def parse_time(time: Any) -> float:
     except ValueError:
         when = _date(time)
         seconds = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
-    if not -_MOST_SECONDS < seconds < _MOST_SECONDS:
+    if not -MOST_SECONDS < seconds < MOST_SECONDS:
         raise ValueError(f"the time {time!r} is not a valid number")
     return seconds
 
@@ -192,14 +303,3 @@ def _date(time: Any) -> datetime:
         return datetime.fromisoformat(time.strip())
     except (TypeError, ValueError):
         raise ValueError(f"the time {time!r} is neither a number nor ISO 8601 text") from None
-
-
-def _typed(names: Sequence[str]) -> list[Item]:
-    """Convert ids to whole numbers if all are canonical decimal numbers ("007" and "7" remain two ids)."""
-    if all(_is_plain_number(name) for name in names):
-        return [int(name) for name in names]
-    return list(names)
-
-
-def _is_plain_number(name: str) -> bool:
-    return name.isascii() and name.isdecimal() and len(name) <= _MOST_DIGITS and (name[0] != "0" or name == "0")

@@ -1,6 +1,6 @@
 """MovieLens: `ratings.csv` and `movies.csv`, `ratings.dat` and `movies.dat`, or `u.data` and `u.item` of ml-100k."""
 
-from .format import Format, Header, Parsed, Request
+from .format import Format, Header, Parsed, Request, Table
 from .source import Source
 
 
@@ -13,40 +13,34 @@ _GENRES = (
 )
 # fmt: on
 _NO_GENRE = ("unknown", "(no genres listed)")
+#: `ratings.dat` and `u.data`, which have no header.
+_RATINGS = Table(("userId", "movieId", "rating", "timestamp"), wanted="instead of user, movie, rating and time")
 
 
 def _ratings(source: Source, request: Request) -> Parsed:
     head = source.peek()
+    names = request.names("userId", "movieId", "timestamp", "rating")
     if "::" in head:
-        return Parsed(_double_colon_rows(source), _rating)
+        return _RATINGS.interactions(source, "::", names, _encoding(source), quoted=False)
     if "\t" in head:
-        return Parsed(source.csv_rows("\t", _encoding(source), quoted=False), _rating)
-    rows = source.csv_rows(",")
-    names = "userId", "movieId", "timestamp", "rating"
-    return Parsed(rows, Header(source, rows, names).interactions(*names))
-
-
-def _rating(fields: list[str]) -> tuple:
-    if len(fields) != 4:
-        raise ValueError(f"{len(fields)} fields instead of user, movie, rating and time")
-    user, movie, rating, time = fields
-    return user, movie, time, rating
+        return _RATINGS.interactions(source, "\t", names, _encoding(source), quoted=False)
+    return Header(source, ",", (*names[:3], "rating")).interactions(source, ",", names)
 
 
 def _movies(source: Source, request: Request) -> Parsed:
     head = source.peek()
     if "::" in head:
-        return Parsed(_double_colon_rows(source), _movie)
+        rows = ((number, line.split("::")) for number, line in source.numbered_lines(_encoding(source)))
+        return Parsed(rows, _movie)
     if head.count("|") >= 23:
         return Parsed(source.csv_rows("|", _encoding(source), quoted=False), _flagged_movie)
-    rows = source.csv_rows(",")
-    parse = Header(source, rows, ("movieId", "title", "genres")).items("movieId")
+    parse = Header(source, ",", ("movieId", "title", "genres")).items("movieId")
 
     def movie(fields: list[str]) -> tuple:
         item, row = parse(fields)
         return _movie([item, row["title"], row["genres"]])
 
-    return Parsed(rows, movie)
+    return Parsed(source.csv_rows(","), movie)
 
 
 def _movie(fields: list[str]) -> tuple:
@@ -61,10 +55,6 @@ def _flagged_movie(fields: list[str]) -> tuple:
         raise ValueError(f"{len(fields)} fields instead of the {5 + len(_GENRES)} of u.item")
     genres = [genre for genre, flag in zip(_GENRES, fields[5:], strict=True) if flag == "1" and genre not in _NO_GENRE]
     return fields[0], {"title": fields[1], "categories": genres}
-
-
-def _double_colon_rows(source: Source):
-    return ((number, line.split("::")) for number, line in source.numbered_lines(_encoding(source)))
 
 
 def _encoding(source: Source) -> str:

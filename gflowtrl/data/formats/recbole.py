@@ -22,17 +22,15 @@ _ITEM = ("item_id", "product_id", "artist_id", "id")
 
 
 def _interactions(source: Source, request: Request) -> Parsed:
-    rows = source.csv_rows("\t", quoted=False)
     rating = "rating" if request.rated else None
-    header = Header(source, rows, filter(None, ("user_id", rating)), typed=True)
+    header = Header(source, "\t", filter(None, ("user_id", rating)), typed=True, quoted=False)
     item = _item_column(source, header)
     time = "timestamp" if "timestamp" in header.types else None  # optional in RecBole; None: the order of the file
-    return Parsed(rows, header.interactions("user_id", item, time, rating))
+    return header.interactions(source, "\t", ("user_id", item, time, rating), quoted=False)
 
 
 def _items(source: Source, request: Request) -> Parsed:
-    rows = source.csv_rows("\t", quoted=False)
-    header = Header(source, rows, (), typed=True)
+    header = Header(source, "\t", (), typed=True, quoted=False)
     parse = header.items(_item_column(source, header))
     names = {name: _NAMES[name] for name in header.names if name in _NAMES and _NAMES[name] not in header.names}
 
@@ -40,7 +38,7 @@ def _items(source: Source, request: Request) -> Parsed:
         key, row = parse(fields)
         return key, {names.get(name, name): _value(text, name, header.types[name]) for name, text in row.items()}
 
-    return Parsed(rows, item)
+    return Parsed(source.csv_rows("\t", quoted=False), item)
 
 
 def _item_column(source: Source, header: Header) -> str:

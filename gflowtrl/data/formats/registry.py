@@ -11,8 +11,9 @@ from ..readers import read_folder, read_letter
 from .amazon import AMAZON_2014, AMAZON_2018, AMAZON_2023
 from .cleaning import clean_features
 from .format import Request
-from .log import UNREADABLE, identifier
+from .log import identifier
 from .movielens import MOVIELENS
+from .plain import UNREADABLE
 from .preparation_report import Preparation
 from .recbole import RECBOLE
 from .s3rec import S3REC

@@ -1,26 +1,35 @@
-"""Sequential reading of a raw file: decompression, decoding, progress, and malformed lines."""
+"""Reading of a raw file in blocks of lines: decompression, decoding, progress, and malformed lines."""
 
 import codecs
 import csv
 import gzip
 import io
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from itertools import chain, islice
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
+import pyarrow as pa
 from tqdm.auto import tqdm
 
 
 #: Errors that a parser raises for a malformed line.
 MALFORMED = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, SyntaxError, RecursionError)
 
+T = TypeVar("T")
+MAX_LINE_BYTES = 1 << 28
+
 _NAMED_LINES = 5
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 24
+_RAW_BYTES = 1 << 20
 _HEAD_BYTES = 1 << 12
 _SWALLOWED_LINES = 20  # a quoted field with this many lines that all look like rows is not text
 _REASON_CHARACTERS = 500
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _UNPACK = "an archive or a file with unsupported compression", "Unpack it, or compress it with gzip."
 #: First bytes of files that are not text.
 _OTHERS = {
@@ -28,7 +37,6 @@ _OTHERS = {
     b"BZh": _UNPACK,
     b"\xfd7zXZ\0": _UNPACK,
     b"7z\xbc\xaf\x27\x1c": _UNPACK,
-    b"\x28\xb5\x2f\xfd": _UNPACK,  # zstandard
     b"PAR1": ("a parquet file", "Read it with format parquet."),
 }
 
@@ -37,11 +45,12 @@ class Source:
     """A raw file and its malformed lines.
 
     Args:
-        path: the file; gzip is detected from the content.
+        path: the file; gzip and zstandard are detected from the content.
         format: name of the format, for messages.
         expected: description of the expected content, for messages.
         max_malformed: maximum share of malformed lines, 0 to 1.
         encoding: text encoding; `None`: the encoding of the format, which is UTF-8 except for some MovieLens files.
+        max_line_bytes: maximum length of a line; longer ones raise an error.
 
     Attributes:
         lines: number of the last line that was read.
@@ -51,7 +60,13 @@ class Source:
     """
 
     def __init__(
-        self, path: str | Path, format: str, expected: str, max_malformed: float, encoding: str | None = None
+        self,
+        path: str | Path,
+        format: str,
+        expected: str,
+        max_malformed: float,
+        encoding: str | None = None,
+        max_line_bytes: int = MAX_LINE_BYTES,
     ):
         self.path = Path(path)
         if not self.path.is_file():
@@ -60,6 +75,7 @@ class Source:
         self.expected = expected
         self.max_malformed = max_malformed
         self.encoding = encoding and ("utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding)
+        self.max_line_bytes = max_line_bytes
         self.lines = 0
         self.first_line = 1
         self.malformed = 0
@@ -72,15 +88,15 @@ class Source:
 
     def peek_lines(self, count: int) -> list[str]:
         """Return the first nonblank lines, at most `count`, without their line ends."""
-        with self.path.open("rb") as raw, self._whole_gzip(), self._text(io.BufferedReader(raw), "utf-8-sig") as text:
+        with self._content("utf-8-sig") as (content, encoding):
+            text = io.TextIOWrapper(content, encoding, "replace", newline="\n")
             whole = (line for line in iter(lambda: text.readline(_BLOCK_BYTES), "") if line.strip())
             return [line.strip(" \r\n") for line in islice(whole, count)]
 
     def is_utf8(self) -> bool:
         """Return whether the whole file is valid UTF-8."""
         decoder = codecs.getincrementaldecoder("utf-8")()
-        with self.path.open("rb") as raw, self._whole_gzip():
-            content = _unpacked(raw)
+        with self._content("utf-8") as (content, _):
             try:
                 while block := content.read(_BLOCK_BYTES):
                     decoder.decode(block)
@@ -90,31 +106,55 @@ class Source:
         return True
 
     @contextmanager
-    def _whole_gzip(self) -> Iterator[None]:
-        try:
-            yield
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(
-                f"{self.path}: the gzip data is broken after line {self.lines} ({error}). Download the file again."
-            ) from None
+    def _content(self, encoding: str, show: bool = False) -> Iterator[tuple[io.BufferedIOBase, str]]:
+        """Open the file: its unpacked bytes and its encoding. Raise a ValueError if it obviously is not text."""
+        size = self.path.stat().st_size
+        with byte_bar(self.path.name, size) if show else nullcontext() as bar, _Counted(self.path, bar) as counted:
+            raw = io.BufferedReader(counted, _RAW_BYTES)
+            packed = raw.peek(len(_ZSTD))
+            try:
+                content = _unpacked(raw, packed)
+                problem = _no_text(content.peek(_HEAD_BYTES)[:_HEAD_BYTES], known_encoding=self.encoding is not None)
+                if problem:
+                    raise ValueError(f"{self.path} {problem} Format {self.format!r} reads {self.expected}.")
+                yield content, self.encoding or encoding
+            except (EOFError, gzip.BadGzipFile, zlib.error, pa.ArrowException, OSError) as error:
+                kind = {_GZIP: "gzip", _ZSTD: "zstandard"}.get(packed[:4] if packed[:4] == _ZSTD else packed[:2])
+                if kind is None:
+                    raise
+                raise ValueError(
+                    f"{self.path}: the {kind} data is broken after line {self.lines} ({error}). Download the file "
+                    "again."
+                ) from None
+
+    def blocks(self, encoding: str = "utf-8-sig") -> Iterator[tuple[int, pa.LargeStringArray]]:
+        """Yield (number of the first line, lines with their line ends) of the whole file, in blocks.
+
+        They are decoded with the encoding of the source, by default `encoding`. Invalid bytes become U+FFFD, which is
+        not allowed in ids.
+        """
+        number, rest, self._row_lines = 1, b"", 1
+        with self._content(encoding, show=True) as (content, encoding):
+            decoder = codecs.getincrementaldecoder(encoding)("replace")
+            while block := content.read(_BLOCK_BYTES):
+                rest += decoder.decode(block).encode()
+                end = rest.rfind(b"\n") + 1
+                if end:
+                    lines, rest = _lines(rest[:end]), rest[end:]
+                    yield number, lines
+                    number += len(lines)
+                elif len(rest) > self.max_line_bytes:
+                    raise ValueError(
+                        f"{self.path}, line {number} has more than {self.max_line_bytes:,} bytes. Check the file, or "
+                        "raise max_line_bytes."
+                    )
+            rest += decoder.decode(b"", final=True).encode()
+            if rest:
+                yield number, _lines(rest)
 
     def text_lines(self, encoding: str = "utf-8-sig") -> Iterator[str]:
-        """Yield all lines with their line ends, decoded with the encoding of the source, by default `encoding`.
-
-        Invalid bytes become U+FFFD, which is not allowed in ids.
-        """
-        with byte_bar(self.path.name, self.path.stat().st_size) as bar, _Counted(self.path, bar) as counted:
-            raw = io.BufferedReader(counted, _BLOCK_BYTES)
-            with self._whole_gzip(), self._text(raw, encoding) as text:
-                yield from text
-
-    def _text(self, raw: io.BufferedReader, encoding: str) -> io.TextIOWrapper:
-        """Open the file as text. Raise a ValueError if it obviously is not text."""
-        content = _unpacked(raw)
-        problem = _no_text(content.peek(_HEAD_BYTES)[:_HEAD_BYTES], known_encoding=self.encoding is not None)
-        if problem:
-            raise ValueError(f"{self.path} {problem} Format {self.format!r} reads {self.expected}.")
-        return io.TextIOWrapper(content, self.encoding or encoding, "replace", newline="\n")
+        """Yield all lines with their line ends, decoded as in `blocks`."""
+        return chain.from_iterable(lines.to_pylist() for _, lines in self.blocks(encoding))
 
     def numbered_lines(self, encoding: str = "utf-8-sig") -> Iterator[tuple[int, str]]:
         """Yield (number, line without its line end) of all nonblank lines."""
@@ -124,20 +164,30 @@ class Source:
             if line and not line.isspace():
                 yield number, line
 
-    def csv_rows(self, delimiter: str, encoding: str = "utf-8-sig", quoted: bool = True) -> Iterator:
-        """Yield (number of the last line, fields) of all nonblank rows, including the header.
+    def csv_rows(
+        self, delimiter: str, encoding: str = "utf-8-sig", quoted: bool = True, lines: Iterable[str] | None = None
+    ) -> Iterator[tuple[int, list[str]]]:
+        """Yield (number of the last line, fields) of all nonblank rows, without those before `first_line`.
 
         An unbalanced quote swallows the lines up to the next quote; all of them count as malformed.
+
+        Args:
+            delimiter: the sign between fields.
+            encoding: as in `blocks`.
+            quoted: whether fields may be in quotes.
+            lines: the lines that follow the `lines` that were read before; `None`: those of the whole file.
         """
-        quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-        rows = csv.reader(self.text_lines(encoding), delimiter=delimiter, quoting=quoting, strict=True)
+        if lines is None:
+            self.lines, lines = 0, self.text_lines(encoding)
+        before, quoting = self.lines, csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+        rows = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
         while True:
             try:
                 fields = next(rows, None)
             except csv.Error as error:  # the next call continues with the next line
-                self._reject_lines(rows.line_num, error)
+                self._reject_lines(before + rows.line_num, error)
                 continue
-            last = rows.line_num
+            last = before + rows.line_num
             if fields is None:
                 self.lines = last
                 return
@@ -146,7 +196,7 @@ class Source:
                 self._reject_lines(last, ValueError("the lines in quotes look like rows"))
                 continue
             self.lines = last
-            if len(fields) > 1 or (fields and fields[0].strip()):
+            if last >= self.first_line and (len(fields) > 1 or (fields and fields[0].strip())):
                 yield last, fields
 
     def _reject_lines(self, last: int, error: Exception) -> None:
@@ -234,10 +284,19 @@ def byte_bar(name: str, total: int | None, done: int = 0) -> tqdm:
     )
 
 
+def read_ahead(values: Iterator[T]) -> Iterator[T]:
+    """Yield all values; while one is used, a thread computes the next."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, values, None)
+        while (value := following.result()) is not None:
+            following = thread.submit(next, values, None)
+            yield value
+
+
 class _Counted(io.RawIOBase):
     """A file that updates a progress bar as it is read, in compressed bytes, so that the total is the file size."""
 
-    def __init__(self, path: Path, bar: tqdm):
+    def __init__(self, path: Path, bar: tqdm | None):
         self._file = path.open("rb", buffering=0)
         self._bar = bar
 
@@ -246,7 +305,8 @@ class _Counted(io.RawIOBase):
 
     def readinto(self, buffer) -> int:
         count = self._file.readinto(buffer)
-        self._bar.update(count)
+        if self._bar is not None:
+            self._bar.update(count)
         return count
 
     def close(self) -> None:
@@ -254,5 +314,17 @@ class _Counted(io.RawIOBase):
         super().close()
 
 
-def _unpacked(raw: io.BufferedReader) -> io.BufferedIOBase:
-    return gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+def _unpacked(raw: io.BufferedReader, head: bytes) -> io.BufferedIOBase:
+    """Return the unpacked content of a file that begins with `head`."""
+    if head.startswith(_GZIP):
+        return gzip.GzipFile(fileobj=raw)
+    return io.BufferedReader(pa.CompressedInputStream(raw, "zstd")) if head.startswith(_ZSTD) else raw
+
+
+def _lines(text: bytes) -> pa.LargeStringArray:
+    """Split text after its line ends, without a copy."""
+    ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n")) + 1
+    if not len(ends) or ends[-1] < len(text):
+        ends = np.append(ends, len(text))
+    offsets = np.concatenate([[0], ends]).astype(np.int64)
+    return pa.LargeStringArray.from_buffers(len(ends), pa.py_buffer(offsets), pa.py_buffer(text))

@@ -1,19 +1,22 @@
 """Your own tables with named columns (`csv`, `jsonl`, `parquet`)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..readers import json_object
-from .amazon import json_interactions
-from .format import Format, Header, Parsed, Request
+from .format import Format, Header, Parsed, Request, json_lines
 from .headerless import DELIMITERS, headerless_interactions, headerless_items
+from .plain import Typed
 from .source import Source
 
 
 _BATCH_ROWS = 1 << 14
+_BLOCK_ROWS = 1 << 18
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
@@ -21,18 +24,18 @@ def _csv_interactions(source: Source, request: Request) -> Parsed:
     columns = request.columns
     if columns.header is not None:
         return headerless_interactions(source, list(columns.header), columns, request.rated)
-    names = columns.user, columns.item, columns.time, columns.rating if request.rated else None
-    rows = _csv_rows(source, columns.item)
-    return Parsed(rows, Header(source, rows, filter(None, names)).interactions(*names))
+    names, delimiter = request.own_names(), _delimiter(source, columns.item)
+    return Header(source, delimiter, filter(None, names)).interactions(source, delimiter, names)
 
 
 def _csv_items(source: Source, request: Request) -> Parsed:
+    item = request.columns.item
     if request.columns.items_header is not None:
         names = list(request.columns.items_header)
-        return _titled(source, headerless_items(source, names, request.columns.item), request, names)
-    rows = _csv_rows(source, request.columns.item)
-    header = Header(source, rows, (request.columns.item,))
-    return _titled(source, Parsed(rows, header.items(request.columns.item)), request, header.names)
+        return _titled(source, headerless_items(source, names, item), request, names)
+    delimiter = _delimiter(source, item)
+    header = Header(source, delimiter, (item,))
+    return _titled(source, Parsed(source.csv_rows(delimiter), header.items(item)), request, header.names)
 
 
 def _titled(source: Source, items: Parsed, request: Request, names: list[str] | None) -> Parsed:
@@ -58,17 +61,15 @@ def _renaming(parse: Callable[..., tuple], title: str) -> Callable[..., tuple]:
     return parse_titled
 
 
-def _csv_rows(source: Source, item: str) -> Iterator[tuple[int, list[str]]]:
-    """Read rows with the delimiter that splits the header into columns that include the item column."""
+def _delimiter(source: Source, item: str) -> str:
+    """Return the delimiter that splits the header into columns that include the item column."""
     head = source.peek()
     fits = (sign for sign in DELIMITERS if item in [name.strip(' "') for name in head.split(sign)] and sign in head)
-    return source.csv_rows(next(fits, ","))
+    return next(fits, ",")
 
 
 def _json_interactions(source: Source, request: Request) -> Parsed:
-    columns = request.columns
-    parse = json_interactions(columns.user, columns.item, columns.time, columns.rating, request)
-    return Parsed(source.numbered_lines(), parse)
+    return json_lines(source, request.own_names())
 
 
 def _json_items(source: Source, request: Request) -> Parsed:
@@ -80,10 +81,21 @@ def _json_items(source: Source, request: Request) -> Parsed:
 
 
 def _parquet_interactions(source: Source, request: Request) -> Parsed:
-    columns = request.columns
-    names = [columns.user, columns.item, columns.time, columns.rating if request.rated else None]
+    names = request.own_names()
     file = _open_parquet(source, [name for name in names if name is not None])
-    return Parsed(_parquet_rows(source, file, names, columns.time), tuple)
+    return Parsed(_parquet_blocks(source, file, names), tuple, Typed())
+
+
+def _parquet_blocks(source: Source, file: pq.ParquetFile, names: Sequence[str | None]) -> Iterator[pa.Table]:
+    """Yield rows in blocks for `Typed`."""
+    needed = {key: name for key, name in zip(("user", "item", "time", "rating"), names, strict=True) if name}
+    number = 1
+    for batch in _batches(source, file, [*dict.fromkeys(needed.values())], _BLOCK_ROWS):
+        columns = {key: batch.column(name) for key, name in needed.items()}
+        if "time" in columns:
+            columns["time"] = _seconds(columns["time"])
+        yield pa.table({"number": np.arange(number, number + len(batch))} | columns)
+        number += len(batch)
 
 
 def _parquet_items(source: Source, request: Request) -> Parsed:
@@ -108,23 +120,22 @@ def _open_parquet(source: Source, needed: list[str]) -> pq.ParquetFile:
     return file
 
 
-def _parquet_rows(
-    source: Source, file: pq.ParquetFile, names: list[str | None], time: str | None = None
-) -> Iterator[tuple[int, tuple]]:
-    """Yield (row number, values in the order of `names`), with 0 for the name `None`."""
-    batches = file.iter_batches(_BATCH_ROWS, columns=[name for name in names if name is not None])
+def _parquet_rows(source: Source, file: pq.ParquetFile, names: list[str]) -> Iterator[tuple[int, tuple]]:
+    """Yield (row number, values in the order of `names`)."""
+    for batch in _batches(source, file, names, _BATCH_ROWS):
+        for row in zip(*(_python_values(batch.column(name)) for name in names), strict=True):
+            source.lines += 1
+            yield source.lines, row
+
+
+def _batches(source: Source, file: pq.ParquetFile, names: list[str], rows: int) -> Iterator[pa.RecordBatch]:
+    batches = file.iter_batches(rows, columns=names)
     while True:
         with _readable(source):
             batch = next(batches, None)
-            if batch is None:
-                return
-            values = [
-                [0.0] * len(batch) if name is None else _python_values(batch.column(name), name == time)
-                for name in names
-            ]
-        for row in zip(*values, strict=True):
-            source.lines += 1
-            yield source.lines, row
+        if batch is None:
+            return
+        yield batch
 
 
 @contextmanager
@@ -138,16 +149,19 @@ def _readable(source: Source) -> Iterator[None]:
         ) from None
 
 
-def _python_values(column: pa.Array, is_time: bool) -> list:
-    """Return the values of a column. Timestamps and dates become seconds if `is_time`, otherwise text."""
-    if not (pa.types.is_timestamp(column.type) or pa.types.is_date(column.type)):
-        return column.to_pylist()
-    if not is_time:
-        return column.cast(pa.string()).to_pylist()
+def _python_values(column: pa.Array) -> list:
+    """Return the values of a column, with timestamps and dates as text."""
+    is_time = pa.types.is_timestamp(column.type) or pa.types.is_date(column.type)
+    return (column.cast(pa.string()) if is_time else column).to_pylist()
+
+
+def _seconds(column: pa.Array) -> pa.Array:
+    """Convert timestamps and dates to seconds; return other columns as they are."""
     if pa.types.is_date(column.type):
         column = column.cast(pa.timestamp("ms"))
-    per_second = _PER_SECOND[column.type.unit]
-    return [None if time is None else time / per_second for time in column.cast(pa.int64()).to_pylist()]
+    if not pa.types.is_timestamp(column.type):
+        return column
+    return pc.divide(column.cast(pa.int64()).cast(pa.float64(), safe=False), float(_PER_SECOND[column.type.unit]))
 
 
 _FEATURES = "an item column (given in Columns, or with --item_column) and features in the other columns"

@@ -1,0 +1,170 @@
+"""Lines that SQL reads, compared with the parsers of the formats, which read the same files line by line."""
+
+import gzip
+import json
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gflowtrl.data import Columns
+from gflowtrl.data.formats import plain, source
+from gflowtrl.data.formats.format import Parsed, Request
+from gflowtrl.data.formats.log import read_log
+from gflowtrl.data.formats.plain import UnfinishedQuoteError
+from gflowtrl.data.formats.registry import STREAMED
+from gflowtrl.data.formats.source import Source
+
+
+_NOTHING = """SELECT 0::BIGINT AS number, '' AS "user", '' AS item, '' AS "time", 0::DOUBLE AS seconds, 0::DOUBLE AS
+rating WHERE false"""
+
+
+def by_line(monkeypatch):
+    """Let the parsers of the formats read all lines."""
+    for kind in (plain.JsonLines, plain.Delimited, plain.Typed):
+        monkeypatch.setattr(kind, "query", lambda self, block: _NOTHING)
+
+
+def read(path, format, columns=None, min_rating=None, max_malformed=1.0):
+    """Return all that is known of a file, or the message of its error."""
+    kind, request = STREAMED[format], Request(columns or Columns(), min_rating is not None)
+    file = Source(path, format, kind.expected, max_malformed)
+    try:
+        log, below = read_log([(file, kind.interactions(file, request))], min_rating)
+    except ValueError as error:
+        return str(error)
+    rows = zip(log.users.tolist(), log.items.tolist(), log.times.tolist(), strict=True)
+    found = [(log.user_names[user], log.item_names[item], repr(time)) for user, item, time in rows]
+    return found, below, file.lines, file.malformed, file.malformed_lines
+
+
+def check(path, *arguments, block_bytes=1 << 24, **options):
+    """Check that SQL and the parsers read the same from a file, and return it."""
+    with pytest.MonkeyPatch.context() as patch:
+        by_line(patch)
+        expected = read(path, *arguments, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source, "_BLOCK_BYTES", block_bytes)
+        assert read(path, *arguments, **options) == expected
+    return expected
+
+
+IDS = ["a", "b", "7", "07", "-3", " a ", "é", "\u3000a", "a b", "\x1ca", "", " ", "\ufffd", "a\x85", "12345678901234567890"]
+TIMES = ["1", "2.5", "1e3", " 4", "+5", "+-6", "1_0", "nan", "inf", "1e400", "", "2024-03-02", "2024-03-02T01:00:00Z", "x"]
+VALUES = [1, -0.0, 7, 5.0, 10**18, 10**20, True, None, [], {}, *IDS, *TIMES]
+BLOCKS = [32, 200, 1 << 24]
+values = st.sampled_from(VALUES)
+objects = st.fixed_dictionaries({}, optional={name: values for name in ("user_id", "item_id", "timestamp", "rating", "x")})
+raw_lines = st.sampled_from(
+    [
+        *('{"user_id": "a", "user_id": "b", "item_id": 1, "timestamp": 1, "rating": 4}',),
+        *('{"user\\u005fid": "b", "user_id": "a", "item_id": 1, "timestamp": 1, "rating": 4}',),
+        *('{"user_id": "a", "item_id": 1, "timestamp": 1, "rating": 4,}', '{"user_id": "a"', "[1]", "", "  ", "null"),
+        *(' {"user_id": "a", "item_id": 1, "timestamp": 1, "rating": 4} ', '{"user_id": "a\\n", "item_id": "\\ud800"}'),
+        *('{"x": {"user_id": "b"}, "user_id": "a", "item_id": "/", "timestamp": NaN, "rating": Infinity}',),
+        *('{"x": "\\"user_id\\": 3, ", "user_id": "a", "item_id": "z", "timestamp": "7", "rating": "4"}', "{} {}"),
+        *('{"user_id": -0, "item_id": 0.0, "timestamp": -1, "rating": 4}', '{"user_id": 01, "item_id": 1}'),
+    ]
+)
+json_lines = st.lists(st.one_of(objects.map(json.dumps), objects.map(lambda row: json.dumps(row, ensure_ascii=False)), raw_lines))
+
+
+@settings(max_examples=80, deadline=None)
+@given(json_lines, st.sampled_from([None, 4]), st.sampled_from(BLOCKS), st.sampled_from(["\n", "\r\n"]))
+def test_json_lines(tmp_path_factory, lines, min_rating, block_bytes, end):
+    path = tmp_path_factory.mktemp("json") / "log.jsonl"
+    good = json.dumps({"user_id": "u", "item_id": "i", "timestamp": 1, "rating": 5})
+    path.write_bytes("".join(f"{line}{end}" for line in [good, *lines]).encode("utf-8", "surrogatepass"))
+    check(path, "jsonl", block_bytes=block_bytes, min_rating=min_rating)
+
+
+fields = st.one_of(st.sampled_from([*IDS, *TIMES]), st.text('",a1 \r', max_size=4))
+csv_lines = st.lists(st.one_of(st.lists(fields, min_size=3, max_size=5).map(",".join), st.text('",a1\r ', max_size=12)))
+
+
+@settings(max_examples=80, deadline=None)
+@given(csv_lines, st.sampled_from([None, 4]), st.sampled_from(BLOCKS), st.sampled_from(["csv", "headerless", "quoted"]))
+def test_delimited_lines(tmp_path_factory, lines, min_rating, block_bytes, kind):
+    path = tmp_path_factory.mktemp("csv") / "log.csv"
+    names = ["user_id", "item_id", "timestamp", "rating"]
+    if kind == "quoted":
+        lines = [",".join(f'"{field}"' for field in line.replace('"', "").split(",")) for line in lines]
+    head = [] if kind == "headerless" else [",".join(names)]
+    path.write_bytes("".join(f"{line}\n" for line in [*head, "u,i,1,5", *lines]).encode())
+    check(path, "csv", Columns(header=names if kind == "headerless" else None), min_rating, block_bytes=block_bytes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(fields, min_size=3, max_size=5)), st.sampled_from(["::", "\t"]), st.sampled_from(BLOCKS))
+def test_lines_without_quotes(tmp_path_factory, lines, sign, block_bytes):
+    path = tmp_path_factory.mktemp("dat") / "ratings.dat"
+    path.write_bytes("".join(f"{sign.join(line)}\n" for line in [["1", "2", "5", "3"], *lines]).encode())
+    check(path, "movielens", min_rating=3, block_bytes=block_bytes)
+
+
+def test_a_quote_over_several_blocks(tmp_path):
+    lines = [f"u{n},i{n},{n}," for n in range(40)]
+    lines[10], lines[30] = 'u10,i10,10,"begins', 'ends, here"'
+    path = tmp_path / "log.csv"
+    path.write_text("\n".join(["user_id,item_id,timestamp,note", *lines]) + "\n")
+    for block_bytes in (16, 100, 1 << 24):
+        found, _, count, malformed, _ = check(path, "csv", block_bytes=block_bytes)
+        assert len(found) == 40 - 20 and (count, malformed) == (41, 0) or malformed == 21
+
+
+NUMBERS = [pa.int8(), pa.uint16(), pa.int64(), pa.float32(), pa.float64(), pa.bool_(), pa.decimal128(24, 2)]
+
+
+@pytest.mark.parametrize("kind", [*NUMBERS, pa.string(), pa.large_string(), pa.binary()], ids=str)
+@pytest.mark.parametrize("column", ["user", "item", "time", "rating"])
+def test_columns_of_arrow(monkeypatch, kind, column):
+    """Each type in each column: SQL takes only what the parser takes, too."""
+    values = [1, 2, None, 5] if kind in NUMBERS else ["1", " x", None, "2024-03-01"]
+    if kind == pa.binary():
+        values = [b"1", b"x", None, b"y"]
+    if kind == pa.bool_():
+        values = [True, False, None, True]
+    names = ["a", "b", "c", "d"]
+    rows = {"user": names, "item": names, "time": [1.5, 2, 3, 4], "rating": [5, 5, 1, 5]}
+    cells = pa.array(values).cast(kind) if kind in NUMBERS else pa.array(values, kind)
+    table = pa.table({"number": range(1, 5), **rows, column: cells})
+
+    def result():
+        file = Source(__file__, "parquet", "rows", 1.0)
+        file.first_line = 0
+        try:
+            log, below = read_log([(file, Parsed([table], tuple, plain.Typed()))], 2)
+        except ValueError as error:
+            return str(error)
+        rows = log.users.tolist(), log.items.tolist(), log.times.tolist()
+        return log.user_names, log.item_names, rows, below, file.malformed_lines
+
+    found = result()
+    by_line(monkeypatch)
+    assert found == result()
+
+
+def test_dictionaries_of_arrow(tmp_path):
+    import pyarrow.parquet as pq
+
+    text = pa.array(["a", "b", "a"]).dictionary_encode()
+    pq.write_table(pa.table({"user_id": text, "item_id": text, "timestamp": text}), tmp_path / "log.parquet")
+    assert "line 1" in check(tmp_path / "log.parquet", "parquet")
+
+
+def test_lines_have_bounds(tmp_path):
+    path = tmp_path / "log.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"user_id": "' + b"a" * (1 << 20)))
+    file = Source(path, "jsonl", "lines", 1.0, max_line_bytes=1 << 18)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source, "_BLOCK_BYTES", 1 << 16)
+        with pytest.raises(ValueError, match=r"line 1 has more than 262,144 bytes.*raise max_line_bytes"):
+            list(file.blocks())
+
+
+def test_an_open_quote_ends_the_reading_by_line():
+    block = pa.table({"number": [1], "line": ['a,"b\n']})
+    with pytest.raises(UnfinishedQuoteError):
+        list(plain.Delimited(",", (0, 1, None, None), 2, 2, True, iter).records(block))
