@@ -11,6 +11,8 @@ from gflowtrl.catalog import Item
 from gflowtrl.catalog.items import ItemIndex
 from gflowtrl.checks import COUNT, check_number, check_text
 
+from .sequences import Sequences
+
 
 #: Levels of an `Event`, from the weakest to the strongest sign of preference.
 SHOWN, CLICKED, PURCHASED = 0, 1, 2
@@ -38,7 +40,7 @@ class InteractionData:
     Args:
         name: name of the data in tables and reports.
         users: unique user ids, all `int` or all `str`.
-        sequences: item sequence of each user, oldest first.
+        sequences: item sequence of each user, oldest first; a list of lists, or `Sequences`.
         items: the whole catalog, sorted, including items without interactions.
         item_features: item -> features (`{"title": ...}`); may be empty.
         semantic_ids: item -> tokens, or `None` if the items have no semantic ids yet. Reordered like `items`, so that
@@ -60,7 +62,7 @@ class InteractionData:
 
     name: str
     users: list[Item]
-    sequences: list[list[Item]]
+    sequences: Sequence[list[Item]]
     items: list[Item]
     item_features: dict[Item, dict[str, Any]] = field(default_factory=dict)
     semantic_ids: dict[Item, tuple[str, ...]] | None = None
@@ -68,7 +70,7 @@ class InteractionData:
     events: list[list[Event]] | None = None
     license: str | None = None
     source: str | None = None
-    times: list[list[float]] | None = None
+    times: Sequence[list[float]] | None = None
     exposed: dict[Item, Exposed] | None = None
     impressions: dict[Item, int] | None = None
 
@@ -78,8 +80,9 @@ class InteractionData:
         _check_unique(self.users, f"{self.name}: user")
         _check_unique(self.items, f"{self.name}: item")
         known = set(self.items)
-        for user, sequence in zip(self.users, self.sequences, strict=True):
-            self._check_known(user, "took", sequence, known)
+        if not (isinstance(self.sequences, Sequences) and self.sequences.names is self.items):
+            for user, sequence in zip(self.users, self.sequences, strict=True):
+                self._check_known(user, "took", sequence, known)
         for item, row in self.item_features.items():
             check_text(f"{self.name}: the title of item {item!r}", row.get("title"), optional=True)
         if self.semantic_ids is not None:
@@ -114,6 +117,11 @@ class InteractionData:
     def _check_times(self) -> None:
         if len(self.times) != len(self.users):
             raise ValueError(f"{self.name}: {len(self.users)} users but {len(self.times)} lists of times were given.")
+        if isinstance(self.times, Sequences) and isinstance(self.sequences, Sequences):
+            backwards = np.diff(self.times.values, prepend=-np.inf) < 0
+            backwards[self.times.offsets[:-1][self.times.lengths > 0]] = False
+            if np.array_equal(self.times.offsets, self.sequences.offsets) and not backwards.any():
+                return
         for user, sequence, times in zip(self.users, self.sequences, self.times, strict=True):
             if len(times) != len(sequence):
                 raise ValueError(f"{self.name}: user {user!r} has {len(sequence)} items but {len(times)} times.")
@@ -127,15 +135,15 @@ class InteractionData:
 
     @property
     def num_interactions(self) -> int:
-        return sum(map(len, self.sequences))
+        return int(lengths_of(self.sequences).sum())
 
     def summary(self) -> str:
         """Return one line for a log: sizes, sequence lengths, and whether the data is synthetic."""
-        lengths = [len(sequence) for sequence in self.sequences] or [0]
+        lengths = lengths_of(self.sequences) if len(self.sequences) else np.zeros(1, np.int64)
         kind = " (SYNTHETIC)" if self.synthetic else ""
         return (
             f"{self.name}{kind}: {len(self.users):,} users, {len(self.items):,} items, {self.num_interactions:,} "
-            f"interactions; {min(lengths)} to {max(lengths)} per user, median {np.median(lengths):.0f}"
+            f"interactions; {lengths.min()} to {lengths.max()} per user, median {np.median(lengths):.0f}"
         )
 
 
@@ -154,14 +162,17 @@ def k_core(data: InteractionData, k: int = 5) -> InteractionData:
     if not keep.any():
         raise ValueError(f"{data.name} has no {k}-core: no user or item is left. Choose a smaller k.")
 
-    items = [data.items[index] for index in np.unique(flat[keep])]
+    chosen, codes = np.unique(flat[keep], return_inverse=True)
+    items = [data.items[index] for index in chosen.tolist()]
     kept = set(items)
-    rows = np.unique(user_of[keep]).tolist()
+    lengths = np.bincount(user_of[keep], minlength=len(data.users))
+    rows = np.flatnonzero(lengths).tolist()
+    offsets = np.concatenate([[0], np.cumsum(lengths[rows])])
     return replace(
         data,
         users=[data.users[row] for row in rows],
-        sequences=[[item for item in data.sequences[row] if item in kept] for row in rows],
-        times=data.times and [times_of(data.sequences[row], data.times[row], kept) for row in rows],
+        sequences=Sequences(codes.astype(np.int32), offsets, items),
+        times=data.times and Sequences(flat_times(data.times)[keep], offsets),
         items=items,
         item_features={item: features for item, features in data.item_features.items() if item in kept},
         semantic_ids=None if data.semantic_ids is None else {item: data.semantic_ids[item] for item in items},
@@ -169,6 +180,11 @@ def k_core(data: InteractionData, k: int = 5) -> InteractionData:
         exposed=data.exposed and exposed_among(data.exposed, kept),
         impressions=data.impressions and impressions_among(data.impressions, kept),
     )
+
+
+def flat_times(times: Sequence[Sequence[float]]) -> np.ndarray:
+    """Concatenate the times of all users, `(T,)`."""
+    return times.values if isinstance(times, Sequences) else np.array(list(chain.from_iterable(times)))
 
 
 def times_of(sequence: Sequence[Item], times: Sequence[float], items: set[Item] | frozenset[Item]) -> list[float]:
@@ -205,17 +221,25 @@ def core_members(user_of: np.ndarray, item_of: np.ndarray, k: int) -> np.ndarray
 
 def flatten(sequences: Sequence[Sequence[Item]], items: Sequence[Item]) -> tuple[np.ndarray, np.ndarray]:
     """Concatenate sequences into item indices, int64 (T,), with the offset of each, int64 (len(sequences) + 1,)."""
+    if isinstance(sequences, Sequences) and sequences.names is not None:
+        codes = sequences.values
+        if sequences.names is not items:
+            index, used = ItemIndex(items), np.unique(codes)
+            places = np.zeros(len(sequences.names), np.int64)
+            places[used] = [index[sequences.names[code]] for code in used.tolist()]
+            codes = places[codes]
+        return codes.astype(np.int64), sequences.offsets
     offsets = np.cumsum([0, *map(len, sequences)], dtype=np.int64)
     index = ItemIndex(items)
     flat = np.fromiter((index[item] for item in chain.from_iterable(sequences)), np.int64, count=offsets[-1])
     return flat, offsets
 
 
-def ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """Concatenate `arange(start, stop)` over all pairs, without a loop."""
-    lengths = stops - starts
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
+def lengths_of(sequences: Sequence[Sequence[Any]]) -> np.ndarray:
+    """Return the length of each sequence, int64 `(len(sequences),)`."""
+    if isinstance(sequences, Sequences):
+        return sequences.lengths
+    return np.fromiter(map(len, sequences), np.int64, count=len(sequences))
 
 
 def _check_unique(values: Sequence[Item], what: str) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 from gflowtrl.catalog import Item
 from gflowtrl.checks import COUNT, check_number
 
-from .interactions import CLICKED, Event, InteractionData, flatten, ranges
+from .interactions import CLICKED, Event, InteractionData, flatten
+from .sequences import Sequences, ranges
 
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -42,7 +43,7 @@ class Splits:
     validation: Dataset
     test: Dataset
     items: list[Item]
-    train_sequences: list[list[Item]]
+    train_sequences: Sequence[list[Item]]
     item_counts: Tensor
     impression_counts: Tensor | None = None
 
@@ -96,10 +97,21 @@ def leave_one_out(data: InteractionData, max_history_items: int | None = None) -
     return Splits(
         **splits,
         items=data.items,
-        train_sequences=[sequence[:-2] for sequence in data.sequences],
+        train_sequences=beginnings(flat, offsets, np.maximum(offsets[1:] - 2, offsets[:-1]), data.items),
         item_counts=torch.from_numpy(counts),
         impression_counts=_impression_counts(data),
     )
+
+
+def beginnings(flat: np.ndarray, offsets: np.ndarray, stops: np.ndarray, items: list[Item]) -> Sequences[Item]:
+    """Return the beginnings of sequences.
+
+    Args:
+        flat, offsets: from `flatten`.
+        stops: where the beginnings end in `flat`, `(sequences,)`.
+        items: the catalog.
+    """
+    return Sequences(flat.astype(np.int32), offsets, items).parts(offsets[:-1], stops)
 
 
 def rows_of(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import chain
-
 import numpy as np
 import torch
 from datasets import Dataset
 
 from gflowtrl.checks import COUNT, POSITIVE_SHARE, check_number
 
-from .interactions import CLICKED, InteractionData, flatten
-from .splits import TEST, TRAIN, VALIDATION, Splits, count_users, rows_of
+from .interactions import CLICKED, InteractionData, flat_times, flatten
+from .splits import TEST, TRAIN, VALIDATION, Splits, beginnings, count_users, rows_of
 
 
 def has_clock(data: InteractionData) -> bool:
@@ -26,7 +24,7 @@ def interaction_times(data: InteractionData) -> np.ndarray:
         ValueError: the data have no times, or real events, whose sessions have none.
     """
     if data.events is None and data.times is not None:
-        return np.array(list(chain.from_iterable(data.times)), np.float64)
+        return flat_times(data.times).astype(np.float64)
     if has_clock(data):
         return np.array([event.session for log in data.events for event in log if event.level >= CLICKED], np.float64)
     if data.times is not None:
@@ -94,7 +92,7 @@ def temporal_split(
     return Splits(
         **splits,
         items=data.items,
-        train_sequences=[sequence[:end] for sequence, end in zip(data.sequences, ends.tolist(), strict=True)],
+        train_sequences=beginnings(flat, offsets, offsets[:-1] + ends, data.items),
         item_counts=torch.from_numpy(counts),
         impression_counts=None if data.events is None else count_users(data.items, shown),
     )

@@ -23,7 +23,8 @@ from torch import Tensor
 from gflowtrl.catalog import Item
 from gflowtrl.checks import COUNT, check_number
 
-from .interactions import ranges
+from .interactions import lengths_of
+from .sequences import ranges
 
 
 CHUNK = 50_000  # rows that are read at a time
@@ -181,7 +182,7 @@ def user_windows(sequences: Sequence[Sequence[Item]], max_items: int = 20) -> li
     a row of its own. A sequence that fits is one window. A longer one becomes overlapping windows, in which a target
     outside the first window sees at least `max_items // 2` items. Sequences with fewer than two items have no window.
     """
-    lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
+    lengths = lengths_of(sequences)
     counts = (lengths - 1).clip(min=0)  # targets per sequence
     row = np.repeat(np.arange(len(lengths)), counts)
     positions = ranges(np.ones_like(counts), counts + 1)

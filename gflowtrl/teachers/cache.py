@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,7 +16,13 @@ logger = logging.getLogger(__name__)
 
 def fingerprint(value: Any) -> str:
     """Return a hash of a JSON-serializable value (settings, sequences, items): sixteen hex digits."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_as_list).encode()).hexdigest()[:16]
+
+
+def _as_list(value: Any) -> list:
+    if not isinstance(value, Sequence):
+        raise TypeError(f"{type(value).__name__} cannot be a part of a fingerprint")
+    return list(value)
 
 
 def fit_cached(fit: Callable[[], TeacherModule], directory: str | Path, key: Any) -> TeacherModule:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain, islice
-from operator import itemgetter
+from operator import gt, itemgetter
 from typing import Any, Literal
 
 import duckdb
@@ -13,8 +13,10 @@ import numpy as np
 import pyarrow as pa
 
 from gflowtrl.catalog import Item
+from gflowtrl.catalog.items import ItemIndex
 
-from ..interactions import InteractionData, flatten
+from ..interactions import InteractionData, flat_times, flatten
+from ..sequences import Sequences
 from .format import Parsed
 from .plain import CLOSED, MOST_SECONDS, UNREADABLE, UnfinishedQuoteError, plain_rows
 from .source import MALFORMED, Source
@@ -250,29 +252,34 @@ def log_of(data: InteractionData) -> InteractionLog:
     """Convert the sequences of `data`, which are in chronological order, to a log."""
     items, offsets = flatten(data.sequences, data.items)
     users = np.repeat(np.arange(len(data.users)), np.diff(offsets))
-    times = np.zeros(len(items)) if data.times is None else np.array(list(chain.from_iterable(data.times)), np.float64)
+    times = np.zeros(len(items)) if data.times is None else flat_times(data.times).astype(np.float64)
     return InteractionLog(users, items, times, data.users, data.items)
 
 
-def sequences_of(log: InteractionLog) -> tuple[list[Item], list[list[Item]], list[list[float]]]:
-    """Return the users, sorted by id, their item sequences and their times, from a log sorted by user.
+def data_of(log: InteractionLog, name: str) -> InteractionData:
+    """Return the data of a log that is sorted by user. Users and items are sorted by their ids.
 
-    If all times are whole numbers, they are returned as such.
+    If all times are whole numbers, they are returned as such; if all are equal, there are none.
     """
     starts = np.flatnonzero(np.diff(log.users, prepend=-1))
-    stops = np.append(starts[1:], len(log))
-    name_of_item = log.item_names.__getitem__
-    whole = bool((np.abs(log.times) < 2**53).all() and (log.times == np.floor(log.times)).all())
-    times = log.times.astype(np.int64) if whole else log.times
-    by_user = {
-        log.user_names[log.users[start]]: (
-            list(map(name_of_item, log.items[start:stop].tolist())),
-            times[start:stop].tolist(),
-        )
-        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)
-    }
-    users = sorted(by_user)
-    return users, [by_user[user][0] for user in users], [by_user[user][1] for user in users]
+    users = [log.user_names[number] for number in log.users[starts].tolist()]
+    used = np.bincount(log.items, minlength=len(log.item_names)) > 0
+    names = [log.item_names[number] for number in np.flatnonzero(used).tolist()]
+    items = sorted(names)
+    places = ItemIndex(items)
+    codes = np.array([places[name] for name in names], np.int32)[(np.cumsum(used) - 1)[log.items]]
+    times = log.times
+    if (np.abs(times) < 2**53).all() and (times == np.floor(times)).all():
+        times = times.astype(np.int64)
+    offsets = np.append(starts, len(log))
+    sequences, kept_times = Sequences(codes, offsets, items), Sequences(times, offsets)
+    if any(map(gt, users, users[1:])):
+        order = sorted(range(len(users)), key=users.__getitem__)
+        users, sequences, kept_times = (
+            [users[row] for row in order], sequences.take(np.array(order)), kept_times.take(np.array(order))
+        )  # fmt: skip
+    has_times = bool(times.min() < times.max())
+    return InteractionData(name, users, sequences, items, times=kept_times if has_times else None)
 
 
 def identifier(value: Any) -> str:

@@ -13,7 +13,7 @@ from ..interactions import InteractionData, core_members, exposed_among, impress
 from ..readers import read_exposed, read_impressions, write_folder
 from .cleaning import clean_features
 from .format import Columns, Request
-from .log import Duplicates, InteractionLog, log_of, read_log, sequences_of
+from .log import Duplicates, InteractionLog, data_of, log_of, read_log
 from .output import check_target, new_folder
 from .preparation_report import Preparation
 from .registry import COMPLETE, RAW_FORMATS, STREAMED, Paths, find_files, read_complete, read_features
@@ -132,10 +132,7 @@ def _filter(log: InteractionLog, report: Preparation) -> None:
 
 def _filtered_data(log: InteractionLog, report: Preparation) -> InteractionData:
     _filter(log, report)
-    users, sequences, times = sequences_of(log)
-    items = sorted(log.item_names[number] for number in np.unique(log.items).tolist())
-    has_times = log.times.min() < log.times.max()  # without times, all are equal
-    return InteractionData(report.name, users, sequences, items, times=times if has_times else None)
+    return data_of(log, report.name)
 
 
 def _from_stream(sources: list[Source], request: Request, report: Preparation) -> InteractionData:
