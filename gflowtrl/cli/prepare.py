@@ -31,11 +31,17 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--name", help="name of the data in reports; by default the name of the folder")
     parser.add_argument("--license", metavar="TEXT", help="license of the data, in your own words")
     parser.add_argument("--source", metavar="TEXT", help="source of the data; known for downloads")
+    parser.add_argument("--parquet", action="store_true", help="write the sequences as Parquet, for millions of users")
+    parser.add_argument("--max_line_bytes", type=int, default=1 << 28, help="longer lines are an error")
     parser.add_argument("--overwrite", action="store_true", help="replace a data folder, but not its item tokenizer")
     for column, default in (("user", "user_id"), ("item", "item_id"), ("time", "timestamp"), ("rating", "rating")):
         parser.add_argument(f"--{column}_column", help=f"column name in csv, jsonl and parquet; by default {default}"
                             + ("; none: the file is in order of time" if column == "time" else ""))  # fmt: skip
     parser.add_argument("--title_column", help="the same for titles in the file of items; by default title")
+    parser.add_argument("--categories_column", help="the same for categories; by default categories")
+    parser.add_argument(
+        "--time_format", help="format of times, for example %%d.%%m.%%Y; by default numbers or ISO 8601"
+    )
     parser.add_argument("--header", nargs="+", metavar="COLUMN", help="column names of a csv file without a header")
     parser.add_argument("--items_header", nargs="+", metavar="COLUMN", help="the same for a csv file of items")
     return guarded(lambda: _prepare(parse(parser, arguments)))
@@ -79,8 +85,9 @@ def _columns(options: argparse.Namespace):
     """Return the `Columns` of the options that are set, or None."""
     from gflowtrl.data import Columns
 
-    names = {name: getattr(options, f"{name}_column") for name in ("user", "item", "time", "rating", "title")}
-    names |= {"header": options.header, "items_header": options.items_header}
+    kinds = ("user", "item", "time", "rating", "title", "categories")
+    names = {name: getattr(options, f"{name}_column") for name in kinds}
+    names |= {name: getattr(options, name) for name in ("header", "items_header", "time_format")}
     names = {name: value for name, value in names.items() if value is not None}
     if names.get("time") == "none":
         names["time"] = None

@@ -61,9 +61,10 @@ def _tokenize(options: argparse.Namespace) -> None:
 def _read(data_dir: str) -> Any:
     """Return the data without ids, because a reader refuses ids that do not cover all items."""
     from gflowtrl.data import read_interactions
+    from gflowtrl.data.readers import is_data_folder
 
     data = read_interactions(data_dir, with_ids=False)
-    if not Path(data_dir, "sequences.jsonl").is_file():
+    if not is_data_folder(data_dir):
         raise ValueError(
             f"{data_dir} is a LETTER triple, whose ids are not in {IDS_FILE}. Convert it to a data folder first: "
             f"gflowtrl prepare --format letter --interactions {data_dir} --k_core 0 --out DIR."

@@ -17,7 +17,7 @@ from .interactions import CLICKED, PURCHASED, SHOWN, Event, Exposed, Interaction
 from .new_items import hold_out_items
 from .order import GroupedEpochSampler, LengthGroupedEpochSampler
 from .prompts import BatchRows, GroupCollator, PromptEncoder, PromptFormat, TargetCollator, sft_dataset
-from .readers import read_exposed, read_folder, read_interactions, read_letter, write_folder
+from .readers import read_exposed, read_folder, read_interactions, read_letter
 from .splits import Splits, leave_one_out
 from .step import Step, check_column_names
 from .synthetic_shop import ShopTruth, SyntheticShop
@@ -25,6 +25,7 @@ from .temporal import has_clock, temporal_split
 from .text_prompts import TextPromptEncoder, text_sft_dataset
 from .tokenization import add_item_tokens, build_tokenizer, check_round_trip
 from .windows import RowWindows, Window, Windows, count_repeats, history_lengths, user_windows, window_starts
+from .writers import write_folder
 
 
 __all__ = [

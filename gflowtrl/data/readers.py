@@ -1,26 +1,31 @@
-"""Readers and writer of the folder format, and a reader of LETTER / APAO triples. docs/data.md describes both."""
+"""Reader of the folder format, and a reader of LETTER / APAO triples. docs/data.md describes both."""
 
-import io
 import json
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gflowtrl.catalog import Item
 from gflowtrl.checks import check_text, is_finite
 from gflowtrl.files import check_data_path, reading
 
-from .interactions import CLICKED, PURCHASED, SHOWN, Event, Exposed, InteractionData
+from .interactions import CLICKED, PURCHASED, SHOWN, Event, Exposed, InteractionData, flatten
+from .parquet import ITEMS_FILE, SEQUENCES_FILE, read_parquet_items, read_parquet_sequences
+from .sequences import Sequences
 
 
 def read_interactions(path: str | Path, with_ids: bool = True) -> InteractionData:
     """Read a data folder, detecting its format from its files.
 
     Args:
-        path: a folder with `sequences.jsonl` (see `read_folder`) or with `X.inter.json` (see `read_letter`).
+        path: a folder with `sequences.jsonl` or `sequences.parquet` (see `read_folder`), or with `X.inter.json` (see
+            `read_letter`).
         with_ids: whether to read semantic ids; False ignores them, even if they belong to other items.
 
     Raises:
@@ -28,7 +33,7 @@ def read_interactions(path: str | Path, with_ids: bool = True) -> InteractionDat
         ValueError: if a file is broken; the message names the file and the position.
     """
     path = Path(path)
-    if (path / "sequences.jsonl").is_file():
+    if is_data_folder(path):
         return read_folder(path, with_ids)
     if path.is_dir() and not any(path.glob("*.inter.json")):
         raise FileNotFoundError(f"{path} contains neither sequences.jsonl nor X.inter.json; see docs/data.md.")
@@ -36,12 +41,17 @@ def read_interactions(path: str | Path, with_ids: bool = True) -> InteractionDat
     return read_letter(path, with_ids)
 
 
+def is_data_folder(path: str | Path) -> bool:
+    """Return whether a folder holds sequences of users."""
+    return Path(path, "sequences.jsonl").is_file() or Path(path, SEQUENCES_FILE).exists()
+
+
 def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
     """Read the folder format.
 
-    `sequences.jsonl` is required. `items.jsonl`, `semantic_ids.json`, `events.jsonl`, `exposed.jsonl`,
-    `impressions.json` and `dataset.json` are read if they exist, the ids only if `with_ids` is set. The catalog is all
-    items in the first three files.
+    `sequences.jsonl` or `sequences.parquet` is required. `items.jsonl` or `items.parquet`, `semantic_ids.json`,
+    `events.jsonl`, `exposed.jsonl`, `impressions.json` and `dataset.json` are read if they exist, the ids only if
+    `with_ids` is set. The catalog is all items in the first three files.
 
     Raises:
         FileNotFoundError: if `path` or `sequences.jsonl` is missing.
@@ -49,40 +59,83 @@ def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
             names the file and the line, or the user or item.
     """
     path = Path(path)
-    file = _require(path / "sequences.jsonl")
-    by_user, times = {}, {}
-    for where, user, row in _rows(file, "user"):
-        by_user[user] = _items(row.get("items"), f"{where}: user {user!r}")
-        if "times" in row:
-            times[user] = _times(row["times"], len(by_user[user]), where)
-    if not by_user:
-        raise ValueError(f"{file} is empty. It needs one line per user.")
-    users, sequences = list(by_user), list(by_user.values())
-    file, features = path / "items.jsonl", {}
-    if file.is_file():
-        for where, item, row in _rows(file, "item"):
-            features[item] = {name: value for name, value in row.items() if name != "item"}
-            _check_features(features[item], where)
-    numeric_items = _all_numeric(chain(chain.from_iterable(sequences), features))
+    if (file := path / SEQUENCES_FILE).exists():
+        _only_one(file, path / "sequences.jsonl")
+        users, sequences, times = read_parquet_sequences(file)
+    else:
+        users, sequences, times = _read_sequences(_require(path / "sequences.jsonl"))
+    features = {}
+    for where, item, row in _item_rows(path):
+        features[item] = row
+        _check_features(row, where)
+    numeric_items = _all_numeric(chain(sequences.names, features))
     ids_file = path / "semantic_ids.json"
     semantic_ids = _read_semantic_ids(ids_file, numeric_items) if with_ids and ids_file.is_file() else None
     about = _read_about(path / "dataset.json")
     events = _read_events(path / "events.jsonl", users) if (path / "events.jsonl").is_file() else None
+    items = _all_items(sequences.names, features, semantic_ids)
+    if len(items) == len(sequences.names):
+        items = sequences.names
     return InteractionData(
         name=about.get("name") or path.resolve().name,
         users=users,
-        sequences=sequences,
-        items=_all_items(sequences, features, semantic_ids),
+        sequences=sequences if items is sequences.names else Sequences(*flatten(sequences, items), items),
+        items=items,
         item_features={item: row for item, row in features.items() if row},  # some lines name an item without features
         semantic_ids=semantic_ids,
         synthetic=bool(about.get("synthetic", False)),
         events=events,
         license=about.get("license"),
         source=about.get("source"),
-        times=list(times.values()) if len(times) == len(by_user) else None,  # a user may have been added without
+        times=times,
         exposed=read_exposed(path / "exposed.jsonl") if (path / "exposed.jsonl").is_file() else None,
         impressions=read_impressions(file, numeric_items) if (file := path / "impressions.json").is_file() else None,
     )
+
+
+def _only_one(file: Path, other: Path) -> None:
+    if other.is_file():
+        raise ValueError(f"{file} and {other} both exist. Remove the one that is out of date.")
+
+
+def _read_sequences(file: Path) -> tuple[list[Item], Sequences[Item], Sequences[float] | None]:
+    """Read users, items and, if all users have them, times from JSON lines."""
+    users: list[Item] = []
+    numbers: dict[Item, int] = {}
+    codes, ends, times, timed = array("i"), array("q", [0]), [], 0
+    for where, user, row in _rows(file, "user"):
+        items = _items(row.get("items"), f"{where}: user {user!r}")
+        users.append(user)
+        codes.extend([numbers.setdefault(item, len(numbers)) for item in items])
+        ends.append(len(codes))
+        if "times" in row:
+            timed += 1
+            times.append(np.array(_times(row["times"], len(items), where)))
+    if not users:
+        raise ValueError(f"{file} is empty. It needs one line per user.")
+    items = _all_items(numbers, {}, None)
+    places = np.empty(len(items), np.int32)
+    places[[numbers[item] for item in items]] = np.arange(len(items), dtype=np.int32)
+    offsets = np.array(ends)
+    sequences = Sequences(places[np.array(codes)], offsets, items)
+    # A user may have been added without times.
+    return users, sequences, Sequences(np.concatenate(times), offsets) if timed == len(users) else None
+
+
+def _item_rows(path: Path) -> Iterator[tuple[str, Item, dict[str, Any]]]:
+    """Yield (file and line, item, features) of the items that are described."""
+    file = path / ITEMS_FILE
+    if file.exists():
+        _only_one(file, path / "items.jsonl")
+        seen: set[Item] = set()
+        for where, item, row in read_parquet_items(file):
+            if item in seen:
+                raise ValueError(f"{where}: item {item!r} is on an earlier row already. Merge the two rows.")
+            seen.add(item)
+            yield where, item, row
+    elif (file := path / "items.jsonl").is_file():
+        for where, item, row in _rows(file, "item"):
+            yield where, item, {name: value for name, value in row.items() if name != "item"}
 
 
 def read_exposed(file: str | Path) -> dict[Item, Exposed]:
@@ -170,49 +223,13 @@ def read_letter(path: str | Path, with_ids: bool = True) -> InteractionData:
         name=path.name,
         users=users,
         sequences=sequences,
-        items=_all_items(sequences, features, semantic_ids),
+        items=_all_items(chain.from_iterable(sequences), features, semantic_ids),
         item_features=features,
         semantic_ids=semantic_ids,
     )
 
 
-def write_folder(data: InteractionData, path: str | Path) -> None:
-    """Write `data` in the folder format, so that `read_folder(path)` returns it again.
-
-    The folder is created if needed. Existing files of semantic ids, events, exposed items and impressions are removed
-    if `data` has none. A feature called `item` is left out, because the id is stored under that name.
-    """
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    rows = ({"user": user, "items": items} for user, items in zip(data.users, data.sequences, strict=True))
-    if data.times is not None:
-        rows = (row | {"times": times} for row, times in zip(rows, data.times, strict=True))
-    _write_lines(path / "sequences.jsonl", rows)
-    rows = ({"item": item} | data.item_features.get(item, {}) | {"item": item} for item in data.items)
-    _write_lines(path / "items.jsonl", rows)
-    about = {"name": data.name, "synthetic": data.synthetic}
-    about |= {key: text for key in ("license", "source") if (text := getattr(data, key)) is not None}
-    (path / "dataset.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
-    for name in ("semantic_ids.json", "events.jsonl", "exposed.jsonl", "impressions.json"):
-        (path / name).unlink(missing_ok=True)
-    if data.semantic_ids is not None:
-        ids = {str(item): tokens for item, tokens in data.semantic_ids.items()}
-        (path / "semantic_ids.json").write_text(json.dumps(ids) + "\n", encoding="utf-8")
-    if data.events is not None:
-        keys = ("sessions", "items", "levels")
-        rows = (
-            {"user": user} | {key: [event[column] for event in log] for column, key in enumerate(keys)}
-            for user, log in zip(data.users, data.events, strict=True)
-        )
-        _write_lines(path / "events.jsonl", rows)
-    if data.exposed is not None:
-        rows = ({"user": user, "items": items, "liked": liked} for user, (items, liked) in data.exposed.items())
-        _write_lines(path / "exposed.jsonl", rows)
-    if data.impressions is not None:
-        counts = {str(item): count for item, count in data.impressions.items()}
-        (path / "impressions.json").write_text(json.dumps(counts) + "\n", encoding="utf-8")
-
-
+_TEXT_CHARACTERS = 1 << 22  # that are read at a time
 _MIN_ID, _MAX_ID = -(2**63), 2**63 - 1  # range of the int64 columns of the splits
 
 
@@ -225,7 +242,7 @@ def _require(file: Path) -> Path:
 def _rows(file: Path, key: str) -> Iterator[tuple[str, Item, dict[str, Any]]]:
     """Yield (file and line, id under `key`, object) of each object in a JSON Lines file. Ids must be unique."""
     seen: set[Item] = set()
-    for number, line in enumerate(io.StringIO(_read_text(file)), 1):
+    for number, line in enumerate(_text_lines(file), 1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"
@@ -296,8 +313,17 @@ def _check_features(features: dict[str, Any], where: str) -> None:
 
 
 def _read_text(file: Path) -> str:
-    with reading(file, "uncompressed UTF-8 text"):
-        return file.read_text(encoding="utf-8-sig")
+    return "".join(_text_lines(file))
+
+
+def _text_lines(file: Path) -> Iterator[str]:
+    with file.open(encoding="utf-8-sig") as text:
+        while True:
+            with reading(file, "uncompressed UTF-8 text"):
+                lines = text.readlines(_TEXT_CHARACTERS)
+            if not lines:
+                return
+            yield from lines
 
 
 def json_object(text: str, decode: Callable[[str], Any] = json.loads) -> dict[str, Any]:
@@ -406,13 +432,8 @@ def _is_int64(text: str) -> bool:
     return text.removeprefix("-").isdecimal() and len(text) <= 20 and _MIN_ID <= int(text) <= _MAX_ID
 
 
-def _all_items(sequences: list[list[Item]], features: dict, semantic_ids: dict | None) -> list[Item]:
-    items = {*chain.from_iterable(sequences), *features, *(semantic_ids or ())}
+def _all_items(taken: Iterable[Item], features: dict, semantic_ids: dict | None) -> list[Item]:
+    items = {*taken, *features, *(semantic_ids or ())}
     if len({type(item) for item in items}) > 1:
         raise ValueError("Items must be all whole numbers or all strings, but the data contains both.")
     return sorted(items)
-
-
-def _write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with file.open("w", encoding="utf-8") as out:
-        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

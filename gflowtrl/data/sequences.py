@@ -22,7 +22,7 @@ class Sequences(Sequence[list[T]]):
     Args:
         values: the concatenated lists `(T,)`: positions in `names`, or the values themselves.
         offsets: where each list begins in `values`, and the end of the last one, `(lists + 1,)`.
-        names: what the values stand for, for example the items of a catalog; `None`: numbers that stand for themselves.
+        names: what the values stand for, for example the items of a catalog; `None`: the values are the elements.
     """
 
     def __init__(self, values: np.ndarray, offsets: np.ndarray, names: Sequence[T] | None = None):

@@ -179,7 +179,7 @@ class Transitions(TeacherModule):
         """
         cls.check_options(window=window, smoothing=smoothing, **config)
         teacher = cls(items, **config)
-        flat, starts = flatten(train_sequences, teacher.items)
+        flat, starts = flatten(list(train_sequences), teacher.items)
         user = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
         size = len(teacher.items)
         counts = sp.csr_array((size, size))

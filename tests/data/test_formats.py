@@ -278,7 +278,7 @@ def test_the_folder_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
     prepare("csv", path, out=out, k_core=2, overwrite=True)
     assert len(read_folder(out).users) == 2
 
-    def broken(data, folder):
+    def broken(data, folder, parquet):
         (folder / "half").touch()
         raise OSError("disk full")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,9 +27,13 @@ class Columns:
         header: for a `csv` of interactions without a header line: the names of its columns, in order.
         items_header: the same for a `csv` of items.
         title: column of the item titles, which becomes the feature `title`.
+        categories: column of the item categories, which becomes the feature `categories`.
+        time_format: format of times that are neither numbers nor ISO 8601 text, as for `datetime.strptime`
+            (`"%d.%m.%Y %H:%M"`); times without a zone are UTC.
 
     Raises:
-        ValueError: if a header is a string instead of a list of names, or names a column twice.
+        ValueError: if a header is a string instead of a list of names, or names a column twice, or the format of times
+            is invalid.
     """
 
     user: str = "user_id"
@@ -38,8 +43,20 @@ class Columns:
     header: Sequence[str] | None = None
     items_header: Sequence[str] | None = None
     title: str = "title"
+    categories: str = "categories"
+    time_format: str | None = None
 
     def __post_init__(self):
+        if self.time_format is not None:
+            now = datetime.now(UTC)
+            try:
+                valid = "%" in self.time_format and now.strptime(now.strftime(self.time_format), self.time_format)
+            except ValueError:
+                valid = False
+            if not valid:
+                raise ValueError(f"time_format is {self.time_format!r}; give codes of strptime, such as %Y-%m-%d.")
+            if self.time is None:
+                raise ValueError("time_format is given, but there is no column of times. Leave one of both out.")
         for name in ("header", "items_header"):
             given = getattr(self, name)
             if given is not None and (isinstance(given, str) or len(given) < 2 or len(set(given)) < len(given)):
@@ -55,11 +72,13 @@ class Parsed(NamedTuple):
         records: (line number, record) of each record; with `plain`, blocks as described there.
         parse: the parser.
         plain: reader of many records at once, for interactions.
+        time_format: format of times, see `Columns`.
     """
 
     records: Iterable[Any]
     parse: Callable[[Any], tuple]
     plain: Plain | None = None
+    time_format: str | None = None
 
 
 class Request(NamedTuple):
@@ -232,6 +251,7 @@ class Format:
         own_columns: whether `Columns` is supported.
         files: patterns of the interactions file in a folder; the first pattern with a match is used.
         item_files: patterns of the items file in that folder.
+        parts: endings of the names of the files that a folder stands for.
         items_beside: function from an interactions file to its items file in the same folder, or `None`.
     """
 
@@ -243,4 +263,5 @@ class Format:
     own_columns: bool = False
     files: tuple[str, ...] = ()
     item_files: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
     items_beside: Callable[[Path], Path | None] = lambda path: None

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from itertools import chain, islice
 from operator import gt, itemgetter
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from .source import MALFORMED, Source
 
 Duplicates = Literal["first", "last", "keep"]
 
-_MEMORY = "1GiB"  # of DuckDB; more moves to the disk
+_MEMORY = "768MiB"  # of DuckDB; more moves to the disk
 _BATCH_ROWS = 1 << 11  # of one thread at a time
 _BLOCK_ROWS = 1 << 17
 _SCHEMA = pa.schema({"number": pa.int64(), "user": pa.string(), "item": pa.string(), "time": pa.float64()})
@@ -120,13 +121,13 @@ class _Reader:
     def __init__(self, database: duckdb.DuckDBPyConnection, min_rating: float | None):
         self.below = 0
         self._database, self._min_rating, self._files = database, min_rating, 0
-        database.execute(
-            'CREATE TABLE log (file INTEGER, number BIGINT, "user" VARCHAR, item VARCHAR, "time" DOUBLE)'
-        )
+        self._parse_time = parse_time
+        database.execute('CREATE TABLE log (file INTEGER, number BIGINT, "user" VARCHAR, item VARCHAR, "time" DOUBLE)')
 
     def read(self, source: Source, parsed: Parsed) -> None:
         """Read a file."""
         self._files += 1
+        self._parse_time = partial(parse_time, format=parsed.time_format)
         last = None
         if parsed.plain is None:
             last = self._read_records(source, parsed.parse, parsed.records)
@@ -158,8 +159,8 @@ class _Reader:
         numeric = f"SELECT bool_and(regexp_full_match(name, '0|[1-9][0-9]{{0,17}}')) FROM {column}_names"
         kind = "name::BIGINT" if self._database.execute(numeric).fetchall()[0][0] else "name"
         self._database.execute(
-            f"CREATE OR REPLACE TABLE {column}_names AS SELECT name, {kind} AS id, (row_number() OVER (ORDER BY {kind}) "
-            f"- 1)::INTEGER AS code FROM {column}_names"
+            f"CREATE OR REPLACE TABLE {column}_names AS SELECT name, {kind} AS id, "
+            f"(row_number() OVER (ORDER BY {kind}) - 1)::INTEGER AS code FROM {column}_names"
         )
         ids = self._database.sql(f"SELECT id FROM {column}_names ORDER BY code")
         return ids.to_arrow_table()["id"].to_pylist()
@@ -168,9 +169,8 @@ class _Reader:
         """Read a block, and return the number of its last record, or None."""
         self._database.register("block", pa.Table.from_batches(block.to_batches(_BATCH_ROWS), block.schema))
         enough = "true" if self._min_rating is None else f"rating >= {self._min_rating!r} AND NOT isnan(rating)"
-        self._database.execute(
-            f"CREATE OR REPLACE TEMP TABLE found AS SELECT *, {enough} AS enough FROM ({plain_rows(parsed.plain, block)})"
-        )
+        rows = plain_rows(parsed.plain, block, parsed.time_format is None)
+        self._database.execute(f"CREATE OR REPLACE TEMP TABLE found AS SELECT *, {enough} AS enough FROM ({rows})")
         count, enough, timed, last = self._database.execute(
             "SELECT count(*), count(*) FILTER (enough), count(*) FILTER (enough AND seconds IS NOT NULL), max(number) "
             "FROM found"
@@ -200,7 +200,7 @@ class _Reader:
         known: dict[str, float | ValueError] = {}
         for text in {text for *_, text in rows}:
             try:
-                known[text] = parse_time(text)
+                known[text] = self._parse_time(text)
             except MALFORMED as error:
                 known[text] = ValueError(str(error))
         valid = [(*row[:3], known[row[3]]) for row in rows if not isinstance(known[row[3]], ValueError)]
@@ -241,7 +241,7 @@ class _Reader:
                 if self._min_rating is not None and not float(rating) >= self._min_rating:
                     self.below += 1
                     continue
-                when, user, item = parse_time(time), identifier(user), identifier(item)
+                when, user, item = self._parse_time(time), identifier(user), identifier(item)
             except MALFORMED as error:
                 source.reject(number, error)
                 continue
@@ -259,7 +259,7 @@ def log_of(data: InteractionData) -> InteractionLog:
 def data_of(log: InteractionLog, name: str) -> InteractionData:
     """Return the data of a log that is sorted by user. Users and items are sorted by their ids.
 
-    If all times are whole numbers, they are returned as such; if all are equal, there are none.
+    If all times are whole numbers, they are returned as such; if all are equal, the data have no times.
     """
     starts = np.flatnonzero(np.diff(log.users, prepend=-1))
     users = [log.user_names[number] for number in log.users[starts].tolist()]
@@ -293,16 +293,25 @@ def identifier(value: Any) -> str:
     return name
 
 
-def parse_time(time: Any) -> float:
-    """Return a time as a number: the number itself, or the seconds of ISO 8601 text. Raise a ValueError otherwise."""
+def parse_time(time: Any, format: str | None = None) -> float:
+    """Return a time as a number: the number itself, or the seconds of text in ISO 8601 or a format of `strptime`.
+
+    Raises:
+        ValueError: it is no such time.
+    """
     try:
-        seconds = float(time)
+        seconds = _seconds(datetime.strptime(str(time).strip(), format)) if format else float(time)
     except ValueError:
-        when = _date(time)
-        seconds = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+        if format:
+            raise ValueError(f"the time {time!r} does not have the format {format!r}") from None
+        seconds = _seconds(_date(time))
     if not -MOST_SECONDS < seconds < MOST_SECONDS:
         raise ValueError(f"the time {time!r} is not a valid number")
     return seconds
+
+
+def _seconds(when: datetime) -> float:
+    return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
 
 
 def _date(time: Any) -> datetime:

@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..readers import is_data_folder
+
 
 def check_target(out: Path, overwrite: bool) -> None:
     """Check that writing to `out` destroys no existing files.
 
     Raises:
         FileExistsError: if `out` is a file, or a folder that is not empty, unless it is a data folder (one with
-            `sequences.jsonl`) and `overwrite` is set.
+            `sequences.jsonl`
+            or `sequences.parquet`) and `overwrite` is set.
     """
     if not out.exists():
         return
@@ -24,7 +27,7 @@ def check_target(out: Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"{out} is not empty. Choose another folder, or replace this one with overwrite=True (--overwrite)."
         )
-    if not (out / "sequences.jsonl").is_file():
+    if not is_data_folder(out):
         raise FileExistsError(f"{out} is not empty and not a data folder, so it is not replaced. Choose another.")
 
 

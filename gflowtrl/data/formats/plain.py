@@ -58,16 +58,22 @@ class Plain(ABC):
         raise NotImplementedError
 
 
-def plain_rows(plain: Plain, block: pa.Table) -> str:
+def plain_rows(plain: Plain, block: pa.Table, numbers: bool) -> str:
     """Return SQL that reads the plain lines of the table `block`.
 
     Its columns are number; user and item as text; seconds, the time, or NULL where it is not a number; time, the text
     of these; and rating.
+
+    Args:
+        plain: the reader.
+        block: the table.
+        numbers: whether times may be numbers; otherwise all are text.
     """
+    usable = f"coalesce(abs(seconds) < {MOST_SECONDS}, false)" if numbers else "false"
     return f"""
         SELECT number, "user", item, CASE WHEN usable THEN seconds END AS seconds, CASE WHEN NOT usable THEN "time" END
         AS "time", rating FROM (
-            SELECT *, coalesce(abs(seconds) < {MOST_SECONDS}, false) AS usable FROM ({plain.query(block)})
+            SELECT *, {usable} AS usable FROM ({plain.query(block)})
         ) WHERE regexp_full_match("user", '{_ID}') AND regexp_full_match(item, '{_ID}')
             AND (usable OR "time" IS NOT NULL) AND rating IS NOT NULL
     """

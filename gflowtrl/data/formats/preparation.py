@@ -5,25 +5,34 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
-import numpy as np
-
 from gflowtrl.checks import COUNT, SHARE, check_choice, check_number
 
 from ..interactions import InteractionData, core_members, exposed_among, impressions_among
-from ..readers import read_exposed, read_impressions, write_folder
+from ..readers import read_exposed, read_impressions
+from ..writers import write_folder
 from .cleaning import clean_features
 from .format import Columns, Request
 from .log import Duplicates, InteractionLog, data_of, log_of, read_log
 from .output import check_target, new_folder
 from .preparation_report import Preparation
-from .registry import COMPLETE, RAW_FORMATS, STREAMED, Paths, find_files, read_complete, read_features
-from .source import Source
+from .registry import (
+    COMPLETE,
+    RAW_FORMATS,
+    STREAMED,
+    Paths,
+    Tables,
+    find_files,
+    find_sources,
+    read_complete,
+    read_features,
+)
+from .source import MAX_LINE_BYTES, Source
 
 
 def prepare(
     format: str,
-    interactions: Paths,
-    items: Paths | None = None,
+    interactions: Paths | Tables,
+    items: Paths | Tables | None = None,
     out: str | Path | None = None,
     *,
     columns: Columns | None = None,
@@ -38,6 +47,8 @@ def prepare(
     name: str | None = None,
     license: str | None = None,
     source: str | None = None,
+    parquet: bool = False,
+    max_line_bytes: int = MAX_LINE_BYTES,
     overwrite: bool = False,
 ) -> tuple[InteractionData, Preparation]:
     """Read a raw dump, clean it, and write it as a folder for `read_folder`.
@@ -50,12 +61,14 @@ def prepare(
 
     Args:
         format: one of `RAW_FORMATS`.
-        interactions: the file, plain or gzipped, or several files that form one log (with times in one unit); for
-            `movielens` and `recbole` also the folder that contains both files; for `letter` and `folder` the path for
-            their readers.
-        items: the file of item features, or several files, or `None`.
+        interactions: the file, plain or packed with gzip or zstandard, or several files that form one log (with times
+            in one unit), also as a pattern (`"logs/*.jsonl.gz"`); for `csv`, `jsonl` and `parquet` also a folder of
+            such files, whose names may hold columns (`day=2024-05-01/`, Parquet only); for `movielens` and `recbole`
+            also the folder that contains both files; for `letter` and `folder` the path for their readers; for `table`
+            a DataFrame of pandas or polars, or a table of Arrow, or several.
+        items: the same for item features, or `None`.
         out: the folder to write, or `None` to write nothing. It is written completely or not at all.
-        columns: the columns of `csv`, `jsonl` and `parquet`; `None`: `Columns()`.
+        columns: the columns of `csv`, `jsonl`, `parquet` and `table`; `None`: `Columns()`.
         k_core: minimum number of interactions of each user and each item; `None`: no filter.
         min_rating: minimum rating that counts as an interaction; `None`: no filter.
         duplicates: which interaction of a user with the same item to keep: `"first"`, `"last"`, or `"keep"` for all.
@@ -69,6 +82,8 @@ def prepare(
         name: name of the data; by default the name of `out`, or of the (first) interactions file.
         license: terms of use as free text, stored in `dataset.json` like `source`. `None` keeps those of a `folder`.
         source: origin of the data as free text.
+        parquet: whether to write the sequences as Parquet, for logs of millions of users.
+        max_line_bytes: maximum length of a line of text; longer ones are an error.
         overwrite: whether a data folder at `out` may be replaced.
 
     Returns:
@@ -79,25 +94,28 @@ def prepare(
         FileExistsError: if `out` is not empty, and `overwrite` is not set or `out` is not a data folder.
         ValueError: for invalid arguments, a file in another format, too many malformed lines, or an empty result.
     """
-    _check_arguments(format, items, columns, k_core, min_rating, duplicates, max_malformed)
+    _check_arguments(format, items, columns, k_core, min_rating, duplicates, max_malformed, max_line_bytes)
     _check_text(format, encoding, max_description_characters)
     if out is not None:
         check_target(Path(out), overwrite)
-    logs, described = find_files(format, interactions, items)
+    if format in COMPLETE:
+        (path, *_), _ = find_files(format, interactions, items)
+        sources, of_items = [], []
+        paths = [path]
+    else:
+        options = {"max_malformed": max_malformed, "encoding": encoding, "max_line_bytes": max_line_bytes}
+        sources, of_items = find_sources(format, interactions, items, **options)
+        paths = [source.path for source in (*sources, *of_items)]
     report = Preparation(
-        name=name or (Path(out).resolve().name if out else logs[0].resolve().name.split(".")[0]),
+        name=name or (Path(out).resolve().name if out else paths[0].resolve().name.split(".")[0]),
         format=format,
-        files=[str(path) for path in (*logs, *described)],
+        files=list(map(str, paths)),
         settings={"k_core": k_core, "min_rating": min_rating, "duplicates": duplicates},
     )
     if format in COMPLETE:
-        data = _from_complete(read_complete(format, logs[0]), report, max_description_characters)
+        data = _from_complete(read_complete(format, paths[0]), report, max_description_characters)
     else:
         request = Request(columns or Columns(), rated=min_rating is not None)
-        kind = STREAMED[format]
-        sources = [Source(path, format, kind.expected, max_malformed, encoding) for path in logs]
-        # Created before the interactions are read, which may take hours, so that a missing file is an error now.
-        of_items = [Source(path, format, kind.expected_items, max_malformed, encoding) for path in described]
         data = _from_stream(sources, request, report)
         if of_items:
             data.item_features = read_features(of_items, request, data.items, report, max_description_characters)
@@ -109,7 +127,7 @@ def prepare(
     data.item_features = {item: row for item, row in data.item_features.items() if row}  # like read_folder
     if out is not None:
         with new_folder(Path(out), overwrite) as folder:
-            write_folder(data, folder)
+            write_folder(data, folder, parquet)
             (folder / "preparation.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
     return data, report
 
@@ -186,7 +204,7 @@ def _add_exposure(
             raise ValueError(f"No item of {file} is in the catalog, whose first item is {data.items[0]!r}.")
 
 
-def _check_arguments(format, items, columns, k_core, min_rating, duplicates, max_malformed) -> None:
+def _check_arguments(format, items, columns, k_core, min_rating, duplicates, max_malformed, max_line_bytes) -> None:
     if format not in RAW_FORMATS:
         raise ValueError(f"There is no format {format!r}. Choose one of {', '.join(RAW_FORMATS)}.")
     streamed = STREAMED.get(format)
@@ -194,8 +212,10 @@ def _check_arguments(format, items, columns, k_core, min_rating, duplicates, max
         raise ValueError(f"Format {format!r} has no items file, but items={str(items)!r} was given. Leave it out.")
     if columns is not None and not (streamed and streamed.own_columns):
         raise ValueError(f"The columns of format {format!r} are fixed. Leave `columns` out, or use csv or jsonl.")
-    if columns is not None and columns.title != "title" and items is None:
-        raise ValueError(f"The title column {columns.title!r} belongs to the items file. Give that file too.")
+    for name in ("title", "categories"):
+        if columns is not None and getattr(columns, name) != name and items is None:
+            given = getattr(columns, name)
+            raise ValueError(f"The {name} column {given!r} belongs to the items file. Give that file too.")
     if columns is not None and format != "csv" and (columns.header or columns.items_header):
         raise ValueError(f"A header can be given for format 'csv' only, but the format is {format!r}. Leave it out.")
     if min_rating is not None and not (streamed and streamed.has_ratings):
@@ -203,13 +223,14 @@ def _check_arguments(format, items, columns, k_core, min_rating, duplicates, max
     check_number("k_core", k_core, COUNT, optional=True)
     check_choice("duplicates", duplicates, get_args(Duplicates))
     check_number("max_malformed", max_malformed, SHARE)
+    check_number("max_line_bytes", max_line_bytes, COUNT)
 
 
 def _check_text(format: str, encoding: str | None, max_description_characters: int | None) -> None:
     check_number("max_description_characters", max_description_characters, COUNT, optional=True)
     if encoding is None:
         return
-    if format == "parquet" or format not in STREAMED:
+    if format in ("parquet", "table") or format not in STREAMED:
         raise ValueError(f"The text of format {format!r} is UTF-8, but encoding={encoding!r} was given. Leave it out.")
     try:
         "".encode(encoding)

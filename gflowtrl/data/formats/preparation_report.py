@@ -68,7 +68,9 @@ class Preparation:
             f"{self.malformed:,} of {self.lines:,} lines malformed",
             f"{self.below_min_rating:,} rated too low",
             f"{self.duplicates:,} duplicates",
-            f"{self.tied_share:.0%} of adjacent interactions at the same time",
+            f"{self.tied_share:.0%} of adjacent interactions at the same time"
+            if self.tied_share < 1
+            else "times are equal or missing, so interactions keep the order of the file",
             f"{self.items_without_metadata:,} items without metadata, {self.items_without_title:,} without a title",
         ]
         if self.exposed_users:
@@ -78,7 +80,7 @@ class Preparation:
             )
         if self.unreadable_items:
             notes.append(f"{self.unreadable_items:,} items with unreadable text, probably in another encoding")
-        own_columns = self.format in ("csv", "jsonl", "parquet") and self.item_lines > 0
+        own_columns = self.format in ("csv", "jsonl", "parquet", "table") and self.item_lines > 0
         if own_columns and self.items_without_title == self.steps[-1]["items"]:
             notes.append("no item has a title: give the title column with --title_column, or Columns(title=...)")
         return "\n".join([f"{self.name} ({self.format})", *steps, "; ".join(notes), *self.malformed_lines])

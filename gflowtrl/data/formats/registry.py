@@ -1,6 +1,8 @@
 """Registry of the raw formats by name, and functions that find and read their files."""
 
+import re
 from collections.abc import Iterable, Sequence
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from .preparation_report import Preparation
 from .recbole import RECBOLE
 from .s3rec import S3REC
 from .source import MALFORMED, Source
-from .tables import CSV, JSONL, PARQUET
+from .tables import CSV, JSONL, PARQUET, TABLE, as_table
 
 
 #: Formats whose files are streamed.
@@ -32,6 +34,7 @@ STREAMED = {
     "csv": CSV,
     "jsonl": JSONL,
     "parquet": PARQUET,
+    "table": TABLE,
 }
 
 #: Readers of formats that already contain sequences, features and semantic ids.
@@ -42,41 +45,104 @@ RAW_FORMATS = (*STREAMED, *COMPLETE)
 
 
 Paths = str | Path | Sequence[str | Path]
+Tables = Any  # a DataFrame of pandas or polars, a table of Arrow, or several
+_URL = re.compile(r"[a-zA-Z][\w+.-]+://")
 
 
 def find_files(format: str, interactions: Paths, items: Paths | None) -> tuple[list[Path], list[Path]]:
     """Find the files of interactions and items.
 
     If `interactions` is a folder (`movielens` and `recbole`), both are searched there. If the format defines the name
-    of the items file, it is searched next to the interactions. Given items take precedence over found ones.
+    of the items file, it is searched next to the interactions. Given items take precedence over found ones. A folder
+    of your own tables stands for all files of the format in it, a name with `*`, `?` or `[...]` for all files that it
+    matches, unless there is a file of this very name.
 
     Raises:
-        ValueError: if no file is given, a file is given twice, a folder contains several matching files, or several
-            paths are given for a complete format.
-        FileNotFoundError: if a folder contains no file of the format.
+        ValueError: if no file is given, a file is given twice, a folder contains several matching files, a path is a
+            URL, or several paths are given for a complete format.
+        FileNotFoundError: if a folder contains no file of the format, or nothing matches a pattern.
     """
     paths = _paths(interactions, "interactions")
     if format in COMPLETE:
         if len(paths) > 1:
             raise ValueError(f"Format {format!r} is read from one path, but {len(paths)} were given. Give one path.")
         return paths, []
+    kind = STREAMED[format]
     beside: list[Path] = []
     for place, path in enumerate(paths):
-        if path.is_dir():
+        if path.is_dir() and not kind.parts:
             paths[place] = _in_folder(path, format)
-            found = _first_that_is_there(path, STREAMED[format].item_files)
+            found = _first_that_is_there(path, kind.item_files)
         else:
-            found = STREAMED[format].items_beside(path)
+            found = kind.items_beside(path)
         if found is not None and found.is_file() and found not in beside:
             beside.append(found)
-    return _each_once(paths), beside if items is None else _each_once(_paths(items, "items"))
+    described = beside if items is None else _each_once(_in_parts(_paths(items, "items"), kind.parts))
+    return _each_once(_in_parts(paths, kind.parts)), described
+
+
+def find_sources(
+    format: str, interactions: Paths | Tables, items: Paths | Tables | None, **options: Any
+) -> tuple[list[Source], list[Source]]:
+    """Find the files or tables of interactions and items of a streamed format.
+
+    `options` are those of `Source`; errors are those of `find_files` and `as_table`.
+    """
+    kind = STREAMED[format]
+    expected = kind.expected, kind.expected_items
+    if format == "table":
+        found = [], []
+        for sources, given, word, content in zip(
+            found, (interactions, items), ("log", "items"), expected, strict=True
+        ):
+            for number, one in enumerate(given if isinstance(given, list | tuple) else [given] * (given is not None)):
+                name = f"table of {word}" if not isinstance(given, list | tuple) else f"table {number} of {word}"
+                sources.append(Source(name, format, content, table=as_table(one, name), **options))
+        return found
+    logs, described = find_files(format, interactions, items)
+    # All are created before the interactions are read, which may take hours, so that a missing file is an error now.
+    return (
+        [Source(path, format, expected[0], **options) for path in logs],
+        [Source(path, format, expected[1], **options) for path in described],
+    )
 
 
 def _paths(given: Paths, name: str) -> list[Path]:
-    paths = [Path(given)] if isinstance(given, str | Path) else list(map(Path, given))
+    paths: list[Path] = []
+    for one in [given] if isinstance(given, str | Path) else given:
+        if _URL.match(str(one)):
+            raise ValueError(f"{one} is a URL. Download the file first, and give its path.")
+        if Path(one).exists() or not set("*?[").intersection(str(one)):
+            paths.append(Path(one))
+            continue
+        found = sorted(path for path in glob(str(one), recursive=True) if not _is_hidden(Path(path)))
+        if not found:
+            raise FileNotFoundError(f"No file matches {one}. Check the pattern.")
+        paths += map(Path, found)
     if not paths:
         raise ValueError(f"No file of {name} was given. Give one or more.")
     return paths
+
+
+def _in_parts(paths: list[Path], endings: tuple[str, ...]) -> list[Path]:
+    """Replace folders by the files in them whose names have one of the endings, maybe packed."""
+    found: list[Path] = []
+    for path in paths:
+        if not (path.is_dir() and endings):
+            found.append(path)
+            continue
+        files = (file for file in path.rglob("*") if file.is_file() and not _is_hidden(file))
+        parts = [file for file in files if file.name.removesuffix(".gz").removesuffix(".zst").endswith(endings)]
+        if not parts:
+            wanted = ", *".join(endings)
+            raise FileNotFoundError(f"{path} is a folder without files named *{wanted}. Give the paths of the files.")
+        found += sorted(parts)
+    return found
+
+
+def _is_hidden(path: Path) -> bool:
+    """Return whether a file is hidden or, like `_SUCCESS`, one that clusters write beside the data."""
+    return path.name.startswith((".", "_"))
 
 
 def _each_once(paths: list[Path]) -> list[Path]:

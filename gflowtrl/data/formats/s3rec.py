@@ -18,6 +18,9 @@ def _interactions(source: Source, request: Request) -> Parsed:
 
 def _sequences(source: Source) -> Iterator[tuple[int, tuple[str, str]]]:
     for number, line in source.numbered_lines():
+        if (tabs := line.count("\t")) > 1:
+            source.reject(number, ValueError(f"{tabs + 1} columns separated by tabs, as in a table of interactions"))
+            continue
         user, *items = line.split()
         if not items:
             source.reject(number, ValueError(f"user {user!r} has no items"))

@@ -51,6 +51,7 @@ class Source:
         max_malformed: maximum share of malformed lines, 0 to 1.
         encoding: text encoding; `None`: the encoding of the format, which is UTF-8 except for some MovieLens files.
         max_line_bytes: maximum length of a line; longer ones raise an error.
+        table: the content, if it is a table in memory; `path` then is its name.
 
     Attributes:
         lines: number of the last line that was read.
@@ -67,9 +68,10 @@ class Source:
         max_malformed: float,
         encoding: str | None = None,
         max_line_bytes: int = MAX_LINE_BYTES,
+        table: pa.Table | None = None,
     ):
-        self.path = Path(path)
-        if not self.path.is_file():
+        self.path, self.table = Path(path), table
+        if table is None and not self.path.is_file():
             raise FileNotFoundError(f"{self.path} is not a file. Format {format!r} reads {expected}.")
         self.format = format
         self.expected = expected

@@ -1,7 +1,12 @@
-"""Your own tables with named columns (`csv`, `jsonl`, `parquet`)."""
+"""Your own tables with named columns (`csv`, `jsonl`, `parquet`, `table`)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -17,48 +22,52 @@ from .source import Source
 
 _BATCH_ROWS = 1 << 14
 _BLOCK_ROWS = 1 << 18
+_NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
 def _csv_interactions(source: Source, request: Request) -> Parsed:
-    columns = request.columns
+    columns, names = request.columns, request.own_names()
     if columns.header is not None:
-        return headerless_interactions(source, list(columns.header), columns, request.rated)
-    names, delimiter = request.own_names(), _delimiter(source, columns.item)
-    return Header(source, delimiter, filter(None, names)).interactions(source, delimiter, names)
+        return _timed(headerless_interactions(source, list(columns.header), columns, request.rated), request)
+    delimiter = _delimiter(source, columns.item)
+    return _timed(Header(source, delimiter, filter(None, names)).interactions(source, delimiter, names), request)
+
+
+def _timed(parsed: Parsed, request: Request) -> Parsed:
+    return parsed._replace(time_format=request.columns.time_format)
 
 
 def _csv_items(source: Source, request: Request) -> Parsed:
     item = request.columns.item
     if request.columns.items_header is not None:
         names = list(request.columns.items_header)
-        return _titled(source, headerless_items(source, names, item), request, names)
+        return _renamed(source, headerless_items(source, names, item), request, names)
     delimiter = _delimiter(source, item)
     header = Header(source, delimiter, (item,))
-    return _titled(source, Parsed(source.csv_rows(delimiter), header.items(item)), request, header.names)
+    return _renamed(source, Parsed(source.csv_rows(delimiter), header.items(item)), request, header.names)
 
 
-def _titled(source: Source, items: Parsed, request: Request, names: list[str] | None) -> Parsed:
-    """Rename the title column of items to `title`; `names` are the existing columns, if known."""
-    title = request.columns.title
-    if title == "title":
-        return items
-    if names is not None and title not in names:
+def _renamed(source: Source, items: Parsed, request: Request, names: list[str] | None) -> Parsed:
+    """Rename the columns of titles and categories; `names` are the existing columns, if known."""
+    columns = request.columns
+    new = {
+        name: feature
+        for feature, name in (("title", columns.title), ("categories", columns.categories))
+        if name != feature
+    }
+    if missing := [name for name in new if names is not None and name not in names]:
+        feature = new[missing[0]]
         raise ValueError(
-            f"{source.path} has no column {title!r} for titles; it has {', '.join(names)}. Give one of them as "
-            "Columns(title=...) or --title_column, or leave it out."
+            f"{source.path} has no column {missing[0]!r} for {feature.removesuffix('s')}s; it has {', '.join(names)}. "
+            f"Give one of them as Columns({feature}=...) or --{feature}_column, or leave it out."
         )
-    return Parsed(items.records, _renaming(items.parse, title))
 
+    def parse(record: Any) -> tuple:
+        item, row = items.parse(record)
+        return item, row | {feature: row.pop(name) for name, feature in new.items() if name in row}
 
-def _renaming(parse: Callable[..., tuple], title: str) -> Callable[..., tuple]:
-    def parse_titled(record) -> tuple:
-        item, row = parse(record)
-        if title in row:
-            row["title"] = row.pop(title)
-        return item, row
-
-    return parse_titled
+    return Parsed(items.records, parse) if new else items
 
 
 def _delimiter(source: Source, item: str) -> str:
@@ -69,7 +78,7 @@ def _delimiter(source: Source, item: str) -> str:
 
 
 def _json_interactions(source: Source, request: Request) -> Parsed:
-    return json_lines(source, request.own_names())
+    return _timed(json_lines(source, request.own_names()), request)
 
 
 def _json_items(source: Source, request: Request) -> Parsed:
@@ -77,21 +86,21 @@ def _json_items(source: Source, request: Request) -> Parsed:
         row = json_object(line)
         return row.pop(request.columns.item), row
 
-    return _titled(source, Parsed(source.numbered_lines(), parse), request, None)
+    return _renamed(source, Parsed(source.numbered_lines(), parse), request, None)
 
 
 def _parquet_interactions(source: Source, request: Request) -> Parsed:
     names = request.own_names()
-    file = _open_parquet(source, [name for name in names if name is not None])
-    return Parsed(_parquet_blocks(source, file, names), tuple, Typed())
+    rows = _Rows(source, [name for name in names if name is not None])
+    return _timed(Parsed(_parquet_blocks(rows, names), tuple, Typed()), request)
 
 
-def _parquet_blocks(source: Source, file: pq.ParquetFile, names: Sequence[str | None]) -> Iterator[pa.Table]:
+def _parquet_blocks(rows: _Rows, names: Sequence[str | None]) -> Iterator[pa.Table]:
     """Yield rows in blocks for `Typed`."""
     needed = {key: name for key, name in zip(("user", "item", "time", "rating"), names, strict=True) if name}
     number = 1
-    for batch in _batches(source, file, [*dict.fromkeys(needed.values())], _BLOCK_ROWS):
-        columns = {key: batch.column(name) for key, name in needed.items()}
+    for batch in rows.batches([*dict.fromkeys(needed.values())], _BLOCK_ROWS):
+        columns = {key: batch[name] for key, name in needed.items()}
         if "time" in columns:
             columns["time"] = _seconds(columns["time"])
         yield pa.table({"number": np.arange(number, number + len(batch))} | columns)
@@ -100,42 +109,89 @@ def _parquet_blocks(source: Source, file: pq.ParquetFile, names: Sequence[str | 
 
 def _parquet_items(source: Source, request: Request) -> Parsed:
     item = request.columns.item
-    file = _open_parquet(source, [item])
-    names = [item, *(name for name in file.schema_arrow.names if name != item)]
-    rows = _parquet_rows(source, file, names)
-    items = Parsed(rows, lambda row: (row[0], dict(zip(names[1:], row[1:], strict=True))))
-    return _titled(source, items, request, names)
+    table = _Rows(source, [item])
+    names = [item, *(name for name in table.names if name != item)]
+    records = _parquet_rows(source, table, names)
+    items = Parsed(records, lambda row: (row[0], dict(zip(names[1:], row[1:], strict=True))))
+    return _renamed(source, items, request, names)
 
 
-def _open_parquet(source: Source, needed: list[str]) -> pq.ParquetFile:
-    with _readable(source):
-        file = pq.ParquetFile(source.path)
-    missing = [name for name in needed if name not in file.schema_arrow.names]
-    if missing:
-        found = ", ".join(file.schema_arrow.names)
-        raise ValueError(
-            f"{source.path} lacks the columns {', '.join(missing)}; it has {found}. Give their names in Columns or "
-            "with --user_column, --item_column, --time_column and --rating_column."
-        )
-    return file
+class _Rows:
+    """The rows of a Parquet file, with the columns of its folders (`day=2024-05-01/part-0.parquet`), or of a table.
+
+    Raises:
+        ValueError: if the file is not readable, or lacks a needed column.
+    """
+
+    def __init__(self, source: Source, needed: list[str]):
+        self._source = source
+        if source.table is not None:
+            self._file, names, self._folders = None, source.table.column_names, {}
+        else:
+            with _readable(source):
+                self._file = pq.ParquetFile(source.path)
+            names, self._folders = self._file.schema_arrow.names, _folder_columns(source.path)
+        self.names = [*names, *(name for name in self._folders if name not in names)]
+        if missing := [name for name in needed if name not in self.names]:
+            raise ValueError(
+                f"{source.path} lacks the columns {', '.join(missing)}; it has {', '.join(self.names)}. Give their "
+                "names in Columns or with --user_column, --item_column, --time_column and --rating_column."
+            )
+        self._in_file = set(names)
+
+    def batches(self, names: list[str], rows: int) -> Iterator[pa.Table]:
+        """Yield tables of at most `rows` rows with these columns."""
+        inside = [name for name in names if name in self._in_file]
+        if self._file is None:
+            yield from (pa.Table.from_batches([batch]) for batch in self._source.table.select(names).to_batches(rows))
+            return
+        batches = self._file.iter_batches(rows, columns=inside)
+        while True:
+            with _readable(self._source):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            table = pa.Table.from_batches([batch])
+            for name in names:
+                if name not in self._in_file:
+                    table = table.append_column(name, pa.array([self._folders[name]] * len(batch), pa.string()))
+            yield table
 
 
-def _parquet_rows(source: Source, file: pq.ParquetFile, names: list[str]) -> Iterator[tuple[int, tuple]]:
+def as_table(value: Any, name: str) -> pa.Table:
+    """Convert a DataFrame (pandas, polars) or whatever Arrow can read to a table.
+
+    Raises:
+        ValueError: it is no table, or a column holds values of several types.
+    """
+    try:
+        if hasattr(value, "columns") and type(value).__module__.split(".")[0] == "pandas":
+            table = pa.Table.from_pandas(value, preserve_index=False)
+        elif isinstance(value, pa.Table | pa.RecordBatch) or hasattr(value, "__arrow_c_stream__"):
+            table = pa.table(value)
+        else:
+            raise ValueError(
+                f"The {name} is a {type(value).__name__}. Format 'table' takes DataFrames of pandas or polars and "
+                "tables of Arrow; files have their own formats."
+            )
+    except pa.ArrowException as error:
+        raise ValueError(f"The {name} is no table of Arrow: {' '.join(str(error).split())}") from None
+    views = [field.with_type(pa.large_string()) if field.type == pa.string_view() else field for field in table.schema]
+    return table.cast(pa.schema(views))
+
+
+def _folder_columns(path: Path) -> dict[str, str | None]:
+    """Return the columns that are in the names of a file's folders, as Hive, Spark and others write them."""
+    pairs = (part.partition("=") for part in path.parent.parts if "=" in part)
+    return {unquote(name): None if text == _NO_PARTITION else unquote(text) for name, _, text in pairs}
+
+
+def _parquet_rows(source: Source, table: _Rows, names: list[str]) -> Iterator[tuple[int, tuple]]:
     """Yield (row number, values in the order of `names`)."""
-    for batch in _batches(source, file, names, _BATCH_ROWS):
-        for row in zip(*(_python_values(batch.column(name)) for name in names), strict=True):
+    for batch in table.batches(names, _BATCH_ROWS):
+        for row in zip(*(_python_values(batch[name]) for name in names), strict=True):
             source.lines += 1
             yield source.lines, row
-
-
-def _batches(source: Source, file: pq.ParquetFile, names: list[str], rows: int) -> Iterator[pa.RecordBatch]:
-    batches = file.iter_batches(rows, columns=names)
-    while True:
-        with _readable(source):
-            batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch
 
 
 @contextmanager
@@ -149,13 +205,13 @@ def _readable(source: Source) -> Iterator[None]:
         ) from None
 
 
-def _python_values(column: pa.Array) -> list:
+def _python_values(column: pa.ChunkedArray) -> list:
     """Return the values of a column, with timestamps and dates as text."""
     is_time = pa.types.is_timestamp(column.type) or pa.types.is_date(column.type)
     return (column.cast(pa.string()) if is_time else column).to_pylist()
 
 
-def _seconds(column: pa.Array) -> pa.Array:
+def _seconds(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Convert timestamps and dates to seconds; return other columns as they are."""
     if pa.types.is_date(column.type):
         column = column.cast(pa.timestamp("ms"))
@@ -176,6 +232,7 @@ CSV = Format(
     _csv_items,
     f"a header, {_FEATURES}",
     own_columns=True,
+    parts=(".csv", ".tsv", ".txt"),
 )
 JSONL = Format(
     _json_interactions,
@@ -183,5 +240,7 @@ JSONL = Format(
     _json_items,
     f"one JSON object per line with {_FEATURES}",
     own_columns=True,
+    parts=(".jsonl", ".json", ".ndjson"),
 )
-PARQUET = Format(_parquet_interactions, _COLUMNS, _parquet_items, _FEATURES, own_columns=True)
+PARQUET = Format(_parquet_interactions, _COLUMNS, _parquet_items, _FEATURES, own_columns=True, parts=(".parquet",))
+TABLE = Format(_parquet_interactions, _COLUMNS, _parquet_items, _FEATURES, own_columns=True)

@@ -1,0 +1,138 @@
+"""Sequences and items in Parquet, as warehouses and clusters write them: `sequences.parquet` and `items.parquet`.
+
+Each is a file, or a folder of part files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from gflowtrl.catalog import Item
+from gflowtrl.files import reading, write_atomically
+
+from .interactions import InteractionData, flat_times, flatten
+from .sequences import Sequences
+
+
+SEQUENCES_FILE, ITEMS_FILE = "sequences.parquet", "items.parquet"
+
+
+def read_parquet_sequences(file: Path) -> tuple[list[Item], Sequences[Item], Sequences[float] | None]:
+    """Read the users, their items, oldest first, and their times if there is a column `times`.
+
+    Raises:
+        ValueError: the file is broken, lacks a column, or has a missing value or one of another type; the message
+            names the file and the row.
+    """
+    table = _read(file, ["user", "items"], ["times"])
+    users = _ids(file, table["user"], "user")
+    offsets, values = _lists(file, table["items"], "items")
+    if len(offsets) == 1 or (empty := np.flatnonzero(np.diff(offsets) == 0)).size:
+        raise ValueError(
+            f"{file} is empty. It needs one row per user."
+            if len(offsets) == 1
+            else f"{file}, row {empty[0] + 1} has no items. Give a list with at least one item."
+        )
+    if not pa.types.is_dictionary(values.type):
+        values = values.dictionary_encode()
+    names = _ids(file, values.dictionary, "item")
+    items = sorted(names)
+    index = {item: place for place, item in enumerate(items)}
+    codes = np.array([index[name] for name in names], np.int32)[values.indices.to_numpy()]
+    times = None
+    if "times" in table.column_names:
+        begins, moments = _lists(file, table["times"], "times")
+        if not (pa.types.is_integer(moments.type) or pa.types.is_floating(moments.type)):
+            raise ValueError(f"{file}: times are of type {moments.type}. Write them as numbers, such as seconds.")
+        if (different := np.flatnonzero(begins != offsets)).size:
+            raise ValueError(f"{file}, row {different[0]}: 'times' must be a list of one number per item.")
+        times = Sequences(moments.to_numpy(), offsets)
+        if not np.isfinite(times.values).all():
+            raise ValueError(f"{file}: a time is not a number. Write times as numbers, such as seconds.")
+    return users, Sequences(codes, offsets, items), times
+
+
+def read_parquet_items(file: Path) -> Iterator[tuple[str, Item, dict[str, Any]]]:
+    """Yield (file and row, item, features) of each item. Missing values are left out; dates and decimals become text.
+
+    Raises:
+        ValueError: the file is broken, or an item is missing or of another type.
+    """
+    table = _read(file, ["item"], None)
+    for name, kind in zip(table.column_names, table.schema.types, strict=True):
+        if pa.types.is_temporal(kind) or pa.types.is_decimal(kind):
+            place = table.column_names.index(name)
+            table = table.set_column(place, name, table[name].cast(pa.string()))
+        elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            raise ValueError(f"{file}: the column {name!r} holds bytes, not text. Write it as text, or leave it out.")
+    items = _ids(file, table["item"], "item")
+    rows = (row for batch in table.drop_columns("item").to_batches() for row in batch.to_pylist())
+    if table.num_columns == 1:
+        rows = iter([{}] * len(items))
+    for number, (item, row) in enumerate(zip(items, rows, strict=True), 1):
+        yield f"{file}, row {number}", item, {name: value for name, value in row.items() if value is not None}
+
+
+def write_parquet_sequences(data: InteractionData, file: Path) -> None:
+    """Write the users, their items and their times, so that `read_parquet_sequences` returns them again."""
+    codes, offsets = flatten(data.sequences, data.items)
+    ends = pa.array(offsets, pa.int64())
+    items = pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), pa.array(data.items))
+    columns = {"user": pa.array(data.users), "items": pa.LargeListArray.from_arrays(ends, items)}
+    if data.times is not None:
+        columns["times"] = pa.LargeListArray.from_arrays(ends, pa.array(flat_times(data.times)))
+    write_atomically(file, lambda partial: pq.write_table(pa.table(columns), partial))
+
+
+def _read(file: Path, needed: list[str], others: list[str] | None) -> pa.Table:
+    """Read the needed columns and those of `others` that exist (`None`: all)."""
+    with reading(file, "Parquet"):
+        found = pq.ParquetDataset(file).schema.names
+    if missing := [name for name in needed if name not in found]:
+        raise ValueError(f"{file} lacks the columns {', '.join(missing)}; it has {', '.join(found)}. Rename them.")
+    with reading(file, "Parquet"):
+        names = None if others is None else [*needed, *(name for name in others if name in found)]
+        return pq.read_table(file, columns=names)
+
+
+def _lists(file: Path, column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, pa.Array]:
+    """Return where each list begins, `(rows + 1,)`, and the values of all lists."""
+    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+        raise ValueError(f"{file}: the column {name!r} is of type {column.type}. It must hold a list per row.")
+    if column.null_count:
+        raise ValueError(f"{file}, row {_first_missing(column)}: {name!r} is missing.")
+    lengths = np.concatenate([[0], *(pc.list_value_length(chunk).to_numpy() for chunk in column.chunks)])
+    offsets, values = np.cumsum(lengths, dtype=np.int64), pc.list_flatten(column)
+    if values.null_count:
+        row = np.searchsorted(offsets, _first_missing(values) - 1, side="right")
+        raise ValueError(f"{file}, row {row}: a value of {name!r} is missing. Leave it out of the list.")
+    return offsets, _whole(values)
+
+
+def _whole(values: pa.ChunkedArray) -> pa.Array:
+    """Return all chunks as one array."""
+    if pa.types.is_string(values.type):
+        values = values.cast(pa.large_string())  # an array of the other type holds 2 GiB
+    return pa.concat_arrays(values.unify_dictionaries().chunks) if values.num_chunks else pa.array([], values.type)
+
+
+def _first_missing(values: pa.ChunkedArray) -> int:
+    return int(np.argmax(values.is_null().to_numpy())) + 1
+
+
+def _ids(file: Path, column: pa.ChunkedArray | pa.Array, name: str) -> list[Item]:
+    """Return the ids of a column: whole numbers or texts."""
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise ValueError(f"{file}: {name}s are of type {kind}. They must be whole numbers or text.")
+    if column.null_count:
+        missing = _first_missing(column if isinstance(column, pa.ChunkedArray) else pa.chunked_array([column]))
+        raise ValueError(f"{file}, row {missing}: {name!r} is missing.")
+    return column.to_pylist()
