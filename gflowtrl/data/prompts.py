@@ -19,11 +19,14 @@ from transformers import PreTrainedTokenizerBase
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.checks import COUNT, check_number
 
+from .interactions import flatten
+from .sequences import ranges
 from .splits import ragged
-from .windows import RowWindows, Windows, user_windows
+from .windows import RowWindows, Windows, window_bounds
 
 
 IGNORED_LABEL = -100
+WINDOWS_AT_ONCE = 1 << 16  # that are tokenized at a time
 
 
 def item_tokens(
@@ -47,9 +50,18 @@ def item_tokens(
     except ValueError as error:
         row = next(row for row, history in enumerate(histories) if any(item not in catalog for item in history))
         raise ValueError(f"The history in row {row} cannot be read. {error}") from None
-    tokens = (catalog.item_token_ids if table is None else table)[items]
-    present = tokens >= 0
     lengths = torch.tensor([len(history) for history in histories], dtype=torch.long)
+    return tokens_of((catalog.item_token_ids if table is None else table)[items], lengths)
+
+
+def tokens_of(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the tokens of consecutive rows of items as in `item_tokens`.
+
+    Args:
+        tokens: `(items of all rows, W)` tokens of each item, right-padded with -1.
+        lengths: `(rows,)` items per row.
+    """
+    present = tokens >= 0
     row = torch.repeat_interleave(lengths)
     position = torch.arange(len(row)) - (lengths.cumsum(0) - lengths)[row]
     per_item = present.sum(1)
@@ -300,16 +312,27 @@ def sft_dataset(
     Returns:
         A dataset with the columns `input_ids` and `labels`.
     """
-    windows = user_windows(sequences, max_history_items)
-    if not windows:
+    flat, offsets = flatten(sequences, catalog.items)
+    row, starts, first_targets, stops = window_bounds(np.diff(offsets), max_history_items)
+    if not len(row):
         raise ValueError("No sequence has two items or more, so there is nothing to predict from a history.")
-    tokens, row, position = item_tokens(catalog, [window.items for window in windows])
-    first_target = torch.tensor([window.first_target for window in windows])
-    labels = torch.where(position >= first_target[row], tokens, IGNORED_LABEL).numpy()
-    inputs, lengths = tokens.numpy(), torch.bincount(row, minlength=len(windows)).numpy()
-    if tokenizer.bos_token_id is not None:
-        starts = lengths.cumsum() - lengths
-        inputs, labels = np.insert(inputs, starts, tokenizer.bos_token_id), np.insert(labels, starts, IGNORED_LABEL)
-        lengths = lengths + 1
-    columns = {"input_ids": inputs, "labels": labels}
-    return Dataset(pa.table({name: ragged(pa.array(values), lengths) for name, values in columns.items()}))
+    parts = []
+    for begin in range(0, len(row), WINDOWS_AT_ONCE):
+        part = slice(begin, begin + WINDOWS_AT_ONCE)
+        lengths = stops[part] - starts[part]
+        items = torch.from_numpy(flat[ranges(offsets[row[part]] + starts[part], offsets[row[part]] + stops[part])])
+        tokens, window, position = tokens_of(catalog.item_token_ids[items], torch.from_numpy(lengths))
+        first_target = torch.from_numpy(first_targets[part] - starts[part])
+        labels = torch.where(position >= first_target[window], tokens, IGNORED_LABEL).numpy()
+        inputs, lengths = tokens.numpy(), torch.bincount(window, minlength=len(lengths)).numpy()
+        if tokenizer.bos_token_id is not None:
+            places = lengths.cumsum() - lengths
+            inputs, labels = (
+                np.insert(inputs, places, tokenizer.bos_token_id),
+                np.insert(labels, places, IGNORED_LABEL),
+            )
+            lengths = lengths + 1
+        columns = {"input_ids": inputs, "labels": labels}
+        table = {name: ragged(pa.array(values, pa.int32()), lengths) for name, values in columns.items()}
+        parts.append(pa.table(table))
+    return Dataset(pa.concat_tables(parts))

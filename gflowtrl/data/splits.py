@@ -2,8 +2,9 @@
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 
@@ -28,7 +29,7 @@ class Splits:
     """Leave-one-out splits of an `InteractionData`.
 
     Attributes:
-        train, validation, test: rows of `row_id`, `user`, `history`, `target` and, if the data has events,
+        validation, test, train: rows of `row_id`, `user`, `history`, `target` and, if the data has events,
             `session_items` and `session_levels` (see `leave_one_out`).
         items: the whole catalog, in the order of the counts.
         train_sequences: all items but the last two of each user, empty for users without splits; the training data of
@@ -39,13 +40,18 @@ class Splits:
             of their last training item, without their held-out items; `None` if the data have neither.
     """
 
-    train: Dataset
     validation: Dataset
     test: Dataset
     items: list[Item]
     train_sequences: Sequence[list[Item]]
     item_counts: Tensor
-    impression_counts: Tensor | None = None
+    impression_counts: Tensor | None
+    make_train: Callable[[], Dataset] = field(repr=False)
+
+    @cached_property
+    def train(self) -> Dataset:
+        """The training rows, which are made when they are needed; those of a million users take a gigabyte."""
+        return self.make_train()
 
     @property
     def exposure_counts(self) -> Tensor:
@@ -82,25 +88,35 @@ def leave_one_out(data: InteractionData, max_history_items: int | None = None) -
     flat, offsets = flatten(data.sequences, data.items)
     lengths = np.diff(offsets)
     _check_lengths(data, lengths)
-    user_of = np.repeat(np.arange(len(lengths)), lengths)
-    position = np.arange(len(flat)) - offsets[user_of]
-    items_after = lengths[user_of] - 1 - position
-    members = {TRAIN: (items_after >= 2) & (position >= 1), VALIDATION: items_after == 1, TEST: items_after == 0}
-    members = {name: member & (lengths >= 3)[user_of] for name, member in members.items()}
+    starts, stops = offsets[:-1][lengths >= 3], offsets[1:][lengths >= 3]
+    learned = beginnings(flat, offsets, np.maximum(offsets[1:] - 2, offsets[:-1]), data.items)
+    _check_total(data, starts, stops - 2, max_history_items)
 
-    hidden = {TRAIN: 2, VALIDATION: 1, TEST: 0}  # held-out items at the end of a sequence
-    splits = {
-        name: rows_of(data, flat, offsets, np.flatnonzero(member), hidden[name], max_history_items)
-        for name, member in members.items()
-    }
-    counts = np.bincount(flat[items_after >= 2], minlength=len(data.items))
+    def make_train() -> Dataset:
+        flat, _ = flatten(data.sequences, data.items)
+        return rows_of(data, flat, offsets, ranges(starts + 1, stops - 2), 2, max_history_items)
+
     return Splits(
-        **splits,
+        validation=rows_of(data, flat, offsets, stops - 2, 1, max_history_items),
+        test=rows_of(data, flat, offsets, stops - 1, 0, max_history_items),
         items=data.items,
-        train_sequences=beginnings(flat, offsets, np.maximum(offsets[1:] - 2, offsets[:-1]), data.items),
-        item_counts=torch.from_numpy(counts),
+        train_sequences=learned,
+        item_counts=torch.from_numpy(np.bincount(learned.values, minlength=len(data.items))),
         impression_counts=_impression_counts(data),
+        make_train=make_train,
     )
+
+
+def _check_total(data: InteractionData, starts: np.ndarray, stops: np.ndarray, most: int | None) -> None:
+    """Check that histories of up to `most` items of all targets of the sequences from `starts` to `stops` fit."""
+    lengths = stops - starts
+    whole = np.minimum(lengths - 1, lengths if most is None else most)  # histories of at most `most` items
+    _check_size(data, int((whole * (whole + 1) // 2 + (lengths - 1 - whole) * whole).sum()))
+
+
+def _check_size(data: InteractionData, total: int) -> None:
+    if total >= 2**31:
+        raise ValueError(f"{data.name}: the histories of a split have {total} items in total. Set max_history_items.")
 
 
 def beginnings(flat: np.ndarray, offsets: np.ndarray, stops: np.ndarray, items: list[Item]) -> Sequences[Item]:
@@ -167,8 +183,7 @@ def _row_columns(
     data: InteractionData, flat: np.ndarray, users: np.ndarray, starts: np.ndarray, targets: np.ndarray
 ) -> dict[str, pa.Array]:
     """Build the columns of the rows with targets `flat[targets]` and histories `flat[start:target]`."""
-    if (total := int((targets - starts).sum())) >= 2**31:
-        raise ValueError(f"{data.name}: the histories of a split have {total} items in total. Set max_history_items.")
+    _check_size(data, int((targets - starts).sum()))
     items = pa.array(data.items)
     return {
         "row_id": pa.array(targets),

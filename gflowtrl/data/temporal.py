@@ -89,8 +89,10 @@ def temporal_split(
     ends = np.bincount(user_of, weights=period == 0, minlength=len(data.users)).astype(int)  # training items per user
     counts = np.bincount(flat[period == 0], minlength=len(data.items))
     shown = ({event.item for event in log if event.session < first} for log in data.events or ())
+    train = splits.pop(TRAIN)
     return Splits(
         **splits,
+        make_train=lambda: train,
         items=data.items,
         train_sequences=beginnings(flat, offsets, offsets[:-1] + ends, data.items),
         item_counts=torch.from_numpy(counts),

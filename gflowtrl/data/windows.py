@@ -182,18 +182,31 @@ def user_windows(sequences: Sequence[Sequence[Item]], max_items: int = 20) -> li
     a row of its own. A sequence that fits is one window. A longer one becomes overlapping windows, in which a target
     outside the first window sees at least `max_items // 2` items. Sequences with fewer than two items have no window.
     """
-    lengths = lengths_of(sequences)
+    columns = window_bounds(lengths_of(sequences), max_items)
+    return [
+        Window(list(sequences[index][start:stop]), first_target - start)
+        for index, start, first_target, stop in zip(*(column.tolist() for column in columns), strict=True)
+    ]
+
+
+def window_bounds(lengths: np.ndarray, max_items: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the windows of `user_windows` as positions.
+
+    Args:
+        lengths: length of each sequence.
+        max_items: maximum items per prompt.
+
+    Returns:
+        The sequence of each window, and where in it the window begins, its first target is, and the window ends, each
+        `(windows,)`.
+    """
     counts = (lengths - 1).clip(min=0)  # targets per sequence
     row = np.repeat(np.arange(len(lengths)), counts)
     positions = ranges(np.ones_like(counts), counts + 1)
     starts = window_starts(lengths[row], positions, max_items)
     first = _run_starts(row, starts)
     last = np.append(first, len(row))[1:] - 1
-    columns = (row[first], starts[first], positions[first], positions[last])
-    return [
-        Window(list(sequences[index][start : last_target + 1]), first_target - start)
-        for index, start, first_target, last_target in zip(*(column.tolist() for column in columns), strict=True)
-    ]
+    return row[first], starts[first], positions[first], positions[last] + 1
 
 
 def window_starts(lengths: np.ndarray, positions: np.ndarray, max_items: int) -> np.ndarray:
@@ -218,7 +231,12 @@ def _run_starts(*keys: np.ndarray) -> np.ndarray:
 
 def history_lengths(rows: Dataset) -> Tensor:
     """Return the number of items in each row's history, `(rows,)`."""
-    parts = (_column(rows, "history", start, start + CHUNK) for start in range(0, len(rows), CHUNK))
+    return list_lengths(rows, "history")
+
+
+def list_lengths(rows: Dataset, name: str) -> Tensor:
+    """Return the length of each row's list in a column, `(rows,)`."""
+    parts = (_column(rows, name, start, start + CHUNK) for start in range(0, len(rows), CHUNK))
     lengths = [np.empty(0, np.int64), *(pc.list_value_length(part).to_numpy() for part in parts)]
     return torch.from_numpy(np.concatenate(lengths))
 

@@ -36,6 +36,7 @@ from gflowtrl.data import (
     read_interactions,
     temporal_split,
 )
+from gflowtrl.data.interactions import lengths_of
 from gflowtrl.policy.loading import load_tokenizer
 from gflowtrl.semantic_ids import ItemTokenizer, SemanticIdOptions, item_texts, load_vectors, make_item_tokenizer
 from gflowtrl.semantic_ids.texts import FEATURES
@@ -248,7 +249,8 @@ def _ids_inputs(options: SemanticIdOptions, data: InteractionData, splits: Split
 
 def _history_cut(data: InteractionData, max_history_items: int) -> int | None:
     """None: whole histories, so that rows of one user are computed together. A number if they would not fit."""
-    total = sum(len(sequence) * (len(sequence) - 1) // 2 for sequence in data.sequences)
+    lengths = lengths_of(data.sequences)
+    total = int((lengths * (lengths - 1) // 2).sum())
     if total <= MOST_ITEMS:
         return None
     warnings.warn(

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -33,6 +32,7 @@ from gflowtrl.data import (
     sft_dataset,
     text_sft_dataset,
 )
+from gflowtrl.data.windows import list_lengths
 from gflowtrl.policy import load_backbone, merge_tied_embeddings
 from gflowtrl.policy.modules import innermost
 from gflowtrl.recommender import TEACHER_FOLDER, write_recommender_files
@@ -146,7 +146,7 @@ def train_sft(run: RunContext, data: RunData) -> Stage:
 
 
 def _sft_trainer(data: RunData, folder: Path, callbacks: Sequence[TrainerCallback]) -> Trainer:
-    recipe, model, rows = data.recipe, build_model(data), data.train
+    recipe, model = data.recipe, build_model(data)
     if recipe.peft_config is None:
         merge_tied_embeddings(model)
     else:
@@ -154,15 +154,15 @@ def _sft_trainer(data: RunData, folder: Path, callbacks: Sequence[TrainerCallbac
     args, longest = recipe.training_arguments("sft", folder / CHECKPOINTS), recipe.data.max_history_items
     kind, collator, lengths = SFTStage, None, None
     if recipe.encoder_decoder:
-        kind, collator = Seq2SeqSFTStage, TargetCollator(data.encoder)
+        kind, collator, rows = Seq2SeqSFTStage, TargetCollator(data.encoder), data.train
         lengths = history_lengths(rows).clamp(max=longest)
     elif recipe.prompt:
-        rows = text_sft_dataset(rows["history"], rows["target"], data.encoder)
+        rows = text_sft_dataset(data.train["history"], data.train["target"], data.encoder)
     else:
         rows = sft_dataset(data.train_sequences, data.catalog, data.tokenizer, longest)
     if kind is SFTStage:
         args.dataset_kwargs = {"skip_prepare_dataset": True}  # rows are already tokenized and cut
-        lengths = torch.tensor([len(tokens) for tokens in rows["input_ids"]])
+        lengths = list_lengths(rows, "input_ids")
     trainer = kind(
         model,
         args=args,

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,12 +11,45 @@ from typing import Any
 from .teacher import CONFIG_FILE, TeacherModule
 
 
+_ELEMENTS_AT_ONCE = 1 << 14
+
 logger = logging.getLogger(__name__)
 
 
 def fingerprint(value: Any) -> str:
     """Return a hash of a JSON-serializable value (settings, sequences, items): sixteen hex digits."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_as_list).encode()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for part in _json_parts(value):
+        digest.update(part.encode())
+    return digest.hexdigest()[:16]
+
+
+def _json_parts(value: Any) -> Iterator[str]:
+    """Yield `json.dumps(value, sort_keys=True)` in parts, so that the text of a large log is never whole in memory."""
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        yield "{"
+        for number, key in enumerate(sorted(value)):
+            yield f"{', ' * (number > 0)}{json.dumps(key)}: "
+            yield from _json_parts(value[key])
+        yield "}"
+    elif _is_large(value):
+        yield "["
+        for start in range(0, len(value), _ELEMENTS_AT_ONCE):
+            part = json.dumps(list(value[start : start + _ELEMENTS_AT_ONCE]), sort_keys=True)
+            yield f"{', ' * (start > 0)}{part[1:-1]}"
+        yield "]"
+    elif isinstance(value, list) and any(map(_is_large, value)):
+        yield "["
+        for number, part in enumerate(value):
+            yield ", " * (number > 0)
+            yield from _json_parts(part)
+        yield "]"
+    else:
+        yield json.dumps(value, sort_keys=True, default=_as_list)
+
+
+def _is_large(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes) and len(value) > _ELEMENTS_AT_ONCE
 
 
 def _as_list(value: Any) -> list:

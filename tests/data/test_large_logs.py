@@ -320,7 +320,8 @@ def test_sequences_are_lists_of_lists(content, index, part):
 
 def test_splits_and_filters_agree_with_lists(small_shop):
     shop, _ = small_shop
-    bare = replace(shop, events=None, semantic_ids=None, times=[[float(n) for n in range(len(row))] for row in shop.sequences])
+    times = [[float(n) for n in range(len(row))] for row in shop.sequences]
+    bare = replace(shop, events=None, semantic_ids=None, times=times)
     compact = k_core(bare, 1)
     bare = replace(bare, items=compact.items, item_features=compact.item_features)
     assert isinstance(compact.sequences, Sequences) and compact == bare

@@ -1,5 +1,6 @@
 """EASE, popularity, SASRec and mixtures, compared with closed forms, brute force and known patterns."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from gflowtrl.teachers import EASE, MixtureTeacher, Popularity, SASRec, Teacher, top_items
+from gflowtrl.data.sequences import Sequences
+from gflowtrl.teachers import EASE, MixtureTeacher, Popularity, SASRec, Teacher, fingerprint, top_items
 
 
 ITEMS = ["tea", "cup", "pot", "ink", "pen", "pad", "bow", "oar"]
@@ -213,3 +215,17 @@ def test_ease_reproduces_published_metrics_on_office():
     hits = (top == torch.tensor([[index[sequence[-1]]] for sequence in sequences])).double()
     assert hits.sum(1).mean().item() == pytest.approx(0.0408, rel=0.05)
     assert (hits / torch.log2(torch.arange(10) + 2.0)).sum(1).mean().item() == pytest.approx(0.0232, rel=0.05)
+
+
+def test_the_fingerprint_of_a_large_log_is_that_of_its_json(monkeypatch):
+    monkeypatch.setattr("gflowtrl.teachers.cache._ELEMENTS_AT_ONCE", 2)
+    lists = [[0, 2], [1], [2, 2, 1, 0, 1], [0]]
+    flat, offsets = np.array([value for part in lists for value in part]), np.cumsum([0, *map(len, lists)])
+    for names in (None, ["a", "b", "é"], [7, 8, 9]):
+        sequences = Sequences(flat, offsets, names)
+        value = {"b": sequences, "a": [1, "x", None], "c": {"e": list(sequences), "d": 2.5}, "f": ("y", "z", "y")}
+        for content in (value, [[1, 2, 3], sequences], sequences):
+            text = json.dumps(content, sort_keys=True, default=list)
+            assert fingerprint(content) == hashlib.sha256(text.encode()).hexdigest()[:16]
+    with pytest.raises(TypeError, match="object cannot be a part of a fingerprint"):
+        fingerprint({"a": object()})
