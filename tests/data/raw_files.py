@@ -193,6 +193,10 @@ def parquet(folder, packed):
     return folder / "log.parquet", folder / "items.parquet"
 
 
+def table(folder, packed):
+    return tuple(map(pq.read_table, parquet(folder, packed)))
+
+
 def s3rec(folder, packed):
     sequences, _ = prepared(LOG, duplicates="keep")
     attributes = {i: [CATEGORY_NUMBERS[name] for name in names] for i, names in CATEGORIES.items()}
@@ -232,6 +236,7 @@ WRITERS = {
     "csv": ("csv", csv),
     "jsonl": ("jsonl", jsonl),
     "parquet": ("parquet", parquet),
+    "table": ("table", table),
     "s3rec": ("s3rec", s3rec),
     "letter": ("letter", letter),
     "folder": ("folder", folder),

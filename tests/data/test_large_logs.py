@@ -140,7 +140,7 @@ def test_what_is_no_table_is_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="The table of log is a dict. Format 'table' takes DataFrames"):
         prepare("table", {"user_id": [1]}, k_core=None)
     mixed = pd.DataFrame({"user_id": [1, "a"], "item_id": [1, 2], "timestamp": [1, 2]})
-    with pytest.raises(ValueError, match="The table of log is no table of Arrow"):
+    with pytest.raises(ValueError, match="The table of log is not a table of Arrow"):
         prepare("table", mixed, k_core=None)
     with pytest.raises(ValueError, match="table of log lacks the columns timestamp"):
         prepare("table", mixed[["item_id"]].assign(user_id=1), k_core=None)

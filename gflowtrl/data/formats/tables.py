@@ -162,7 +162,7 @@ def as_table(value: Any, name: str) -> pa.Table:
     """Convert a DataFrame (pandas, polars) or whatever Arrow can read to a table.
 
     Raises:
-        ValueError: it is no table, or a column holds values of several types.
+        ValueError: it is not a table, or a column holds values of several types.
     """
     try:
         if hasattr(value, "columns") and type(value).__module__.split(".")[0] == "pandas":
@@ -175,7 +175,7 @@ def as_table(value: Any, name: str) -> pa.Table:
                 "tables of Arrow; files have their own formats."
             )
     except pa.ArrowException as error:
-        raise ValueError(f"The {name} is no table of Arrow: {' '.join(str(error).split())}") from None
+        raise ValueError(f"The {name} is not a table of Arrow: {' '.join(str(error).split())}") from None
     views = [field.with_type(pa.large_string()) if field.type == pa.string_view() else field for field in table.schema]
     return table.cast(pa.schema(views))
 
