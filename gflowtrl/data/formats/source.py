@@ -7,7 +7,7 @@ import io
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +24,7 @@ T = TypeVar("T")
 MAX_LINE_BYTES = 1 << 28
 
 _NAMED_LINES = 5
+_BROKEN = EOFError, gzip.BadGzipFile, zlib.error, pa.ArrowException, OSError
 _BLOCK_BYTES = 1 << 24
 _RAW_BYTES = 1 << 20
 _HEAD_BYTES = 1 << 12
@@ -120,14 +121,24 @@ class Source:
                 if problem:
                     raise ValueError(f"{self.path} {problem} Format {self.format!r} reads {self.expected}.")
                 yield content, self.encoding or encoding
-            except (EOFError, gzip.BadGzipFile, zlib.error, pa.ArrowException, OSError) as error:
+            except _BROKEN as error:
                 kind = {_GZIP: "gzip", _ZSTD: "zstandard"}.get(packed[:4] if packed[:4] == _ZSTD else packed[:2])
                 if kind is None:
                     raise
                 raise ValueError(
-                    f"{self.path}: the {kind} data is broken after line {self.lines} ({error}). Download the file "
-                    "again."
+                    f"{self.path}: the {kind} data is broken after line {self._readable_lines()} ({error}). Download "
+                    "the file again."
                 ) from None
+
+    def _readable_lines(self) -> int:
+        """Return the number of lines before the place where the packed data is broken."""
+        lines = 0
+        with self.path.open("rb") as raw:
+            content = _unpacked(raw, raw.peek(len(_ZSTD)))
+            with suppress(*_BROKEN):
+                while block := content.read1(_HEAD_BYTES):
+                    lines += block.count(b"\n")
+        return lines
 
     def blocks(self, encoding: str = "utf-8-sig") -> Iterator[tuple[int, pa.LargeStringArray]]:
         """Yield (number of the first line, lines with their line ends) of the whole file, in blocks.
