@@ -15,8 +15,10 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command and return the exit code."""
     parser = make_parser("prepare", "Convert a raw dump to a data folder for training (docs/data.md).")
     parser.add_argument("--format", help="amazon-2014, -2018 or -2023, movielens, recbole, letter, s3rec, csv, ...")
-    parser.add_argument("--interactions", "--reviews", nargs="+", metavar="FILE", help="logs, plain or gzipped")
-    parser.add_argument("--items", "--meta", nargs="+", metavar="FILE", help="item metadata, plain or gzipped")
+    parser.add_argument(
+        "--interactions", "--reviews", nargs="+", metavar="FILE", help="logs, plain or packed, patterns or folders"
+    )
+    parser.add_argument("--items", "--meta", nargs="+", metavar="FILE", help="item metadata, likewise")
     parser.add_argument("--exposed", metavar="FILE", help="items that users were shown at random (docs/exposure.md)")
     parser.add_argument("--impressions", metavar="FILE", help="how often each item was shown (docs/exposure.md)")
     parser.add_argument("--download", metavar="NAME", help="download a public data set to --raw instead")

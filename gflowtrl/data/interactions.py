@@ -118,7 +118,7 @@ class InteractionData:
         if len(self.times) != len(self.users):
             raise ValueError(f"{self.name}: {len(self.users)} users but {len(self.times)} lists of times were given.")
         if isinstance(self.times, Sequences) and isinstance(self.sequences, Sequences):
-            backwards = np.diff(self.times.values, prepend=-np.inf) < 0
+            backwards = np.append(False, self.times.values[1:] < self.times.values[:-1])
             backwards[self.times.offsets[:-1][self.times.lengths > 0]] = False
             if np.array_equal(self.times.offsets, self.sequences.offsets) and not backwards.any():
                 return

@@ -43,7 +43,9 @@ def hold_out_items(data: InteractionData, share: float, seed: int = 0) -> tuple[
         places = [place for place, item in enumerate(sequence[:-1]) if item not in new] + [len(sequence) - 1]
         if len(places) >= 3:
             kept[user] = [sequence[place] for place in places]
-            times.append(data.times and [data.times[row][place] for place in places])
+            if data.times is not None:
+                moments = data.times[row]
+                times.append([moments[place] for place in places])
     if not kept:
         raise ValueError(
             f"{data.name} has no user with three items left without {len(new)} new items; lower the share."
@@ -56,4 +58,6 @@ def hold_out_items(data: InteractionData, share: float, seed: int = 0) -> tuple[
         )
     shown = data.impressions and impressions_among(data.impressions, {*data.items} - new)
     users, sequences = list(kept), list(kept.values())
-    return replace(data, users=users, sequences=sequences, times=data.times and times, impressions=shown), new
+    return replace(
+        data, users=users, sequences=sequences, times=None if data.times is None else times, impressions=shown
+    ), new

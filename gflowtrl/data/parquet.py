@@ -47,7 +47,7 @@ def read_parquet_sequences(file: Path) -> tuple[list[Item], Sequences[Item], Seq
     index = {item: place for place, item in enumerate(items)}
     codes = np.array([index[name] for name in names], np.int32)[values.indices.to_numpy()]
     times = None
-    if "times" in table.column_names:
+    if "times" in table.column_names and not table["times"].null_count:  # a user may have been added without times
         begins, moments = _lists(file, table["times"], "times")
         if not (pa.types.is_integer(moments.type) or pa.types.is_floating(moments.type)):
             raise ValueError(f"{file}: times are of type {moments.type}. Write them as numbers, such as seconds.")
@@ -66,12 +66,14 @@ def read_parquet_items(file: Path) -> Iterator[tuple[str, Item, dict[str, Any]]]
         ValueError: the file is broken, or an item is missing or of another type.
     """
     table = _read(file, ["item"], None)
-    for name, kind in zip(table.column_names, table.schema.types, strict=True):
-        if pa.types.is_temporal(kind) or pa.types.is_decimal(kind):
-            place = table.column_names.index(name)
+    for place, (name, kind) in enumerate(zip(table.column_names, table.schema.types, strict=True)):
+        if pa.types.is_decimal(kind) or (pa.types.is_temporal(kind) and not pa.types.is_duration(kind)):
             table = table.set_column(place, name, table[name].cast(pa.string()))
-        elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-            raise ValueError(f"{file}: the column {name!r} holds bytes, not text. Write it as text, or leave it out.")
+        elif not _is_json(kind):
+            raise ValueError(
+                f"{file}: the column {name!r} is of type {kind}. Write it as text, numbers or lists of them, or leave "
+                "it out."
+            )
     items = _ids(file, table["item"], "item")
     rows = (row for batch in table.drop_columns("item").to_batches() for row in batch.to_pylist())
     if table.num_columns == 1:
@@ -87,8 +89,25 @@ def write_parquet_sequences(data: InteractionData, file: Path) -> None:
     items = pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), pa.array(data.items))
     columns = {"user": pa.array(data.users), "items": pa.LargeListArray.from_arrays(ends, items)}
     if data.times is not None:
-        columns["times"] = pa.LargeListArray.from_arrays(ends, pa.array(flat_times(data.times)))
+        try:
+            times = pa.array(flat_times(data.times))
+        except (pa.ArrowException, OverflowError):
+            raise ValueError(
+                f"{data.name}: a time does not fit into 64 bits. Write the folder as JSON lines."
+            ) from None
+        columns["times"] = pa.LargeListArray.from_arrays(ends, times)
     write_atomically(file, lambda partial: pq.write_table(pa.table(columns), partial))
+
+
+def _is_json(kind: pa.DataType) -> bool:
+    """Return whether values of a type can be written as JSON."""
+    if pa.types.is_dictionary(kind):
+        return _is_json(kind.value_type)
+    if pa.types.is_nested(kind) and not (pa.types.is_map(kind) or pa.types.is_union(kind)):
+        return all(_is_json(kind.field(place).type) for place in range(kind.num_fields))
+    texts = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    numbers = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    return texts or numbers or pa.types.is_null(kind)
 
 
 def _read(file: Path, needed: list[str], others: list[str] | None) -> pa.Table:
@@ -135,4 +154,7 @@ def _ids(file: Path, column: pa.ChunkedArray | pa.Array, name: str) -> list[Item
     if column.null_count:
         missing = _first_missing(column if isinstance(column, pa.ChunkedArray) else pa.chunked_array([column]))
         raise ValueError(f"{file}, row {missing}: {name!r} is missing.")
-    return column.to_pylist()
+    found = column.to_pylist()
+    if kind == pa.uint64() and found and max(found) >= 2**63:
+        raise ValueError(f"{file}: {name} {max(found)} does not fit into 64 bits. Write all such ids as strings.")
+    return found

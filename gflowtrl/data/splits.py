@@ -4,7 +4,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from operator import itemgetter
 
@@ -38,6 +38,7 @@ class Splits:
         impression_counts: long (items,), how often the log has shown each item, its propensity: the data's
             `impressions`, or with events the number of users who were shown the item up to and including the session
             of their last training item, without their held-out items; `None` if the data have neither.
+        make_train: makes `train`.
     """
 
     validation: Dataset
@@ -92,10 +93,6 @@ def leave_one_out(data: InteractionData, max_history_items: int | None = None) -
     learned = beginnings(flat, offsets, np.maximum(offsets[1:] - 2, offsets[:-1]), data.items)
     _check_total(data, starts, stops - 2, max_history_items)
 
-    def make_train() -> Dataset:
-        flat, _ = flatten(data.sequences, data.items)
-        return rows_of(data, flat, offsets, ranges(starts + 1, stops - 2), 2, max_history_items)
-
     return Splits(
         validation=rows_of(data, flat, offsets, stops - 2, 1, max_history_items),
         test=rows_of(data, flat, offsets, stops - 1, 0, max_history_items),
@@ -103,8 +100,15 @@ def leave_one_out(data: InteractionData, max_history_items: int | None = None) -
         train_sequences=learned,
         item_counts=torch.from_numpy(np.bincount(learned.values, minlength=len(data.items))),
         impression_counts=_impression_counts(data),
-        make_train=make_train,
+        make_train=partial(_train_rows, data, max_history_items),
     )
+
+
+def _train_rows(data: InteractionData, max_history_items: int | None) -> Dataset:
+    flat, offsets = flatten(data.sequences, data.items)
+    whole = np.diff(offsets) >= 3
+    targets = ranges(offsets[:-1][whole] + 1, offsets[1:][whole] - 2)
+    return rows_of(data, flat, offsets, targets, 2, max_history_items)
 
 
 def _check_total(data: InteractionData, starts: np.ndarray, stops: np.ndarray, most: int | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from datasets import Dataset
@@ -10,6 +12,10 @@ from gflowtrl.checks import COUNT, POSITIVE_SHARE, check_number
 
 from .interactions import CLICKED, InteractionData, flat_times, flatten
 from .splits import TEST, TRAIN, VALIDATION, Splits, beginnings, count_users, rows_of
+
+
+def _same(rows: Dataset) -> Dataset:
+    return rows
 
 
 def has_clock(data: InteractionData) -> bool:
@@ -92,7 +98,7 @@ def temporal_split(
     train = splits.pop(TRAIN)
     return Splits(
         **splits,
-        make_train=lambda: train,
+        make_train=partial(_same, train),
         items=data.items,
         train_sequences=beginnings(flat, offsets, offsets[:-1] + ends, data.items),
         item_counts=torch.from_numpy(counts),

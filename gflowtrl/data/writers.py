@@ -1,14 +1,20 @@
 """Writer of the folder format, which docs/data.md describes."""
 
 import json
+import shutil
 from collections.abc import Iterable
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from .interactions import InteractionData, flatten
+from gflowtrl.files import write_atomically
+
+from .interactions import InteractionData, flat_times, flatten
 from .parquet import ITEMS_FILE, SEQUENCES_FILE, write_parquet_sequences
 from .sequences import Sequences
+
+
+JSON_FILE = "sequences.jsonl"
 
 
 def write_folder(data: InteractionData, path: str | Path, parquet: bool = False) -> None:
@@ -24,12 +30,14 @@ def write_folder(data: InteractionData, path: str | Path, parquet: bool = False)
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    for name in (SEQUENCES_FILE, "sequences.jsonl", ITEMS_FILE):
-        (path / name).unlink(missing_ok=True)
     if parquet:
         write_parquet_sequences(data, path / SEQUENCES_FILE)
     else:
-        _write_sequences(data, path / "sequences.jsonl")
+        write_atomically(path / JSON_FILE, lambda partial: _write_sequences(data, partial))
+    for name in (JSON_FILE if parquet else SEQUENCES_FILE, ITEMS_FILE):
+        if (path / name).is_dir():
+            shutil.rmtree(path / name)
+        (path / name).unlink(missing_ok=True)
     rows = ({"item": item} | data.item_features.get(item, {}) | {"item": item} for item in data.items)
     _write_lines(path / "items.jsonl", rows)
     about = {"name": data.name, "synthetic": data.synthetic}
@@ -59,7 +67,7 @@ def _write_sequences(data: InteractionData, file: Path) -> None:
     """Write users, items and times as JSON lines, each id encoded once."""
     codes, offsets = flatten(data.sequences, data.items)
     texts = [json.dumps(item, ensure_ascii=False) for item in data.items]
-    times = data.times if data.times is not None else repeat(None)
+    times = repeat(None) if data.times is None else Sequences(flat_times(data.times), offsets)
     with file.open("w", encoding="utf-8") as out:
         for user, items, when in zip(data.users, Sequences(codes, offsets, texts), times, strict=False):
             moments = "" if when is None else f', "times": {when}'

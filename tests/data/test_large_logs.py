@@ -1,6 +1,7 @@
 """Logs as clusters write them: patterns, folders of Parquet, tables in memory, packed files, and Parquet folders."""
 
 import json
+import pickle
 from dataclasses import replace
 
 import duckdb
@@ -44,6 +45,17 @@ def test_patterns_stand_for_files(tmp_path):
         prepare("csv", str(tmp_path / "*.csv"), k_core=None)
     with pytest.raises(FileNotFoundError, match=r"is a folder without files named \*\.csv, \*\.tsv, \*\.txt"):
         prepare("csv", tmp_path, k_core=None)
+
+
+def test_hidden_files_and_those_of_clusters_are_not_read(tmp_path):
+    (tmp_path / "day").mkdir()
+    write_json_lines(tmp_path / "day" / "log.jsonl", named(ROWS))
+    for folder in (".ipynb_checkpoints", "_temporary", "_delta_log"):
+        (tmp_path / folder).mkdir()
+        write_json_lines(tmp_path / folder / "0.json", named(ROWS))
+    for path in (tmp_path, str(tmp_path / "**"), str(tmp_path / "*" / "*.json*")):
+        data, report = prepare("jsonl", path, k_core=None, duplicates="keep")
+        assert len(report.files) == 1 and data.num_interactions == len(ROWS)
 
 
 def test_a_name_with_the_signs_of_a_pattern_is_taken_literally(tmp_path):
@@ -95,9 +107,9 @@ def test_zstandard(tmp_path):
 
 
 def test_a_log_larger_than_the_memory_of_duckdb(tmp_path, monkeypatch):
-    monkeypatch.setattr(logs, "_MEMORY", "64MiB")
+    monkeypatch.setattr(logs, "_MEMORY", "96MiB")
     random = np.random.default_rng(0)
-    users, items = random.integers(0, 10**12, 10**6), random.integers(0, 50, 10**6)
+    users, items = random.integers(0, 10**12, 1_500_000), random.integers(0, 50, 1_500_000)
     pq.write_table(pa.table({"user_id": users, "item_id": items, "timestamp": items}), tmp_path / "log.parquet")
     data, report = prepare("parquet", tmp_path / "log.parquet", k_core=None)
     assert report.steps[0]["users"] == len(np.unique(users)) == len(data.users)
@@ -134,6 +146,19 @@ def test_polars_is_read_through_arrow(tmp_path):
             return pa.Table.from_pylist(named(ROWS)).__arrow_c_stream__(requested_schema)
 
     assert as_dict(prepare("table", Frame(), k_core=None)[0]) == EXPECTED
+
+
+def test_no_table_and_a_table_in_place_of_a_file(tmp_path):
+    for nothing in ([], None):
+        with pytest.raises(ValueError, match="No table of a log was given"):
+            prepare("table", nothing, k_core=None)
+    frame = pd.DataFrame(named(ROWS))
+    with pytest.raises(ValueError, match="interactions is a DataFrame, not a file. Read it with format 'table'"):
+        prepare("csv", frame, k_core=None)
+    columns = [pa.array(["u"]), pa.array(["i"]), pa.array([1]), pa.array([1])]
+    twice = pa.Table.from_arrays(columns, ["user_id", "item_id", "timestamp", "timestamp"])
+    with pytest.raises(ValueError, match="has the column 'timestamp' twice"):
+        prepare("table", twice, k_core=None)
 
 
 def test_what_is_no_table_is_refused(tmp_path, capsys):
@@ -272,6 +297,34 @@ def test_broken_parquet_sequences(tmp_path, columns, message):
     assert "\n" not in str(error.value)
 
 
+def test_an_old_folder_is_replaced_as_a_whole(tmp_path):
+    """A folder of part files, too; and nothing is lost if the new one cannot be written."""
+    (tmp_path / "sequences.parquet").mkdir()
+    pq.write_table(pa.table({"user": [1], "items": [[5, 6]]}), tmp_path / "sequences.parquet" / "part.parquet")
+    pq.write_table(pa.table({"item": [5], "title": ["A"]}), tmp_path / "items.parquet")
+    data = read_folder(tmp_path)
+    write_folder(data, tmp_path)
+    assert not (tmp_path / "sequences.parquet").exists() and read_folder(tmp_path) == data
+    with pytest.raises(ValueError, match="a time does not fit into 64 bits. Write the folder as JSON lines"):
+        write_folder(replace(data, times=[[1, 10**23]]), tmp_path, parquet=True)
+    assert read_folder(tmp_path) == data
+    write_folder(data, tmp_path, parquet=True)
+    assert not (tmp_path / "sequences.jsonl").exists() and read_folder(tmp_path) == data
+
+
+def test_times_of_numpy_are_written_as_numbers(tmp_path):
+    data = InteractionData("toy", [1], [[5, 6]], [5, 6], times=[list(np.array([1.5, 2.0]))])
+    write_folder(data, tmp_path)
+    assert read_folder(tmp_path).times == [[1.5, 2.0]]
+
+
+def test_users_without_times_leave_all_without(tmp_path):
+    pq.write_table(
+        pa.table({"user": [1, 2], "items": [[5], [6]], "times": [[1], None]}), tmp_path / "sequences.parquet"
+    )
+    assert read_folder(tmp_path).times is None
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
@@ -279,7 +332,10 @@ def test_broken_parquet_sequences(tmp_path, columns, message):
         ({"item": [1, 1]}, "row 2: item 1 is on an earlier row"),
         ({"item": [1], "title": [float("nan")]}, "row 1: 'title' must be text"),
         ({"item": [1], "title": [["a"]]}, "row 1: 'title' must be text"),
-        ({"item": [1], "photo": [b"abc"]}, "the column 'photo' holds bytes"),
+        ({"item": [1], "photo": [b"abc"]}, "the column 'photo' is of type binary"),
+        ({"item": [1], "photo": pa.array([b"abc"], pa.binary(3))}, "'photo' is of type fixed_size_binary"),
+        ({"item": [1], "days": [[pd.Timestamp(0).date()]]}, "'days' is of type list"),
+        ({"item": pa.array([2**63], pa.uint64())}, "does not fit into 64 bits"),
         ({"item": ["a"]}, "Items must be all whole numbers or all strings"),
     ],
 )
@@ -316,6 +372,20 @@ def test_sequences_are_lists_of_lists(content, index, part):
     else:
         with pytest.raises(IndexError, match="lists, but number"):
             found[index]
+
+
+def test_splits_can_be_sent_to_other_processes(small_shop):
+    shop, _ = small_shop
+    splits = leave_one_out(k_core(replace(shop, semantic_ids=None), 1))
+    assert pickle.loads(pickle.dumps(splits)).train.to_dict() == splits.train.to_dict()
+
+
+def test_decreasing_times_are_found_however_large_they_are():
+    late = 1_700_000_000_000_000_005
+    items, offsets = [5, 6], np.array([0, 2])
+    times = Sequences(np.array([late, late - 4]), offsets)
+    with pytest.raises(ValueError, match="the times of user 1 decrease"):
+        InteractionData("toy", [1], Sequences(np.array([0, 1]), offsets, items), items, times=times)
 
 
 def test_splits_and_filters_agree_with_lists(small_shop):

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gflowtrl.data import Columns, prepare, read_folder
+from gflowtrl.data.formats.registry import find_files
 from tests.data.raw_files import (
     CATEGORIES,
     LOG,
@@ -379,6 +380,7 @@ def test_attributes_of_s3rec(tmp_path):
     data, report = prepare("s3rec", log, k_core=None)
     assert data.item_features == {5: {"attributes": ["attribute_3", "Lamp"]}, 7: {"attributes": ["attribute_12"]}}
     assert (report.item_lines, report.items_without_metadata, len(report.files)) == (4, 0, 2)
+    assert find_files("s3rec", write(tmp_path / "Toy.txt.zst", ""), None)[1] == [tmp_path / "Toy_item2attributes.json"]
     other = write(tmp_path / "other.json", json.dumps({"5": [1]}))
     data, _ = prepare("s3rec", log, other, k_core=None)  # a given file takes precedence over a found one
     assert data.item_features == {5: {"attributes": ["attribute_1"]}}

@@ -17,7 +17,7 @@ from .source import Source, read_ahead
 
 @dataclass(frozen=True)
 class Columns:
-    """Column names of your own tables (formats `csv`, `jsonl` and `parquet`).
+    """Column names of your own tables (formats `csv`, `jsonl`, `parquet` and `table`).
 
     Args:
         user: column of the user ids.

@@ -103,12 +103,19 @@ def read_log(files: Iterable[tuple[Source, Parsed]], min_rating: float | None) -
     paths = []
     with tempfile.TemporaryDirectory(prefix="gflowtrl-") as folder:
         limits = {"temp_directory": folder, "memory_limit": _MEMORY}
-        with duckdb.connect(":memory:", config=CLOSED | limits) as database:
-            reader = _Reader(database, min_rating)
-            for source, parsed in files:
-                reader.read(source, parsed)
-                paths.append(str(source.path))
-            log = reader.log()
+        try:
+            with duckdb.connect(":memory:", config=CLOSED | limits) as database:
+                reader = _Reader(database, min_rating)
+                for source, parsed in files:
+                    paths.append(str(source.path))
+                    reader.read(source, parsed)
+                log = reader.log()
+        except duckdb.Error as error:
+            reason = str(error).split("\n")[0]
+            raise ValueError(
+                f"{paths[-1]} cannot be read with {_MEMORY} of memory and temporary files in {folder} ({reason}). Set "
+                "TMPDIR to a folder with more space."
+            ) from None
     if not len(log):
         limit = "" if min_rating is None else f" with a rating of {min_rating:g} or more; choose a lower min_rating"
         raise ValueError(f"{', '.join(paths)}: there is no interaction{limit}.")
@@ -148,7 +155,8 @@ class _Reader:
         found = self._database.sql(
             'SELECT user_names.code AS users, item_names.code AS items, "time" AS times FROM log '
             'JOIN user_names ON log."user" = user_names.name JOIN item_names ON log.item = item_names.name '
-            "ORDER BY users, times, file, number"
+            # Several interactions of a user may be in one line; they were inserted in their order.
+            "ORDER BY users, times, file, number, log.rowid"
         ).fetchnumpy()
         return InteractionLog(found["users"], found["items"], found["times"], *names)
 
@@ -167,9 +175,11 @@ class _Reader:
 
     def _read_block(self, source: Source, parsed: Parsed, block: pa.Table) -> int | None:
         """Read a block, and return the number of its last record, or None."""
-        self._database.register("block", pa.Table.from_batches(block.to_batches(_BATCH_ROWS), block.schema))
-        enough = "true" if self._min_rating is None else f"rating >= {self._min_rating!r} AND NOT isnan(rating)"
-        rows = plain_rows(parsed.plain, block, parsed.time_format is None)
+        known = parsed.plain.known(block)
+        self._database.register("block", pa.Table.from_batches(known.to_batches(_BATCH_ROWS), known.schema))
+        least = self._min_rating
+        enough = "true" if least is None else f"rating >= {float(least)!r}::DOUBLE AND NOT isnan(rating)"
+        rows = plain_rows(parsed.plain, known, parsed.time_format is None)
         self._database.execute(f"CREATE OR REPLACE TEMP TABLE found AS SELECT *, {enough} AS enough FROM ({rows})")
         count, enough, timed, last = self._database.execute(
             "SELECT count(*), count(*) FILTER (enough), count(*) FILTER (enough AND seconds IS NOT NULL), max(number) "
@@ -297,7 +307,7 @@ def parse_time(time: Any, format: str | None = None) -> float:
     """Return a time as a number: the number itself, or the seconds of text in ISO 8601 or a format of `strptime`.
 
     Raises:
-        ValueError: it is no such time.
+        ValueError: it is another value.
     """
     try:
         seconds = _seconds(datetime.strptime(str(time).strip(), format)) if format else float(time)

@@ -13,9 +13,8 @@ def check_target(out: Path, overwrite: bool) -> None:
     """Check that writing to `out` destroys no existing files.
 
     Raises:
-        FileExistsError: if `out` is a file, or a folder that is not empty, unless it is a data folder (one with
-            `sequences.jsonl`
-            or `sequences.parquet`) and `overwrite` is set.
+        FileExistsError: if `out` is a file, or a folder that is not empty, unless it is a data folder and `overwrite`
+            is set.
     """
     if not out.exists():
         return

@@ -1,6 +1,7 @@
 """Reading of many lines at once: DuckDB reads the plain lines of a block, and the parser of the format the others.
 
-A line is plain if SQL certainly reads from it what the format's parser would read.
+A line is plain if SQL certainly reads from it what the format's parser would read (which refuses JSON that is nested
+too deeply for it).
 """
 
 import csv
@@ -23,6 +24,9 @@ CLOSED = {
 }
 
 _MOST_FIELD_CHARACTERS = csv.field_size_limit()
+_MOST_JSON_BYTES = 1 << 20  # longer ones take too much memory of DuckDB
+#: What DuckDB takes for JSON and the json module does not, or not always: a comma at the end, nan, inf.
+_LENIENT = r",\s*[}\]]|[:,\[]\s*[-+]?(?i:nan|inf|infinity)\s*[,}\]]"
 #: An id without any of the signs that Python takes for spaces, and without U+FFFD.
 _ID = "[^\\x00-\\x20\\x7f-\\xa0\\x{1680}\\x{2000}-\\x{200f}\\x{2028}-\\x{202f}\\x{205f}\\x{3000}\\x{fffd}]+"
 
@@ -37,6 +41,10 @@ class Plain(ABC):
     A block is a table of Arrow with one row per line (or row of a table), and its number in the column `number`.
     """
 
+    def known(self, block: pa.Table) -> pa.Table:
+        """Return the columns of a block whose types DuckDB knows."""
+        return block
+
     @abstractmethod
     def query(self, block: pa.Table) -> str:
         """Return SQL that reads the plain lines of the table `block`.
@@ -47,7 +55,7 @@ class Plain(ABC):
 
     @abstractmethod
     def records(self, block: pa.Table) -> Iterator[tuple[int, Any]]:
-        """Yield (number, record for the parser of the format) of the lines of a block that are not plain.
+        """Yield (number, record for the parser of the format, or an error) of the lines of a block that are not plain.
 
         Raises:
             UnfinishedQuoteError: if a record does not end with its line.
@@ -93,7 +101,7 @@ class JsonLines(Plain):
         )
 
     def query(self, block: pa.Table) -> str:
-        # Of several equal keys, the json module takes the last and DuckDB the first, which permits a comma at the end.
+        # Of several equal keys, the json module takes the last and DuckDB the first.
         keys = f"len(list_filter(json_keys(line), lambda key: key IN ({', '.join(map(_text, self._names))})))"
         pointers = ", ".join(_text("/" + name.replace("~", "~0").replace("/", "~1")) for name in self._names)
         return f"""
@@ -101,8 +109,8 @@ class JsonLines(Plain):
             seconds, {_number("rating")} AS rating FROM (
                 SELECT number, found, {_json_number(self._time)} AS time, {_json_number(self._rating)} AS rating FROM (
                     SELECT number, json_extract(line, [{pointers}])::VARCHAR[] AS found FROM (
-                        SELECT number, line FROM block WHERE starts_with(line, '{{') AND json_valid(line)
-                            AND NOT regexp_matches(line, ',\\s*[}}\\]]')
+                        SELECT number, line FROM block WHERE strlen(line) <= {_MOST_JSON_BYTES}
+                            AND starts_with(line, '{{') AND json_valid(line) AND NOT regexp_matches(line, '{_LENIENT}')
                     ) WHERE {keys} = {len(set(self._names))}
                 )
             )
@@ -166,18 +174,31 @@ class Delimited(Plain):
             else:
                 try:
                     (fields,) = csv.reader([line], delimiter=self._delimiter, quoting=quoting, strict=True)
-                except (csv.Error, ValueError):
-                    raise UnfinishedQuoteError from None
+                except csv.Error as error:
+                    if "unexpected end of data" in str(error):
+                        raise UnfinishedQuoteError from None
+                    yield number, ValueError(str(error))
+                    continue
             if len(fields) > 1 or (fields and fields[0].strip()):
                 yield number, fields
 
 
 class Typed(Plain):
-    """Rows of a table of Arrow with columns user, item, time and rating; a missing one is 0."""
+    """Rows of a table of Arrow.
+
+    Args:
+        names: its columns, of user, item, time and rating; those that are missing are 0.
+    """
+
+    def __init__(self, names: Iterable[str]):
+        self._names = set(names)
+
+    def known(self, block: pa.Table) -> pa.Table:
+        return block.select([field.name for field in block.schema if _is_text(field.type) or _is_number(field.type)])
 
     def query(self, block: pa.Table) -> str:
-        user, item = (_typed_id(block.schema.field(name)) for name in ("user", "item"))
-        seconds, rating = (_typed_number(block.schema, name) for name in ("time", "rating"))
+        user, item = (_typed_id(block.schema, name) for name in ("user", "item"))
+        seconds, rating = (_typed_number(block.schema, name, name not in self._names) for name in ("time", "rating"))
         text = "time" in block.column_names and _is_text(block.schema.field("time").type)
         time = "time::VARCHAR" if text else "NULL::VARCHAR"
         return f"""
@@ -228,14 +249,18 @@ def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
-def _typed_id(field: pa.Field) -> str:
-    return f"{field.name}::VARCHAR" if _is_text(field.type) or pa.types.is_integer(field.type) else "NULL::VARCHAR"
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_float32(kind) or pa.types.is_float64(kind)
 
 
-def _typed_number(schema: pa.Schema, name: str) -> str:
-    if name not in schema.names:
-        return "0::DOUBLE"
-    kind = schema.field(name).type
-    if _is_text(kind):
-        return _number(f"{name}::VARCHAR")
-    return f"{name}::DOUBLE" if pa.types.is_integer(kind) or pa.types.is_floating(kind) else "NULL::DOUBLE"
+def _typed_id(schema: pa.Schema, name: str) -> str:
+    """SQL of a column of ids; NULL if its type is unknown."""
+    known = name in schema.names and not pa.types.is_floating(schema.field(name).type)
+    return f"{name}::VARCHAR" if known else "NULL::VARCHAR"
+
+
+def _typed_number(schema: pa.Schema, name: str, missing: bool) -> str:
+    """SQL of a column of numbers; 0 if it is `missing`, NULL if its type is unknown."""
+    if missing or name not in schema.names:
+        return "0::DOUBLE" if missing else "NULL::DOUBLE"
+    return _number(f"{name}::VARCHAR") if _is_text(schema.field(name).type) else f"{name}::DOUBLE"

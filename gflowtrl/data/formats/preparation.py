@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
-from gflowtrl.checks import COUNT, SHARE, check_choice, check_number
+from gflowtrl.checks import COUNT, FINITE, SHARE, check_choice, check_number
 
 from ..interactions import InteractionData, core_members, exposed_among, impressions_among
 from ..readers import read_exposed, read_impressions
@@ -211,7 +211,9 @@ def _check_arguments(format, items, columns, k_core, min_rating, duplicates, max
     if items is not None and (streamed is None or streamed.items is None):
         raise ValueError(f"Format {format!r} has no items file, but items={str(items)!r} was given. Leave it out.")
     if columns is not None and not (streamed and streamed.own_columns):
-        raise ValueError(f"The columns of format {format!r} are fixed. Leave `columns` out, or use csv or jsonl.")
+        raise ValueError(
+            f"The columns of format {format!r} are fixed. Leave `columns` out, or use csv, jsonl, parquet or table."
+        )
     for name in ("title", "categories"):
         if columns is not None and getattr(columns, name) != name and items is None:
             given = getattr(columns, name)
@@ -221,6 +223,7 @@ def _check_arguments(format, items, columns, k_core, min_rating, duplicates, max
     if min_rating is not None and not (streamed and streamed.has_ratings):
         raise ValueError(f"Format {format!r} has no ratings, but min_rating={min_rating} was given. Leave it out.")
     check_number("k_core", k_core, COUNT, optional=True)
+    check_number("min_rating", min_rating, FINITE, optional=True)
     check_choice("duplicates", duplicates, get_args(Duplicates))
     check_number("max_malformed", max_malformed, SHARE)
     check_number("max_line_bytes", max_line_bytes, COUNT)

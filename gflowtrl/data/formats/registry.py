@@ -98,6 +98,8 @@ def find_sources(
             for number, one in enumerate(given if isinstance(given, list | tuple) else [given] * (given is not None)):
                 name = f"table of {word}" if not isinstance(given, list | tuple) else f"table {number} of {word}"
                 sources.append(Source(name, format, content, table=as_table(one, name), **options))
+        if not found[0]:
+            raise ValueError("No table of a log was given. Give one or more.")
         return found
     logs, described = find_files(format, interactions, items)
     # All are created before the interactions are read, which may take hours, so that a missing file is an error now.
@@ -109,16 +111,20 @@ def find_sources(
 
 def _paths(given: Paths, name: str) -> list[Path]:
     paths: list[Path] = []
+    if hasattr(given, "columns") or hasattr(given, "__arrow_c_stream__"):
+        raise ValueError(f"{name} is a {type(given).__name__}, not a file. Read it with format 'table'.")
     for one in [given] if isinstance(given, str | Path) else given:
         if _URL.match(str(one)):
             raise ValueError(f"{one} is a URL. Download the file first, and give its path.")
         if Path(one).exists() or not set("*?[").intersection(str(one)):
             paths.append(Path(one))
             continue
-        found = sorted(path for path in glob(str(one), recursive=True) if not _is_hidden(Path(path)))
+        given_parts = {*Path(one).parts}
+        found = [Path(path) for path in sorted(glob(str(one), recursive=True))]
+        found = [path for path in found if not _is_hidden(part for part in path.parts if part not in given_parts)]
         if not found:
             raise FileNotFoundError(f"No file matches {one}. Check the pattern.")
-        paths += map(Path, found)
+        paths += [path for path in found if path.is_file()] or found
     if not paths:
         raise ValueError(f"No file of {name} was given. Give one or more.")
     return paths
@@ -131,7 +137,7 @@ def _in_parts(paths: list[Path], endings: tuple[str, ...]) -> list[Path]:
         if not (path.is_dir() and endings):
             found.append(path)
             continue
-        files = (file for file in path.rglob("*") if file.is_file() and not _is_hidden(file))
+        files = (file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path).parts))
         parts = [file for file in files if file.name.removesuffix(".gz").removesuffix(".zst").endswith(endings)]
         if not parts:
             wanted = ", *".join(endings)
@@ -140,9 +146,9 @@ def _in_parts(paths: list[Path], endings: tuple[str, ...]) -> list[Path]:
     return found
 
 
-def _is_hidden(path: Path) -> bool:
-    """Return whether a file is hidden or, like `_SUCCESS`, one that clusters write beside the data."""
-    return path.name.startswith((".", "_"))
+def _is_hidden(parts: Iterable[str]) -> bool:
+    """Return whether a file is hidden, or one that clusters write for themselves (`_SUCCESS`, `_delta_log/0.json`)."""
+    return any(part.startswith((".", "_")) for part in parts)
 
 
 def _each_once(paths: list[Path]) -> list[Path]:

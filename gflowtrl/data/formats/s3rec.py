@@ -54,7 +54,7 @@ def _words(attributes: Any) -> list[str]:
 
 
 def _items_beside(path: Path) -> Path | None:
-    return path.with_name(Path(path.name.removesuffix(".gz")).stem + _ATTRIBUTES)
+    return path.with_name(Path(path.name.removesuffix(".gz").removesuffix(".zst")).stem + _ATTRIBUTES)
 
 
 S3REC = Format(

@@ -153,17 +153,30 @@ class Source:
                 rest += decoder.decode(block).encode()
                 end = rest.rfind(b"\n") + 1
                 if end:
-                    lines, rest = _lines(rest[:end]), rest[end:]
+                    lines, rest = self._lines(rest[:end], number), rest[end:]
                     yield number, lines
                     number += len(lines)
                 elif len(rest) > self.max_line_bytes:
-                    raise ValueError(
-                        f"{self.path}, line {number} has more than {self.max_line_bytes:,} bytes. Check the file, or "
-                        "raise max_line_bytes."
-                    )
+                    raise self._too_long(number)
             rest += decoder.decode(b"", final=True).encode()
             if rest:
-                yield number, _lines(rest)
+                yield number, self._lines(rest, number)
+
+    def _lines(self, text: bytes, number: int) -> pa.LargeStringArray:
+        """Split text, which begins with line `number`, after its line ends, without a copy."""
+        ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n")) + 1
+        if not len(ends) or ends[-1] < len(text):
+            ends = np.append(ends, len(text))
+        offsets = np.concatenate([[0], ends]).astype(np.int64)
+        if (long := np.flatnonzero(np.diff(offsets) > self.max_line_bytes)).size:
+            raise self._too_long(number + int(long[0]))
+        return pa.LargeStringArray.from_buffers(len(ends), pa.py_buffer(offsets), pa.py_buffer(text))
+
+    def _too_long(self, number: int) -> ValueError:
+        return ValueError(
+            f"{self.path}, line {number} has more than {self.max_line_bytes:,} bytes. Check the file, or raise "
+            "max_line_bytes."
+        )
 
     def text_lines(self, encoding: str = "utf-8-sig") -> Iterator[str]:
         """Yield all lines with their line ends, decoded as in `blocks`."""
@@ -332,12 +345,3 @@ def _unpacked(raw: io.BufferedReader, head: bytes) -> io.BufferedIOBase:
     if head.startswith(_GZIP):
         return gzip.GzipFile(fileobj=raw)
     return io.BufferedReader(pa.CompressedInputStream(raw, "zstd")) if head.startswith(_ZSTD) else raw
-
-
-def _lines(text: bytes) -> pa.LargeStringArray:
-    """Split text after its line ends, without a copy."""
-    ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n")) + 1
-    if not len(ends) or ends[-1] < len(text):
-        ends = np.append(ends, len(text))
-    offsets = np.concatenate([[0], ends]).astype(np.int64)
-    return pa.LargeStringArray.from_buffers(len(ends), pa.py_buffer(offsets), pa.py_buffer(text))

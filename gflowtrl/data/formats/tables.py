@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -92,12 +92,12 @@ def _json_items(source: Source, request: Request) -> Parsed:
 def _parquet_interactions(source: Source, request: Request) -> Parsed:
     names = request.own_names()
     rows = _Rows(source, [name for name in names if name is not None])
-    return _timed(Parsed(_parquet_blocks(rows, names), tuple, Typed()), request)
-
-
-def _parquet_blocks(rows: _Rows, names: Sequence[str | None]) -> Iterator[pa.Table]:
-    """Yield rows in blocks for `Typed`."""
     needed = {key: name for key, name in zip(("user", "item", "time", "rating"), names, strict=True) if name}
+    return _timed(Parsed(_parquet_blocks(rows, needed), tuple, Typed(needed)), request)
+
+
+def _parquet_blocks(rows: _Rows, needed: Mapping[str, str]) -> Iterator[pa.Table]:
+    """Yield rows in blocks for `Typed`; `needed` maps its columns to those of the table."""
     number = 1
     for batch in rows.batches([*dict.fromkeys(needed.values())], _BLOCK_ROWS):
         columns = {key: batch[name] for key, name in needed.items()}
@@ -138,6 +138,8 @@ class _Rows:
                 "names in Columns or with --user_column, --item_column, --time_column and --rating_column."
             )
         self._in_file = set(names)
+        if twice := next((name for name in needed if names.count(name) > 1), None):
+            raise ValueError(f"{source.path} has the column {twice!r} twice. Rename one of both.")
 
     def batches(self, names: list[str], rows: int) -> Iterator[pa.Table]:
         """Yield tables of at most `rows` rows with these columns."""
@@ -176,8 +178,8 @@ def as_table(value: Any, name: str) -> pa.Table:
             )
     except pa.ArrowException as error:
         raise ValueError(f"The {name} is not a table of Arrow: {' '.join(str(error).split())}") from None
-    views = [field.with_type(pa.large_string()) if field.type == pa.string_view() else field for field in table.schema]
-    return table.cast(pa.schema(views))
+    views = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+    return table.cast(pa.schema([field.with_type(views.get(field.type, field.type)) for field in table.schema]))
 
 
 def _folder_columns(path: Path) -> dict[str, str | None]:
