@@ -86,7 +86,6 @@ raw_lines = st.sampled_from(
         '{"x": "\\"user_id\\": 3, ", "user_id": "a", "item_id": "z", "timestamp": "7", "rating": "4"}',
         '{"user_id": -0, "item_id": 0.0, "timestamp": -1, "rating": 4}',
         '{"user_id": 01, "item_id": 1, "timestamp": 1, "rating": 4}',
-        *(f'{{"user_id": "a", "item_id": "w", "timestamp": 1, "rating": 4, "z": {word}}}' for word in ("nan", "-inf")),
         *('{"user_id": "a"', "[1]", "", "  ", "null", "{} {}"),
     ]
 )

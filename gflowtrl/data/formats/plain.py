@@ -1,7 +1,7 @@
 """Reading of many lines at once: DuckDB reads the plain lines of a block, and the parser of the format the others.
 
-A line is plain if SQL certainly reads from it what the format's parser would read (which refuses JSON that is nested
-too deeply for it).
+A line is plain if SQL certainly reads from it what the format's parser would read. Two kinds of JSON are read that the
+parser refuses: deeply nested, and with `nan` or `inf` in small letters in a column that is not needed.
 """
 
 import csv
@@ -25,8 +25,7 @@ CLOSED = {
 
 _MOST_FIELD_CHARACTERS = csv.field_size_limit()
 _MOST_JSON_BYTES = 1 << 20  # longer ones take too much memory of DuckDB
-#: What DuckDB takes for JSON and the json module does not, or not always: a comma at the end, nan, inf.
-_LENIENT = r",\s*[}\]]|[:,\[]\s*[-+]?(?i:nan|inf|infinity)\s*[,}\]]"
+_LENIENT = r",\s*[}\]]"  # DuckDB permits a comma at the end
 #: An id without any of the signs that Python takes for spaces, and without U+FFFD.
 _ID = "[^\\x00-\\x20\\x7f-\\xa0\\x{1680}\\x{2000}-\\x{200f}\\x{2028}-\\x{202f}\\x{205f}\\x{3000}\\x{fffd}]+"
 
