@@ -319,9 +319,43 @@ def on_exposed(prefix: str) -> str:
         Row(f"{flows}, corrected by impressions (`gflowgr_yahoo`)", recipe),
         Row("the same, a tenth of the reward uniform", f"{prefix}-uniform"),
         Row(f"{flows}, inverse propensity of the target", f"{prefix}-propensity"),
+        *(
+            [
+                Row("three SASRec, averaged", f"{prefix}-three_sasrec", "teacher"),
+                Row(f"{flows}, corrected by impressions, three SASRec", f"{prefix}-three_sasrec"),
+            ]
+            if prefix == "yahoo"
+            else []
+        ),
         Row("GFlowNet, VarGrad, corrected by impressions", f"{prefix}-vargrad"),
     ]
     return table(rows, TRUTH)
+
+
+def new_items(prefix: str) -> str:
+    """The users whose target is an item that occurs in no history and no other target, and the others."""
+    rows = [
+        ("nearest texts", "text", "teacher"),
+        ("SASRec", "sasrec", "teacher"),
+        ("content SASRec (.8) and texts (.2)", "content", "teacher"),
+        ("content SASRec (.5) and texts (.5)", "half_text", "teacher"),
+        ("cross entropy", "content", "control"),
+        ("exact flows, teacher SASRec", "sasrec", "gflownet"),
+        ("exact flows, teacher content SASRec (.8) and texts (.2)", "content", "gflownet"),
+        ("exact flows, teacher content SASRec (.5) and texts (.5)", "half_text", "gflownet"),
+    ]
+    found = [
+        (title, read(KEPT / f"{prefix}-{name}-seed42.json")["new_items"]["methods"][method])
+        for title, name, method in rows
+    ]
+    added = read(KEPT / f"{prefix}-added-seed42.json")["groups"]
+    found.append(("exact flows, teacher (.8) and (.2), items added afterwards", added))
+    names, groups = {"Recall@10": "item_recall@10", "NDCG@10": "item_ndcg@10"}, ("new", "others")
+    lines = [
+        [title, *("{:.4f} ± {:.4f}".format(*of[group][name]) for group in groups for name in names.values())]
+        for title, of in found
+    ]
+    return markdown([f"{title}, {group}" for group in groups for title in names], lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -336,6 +370,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "strong": lambda: table(STRONG_ROWS, ITEMS | minus("control", STRONG)),
     **{f"strong_{data}": partial(strong_on, *records) for data, records in LARGER.items()},
     **{f"exposed_{data}": partial(on_exposed, data) for data in ("yahoo", "coat")},
+    "new_items": partial(new_items, "new_items-office"),
     "strong_average": average,
     "strong_variants": lambda: table(VARIANTS, ITEMS | minus("the recipe", STRONG, "gflownet")),
 }

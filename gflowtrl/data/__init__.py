@@ -18,6 +18,7 @@ from .new_items import hold_out_items
 from .order import GroupedEpochSampler, LengthGroupedEpochSampler
 from .prompts import BatchRows, GroupCollator, PromptEncoder, PromptFormat, TargetCollator, sft_dataset
 from .readers import read_exposed, read_folder, read_interactions, read_letter
+from .sequences import Sequences
 from .splits import Splits, leave_one_out
 from .step import Step, check_column_names
 from .synthetic_shop import ShopTruth, SyntheticShop
@@ -50,6 +51,7 @@ __all__ = [
     "PromptFormat",
     "RawFiles",
     "RowWindows",
+    "Sequences",
     "ShopTruth",
     "Splits",
     "Step",
