@@ -338,18 +338,14 @@ def new_items(prefix: str) -> str:
         ("nearest texts", "text", "teacher"),
         ("SASRec", "sasrec", "teacher"),
         ("content SASRec (.8) and texts (.2)", "content", "teacher"),
-        ("content SASRec (.5) and texts (.5)", "half_text", "teacher"),
         ("cross entropy", "content", "control"),
         ("exact flows, teacher SASRec", "sasrec", "gflownet"),
         ("exact flows, teacher content SASRec (.8) and texts (.2)", "content", "gflownet"),
-        ("exact flows, teacher content SASRec (.5) and texts (.5)", "half_text", "gflownet"),
     ]
     found = [
         (title, read(KEPT / f"{prefix}-{name}-seed42.json")["new_items"]["methods"][method])
         for title, name, method in rows
     ]
-    added = read(KEPT / f"{prefix}-added-seed42.json")["groups"]
-    found.append(("exact flows, teacher (.8) and (.2), items added afterwards", added))
     names, groups = {"Recall@10": "item_recall@10", "NDCG@10": "item_ndcg@10"}, ("new", "others")
     lines = [
         [title, *("{:.4f} ± {:.4f}".format(*of[group][name]) for group in groups for name in names.values())]
