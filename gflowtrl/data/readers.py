@@ -37,7 +37,7 @@ def read_interactions(path: str | Path, with_ids: bool = True) -> InteractionDat
         return read_folder(path, with_ids)
     if path.is_dir() and not any(path.glob("*.inter.json")):
         raise FileNotFoundError(
-            f"{path} contains neither sequences.jsonl nor sequences.parquet nor X.inter.json; see docs/data.md."
+            f"{path} contains neither sequences.jsonl nor X.inter.json nor sequences.parquet; see docs/data.md."
         )
     check_data_path(path)
     return read_letter(path, with_ids)
@@ -279,7 +279,7 @@ def _read_events(file: Path, users: list[Item]) -> list[list[Event]]:
         if any(event.level not in (SHOWN, CLICKED, PURCHASED) for event in rows[user]):
             raise ValueError(f"{where}: a level must be 0 (shown), 1 (clicked) or 2 (purchased).")
     if unknown := rows.keys() - set(users):
-        raise ValueError(f"{file}: user {min(unknown)!r} has events but no sequence.")
+        raise ValueError(f"{file}: user {min(unknown)!r} has events but no line with a sequence.")
     return [rows.get(user, []) for user in users]
 
 

@@ -35,7 +35,7 @@ def _csv_interactions(source: Source, request: Request) -> Parsed:
 
 
 def _timed(parsed: Parsed, request: Request) -> Parsed:
-    return parsed._replace(time_format=request.columns.time_format)
+    return Parsed(parsed.records, parsed.parse, parsed.plain, request.columns.time_format)
 
 
 def _csv_items(source: Source, request: Request) -> Parsed:
