@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from gflowtrl.cli.prepare import main
 from gflowtrl.data import Columns, InteractionData, k_core, leave_one_out, prepare, read_folder, write_folder
-from gflowtrl.data.formats import log as logs
 from gflowtrl.data.sequences import Sequences
 from tests.data.raw_files import LOG, prepared, write, write_json_lines, write_lines
 
@@ -106,12 +105,11 @@ def test_zstandard(tmp_path):
         prepare("jsonl", path, k_core=None)
 
 
-def test_a_log_larger_than_the_memory_of_duckdb(tmp_path, monkeypatch):
-    monkeypatch.setattr(logs, "_MEMORY", "96MiB")
+def test_a_log_larger_than_the_memory_of_duckdb(tmp_path):
     random = np.random.default_rng(0)
     users, items = random.integers(0, 10**12, 1_500_000), random.integers(0, 50, 1_500_000)
     pq.write_table(pa.table({"user_id": users, "item_id": items, "timestamp": items}), tmp_path / "log.parquet")
-    data, report = prepare("parquet", tmp_path / "log.parquet", k_core=None)
+    data, report = prepare("parquet", tmp_path / "log.parquet", k_core=None, max_memory="128 MiB")
     assert report.steps[0]["users"] == len(np.unique(users)) == len(data.users)
 
 

@@ -248,13 +248,15 @@ def test_the_least_rating_may_be_any_number(tmp_path, least):
             prepare("csv", path, k_core=None, min_rating=wrong)
 
 
-def test_too_little_memory_is_an_error_in_words(tmp_path, monkeypatch):
-    monkeypatch.setattr(log, "_MEMORY", "1MiB")
+def test_too_little_memory_is_an_error_in_words(tmp_path):
     path = tmp_path / "log.csv"
     path.write_text("user_id,item_id,timestamp\n" + "".join(f"u{n},i{n},{n}\n" for n in range(100_000)))
-    with pytest.raises(ValueError, match=r"log\.csv cannot be read with 1MiB of memory .*TMPDIR") as error:
-        prepare("csv", path, k_core=None)
+    with pytest.raises(ValueError, match=r"log\.csv cannot be read with 1MiB of memory .*Raise max_memory") as error:
+        prepare("csv", path, k_core=None, max_memory="1MiB")
     assert "\n" not in str(error.value)
+    for wrong in ("much", "1; DROP", 5, "0MiB"):
+        with pytest.raises(ValueError, match="max_memory is .*; give a size such as '768MiB'"):
+            prepare("csv", path, max_memory=wrong)
 
 
 def test_an_open_quote_ends_the_reading_by_line():

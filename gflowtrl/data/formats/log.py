@@ -25,7 +25,7 @@ from .source import MALFORMED, Source
 
 Duplicates = Literal["first", "last", "keep"]
 
-_MEMORY = "768MiB"  # of DuckDB; more moves to the disk
+MAX_MEMORY = "768MiB"
 _BATCH_ROWS = 1 << 11  # of one thread at a time
 _BLOCK_ROWS = 1 << 17
 _SCHEMA = pa.schema({"number": pa.int64(), "user": pa.string(), "item": pa.string(), "time": pa.float64()})
@@ -94,7 +94,9 @@ class InteractionLog:
         return int(repeated.sum())
 
 
-def read_log(files: Iterable[tuple[Source, Parsed]], min_rating: float | None) -> tuple[InteractionLog, int]:
+def read_log(
+    files: Iterable[tuple[Source, Parsed]], min_rating: float | None, max_memory: str = MAX_MEMORY
+) -> tuple[InteractionLog, int]:
     """Read the interactions of all files, except those rated below `min_rating`; return them and the number left out.
 
     The log is sorted as by `InteractionLog.sort_by_time`, its ids are sorted, too. A file is taken from the iterator,
@@ -102,7 +104,7 @@ def read_log(files: Iterable[tuple[Source, Parsed]], min_rating: float | None) -
     """
     paths = []
     with tempfile.TemporaryDirectory(prefix="gflowtrl-") as folder:
-        limits = {"temp_directory": folder, "memory_limit": _MEMORY}
+        limits = {"temp_directory": folder, "memory_limit": max_memory}
         try:
             with duckdb.connect(":memory:", config=CLOSED | limits) as database:
                 reader = _Reader(database, min_rating)
@@ -113,8 +115,8 @@ def read_log(files: Iterable[tuple[Source, Parsed]], min_rating: float | None) -
         except duckdb.Error as error:
             reason = str(error).split("\n")[0]
             raise ValueError(
-                f"{paths[-1]} cannot be read with {_MEMORY} of memory and temporary files in {folder} ({reason}). Set "
-                "TMPDIR to a folder with more space."
+                f"{paths[-1]} cannot be read with {max_memory} of memory and temporary files in {folder} ({reason}). "
+                "Raise max_memory, or set TMPDIR to a folder with more space."
             ) from None
     if not len(log):
         limit = "" if min_rating is None else f" with a rating of {min_rating:g} or more; choose a lower min_rating"

@@ -1,6 +1,7 @@
 """Preparation of a raw dump: read, sort, drop duplicates, filter, add item features, and write a data folder."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
@@ -12,7 +13,7 @@ from ..readers import read_exposed, read_impressions
 from ..writers import write_folder
 from .cleaning import clean_features
 from .format import Columns, Request
-from .log import Duplicates, InteractionLog, data_of, log_of, read_log
+from .log import MAX_MEMORY, Duplicates, InteractionLog, data_of, log_of, read_log
 from .output import check_target, new_folder
 from .preparation_report import Preparation
 from .registry import (
@@ -49,6 +50,7 @@ def prepare(
     source: str | None = None,
     parquet: bool = False,
     max_line_bytes: int = MAX_LINE_BYTES,
+    max_memory: str = MAX_MEMORY,
     overwrite: bool = False,
 ) -> tuple[InteractionData, Preparation]:
     """Read a raw dump, clean it, and write it as a folder for `read_folder`.
@@ -84,6 +86,8 @@ def prepare(
         source: origin of the data as free text.
         parquet: whether to write the sequences as Parquet, for logs of millions of users.
         max_line_bytes: maximum length of a line of text; longer ones are an error.
+        max_memory: memory for reading and sorting (`"2GiB"`); what exceeds it moves to temporary files. The result and
+            Python come in addition.
         overwrite: whether a data folder at `out` may be replaced.
 
     Returns:
@@ -96,6 +100,8 @@ def prepare(
     """
     _check_arguments(format, items, columns, k_core, min_rating, duplicates, max_malformed, max_line_bytes)
     _check_text(format, encoding, max_description_characters)
+    if not re.fullmatch(r"[1-9]\d*(\.\d+)? ?[KMGT]i?B", str(max_memory)):
+        raise ValueError(f"max_memory is {max_memory!r}; give a size such as '768MiB' or '4GiB'.")
     if out is not None:
         check_target(Path(out), overwrite)
     if format in COMPLETE:
@@ -116,7 +122,7 @@ def prepare(
         data = _from_complete(read_complete(format, paths[0]), report, max_description_characters)
     else:
         request = Request(columns or Columns(), rated=min_rating is not None)
-        data = _from_stream(sources, request, report)
+        data = _from_stream(sources, request, report, max_memory)
         if of_items:
             data.item_features = read_features(of_items, request, data.items, report, max_description_characters)
     _add_exposure(data, report, exposed, impressions)
@@ -153,9 +159,9 @@ def _filtered_data(log: InteractionLog, report: Preparation) -> InteractionData:
     return data_of(log, report.name)
 
 
-def _from_stream(sources: list[Source], request: Request, report: Preparation) -> InteractionData:
+def _from_stream(sources: list[Source], request: Request, report: Preparation, max_memory: str) -> InteractionData:
     files = ((source, STREAMED[source.format].interactions(source, request)) for source in sources)
-    log, report.below_min_rating = read_log(files, report.settings["min_rating"])
+    log, report.below_min_rating = read_log(files, report.settings["min_rating"], max_memory)
     report.take_interactions(sources)
     return _filtered_data(log, report)
 
