@@ -100,8 +100,7 @@ def prepare(
     """
     _check_arguments(format, items, columns, k_core, min_rating, duplicates, max_malformed, max_line_bytes)
     _check_text(format, encoding, max_description_characters)
-    if not re.fullmatch(r"[1-9]\d*(\.\d+)? ?[KMGT]i?B", str(max_memory)):
-        raise ValueError(f"max_memory is {max_memory!r}; give a size such as '768MiB' or '4GiB'.")
+    _check_memory(max_memory)
     if out is not None:
         check_target(Path(out), overwrite)
     if format in COMPLETE:
@@ -128,14 +127,18 @@ def prepare(
     _add_exposure(data, report, exposed, impressions)
     data.license = data.license if license is None else license
     data.source = data.source if source is None else source
-    report.items_without_metadata = sum(item not in data.item_features for item in data.items)
-    report.items_without_title = sum("title" not in data.item_features.get(item, ()) for item in data.items)
+    _count_items_without(data, report)
     data.item_features = {item: row for item, row in data.item_features.items() if row}  # like read_folder
     if out is not None:
         with new_folder(Path(out), overwrite) as folder:
             write_folder(data, folder, parquet)
             (folder / "preparation.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
     return data, report
+
+
+def _count_items_without(data: InteractionData, report: Preparation) -> None:
+    report.items_without_metadata = sum(item not in data.item_features for item in data.items)
+    report.items_without_title = sum("title" not in data.item_features.get(item, ()) for item in data.items)
 
 
 def _filter(log: InteractionLog, report: Preparation) -> None:
@@ -233,6 +236,11 @@ def _check_arguments(format, items, columns, k_core, min_rating, duplicates, max
     check_choice("duplicates", duplicates, get_args(Duplicates))
     check_number("max_malformed", max_malformed, SHARE)
     check_number("max_line_bytes", max_line_bytes, COUNT)
+
+
+def _check_memory(max_memory: str) -> None:
+    if not re.fullmatch(r"[1-9]\d*(\.\d+)? ?[KMGT]i?B", str(max_memory)):
+        raise ValueError(f"max_memory is {max_memory!r}; give a size such as '768MiB' or '4GiB'.")
 
 
 def _check_text(format: str, encoding: str | None, max_description_characters: int | None) -> None:
