@@ -346,6 +346,8 @@ def new_items(prefix: str) -> str:
         (title, read(KEPT / f"{prefix}-{name}-seed42.json")["new_items"]["methods"][method])
         for title, name, method in rows
     ]
+    added = read(KEPT / f"{prefix}-added-seed42.json")["groups"]
+    found.append(("the same, items added after training", added))
     names, groups = {"Recall@10": "item_recall@10", "NDCG@10": "item_ndcg@10"}, ("new", "others")
     lines = [
         [title, *("{:.4f} ± {:.4f}".format(*of[group][name]) for group in groups for name in names.values())]
