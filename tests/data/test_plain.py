@@ -93,7 +93,7 @@ unescaped = objects.map(lambda row: json.dumps(row, ensure_ascii=False))
 json_lines = st.lists(st.one_of(objects.map(json.dumps), unescaped, raw_lines))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(json_lines, st.sampled_from([None, 4]), st.sampled_from(BLOCKS), st.sampled_from(["\n", "\r\n"]))
 def test_json_lines(tmp_path_factory, lines, min_rating, block_bytes, end):
     path = tmp_path_factory.mktemp("json") / "log.jsonl"
@@ -108,7 +108,7 @@ csv_lines = st.lists(st.one_of(csv_line, st.text('",a1\r ', max_size=12)))
 csv_kinds = st.sampled_from(["csv", "headerless", "quoted"])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(csv_lines, st.sampled_from([None, 4]), st.sampled_from(BLOCKS), csv_kinds)
 def test_delimited_lines(tmp_path_factory, lines, min_rating, block_bytes, kind):
     path = tmp_path_factory.mktemp("csv") / "log.csv"
