@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -21,7 +19,7 @@ import warnings
 import numpy as np
 import torch
 from datasets import Dataset
-from measuring import arguments, llama, peak, random_catalog, report
+from measuring import arguments, in_own_process, llama, peak, random_catalog, report
 from transformers import TrainerCallback
 
 from gflowtrl import GFlowNetConfig, GFlowNetTrainer
@@ -97,9 +95,7 @@ def main() -> None:
     rows = []
     for method in METHODS:
         for items in given.items:
-            command = [sys.executable, *sys.argv, "--only", method, str(items)]
-            answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-            rows.append(json.loads(answer.splitlines()[-1]))
+            rows.append(in_own_process("--only", method, str(items)))
             print(rows[-1], flush=True)
     columns = {
         "loss": "`{method}`", "items": "{items:,}", "tree and tokenizer, s": "{seconds_to_build:.1f}",

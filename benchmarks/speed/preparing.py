@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from measuring import peak, report, reset_peak
+from measuring import in_own_process, peak, report, reset_peak
 
 from gflowtrl.data import prepare
 
@@ -110,9 +108,7 @@ def main() -> None:
         return
     rows = []
     for name in INPUTS:
-        command = [sys.executable, *sys.argv, "--only", name]
-        answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        rows.append(json.loads(answer.splitlines()[-1]))
+        rows.append(in_own_process("--only", name))
         print(f"{name}: {rows[-1]['seconds']:.1f} s", flush=True)
     columns = {
         "input": "{input}",

@@ -187,11 +187,6 @@ def flat_times(times: Sequence[Sequence[float]]) -> np.ndarray:
     return times.values if isinstance(times, Sequences) else np.array(list(chain.from_iterable(times)))
 
 
-def times_of(sequence: Sequence[Item], times: Sequence[float], items: set[Item] | frozenset[Item]) -> list[float]:
-    """Return the times of those interactions of a user that are with some items."""
-    return [time for item, time in zip(sequence, times, strict=True) if item in items]
-
-
 def exposed_among(exposed: dict[Item, Exposed], items: set[Item]) -> dict[Item, Exposed] | None:
     """Return the exposed items that are in a catalog, without users who have none of them; None if nobody has any."""
     found = {}

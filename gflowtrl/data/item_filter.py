@@ -10,14 +10,9 @@ import pyarrow as pa
 
 from gflowtrl.catalog import Item
 
+from .formats.plain import CLOSED
 
-#: No files, no network, no Python variables.
-_CLOSED = {
-    "enable_external_access": "false",
-    "autoinstall_known_extensions": "false",
-    "autoload_known_extensions": "false",
-    "python_enable_replacements": "false",
-}
+
 _POSITION = "gflowtrl_position"
 
 
@@ -40,7 +35,7 @@ def items_where(items: Sequence[Item], features: Mapping[Item, Mapping[str, Any]
     columns = {"item": pa.array(items)}
     columns |= {name: _column(features.get(item, {}).get(name) for item in items) for name in names[1:]}
     table = pa.table({_POSITION: pa.array(range(len(items))), **columns})
-    with duckdb.connect(":memory:", config=_CLOSED) as database:
+    with duckdb.connect(":memory:", config=CLOSED) as database:
         database.register("items", table)
         # On lines of its own, so that a comment at its end does not reach the parenthesis.
         query = f"SELECT {_POSITION} FROM items WHERE (\n{condition}\n)"

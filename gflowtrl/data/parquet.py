@@ -34,19 +34,14 @@ def read_parquet_sequences(file: Path) -> tuple[list[Item], Sequences[Item], Seq
     table = _read(file, ["user", "items"], ["times"])
     users = _ids(file, table["user"], "user")
     offsets, values = _lists(file, table["items"], "items")
-    if len(offsets) == 1 or (empty := np.flatnonzero(np.diff(offsets) == 0)).size:
-        raise ValueError(
-            f"{file} is empty. It needs one row per user."
-            if len(offsets) == 1
-            else f"{file}, row {empty[0] + 1} has no items. Give a list with at least one item."
-        )
+    if len(offsets) == 1:
+        raise ValueError(f"{file} is empty. It needs one row per user.")
+    if (empty := np.flatnonzero(np.diff(offsets) == 0)).size:
+        raise ValueError(f"{file}, row {empty[0] + 1} has no items. Give a list with at least one item.")
     if not pa.types.is_dictionary(values.type):
         values = values.dictionary_encode()
     names = _ids(file, values.dictionary, "item")
-    items = sorted(names)
-    index = {item: place for place, item in enumerate(items)}
-    codes = np.array([index[name] for name in names], np.int32)[values.indices.to_numpy()]
-    times = None
+    sequences, times = Sequences.with_sorted_names(values.indices.to_numpy(), offsets, names), None
     if "times" in table.column_names and not table["times"].null_count:  # a user may have been added without times
         begins, moments = _lists(file, table["times"], "times")
         if not (pa.types.is_integer(moments.type) or pa.types.is_floating(moments.type)):
@@ -56,7 +51,7 @@ def read_parquet_sequences(file: Path) -> tuple[list[Item], Sequences[Item], Seq
         times = Sequences(moments.to_numpy(), offsets)
         if not np.isfinite(times.values).all():
             raise ValueError(f"{file}: a time is not a number. Write times as numbers, such as seconds.")
-    return users, Sequences(codes, offsets, items), times
+    return users, sequences, times
 
 
 def read_parquet_items(file: Path) -> Iterator[tuple[str, Item, dict[str, Any]]]:
@@ -99,15 +94,24 @@ def write_parquet_sequences(data: InteractionData, file: Path) -> None:
     write_atomically(file, lambda partial: pq.write_table(pa.table(columns), partial))
 
 
+def is_text(kind: pa.DataType) -> bool:
+    """Return whether values of a type are text."""
+    kind = _decoded(kind)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _decoded(kind: pa.DataType) -> pa.DataType:
+    """Return the type of the values of a dictionary; other types as they are."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
 def _is_json(kind: pa.DataType) -> bool:
     """Return whether values of a type can be written as JSON."""
-    if pa.types.is_dictionary(kind):
-        return _is_json(kind.value_type)
+    kind = _decoded(kind)
     if pa.types.is_nested(kind) and not (pa.types.is_map(kind) or pa.types.is_union(kind)):
         return all(_is_json(kind.field(place).type) for place in range(kind.num_fields))
-    texts = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     numbers = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-    return texts or numbers or pa.types.is_null(kind)
+    return is_text(kind) or numbers or pa.types.is_null(kind)
 
 
 def _read(file: Path, needed: list[str], others: list[str] | None) -> pa.Table:
@@ -148,8 +152,8 @@ def _first_missing(values: pa.ChunkedArray) -> int:
 
 def _ids(file: Path, column: pa.ChunkedArray | pa.Array, name: str) -> list[Item]:
     """Return the ids of a column: whole numbers or texts."""
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    kind = _decoded(column.type)
+    if not (pa.types.is_integer(kind) or is_text(kind)):
         raise ValueError(f"{file}: {name}s are of type {kind}. They must be whole numbers or text.")
     if column.null_count:
         missing = _first_missing(column if isinstance(column, pa.ChunkedArray) else pa.chunked_array([column]))

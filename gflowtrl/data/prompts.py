@@ -327,10 +327,8 @@ def sft_dataset(
         inputs, lengths = tokens.numpy(), torch.bincount(window, minlength=len(lengths)).numpy()
         if tokenizer.bos_token_id is not None:
             places = lengths.cumsum() - lengths
-            inputs, labels = (
-                np.insert(inputs, places, tokenizer.bos_token_id),
-                np.insert(labels, places, IGNORED_LABEL),
-            )
+            inputs = np.insert(inputs, places, tokenizer.bos_token_id)
+            labels = np.insert(labels, places, IGNORED_LABEL)
             lengths = lengths + 1
         columns = {"input_ids": inputs, "labels": labels}
         table = {name: ragged(pa.array(values, pa.int32()), lengths) for name, values in columns.items()}

@@ -115,11 +115,9 @@ def _read_sequences(file: Path) -> tuple[list[Item], Sequences[Item], Sequences[
             times.append(np.array(_times(row["times"], len(items), where)))
     if not users:
         raise ValueError(f"{file} is empty. It needs one line per user.")
-    items = _all_items(numbers, {}, None)
-    places = np.empty(len(items), np.int32)
-    places[[numbers[item] for item in items]] = np.arange(len(items), dtype=np.int32)
+    _check_one_type(numbers)
     offsets = np.array(ends)
-    sequences = Sequences(places[np.array(codes)], offsets, items)
+    sequences = Sequences.with_sorted_names(np.array(codes), offsets, list(numbers))
     # A user may have been added without times.
     return users, sequences, Sequences(np.concatenate(times), offsets) if timed == len(users) else None
 
@@ -436,6 +434,10 @@ def _is_int64(text: str) -> bool:
 
 def _all_items(taken: Iterable[Item], features: dict, semantic_ids: dict | None) -> list[Item]:
     items = {*taken, *features, *(semantic_ids or ())}
+    _check_one_type(items)
+    return sorted(items)
+
+
+def _check_one_type(items: Iterable[Item]) -> None:
     if len({type(item) for item in items}) > 1:
         raise ValueError("Items must be all whole numbers or all strings, but the data contains both.")
-    return sorted(items)

@@ -28,6 +28,13 @@ class Sequences(Sequence[list[T]]):
     def __init__(self, values: np.ndarray, offsets: np.ndarray, names: Sequence[T] | None = None):
         self.values, self.offsets, self.names = values, offsets, names
 
+    @classmethod
+    def with_sorted_names(cls, values: np.ndarray, offsets: np.ndarray, names: Sequence[T]) -> Sequences[T]:
+        """Return lists whose `names` are sorted, from names in any order."""
+        found = sorted(names)
+        index = {name: place for place, name in enumerate(found)}
+        return cls(np.array([index[name] for name in names], np.int32)[values], offsets, found)
+
     @property
     def lengths(self) -> np.ndarray:
         """Length of each list, `(lists,)`."""

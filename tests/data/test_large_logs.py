@@ -190,7 +190,7 @@ def test_time_format(tmp_path):
     for wrong in ("days", "%d %"):
         with pytest.raises(ValueError, match="time_format is .*; give codes of strptime"):
             Columns(time_format=wrong)
-    with pytest.raises(ValueError, match="time_format is given, but there is no column of times"):
+    with pytest.raises(ValueError, match="time_format is given, but the column of times is None"):
         Columns(time=None, time_format="%Y")
 
 

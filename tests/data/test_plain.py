@@ -210,7 +210,7 @@ def test_one_wrong_quote_is_one_malformed_line(tmp_path):
     found, _, _, malformed, lines = check(path, "csv")
     assert [item for _, item, _ in found] == ["a", "c"] and malformed == 1 and "expected after" in lines[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plain.Delimited, "rest", None)  # the lines after it are still read many at a time
+        patch.setattr(plain.UnfinishedQuoteError, "__init__", None)  # the lines after it are still read many at a time
         patch.setattr(log, "chain", None)
         assert len(read(path, "csv")[0]) == 2
 
@@ -261,5 +261,6 @@ def test_too_little_memory_is_an_error_in_words(tmp_path):
 
 def test_an_open_quote_ends_the_reading_by_line():
     block = pa.table({"number": [1], "line": ['a,"b\n']})
-    with pytest.raises(UnfinishedQuoteError):
+    with pytest.raises(UnfinishedQuoteError) as error:
         list(plain.Delimited(",", (0, 1, None, None), 2, 2, True, iter).records(block))
+    assert error.value.rest is iter

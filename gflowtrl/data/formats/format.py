@@ -56,7 +56,7 @@ class Columns:
             if not valid:
                 raise ValueError(f"time_format is {self.time_format!r}; give codes of strptime, such as %Y-%m-%d.")
             if self.time is None:
-                raise ValueError("time_format is given, but there is no column of times. Leave one of both out.")
+                raise ValueError("time_format is given, but the column of times is None. Leave one of both out.")
         for name in ("header", "items_header"):
             given = getattr(self, name)
             if given is not None and (isinstance(given, str) or len(given) < 2 or len(set(given)) < len(given)):

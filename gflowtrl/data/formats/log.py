@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 
 from gflowtrl.catalog import Item
-from gflowtrl.catalog.items import ItemIndex
 
 from ..interactions import InteractionData, flat_times, flatten
 from ..sequences import Sequences
@@ -145,10 +144,10 @@ class _Reader:
             for block in blocks:
                 try:
                     last = self._read_block(source, parsed, block) or last
-                except UnfinishedQuoteError:
+                except UnfinishedQuoteError as quote:
                     source.lines = block["number"][0].as_py() - 1
                     lines = chain.from_iterable(part["line"].to_pylist() for part in chain([block], blocks))
-                    last = self._read_records(source, parsed.parse, parsed.plain.rest(lines=lines)) or last
+                    last = self._read_records(source, parsed.parse, quote.rest(lines=lines)) or last
         source.finish(last)
 
     def log(self) -> InteractionLog:
@@ -220,15 +219,13 @@ class _Reader:
         wrong = [(row[0], known[row[3]]) for row in rows if isinstance(known[row[3]], ValueError)]
         return sorted([*records, *wrong], key=itemgetter(0))
 
-    def _insert(self, rows: Iterable[tuple[int, str, str, float]]) -> int | None:
-        """Insert (line number, user, item, time); return the last line number, or None."""
-        number, rows = None, iter(rows)
+    def _insert(self, rows: Iterable[tuple[int, str, str, float]]) -> None:
+        """Insert (line number, user, item, time)."""
+        rows = iter(rows)
         while part := list(islice(rows, _BLOCK_ROWS)):
             columns = dict(zip(("number", "user", "item", "time"), map(list, zip(*part, strict=True)), strict=True))
             self._database.register("part", pa.table(columns, _SCHEMA))
             self._database.execute(f"INSERT INTO log SELECT {self._files}, * FROM part")
-            number = part[-1][0]
-        return number
 
     def _read_records(self, source: Source, parse: Callable[[Any], tuple], records: Iterable) -> int | None:
         """Read all records, one at a time, and return the number of the last one, or None."""
@@ -277,14 +274,12 @@ def data_of(log: InteractionLog, name: str) -> InteractionData:
     users = [log.user_names[number] for number in log.users[starts].tolist()]
     used = np.bincount(log.items, minlength=len(log.item_names)) > 0
     names = [log.item_names[number] for number in np.flatnonzero(used).tolist()]
-    items = sorted(names)
-    places = ItemIndex(items)
-    codes = np.array([places[name] for name in names], np.int32)[(np.cumsum(used) - 1)[log.items]]
     times = log.times
     if (np.abs(times) < 2**53).all() and (times == np.floor(times)).all():
         times = times.astype(np.int64)
     offsets = np.append(starts, len(log))
-    sequences, kept_times = Sequences(codes, offsets, items), Sequences(times, offsets)
+    sequences = Sequences.with_sorted_names((np.cumsum(used) - 1)[log.items], offsets, names)
+    kept_times, items = Sequences(times, offsets), sequences.names
     if any(map(gt, users, users[1:])):
         order = sorted(range(len(users)), key=users.__getitem__)
         users, sequences, kept_times = (

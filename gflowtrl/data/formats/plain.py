@@ -11,6 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from ..parquet import is_text
+
 
 UNREADABLE = "\ufffd"  # replacement of bytes that cannot be decoded
 MOST_SECONDS = 1e300
@@ -31,7 +33,14 @@ _ID = "[^\\x00-\\x20\\x7f-\\xa0\\x{1680}\\x{2000}-\\x{200f}\\x{2028}-\\x{202f}\\
 
 
 class UnfinishedQuoteError(ValueError):
-    """A quote is open at the end of a line, so that the rest of the file has to be read as a whole."""
+    """A quote is open at the end of a line, so that the rest of the file has to be read as a whole.
+
+    Args:
+        rest: yields (number, record) of all lines from the first of a block, whose numbers the source knows.
+    """
+
+    def __init__(self, rest: Callable[[Iterable[str]], Iterator[tuple[int, Any]]]):
+        self.rest = rest
 
 
 class Plain(ABC):
@@ -59,10 +68,6 @@ class Plain(ABC):
         Raises:
             UnfinishedQuoteError: if a record does not end with its line.
         """
-
-    def rest(self, lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
-        """Yield (number, record) of all lines from the first of a block, whose numbers the source knows."""
-        raise NotImplementedError
 
 
 def plain_rows(plain: Plain, block: pa.Table, numbers: bool) -> str:
@@ -144,7 +149,7 @@ class Delimited(Plain):
         rest: Callable[[Iterable[str]], Iterator],
     ):
         self._delimiter, self._quoted = delimiter, quoted
-        self._width, self._most, self.rest = width, most, rest
+        self._width, self._most, self._rest = width, most, rest
         self._user, self._item, self._time, self._rating = (
             "'0'" if place is None else f"fields[{place + 1}]" for place in places
         )
@@ -175,7 +180,7 @@ class Delimited(Plain):
                     (fields,) = csv.reader([line], delimiter=self._delimiter, quoting=quoting, strict=True)
                 except csv.Error as error:
                     if "unexpected end of data" in str(error):
-                        raise UnfinishedQuoteError from None
+                        raise UnfinishedQuoteError(self._rest) from None
                     yield number, ValueError(str(error))
                     continue
             if len(fields) > 1 or (fields and fields[0].strip()):
@@ -193,12 +198,12 @@ class Typed(Plain):
         self._names = set(names)
 
     def known(self, block: pa.Table) -> pa.Table:
-        return block.select([field.name for field in block.schema if _is_text(field.type) or _is_number(field.type)])
+        return block.select([field.name for field in block.schema if is_text(field.type) or _is_number(field.type)])
 
     def query(self, block: pa.Table) -> str:
         user, item = (_typed_id(block.schema, name) for name in ("user", "item"))
         seconds, rating = (_typed_number(block.schema, name, name not in self._names) for name in ("time", "rating"))
-        text = "time" in block.column_names and _is_text(block.schema.field("time").type)
+        text = "time" in block.column_names and is_text(block.schema.field("time").type)
         time = "time::VARCHAR" if text else "NULL::VARCHAR"
         return f"""
             SELECT number, {user} AS user, {item} AS item, {time} AS time, {seconds} AS seconds, {rating} AS rating
@@ -242,12 +247,6 @@ def _json_number(raw: str | None) -> str:
     return f"CASE {_json_text(raw)} WHEN regexp_matches({raw}, '^[-0-9]') THEN {raw} END"
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
 def _is_number(kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind) or pa.types.is_float32(kind) or pa.types.is_float64(kind)
 
@@ -260,6 +259,8 @@ def _typed_id(schema: pa.Schema, name: str) -> str:
 
 def _typed_number(schema: pa.Schema, name: str, missing: bool) -> str:
     """SQL of a column of numbers; 0 if it is `missing`, NULL if its type is unknown."""
-    if missing or name not in schema.names:
-        return "0::DOUBLE" if missing else "NULL::DOUBLE"
-    return _number(f"{name}::VARCHAR") if _is_text(schema.field(name).type) else f"{name}::DOUBLE"
+    if missing:
+        return "0::DOUBLE"
+    if name not in schema.names:
+        return "NULL::DOUBLE"
+    return _number(f"{name}::VARCHAR") if is_text(schema.field(name).type) else f"{name}::DOUBLE"

@@ -6,6 +6,8 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from gflowtrl.catalog import Item
 
 from ..interactions import InteractionData
@@ -91,22 +93,29 @@ def find_sources(
     kind = STREAMED[format]
     expected = kind.expected, kind.expected_items
     if format == "table":
-        found = [], []
-        for sources, given, word, content in zip(
-            found, (interactions, items), ("log", "items"), expected, strict=True
-        ):
-            for number, one in enumerate(given if isinstance(given, list | tuple) else [given] * (given is not None)):
-                name = f"table of {word}" if not isinstance(given, list | tuple) else f"table {number} of {word}"
-                sources.append(Source(name, format, content, table=as_table(one, name), **options))
-        if not found[0]:
+        logs, described = _tables(interactions, "log"), _tables(items, "items")
+        if not logs:
             raise ValueError("No table of a log was given. Give one or more.")
-        return found
+        return (
+            [Source(name, format, expected[0], table=table, **options) for name, table in logs.items()],
+            [Source(name, format, expected[1], table=table, **options) for name, table in described.items()],
+        )
     logs, described = find_files(format, interactions, items)
     # All are created before the interactions are read, which may take hours, so that a missing file is an error now.
     return (
         [Source(path, format, expected[0], **options) for path in logs],
         [Source(path, format, expected[1], **options) for path in described],
     )
+
+
+def _tables(given: Tables, word: str) -> dict[str, pa.Table]:
+    """Return each table by its name for messages."""
+    if given is None:
+        return {}
+    if not isinstance(given, list | tuple):
+        return {f"table of {word}": as_table(given, f"table of {word}")}
+    names = [f"table {number} of {word}" for number in range(len(given))]
+    return {name: as_table(one, name) for name, one in zip(names, given, strict=True)}
 
 
 def _paths(given: Paths, name: str) -> list[Path]:

@@ -122,7 +122,8 @@ class Source:
                     raise ValueError(f"{self.path} {problem} Format {self.format!r} reads {self.expected}.")
                 yield content, self.encoding or encoding
             except _BROKEN as error:
-                kind = {_GZIP: "gzip", _ZSTD: "zstandard"}.get(packed[:4] if packed[:4] == _ZSTD else packed[:2])
+                kinds = {_GZIP: "gzip", _ZSTD: "zstandard"}
+                kind = next((word for begin, word in kinds.items() if packed.startswith(begin)), None)
                 if kind is None:
                     raise
                 raise ValueError(
