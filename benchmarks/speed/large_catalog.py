@@ -28,7 +28,7 @@ from gflowtrl.samplers import build_sampler
 from gflowtrl.teachers import SASRec
 
 
-METHODS = {"exact_flow": None, "vargrad": {"ground_truth": 1, "reward": 3, "on_policy": 4}}
+METHODS = {"exact_flow": None, "vargrad": {"ground_truth": 1, "collaborative": 3, "on_policy": 4}}
 WARM_UP = 10
 
 
@@ -68,7 +68,7 @@ def measure(method: str, items: int, steps: int, batch: int) -> dict:
             Dataset.from_dict(rows),
             processing_class=tokenizer,
             catalog=catalog,
-            sampler=METHODS[method] and build_sampler(METHODS[method]),
+            sampler=METHODS[method] and build_sampler(METHODS[method], teacher),
             callbacks=[clock],
         )
         with warnings.catch_warnings(record=True) as found:
