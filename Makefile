@@ -26,7 +26,7 @@ LOWEST_TESTS := tests/policy tests/test_recommender.py tests/trainer tests/data 
 	"tests/distributed/test_example.py::test_every_engine_gives_the_results_of_one_process[zero3]"
 
 # All tests of a file run in one process, so that they create shared fixtures once. Files start in alphabetical order.
-IN_PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
+IN_PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 1
 
 .PHONY: help demo test test-rest test-all test-lowest lint docs docs-release clean
 

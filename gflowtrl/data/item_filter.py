@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from gflowtrl.catalog import Item
 
-from .formats.plain import CLOSED
+from .database import Database
 
 
 _POSITION = "gflowtrl_position"
@@ -35,17 +35,16 @@ def items_where(items: Sequence[Item], features: Mapping[Item, Mapping[str, Any]
     columns = {"item": pa.array(items)}
     columns |= {name: _column(features.get(item, {}).get(name) for item in items) for name in names[1:]}
     table = pa.table({_POSITION: pa.array(range(len(items))), **columns})
-    with duckdb.connect(":memory:", config=CLOSED) as database:
-        database.register("items", table)
+    with Database() as database, database.view("items", table):
         # On lines of its own, so that a comment at its end does not reach the parenthesis.
         query = f"SELECT {_POSITION} FROM items WHERE (\n{condition}\n)"
         try:
-            if len(database.extract_statements(query)) != 1:
+            if len(database.connection.extract_statements(query)) != 1:
                 raise ValueError("it must be one condition")
-            found = {row[0] for row in database.execute(query).fetchall()}
+            found = {row[0] for row in database.connection.execute(query).fetchall()}
         except (duckdb.Error, ValueError) as error:
             reason = str(error).split("\n")[0]
-            known = database.execute("DESCRIBE items").fetchall()
+            known = database.connection.execute("DESCRIBE items").fetchall()
             types = ", ".join(f"{name} ({kind})" for name, kind, *_ in known if name != _POSITION)
             raise ValueError(
                 f"The condition {condition!r} is invalid: {reason}. The columns are {types}; text becomes a number by "

@@ -7,10 +7,10 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -221,8 +221,11 @@ def _write_parts(
     parts = (_part(data, excluded, number, starts[number], size) for number in missing)
     sizes = {number: min(size, len(data.users) - start) for number, start in enumerate(starts)}
     done = len(data.users) - sum(sizes[number] for number in missing)
-    with tqdm(total=len(data.users), initial=done, unit=" users", desc="Recommending", disable=None) as bar:
-        for number in _answered(job, parts, min(processes, len(missing))):
+    with (
+        tqdm(total=len(data.users), initial=done, unit=" users", desc="Recommending", disable=None) as bar,
+        closing(_answered(job, parts, min(processes, len(missing)))) as answered,  # its processes end with this block
+    ):
+        for number in answered:
             bar.update(sizes[number])
     return [job.file(number) for number in range(len(starts))]
 
@@ -330,7 +333,7 @@ def _part(
 
 
 # ----------------------------------------------------------------------------------------------------------- processes
-def _answered(job: Job, parts: Iterator[Part], processes: int) -> Iterator[int]:
+def _answered(job: Job, parts: Iterator[Part], processes: int) -> Generator[int, None, None]:
     """Write the parts and yield the number of each one that is complete."""
     if processes <= 1:
         model = None

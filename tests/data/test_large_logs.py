@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import threading
 from dataclasses import replace
 
 import duckdb
@@ -397,3 +398,12 @@ def test_splits_and_filters_agree_with_lists(small_shop):
     ours, theirs = leave_one_out(compact), leave_one_out(bare)
     assert ours.train_sequences == theirs.train_sequences == [row[:-2] for row in bare.sequences]
     assert ours.train.to_dict() == theirs.train.to_dict()
+
+
+def test_no_thread_is_left_after_an_error(tmp_path):
+    """The garbage collection would end it, at any time: in the middle of a start of another thread, too."""
+    file = tmp_path / "log.csv"
+    file.write_text("user_id,item_id,timestamp\nA,B,noon\n")
+    with pytest.raises(ValueError, match="the time 'noon'") as kept:
+        prepare("csv", file, k_core=None)
+    assert kept.tb and not [thread for thread in threading.enumerate() if "ThreadPoolExecutor" in thread.name]

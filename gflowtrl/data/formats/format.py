@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from ..readers import json_object
 from .plain import Delimited, JsonLines, Plain
-from .source import Source, read_ahead
+from .source import Source
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class Header(Table):
 
 def text_blocks(source: Source, encoding: str = "utf-8-sig") -> Iterator[pa.Table]:
     """Yield the lines of a file from `first_line` on, in blocks for a `Plain` reader."""
-    for number, lines in read_ahead(source.blocks(encoding)):
+    for number, lines in source.blocks(encoding):
         block = pa.table({"number": np.arange(number, number + len(lines)), "line": lines})
         if skipped := max(0, source.first_line - number):
             block = block.slice(skipped)

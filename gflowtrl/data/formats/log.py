@@ -15,17 +15,17 @@ import pyarrow as pa
 
 from gflowtrl.catalog import Item
 
+from ..database import Database
 from ..interactions import InteractionData, flat_times, flatten
 from ..sequences import Sequences
 from .format import Parsed
-from .plain import CLOSED, MOST_SECONDS, UNREADABLE, UnfinishedQuoteError, plain_rows
-from .source import MALFORMED, Source
+from .plain import MOST_SECONDS, UNREADABLE, UnfinishedQuoteError, plain_rows
+from .source import MALFORMED, Source, read_ahead
 
 
 Duplicates = Literal["first", "last", "keep"]
 
 MAX_MEMORY = "768MiB"
-_BATCH_ROWS = 1 << 11  # of one thread at a time
 _BLOCK_ROWS = 1 << 17
 _SCHEMA = pa.schema({"number": pa.int64(), "user": pa.string(), "item": pa.string(), "time": pa.float64()})
 
@@ -102,21 +102,19 @@ def read_log(
     and thus opened, after the file before it has been read.
     """
     paths = []
-    with tempfile.TemporaryDirectory(prefix="gflowtrl-") as folder:
-        limits = {"temp_directory": folder, "memory_limit": max_memory}
-        try:
-            with duckdb.connect(":memory:", config=CLOSED | limits) as database:
-                reader = _Reader(database, min_rating)
-                for source, parsed in files:
-                    paths.append(str(source.path))
-                    reader.read(source, parsed)
-                log = reader.log()
-        except duckdb.Error as error:
-            reason = str(error).split("\n")[0]
-            raise ValueError(
-                f"{paths[-1]} cannot be read with {max_memory} of memory and temporary files in {folder} ({reason}). "
-                "Raise max_memory, or set TMPDIR to a folder with more space."
-            ) from None
+    try:
+        with Database(max_memory) as database:
+            reader = _Reader(database, min_rating)
+            for source, parsed in files:
+                paths.append(str(source.path))
+                reader.read(source, parsed)
+            log = reader.log()
+    except duckdb.Error as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{', '.join(paths[-1:]) or 'The log'} cannot be read with {max_memory} of memory and temporary files in "
+            f"{tempfile.gettempdir()} ({reason}). Raise max_memory, or set TMPDIR to a folder with more space."
+        ) from None
     if not len(log):
         limit = "" if min_rating is None else f" with a rating of {min_rating:g} or more; choose a lower min_rating"
         raise ValueError(f"{', '.join(paths)}: there is no interaction{limit}.")
@@ -126,28 +124,24 @@ def read_log(
 class _Reader:
     """Collects the interactions of all files in a table of DuckDB, which moves to the disk if it becomes too large."""
 
-    def __init__(self, database: duckdb.DuckDBPyConnection, min_rating: float | None):
+    def __init__(self, database: Database, min_rating: float | None):
         self.below = 0
-        self._database, self._min_rating, self._files = database, min_rating, 0
+        self._tables, self._database = database, database.connection
+        self._min_rating, self._files = min_rating, 0
         self._parse_time = parse_time
-        database.execute('CREATE TABLE log (file INTEGER, number BIGINT, "user" VARCHAR, item VARCHAR, "time" DOUBLE)')
+        self._database.execute(
+            'CREATE TABLE log (file INTEGER, number BIGINT, "user" VARCHAR, item VARCHAR, "time" DOUBLE)'
+        )
 
     def read(self, source: Source, parsed: Parsed) -> None:
         """Read a file."""
         self._files += 1
         self._parse_time = partial(parse_time, format=parsed.time_format)
-        last = None
         if parsed.plain is None:
             last = self._read_records(source, parsed.parse, parsed.records)
         else:
-            blocks = iter(parsed.records)
-            for block in blocks:
-                try:
-                    last = self._read_block(source, parsed, block) or last
-                except UnfinishedQuoteError as quote:
-                    source.lines = block["number"][0].as_py() - 1
-                    lines = chain.from_iterable(part["line"].to_pylist() for part in chain([block], blocks))
-                    last = self._read_records(source, parsed.parse, quote.rest(lines=lines)) or last
+            with read_ahead(parsed.records) as blocks:
+                last = self._read_blocks(source, parsed, blocks)
         source.finish(last)
 
     def log(self) -> InteractionLog:
@@ -174,14 +168,26 @@ class _Reader:
         ids = self._database.sql(f"SELECT id FROM {column}_names ORDER BY code")
         return ids.to_arrow_table()["id"].to_pylist()
 
+    def _read_blocks(self, source: Source, parsed: Parsed, blocks: Iterator[pa.Table]) -> int | None:
+        """Read all blocks, and return the number of the last record, or None."""
+        last = None
+        for block in blocks:
+            try:
+                last = self._read_block(source, parsed, block) or last
+            except UnfinishedQuoteError as quote:
+                source.lines = block["number"][0].as_py() - 1
+                lines = chain.from_iterable(part["line"].to_pylist() for part in chain([block], blocks))
+                last = self._read_records(source, parsed.parse, quote.rest(lines=lines)) or last
+        return last
+
     def _read_block(self, source: Source, parsed: Parsed, block: pa.Table) -> int | None:
         """Read a block, and return the number of its last record, or None."""
         known = parsed.plain.known(block)
-        self._database.register("block", pa.Table.from_batches(known.to_batches(_BATCH_ROWS), known.schema))
         least = self._min_rating
         enough = "true" if least is None else f"rating >= {float(least)!r}::DOUBLE AND NOT isnan(rating)"
         rows = plain_rows(parsed.plain, known, parsed.time_format is None)
-        self._database.execute(f"CREATE OR REPLACE TEMP TABLE found AS SELECT *, {enough} AS enough FROM ({rows})")
+        with self._tables.view("block", known):
+            self._database.execute(f"CREATE OR REPLACE TEMP TABLE found AS SELECT *, {enough} AS enough FROM ({rows})")
         count, enough, timed, last = self._database.execute(
             "SELECT count(*), count(*) FILTER (enough), count(*) FILTER (enough AND seconds IS NOT NULL), max(number) "
             "FROM found"
@@ -224,8 +230,8 @@ class _Reader:
         rows = iter(rows)
         while part := list(islice(rows, _BLOCK_ROWS)):
             columns = dict(zip(("number", "user", "item", "time"), map(list, zip(*part, strict=True)), strict=True))
-            self._database.register("part", pa.table(columns, _SCHEMA))
-            self._database.execute(f"INSERT INTO log SELECT {self._files}, * FROM part")
+            with self._tables.view("part", pa.table(columns, _SCHEMA)):
+                self._database.execute(f"INSERT INTO log SELECT {self._files}, * FROM part")
 
     def _read_records(self, source: Source, parse: Callable[[Any], tuple], records: Iterable) -> int | None:
         """Read all records, one at a time, and return the number of the last one, or None."""

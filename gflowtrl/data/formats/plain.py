@@ -11,19 +11,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from ..database import text_literal
 from ..parquet import is_text
 
 
 UNREADABLE = "\ufffd"  # replacement of bytes that cannot be decoded
 MOST_SECONDS = 1e300
-
-#: No files, no network, no extensions, no Python variables.
-CLOSED = {
-    "enable_external_access": "false",
-    "autoinstall_known_extensions": "false",
-    "autoload_known_extensions": "false",
-    "python_enable_replacements": "false",
-}
 
 _MOST_FIELD_CHARACTERS = csv.field_size_limit()
 _MOST_JSON_BYTES = 1 << 20  # longer ones take too much memory of DuckDB
@@ -106,8 +99,8 @@ class JsonLines(Plain):
 
     def query(self, block: pa.Table) -> str:
         # Of several equal keys, the json module takes the last and DuckDB the first.
-        keys = f"len(list_filter(json_keys(line), lambda key: key IN ({', '.join(map(_text, self._names))})))"
-        pointers = ", ".join(_text("/" + name.replace("~", "~0").replace("/", "~1")) for name in self._names)
+        keys = f"len(list_filter(json_keys(line), lambda key: key IN ({', '.join(map(text_literal, self._names))})))"
+        pointers = ", ".join(text_literal("/" + name.replace("~", "~0").replace("/", "~1")) for name in self._names)
         return f"""
             SELECT number, {_json_id(self._user)} AS user, {_json_id(self._item)} AS item, time, {_number("time")} AS
             seconds, {_number("rating")} AS rating FROM (
@@ -155,10 +148,10 @@ class Delimited(Plain):
         )
 
     def query(self, block: pa.Table) -> str:
-        line, delimiter = "line", _text(self._delimiter)
+        line, delimiter = "line", text_literal(self._delimiter)
         if self._quoted:
             field = f'("[^"{self._delimiter}]*"|[^"{self._delimiter}]*)'
-            whole = _text(f"{field}([{self._delimiter}]{field})*")
+            whole = text_literal(f"{field}([{self._delimiter}]{field})*")
             line = f"""CASE WHEN NOT contains(line, '"') THEN line
                 WHEN regexp_full_match(line, {whole}) THEN replace(line, '"', '') END"""
         return f"""
@@ -220,11 +213,6 @@ class Typed(Plain):
 
 def _lines(block: pa.Table) -> Iterator[tuple[int, str]]:
     return zip(block["number"].to_pylist(), block["line"].to_pylist(), strict=True)
-
-
-def _text(text: str) -> str:
-    """A literal of SQL."""
-    return "'" + text.replace("'", "''") + "'"
 
 
 def _number(text: str) -> str:

@@ -311,13 +311,23 @@ def byte_bar(name: str, total: int | None, done: int = 0) -> tqdm:
     )
 
 
-def read_ahead(values: Iterator[T]) -> Iterator[T]:
-    """Yield all values; while one is used, a thread computes the next."""
-    with ThreadPoolExecutor(1) as thread:
-        following = thread.submit(next, values, None)
+@contextmanager
+def read_ahead(values: Iterable[T]) -> Iterator[Iterator[T]]:
+    """Context manager that yields an iterator over `values`; while one is used, a thread computes the next.
+
+    The thread ends with the `with` block. A generator that ends a thread must not be left to the garbage collection,
+    which may run while another thread starts or ends: both would wait forever.
+    """
+
+    def ahead() -> Iterator[T]:
+        following = thread.submit(next, remaining, None)
         while (value := following.result()) is not None:
-            following = thread.submit(next, values, None)
+            following = thread.submit(next, remaining, None)
             yield value
+
+    remaining = iter(values)
+    with ThreadPoolExecutor(1) as thread:
+        yield ahead()
 
 
 class _Counted(io.RawIOBase):
