@@ -35,6 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--source", metavar="TEXT", help="source of the data; known for downloads")
     parser.add_argument("--parquet", action="store_true", help="write the sequences as Parquet, for millions of users")
     parser.add_argument("--max_line_bytes", type=int, default=1 << 28, help="longer lines are an error")
+    parser.add_argument("--max_unpacked_bytes", type=int, default=1 << 40, help="larger files are an error")
     parser.add_argument("--max_memory", default="768MiB", help="more of the log moves to temporary files (TMPDIR)")
     parser.add_argument("--overwrite", action="store_true", help="replace a data folder, but not its item tokenizer")
     for column, default in (("user", "user_id"), ("item", "item_id"), ("time", "timestamp"), ("rating", "rating")):

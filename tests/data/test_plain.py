@@ -196,6 +196,23 @@ def test_lines_have_bounds(tmp_path, monkeypatch, block_bytes, end):
         list(file.blocks())
 
 
+@pytest.mark.parametrize(
+    ("format", "first", "line"),
+    [
+        ("jsonl", "", '{"user_id": "a", "item_id": "b", "timestamp": 1}'),
+        ("csv", "user_id,item_id,timestamp", "a,b,1"),
+        ("movielens", "", "1::2::3::4"),
+    ],
+)
+def test_unpacked_files_have_a_bound(tmp_path, format, first, line):
+    path = tmp_path / "log"
+    path.write_bytes(gzip.compress("\n".join([first, *[line] * (1 << 18)]).encode()))
+    with pytest.raises(ValueError, match=r"has more than 1,048,576 bytes, unpacked.*raise max_unpacked_bytes"):
+        prepare(format, path, k_core=None, max_unpacked_bytes=1 << 20)
+    with pytest.raises(ValueError, match="max_unpacked_bytes is 0"):
+        prepare(format, path, max_unpacked_bytes=0)
+
+
 def test_long_lines_are_read_by_the_parser(tmp_path):
     text = "x" * (3 << 20)
     rows = [{"user_id": "u", "item_id": item, "timestamp": 1, "text": text} for item in ("a", "b")]

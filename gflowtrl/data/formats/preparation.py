@@ -27,7 +27,7 @@ from .registry import (
     read_complete,
     read_features,
 )
-from .source import MAX_LINE_BYTES, Source
+from .source import MAX_LINE_BYTES, MAX_UNPACKED_BYTES, Source
 
 
 def prepare(
@@ -50,6 +50,7 @@ def prepare(
     source: str | None = None,
     parquet: bool = False,
     max_line_bytes: int = MAX_LINE_BYTES,
+    max_unpacked_bytes: int = MAX_UNPACKED_BYTES,
     max_memory: str = MAX_MEMORY,
     overwrite: bool = False,
 ) -> tuple[InteractionData, Preparation]:
@@ -86,6 +87,7 @@ def prepare(
         source: origin of the data as free text.
         parquet: whether to write the sequences as Parquet, for logs of millions of users.
         max_line_bytes: maximum length of a line of text; longer ones are an error.
+        max_unpacked_bytes: maximum size of a file of text, unpacked; larger ones are an error.
         max_memory: memory for reading and sorting (`"2GiB"`); what exceeds it moves to temporary files. The result and
             Python come in addition.
         overwrite: whether a data folder at `out` may be replaced.
@@ -98,9 +100,9 @@ def prepare(
         FileExistsError: if `out` is not empty, and `overwrite` is not set or `out` is not a data folder.
         ValueError: for invalid arguments, a file in another format, too many malformed lines, or an empty result.
     """
-    _check_arguments(format, items, columns, k_core, min_rating, duplicates, max_malformed, max_line_bytes)
+    _check_arguments(format, items, columns, k_core, min_rating, duplicates, max_malformed)
     _check_text(format, encoding, max_description_characters)
-    _check_memory(max_memory)
+    _check_bounds(max_line_bytes, max_unpacked_bytes, max_memory)
     if out is not None:
         check_target(Path(out), overwrite)
     if format in COMPLETE:
@@ -108,8 +110,9 @@ def prepare(
         sources, of_items = [], []
         paths = [path]
     else:
-        options = {"max_malformed": max_malformed, "encoding": encoding, "max_line_bytes": max_line_bytes}
-        sources, of_items = find_sources(format, interactions, items, **options)
+        bounds = {"max_line_bytes": max_line_bytes, "max_unpacked_bytes": max_unpacked_bytes}
+        options = {"max_malformed": max_malformed, "encoding": encoding}
+        sources, of_items = find_sources(format, interactions, items, **options, **bounds)
         paths = [source.path for source in (*sources, *of_items)]
     report = Preparation(
         name=name or (Path(out).resolve().name if out else paths[0].resolve().name.split(".")[0]),
@@ -213,7 +216,7 @@ def _add_exposure(
             raise ValueError(f"No item of {file} is in the catalog, whose first item is {data.items[0]!r}.")
 
 
-def _check_arguments(format, items, columns, k_core, min_rating, duplicates, max_malformed, max_line_bytes) -> None:
+def _check_arguments(format, items, columns, k_core, min_rating, duplicates, max_malformed) -> None:
     if format not in RAW_FORMATS:
         raise ValueError(f"There is no format {format!r}. Choose one of {', '.join(RAW_FORMATS)}.")
     streamed = STREAMED.get(format)
@@ -235,10 +238,11 @@ def _check_arguments(format, items, columns, k_core, min_rating, duplicates, max
     check_number("min_rating", min_rating, FINITE, optional=True)
     check_choice("duplicates", duplicates, get_args(Duplicates))
     check_number("max_malformed", max_malformed, SHARE)
+
+
+def _check_bounds(max_line_bytes: int, max_unpacked_bytes: int, max_memory: str) -> None:
     check_number("max_line_bytes", max_line_bytes, COUNT)
-
-
-def _check_memory(max_memory: str) -> None:
+    check_number("max_unpacked_bytes", max_unpacked_bytes, COUNT)
     if not re.fullmatch(r"[1-9]\d*(\.\d+)? ?[KMGT]i?B", str(max_memory)):
         raise ValueError(f"max_memory is {max_memory!r}; give a size such as '768MiB' or '4GiB'.")
 

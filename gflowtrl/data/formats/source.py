@@ -22,6 +22,7 @@ MALFORMED = (ValueError, KeyError, TypeError, IndexError, AttributeError, Overfl
 
 T = TypeVar("T")
 MAX_LINE_BYTES = 1 << 28
+MAX_UNPACKED_BYTES = 1 << 40
 
 _NAMED_LINES = 5
 _BROKEN = EOFError, gzip.BadGzipFile, zlib.error, pa.ArrowException, OSError
@@ -52,6 +53,7 @@ class Source:
         max_malformed: maximum share of malformed lines, 0 to 1.
         encoding: text encoding; `None`: the encoding of the format, which is UTF-8 except for some MovieLens files.
         max_line_bytes: maximum length of a line; longer ones raise an error.
+        max_unpacked_bytes: maximum size of the file, unpacked; larger ones raise an error.
         table: the content, if it is a table in memory; `path` then is its name.
 
     Attributes:
@@ -69,6 +71,7 @@ class Source:
         max_malformed: float,
         encoding: str | None = None,
         max_line_bytes: int = MAX_LINE_BYTES,
+        max_unpacked_bytes: int = MAX_UNPACKED_BYTES,
         table: pa.Table | None = None,
     ):
         self.path, self.table = Path(path), table
@@ -78,7 +81,7 @@ class Source:
         self.expected = expected
         self.max_malformed = max_malformed
         self.encoding = encoding and ("utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding)
-        self.max_line_bytes = max_line_bytes
+        self.max_line_bytes, self.max_unpacked_bytes = max_line_bytes, max_unpacked_bytes
         self.lines = 0
         self.first_line = 1
         self.malformed = 0
@@ -101,7 +104,7 @@ class Source:
         decoder = codecs.getincrementaldecoder("utf-8")()
         with self._content("utf-8") as (content, _):
             try:
-                while block := content.read(_BLOCK_BYTES):
+                for block in self._unpacked_blocks(content):
                     decoder.decode(block)
                 decoder.decode(b"", final=True)
             except UnicodeDecodeError:
@@ -150,7 +153,7 @@ class Source:
         number, rest, self._row_lines = 1, b"", 1
         with self._content(encoding, show=True) as (content, encoding):
             decoder = codecs.getincrementaldecoder(encoding)("replace")
-            while block := content.read(_BLOCK_BYTES):
+            for block in self._unpacked_blocks(content):
                 rest += decoder.decode(block).encode()
                 end = rest.rfind(b"\n") + 1
                 if end:
@@ -162,6 +165,18 @@ class Source:
             rest += decoder.decode(b"", final=True).encode()
             if rest:
                 yield number, self._lines(rest, number)
+
+    def _unpacked_blocks(self, content: io.BufferedIOBase) -> Iterator[bytes]:
+        """Yield the whole content in blocks."""
+        size = 0
+        while block := content.read(_BLOCK_BYTES):
+            size += len(block)
+            if size > self.max_unpacked_bytes:
+                raise ValueError(
+                    f"{self.path} has more than {self.max_unpacked_bytes:,} bytes, unpacked. Check the file, or raise "
+                    "max_unpacked_bytes."
+                )
+            yield block
 
     def _lines(self, text: bytes, number: int) -> pa.LargeStringArray:
         """Split text, which begins with line `number`, after its line ends, without a copy."""
