@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import operator
 import os
-import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,13 +29,13 @@ from gflowtrl.policy.loading import check_embedded, load_tokenizer
 from gflowtrl.policy.merging import update_adapter_files
 from gflowtrl.teachers import TeacherModule, load_teacher, score_histories
 
+from .hub import local_copy, upload
 from .request import Request, allowed_in, exclusions_in
 
 
 TEACHER_FOLDER = "teacher"
 MAX_ENUMERATED = 4096  # sampling among at most so many allowed items computes the probability of each of them
 LEAVES_PER_FORWARD = 256
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,24 @@ class Recommender:
         update_adapter_files(self.model, directory)
         if self.teacher is not None:
             self.teacher.save_pretrained(Path(directory, TEACHER_FOLDER))
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the folder of `save_pretrained` to the Hugging Face Hub, for `from_pretrained`.
+
+        Args:
+            repo_id: name of the repository, `user/name`. It is created if it does not exist.
+            **options: `private`, `token`, `commit_message`, `revision`, `create_pr`, as in
+                `PreTrainedModel.push_to_hub`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            HfHubHTTPError: the Hub refuses the upload, for example because the token may not write.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(folder, repo_id, **options)
 
     def check(self) -> None:
         """Check that the weights and the log-probabilities of one decoding are finite. It also warms the model up.
@@ -422,22 +440,3 @@ class Recommender:
         probs = score_histories(self.teacher, [history], self.encoder.max_history_items)[0].softmax(-1)
         prob = probs[self.teacher.items.index(item)]
         return float(prob), 1 + int((probs > prob).sum())
-
-
-def local_copy(directory: str | os.PathLike) -> Path:
-    """Return the folder of a recommender; download `user/model` from the Hub if no such folder exists.
-
-    Raises:
-        FileNotFoundError: the folder does not exist, and the Hub has no model of this name.
-    """
-    path = Path(directory)
-    if path.is_dir():
-        return path
-    if isinstance(directory, str) and HUB_NAME.fullmatch(directory):
-        try:
-            return Path(snapshot_download(directory))
-        except (OSError, ValueError) as error:  # huggingface_hub's errors are of these kinds
-            raise FileNotFoundError(
-                f"{directory} is not a folder, and could not be downloaded from the Hub: {error}"
-            ) from error
-    raise FileNotFoundError(f"{directory} is not a folder; give the folder of a saved recommender, or its Hub name.")

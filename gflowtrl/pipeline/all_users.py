@@ -29,7 +29,8 @@ from gflowtrl.data.readers import json_object
 from gflowtrl.data.recommender_files import read_details
 from gflowtrl.ensemble import Ensemble, View, normalized_weights
 from gflowtrl.files import reading
-from gflowtrl.recommender import Recommender, local_copy
+from gflowtrl.hub import local_copy
+from gflowtrl.recommender import Recommender
 from gflowtrl.request import Request, allowed_in
 from gflowtrl.teachers import fingerprint
 

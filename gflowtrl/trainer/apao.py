@@ -64,18 +64,23 @@ class APAOConfig(TreePolicyConfig):
 
     def __post_init__(self):
         check_choice("method", self.method, METHODS)
-        check_number("num_negatives", self.num_negatives, COUNT)
         losses = ["sft", f"prefix_{self.method}"]
         if self.loss_type not in (None, losses):
             raise ValueError(
                 f"loss_type is {self.loss_type!r}, but APAO's follows from method. To combine prefix losses with a "
                 f"balance loss, use GFlowNetTrainer with loss_type=['exact_flow', {losses[1]!r}]."
             )
-        self.loss_type, self.loss_weights = losses, [1.0, self.beta]
-        self.num_generations = 1 + self.num_negatives if self.method == "pairwise" else 1
         super().__post_init__()
-        if losses[1] in (self.loss_kwargs or {}):
-            raise ValueError(f"loss_kwargs has options for {losses[1]!r}; set prefix_eta and prefix_variant instead.")
+
+    def check(self) -> None:
+        check_choice("method", self.method, METHODS)
+        check_number("num_negatives", self.num_negatives, COUNT)
+        prefix = f"prefix_{self.method}"
+        self.loss_type, self.loss_weights = ["sft", prefix], [1.0, self.beta]
+        self.num_generations = 1 + self.num_negatives if self.method == "pairwise" else 1
+        super().check()
+        if prefix in (self.loss_kwargs or {}):
+            raise ValueError(f"loss_kwargs has options for {prefix!r}; set prefix_eta and prefix_variant instead.")
 
     def loss_options(self, name: str) -> dict[str, Any]:
         defaults = {"token_mean": True} if name == "sft" else {"eta": self.prefix_eta, "variant": self.prefix_variant}

@@ -107,6 +107,20 @@ def resolve_metric(
     _check_direction(args)
 
 
+def searched_metric(args: TrainingArguments, ks: Sequence[int], eval_dataset: object) -> tuple[str, bool]:
+    """Return the metric that a search for hyperparameters improves, and whether larger values are better.
+
+    It is `metric_for_best_model`, by default the NDCG of the first evaluation rows that are not of exposed items.
+    """
+    if args.metric_for_best_model not in (None, "loss"):
+        return f"eval_{args.metric_for_best_model.removeprefix('eval_')}", bool(args.greater_is_better)
+    parts = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
+    names = [name for name, rows in parts.items() if not _are_exposed(rows)]
+    if not names:
+        raise _exposed_chooses()
+    return _default(ks, names if isinstance(eval_dataset, Mapping) else ()), True
+
+
 def _exposed_chooses() -> ValueError:
     return ValueError(
         "The best model must not be chosen by exposed items, which are the truth that the evaluation measures on. "

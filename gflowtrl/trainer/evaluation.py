@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from .checkpoints import TrainerBase
 from .exposed import unchecked_log_probs
 from .finite_steps import nonfinite_weight
 from .reference import ReferencePrior
+from .row_sources import evaluation_rows
 
 
 def rows_per_step(args: TrainingArguments) -> int:
@@ -59,6 +60,7 @@ class RankingEvaluationMixin(TrainerBase):
         item_counts: Tensor,
         num_beams: int = 20,
         ks: Sequence[int] = (5, 10, 20),
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
     ) -> None:
         """Set what is ranked and how.
 
@@ -67,6 +69,8 @@ class RankingEvaluationMixin(TrainerBase):
             item_counts: `(items,)` training interactions, for popularity groups, novelty and the long tail.
             num_beams: beam width; at least the largest cutoff.
             ks: cutoffs of the lists.
+            compute_metrics: function that adds metrics. Its `predictions` are the ranked items of each row, best
+                first, as lists; its `label_ids` are the targets. It is not called for exposed items.
 
         Raises:
             ValueError: the counts do not fit the catalog, or `metric_for_best_model` will not be reported.
@@ -77,7 +81,7 @@ class RankingEvaluationMixin(TrainerBase):
                 f"one count per item, in the order of catalog.items."
             )
         self._catalog, self._item_counts = catalog, item_counts
-        self._num_beams, self._ks = num_beams, tuple(ks)
+        self._num_beams, self._ks, self._more_metrics = num_beams, tuple(ks), compute_metrics
         self._ranking_collator = GroupCollator(encoder)
         self.compute_metrics = self._ranking_metrics
         self.args.remove_unused_columns = False  # the model's forward has no arguments for histories and targets
@@ -85,7 +89,8 @@ class RankingEvaluationMixin(TrainerBase):
 
     def _resolve_metric(self) -> None:
         packages = {getattr(type(self), name).__module__.partition(".")[0] for name in ("evaluate", "evaluation_loop")}
-        more = not packages <= {"gflowtrl", "transformers", "trl"}  # a subclass may report other metrics
+        # A subclass may report other metrics, too.
+        more = self._more_metrics is not None or not packages <= {"gflowtrl", "transformers", "trl"}
         resolve_metric(self.args, self._ks, self.eval_dataset, self.callback_handler.callbacks, more)
 
     def train(self, *args: Any, **kwargs: Any):
@@ -115,12 +120,13 @@ class RankingEvaluationMixin(TrainerBase):
         """Return the methods to cite in the model card: keys of `model_card.PAPERS`."""
         return []
 
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None):
+    def get_eval_dataloader(self, eval_dataset: Any = None):
         """Return the evaluation rows, longest histories first: less padding, and memory runs out early or never."""
-        rows: Any = eval_dataset
-        if not isinstance(eval_dataset, Dataset):
-            datasets: Any = self.eval_dataset
-            rows = datasets if eval_dataset is None else datasets[eval_dataset]
+        datasets: Any = self.eval_dataset
+        if isinstance(eval_dataset, str):
+            rows: Any = datasets[eval_dataset]
+        else:
+            rows = datasets if eval_dataset is None else evaluation_rows(eval_dataset)
         if rows is None:
             raise ValueError("There are no evaluation rows. Pass eval_dataset to the trainer or rows to evaluate().")
         encoder = self._ranking_collator.encoder
@@ -152,8 +158,8 @@ class RankingEvaluationMixin(TrainerBase):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Return no loss, the ranked leaves `(B, beams)` as predictions and the target leaves `(B,)` as labels; for
-        exposed items their log-probabilities and likes, both `(B, C)`."""
+        """Return no loss, the ranked leaves `(B, beams)` as predictions, and as labels the positions `(B,)` of the
+        targets in `catalog.items`; for exposed items their log-probabilities and likes, both `(B, C)`."""
         batch: Any = self._prepare_inputs(inputs)
         if "candidates" in batch:
             scores = unchecked_log_probs(self.policy_of(model), batch["prompts"], batch["candidates"])
@@ -161,7 +167,7 @@ class RankingEvaluationMixin(TrainerBase):
             return None, scores, batch["liked"]
         leaves, log_probs = self.policy_of(model).beam_search(batch["prompts"], self._num_beams)
         self._bad_rankings = self._bad_rankings.to(leaves.device) | bad_ranking(leaves, log_probs)
-        return None, leaves, self._catalog.leaf_of(batch["rows"].columns["target"]).to(leaves.device)
+        return None, leaves, self._catalog.index_of(batch["rows"].columns["target"]).to(leaves.device)
 
     def _ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         leaves, targets = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
@@ -169,8 +175,22 @@ class RankingEvaluationMixin(TrainerBase):
             if bool(leaves[targets >= 0].isnan().any()):
                 return {}  # `evaluation_loop` raises an error
             return mean_over_users(exposed_metrics(leaves, targets))[0]
-        metrics = summarize(leaves, targets, self._catalog, self._item_counts, self._ks).metrics
-        return {name: value for name, value in metrics.items() if name.split("@")[0] in LOGGED_METRICS}
+        catalog = self._catalog
+        metrics = summarize(leaves, catalog.item_leaf.cpu()[targets], catalog, self._item_counts, self._ks).metrics
+        logged = {name: value for name, value in metrics.items() if name.split("@")[0] in LOGGED_METRICS}
+        if self._more_metrics is None:
+            return logged
+        more = self._more_metrics(ranked_items(catalog, leaves, targets))
+        if taken := logged.keys() & {name.removeprefix("eval_") for name in more}:
+            raise ValueError(f"compute_metrics returns {', '.join(sorted(taken))}, which exist. Rename them.")
+        return logged | more
+
+
+def ranked_items(catalog: ItemCatalog, leaves: Tensor, targets: Tensor) -> EvalPrediction:
+    """Return ranked leaves `(B, R)`, padded with -1, and the positions of targets `(B,)` as lists of items."""
+    lists = [[item for leaf in row if leaf >= 0 for item in catalog.items_of(leaf)] for row in leaves.tolist()]
+    prediction: Any = EvalPrediction(lists, [catalog.items[position] for position in targets.tolist()])
+    return prediction
 
 
 def by_length(rows: Dataset) -> tuple[Dataset, Tensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -34,6 +36,36 @@ def base_model_kwargs(args: TreePolicyConfig) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Given:
+    """What the constructor got to make the trained model, its sampler and its objective from."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    catalog: ItemCatalog | None
+    encoder: PromptEncoder | None
+    item_titles: Mapping[Item, str] | None
+    item_counts: Tensor | None
+    sampler: Any
+    peft_config: PeftConfig | None
+    quantization_config: Any
+
+    def with_parts(self, parts: Parts) -> Given:
+        """Return a copy with the tokenizer, catalog and encoder of the first model, which all later ones share."""
+        return replace(
+            self, tokenizer=parts.tokenizer, catalog=parts.catalog, encoder=parts.encoder,
+            item_titles=parts.item_titles, item_counts=parts.item_counts,
+        )  # fmt: skip
+
+    def new_sampler(self) -> Any:
+        """Return the sampler's specification; a sampler is copied, so that its state begins anew."""
+        return copy.deepcopy(self.sampler) if self.kept_sampler else self.sampler
+
+    @property
+    def kept_sampler(self) -> bool:
+        """Whether the sampler is an object, whose state changes in training."""
+        return hasattr(self.sampler, "observe") and not isinstance(self.sampler, type)
+
+
+@dataclass(frozen=True)
 class Parts:
     """A model with its tokenizer, catalog and encoder. Parts that are not given come from the model's folder."""
 
@@ -45,35 +77,32 @@ class Parts:
     item_counts: Tensor | None
 
     @classmethod
-    def resolve(
-        cls,
-        model: str | PreTrainedModel,
-        args: TreePolicyConfig,
-        tokenizer: PreTrainedTokenizerBase | None,
-        catalog: ItemCatalog | None,
-        encoder: PromptEncoder | None,
-        item_titles: Mapping[Item, str] | None,
-        item_counts: Tensor | None,
-    ) -> Parts:
+    def resolve(cls, model: str | PreTrainedModel, args: TreePolicyConfig, given: Given) -> Parts:
         """Resolve the parts from a trainer's arguments. A name or folder is loaded.
+
+        Args:
+            model: the model, its name or its folder. A model that was loaded from a folder finds the rest there too.
+            args: the configuration.
+            given: the other arguments.
 
         Raises:
             ValueError: arguments contradict each other or are missing, or a title is not text.
         """
-        if isinstance(model, str):
-            kwargs = model_kwargs(args)
-            where = {key: kwargs[key] for key in (*WHERE, "trust_remote_code") if key in kwargs and key != "subfolder"}
-            tokenizer = tokenizer or load_tokenizer(model, **where)
-            catalog = catalog or ItemCatalog.from_pretrained(model)
+        tokenizer, catalog, encoder = given.tokenizer, given.catalog, given.encoder
+        item_titles, item_counts = given.item_titles, given.item_counts
+        kwargs, folder = _loading_kwargs(model, args, given.quantization_config), source_folder(model)
+        where = {key: kwargs[key] for key in (*WHERE, "trust_remote_code") if key in kwargs and key != "subfolder"}
+        if folder is not None:
+            tokenizer = tokenizer or load_tokenizer(folder, **where)
+            catalog = catalog or ItemCatalog.from_pretrained(folder)
             if encoder is None:
-                encoder = read_encoder(model, catalog, tokenizer)
+                encoder = read_encoder(folder, catalog, tokenizer)
                 encoder.max_history_items = args.max_history_items or encoder.max_history_items
-            details = folder_details(model, catalog)
+            details = folder_details(folder, catalog)
             item_titles = details.get("titles") if item_titles is None else item_titles
             item_counts = details.get("item_counts") if item_counts is None else item_counts
+        if isinstance(model, str):
             model = load_backbone(model, **kwargs)
-        elif args.model_init_kwargs:
-            raise ValueError("model_init_kwargs was given, but the model is already loaded. Pass its name or folder.")
         if tokenizer is None or catalog is None:
             raise ValueError("processing_class and catalog are needed unless model is the folder of a recommender.")
         catalog.check_tokenizer(tokenizer)
@@ -81,6 +110,25 @@ class Parts:
             encoder = PromptEncoder(catalog, tokenizer, args.max_history_items or 20)
         check_titles(item_titles or {})
         return cls(model, tokenizer, catalog, encoder, item_titles, item_counts)
+
+
+def source_folder(model: str | PreTrainedModel) -> str | None:
+    """Return the name or folder of a model; for a model that is loaded, only the folder of a recommender."""
+    if isinstance(model, str):
+        return model
+    name = getattr(getattr(model, "config", None), "name_or_path", None)
+    return name if name and Path(name, CATALOG_FILE).is_file() else None
+
+
+def _loading_kwargs(model: str | PreTrainedModel, args: TreePolicyConfig, quantization_config: Any) -> dict[str, Any]:
+    """Return the keyword arguments of `from_pretrained`."""
+    kwargs = dict(model_kwargs(args))
+    if quantization_config is not None and "quantization_config" in kwargs:
+        raise ValueError("quantization_config is given twice: as an argument and in model_init_kwargs. Leave one out.")
+    for name, value in (("model_init_kwargs", kwargs), ("quantization_config", quantization_config)):
+        if value and not isinstance(model, str):
+            raise ValueError(f"{name} was given, but the model is already loaded. Pass its name or folder.")
+    return kwargs if quantization_config is None else kwargs | {"quantization_config": quantization_config}
 
 
 def folder_details(directory: str, catalog: ItemCatalog) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from gflowtrl.checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE_BELOW_ONE, check_finite, check_number
+from gflowtrl.checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, SHARE_BELOW_ONE, check_finite, check_number
 from gflowtrl.rewards.composite import check_weights
 
 from .tree_policy_config import TreePolicyConfig, listed, option
@@ -64,6 +64,13 @@ class GFlowNetConfig(TreePolicyConfig):
         ref_weight (`float`, *optional*, defaults to `0.0`):
             Exponent a of the reference model in the target pi_ref^a * R: every balance loss uses
             log R + a log pi_ref(leaf) instead of log R. 0: no reference model.
+        sync_ref_model (`bool`, *optional*, defaults to `False`):
+            Move the reference towards the policy every `ref_model_sync_steps` steps, as in TRL's GRPOTrainer. The
+            target then moves too. Not for adapters, flow heads, and sharded models.
+        ref_model_mixup_alpha (`float`, *optional*, defaults to `0.6`):
+            Share of the policy in the new reference, 0 to 1 (TR-DPO, arXiv 2404.09656).
+        ref_model_sync_steps (`int`, *optional*, defaults to `512`):
+            Steps between two updates of the reference.
     """
 
     # Parameters that control the loss
@@ -93,6 +100,9 @@ class GFlowNetConfig(TreePolicyConfig):
 
     # Parameters that control the reference model
     ref_weight: float = option(0.0, "Exponent of the reference model in the target.")
+    sync_ref_model: bool = option(False, "Move the reference towards the policy during training.")
+    ref_model_mixup_alpha: float = option(0.6, "Share of the policy in the new reference.")
+    ref_model_sync_steps: int = option(512, "Steps between two updates of the reference.")
 
     _VALID_DICT_FIELDS = TreePolicyConfig._VALID_DICT_FIELDS + ["source_weights"]
     _bounds = TreePolicyConfig._bounds | {
@@ -101,12 +111,17 @@ class GFlowNetConfig(TreePolicyConfig):
         "reward_floor": SHARE_BELOW_ONE,
         "exact_top_items": COUNT,
         "ref_weight": NOT_NEGATIVE,
+        "ref_model_mixup_alpha": SHARE,
+        "ref_model_sync_steps": COUNT,
     }
 
     def __post_init__(self):
         if isinstance(self.exclude_history, bool):  # YAML reads yes and no as such
             self.exclude_history = "yes" if self.exclude_history else "no"
         super().__post_init__()
+
+    def check(self) -> None:
+        super().check()
         if self.reward_weights is not None:
             self.reward_weights = [float(weight) for weight in listed(self.reward_weights)]
             check_finite({"reward_weights": self.reward_weights})

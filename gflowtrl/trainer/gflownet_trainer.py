@@ -10,10 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import SyncRefModelCallback
 
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.data import PromptEncoder, Step, count_repeats
@@ -25,7 +27,9 @@ from gflowtrl.rewards import (
     DenseReward,
     LikelihoodReward,
     PosteriorReward,
+    RewardModel,
     StepReward,
+    resolve_rewards,
 )
 from gflowtrl.samplers import Feedback, Sampler, Trajectories
 
@@ -33,6 +37,7 @@ from .folder import Parts, model_kwargs
 from .gflownet_config import GFlowNetConfig
 from .group import Group
 from .reference import ReferencePrior, build_prior
+from .training_state import REFERENCE_FILE, load_reference, save_reference
 from .tree_policy_trainer import TreePolicyTrainer
 from .weighting import source_table, weights_by_reward, weights_by_source
 
@@ -51,8 +56,8 @@ class GFlowNetTrainer(TreePolicyTrainer):
     Args:
         model: a causal language model or an encoder-decoder, or its name or folder.
         reward_funcs: one reward or a list. Any callable with TRL's signature `(prompts, completions, completion_ids,
-            **dataset_columns) -> list[float | None]`, which also gets `items`; or one of `gflowtrl.rewards`. Not
-            needed for `loss_type=["sft"]`.
+            **dataset_columns) -> list[float | None]`, which also gets `items`; one of `gflowtrl.rewards`; or a
+            sequence classifier, or its name or folder (`RewardModel`). Not needed for `loss_type=["sft"]`.
         args: the configuration.
         sampler: source of the trajectories: a name (`"on_policy"`, `"reward"`, ...), a mixture
             `{"ground_truth": 1, "on_policy": 3}`, or a `Sampler`. Default: the observed target and K - 1 on-policy
@@ -62,7 +67,13 @@ class GFlowNetTrainer(TreePolicyTrainer):
             the model before training. With `peft_config` this is the trained model with its adapters disabled,
             otherwise a copy.
         **options: `train_dataset`, `eval_dataset`, `processing_class`, `catalog`, `peft_config`, `item_counts`,
-            `item_titles`, `prompt_encoder`, `callbacks`, `optimizers`; see `TreePolicyTrainer`.
+            `item_titles`, `prompt_encoder`, `callbacks`, `optimizers`, `compute_metrics`, `quantization_config`,
+            `optimizer_cls_and_kwargs`, `model_init`; see `TreePolicyTrainer`. `reward_processing_classes`: the
+            tokenizers of the classifiers among the rewards, `None` for those of their folders.
+
+    Attributes:
+        reward_funcs: the rewards, as a list.
+        ref_model: the reference model.
 
     Example:
         ```python
@@ -84,11 +95,11 @@ class GFlowNetTrainer(TreePolicyTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
-        reward_funcs: AnyReward | Sequence[AnyReward] | None = None,
+        model: str | PreTrainedModel | None = None,
+        reward_funcs: AnyReward | str | nn.Module | Sequence[AnyReward | str | nn.Module] | None = None,
         args: GFlowNetConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         catalog: ItemCatalog | None = None,
         sampler: str | Mapping | Sampler | Callable | None = None,
@@ -99,32 +110,77 @@ class GFlowNetTrainer(TreePolicyTrainer):
         prompt_encoder: PromptEncoder | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        quantization_config: Any = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        model_init: Callable[..., str | PreTrainedModel] | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
     ):
-        self._reward_funcs, self._ref_model, self._rows = reward_funcs, ref_model, train_dataset
         args = GFlowNetConfig("gflownet-output") if args is None else args
         if not isinstance(args, GFlowNetConfig):
             raise TypeError(f"args is a {type(args).__name__}, but GFlowNetTrainer needs a GFlowNetConfig.")
+        self._given_reference = ref_model
+        self.reward_funcs = resolve_rewards(reward_funcs, reward_processing_classes, model_kwargs(args))
         super().__init__(
             model, args, train_dataset, eval_dataset, processing_class, catalog, sampler, peft_config, item_counts,
-            item_titles, prompt_encoder, callbacks, optimizers,
+            item_titles, prompt_encoder, callbacks, optimizers, compute_metrics, quantization_config,
+            optimizer_cls_and_kwargs, model_init,
         )  # fmt: skip
+        self._prepare_models()
+        if args.sync_ref_model:
+            self._check_moving_reference()
+            self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The reference model; None if there is none, or if it is the trained model without its adapters."""
+        return None if self.reference is None else self.reference.model
+
+    def _prepare_models(self) -> None:
+        """Move the reference and the reward models to the device, or shard the reference, as TRL does."""
+        for reward in self.reward_funcs:
+            if isinstance(reward, RewardModel):
+                reward.model.to(self.accelerator.device)
         if self.reference is not None:
             self.reference.prepare(self.accelerator)
+
+    @property
+    def _moving_reference(self) -> nn.Module | None:
+        """The reference model if a callback changes it during training, so that checkpoints contain it."""
+        moves = any(isinstance(callback, SyncRefModelCallback) for callback in self.callback_handler.callbacks)
+        return self.accelerator.unwrap_model(self.ref_model) if moves and self.ref_model is not None else None
+
+    def _check_moving_reference(self) -> None:
+        sharded = self.is_fsdp_enabled or (self.is_deepspeed_enabled and is_deepspeed_zero3_enabled())
+        for wrong, what in (
+            (self.reference is None, "there is no reference model; set ref_weight"),
+            (self.ref_model is None, "the reference is the model without its adapters, which does not move"),
+            (self.model_init is not None, "model_init makes another reference for each training"),
+            (sharded, "the models are sharded"),
+            (any(loss.needs_flow_heads for loss in self.losses.values()), "the policy has flow heads"),
+        ):
+            if wrong:
+                raise ValueError(f"sync_ref_model is True, but {what}. Leave sync_ref_model out.")
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        model = super().call_model_init(trial)
+        self._prepare_models()
+        return model
 
     def _set_up_objective(self, parts: Parts, args: GFlowNetConfig, adapted: bool) -> None:
         self._source_table = source_table(args.weight_per_source, self.sampler.source_names)
         self._exact = any(loss.needs_all_rewards for loss in self.losses.values())
         self._needs_reference = any(loss.needs_reference for loss in self.losses.values())
         self.rewards: CompositeReward | None = None
-        if self._reward_funcs is not None and self._reward_funcs != []:
-            exclude = excludes_history(args.exclude_history, self._rows)
-            self.rewards = composite_reward(self._reward_funcs, args, parts.catalog, parts.tokenizer, exclude)
+        if self.reward_funcs:
+            exclude = excludes_history(args.exclude_history, self._first_rows[0])
+            self.rewards = composite_reward(self.reward_funcs, args, parts.catalog, parts.tokenizer, exclude)
         elif any(loss.needs_rewards for loss in self.losses.values()):
             raise ValueError(f"loss_type {args.loss_type} needs a reward; give reward_funcs (see gflowtrl.rewards).")
         if self._exact and self.rewards is not None:
             _check_exact(self.rewards, args)
         self.reference: ReferencePrior | None = build_prior(
-            args.ref_weight, parts.catalog, self._ref_model, parts.model, adapted, self._needs_reference,
+            args.ref_weight, parts.catalog, self._given_reference, parts.model, adapted, self._needs_reference,
             **model_kwargs(args),
         )  # fmt: skip
         self.prior = self.reference if args.ref_weight else None
@@ -213,6 +269,20 @@ class GFlowNetTrainer(TreePolicyTrainer):
             self.sampler.observe(group.step, group.drawn, feedback)
         super()._observe(group)
 
+    def _extra_state_files(self, checkpoint: str) -> list[str]:
+        moving = [] if self._moving_reference is None else [REFERENCE_FILE]
+        return super()._extra_state_files(checkpoint) + moving
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._moving_reference is not None and self.args.should_save:
+            save_reference(self._moving_reference, output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._moving_reference is not None:
+            load_reference(self._moving_reference, checkpoint)
+
     def card_settings(self) -> dict[str, Any]:
         """Return the training settings for the model card."""
         settings = super().card_settings()
@@ -252,7 +322,7 @@ def _check_exact(rewards: CompositeReward, args: GFlowNetConfig) -> None:
     )
 
 
-def excludes_history(setting: str, rows: Dataset | None) -> bool:
+def excludes_history(setting: str, rows: Dataset | IterableDataset | None) -> bool:
     """Return whether items of the history get no reward.
 
     Args:
@@ -261,7 +331,11 @@ def excludes_history(setting: str, rows: Dataset | None) -> bool:
     """
     if setting != "auto":
         return setting == "yes"
-    if rows is None:
+    if isinstance(rows, IterableDataset):
+        logger.warning(
+            "exclude_history is auto, but streamed rows cannot be counted: items of the history keep theirs."
+        )
+    if not isinstance(rows, Dataset):
         return False
     repeats = count_repeats(rows)
     rare = repeats < REPEATS * len(rows)

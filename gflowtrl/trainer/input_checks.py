@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gflowtrl.catalog import ItemCatalog
+from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.compat import carries_adapters
 from gflowtrl.data import PromptEncoder, check_column_names, has_exposed_rows
 from gflowtrl.policy import check_causal, check_positions
@@ -22,7 +23,10 @@ REQUIRED_COLUMNS = ("row_id", "history", "target")
 
 
 def check_inputs(
-    parts: Parts, max_history_items: int | None, datasets: Iterable[Dataset | None], new_adapters: bool
+    parts: Parts,
+    max_history_items: int | None,
+    datasets: Iterable[Dataset | IterableDataset | None],
+    new_adapters: bool,
 ) -> None:
     """Run all checks of this module on a trainer's inputs; the first dataset is that of the training."""
     check_model(parts.model, parts.catalog)
@@ -31,7 +35,8 @@ def check_inputs(
     train_dataset, *others = datasets
     check_training_rows(train_dataset)
     for dataset in (train_dataset, *others):
-        check_rows(dataset, parts.catalog)
+        if not isinstance(dataset, IterableDataset):  # streamed rows are checked as they are read
+            check_rows(dataset, parts.catalog)
 
 
 def check_model(model: PreTrainedModel, catalog: ItemCatalog) -> None:
@@ -96,24 +101,29 @@ def check_rows(rows: Dataset | None, catalog: ItemCatalog) -> None:
     # The items of a row besides its history: the target, or the candidates.
     others = rows["candidates"] if exposed else ([target] for target in rows["target"])
     for row_id, history, wanted in zip(rows["row_id"], rows["history"], others, strict=True):
-        if not isinstance(row_id, int):
-            raise TypeError(f"The row_id {row_id!r} is not an integer; number the rows.")
+        check_row(row_id, history, wanted, known)
         if row_id in seen:
             raise ValueError(
                 f"Two rows have the row_id {row_id}. Make row ids unique: the random numbers of a row follow from it."
             )
         seen.add(row_id)
-        if not history:
-            raise ValueError(f"Row {row_id} has an empty history; leave out rows without a history.")
-        if not (known.issuperset(wanted) and known.issuperset(history)):
-            unknown = next(item for item in [*wanted, *history] if item not in known)
-            raise ValueError(
-                f"Row {row_id} contains item {unknown!r}, which is not in the catalog of {len(catalog)} items. "
-                f"Leave it out of the data or give it a semantic id."
-            )
 
 
-def check_training_rows(rows: Dataset | None) -> None:
+def check_row(row_id: Any, history: Sequence[Item], wanted: Sequence[Item], known: set[Item]) -> None:
+    """Check a row: its id, its history and its other items (the target, or the candidates)."""
+    if not isinstance(row_id, int):
+        raise TypeError(f"The row_id {row_id!r} is not an integer; number the rows.")
+    if not history:
+        raise ValueError(f"Row {row_id} has an empty history; leave out rows without a history.")
+    if not (known.issuperset(wanted) and known.issuperset(history)):
+        unknown = next(item for item in [*wanted, *history] if item not in known)
+        raise ValueError(
+            f"Row {row_id} contains item {unknown!r}, which is not in the catalog of {len(known)} items. Leave it "
+            f"out of the data or give it a semantic id."
+        )
+
+
+def check_training_rows(rows: Dataset | IterableDataset | None) -> None:
     """Raise an error for rows of exposed items, which are for evaluation only."""
     if isinstance(rows, Dataset) and has_exposed_rows(rows):
         raise ValueError(
@@ -122,8 +132,8 @@ def check_training_rows(rows: Dataset | None) -> None:
         )
 
 
-def item_counts_of(rows: Dataset | None, catalog: ItemCatalog) -> Tensor:
-    """Return how often each item is a training target, `(items,)`; all ones without training rows."""
-    if rows is None:
+def item_counts_of(rows: Dataset | IterableDataset | None, catalog: ItemCatalog) -> Tensor:
+    """Return how often each item is a training target, `(items,)`; all ones without rows that can be counted."""
+    if not isinstance(rows, Dataset):
         return torch.ones(len(catalog), dtype=torch.long)
     return torch.bincount(catalog.index_of(rows["target"]), minlength=len(catalog))

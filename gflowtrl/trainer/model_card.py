@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,8 @@ class CardFacts:
         results: each `{"split": ..., "metrics": {...}}` with `"step"` or `"users"`.
         data: `name`, `users`, `items`, `interactions`, `synthetic`, `license`, `source`; None if unknown.
         base: the fields of a `BaseModel`, or None for a model trained from random weights.
+        dataset: name of the dataset, as a user gives it.
+        tags: a user's tags.
     """
 
     name: str
@@ -84,11 +86,31 @@ class CardFacts:
     results: list[dict[str, Any]] = field(default_factory=list)
     data: dict[str, Any] | None = None
     base: dict[str, Any] | None = None
+    dataset: str | None = None
+    tags: list[str] = field(default_factory=list)
 
 
-def write_model_card(trainer: RankingEvaluationMixin, directory: str | os.PathLike) -> None:
-    """Write the model card of a trainer's model, with its last evaluation, to `directory/README.md`."""
-    write_card(card_facts(trainer), directory)
+def write_model_card(
+    trainer: RankingEvaluationMixin,
+    directory: str | os.PathLike,
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+    tags: str | Sequence[str] | None = None,
+) -> None:
+    """Write the model card of a trainer's model, with its last evaluation, to `directory/README.md`.
+
+    Args:
+        trainer: the trainer.
+        directory: the folder of the model.
+        model_name: name of the model. Default: that of the output folder.
+        dataset_name: name of the training data, for example that on the Hub.
+        tags: tags in addition to those of the method.
+    """
+    facts = card_facts(trainer)
+    facts.name = model_name or facts.name
+    facts.tags = [tags] if isinstance(tags, str) else list(tags or [])
+    facts.dataset = dataset_name
+    write_card(facts, directory)
 
 
 def write_card(facts: CardFacts, directory: str | os.PathLike) -> None:
@@ -170,7 +192,8 @@ def _read_front_matter(file: Any) -> dict[str, Any]:
 def _front_matter(facts: CardFacts) -> ModelCardData:
     base = BaseModel(**facts.base) if facts.base else None
     tags = ["recommendation", "generative-recommendation", *(PAPERS[m][0] for m in facts.methods), "trl"]
-    data_name = facts.data["name"] if facts.data else "rows passed to the trainer"
+    tags += [tag for tag in facts.tags if tag not in tags]
+    data_name = facts.data["name"] if facts.data else facts.dataset or "rows passed to the trainer"
     data_type = re.sub(r"[^\w.-]+", "-", data_name.lower())
     results = [
         EvalResult(
@@ -185,6 +208,7 @@ def _front_matter(facts: CardFacts) -> ModelCardData:
     return ModelCardData(
         library_name=LIBRARY,
         tags=tags,
+        datasets=[facts.dataset] if facts.dataset else None,
         base_model=base.name if base and base.on_hub else None,
         model_name=facts.name,
         eval_results=results or None,

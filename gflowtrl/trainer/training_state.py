@@ -1,4 +1,4 @@
-"""State that gflowtrl adds to a checkpoint: the sampler's state and APAO's prefix weights."""
+"""State that gflowtrl adds to a checkpoint: the sampler's state, APAO's prefix weights and a moving reference."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from .resume import WEIGHTS
 
 _STEM = "sampler"
 PREFIX_FILE = "prefix_weights.safetensors"
+REFERENCE_FILE = "reference.safetensors"
 
 
 def extra_state_files(
@@ -124,3 +126,27 @@ def load_prefix_weights(weights: Mapping[str, PrefixWeights], directory: str | o
         )
     for name in saved:
         weights[name].load_state_dict({"log_weights": state[f"{name}.log_weights"]})
+
+
+def save_reference(model: nn.Module, directory: str | os.PathLike) -> None:
+    """Write the parameters of a reference model that moves during training to a checkpoint."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    state = {name: value.detach().cpu().clone().contiguous() for name, value in model.named_parameters()}
+    save_file(state, Path(directory, REFERENCE_FILE))
+
+
+@torch.no_grad()
+def load_reference(model: nn.Module, directory: str | os.PathLike) -> None:
+    """Restore the parameters written by `save_reference`.
+
+    Raises:
+        ValueError: they are those of another model.
+    """
+    file, parameters = Path(directory, REFERENCE_FILE), dict(model.named_parameters())
+    state = _read(file)
+    if {name: value.shape for name, value in state.items()} != {n: value.shape for n, value in parameters.items()}:
+        raise ValueError(
+            f"{file} has the weights of another model than the reference. Resume with the same ref_model."
+        )
+    for name, value in parameters.items():
+        value.copy_(state[name])

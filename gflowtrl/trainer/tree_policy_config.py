@@ -166,6 +166,14 @@ class TreePolicyConfig(TRLConfig):
         super().__post_init__()
         check_processes()
         check_training_arguments(self)
+        self.check()
+
+    def check(self) -> None:
+        """Check the fields of this library, and convert text of the command line. A search repeats it for its trials.
+
+        Raises:
+            ValueError, TypeError: a value is invalid or contradicts another one.
+        """
         self.loss_type = [str(name) for name in listed(self.loss_type)]
         if self.loss_weights is not None:
             self.loss_weights = [float(weight) for weight in listed(self.loss_weights)]

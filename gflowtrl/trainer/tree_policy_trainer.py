@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.compat import TRLTrainer, tied_weights
@@ -42,21 +37,32 @@ from .adapters import add_adapters
 from .checkpoints import CompleteCheckpointsMixin
 from .evaluation import RankingEvaluationMixin, rows_per_step
 from .finite_steps import HEADS_FILE, FiniteMixin, group_parts
-from .folder import Parts, base_model_kwargs
+from .folder import Given, Parts, base_model_kwargs
 from .group import Group, group_metrics, print_group
 from .input_checks import check_inputs, item_counts_of
 from .model_card import write_model_card
 from .optimizers import adopt_optimizer, split_head_group
+from .recording import RecordingMixin
+from .row_sources import as_rows, evaluation_rows
 from .rows import TrainingRowsMixin
 from .saved import check_saved
 from .training_state import extra_state_files, load_prefix_weights, load_sampler, save_prefix_weights, save_sampler
 from .tree_policy_config import TreePolicyConfig
+from .trials import TrialsMixin
 
 
 logger = logging.getLogger(__name__)
 
 
-class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin, RankingEvaluationMixin, TRLTrainer):
+class TreePolicyTrainer(
+    TrialsMixin,
+    RecordingMixin,
+    CompleteCheckpointsMixin,
+    FiniteMixin,
+    TrainingRowsMixin,
+    RankingEvaluationMixin,
+    TRLTrainer,
+):
     """Trains a generative recommender, as a policy on the prefix tree, with losses on drawn trajectories.
 
     For every prompt, the sampler draws K trajectories, the policy scores them in one packed forward together with the
@@ -68,7 +74,8 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin
         model: a causal language model or an encoder-decoder, or its name or folder.
         args: the configuration.
         train_dataset, eval_dataset: rows `{"row_id", "history", "target", ...}` as created by
-            `gflowtrl.data.leave_one_out`; other columns are passed to samplers and rewards.
+            `gflowtrl.data.leave_one_out`; other columns are passed to samplers and rewards. Each is a dataset (also a
+            streamed one), a list of dictionaries or a DataFrame; `eval_dataset` may also be a dictionary of such.
         processing_class: the tokenizer. Default: that of `model`'s folder.
         catalog: the items. Default: that of `model`'s folder.
         sampler: source of the trajectories: a name (`"on_policy"`, `"uniform"`, ...), a mixture
@@ -82,7 +89,13 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin
             those of `model`'s folder.
         prompt_encoder: makes prompts from histories. Default: that of `model`'s folder, else a plain
             `gflowtrl.data.PromptEncoder` (`gflowtrl.data.TextPromptEncoder` makes prompts with text).
-        callbacks, optimizers: as in `transformers.Trainer`. A flow head is added to the optimizer as a separate group.
+        callbacks, optimizers, optimizer_cls_and_kwargs: as in `transformers.Trainer`. A flow head is added to the
+            optimizer as a separate group.
+        compute_metrics: function that adds metrics to the evaluation's. Its `predictions` are the ranked items of each
+            row, its `label_ids` the targets.
+        quantization_config: quantization of a model that is given by name, as in TRL.
+        model_init: function without arguments, or of a trial, that makes the model of each training, instead of
+            `model`. `hyperparameter_search` needs it.
 
     Raises:
         ValueError, TypeError: arguments do not fit together. This is checked before training starts.
@@ -95,10 +108,10 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | PreTrainedModel | None = None,
         args: TreePolicyConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         catalog: ItemCatalog | None = None,
         sampler: str | Mapping | Sampler | Callable | None = None,
@@ -108,45 +121,68 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin
         prompt_encoder: PromptEncoder | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        quantization_config: Any = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        model_init: Callable[..., str | PreTrainedModel] | None = None,
     ):
-        args = TreePolicyConfig("gflowtrl-output") if args is None else args
-        parts = Parts.resolve(model, args, processing_class, catalog, prompt_encoder, item_titles, item_counts)
-        datasets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
-        check_inputs(parts, args.max_history_items, datasets, peft_config is not None)
+        self.args = TreePolicyConfig("gflowtrl-output") if args is None else args
+        self._given = Given(
+            processing_class, catalog, prompt_encoder, item_titles, item_counts, sampler, peft_config,
+            quantization_config,
+        )  # fmt: skip
+        self._first_rows = as_rows(train_dataset, "train_dataset"), evaluation_rows(eval_dataset)
+        self._start_recording()
+        trained = self._build(self._first_model(model, model_init, optimizers))
+        adopt_optimizer(optimizers, trained, self.args.log_z_learning_rate)
+        tokenizer, catalog, counts = self._given.tokenizer, self._given.catalog, self._given.item_counts
+        rows, eval_rows = self._first_rows
+        self._default_collator, self._checked_rows = GroupCollator(self._encoder), rows
+        if isinstance(rows, IterableDataset):
+            rows = self._streamed(rows)
+        super().__init__(
+            model=trained,
+            args=self.args,
+            data_collator=self._default_collator,
+            train_dataset=rows,
+            eval_dataset=eval_rows,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+        )
+        self.model_init = model_init
+        counts = item_counts_of(rows, catalog) if counts is None else counts
+        self.set_up_ranking(
+            catalog, self._encoder, counts, self.args.eval_num_beams, self.args.eval_ks, compute_metrics
+        )
+        self.check_start()
+        if self.is_world_process_zero():
+            logger.info(
+                f"{type(self).__name__}: {rows_per_step(self.args)} prompts per step (per_device_train_batch_size "
+                f"counts prompts), {self.num_generations} trajectories each, loss {' + '.join(self.args.loss_type)}."
+            )
+
+    def _build(self, model: str | PreTrainedModel) -> nn.Module:
+        args, given = self.args, self._given
+        parts = Parts.resolve(model, args, given)
+        self._given = given.with_parts(parts)
+        rows, eval_rows = self._first_rows
+        others = eval_rows.values() if isinstance(eval_rows, dict) else [eval_rows]
+        check_inputs(parts, args.max_history_items, [rows, *others], given.peft_config is not None)
         self.losses: dict[str, LossSpec] = args.losses
         # Only for losses on the target, with or without negatives. Balance losses always use the tree.
         self._vocabulary = args.label_space == "vocabulary"
         self.num_generations = args.num_generations
-        sampler = self._default_sampler(args) if sampler is None else sampler
+        sampler = self._default_sampler(args) if given.sampler is None else given.new_sampler()
         self.sampler = build_sampler(sampler, temperature=args.temperature, epsilon=args.epsilon)
         if args.policy_temperature is not None:  # before the model is copied as its reference
             set_temperature(parts.model, args.policy_temperature)
-        self._set_up_objective(parts, args, peft_config is not None)
+        self._set_up_objective(parts, args, given.peft_config is not None)
         self._encoder, self._item_titles, self.noise = parts.encoder, parts.item_titles, StatelessNoise(args.seed)
-        self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._metric_sums: dict[str, list[Tensor | float]] = defaultdict(lambda: [0.0, 0.0])
-        trained = self._trained_model(parts, args, peft_config)
-        adopt_optimizer(optimizers, trained, args.log_z_learning_rate)
-        self._default_collator, self._checked_rows = GroupCollator(parts.encoder), train_dataset
-        super().__init__(
-            model=trained,
-            args=args,
-            data_collator=self._default_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=parts.tokenizer,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
         self.prefix_weights = self._make_prefix_weights(parts.catalog.tree.max_depth)
-        counts = item_counts_of(train_dataset, parts.catalog) if parts.item_counts is None else parts.item_counts
-        self.set_up_ranking(parts.catalog, parts.encoder, counts, args.eval_num_beams, args.eval_ks)
-        self.check_start()
-        if self.is_world_process_zero():
-            logger.info(
-                f"{type(self).__name__}: {rows_per_step(args)} prompts per step (per_device_train_batch_size counts "
-                f"prompts), {self.num_generations} trajectories each, loss {' + '.join(args.loss_type)}."
-            )
+        self._policies_are_checked = False
+        return self._trained_model(parts, args, given.peft_config)
 
     def _set_up_objective(self, parts: Parts, args: TreePolicyConfig, adapted: bool) -> None:
         """Set up rewards and the reference model before the model is changed. This class supports neither."""
@@ -194,13 +230,9 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin
         return optimizer
 
     # ---------------------------------------------------------------------------------------------------------- step
-    def training_step(self, *args, **kwargs) -> Tensor:
-        """Run forward and backward of a micro-batch, and record the time of the step and its parts."""
-        start = time.perf_counter()
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run forward and backward of a micro-batch, then adapt the prefix weights after the last one of a step."""
         loss = super().training_step(*args, **kwargs)
-        self._seconds["step"] = time.perf_counter() - start
-        self.record({f"seconds/{part}": seconds for part, seconds in self._seconds.items()})
-        self._seconds.clear()
         if self.accelerator.sync_gradients:
             for weights in self.prefix_weights.values():
                 weights.step()
@@ -296,39 +328,8 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin
         if self.args.log_completions:
             self._last_group = group
 
-    def _reduce_sum(self, tensor: Tensor) -> Tensor:
-        total = self.accelerator.reduce(tensor, "sum")
-        assert isinstance(total, Tensor)
-        return total
-
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        """Context manager: add the host's time in a part of the step to its sum, without nested parts."""
-        start, before = time.perf_counter(), sum(self._seconds.values())
-        yield
-        nested = sum(self._seconds.values()) - before
-        self._seconds[part] += time.perf_counter() - start - nested
-
-    # ------------------------------------------------------------------------------------------------------- metrics
-    def record(self, metrics: Mapping[str, Tensor | float]) -> None:
-        """Add values to the running means of the next log line, ignoring NaN. Tensors stay on their device."""
-        for name, value in metrics.items():
-            value = torch.as_tensor(value, dtype=torch.float32).detach()
-            valid = torch.isfinite(value)
-            sums = self._metric_sums[name]
-            sums[0] = sums[0] + torch.where(valid, value, 0.0)
-            sums[1] = sums[1] + valid.float()
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the given values and the means of the recorded metrics since the last log line, over all processes."""
-        sums = self._metric_sums
-        if sums and "loss" in logs:
-            # A reward may report a metric on one process only, but all processes must reduce the same ones.
-            names = sorted(set(gather_object(sorted(sums))))
-            table = torch.tensor([[float(x) for x in sums[name]] for name in names], device=self.args.device)
-            means = [total / count if count else math.nan for total, count in self._reduce_sum(table).tolist()]
-            logs = logs | dict(zip(names, means, strict=True))
-            sums.clear()
+        """Log the given values and the means of the recorded ones, and print a group if `log_completions` is set."""
         super().log(logs, start_time)
         if self.args.log_completions and "loss" in logs and self.is_world_process_zero():
             sources, step = self.sampler.source_names, self.state.global_step
@@ -402,11 +403,18 @@ class TreePolicyTrainer(CompleteCheckpointsMixin, FiniteMixin, TrainingRowsMixin
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if not is_head(name)]
         super()._issue_warnings_after_load(load_result)
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
-        """Write `README.md` to the output folder (called by `push_to_hub`)."""
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write `README.md` to the output folder (called by `push_to_hub`).
+
+        Args:
+            model_name, dataset_name: names that the card shows. Default: the folder's, and none.
+            tags: tags in addition to those of the method.
+        """
         if self.is_world_process_zero():
             os.makedirs(str(self.args.output_dir), exist_ok=True)
-            write_model_card(self, str(self.args.output_dir))
+            write_model_card(self, str(self.args.output_dir), model_name, dataset_name, tags)
 
     def card_settings(self) -> dict[str, Any]:
         """Return the training settings for the model card."""

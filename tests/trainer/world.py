@@ -54,7 +54,8 @@ def teacher(histories: list[list[str]]) -> torch.Tensor:
 
 
 def make_trainer(tmp_path: Any, reward_funcs: Any = None, model: Any = None, **options: Any) -> GFlowNetTrainer:
-    """Make a trainer. `options` are fields of `GFlowNetConfig`, or else arguments of the trainer."""
+    """Make a trainer. `options` are fields of `GFlowNetConfig`, or else arguments of the trainer. `model`: False for
+    none."""
     settings = {
         "per_device_train_batch_size": 8, "num_generations": 4, "max_steps": 4, "learning_rate": 1e-2,
         "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "eval_num_beams": 10,
@@ -63,7 +64,7 @@ def make_trainer(tmp_path: Any, reward_funcs: Any = None, model: Any = None, **o
     own = {name: value for name, value in options.items() if name in GFlowNetConfig.__dataclass_fields__}
     arguments = {"train_dataset": make_rows(), "catalog": make_catalog(), "processing_class": TOKENIZER}
     arguments |= {name: value for name, value in options.items() if name not in own}
-    model = tiny_model(len(TOKENIZER)) if model is None else model
+    model = tiny_model(len(TOKENIZER)) if model is None else (None if model is False else model)
     return GFlowNetTrainer(model, reward_funcs, GFlowNetConfig(str(tmp_path), **(settings | own)), **arguments)
 
 

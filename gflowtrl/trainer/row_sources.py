@@ -1,0 +1,68 @@
+"""The kinds of rows that a trainer takes: datasets, streams, lists of rows and DataFrames."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset, IterableDataset
+
+from gflowtrl.catalog import ItemCatalog
+
+from .input_checks import check_row, check_rows, check_training_rows
+
+
+Rows = Dataset | IterableDataset
+
+
+def as_rows(rows: Any, name: str) -> Rows | None:
+    """Return rows as a dataset. Datasets, also streamed ones, are returned as they are.
+
+    Args:
+        rows: a dataset; a list of dictionaries; or a DataFrame of pandas or polars, or another table of Arrow.
+        name: name of the argument, for errors.
+
+    Raises:
+        TypeError: `rows` is something else.
+    """
+    if rows is None or isinstance(rows, Dataset | IterableDataset):
+        return rows
+    if isinstance(rows, list) and all(isinstance(row, Mapping) for row in rows):
+        return Dataset.from_list([dict(row) for row in rows])
+    if type(rows).__module__.partition(".")[0] == "pandas" and hasattr(rows, "columns"):
+        return Dataset.from_pandas(rows, preserve_index=False)
+    if hasattr(rows, "__arrow_c_stream__"):
+        return Dataset(pa.table(rows))
+    raise TypeError(
+        f"{name} is of type {type(rows).__name__}; give a datasets.Dataset or IterableDataset, a list of rows, or a "
+        f"DataFrame."
+    )
+
+
+def evaluation_rows(rows: Any, name: str = "eval_dataset") -> Any:
+    """Return evaluation rows as a dataset or a dictionary of datasets. Streams are read: metrics need all lists."""
+    if isinstance(rows, Mapping):
+        return {key: evaluation_rows(part, f"{name}[{key!r}]") for key, part in rows.items()}
+    rows = as_rows(rows, name)
+    return Dataset.from_list(list(rows)) if isinstance(rows, IterableDataset) else rows
+
+
+def checked_stream(rows: IterableDataset, catalog: ItemCatalog) -> IterableDataset:
+    """Return a stream whose rows are checked as they are read. The first one is checked now.
+
+    That row ids are unique cannot be checked.
+
+    Raises:
+        ValueError, TypeError: there is no row, or `check_rows` refuses the first one.
+    """
+    known = set(catalog.items)
+
+    def check(row: dict[str, Any]) -> dict[str, Any]:
+        check_row(row["row_id"], row["history"], [row["target"]], known)
+        return row
+
+    first = Dataset.from_list(list(rows.take(1)))
+    check_training_rows(first)
+    check_rows(first, catalog)
+    return rows.map(check)
