@@ -22,7 +22,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
 
 # A package may import from its own layer and from earlier ones.
 LAYERS = (
-    {"checks", "compat", "configuration", "files", "finite", "trunks"},
+    {"checks", "compat", "configuration", "files", "finite", "hub", "trunks"},
     {"catalog"},
     {"data", "policy", "semantic_ids", "teachers"},
     {"rewards", "samplers", "losses", "metrics"},

@@ -72,7 +72,7 @@ def resolve_rewards(reward_funcs: Any, processing_classes: Any, model_kwargs: Ma
 def _resolved(reward: Any, tokenizer: PreTrainedTokenizerBase | None, model_kwargs: Mapping[str, Any]) -> Any:
     name = reward if isinstance(reward, str) else None
     if name is not None:
-        reward = load_weights(AutoModelForSequenceClassification, name, **model_kwargs | {"num_labels": 1})
+        reward = load_weights(AutoModelForSequenceClassification, name, **{**model_kwargs, "num_labels": 1})
     if not isinstance(reward, PreTrainedModel):
         if tokenizer is not None:
             raise ValueError(

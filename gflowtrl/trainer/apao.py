@@ -112,7 +112,7 @@ class APAOTrainer(TreePolicyTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | PreTrainedModel | None = None,
         args: APAOConfig | None = None,
         sampler: str | Mapping | Sampler | Callable | None = None,
         **options: Any,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from transformers import TrainingArguments
 
 from gflowtrl.checks import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE_BELOW_ONE, Bound, at_least, check_number
@@ -47,3 +50,24 @@ def check_training_arguments(args: TrainingArguments) -> None:
         raise ValueError(f"max_steps is {args.max_steps}; it must be {COUNT.meaning}, or -1 for num_train_epochs.")
     if args.max_steps <= 0:
         check_number("num_train_epochs", args.num_train_epochs, POSITIVE)
+
+
+#: Arguments of TRL's trainers that these trainers do not have, and what replaces them.
+UNSUPPORTED = {
+    "data_collator": "prompts are made from histories; give a prompt_encoder",
+    "compute_loss_func": "the losses are those of loss_type; add your own with gflowtrl.losses.register_loss",
+    "preprocess_logits_for_metrics": "compute_metrics gets lists of items, not logits",
+    "formatting_func": "rows are histories and targets, not text; gflowtrl.data.text_sft_dataset makes text of them",
+    "tools": "answers are items, which call no tools",
+    "rollout_func": "trajectories are drawn by the sampler",
+    "environment_factory": "a trajectory is the id of an item, without an environment",
+}
+
+
+def refuse_arguments(trainer: str, given: Mapping[str, Any]) -> None:
+    """Raise a TypeError for arguments that a trainer does not have; it says what replaces those of TRL."""
+    if not given:
+        return
+    name = next(iter(given))
+    reason = UNSUPPORTED.get(name, "see the arguments in its documentation")
+    raise TypeError(f"{trainer} has no argument {name!r}: {reason}.")

@@ -189,8 +189,8 @@ class RankingEvaluationMixin(TrainerBase):
 def ranked_items(catalog: ItemCatalog, leaves: Tensor, targets: Tensor) -> EvalPrediction:
     """Return ranked leaves `(B, R)`, padded with -1, and the positions of targets `(B,)` as lists of items."""
     lists = [[item for leaf in row if leaf >= 0 for item in catalog.items_of(leaf)] for row in leaves.tolist()]
-    prediction: Any = EvalPrediction(lists, [catalog.items[position] for position in targets.tolist()])
-    return prediction
+    items: Any = lists, [catalog.items[position] for position in targets.tolist()]
+    return EvalPrediction(*items)
 
 
 def by_length(rows: Dataset) -> tuple[Dataset, Tensor]:

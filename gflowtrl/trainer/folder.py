@@ -56,13 +56,8 @@ class Given:
         )  # fmt: skip
 
     def new_sampler(self) -> Any:
-        """Return the sampler's specification; a sampler is copied, so that its state begins anew."""
-        return copy.deepcopy(self.sampler) if self.kept_sampler else self.sampler
-
-    @property
-    def kept_sampler(self) -> bool:
-        """Whether the sampler is an object, whose state changes in training."""
-        return hasattr(self.sampler, "observe") and not isinstance(self.sampler, type)
+        """Return the sampler's specification, of which a sampler object is a copy: a training changes its state."""
+        return copy.deepcopy(self.sampler)
 
 
 @dataclass(frozen=True)

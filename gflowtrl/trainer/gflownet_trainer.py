@@ -14,8 +14,8 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
-from trl import SyncRefModelCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl.trainer.callbacks import SyncRefModelCallback
 
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.data import PromptEncoder, Step, count_repeats
@@ -115,6 +115,7 @@ class GFlowNetTrainer(TreePolicyTrainer):
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         model_init: Callable[..., str | PreTrainedModel] | None = None,
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
+        **unsupported: Any,
     ):
         args = GFlowNetConfig("gflownet-output") if args is None else args
         if not isinstance(args, GFlowNetConfig):
@@ -124,7 +125,7 @@ class GFlowNetTrainer(TreePolicyTrainer):
         super().__init__(
             model, args, train_dataset, eval_dataset, processing_class, catalog, sampler, peft_config, item_counts,
             item_titles, prompt_encoder, callbacks, optimizers, compute_metrics, quantization_config,
-            optimizer_cls_and_kwargs, model_init,
+            optimizer_cls_and_kwargs, model_init, **unsupported,
         )  # fmt: skip
         self._prepare_models()
         if args.sync_ref_model:
@@ -132,8 +133,8 @@ class GFlowNetTrainer(TreePolicyTrainer):
             self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
 
     @property
-    def ref_model(self) -> nn.Module | None:
-        """The reference model; None if there is none, or if it is the trained model without its adapters."""
+    def ref_model(self) -> Any:
+        """The reference model; None without a reference, or if it is the trained model without its adapters."""
         return None if self.reference is None else self.reference.model
 
     def _prepare_models(self) -> None:
@@ -145,7 +146,7 @@ class GFlowNetTrainer(TreePolicyTrainer):
             self.reference.prepare(self.accelerator)
 
     @property
-    def _moving_reference(self) -> nn.Module | None:
+    def _moving_reference(self) -> Any:
         """The reference model if a callback changes it during training, so that checkpoints contain it."""
         moves = any(isinstance(callback, SyncRefModelCallback) for callback in self.callback_handler.callbacks)
         return self.accelerator.unwrap_model(self.ref_model) if moves and self.ref_model is not None else None

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
 from gflowtrl.catalog import ItemCatalog
+from gflowtrl.data.arrow import as_table, is_table
 
 from .input_checks import check_row, check_rows, check_training_rows
 
@@ -30,10 +30,8 @@ def as_rows(rows: Any, name: str) -> Rows | None:
         return rows
     if isinstance(rows, list) and all(isinstance(row, Mapping) for row in rows):
         return Dataset.from_list([dict(row) for row in rows])
-    if type(rows).__module__.partition(".")[0] == "pandas" and hasattr(rows, "columns"):
-        return Dataset.from_pandas(rows, preserve_index=False)
-    if hasattr(rows, "__arrow_c_stream__"):
-        return Dataset(pa.table(rows))
+    if is_table(rows):
+        return Dataset(as_table(rows, name))
     raise TypeError(
         f"{name} is of type {type(rows).__name__}; give a datasets.Dataset or IterableDataset, a list of rows, or a "
         f"DataFrame."

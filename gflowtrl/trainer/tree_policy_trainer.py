@@ -34,6 +34,7 @@ from gflowtrl.rewards import StepReward
 from gflowtrl.samplers import Sampler, Trajectories, build_sampler, validate_trajectories
 
 from .adapters import add_adapters
+from .arguments import refuse_arguments
 from .checkpoints import CompleteCheckpointsMixin
 from .evaluation import RankingEvaluationMixin, rows_per_step
 from .finite_steps import HEADS_FILE, FiniteMixin, group_parts
@@ -98,7 +99,8 @@ class TreePolicyTrainer(
             `model`. `hyperparameter_search` needs it.
 
     Raises:
-        ValueError, TypeError: arguments do not fit together. This is checked before training starts.
+        ValueError, TypeError: arguments do not fit together, or are those of TRL's trainers that have no use here
+            (docs/trl.md). This is checked before training starts.
     """
 
     loss_is_scaled_for_ga = False  # losses are means over a micro-batch; the Trainer divides by the accumulation steps
@@ -125,7 +127,9 @@ class TreePolicyTrainer(
         quantization_config: Any = None,
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         model_init: Callable[..., str | PreTrainedModel] | None = None,
+        **unsupported: Any,
     ):
+        refuse_arguments(type(self).__name__, unsupported)
         self.args = TreePolicyConfig("gflowtrl-output") if args is None else args
         self._given = Given(
             processing_class, catalog, prompt_encoder, item_titles, item_counts, sampler, peft_config,
@@ -133,11 +137,12 @@ class TreePolicyTrainer(
         )  # fmt: skip
         self._first_rows = as_rows(train_dataset, "train_dataset"), evaluation_rows(eval_dataset)
         self._start_recording()
+        self.model_init = model_init
         trained = self._build(self._first_model(model, model_init, optimizers))
         adopt_optimizer(optimizers, trained, self.args.log_z_learning_rate)
-        tokenizer, catalog, counts = self._given.tokenizer, self._given.catalog, self._given.item_counts
-        rows, eval_rows = self._first_rows
-        self._default_collator, self._checked_rows = GroupCollator(self._encoder), rows
+        parts, (rows, eval_rows) = self._parts, self._first_rows
+        self._default_collator = GroupCollator(self._encoder)
+        self._checked_rows = rows if isinstance(rows, Dataset) else None
         if isinstance(rows, IterableDataset):
             rows = self._streamed(rows)
         super().__init__(
@@ -146,16 +151,15 @@ class TreePolicyTrainer(
             data_collator=self._default_collator,
             train_dataset=rows,
             eval_dataset=eval_rows,
-            processing_class=tokenizer,
+            processing_class=parts.tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self.model_init = model_init
-        counts = item_counts_of(rows, catalog) if counts is None else counts
-        self.set_up_ranking(
-            catalog, self._encoder, counts, self.args.eval_num_beams, self.args.eval_ks, compute_metrics
-        )
+        counts = item_counts_of(rows, parts.catalog) if parts.item_counts is None else parts.item_counts
+        beams, ks = self.args.eval_num_beams, self.args.eval_ks
+        self.set_up_ranking(parts.catalog, self._encoder, counts, beams, ks, compute_metrics)
         self.check_start()
         if self.is_world_process_zero():
             logger.info(
@@ -165,7 +169,7 @@ class TreePolicyTrainer(
 
     def _build(self, model: str | PreTrainedModel) -> nn.Module:
         args, given = self.args, self._given
-        parts = Parts.resolve(model, args, given)
+        self._parts = parts = Parts.resolve(model, args, given)
         self._given = given.with_parts(parts)
         rows, eval_rows = self._first_rows
         others = eval_rows.values() if isinstance(eval_rows, dict) else [eval_rows]
@@ -174,7 +178,8 @@ class TreePolicyTrainer(
         # Only for losses on the target, with or without negatives. Balance losses always use the tree.
         self._vocabulary = args.label_space == "vocabulary"
         self.num_generations = args.num_generations
-        sampler = self._default_sampler(args) if given.sampler is None else given.new_sampler()
+        sampler = given.new_sampler() if self.model_init is not None else given.sampler
+        sampler = self._default_sampler(args) if sampler is None else sampler
         self.sampler = build_sampler(sampler, temperature=args.temperature, epsilon=args.epsilon)
         if args.policy_temperature is not None:  # before the model is copied as its reference
             set_temperature(parts.model, args.policy_temperature)

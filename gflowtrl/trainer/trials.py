@@ -1,4 +1,4 @@
-"""Trainers whose model is made anew for each training: `model_init` and the search for hyperparameters."""
+"""Trainers that make a new model for each training: `model_init` and the search for hyperparameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .checkpoints import TrainerBase
 
 
 class TrialsMixin(TrainerBase):
-    """Mixin: `model_init` makes the model of each `train()`, and everything that follows from it is made anew.
+    """Mixin: `model_init` makes the model of each `train()`, and everything that follows from it is new too.
 
     A trial of `hyperparameter_search` may set every field of the configuration. Rewards, sampler, losses, reference,
     adapters and flow heads follow it.
@@ -40,14 +40,14 @@ class TrialsMixin(TrainerBase):
                 "optimizers was given, but model_init makes a new model for each training. Give "
                 "optimizer_cls_and_kwargs, or set optim in the configuration."
             )
-        self.model_init = model_init
         return super().call_model_init()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make a new model with new rewards, sampler, adapters and heads, by the trial's hyperparameters."""
         if trial is not None:
             self._apply(trial)
-        return self._build(super().call_model_init(trial))
+        made: Any = super().call_model_init(trial)  # a model, its name or its folder
+        return self._build(made)
 
     def _apply(self, trial: Any) -> None:
         """Set the trial's values in the configuration, and check it.

@@ -1,4 +1,4 @@
-"""`model_init` and the search for hyperparameters: each training begins anew, and follows its own configuration."""
+"""`model_init` and the search for hyperparameters: each training has a new model, and follows its own configuration."""
 
 import optuna
 import pytest

@@ -1,19 +1,26 @@
 """What users of TRL's trainers expect of a constructor and its attributes."""
 
+import inspect
 import random
+import re
+from fnmatch import fnmatch
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
+import trl
+from accelerate.utils import compare_versions
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForSequenceClassification
 from trl import SyncRefModelCallback
 
-from gflowtrl import GFlowNetTrainer, Recommender
+from gflowtrl import GFlowNetConfig, GFlowNetTrainer, Recommender
+from gflowtrl.compat import TRLConfig
 from gflowtrl.rewards import GroundTruthReward, RewardModel
 from tests.tiny import tiny_model
 from tests.trainer.world import ITEMS, TOKENIZER, losses, make_catalog, make_rows, make_trainer, weights
@@ -98,7 +105,9 @@ def test_compute_metrics_gets_the_ranked_items(tmp_path):
 
     def share_of_hits(prediction):
         seen.update(lists=prediction.predictions, targets=prediction.label_ids)
-        hits = [target in items[:5] for items, target in zip(prediction.predictions, prediction.label_ids, strict=True)]
+        hits = [
+            target in items[:5] for items, target in zip(prediction.predictions, prediction.label_ids, strict=True)
+        ]
         return {"hits": sum(hits) / len(hits), "lists": float(len(hits))}
 
     trainer = make_trainer(
@@ -111,7 +120,9 @@ def test_compute_metrics_gets_the_ranked_items(tmp_path):
     assert all(sorted(items) == sorted(ITEMS) for items in seen["lists"])
     assert metrics["eval_hits"] == pytest.approx(metrics["eval_recall@5"], abs=2 / 30)  # twins share a position
     trainer.train()
-    assert trainer.state.best_metric == max(log["eval_hits"] for log in trainer.state.log_history if "eval_hits" in log)
+    assert trainer.state.best_metric == max(
+        log["eval_hits"] for log in trainer.state.log_history if "eval_hits" in log
+    )
 
 
 def test_compute_metrics_must_not_replace_a_metric(tmp_path):
@@ -199,7 +210,9 @@ def test_a_classifier_is_a_reward(tmp_path, way):
     tokenizers = {"reward_processing_classes": TOKENIZER} if way == "module" else {}
     trainer = make_trainer(tmp_path, given, **tokenizers, **EXP)
     (reward,) = trainer.reward_funcs
-    assert isinstance(reward, RewardModel) and trainer.rewards.names == ["reward_model" if way == "module" else "judge"]
+    assert isinstance(reward, RewardModel) and trainer.rewards.names == [
+        "reward_model" if way == "module" else "judge"
+    ]
     before = weights(trainer)
     trainer.train()
     assert any(not torch.equal(value, before[name]) for name, value in weights(trainer).items())
@@ -225,7 +238,11 @@ def test_a_classifier_reads_prompt_and_completion(tmp_path):
         (reward_model(), {}, "needs its tokenizer; give reward_processing_classes"),
         (reward_model(num_labels=3), {"reward_processing_classes": TOKENIZER}, "3 labels, but a reward is one number"),
         (GroundTruthReward(), {"reward_processing_classes": TOKENIZER}, "is not a classifier"),
-        ([GroundTruthReward()], {"reward_processing_classes": [None, TOKENIZER]}, "2 entries, but there are 1 rewards"),
+        (
+            [GroundTruthReward()],
+            {"reward_processing_classes": [None, TOKENIZER]},
+            "2 entries, but there are 1 rewards",
+        ),
         ("missing/folder/of/judge", {}, "missing/folder/of/judge"),
     ],
 )
@@ -320,3 +337,35 @@ def test_modules_that_are_no_classifiers_are_called(tmp_path):
     trainer = make_trainer(tmp_path, Short(), catalog=make_catalog())
     trainer.train()
     assert len(losses(trainer)) == 4
+
+
+# ---------------------------------------------------------------------------------------------- every argument of TRL
+TRAINERS = {"SFTTrainer": "SFTConfig", "DPOTrainer": "DPOConfig", "GRPOTrainer": "GRPOConfig"}
+PAGE = (Path(__file__).parents[2] / "docs" / "trl.md").read_text()
+NAMED = re.findall(r"`([a-z0-9_*]+)`", PAGE)
+
+
+def arguments_of_trl():
+    names = {name for trainer in TRAINERS for name in inspect.signature(getattr(trl, trainer)).parameters}
+    return sorted(names - inspect.signature(GFlowNetTrainer).parameters.keys())
+
+
+@pytest.mark.parametrize("name", arguments_of_trl())
+def test_an_argument_of_trl_is_refused_in_words(tmp_path, name):
+    with pytest.raises(TypeError, match=f"GFlowNetTrainer has no argument '{name}': ") as error:
+        make_trainer(tmp_path, GroundTruthReward(), **{name: None})
+    assert "its documentation" not in str(error.value) and name in NAMED
+
+
+@pytest.mark.skipif(compare_versions("trl", "<", "1.16"), reason="earlier versions have other fields")
+@pytest.mark.parametrize("config", TRAINERS.values())
+def test_every_field_of_trl_is_on_the_page(config):
+    common = TRLConfig.__dataclass_fields__.keys() | GFlowNetConfig.__dataclass_fields__.keys()
+    fields = [name for name in getattr(trl, config).__dataclass_fields__ if name not in common]
+    missing = [name for name in fields if not any(fnmatch(name, pattern) for pattern in NAMED)]
+    assert fields and not missing
+
+
+def test_an_unknown_argument_is_named(tmp_path):
+    with pytest.raises(TypeError, match="GFlowNetTrainer has no argument 'samplr': see the arguments"):
+        make_trainer(tmp_path, GroundTruthReward(), samplr="on_policy")

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from gflowtrl.catalog import Item
 
+from ..arrow import as_table
 from ..interactions import InteractionData
 from ..readers import read_folder, read_letter
 from .amazon import AMAZON_2014, AMAZON_2018, AMAZON_2023
@@ -22,7 +23,7 @@ from .preparation_report import Preparation
 from .recbole import RECBOLE
 from .s3rec import S3REC
 from .source import MALFORMED, Source
-from .tables import CSV, JSONL, PARQUET, TABLE, as_table
+from .tables import CSV, JSONL, PARQUET, TABLE
 
 
 #: Formats whose files are streamed.

@@ -160,28 +160,6 @@ class _Rows:
             yield table
 
 
-def as_table(value: Any, name: str) -> pa.Table:
-    """Convert a DataFrame (pandas, polars) or whatever Arrow can read to a table.
-
-    Raises:
-        ValueError: it is not a table, or a column holds values of several types.
-    """
-    try:
-        if hasattr(value, "columns") and type(value).__module__.split(".")[0] == "pandas":
-            table = pa.Table.from_pandas(value, preserve_index=False)
-        elif isinstance(value, pa.Table | pa.RecordBatch) or hasattr(value, "__arrow_c_stream__"):
-            table = pa.table(value)
-        else:
-            raise ValueError(
-                f"The {name} is a {type(value).__name__}. Format 'table' takes DataFrames of pandas or polars and "
-                "tables of Arrow; files have their own formats."
-            )
-    except pa.ArrowException as error:
-        raise ValueError(f"The {name} is not a table of Arrow: {' '.join(str(error).split())}") from None
-    views = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
-    return table.cast(pa.schema([field.with_type(views.get(field.type, field.type)) for field in table.schema]))
-
-
 def _folder_columns(path: Path) -> dict[str, str | None]:
     """Return the columns that are in the names of a file's folders, as Hive, Spark and others write them."""
     pairs = (part.partition("=") for part in path.parent.parts if "=" in part)

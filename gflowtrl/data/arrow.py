@@ -1,0 +1,35 @@
+"""Tables of Arrow from the DataFrames of other libraries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+
+def is_table(value: Any) -> bool:
+    """Return whether `as_table` takes a value: a DataFrame of pandas or polars, or whatever Arrow can read."""
+    return _is_pandas(value) or isinstance(value, pa.Table | pa.RecordBatch) or hasattr(value, "__arrow_c_stream__")
+
+
+def as_table(value: Any, name: str) -> pa.Table:
+    """Convert a DataFrame (pandas, polars) or whatever Arrow can read to a table.
+
+    Raises:
+        ValueError: it is not a table, or a column holds values of several types.
+    """
+    if not is_table(value):
+        raise ValueError(
+            f"The {name} is a {type(value).__name__}. Format 'table' takes DataFrames of pandas or polars and tables "
+            "of Arrow; files have their own formats."
+        )
+    try:
+        table = pa.Table.from_pandas(value, preserve_index=False) if _is_pandas(value) else pa.table(value)
+    except pa.ArrowException as error:
+        raise ValueError(f"The {name} is not a table of Arrow: {' '.join(str(error).split())}") from None
+    views = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+    return table.cast(pa.schema([field.with_type(views.get(field.type, field.type)) for field in table.schema]))
+
+
+def _is_pandas(value: Any) -> bool:
+    return hasattr(value, "columns") and type(value).__module__.split(".")[0] == "pandas"
