@@ -26,6 +26,9 @@ def main(arguments: Sequence[str]) -> int:
                         help="milliseconds a request waits for others while the model is idle")  # fmt: skip
     parser.add_argument("--max_queue", type=int, default=Limits.max_queue, help="waiting requests; more get a 503")
     parser.add_argument("--max_k", type=int, default=Limits.max_k, help="longest list")
+    parser.add_argument(
+        "--grace_s", type=float, default=Limits.grace_s, help="seconds from Ctrl-C or SIGTERM to the end"
+    )
     parser.add_argument("--threads", type=int, help="number of torch's threads")
     return guarded(lambda: _serve(parse(parser, arguments)))
 
@@ -33,6 +36,6 @@ def main(arguments: Sequence[str]) -> int:
 def _serve(options: argparse.Namespace) -> None:
     from gflowtrl.serving import serve
 
-    limits = Limits(options.max_batch, options.max_wait_ms, options.max_queue, options.max_k)
+    limits = Limits(options.max_batch, options.max_wait_ms, options.max_queue, options.max_k, grace_s=options.grace_s)
     with suppress(KeyboardInterrupt):  # Ctrl-C is the normal way to stop a server
         serve(options.model, options.host, options.port, limits, options.threads)

@@ -7,7 +7,7 @@ from importlib import import_module
 
 
 _HOMES = {"Limits": "limits", "create_app": "app", "serve": "server"}
-_EXTRA = {"fastapi", "pydantic", "starlette", "uvicorn"}  # libraries of the extra
+_EXTRA = {"fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"}  # libraries of the extra
 
 __all__ = list(_HOMES)
 

@@ -12,35 +12,37 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError, StarletteHTTPException
 from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 import gflowtrl
 from gflowtrl.finite import NonFiniteError
 from gflowtrl.recommender import Recommender
 
 from . import request_checks
-from .batching import Failed, Job, Unavailable, Worker
+from .batching import STOPPING, Failed, Job, Unavailable, Worker
 from .limits import Limits
 from .messages import ExplainAnswer, ExplainRequest, Health, Problem, RecommendAnswer, RecommendRequest, format_error
-from .metrics import CONTENT_TYPE, Metrics
+from .metrics import Metrics
 from .middleware import RequestMiddleware
 
 
 MODELS = {"/recommend": RecommendRequest, "/explain": ExplainRequest}
 PATHS = (*MODELS, "/health", "/metrics")
 RETRY_AFTER = {"Retry-After": "1"}  # seconds in which most of a full queue is answered
-PROBLEMS = {status: {"model": Problem} for status in (400, 413, 422, 500, 503, 504)}
+PROBLEMS = {status: {"model": Problem} for status in (400, 408, 413, 422, 500, 503, 504)}
 
 
 @asynccontextmanager
-async def _lifespan(recommender: Recommender, worker: Worker, problems: list[str], _: FastAPI) -> AsyncIterator[None]:
+async def _lifespan(recommender: Recommender, worker: Worker, app: FastAPI) -> AsyncIterator[None]:
     """Check the model once at startup, and run the worker until shutdown."""
-    problems.clear()
+    app.state.stopping, app.state.model_problem = False, None
     try:
         await asyncio.to_thread(recommender.check)
     except NonFiniteError as error:
-        problems.append(str(error))
+        app.state.model_problem = str(error)
     worker.start()
     yield
+    app.state.stopping = True
     await asyncio.to_thread(worker.stop)
 
 
@@ -48,7 +50,8 @@ def create_app(recommender: Recommender, limits: Limits | None = None) -> FastAP
     """Return an application that serves `recommender`. docs/serving.md describes the routes.
 
     One thread uses the model, from the application's startup to its shutdown. At shutdown it first answers the
-    requests in the queue.
+    requests in the queue. `app.state.stopping = True` announces the shutdown: requests are still answered, but
+    `/health` says so, and every answer closes its connection.
 
     Args:
         recommender: the recommender. Nothing else may use it at the same time.
@@ -62,14 +65,16 @@ def create_app(recommender: Recommender, limits: Limits | None = None) -> FastAP
     """
     limits = Limits() if limits is None else limits
     metrics = Metrics()
-    worker = Worker(limits, metrics.count_batch)
-    problems: list[str] = []  # what was wrong with the model at its last use
+    worker = Worker(limits, metrics.batches.observe)
+    metrics.queue.set_function(lambda: worker.queue_length)
 
-    lifespan = partial(_lifespan, recommender, worker, problems)
+    lifespan = partial(_lifespan, recommender, worker)
     app = FastAPI(title="gflowtrl", version=gflowtrl.__version__, lifespan=lifespan)
-    app.add_middleware(RequestMiddleware, metrics=metrics, paths=PATHS, max_body_bytes=limits.max_body_bytes)
+    app.state.stopping = False
+    app.state.model_problem = None  # what was wrong with the model at its last use
+    app.add_middleware(RequestMiddleware, limits=limits, metrics=metrics, paths=PATHS)
     _add_error_handlers(app)
-    run = partial(_run, worker, limits, problems)
+    run = partial(_run, app, worker, limits)
 
     @app.post("/recommend", responses=PROBLEMS)
     async def recommend(body: RecommendRequest) -> RecommendAnswer:
@@ -90,16 +95,16 @@ def create_app(recommender: Recommender, limits: Limits | None = None) -> FastAP
 
     @app.get("/health", responses={503: {"model": Health}}, response_model_exclude_none=True)
     async def health(response: Response) -> Health:
-        """Return 200, or 503 before startup, during shutdown and if the model computes NaN."""
-        ready = worker.ready and not problems
-        response.status_code = 200 if ready else 503
-        name, items, problem = recommender.model.name_or_path, len(recommender.catalog), next(iter(problems), None)
-        return Health(ready=ready, model=name, items=items, version=gflowtrl.__version__, problem=problem)
+        """Return 200, or 503 with the problem: startup, shutdown, NaN, or the end of the model's thread."""
+        problem = worker.problem or (STOPPING if app.state.stopping else app.state.model_problem)
+        response.status_code = 503 if problem else 200
+        name, items, version = recommender.model.name_or_path, len(recommender.catalog), gflowtrl.__version__
+        return Health(ready=problem is None, model=name, items=items, version=version, problem=problem)
 
     @app.get("/metrics")
     async def get_metrics() -> Response:
         """Return counters and histograms in Prometheus' text format."""
-        return Response(metrics.text(worker.queue_length), media_type=CONTENT_TYPE)
+        return Response(generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     return app
 
@@ -116,14 +121,14 @@ def batch_key(body: RecommendRequest) -> Hashable | None:
 
 
 async def _run(
-    worker: Worker, limits: Limits, problems: list[str], work: Callable[[list[Any]], list[Any]], rows: list[Any],
+    app: FastAPI, worker: Worker, limits: Limits, work: Callable[[list[Any]], list[Any]], rows: list[Any],
     key: Hashable | None,
 ) -> list[Any]:  # fmt: skip
-    """Return the results of `work` for the rows, computed by the worker, and update `problems`."""
+    """Return the results of `work` for the rows, computed by the worker. If this is canceled, the job is, too."""
     try:
         future = worker.submit(Job(work, rows, key))
         results = await asyncio.wait_for(asyncio.wrap_future(future), limits.timeout_s)
-        problems.clear()
+        app.state.model_problem = None
         return results
     except Unavailable as error:
         raise HTTPException(503, str(error), RETRY_AFTER) from None
@@ -132,8 +137,8 @@ async def _run(
         raise HTTPException(504, text) from None
     except Failed as error:
         if isinstance(error.__cause__, NonFiniteError):
-            problems[:] = [str(error.__cause__)]
-            raise HTTPException(503, problems[0]) from None
+            app.state.model_problem = str(error.__cause__)
+            raise HTTPException(503, app.state.model_problem) from None
         text = f"The request could not be answered because of an error in the server ({error}); see its log."
         raise HTTPException(500, text) from None
 

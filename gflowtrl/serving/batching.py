@@ -19,10 +19,11 @@ from .limits import Limits
 
 
 logger = logging.getLogger(__name__)
+STOPPING = "The server is stopping. Try again later, or use another server."
 
 
 class Unavailable(RuntimeError):
-    """The queue is full, or the server is shutting down."""
+    """The queue is full, or the worker is not running."""
 
 
 class Failed(RuntimeError):
@@ -53,32 +54,31 @@ class Worker:
     Args:
         limits: `max_batch`, `max_wait_ms` and `max_queue` are used.
         on_batch: called with the number of rows after each batch.
+
+    Attributes:
+        problem: a sentence that says why the worker accepts no jobs, or None.
     """
 
     def __init__(self, limits: Limits, on_batch: Callable[[int], None]):
         self._limits, self._on_batch = limits, on_batch
         self._queue: list[Job] = []
         self._changed = threading.Condition()
-        self._stopping = True
+        self._stopping = False
+        self.problem: str | None = "The server is starting. Try again later."
 
     def start(self) -> None:
         """Start the thread. A stopped worker can be started again."""
-        self._stopping = False
-        # A daemon thread, so that a second Ctrl-C ends the process even if a decoding hangs.
+        self._stopping, self.problem = False, None
+        # A daemon thread, so that the process can end even if a decoding hangs.
         self._thread = threading.Thread(target=self._run, name="gflowtrl-model", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         """Accept no more jobs, finish the queued ones, and wait for the thread. Call it after `start` only."""
         with self._changed:
-            self._stopping = True
+            self._stopping, self.problem = True, STOPPING
             self._changed.notify_all()
         self._thread.join()
-
-    @property
-    def ready(self) -> bool:
-        """Whether jobs are accepted and the thread is alive."""
-        return not self._stopping and self._thread.is_alive()
 
     @property
     def queue_length(self) -> int:
@@ -88,26 +88,34 @@ class Worker:
     def submit(self, job: Job) -> Future:
         """Queue a job and return its future, which receives the results of the rows or the exception `Failed`.
 
+        A job whose future is canceled before the worker begins with it leaves the queue.
+
         Raises:
             Unavailable: the queue is full, or the worker is not running.
         """
         with self._changed:
-            if self._stopping:
-                raise Unavailable("The server is shutting down. Try again later, or use another server.")
-            if len(self._queue) >= self._limits.max_queue:  # remove canceled jobs
-                self._queue = [waiting for waiting in self._queue if not waiting.future.done()]
+            if self.problem:
+                raise Unavailable(self.problem)
             if len(self._queue) >= self._limits.max_queue:
                 raise Unavailable(f"The queue is full ({len(self._queue)} requests are waiting). Try again later.")
             self._queue.append(job)
             self._changed.notify_all()
+        job.future.add_done_callback(lambda _: self._take([job]))
         return job.future
+
+    def _take(self, jobs: list[Job]) -> None:
+        with self._changed:
+            self._queue = [waiting for waiting in self._queue if waiting not in jobs]
 
     # -------------------------------------------------------------------------------------------------- in the thread
     def _run(self) -> None:
-        while (batch := self._next_batch()) is not None:
-            batch = [job for job in batch if job.future.set_running_or_notify_cancel()]
-            if batch:
-                self._do(batch)
+        try:
+            while (batch := self._next_batch()) is not None:
+                batch = [job for job in batch if job.future.set_running_or_notify_cancel()]
+                if batch:
+                    self._do(batch)
+        finally:
+            self.problem = self.problem or "The model's thread has ended with an error; restart the server."
 
     def _next_batch(self) -> list[Job] | None:
         """Take the next batch out of the queue, or return None if the worker is stopping and the queue is empty."""
@@ -119,7 +127,7 @@ class Worker:
             seconds_left = first.queued_at + self._limits.max_wait_ms / 1000 - time.monotonic()
             self._changed.wait_for(lambda: self._stopping or self._batch_of(first)[1], seconds_left)
             batch, _ = self._batch_of(first)
-            self._queue = [job for job in self._queue if job not in batch]
+            self._take(batch)
             return batch
 
     def _batch_of(self, first: Job) -> tuple[list[Job], bool]:

@@ -21,10 +21,13 @@ class Limits:
         max_history_items: number of items per history. The prompt has only the last ones, but with `exclude_seen`
             all of them are left out of the answer.
         max_body_bytes: bytes per request body.
+        body_timeout_s: seconds after which a request whose body has not arrived is answered with 408.
         timeout_s: seconds after which a waiting request is answered with 504.
+        grace_s: seconds from Ctrl-C or SIGTERM to the end of the process. Four fifths of them are for the requests
+            that were accepted before.
 
     Raises:
-        ValueError: a limit is below 1 (`max_wait_ms`: below 0; `timeout_s`: not above 0).
+        ValueError: a limit is below 1 (`max_wait_ms`: below 0; the other seconds: not above 0).
     """
 
     max_batch: int = 64
@@ -34,9 +37,11 @@ class Limits:
     max_histories: int = 64
     max_history_items: int = 500
     max_body_bytes: int = 1_000_000
+    body_timeout_s: float = 10.0
     timeout_s: float = 30.0
+    grace_s: float = 25.0
 
     def __post_init__(self):
-        bounds = {"max_wait_ms": NOT_NEGATIVE, "timeout_s": POSITIVE}
+        bounds = {"max_wait_ms": NOT_NEGATIVE, "body_timeout_s": POSITIVE, "timeout_s": POSITIVE, "grace_s": POSITIVE}
         for field in fields(self):
             check_number(field.name, getattr(self, field.name), bounds.get(field.name, COUNT))

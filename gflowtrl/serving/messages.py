@@ -73,7 +73,7 @@ class Health(BaseModel):
     model: str
     items: int
     version: str
-    problem: str | None = None  # what is wrong with the model
+    problem: str | None = None  # why the server is not ready
 
 
 class Problem(BaseModel):

@@ -1,7 +1,8 @@
-"""ASGI middleware that measures requests, limits the size of their bodies and answers unexpected exceptions."""
+"""ASGI middleware: bodies are limited in size and time, clients that hang up are noticed, every failure is JSON."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection
@@ -10,64 +11,102 @@ from typing import Any
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 
+from .limits import Limits
 from .metrics import Metrics
 
 
 logger = logging.getLogger(__name__)
+CLOSE = (b"connection", b"close")
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class RequestMiddleware:
-    """Measure each request, limit the size of its body, and answer with 500 if the application raises an exception.
+    """Read the body, run the application until it has answered or the client has hung up, and count the answer.
+
+    An exception of the application is answered with 500. If a stopping server cancels a request, it is answered with
+    503. The answers of a stopping server close their connections.
 
     Args:
         app: the ASGI application.
-        metrics: receives path, status and seconds of each request.
+        limits: `max_body_bytes` and `body_timeout_s` are used.
+        metrics: count path, status and seconds of each answer.
         paths: paths that are counted by name. All others are counted as "other", so clients cannot create new series.
-        max_body_bytes: longest body; longer ones are answered with 413.
     """
 
-    def __init__(self, app: Callable, metrics: Metrics, paths: Collection[str], max_body_bytes: int):
-        self.app, self.metrics, self.paths, self.max_body_bytes = app, metrics, paths, max_body_bytes
+    def __init__(self, app: Callable, limits: Limits, metrics: Metrics, paths: Collection[str]):
+        self.app, self.limits, self.metrics, self.paths = app, limits, metrics, paths
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        start, status = time.perf_counter(), 0
+        state, start, status, refusal = scope["app"].state, time.perf_counter(), 0, None
 
         async def send_and_record(message: dict[str, Any]) -> None:
             nonlocal status
             status = message.get("status", status)
+            if state.stopping and "headers" in message:
+                message = {**message, "headers": [*message["headers"], CLOSE]}
             await send(message)
 
         try:
-            await self.app(scope, self._limited(receive), send_and_record)
+            await self._answer(scope, receive, send_and_record)
+        except HTTPException as error:
+            refusal = JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+        except asyncio.CancelledError:
+            if not state.stopping:
+                raise
+            refusal = JSONResponse({"detail": "The server stopped before it could answer. Try again later."}, 503)
         except Exception:
             logger.exception("%s %s could not be answered.", scope["method"], scope["path"])
-            if not status:
-                text = "The request could not be answered because of an error in the server; see its log."
-                await JSONResponse({"detail": text}, 500)(scope, receive, send_and_record)
+            text = "The request could not be answered because of an error in the server; see its log."
+            refusal = JSONResponse({"detail": text}, 500)
+        if refusal and not status:
+            await refusal(scope, receive, send_and_record)
+        if status:  # 0: the client has hung up
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            path = path if path in self.paths else "other"
+            self.metrics.requests.labels(path, status).inc()
+            self.metrics.seconds.labels(path).observe(time.perf_counter() - start)
+
+    async def _answer(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        """Run the application until it has answered. If the client hangs up before that, cancel it."""
+        try:
+            async with asyncio.timeout(self.limits.body_timeout_s):
+                body = await self._body(receive)
+        except TimeoutError:
+            text = f"The body did not arrive within {self.limits.body_timeout_s:g} seconds; send it faster."
+            raise HTTPException(408, text, {"Connection": "close"}) from None
+        if body is None:
+            return
+
+        leaving = asyncio.ensure_future(receive())  # the next message is that the client has hung up
+        messages = [{"type": "http.request", "body": body}]
+
+        async def received() -> dict[str, Any]:
+            return messages.pop() if messages else await asyncio.shield(leaving)
+
+        answering = asyncio.ensure_future(self.app(scope, received, send))
+        try:
+            await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if answering.done():
+                answering.result()  # raises the exception of the application
         finally:
-            if status:  # 0: the client has disconnected
-                path = getattr(scope.get("route"), "path", None)
-                path = path if path in self.paths else "other"
-                self.metrics.count_request(path, status, time.perf_counter() - start)
+            answering.cancel()
+            leaving.cancel()
+            await asyncio.gather(answering, leaving, return_exceptions=True)
 
-    def _limited(self, receive: Receive) -> Receive:
-        """Wrap `receive` so that a body of more than `max_body_bytes` raises a 413."""
-        size = 0
-
-        async def limited() -> dict[str, Any]:
-            nonlocal size
+    async def _body(self, receive: Receive) -> bytes | None:
+        """Return the body of a request, or None if the client has hung up. A body that is too long raises a 413."""
+        body, size, limit, more = b"", 0, self.limits.max_body_bytes, True
+        # Closing a connection with unread data would lose the answer, so more of the body is read, up to a limit.
+        while more and size < 16 * limit:
             message = await receive()
-            size += len(message.get("body", b""))
-            if size <= self.max_body_bytes:
-                return message
-            # Closing a connection with unread data would lose the answer, so more of the body is read, up to a limit.
-            while message.get("more_body") and size < 16 * self.max_body_bytes:
-                message = await receive()
-                size += len(message.get("body", b""))
-            raise HTTPException(413, f"The body has more than {self.max_body_bytes} bytes; send several requests.")
-
-        return limited
+            if message["type"] == "http.disconnect":
+                return None
+            more, size = message.get("more_body", False), size + len(message.get("body", b""))
+            if size <= limit:
+                body += message.get("body", b"")
+        if size > limit:
+            raise HTTPException(413, f"The body has more than {limit} bytes; send several requests.")
+        return body

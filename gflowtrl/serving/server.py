@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import faulthandler
 import os
+import signal
 import socket
+from types import FrameType
 
 import torch
 import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.server import HANDLED_SIGNALS
 
 from gflowtrl.checks import COUNT, check_number
 from gflowtrl.recommender import Recommender
@@ -22,7 +30,11 @@ def serve(
     limits: Limits | None = None,
     threads: int | None = None,
 ) -> None:
-    """Serve a recommender until Ctrl-C or SIGTERM, then answer the queued requests and return.
+    """Serve a recommender until Ctrl-C or SIGTERM, then answer the accepted requests and return.
+
+    At most `limits.grace_s` seconds pass between the signal and the end. Clients that have not sent their request or
+    read their answer by then are disconnected; if the model hangs, the process ends with exit code 1. A second signal
+    ends the process at once. In a thread other than the main one, signals are not handled.
 
     The model is on the GPU if there is one, else on the CPU. There is no authentication: listen on this machine only,
     or on a network all of whose members may send requests.
@@ -36,7 +48,7 @@ def serve(
 
     Raises:
         ValueError: `port` or `threads` is out of range.
-        ImportError: FastAPI or uvicorn is not installed.
+        ImportError: a library of the extra `serve` is not installed.
         FileNotFoundError: the folder or one of its files is missing.
         OSError: the address is not available, for example because another process uses it.
     """
@@ -45,14 +57,58 @@ def serve(
     check_number("threads", threads, COUNT, optional=True)
     if threads is not None:
         torch.set_num_threads(threads)
+    limits = Limits() if limits is None else limits
     with _bind(host, port) as address:  # before the model is loaded, which can take long
         device = "cuda" if torch.cuda.is_available() else "cpu"
         recommender = Recommender.from_pretrained(model_dir, device_map=device)
-        settings = uvicorn.Config(create_app(recommender, limits), log_level="warning", access_log=False)
-        address.listen(settings.backlog)
+        server = _Server(create_app(recommender, limits), limits.grace_s)
+        address.listen(server.config.backlog)
         url = f"http://{f'[{host}]' if ':' in host else host}:{address.getsockname()[1]}"
         print(f"Serving {len(recommender.catalog)} items of {model_dir} on {url} (Ctrl-C to stop)", flush=True)
-        uvicorn.Server(settings).run(sockets=[address])
+        try:
+            server.run(sockets=[address])
+        finally:
+            if server.should_exit:
+                faulthandler.cancel_dump_traceback_later()
+
+
+class _Server(uvicorn.Server):
+    """A server that ends within `grace_s` seconds of a signal, and at once after a second signal."""
+
+    def __init__(self, app: FastAPI, grace_s: float):
+        settings = uvicorn.Config(app, http=_JSONProtocol, ws="none", log_level="warning", access_log=False)
+        # What is left of the grace time is for the 503s of the requests that are canceled then, and for the exit.
+        settings.timeout_graceful_shutdown = 0.8 * grace_s
+        super().__init__(settings)
+        self.state, self.grace_s = app.state, grace_s
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to stop."""
+        super().handle_exit(sig, frame)
+        self.state.stopping = True
+        faulthandler.dump_traceback_later(0.95 * self.grace_s, file=2, exit=True)  # the end, even if a decoding hangs
+        for each in HANDLED_SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuse new connections, then do what uvicorn does: close idle connections and wait for the others."""
+        self.state.stopping = True
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(0.1)  # until requests that have already arrived are read; their connections are not idle
+        await super().shutdown(sockets)
+
+
+class _JSONProtocol(AutoHTTPProtocol):
+    """uvicorn's protocol, which answers in JSON what is not HTTP."""
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer a request that cannot be read, and close the connection."""
+        text = "The request is not valid HTTP/1.1; check its first line, and the format and length of its headers."
+        answer = JSONResponse({"detail": text}, 400, {"Connection": "close"})
+        headers = b"".join(b"%b: %b\r\n" % header for header in answer.raw_headers)
+        self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + headers + b"\r\n" + answer.body)
+        self.transport.close()
 
 
 def _bind(host: str, port: int) -> socket.socket:

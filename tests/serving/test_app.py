@@ -1,6 +1,7 @@
 """The HTTP interface: its answers are those of `Recommender`, and every failure has a status and a message."""
 
 import math
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -244,7 +245,7 @@ def test_metrics_count_what_happened(recommender):
     assert numbers['gflowtrl_request_seconds_count{path="/recommend"}'] == 3
     assert 0 < numbers['gflowtrl_request_seconds_sum{path="/recommend"}'] < 10
     assert numbers["gflowtrl_batch_histories_count"] == 3 and numbers["gflowtrl_batch_histories_sum"] == 5
-    assert numbers['gflowtrl_batch_histories_bucket{le="1"}'] == 1 and numbers["gflowtrl_queue_length"] == 0
+    assert numbers['gflowtrl_batch_histories_bucket{le="1.0"}'] == 1 and numbers["gflowtrl_queue_length"] == 0
 
 
 @pytest.mark.parametrize("mounted", [False, True])
@@ -271,15 +272,42 @@ def test_a_path_prefix_changes_nothing(recommender, oracle, mounted):
     }  # fmt: skip
 
 
+def assert_unhealthy(client: TestClient, problem: str) -> None:
+    answer = client.get("/health")
+    assert answer.status_code == 503 and answer.json()["ready"] is False
+    assert answer.json()["problem"].startswith(problem)
+
+
 def test_health_describes_the_model_and_its_readiness(recommender):
     app = create_app(recommender)
-    assert TestClient(app).get("/health").status_code == 503  # before startup
+    assert_unhealthy(TestClient(app), "The server is starting.")
+    assert_refused(TestClient(app).post("/recommend", json={"histories": [HISTORY]}), 503, "The server is starting.")
     with TestClient(app) as client:
         answer = client.get("/health")
-    assert answer.status_code == 200
-    assert answer.json() == {"ready": True, "model": "", "items": 24, "version": __version__}
+        assert answer.status_code == 200 and "connection" not in answer.headers
+        assert answer.json() == {"ready": True, "model": "", "items": 24, "version": __version__}
+        app.state.stopping = True
+        assert_unhealthy(client, "The server is stopping.")
+        answer = client.post("/recommend", json={"histories": [HISTORY]})  # accepted before
+        assert answer.status_code == 200 and answer.headers["connection"] == "close"
+    assert_unhealthy(TestClient(app), "The server is stopping.")
     with TestClient(app) as client:  # an application can be started again
+        assert client.get("/health").status_code == 200
         assert client.post("/recommend", json={"histories": [HISTORY]}).status_code == 200
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_end_of_the_models_thread_is_503(recommender, monkeypatch):
+    monkeypatch.setattr(recommender, "recommend", lambda histories, **_: [[]] * len(histories))
+    monkeypatch.setattr("prometheus_client.Histogram.observe", lambda *_: sys.exit("a bug of the server"))
+    app = create_app(recommender, Limits(timeout_s=0.5))
+    with TestClient(app) as client:
+        monkeypatch.undo()
+        assert_refused(
+            client.post("/recommend", json={"histories": [HISTORY]}), 504, "not answered within 0.5 seconds"
+        )
+        assert_unhealthy(client, "The model's thread has ended with an error; restart the server.")
+        assert_refused(client.post("/recommend", json={"histories": [HISTORY]}), 503, "restart the server")
 
 
 # ------------------------------------------------------------------------------------------- a model that computes NaN

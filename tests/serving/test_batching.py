@@ -115,6 +115,7 @@ def test_a_full_queue_refuses_jobs_and_canceled_jobs_leave_it(harness):
     with pytest.raises(Unavailable, match="2 requests are waiting"):
         harness.submit([3], "a")
     canceled.cancel()
+    assert harness.worker.queue_length == 1
     late = harness.submit([4], "a")
     harness.release()
     assert results([kept, late]) == [[4], [8]] and harness.calls == [[2, 4]]
@@ -125,9 +126,9 @@ def test_stopping_finishes_queued_jobs_and_refuses_new_ones(harness):
     futures = [harness.submit([row], None) for row in range(5)]
     stopping = threading.Thread(target=harness.worker.stop)
     stopping.start()
-    while harness.worker.ready:
+    while harness.worker.problem is None:
         time.sleep(0.001)
-    with pytest.raises(Unavailable, match="shutting down"):
+    with pytest.raises(Unavailable, match="The server is stopping"):
         harness.submit([9], "a")
     harness.release()
     stopping.join(5)
@@ -143,6 +144,8 @@ def test_stopping_finishes_queued_jobs_and_refuses_new_ones(harness):
         ({"max_wait_ms": -1.0}, "max_wait_ms is -1.0"),
         ({"max_wait_ms": float("nan")}, "max_wait_ms is nan"),
         ({"timeout_s": 0.0}, "timeout_s is 0.0"),
+        ({"body_timeout_s": 0.0}, "body_timeout_s is 0.0"),
+        ({"grace_s": -1.0}, "grace_s is -1.0"),
     ],
 )
 def test_invalid_limits_are_refused(limits, message):

@@ -109,16 +109,34 @@ def test_options_reach_the_server_and_ctrl_c_ends_it_without_an_error(monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr("gflowtrl.serving.server.serve", interrupted)
-    assert main(["--model", "folder", "--port", "81", "--max_batch", "7", "--max_k", "9", "--threads", "2"]) == 0
+    assert (
+        main(
+            [
+                "--model",
+                "folder",
+                "--port",
+                "81",
+                "--max_batch",
+                "7",
+                "--max_k",
+                "9",
+                "--threads",
+                "2",
+                "--grace_s",
+                "3",
+            ]
+        )
+        == 0
+    )
     folder, host, port, limits, threads = arguments
     assert (folder, host, port, threads) == ("folder", "127.0.0.1", 81, 2)
-    assert (limits.max_batch, limits.max_k, limits.max_queue) == (7, 9, 256)
+    assert (limits.max_batch, limits.max_k, limits.max_queue, limits.grace_s) == (7, 9, 256, 3.0)
     with pytest.raises(SystemExit) as stop:  # raised by argparse
         main(["--help"])
     assert stop.value.code == 0
 
 
-@pytest.mark.parametrize("library", ["fastapi", "uvicorn"])
+@pytest.mark.parametrize("library", ["fastapi", "prometheus_client", "uvicorn"])
 def test_a_missing_library_is_an_error_with_the_remedy(library, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.startswith("gflowtrl.serving.")]:
         monkeypatch.delitem(sys.modules, name)
