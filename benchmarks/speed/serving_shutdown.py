@@ -6,9 +6,9 @@ A server is started with a Llama with random weights and 5,000 items. Clients (t
 one after the other, half of the clients on one connection each, the others on a new connection per request. Some more
 clients stall in one of five ways (`KINDS`). When half of the requests are answered, the server gets SIGTERM.
 
-An accepted request is one whose connection the server has taken and that was not answered with an error of TCP. A
-connection that is closed without an answer is "lost" if the request was sent before SIGTERM, else "closed". The
-benchmark fails if a request is lost, or if the server takes longer than its grace time.
+A request whose connection is closed without an answer is "lost" if it was sent before SIGTERM, or if it failed before
+SIGTERM; later ones are "closed". Accepted requests are those that were answered or lost. The benchmark fails if a
+request is lost, or if the server takes longer than its grace time.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from measuring import ROOT, SIZES, arguments, llama, random_catalog, report
 
@@ -49,7 +51,7 @@ class Load:
     """The requests of all clients, and what became of them."""
 
     port: int
-    histories: list[list[int]]
+    histories: list[list[Any]]
     outcomes: Counter[str] = field(default_factory=Counter)
     next: int = 0
     signaled_at: float = float("inf")
@@ -83,7 +85,7 @@ class Load:
         except ConnectionRefusedError:
             return "refused"
         except (OSError, http.client.HTTPException):
-            return "lost" if sent_at < self.signaled_at else "closed"
+            return "lost" if min(sent_at, time.monotonic()) < self.signaled_at else "closed"
 
 
 def stall(port: int, count: int) -> list[tuple[str, socket.socket]]:
@@ -123,10 +125,40 @@ def ends(clients: list[tuple[str, socket.socket]]) -> dict[str, int]:
     return dict(counts)
 
 
-def measure(folder: str, requests: int, clients: int, stalled: int, grace_s: float, length: int, items: int) -> dict:
-    """Run a server and all clients, stop the server in the middle, and return the counts and seconds."""
-    chance = random.Random(0)
-    histories = [[chance.randrange(items) for _ in range(length)] for _ in range(requests)]
+def measure(
+    port: int, histories: list[list[Any]], clients: int, stalled: int, stop: Callable[[], Any]
+) -> dict[str, Any]:
+    """Send all histories, call `stop` when half of them are answered, and return counts and seconds.
+
+    `stop` sends SIGTERM to the server and waits for its end.
+    """
+    load = Load(port, histories)
+    stalls, end = stall(port, stalled), threading.Event()
+    threads = [threading.Thread(target=load.client, args=(number % 2 == 0,)) for number in range(clients)]
+    threads.append(threading.Thread(target=drip, args=(stalls, end)))
+    begin = time.monotonic()
+    for thread in threads:
+        thread.start()
+    while load.outcomes["200"] < len(histories) / 2 and load.outcomes.total() < len(histories):
+        time.sleep(0.01)
+    load.signaled_at = time.monotonic()
+    stop()
+    seconds = time.monotonic() - load.signaled_at
+    end.set()
+    for thread in threads:
+        thread.join()
+    statuses = {name: count for name, count in load.outcomes.items() if name.isdigit()}
+    return {
+        "requests": load.outcomes.total(), "answered": sum(statuses.values()), "statuses": statuses,
+        "accepted": sum(statuses.values()) + load.outcomes["lost"], "lost": load.outcomes["lost"],
+        "refused": load.outcomes["refused"], "closed": load.outcomes["closed"], "stalled": len(stalls),
+        "ends": ends(stalls), "load_s": load.signaled_at - begin, "exit_s": seconds,
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def running(folder: str, grace_s: float) -> Iterator[tuple[int, subprocess.Popen]]:
+    """Context manager: start a server in a new process and yield its port and process."""
     command = [sys.executable, "-m", "gflowtrl", "serve", "--model", folder, "--port", "0", "--threads", "1"]
     command += ["--grace_s", str(grace_s)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
@@ -134,32 +166,9 @@ def measure(folder: str, requests: int, clients: int, stalled: int, grace_s: flo
             line = server.stdout.readline()
             if " on http://" not in line:
                 raise RuntimeError("The server did not start; its output is above.")
-            load = Load(int(line.split("http://")[1].split()[0].rpartition(":")[2]), histories)
-            stalls, end = stall(load.port, stalled), threading.Event()
-            threads = [threading.Thread(target=load.client, args=(number % 2 == 0,)) for number in range(clients)]
-            threads.append(threading.Thread(target=drip, args=(stalls, end)))
-            begin = time.monotonic()
-            for thread in threads:
-                thread.start()
-            while load.outcomes["200"] < requests / 2 and server.poll() is None:
-                time.sleep(0.01)
-            load.signaled_at = time.monotonic()
-            server.send_signal(signal.SIGTERM)
-            code = server.wait(2 * grace_s)
-            seconds = time.monotonic() - load.signaled_at
-            end.set()
-            for thread in threads:
-                thread.join()
+            yield int(line.split("http://")[1].split()[0].rpartition(":")[2]), server
         finally:
             server.kill()
-    outcomes = load.outcomes
-    statuses = {name: count for name, count in outcomes.items() if name.isdigit()}
-    return {
-        "requests": sum(outcomes.values()), "answered": sum(statuses.values()), "statuses": statuses,
-        "accepted": sum(statuses.values()) + outcomes["lost"], "lost": outcomes["lost"],
-        "refused": outcomes["refused"], "closed": outcomes["closed"], "stalled": len(stalls), "ends": ends(stalls),
-        "load_s": load.signaled_at - begin, "exit_s": seconds, "grace_s": grace_s, "exit_code": code,
-    }  # fmt: skip
 
 
 def main() -> None:
@@ -172,16 +181,20 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=5000, help="items in the catalog")
     parser.add_argument("--size", choices=list(SIZES), default="0.2M", help="size of the model")
     given = parser.parse_args()
-    rows = []
+    chance, rows = random.Random(0), []
+    histories = [[chance.randrange(given.items) for _ in range(given.history)] for _ in range(given.requests)]
     with tempfile.TemporaryDirectory() as folder:
         catalog, tokenizer = random_catalog(given.items)
         Recommender(llama(len(tokenizer), given.size), tokenizer, catalog).save_pretrained(Path(folder))
         for _ in range(given.rounds):
-            rows.append(
-                measure(
-                    folder, given.requests, given.clients, given.stalled, given.grace_s, given.history, given.items
-                )  # fmt: skip
-            )
+            with running(folder, given.grace_s) as (port, server):
+
+                def stop(server: subprocess.Popen = server) -> int:
+                    server.send_signal(signal.SIGTERM)
+                    return server.wait(2 * given.grace_s)
+
+                row = measure(port, histories, given.clients, given.stalled, stop)
+                rows.append(row | {"grace_s": given.grace_s, "exit_code": server.returncode})
             print(rows[-1], flush=True)
     columns = {
         "requests": "{requests}", "accepted": "{accepted}", "answered": "{answered}", "refused": "{refused}",

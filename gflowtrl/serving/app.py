@@ -19,7 +19,7 @@ from gflowtrl.finite import NonFiniteError
 from gflowtrl.recommender import Recommender
 
 from . import request_checks
-from .batching import STOPPING, Failed, Job, Unavailable, Worker
+from .batching import STOPPING, Job, Unavailable, Worker
 from .limits import Limits
 from .messages import ExplainAnswer, ExplainRequest, Health, Problem, RecommendAnswer, RecommendRequest, format_error
 from .metrics import Metrics
@@ -79,8 +79,7 @@ def create_app(recommender: Recommender, limits: Limits | None = None) -> FastAP
     @app.post("/recommend", responses=PROBLEMS)
     async def recommend(body: RecommendRequest) -> RecommendAnswer:
         """Recommend items for each history."""
-        request_checks.check_limits(body, limits)
-        request_checks.check_allowed(body.allowed_items, recommender.catalog)
+        request_checks.check_recommend(body, limits, recommender.catalog)
         histories, warnings = request_checks.known_items(body.histories, recommender)
         work = partial(recommender.recommend, **body.model_dump(exclude={"histories"}))
         return RecommendAnswer(recommendations=await run(work, histories, batch_key(body)), warnings=warnings)
@@ -88,7 +87,7 @@ def create_app(recommender: Recommender, limits: Limits | None = None) -> FastAP
     @app.post("/explain", responses=PROBLEMS)
     async def explain(body: ExplainRequest) -> ExplainAnswer:
         """Explain the position of an item in the list of a history."""
-        history, warnings = request_checks.known_to_explain(body, limits, recommender.catalog)
+        history, warnings = request_checks.check_explain(body, limits, recommender.catalog)
         work = [(history, body.item)]
         (explanation,) = await run(lambda rows: [recommender.explain(*row) for row in rows], work, None)
         return ExplainAnswer(**vars(explanation), probability=math.exp(explanation.log_prob), warnings=warnings)
@@ -135,12 +134,9 @@ async def _run(
     except TimeoutError:
         text = f"The request was not answered within {limits.timeout_s:g} seconds. Try again later, or ask for less."
         raise HTTPException(504, text) from None
-    except Failed as error:
-        if isinstance(error.__cause__, NonFiniteError):
-            app.state.model_problem = str(error.__cause__)
-            raise HTTPException(503, app.state.model_problem) from None
-        text = f"The request could not be answered because of an error in the server ({error}); see its log."
-        raise HTTPException(500, text) from None
+    except NonFiniteError as error:
+        app.state.model_problem = str(error)
+        raise HTTPException(503, app.state.model_problem) from None
 
 
 def _add_error_handlers(app: FastAPI) -> None:

@@ -6,7 +6,6 @@ This module depends neither on HTTP nor on recommenders.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -18,16 +17,11 @@ from typing import Any
 from .limits import Limits
 
 
-logger = logging.getLogger(__name__)
 STOPPING = "The server is stopping. Try again later, or use another server."
 
 
 class Unavailable(RuntimeError):
     """The queue is full, or the worker is not running."""
-
-
-class Failed(RuntimeError):
-    """The work raised an exception. It is the `__cause__`, and it was logged."""
 
 
 @dataclass(eq=False)
@@ -38,7 +32,7 @@ class Job:
         work: function from a list of rows to a list with one result per row.
         rows: the rows of this job.
         key: jobs with equal keys may be done in one call of `work`. None: this job is done alone.
-        future: receives the results of the rows.
+        future: receives the results of the rows, or the exception of `work`.
     """
 
     work: Callable[[list[Any]], list[Any]]
@@ -86,7 +80,7 @@ class Worker:
         return len(self._queue)
 
     def submit(self, job: Job) -> Future:
-        """Queue a job and return its future, which receives the results of the rows or the exception `Failed`.
+        """Queue a job and return its future, which receives the results of the rows or the exception of the work.
 
         A job whose future is canceled before the worker begins with it leaves the queue.
 
@@ -150,14 +144,10 @@ class Worker:
         try:
             results = iter(batch[0].work(rows))
         except Exception as error:
-            if len(batch) > 1:  # an error in one request must not affect the others: try each one alone
-                for job in batch:
-                    self._do([job])
-                return
-            logger.exception("A request of %d rows could not be answered.", len(rows))
-            failed = Failed(type(error).__name__)
-            failed.__cause__ = error
-            batch[0].future.set_exception(failed)
+            if len(batch) == 1:
+                return batch[0].future.set_exception(error)
+            for job in batch:  # an error in one request must not affect the others: try each one alone
+                self._do([job])
             return
         self._on_batch(len(rows))
         for job in batch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictInt, StrictStr
 
@@ -23,26 +23,24 @@ class Request(BaseModel):
 
 
 class RecommendRequest(Request):
-    histories: Annotated[
-        list[list[Item]],
-        Field(min_length=1, description=f"a list of at least one history, each a list of items, {ITEM} each"),
-    ]
-    k: Annotated[int, Field(ge=1, description="a whole number of at least 1, the length of the lists")] = 10
-    strategy: Annotated[Literal["beam", "sample"], Field(description='"beam" or "sample"')] = "beam"
-    temperature: Annotated[
-        float, Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, allow_inf_nan=False, description=TEMPERATURE)
-    ] = 1.0
-    seed: Annotated[int, Field(description="a whole number")] = 0
-    exclude_seen: Annotated[bool, Field(description="true or false")] = False
-    allowed_items: Annotated[
-        list[Item] | None,
-        Field(min_length=1, description=f"a list of at least one item, {ITEM} each, or be left out"),
-    ] = None
+    histories: list[list[Item]] = Field(
+        min_length=1, description=f"a list of at least one history, each a list of items, {ITEM} each"
+    )
+    k: int = Field(10, ge=1, description="a whole number of at least 1, the length of the lists")
+    strategy: Literal["beam", "sample"] = Field("beam", description='"beam" or "sample"')
+    temperature: float = Field(
+        1.0, ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, allow_inf_nan=False, description=TEMPERATURE
+    )
+    seed: int = Field(0, description="a whole number")
+    exclude_seen: bool = Field(False, description="true or false")
+    allowed_items: list[Item] | None = Field(
+        None, min_length=1, description=f"a list of at least one item, {ITEM} each, or be left out"
+    )
 
 
 class ExplainRequest(Request):
-    history: Annotated[list[Item], Field(min_length=1, description=f"a list of at least one item, {ITEM} each")]
-    item: Annotated[Item, Field(description=f"an item, {ITEM}")]
+    history: list[Item] = Field(min_length=1, description=f"a list of at least one item, {ITEM} each")
+    item: Item = Field(description=f"an item, {ITEM}")
 
 
 class Answer(BaseModel):

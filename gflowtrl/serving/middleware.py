@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection
-from typing import Any
+from collections.abc import Collection
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .limits import Limits
 from .metrics import Metrics
@@ -17,8 +18,6 @@ from .metrics import Metrics
 
 logger = logging.getLogger(__name__)
 CLOSE = (b"connection", b"close")
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class RequestMiddleware:
@@ -34,15 +33,15 @@ class RequestMiddleware:
         paths: paths that are counted by name. All others are counted as "other", so clients cannot create new series.
     """
 
-    def __init__(self, app: Callable, limits: Limits, metrics: Metrics, paths: Collection[str]):
+    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, paths: Collection[str]):
         self.app, self.limits, self.metrics, self.paths = app, limits, metrics, paths
 
-    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         state, start, status, refusal = scope["app"].state, time.perf_counter(), 0, None
 
-        async def send_and_record(message: dict[str, Any]) -> None:
+        async def send_and_record(message: Message) -> None:
             nonlocal status
             status = message.get("status", status)
             if state.stopping and "headers" in message:
@@ -57,10 +56,10 @@ class RequestMiddleware:
             if not state.stopping:
                 raise
             refusal = JSONResponse({"detail": "The server stopped before it could answer. Try again later."}, 503)
-        except Exception:
+        except Exception as error:
             logger.exception("%s %s could not be answered.", scope["method"], scope["path"])
-            text = "The request could not be answered because of an error in the server; see its log."
-            refusal = JSONResponse({"detail": text}, 500)
+            text = f"an error in the server ({type(error).__name__}); see its log."
+            refusal = JSONResponse({"detail": f"The request could not be answered because of {text}"}, 500)
         if refusal and not status:
             await refusal(scope, receive, send_and_record)
         if status:  # 0: the client has hung up
@@ -69,21 +68,19 @@ class RequestMiddleware:
             self.metrics.requests.labels(path, status).inc()
             self.metrics.seconds.labels(path).observe(time.perf_counter() - start)
 
-    async def _answer(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application until it has answered. If the client hangs up before that, cancel it."""
         try:
             async with asyncio.timeout(self.limits.body_timeout_s):
-                body = await self._body(receive)
+                messages = [{"type": "http.request", "body": await self._body(scope, receive)}]
         except TimeoutError:
             text = f"The body did not arrive within {self.limits.body_timeout_s:g} seconds; send it faster."
             raise HTTPException(408, text, {"Connection": "close"}) from None
-        if body is None:
+        except ClientDisconnect:
             return
-
         leaving = asyncio.ensure_future(receive())  # the next message is that the client has hung up
-        messages = [{"type": "http.request", "body": body}]
 
-        async def received() -> dict[str, Any]:
+        async def received() -> Message:
             return messages.pop() if messages else await asyncio.shield(leaving)
 
         answering = asyncio.ensure_future(self.app(scope, received, send))
@@ -96,17 +93,14 @@ class RequestMiddleware:
             leaving.cancel()
             await asyncio.gather(answering, leaving, return_exceptions=True)
 
-    async def _body(self, receive: Receive) -> bytes | None:
-        """Return the body of a request, or None if the client has hung up. A body that is too long raises a 413."""
-        body, size, limit, more = b"", 0, self.limits.max_body_bytes, True
-        # Closing a connection with unread data would lose the answer, so more of the body is read, up to a limit.
-        while more and size < 16 * limit:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            more, size = message.get("more_body", False), size + len(message.get("body", b""))
-            if size <= limit:
-                body += message.get("body", b"")
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        """Return the body of a request. One that is too long raises a 413."""
+        body, size, limit = b"", 0, self.limits.max_body_bytes
+        async for chunk in Request(scope, receive).stream():
+            size += len(chunk)
+            body += chunk if size <= limit else b""
+            if size > 16 * limit:  # before that it is read, because closing with unread data would lose the answer
+                break
         if size > limit:
             raise HTTPException(413, f"The body has more than {limit} bytes; send several requests.")
         return body

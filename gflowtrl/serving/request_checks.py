@@ -1,8 +1,6 @@
-"""Request checks that need the catalog and the server's limits."""
+"""Request checks that need the catalog and the server's limits. What they refuse is answered with 422."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from fastapi import HTTPException
 
@@ -13,9 +11,8 @@ from .limits import Limits
 from .messages import ExplainRequest, RecommendRequest, repr_json
 
 
-def check_limits(body: RecommendRequest, limits: Limits) -> None:
-    """Raise an error for a request above the server's limits, and for a temperature with a strategy that does not
-    use one."""
+def check_recommend(body: RecommendRequest, limits: Limits, catalog: ItemCatalog) -> None:
+    """Refuse a request above the limits, allowed items that are unknown, and a temperature that has no effect."""
     _check_at_most("k is", body.k, limits.max_k)
     _check_at_most("histories holds", len(body.histories), limits.max_histories, " per request; send several requests")
     for row, history in enumerate(body.histories):
@@ -23,13 +20,19 @@ def check_limits(body: RecommendRequest, limits: Limits) -> None:
     if body.strategy == "beam" and body.temperature != 1.0:
         text = f'temperature is {body.temperature}, but strategy "beam" does not sample; use strategy "sample".'
         raise HTTPException(422, text)
+    for index, item in enumerate(body.allowed_items or ()):
+        _check_known(f"allowed_items[{index}]", item, catalog)
 
 
-def check_allowed(items: Sequence[Item] | None, catalog: ItemCatalog) -> None:
-    """Raise an error for an item of `allowed_items` that is not in the catalog."""
-    for index, item in enumerate(items or ()):
-        if item not in catalog:
-            raise HTTPException(422, f"allowed_items[{index}] is {repr_json(item)}, which is not in {_the(catalog)}.")
+def check_explain(body: ExplainRequest, limits: Limits, catalog: ItemCatalog) -> tuple[list[Item], list[str]]:
+    """Return the history without items that are not in the catalog, and a warning about skipped items."""
+    _check_at_most("history holds", len(body.history), limits.max_history_items, " items; send the latest")
+    _check_known("item", body.item, catalog)
+    known, warnings = _known_items("history", body.history, catalog)
+    if not known:
+        text = f"history is {repr_json(body.history)}, but none of its items is in {_the(catalog)}; send a known item."
+        raise HTTPException(422, text)
+    return known, warnings
 
 
 def known_items(histories: list[list[Item]], recommender: Recommender) -> tuple[list[list[Item]], list[str]]:
@@ -43,25 +46,10 @@ def known_items(histories: list[list[Item]], recommender: Recommender) -> tuple[
         if not known:
             what = f"histories[{row}] {'holds no known item' if history else 'is empty'}"
             if recommender.item_counts is None:
-                raise HTTPException(
-                    422,
-                    f"{what}, and this model has no counts of training interactions to rank items by popularity; "
-                    f"leave this history out.",
-                )
+                text = "this model has no counts of training interactions to rank items by popularity"
+                raise HTTPException(422, f"{what}, and {text}; leave this history out.")
             warnings.append(f"{what}; its list has the most popular items of the training interactions.")
     return rows, warnings
-
-
-def known_to_explain(body: ExplainRequest, limits: Limits, catalog: ItemCatalog) -> tuple[list[Item], list[str]]:
-    """Return the history without items that are not in the catalog, and a warning about skipped items."""
-    _check_at_most("history holds", len(body.history), limits.max_history_items, " items; send the latest")
-    if body.item not in catalog:
-        raise HTTPException(422, f"item is {repr_json(body.item)}, which is not in {_the(catalog)}.")
-    known, warnings = _known_items("history", body.history, catalog)
-    if not known:
-        text = f"history is {repr_json(body.history)}, but none of its items is in {_the(catalog)}; send a known item."
-        raise HTTPException(422, text)
-    return known, warnings
 
 
 def _check_at_most(what: str, number: int, limit: int, remedy: str = "") -> None:
@@ -69,7 +57,12 @@ def _check_at_most(what: str, number: int, limit: int, remedy: str = "") -> None
         raise HTTPException(422, f"{what} {repr_json(number)}, but this server allows at most {limit}{remedy}.")
 
 
-def _known_items(name: str, history: Sequence[Item], catalog: ItemCatalog) -> tuple[list[Item], list[str]]:
+def _check_known(what: str, item: Item, catalog: ItemCatalog) -> None:
+    if item not in catalog:
+        raise HTTPException(422, f"{what} is {repr_json(item)}, which is not in {_the(catalog)}.")
+
+
+def _known_items(name: str, history: list[Item], catalog: ItemCatalog) -> tuple[list[Item], list[str]]:
     """Return the known items, and a list with one warning if there are unknown ones."""
     (known,), unknown = catalog.known_items([history])
     if not unknown:

@@ -95,7 +95,8 @@ class _Server(uvicorn.Server):
         self.state.stopping = True
         for server in self.servers:
             server.close()
-        await asyncio.sleep(0.1)  # until requests that have already arrived are read; their connections are not idle
+        for _ in range(10):  # turns of the event loop: requests that have arrived are read, so they are not idle
+            await asyncio.sleep(0.01)
         await super().shutdown(sockets)
 
 

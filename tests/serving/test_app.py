@@ -226,7 +226,9 @@ def test_an_exception_of_the_server_is_500_too(recommender, monkeypatch, caplog)
     with TestClient(create_app(recommender)) as client:
         monkeypatch.setattr(recommender, "catalog", None)
         assert_refused(
-            client.post("/recommend", json={"histories": [HISTORY]}), 500, "an error in the server; see its log"
+            client.post("/recommend", json={"histories": [HISTORY]}),
+            500,
+            r"an error in the server \(AttributeError\); see its log",
         )
         assert "POST /recommend could not be answered" in caplog.text
 

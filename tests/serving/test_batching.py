@@ -7,7 +7,7 @@ from concurrent.futures import wait
 
 import pytest
 
-from gflowtrl.serving.batching import Failed, Job, Unavailable, Worker
+from gflowtrl.serving.batching import Job, Unavailable, Worker
 from gflowtrl.serving.limits import Limits
 
 
@@ -91,7 +91,7 @@ def test_the_worker_does_not_wait_if_waiting_is_useless(harness):
     assert harness.calls == [[0, 1, 2], [3]]
 
 
-def test_an_exception_affects_only_its_own_request_and_the_worker_continues(harness, caplog):
+def test_an_exception_affects_only_its_own_request_and_the_worker_continues(harness):
     def work(rows: list) -> list:
         if "bad" in rows:
             raise RuntimeError("this row breaks the model")
@@ -102,9 +102,8 @@ def test_an_exception_affects_only_its_own_request_and_the_worker_continues(harn
     harness.release()
     wait(futures, timeout=5)
     assert results([futures[0], futures[2]]) == [["good"], ["better"]]
-    with pytest.raises(Failed, match="RuntimeError"):
+    with pytest.raises(RuntimeError, match="this row breaks the model"):
         futures[1].result()
-    assert "this row breaks the model" in caplog.text
     assert results([harness.submit([4], "a")]) == [[8]]
 
 

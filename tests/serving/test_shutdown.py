@@ -1,16 +1,16 @@
 """A server in its own process: signals, the grace time, clients that stall or hang up, and what is not HTTP."""
 
+import importlib
 import json
 import multiprocessing
 import os
 import signal
 import socket
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +32,7 @@ ALONE = REQUEST | {"strategy": "sample"}  # is not batched
 HEAD = b"POST /recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n"
 HALF_BODY = HEAD + b'\r\n{"histories": [["i0'
 STALLS = [b"", HEAD, HALF_BODY, b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 3000]  # the last never reads
+SPEED = Path(__file__).parents[2] / "benchmarks" / "speed"
 
 # Each server is a fork of a process that has imported this module.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -69,7 +70,7 @@ class Server:
         arguments = (folder, str(log), limits, self.decoding, self.may_decode)
         self.process = PROCESSES.Process(target=run, args=arguments)
         self.process.start()
-        wait_until(lambda: log.exists() and "(Ctrl-C to stop)" in log.read_text(), 60)
+        wait_until(lambda: log.exists() and "(Ctrl-C to stop)" in log.read_text(), 120)
         self.url = log.read_text().split(" on ")[1].split()[0]
         self.port = int(self.url.rpartition(":")[2])
         assert httpx2.get(f"{self.url}/health").status_code == 200
@@ -135,36 +136,23 @@ def within(seconds: float) -> Iterator[None]:
 
 
 # -------------------------------------------------------------------------------------------------------- the shutdown
-def post(server: Server, stopping: threading.Event, client: httpx2.Client) -> str:
-    """Send a request and return what became of it."""
-    before = not stopping.is_set()
-    try:
-        return str(client.post(f"{server.url}/recommend", json=REQUEST, timeout=30).status_code)
-    except httpx2.ConnectError:
-        return "refused"
-    except httpx2.TransportError:
-        return "lost" if before and not stopping.is_set() else "closed"
-
-
-def test_under_load_every_accepted_request_is_answered_within_the_grace_time(start):
-    server, stopping = start(grace_s=5.0), threading.Event()
+def test_under_load_every_accepted_request_is_answered_within_the_grace_time(start, monkeypatch):
+    """The same as benchmarks/speed/serving_shutdown.py with fewer clients."""
+    monkeypatch.syspath_prepend(SPEED)
+    measure = importlib.import_module("serving_shutdown").measure
+    server = start(grace_s=5.0)
     server.may_decode.set()
-    stalled = [server.send(content) for content in STALLS * 3]
-    new, kept = httpx2.Client(limits=httpx2.Limits(max_keepalive_connections=0)), httpx2.Client()
-    with ThreadPoolExecutor(12) as pool, new, kept:
-        answers = [pool.submit(post, server, stopping, (new, kept)[each % 2]) for each in range(400)]
-        wait_until(lambda: sum(answer.done() for answer in answers) > 100)
-        stopping.set()
-        with within(5.0):
-            server.kill(signal.SIGTERM)
-            server.process.join(20)
-        outcomes = Counter(answer.result() for answer in answers)
-    assert outcomes.keys() <= {"200", "refused", "closed"} and outcomes["200"] > 100 and outcomes["refused"] > 0
-    assert outcomes["closed"] <= 12  # a connection that was idle when it was closed; at most one per client
+
+    def stop() -> None:
+        server.kill(signal.SIGTERM)
+        server.process.join(20)
+
+    found = measure(server.port, [HISTORY] * 400, clients=12, stalled=10, stop=stop)
+    assert found["lost"] == 0 and found["statuses"].keys() == {"200"} and found["exit_s"] <= 5.0, found
+    assert found["answered"] >= 200 and found["refused"] > 0, found
+    assert found["closed"] <= 12, found  # a connection that was idle at the end; at most one per client
+    assert found["ends"]["half body: 503"] == 2, found
     assert server.process.exitcode == -signal.SIGTERM  # after everything was answered, as uvicorn does it
-    for client, content in zip(stalled, STALLS * 3, strict=True):
-        if content == HALF_BODY:
-            assert read(client)[0].split()[1] == "503"
 
 
 def test_a_decoding_that_hangs_is_503_and_does_not_outlast_the_grace_time(start):
