@@ -19,7 +19,7 @@ LOWEST := .venv-lowest
 #   test_language_model        trl's SFT, peft and bitsandbytes through all stages
 #   test_tracking              tensorboard
 #   cli                        rich, tqdm, PyYAML, matplotlib, huggingface-hub
-#   serving                    fastapi, prometheus_client, pydantic, uvicorn, httpx2
+#   serving                    fastapi, prometheus_client, pydantic, starlette, uvicorn, httpx2
 #   test_example, ZeRO-3       deepspeed, started by accelerate
 LOWEST_TESTS := tests/policy tests/test_recommender.py tests/trainer tests/data tests/semantic_ids tests/cli tests/serving \
 	tests/pipeline/test_language_model.py tests/pipeline/test_tracking.py --ignore=tests/trainer/test_total_variation.py \

@@ -36,7 +36,7 @@ from gflowtrl import Recommender
 
 
 HEAD = b"POST /recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n"
-#: Maps the ways to stall to what a client sends; "slow body" goes on with one byte per half second.
+#: Maps the ways to stall to what a client sends; "slow body" then sends one byte per half second.
 KINDS = {
     "silent": b"",
     "half headers": HEAD,

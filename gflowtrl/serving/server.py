@@ -68,7 +68,7 @@ def serve(
         try:
             server.run(sockets=[address])
         finally:
-            if server.should_exit:
+            if server.signaled:
                 faulthandler.cancel_dump_traceback_later()
 
 
@@ -80,12 +80,12 @@ class _Server(uvicorn.Server):
         # What is left of the grace time is for the 503s of the requests that are canceled then, and for the exit.
         settings.timeout_graceful_shutdown = 0.8 * grace_s
         super().__init__(settings)
-        self.state, self.grace_s = app.state, grace_s
+        self.state, self.grace_s, self.signaled = app.state, grace_s, False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to stop."""
         super().handle_exit(sig, frame)
-        self.state.stopping = True
+        self.state.stopping = self.signaled = True
         faulthandler.dump_traceback_later(0.95 * self.grace_s, file=2, exit=True)  # the end, even if a decoding hangs
         for each in HANDLED_SIGNALS:
             signal.signal(each, signal.SIG_DFL)
