@@ -159,6 +159,7 @@ def test_a_decoding_that_hangs_is_503_and_does_not_outlast_the_grace_time(start)
     server = start(grace_s=4.0)
     with ThreadPoolExecutor(2) as pool, within(10.0):
         answers = [pool.submit(httpx2.post, f"{server.url}/recommend", json=ALONE, timeout=20) for _ in range(2)]
+        assert server.decoding.wait(20)
         wait_until(lambda: server.metrics()["gflowtrl_queue_length"] == 1)
         with within(4.0):
             server.kill(signal.SIGTERM)
@@ -200,7 +201,7 @@ def test_clients_that_hang_up_are_not_answers_and_their_work_is_not_done(start):
     body = json.dumps(ALONE).encode()
     whole = HEAD.replace(b"1000", str(len(body)).encode()) + b"\r\n" + body
     stays = server.send(whole)
-    assert server.decoding.wait(10)
+    assert server.decoding.wait(20)
     leaving = [server.send(whole) for _ in range(3)]
     wait_until(lambda: server.metrics()["gflowtrl_queue_length"] == 3)
     for client in [*leaving, server.send(HALF_BODY)]:
