@@ -1,12 +1,18 @@
-"""Checks of single options, with uniform error messages. Every package may use them."""
+"""Checks of single options, with uniform error messages of limited length. Every package may use them."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
 from typing import Any, NamedTuple
+
+
+MOST_CHARACTERS = 1200  # of a message
+MOST_OF_A_WORD = 240  # characters of one value or path within a message
+_LONG_WORD = re.compile(rf"\S{{{MOST_OF_A_WORD + 1},}}")
 
 
 class Bound(NamedTuple):
@@ -33,6 +39,32 @@ SEED = Bound("a whole number from 0 to 4294967295", lambda value: isinstance(val
 SHARE_BELOW_ONE = Bound("a number in [0, 1)", lambda value: 0 <= value < 1)
 
 
+def one_line(text: str) -> str:
+    """Return a message as one printable line of limited length.
+
+    White space becomes single spaces and control characters `?`. Long words, such as ids and paths, and the whole
+    message keep their beginning and end.
+    """
+    plain = "".join(sign if sign.isprintable() else "?" for sign in " ".join(text.split()))
+    return shortened(_LONG_WORD.sub(lambda word: shortened(word[0], MOST_OF_A_WORD), plain), MOST_CHARACTERS)
+
+
+def shortened(text: str, most: int) -> str:
+    """Return text of at most `most` characters, without its middle if it is longer."""
+    if len(text) <= most:
+        return text
+    kept = most - 5
+    return f"{text[: kept - kept // 3]} ... {text[-(kept // 3) :]}"
+
+
+def short_repr(value: object) -> str:
+    """Return `repr(value)` without its middle if it is long, or the type of a value that has no text."""
+    try:
+        return shortened(repr(value), MOST_OF_A_WORD)
+    except (RecursionError, ValueError):  # nested too deeply; a number of more than 4,300 digits
+        return f"a {type(value).__name__} that is too large to be shown"
+
+
 def is_finite(value: Any) -> bool:
     """Return whether a number fits into a float: JSON allows integers of any length, and `1e400` for infinity."""
     try:
@@ -57,7 +89,7 @@ def check_number(name: str, value: object, bound: Bound, optional: bool = False)
         return
     number = isinstance(value, Real) and not isinstance(value, bool) and is_finite(value)
     if not (number and bound.holds(value)):
-        raise ValueError(f"{name} is {value!r}; it must be {bound.meaning}{' or None' if optional else ''}.")
+        raise ValueError(f"{name} is {short_repr(value)}; it must be {bound.meaning}{' or None' if optional else ''}.")
 
 
 def check_text(name: str, value: object, optional: bool = False) -> None:
@@ -74,15 +106,15 @@ def check_text(name: str, value: object, optional: bool = False) -> None:
     if optional and value is None:
         return
     if not isinstance(value, str):
-        raise ValueError(f"{name} must be text, but it is {value!r}. Correct it or leave it out.")
+        raise ValueError(f"{name} must be text, but it is {short_repr(value)}. Correct it or leave it out.")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError(f"{name} holds half a character (half of a surrogate pair): {value!r}. Correct it.")
+        raise ValueError(f"{name} holds half a character (half of a surrogate pair): {short_repr(value)}. Correct it.")
 
 
 def check_titles(titles: Mapping[Any, object]) -> None:
     """Check that the titles of items are strings (`check_text`). The error names the item."""
     for item, title in titles.items():
-        check_text(f"The title of item {item!r}", title)
+        check_text(f"The title of item {short_repr(item)}", title)
 
 
 def check_finite(value: object, where: str = "") -> None:
@@ -114,4 +146,4 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
         ValueError: names the option, its value and the choices.
     """
     if value not in (known := list(choices)):
-        raise ValueError(f"{name} is {value!r}; choose {' or '.join(map(repr, known))}.")
+        raise ValueError(f"{name} is {short_repr(value)}; choose {' or '.join(map(repr, known))}.")

@@ -15,10 +15,11 @@ from typing import Any
 
 import yaml
 
-from gflowtrl.checks import check_choice
-from gflowtrl.files import reading
+from gflowtrl.checks import MOST_OF_A_WORD, check_choice, short_repr, shortened
+from gflowtrl.files import read_text, reading
 
 
+MOST_NAMES = 30  # that an error lists
 #: Fields that decide which other fields a section has.
 KINDS = ("type", "model_type", "model_name_or_path")
 
@@ -53,7 +54,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no recipe {path}. Give a YAML file with --config.")
     with reading(path, "YAML"):
-        content = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader) or {}
+        content = yaml.load(read_text(path, "YAML"), RecipeLoader) or {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold fields with values (field: value), not {type(content).__name__}.")
     return content
@@ -123,10 +124,16 @@ def parse_options(arguments: Sequence[str]) -> dict[str, Any]:
     while words:
         word = words.pop(0)
         if not word.startswith("--") or word == "--":
+            if Path(word).suffix in (".yaml", ".yml") or word in known_files(recipe_folder()):
+                raise ValueError(f"A recipe is given by --config: write --config {word}.")
             raise ValueError(
-                f"{word!r} is not an option; give, for example, --data_dir DIR or --gflownet.learning_rate 1e-3."
+                f"{short_repr(word)} is not an option; give, for example, --data_dir DIR or --gflownet.learning_rate "
+                f"1e-3."
             )
         name, equals, text = word[2:].partition("=")
+        if name == "recipe":
+            recipe = text or " ".join(words[:1]) or "FILE"
+            raise ValueError(f"There is no option --recipe. A recipe is given by --config: write --config {recipe}.")
         values = [text] if equals else []
         while not equals and words and not words[0].startswith("--"):
             values.append(words.pop(0))
@@ -145,7 +152,9 @@ def set_option(tree: Any, path: str, value: Any, above: str = "") -> None:
     """
     key, dot, rest = path.partition(".")
     if not isinstance(tree, dict | list):
-        raise ValueError(f"--{above}{path} cannot be set: {above[:-1]} is the value {tree!r} and has no fields.")
+        raise ValueError(
+            f"--{above}{path} cannot be set: {above[:-1]} is the value {short_repr(tree)} and has no fields."
+        )
     if isinstance(tree, list) and not (key.isdecimal() and int(key) < len(tree)):
         raise ValueError(f"--{above}{key} cannot be set: it is a list with positions 0 to {len(tree) - 1}.")
     index = int(key) if isinstance(tree, list) else key
@@ -214,9 +223,21 @@ def check_names(given: Iterable[str], known: Iterable[str], where: str = "", wha
     for name in given:
         if name not in known:
             prefix = f"{where}." if where else ""
-            close = difflib.get_close_matches(str(name), known, n=1)
-            remedy = f"Did you mean {prefix + close[0]!r}?" if close else f"Choose from {', '.join(known)}."
-            raise ValueError(f"There is no {what} {prefix + str(name)!r}. {remedy}")
+            wrong = shortened(str(name), MOST_OF_A_WORD)
+            raise ValueError(f"There is no {what} {prefix + wrong!r}. {_remedy(wrong, known, prefix)}")
+
+
+def _remedy(wrong: str, known: Sequence[str], prefix: str) -> str:
+    """Offer the closest known name, or else all of a few names, or those of many that resemble the wrong one most."""
+    if close := difflib.get_close_matches(wrong, known, n=1):
+        return f"Did you mean {prefix + close[0]!r}?"
+    if len(known) <= MOST_NAMES:
+        return f"Choose from {', '.join(known)}."
+    inside = [name for name in known if wrong and (wrong in name or name in wrong)]
+    close = [*dict.fromkeys([*inside, *difflib.get_close_matches(wrong, known, n=8, cutoff=0.4)])][:8]
+    if close:
+        return f"The closest of its {len(known)} names: {', '.join(close)}."
+    return f"It has {len(known)} names, among them {', '.join(known[:8])}."
 
 
 @contextmanager
@@ -256,7 +277,7 @@ _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: 
 def _fit(hint: Any, value: Any, where: str) -> Any:
     if is_dataclass(hint) and not isinstance(value, hint):
         if not isinstance(value, Mapping):
-            raise TypeError(f"{where} must be fields with values, but it is {value!r}.")
+            raise TypeError(f"{where} must be fields with values, but it is {short_repr(value)}.")
         return hint(**check_types(hint, value, where))
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     choices = typing.get_args(hint) if is_union else (hint,)
@@ -275,5 +296,5 @@ def _fit(hint: Any, value: Any, where: str) -> Any:
         return value  # the annotation allows other types too: the class itself checks
     if type(value) not in checkable and not (float in checkable and type(value) is int):
         kinds = " or ".join(_NAMES[kind] for kind in checkable)
-        raise TypeError(f"{where} must be {kinds}, but it is {value!r}.")
+        raise TypeError(f"{where} must be {kinds}, but it is {short_repr(value)}.")
     return value

@@ -6,8 +6,11 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from io import TextIOWrapper
+from typing import TextIO
 
 import gflowtrl
+from gflowtrl.checks import short_repr
 from gflowtrl.compat import quiet_libraries
 
 
@@ -33,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     quiet_libraries()
+    print_any_character(sys.stdout, sys.stderr)
     try:
         code = _run(words)
         sys.stdout.flush()
@@ -50,11 +54,19 @@ def _run(words: list[str]) -> int:
         print(gflowtrl.__version__)
         return 0
     if words[0] not in COMMANDS:
-        print(f"error: {words[0]!r} is not a command of gflowtrl; choose {', '.join(COMMANDS)}.", file=sys.stderr)
+        word = short_repr(words[0])
+        print(f"error: {word} is not a command of gflowtrl; choose {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     if words[0] == "sft":  # a stage of `train`
         return import_module(".train", __name__).main(words[1:], words[0])
     return import_module(f".{words[0]}", __name__).main(words[1:])
+
+
+def print_any_character(*streams: TextIO) -> None:
+    """Let streams print `?` for a character that their encoding lacks, as a console with cp1252 needs it."""
+    for stream in streams:
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
 
 
 def usage() -> str:

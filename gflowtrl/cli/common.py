@@ -7,10 +7,11 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from safetensors import SafetensorError
 
+from gflowtrl.checks import one_line
 from gflowtrl.compat import parser_actions
 
 
@@ -79,25 +80,31 @@ PARSERS: dict[type[Exception], str] = {
     OverflowError: "A number in the input is too large",
     SafetensorError: "A file of tensors cannot be read",
     EOFError: "A file ends too early",
+    MemoryError: "There is not enough memory for the input",
 }
 #: Errors about the input, and ImportError for a missing optional package.
 BAD_INPUT = (ValueError, TypeError, OSError, ImportError, *PARSERS)
 
 
 def guarded(work: Callable[[], int | None]) -> int:
-    """Do the work. Bad input is one line on stderr and exit code 2, Ctrl-C is 130; our warnings are one line too."""
+    """Do the work. Bad input is one line on stderr and exit code 2, Ctrl-C is 130; our warnings are one line too.
+
+    Other errors are mistakes of the program, and keep their traceback. A closed pipe is left to `gflowtrl.cli.main`.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of other libraries, about their own next versions
             default = warnings.showwarning
             warnings.showwarning = lambda message, category, *place: (
-                print(f"warning: {message}", file=sys.stderr)
+                print(f"warning: {one_line(str(message))}", file=sys.stderr)
                 if category is UserWarning
                 else default(message, category, *place)
             )
             return work() or 0
+    except BrokenPipeError:
+        raise
     except BAD_INPUT as error:
-        print(f"error: {_format_error(error)}", file=sys.stderr)
+        print(f"error: {one_line(_format_error(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
@@ -116,9 +123,14 @@ def _format_error(error: Exception) -> str:
     return f"{error.filename} cannot be used: {error.strerror}."
 
 
+def is_unicode(stream: IO[str]) -> bool:
+    """Return whether a stream takes every character. JSON for other streams is written in ASCII, without a loss."""
+    return (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
+
+
 def show(given: argparse.Namespace, content: Any, text: str) -> None:
     """Print the result: `content` as JSON with `--json`, else `text`."""
-    print(json.dumps(content, ensure_ascii=False) if given.json else text)
+    print(json.dumps(content, ensure_ascii=not is_unicode(sys.stdout)) if given.json else text)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
-from .common import add_model_options, guarded, is_ensemble, load_models, make_parser, models_of, parse, show
+from .common import (
+    add_model_options,
+    guarded,
+    is_ensemble,
+    is_unicode,
+    load_models,
+    make_parser,
+    models_of,
+    parse,
+    show,
+)
 
 
 CHUNK_SIZE = 1024  # histories in memory at a time
@@ -52,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _recommend(options: argparse.Namespace) -> None:
-    from gflowtrl.files import write_atomically
+    from gflowtrl.files import text_lines, write_atomically
 
     if is_ensemble(options) and (options.strategy != "beam" or options.temperature != 1.0):
         raise ValueError(
@@ -65,15 +74,16 @@ def _recommend(options: argparse.Namespace) -> None:
         return _recommend_users(options)
     if options.where is not None or options.exclude is not None or options.processes != 1:
         raise ValueError("--where, --exclude and --processes are used with --data_dir only.")
-    with open(os.dup(0) if options.input == "-" else options.input, encoding="utf-8-sig") as lines:
-        if options.output == "-":
-            return _answer(options, lines, sys.stdout)
+    lines = text_lines(options.input)
+    lines = chain(list(islice(lines, 1)), lines)  # a file that cannot be read is an error before the model is loaded
+    if options.output == "-":
+        return _answer(options, lines, sys.stdout)
 
-        def write(partial: Path) -> None:
-            with partial.open("w", encoding="utf-8") as out:
-                _answer(options, lines, out)
+    def write(partial: Path) -> None:
+        with partial.open("w", encoding="utf-8") as out:
+            _answer(options, lines, out)
 
-        write_atomically(options.output, write)
+    write_atomically(options.output, write)
 
 
 def _recommend_users(options: argparse.Namespace) -> None:
@@ -97,13 +107,13 @@ def _names(options: argparse.Namespace) -> list[str]:
     return names if is_ensemble(options) else [*names, "strategy", "temperature"]
 
 
-def _answer(options: argparse.Namespace, lines: IO[str], out: IO[str]) -> None:
+def _answer(options: argparse.Namespace, lines: Iterable[str], out: IO[str]) -> None:
     from tqdm.auto import tqdm
 
     from gflowtrl.pipeline.all_users import part_seed
 
     arguments = {name: getattr(options, name) for name in _names(options)}
-    recommender = load_models(options)
+    recommender, ascii_only = load_models(options), not is_unicode(out)
     numbered = ((f"{options.input}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip())
     rows = ((name, _parse_row(line, name)) for name, line in numbered)
     with tqdm(disable=not sys.stderr.isatty(), unit=" histories", file=sys.stderr) as progress:
@@ -115,7 +125,7 @@ def _answer(options: argparse.Namespace, lines: IO[str], out: IO[str]) -> None:
             lists = recommender.recommend(histories, names=line_names, **arguments)
             for content, recommendations in zip(contents, lists, strict=True):
                 answer = {**content, "recommendations": [_as_dict(item) for item in recommendations]}
-                out.write(json.dumps(answer, ensure_ascii=False) + "\n")
+                out.write(json.dumps(answer, ensure_ascii=ascii_only) + "\n")
             progress.update(len(chunk))
 
 
@@ -139,9 +149,11 @@ def _parse_row(line: str, name: str) -> dict[str, Any]:
 
 def _read_allowed(file: str) -> list:
     from gflowtrl.data.readers import json_value
+    from gflowtrl.files import read_text
 
+    text = read_text(file, "a JSON list of items")
     try:
-        items = json_value(Path(file).read_bytes().decode("utf-8-sig"))
+        items = json_value(text)
     except ValueError as error:
         raise ValueError(f"{file} must hold a JSON list of items in UTF-8, but it holds {error}.") from None
     if not _are_items(items):

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from gflowtrl.catalog import Item
-from gflowtrl.checks import check_text, is_finite
-from gflowtrl.files import check_data_path, reading
+from gflowtrl.checks import check_text, is_finite, short_repr
+from gflowtrl.files import check_data_path, read_text, text_lines
 
 from .interactions import CLICKED, PURCHASED, SHOWN, Event, Exposed, InteractionData, flatten
 from .parquet import ITEMS_FILE, SEQUENCES_FILE, read_parquet_items, read_parquet_sequences
@@ -75,7 +75,7 @@ def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
     semantic_ids = _read_semantic_ids(ids_file, numeric_items) if with_ids and ids_file.is_file() else None
     about = _read_about(path / "dataset.json")
     events = _read_events(path / "events.jsonl", users) if (path / "events.jsonl").is_file() else None
-    items = _all_items(sequences.names, features, semantic_ids)
+    items = _all_items(sequences.names, features, semantic_ids, path)
     if len(items) == len(sequences.names):
         items = sequences.names
     return InteractionData(
@@ -106,7 +106,7 @@ def _read_sequences(file: Path) -> tuple[list[Item], Sequences[Item], Sequences[
     numbers: dict[Item, int] = {}
     codes, ends, times, timed = array("i"), array("q", [0]), [], 0
     for where, user, row in _rows(file, "user"):
-        items = _items(row.get("items"), f"{where}: user {user!r}")
+        items = _items(row.get("items"), f"{where}: user {short_repr(user)}")
         users.append(user)
         codes.extend([numbers.setdefault(item, len(numbers)) for item in items])
         ends.append(len(codes))
@@ -115,7 +115,7 @@ def _read_sequences(file: Path) -> tuple[list[Item], Sequences[Item], Sequences[
             times.append(np.array(_times(row["times"], len(items), where)))
     if not users:
         raise ValueError(f"{file} is empty. It needs one line per user.")
-    _check_one_type(numbers)
+    _check_one_type(numbers, file)
     offsets = np.array(ends)
     sequences = Sequences.with_sorted_names(np.array(codes), offsets, list(numbers))
     # A user may have been added without times.
@@ -148,7 +148,7 @@ def read_exposed(file: str | Path) -> dict[Item, Exposed]:
     """
     exposed = {}
     for where, user, row in _rows(_require(Path(file)), "user"):
-        items, liked = _items(row.get("items"), f"{where}: user {user!r}"), row.get("liked")
+        items, liked = _items(row.get("items"), f"{where}: user {short_repr(user)}"), row.get("liked")
         if (
             not isinstance(liked, list)
             or len(liked) != len(items)
@@ -179,9 +179,8 @@ def read_impressions(file: str | Path, numeric_items: bool) -> dict[Item, int]:
     counts = _read_by_item(file, numeric_items)
     for item, count in counts.items():
         if type(count) is not int or not 0 <= count <= _MAX_ID:
-            raise ValueError(
-                f"{file}: the impressions of item {item!r} are {count!r}; give a whole number of at least 0."
-            )
+            named = f"{file}: the impressions of item {short_repr(item)}"
+            raise ValueError(f"{named} are {short_repr(count)}; give a whole number of at least 0.")
     if not any(counts.values()):
         raise ValueError(f"{file}: no item has an impression. Leave the file out if nothing is known.")
     return counts
@@ -223,13 +222,12 @@ def read_letter(path: str | Path, with_ids: bool = True) -> InteractionData:
         name=path.name,
         users=users,
         sequences=sequences,
-        items=_all_items(chain.from_iterable(sequences), features, semantic_ids),
+        items=_all_items(chain.from_iterable(sequences), features, semantic_ids, inter_file),
         item_features=features,
         semantic_ids=semantic_ids,
     )
 
 
-_TEXT_CHARACTERS = 1 << 22  # that are read at a time
 _MIN_ID, _MAX_ID = -(2**63), 2**63 - 1  # range of the int64 columns of the splits
 
 
@@ -242,7 +240,7 @@ def _require(file: Path) -> Path:
 def _rows(file: Path, key: str) -> Iterator[tuple[str, Item, dict[str, Any]]]:
     """Yield (file and line, id under `key`, object) of each object in a JSON Lines file. Ids must be unique."""
     seen: set[Item] = set()
-    for number, line in enumerate(_text_lines(file), 1):
+    for number, line in enumerate(text_lines(file), 1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"
@@ -252,7 +250,9 @@ def _rows(file: Path, key: str) -> Iterator[tuple[str, Item, dict[str, Any]]]:
             raise ValueError(f"{where}: {error}. Correct or remove the line.") from None
         row_id = _check_id(row.get(key), key, where)
         if row_id in seen:
-            raise ValueError(f"{where}: {key} {row_id!r} is on an earlier line already. Merge the two lines.")
+            raise ValueError(
+                f"{where}: {key} {short_repr(row_id)} is on an earlier line already. Merge the two lines."
+            )
         seen.add(row_id)
         yield where, row_id, row
 
@@ -312,20 +312,6 @@ def _check_features(features: dict[str, Any], where: str) -> None:
                 raise ValueError(f"{where}: {name!r} is {number}, which exceeds a float. Correct it or leave it out.")
 
 
-def _read_text(file: Path) -> str:
-    return "".join(_text_lines(file))
-
-
-def _text_lines(file: Path) -> Iterator[str]:
-    with file.open(encoding="utf-8-sig") as text:
-        while True:
-            with reading(file, "uncompressed UTF-8 text"):
-                lines = text.readlines(_TEXT_CHARACTERS)
-            if not lines:
-                return
-            yield from lines
-
-
 def json_object(text: str, decode: Callable[[str], Any] = json.loads) -> dict[str, Any]:
     """Parse one JSON object.
 
@@ -379,10 +365,10 @@ def _read_object(file: Path) -> dict[str, Any]:
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if repeated := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
-            raise ValueError(f"the key {repeated[0]!r} occurs twice")
+            raise ValueError(f"the key {short_repr(repeated[0])} occurs twice")
         return dict(pairs)
 
-    text = _read_text(file)
+    text = read_text(file)
     try:
         decoder = json.JSONDecoder(object_pairs_hook=unique, parse_constant=_refuse_constant)
         return _check_characters(json_object(text, decoder.decode), text)
@@ -392,9 +378,11 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 def _check_id(value: Any, what: str, where: str) -> Item:
     if type(value) not in (int, str):  # isinstance accepts bool as int
-        raise ValueError(f"{where}: {what!r} must be a whole number or a string, but it is {value!r}.")
+        raise ValueError(f"{where}: {what!r} must be a whole number or a string, but it is {short_repr(value)}.")
     if type(value) is int and not _MIN_ID <= value <= _MAX_ID:
-        raise ValueError(f"{where}: {what} {value} does not fit into 64 bits. Write all such ids as strings.")
+        raise ValueError(
+            f"{where}: {what} {short_repr(value)} does not fit into 64 bits. Write all such ids as strings."
+        )
     return value
 
 
@@ -409,7 +397,9 @@ def _times(times: Any, count: int, where: str) -> list[float]:
         raise ValueError(f"{where}: 'times' must be a list of {count} numbers, one per item.")
     for time in times:
         if type(time) not in (int, float) or not is_finite(time):
-            raise ValueError(f"{where}: the time {time!r} is not a number. Write times as numbers, such as seconds.")
+            raise ValueError(
+                f"{where}: the time {short_repr(time)} is not a number. Write times as numbers, such as seconds."
+            )
     return times
 
 
@@ -419,7 +409,9 @@ def _read_by_item(file: Path, numeric_items: bool) -> dict[Item, Any]:
     if not numeric_items:
         return content
     if wrong := [key for key in content if not _is_int64(key)]:
-        raise ValueError(f"{file}: {wrong[0]!r} is not an item, because the items of the sequences are whole numbers.")
+        raise ValueError(
+            f"{file}: {short_repr(wrong[0])} is not an item, because the items of the sequences are whole numbers."
+        )
     return {int(key): value for key, value in content.items()}
 
 
@@ -432,12 +424,17 @@ def _is_int64(text: str) -> bool:
     return text.removeprefix("-").isdecimal() and len(text) <= 20 and _MIN_ID <= int(text) <= _MAX_ID
 
 
-def _all_items(taken: Iterable[Item], features: dict, semantic_ids: dict | None) -> list[Item]:
+def _all_items(taken: Iterable[Item], features: dict, semantic_ids: dict | None, where: Path) -> list[Item]:
     items = {*taken, *features, *(semantic_ids or ())}
-    _check_one_type(items)
+    _check_one_type(items, where)
     return sorted(items)
 
 
-def _check_one_type(items: Iterable[Item]) -> None:
-    if len({type(item) for item in items}) > 1:
-        raise ValueError("Items must be all whole numbers or all strings, but the data contains both.")
+def _check_one_type(items: Iterable[Item], where: Path) -> None:
+    first = {type(item): item for item in items}
+    if len(first) > 1:
+        number, text = short_repr(first[int]), short_repr(first[str])
+        raise ValueError(
+            f"Items must be all whole numbers or all strings, but the data contains both {number} and {text} "
+            f"({where}). Write all of them as strings."
+        )

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gflowtrl.catalog import Item, ItemCatalog
-from gflowtrl.files import read_json, reading, write_text
+from gflowtrl.files import read_object, read_tensors, reading, write_text
 
 from .prompts import PromptEncoder, PromptFormat
 
@@ -52,7 +52,7 @@ def read_details(directory: str | os.PathLike, catalog: ItemCatalog) -> dict[str
         ValueError: if the file is damaged or belongs to another catalog.
     """
     file = Path(directory, DETAILS_FILE)
-    details = _read_settings(file) if file.is_file() else {}
+    details = read_object(file) if file.is_file() else {}
     is_valid: dict[str, Any] = {"counts": _is_count, "titles": lambda title: title is None or isinstance(title, str)}
     result: dict[str, Any] = {}
     for name, values in details.items():
@@ -99,7 +99,7 @@ def read_encoder(
     file = Path(directory, RECOMMENDER_FILE)
     if not file.is_file():
         return PromptEncoder(catalog, tokenizer)
-    settings = _read_settings(file)
+    settings = read_object(file)
     kind = settings.get("prompt_format")
     if kind not in ("plain", "text"):
         raise ValueError(f"{file}: prompt_format is {kind!r}; this version knows 'plain' and 'text'. {RESTORE}")
@@ -133,7 +133,7 @@ def _read_table(file: Path, encoder: PromptEncoder) -> Tensor:
     if not file.is_file():
         raise ValueError(f"{file} is missing; it contains the tokens of the items in text prompts. {RESTORE}")
     with reading(file, "the items' tokens in a .safetensors file"):
-        table = load_file(file)["tokens"].long()
+        table = read_tensors(file)["tokens"].long()
     catalog = encoder.catalog
     if table.ndim != 2 or len(table) != len(catalog):
         raise ValueError(
@@ -150,10 +150,3 @@ def _read_table(file: Path, encoder: PromptEncoder) -> Tensor:
                 f"files come from different saves. {RESTORE}"
             )
     return table
-
-
-def _read_settings(file: Path) -> dict[str, Any]:
-    settings = read_json(file)
-    if not isinstance(settings, dict):
-        raise ValueError(f"{file} must contain a JSON object. {RESTORE}")
-    return settings

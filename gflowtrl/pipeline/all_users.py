@@ -22,13 +22,13 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from gflowtrl.catalog import Item, ItemCatalog
-from gflowtrl.checks import COUNT, check_number
+from gflowtrl.checks import COUNT, check_number, short_repr
 from gflowtrl.configuration import check_names
 from gflowtrl.data import InteractionData, read_interactions
 from gflowtrl.data.readers import json_object
 from gflowtrl.data.recommender_files import read_details
 from gflowtrl.ensemble import Ensemble, View, normalized_weights
-from gflowtrl.files import reading
+from gflowtrl.files import text_lines
 from gflowtrl.hub import local_copy
 from gflowtrl.recommender import Recommender
 from gflowtrl.request import Request, allowed_in
@@ -279,9 +279,7 @@ def read_exclusions(file: str | Path, data: InteractionData) -> dict[Item, list[
             data's; the message names the line.
     """
     known, kind, found = set(data.users), type(data.items[0]), {}
-    with reading(file, "text in UTF-8"):
-        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")  # splitlines() also splits inside of texts
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text_lines(file), 1):
         if not line.strip():
             continue
         place = f"{file}, line {number}"
@@ -294,9 +292,11 @@ def read_exclusions(file: str | Path, data: InteractionData) -> dict[Item, list[
             like = f"whose items are like {data.items[0]!r}"
             raise ValueError(f'{place} must be as {{"user": 3, "items": [5, 9]}}, with items of {data.name}, {like}.')
         if type(user) not in (int, str) or user not in known:
-            raise ValueError(f"{place}: user {user!r} is not in {data.name}, whose users are like {data.users[0]!r}.")
+            raise ValueError(
+                f"{place}: user {short_repr(user)} is not in {data.name}, whose users are like {data.users[0]!r}."
+            )
         if user in found:
-            raise ValueError(f"{place}: user {user!r} has an earlier line. Write one line per user.")
+            raise ValueError(f"{place}: user {short_repr(user)} has an earlier line. Write one line per user.")
         found[user] = items
     return found
 

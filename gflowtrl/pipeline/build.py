@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from gflowtrl.catalog import Item
 from gflowtrl.configuration import check_names
+from gflowtrl.files import read_text
 from gflowtrl.losses import get_loss
 from gflowtrl.policy import load_backbone, whole_models
 from gflowtrl.policy.loading import load_config
@@ -221,7 +222,7 @@ def reward_key(data: RunData) -> list[dict[str, Any]]:
     for spec in recipe.rewards:
         key, found = dict(spec), load_reward(spec, recipe)
         if "function" in spec:
-            key["code"] = fingerprint(_function_file(spec["function"], recipe.folder)[0].read_text(encoding="utf-8"))
+            key["code"] = fingerprint(read_text(_function_file(spec["function"], recipe.folder)[0], "Python code"))
             if isinstance(found, type) or _takes_features(found):
                 features = data.interactions.item_features
                 key["item_features"] = fingerprint([features.get(item) for item in data.interactions.items])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, product
 from pathlib import Path
@@ -12,9 +12,9 @@ from textwrap import fill
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from gflowtrl.files import read_json
+from gflowtrl.checks import FINITE, SEED, check_number, check_text
+from gflowtrl.files import read_json, read_tensors, reading
 from gflowtrl.metrics import paired_bootstrap
 
 from .evaluation import PER_USER_FILE
@@ -29,6 +29,13 @@ NO_SETTING = {"output_dir", "continue_from", "seed", "stages", "data", "evaluati
 _SFT = {"data_dir", "model", "prompt", "peft", "sft"}
 #: Fields of a recipe that a method depends on. The GFlowNet depends on all but the control's.
 SETTINGS = {"teacher": {"data_dir", "teacher"}, "sft": _SFT, "control": _SFT | {"control"}}
+#: What runs in one table have in common.
+MEASURED_ALIKE: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "data": lambda result: result["data"]["fingerprint"],
+    "evaluation.ks": lambda result: result["recipe"]["evaluation"]["ks"],
+    "evaluation.num_beams": lambda result: result["recipe"]["evaluation"]["num_beams"],
+    "evaluation.users": lambda result: result["data"]["test_users"],
+}
 
 
 @dataclass
@@ -91,11 +98,26 @@ def _read(file: Path) -> dict[str, Any]:
         raise ValueError(
             f"{file} is not the {RESULTS_FILE} of a run; give the output_dir of a recipe, or a file in it."
         )
-    for entry in content["methods"].values():
-        # The path where the run was started; outputs may have been moved since.
-        places = [Path(entry["folder"]), *(root / Path(entry["folder"]).name for root in file.parents[:2])]
-        entry["folder"] = str(next((place.resolve() for place in places if place.is_dir()), places[0]))
+    with reading(file, f"the {RESULTS_FILE} of a run"):
+        for method, entry in content["methods"].items():
+            # The path where the run was started; outputs may have been moved since.
+            places = [Path(entry["folder"]), *(root / Path(entry["folder"]).name for root in file.parents[:2])]
+            entry["folder"] = str(next((place.resolve() for place in places if place.is_dir()), places[0]))
+            _check_entry(method, content["recipe"], entry)
+        for value in MEASURED_ALIKE.values():
+            value(content)
     return {**content, "file": str(file)}
+
+
+def _check_entry(method: str, recipe: Mapping[str, Any], entry: Mapping[str, Any]) -> None:
+    """Raise an error of any kind if a table cannot be made of the record of a method."""
+    check_number("recipe.seed", recipe["seed"], SEED)
+    check_text("recipe.name", recipe["name"])
+    json.dumps(_setting(method, recipe, entry), sort_keys=True)
+    _free_title(method, recipe, entry, set())
+    for name, value in entry["metrics"].items():
+        if value is not None:
+            check_number(f"metrics.{name} of {method}", value, FINITE)
 
 
 def compared_rows(results: Sequence[Mapping[str, Any]]) -> list[ComparedRow]:
@@ -131,13 +153,7 @@ def compared_rows(results: Sequence[Mapping[str, Any]]) -> list[ComparedRow]:
 
 
 def _check_measured_alike(results: Sequence[Mapping[str, Any]]) -> None:
-    values = {
-        "data": lambda r: r["data"]["fingerprint"],
-        "evaluation.ks": lambda r: r["recipe"]["evaluation"]["ks"],
-        "evaluation.num_beams": lambda r: r["recipe"]["evaluation"]["num_beams"],
-        "evaluation.users": lambda r: r["data"]["test_users"],
-    }
-    for (one, other), (name, value) in product(pairwise(results), values.items()):
+    for (one, other), (name, value) in product(pairwise(results), MEASURED_ALIKE.items()):
         if value(one) != value(other):
             raise ValueError(f"{_named(one)} and {_named(other)} differ in {name}, so they cannot be compared.")
 
@@ -183,11 +199,22 @@ def difference(row: ComparedRow, other: ComparedRow, metric: str) -> dict[str, f
         files = [Path(one.entries[seed]["folder"], PER_USER_FILE) for seed in seeds]
         if not all(file.is_file() for file in files):
             return None
-        values = [load_file(file).get(metric) for file in files]
+        values = [read_tensors(file).get(metric) for file in files]
         if any(value is None for value in values):
             return None
+        for file, value in zip(files, values, strict=True):
+            _check_users(file, metric, value, len(values[0]))
         means.append(torch.stack(values).double().mean(0))
+    if len(means[0]) != len(means[1]):
+        raise ValueError(
+            f"The files {PER_USER_FILE} of {row.title} and {other.title} have different numbers of users."
+        )
     return paired_bootstrap(*means)
+
+
+def _check_users(file: Path, metric: str, values: torch.Tensor, users: int) -> None:
+    if values.shape != (users,):
+        raise ValueError(f"{file}: the shape of {metric!r} is {tuple(values.shape)}; it must be ({users},).")
 
 
 def plot_comparison(

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from gflowtrl.catalog import Item, ItemCatalog
+from gflowtrl.checks import SEED, check_number, check_text
 from gflowtrl.data import InteractionData
-from gflowtrl.files import read_json
+from gflowtrl.files import read_object, reading
 from gflowtrl.recommender import TEACHER_FOLDER
 from gflowtrl.semantic_ids import ItemTokenizer
 from gflowtrl.semantic_ids.tokenizer import DESCRIPTION_FILE
@@ -53,15 +54,21 @@ class EarlierRun:
             raise FileNotFoundError(
                 f"continue_from: {folder} has no results.json. Give the output_dir of a run that has finished."
             )
-        results = read_json(file)
-        trained = [name for name in POLICIES if name in results["methods"]]
+        results = read_object(file)
+        with reading(file, "the results of a run"):
+            trained = [name for name in POLICIES if name in results["methods"]]
+            # Its place is known relative to the folder, which may have been moved.
+            place = Path(results["methods"][trained[0]]["model"]).parent.name if trained else ""
+            recipe = results["recipe"]
+            for spec in [recipe["teacher"], *recipe["teacher"].get("parts", [])]:
+                check_text("the type of a teacher", spec["type"])
+            check_number("recipe.seed", recipe["seed"], SEED)
         if not trained:
             raise ValueError(f"continue_from: the run in {folder} has trained no policy. Give one that has.")
-        # Its place is known relative to the folder, which may have been moved.
-        model = Path(folder, Path(results["methods"][trained[0]]["model"]).parent.name, "model")
+        model = Path(folder, place, "model")
         if not model.is_dir():
             raise FileNotFoundError(f"continue_from: the folder {model}, which results.json names, is missing.")
-        return cls(Path(folder), model, results["recipe"])
+        return cls(Path(folder), model, recipe)
 
     @cached_property
     def catalog(self) -> ItemCatalog:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from gflowtrl.catalog import Item, ItemCatalog, SeenItems
 from gflowtrl.data import InteractionData
 from gflowtrl.ensemble import Ensemble
+from gflowtrl.files import read_tensors
 from gflowtrl.metrics import RankingReport, inverse_propensities, summarize, summarize_items
 from gflowtrl.metrics.exposed import estimates_of
 from gflowtrl.metrics.ranking_report import UNSEEN
@@ -159,7 +160,7 @@ def measure_teacher(run: RunContext, data: RunData, teacher: TeacherModule, key:
 def per_user(stage: Stage) -> dict[str, Tensor]:
     """Metrics of each test user `(U,)`, and `leaves` `(U, beams)`, in the order of the test rows; both also with seen
     items removed, under names that begin with `unseen_`."""
-    return load_file(stage.folder / PER_USER_FILE)
+    return read_tensors(stage.folder / PER_USER_FILE)
 
 
 def _test(

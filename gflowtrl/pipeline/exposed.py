@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.data import ExposedCollator, ExposedRows, PromptEncoder, reordered
 from gflowtrl.ensemble import Ensemble
+from gflowtrl.files import read_tensors
 from gflowtrl.finite import NonFiniteError
 from gflowtrl.metrics import exposed_metrics, mean_over_users, paired_bootstrap
 from gflowtrl.metrics.exposed import EXPOSED_METRICS
@@ -214,7 +215,7 @@ def collect_exposed(data: RunData, stages: Mapping[str, Stage], samples: int) ->
         },
     }
     if {"gflownet", "control"} <= stages.keys():
-        ours, theirs = (load_file(stages[method].folder / PER_USER_FILE) for method in ("gflownet", "control"))
+        ours, theirs = (read_tensors(stages[method].folder / PER_USER_FILE) for method in ("gflownet", "control"))
         known = found["methods"]["control"]["metrics"]
         found["gflownet_minus_control"] = {
             name: paired_difference(ours[name], theirs[name], samples) for name in EXPOSED_NAMES if name in known

@@ -13,7 +13,8 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from gflowtrl.files import damage_of, write_text
+from gflowtrl.checks import NOT_NEGATIVE, check_number
+from gflowtrl.files import damage_of, read_json, read_object, write_text
 from gflowtrl.teachers import fingerprint
 from gflowtrl.trainer.processes import A_DAY, check_processes
 
@@ -112,7 +113,7 @@ class Stage:
     @property
     def record(self) -> Record:
         """What the work returned, with `seconds` (interrupted attempts included) and `files` (what it wrote)."""
-        return json.loads((self.folder / DONE_FILE).read_text(encoding="utf-8"))
+        return read_object(self.folder / DONE_FILE)
 
     def run(self, title: str, work: Work, main_only: bool = False) -> Record:
         """Do the work unless it is done.
@@ -141,7 +142,7 @@ class Stage:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_json(self.folder / "inputs.json", self.inputs)
             clock, started = self.folder / CLOCK_FILE, time.monotonic()
-            spent = json.loads(clock.read_text(encoding="utf-8")) if clock.is_file() else 0.0
+            spent = _seconds(clock) if clock.is_file() else 0.0
             run.at_work += 1
             try:
                 record = work(self.folder)
@@ -176,6 +177,12 @@ class Stage:
                 f"The stage {self.name} is finished, but {text}. Restore the file, or do the stage again: add "
                 f"--redo {self.name}."
             )
+
+
+def _seconds(clock: Path) -> float:
+    seconds = read_json(clock)
+    check_number(f"{clock}: the number", seconds, NOT_NEGATIVE)
+    return seconds
 
 
 def _is_read(path: Path) -> bool:

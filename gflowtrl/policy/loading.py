@@ -7,7 +7,6 @@ the terminal. Here such code runs only with `trust_remote_code=True` for that mo
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gflowtrl.catalog.catalog import CATALOG_FILE
+from gflowtrl.checks import one_line
 
 from .modules import innermost
 
@@ -36,7 +36,7 @@ def load_config(name: str | os.PathLike, trust_remote_code: bool = False, **wher
         OSError: the configuration does not exist.
         ValueError: it is damaged, of an unknown kind, or needs Python code from the folder.
     """
-    with _loading(f"The configuration (config.json) of {name}"):
+    with _loading(f"The configuration (config.json) of {name}", name):
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
 
 
@@ -47,7 +47,7 @@ def load_tokenizer(name: str | os.PathLike, trust_remote_code: bool = False, **w
         OSError: the tokenizer does not exist.
         ValueError: it is damaged, or needs Python code from the folder.
     """
-    with _loading(f"The tokenizer (tokenizer.json, tokenizer_config.json) of {name}"):
+    with _loading(f"The tokenizer (tokenizer.json, tokenizer_config.json) of {name}", name):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
 
 
@@ -65,7 +65,7 @@ def load_weights(loader: Any, name: str | os.PathLike, **model_kwargs: Any) -> P
             tensor that the model does not have, or the model's class is not the class that was saved.
     """
     options = {"trust_remote_code": False, **model_kwargs, "ignore_mismatched_sizes": True}  # reported below
-    with _loading(f"The model (config.json, model.safetensors) of {name}"):
+    with _loading(f"The model (config.json, model.safetensors) of {name}", name):
         model, info = loader.from_pretrained(name, output_loading_info=True, **options)
     kind, is_recommender = type(model).__name__, Path(name, CATALOG_FILE).is_file()
     wrong = {"lacks": info["missing_keys"], "holds in another shape": [key[0] for key in info["mismatched_keys"]]}
@@ -98,7 +98,7 @@ def load_adapters(
     Raises:
         ValueError: the file lacks a tensor, or holds one that no adapter has or that has another shape.
     """
-    with _loading(f"The adapters of {name}, on the base model {model.name_or_path!r},"):
+    with _loading(f"The adapters of {name}, on the base model {model.name_or_path!r},", name):
         adapted = PeftModel.from_pretrained(model, str(name), **where)
     expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     # PEFT saves the embeddings and the head whole if they were resized.
@@ -152,13 +152,15 @@ def _check_keys(wrong: Mapping[str, Collection[str]], about: str, config: str) -
 
 
 @contextmanager
-def _loading(what: str) -> Iterator[None]:
+def _loading(what: str, name: str | os.PathLike) -> Iterator[None]:
     """Context manager: errors about damaged files become a ValueError that names what was being loaded."""
-    # Readable messages, or mistakes in the arguments. tokenizers and safetensors raise other errors, even `Exception`.
-    clear = (OSError, ValueError, TypeError, ImportError, NotImplementedError, torch.OutOfMemoryError)
+    # tokenizers and safetensors raise other errors, even `Exception`.
+    clear = (OSError, ImportError, NotImplementedError, torch.OutOfMemoryError)
     try:
         yield
     except Exception as error:
-        if isinstance(error, clear) and not isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        named = isinstance(error, ValueError) and str(name) in str(error)
+        if named or isinstance(error, clear):
             raise
-        raise ValueError(f"{what} cannot be loaded: {error}. Restore the files that were saved together.") from error
+        reason = one_line(str(error)).rstrip(".") or type(error).__name__
+        raise ValueError(f"{what} cannot be loaded: {reason}. Restore the files that were saved together.") from error

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gflowtrl.catalog import Item
 from gflowtrl.catalog.items import ItemIndex
 from gflowtrl.checks import check_choice
 from gflowtrl.data import InteractionData
-from gflowtrl.files import read_json, reading, write_atomically, write_text
+from gflowtrl.files import read_object, read_tensors, reading, write_atomically, write_text
 
 from .collisions import POLICIES, check_room, resolve_collisions
 from .embedders import Embedder, SentenceTransformerEmbedder, TfidfEmbedder
@@ -173,11 +173,19 @@ class ItemTokenizer:
         for file in (description_file, tensor_file):
             if not file.is_file():
                 raise FileNotFoundError(f"There is no saved ItemTokenizer in {directory}: {file.name} is missing.")
-        description = read_json(description_file)
-        if description["tensors_sha256"] != _digest(tensor_file):
-            raise ValueError(f"The ItemTokenizer in {directory} has files of different saves. Save it again.")
-        with reading(tensor_file, "a .safetensors file"):
-            tensors = load_file(tensor_file)
+        description = read_object(description_file)
+        if description.get("tensors_sha256") != _digest(tensor_file):
+            raise ValueError(
+                f"The ItemTokenizer in {directory} has files of different saves ({DESCRIPTION_FILE}, {TENSOR_FILE}). "
+                f"Save it again."
+            )
+        tensors = read_tensors(tensor_file)
+        with reading(description_file, "the description of an item tokenizer"):
+            return cls._from_saved(description, tensors)
+
+    @classmethod
+    def _from_saved(cls, description: dict[str, Any], tensors: dict[str, Tensor]) -> "ItemTokenizer":
+        """Build the tokenizer that two saved files describe."""
 
         def load_part(name: str, classes: dict[str, type]) -> Any:
             prefix, saved = f"{name}/", description[name]
@@ -188,6 +196,13 @@ class ItemTokenizer:
         quantizer = load_part("quantizer", QUANTIZERS)
         tokenizer = cls(quantizer, embedder, description["collisions"], description["features"])
         tokenizer.items, tokenizer.codes = description["items"], tensors["codes"]
+        ItemIndex(tokenizer.items)  # it refuses duplicates
+        if any(type(item) not in (int, str) for item in tokenizer.items):
+            raise ValueError("an item is neither a whole number nor text")
+        if tokenizer.codes.shape != (size := (len(tokenizer.items), tokenizer.num_levels)):
+            raise ValueError(f"the shape of the codes is {tuple(tokenizer.codes.shape)}, not (items, levels) {size}")
+        if not all(isinstance(name, str) for name in tokenizer.features):
+            raise ValueError("the name of a feature is not text")
         return tokenizer
 
 

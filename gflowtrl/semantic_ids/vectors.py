@@ -8,13 +8,12 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
 from gflowtrl.catalog import Item
 from gflowtrl.checks import SHARE, check_number
 from gflowtrl.data.interactions import flatten
-from gflowtrl.files import reading
+from gflowtrl.files import read_tensors, reading
 
 
 logger = logging.getLogger(__name__)
@@ -54,8 +53,7 @@ def load_vectors(path: str | Path, items: Sequence[Item]) -> Tensor:
         with reading(path, "an array of numbers in numpy's .npy format"):
             vectors = torch.as_tensor(np.load(path))
     elif path.suffix == ".safetensors":
-        with reading(path, "a .safetensors file"):
-            tensors = load_file(path)
+        tensors = read_tensors(path)
         if len(tensors) != 1:
             raise ValueError(f"{path} has {len(tensors)} tensors ({', '.join(sorted(tensors))}); it must have one.")
         (vectors,) = tensors.values()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gflowtrl.catalog import Item
@@ -16,7 +16,7 @@ from gflowtrl.catalog.items import ItemIndex
 from gflowtrl.checks import Bound, check_number
 from gflowtrl.data.step import Step
 from gflowtrl.data.windows import Windows
-from gflowtrl.files import read_json, reading, write_atomically, write_text
+from gflowtrl.files import read_object, read_tensors, reading, write_atomically, write_text
 from gflowtrl.finite import NonFiniteError, check_tensors
 
 
@@ -130,14 +130,16 @@ class TeacherModule(nn.Module):
         path = Path(directory) / CONFIG_FILE
         if not path.is_file():
             raise FileNotFoundError(f"There is no saved teacher in {directory}: {CONFIG_FILE} is missing.")
-        description = read_json(path)
-        teacher = build_teacher(description, description["items"])
+        description = read_object(path)
+        with reading(path, "the description of a teacher"):
+            teacher = build_teacher(description, description["items"])
         if not isinstance(teacher, cls):
             raise TypeError(f"{directory} contains a {type(teacher).__name__} teacher, not a {cls.__name__}.")
-        with reading(path.with_name(TENSOR_FILE), "a .safetensors file"):
-            tensors = load_file(path.with_name(TENSOR_FILE))
-        check_tensors(tensors, path.with_name(TENSOR_FILE))
-        teacher.load_state_dict(tensors)
+        tensor_file = path.with_name(TENSOR_FILE)
+        tensors = read_tensors(tensor_file)
+        check_tensors(tensors, tensor_file)
+        with reading(tensor_file, f"the tensors of the {type(teacher).__name__} teacher that {CONFIG_FILE} describes"):
+            teacher.load_state_dict(tensors)
         return teacher.eval()
 
     @classmethod

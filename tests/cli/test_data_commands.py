@@ -331,7 +331,7 @@ LIST_ITEM = b'{"user": 0, "sessions": [0], "items": [[1]], "levels": [0]}'
         ("items.jsonl", HUGE_PRICE, "items.jsonl, line 1: 'price' is a number of 401 digits, which exceeds a float"),
         ("sequences.jsonl", DEEP, "sequences.jsonl, line 1: JSON that is nested too deeply"),
         ("events.jsonl", LIST_ITEM, "events.jsonl, line 1: 'item' must be a whole number or a string"),
-        ("v.npy", b"", "v.npy cannot be read as an array of numbers in numpy's .npy format (No data left"),
+        ("v.npy", b"", "v.npy cannot be read as an array of numbers in numpy's .npy format (it ends too early"),
         ("v.npy", b"\x93NUMPY\x01\x00\x0a\x00{'shape': (", "v.npy cannot be read as an array"),
         ("v.safetensors", 99 * b"\xff", "v.safetensors cannot be read as a .safetensors file (Error while"),
     ],
