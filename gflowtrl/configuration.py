@@ -236,8 +236,8 @@ def _remedy(wrong: str, known: Sequence[str], prefix: str) -> str:
     inside = [name for name in known if wrong and (wrong in name or name in wrong)]
     close = [*dict.fromkeys([*inside, *difflib.get_close_matches(wrong, known, n=8, cutoff=0.4)])][:8]
     if close:
-        return f"The closest of its {len(known)} names: {', '.join(close)}."
-    return f"It has {len(known)} names, among them {', '.join(known[:8])}."
+        return f"The closest of {len(known)} names: {', '.join(close)}."
+    return f"There are {len(known)} names, among them {', '.join(known[:8])}."
 
 
 @contextmanager

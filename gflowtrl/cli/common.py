@@ -7,6 +7,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pickle import UnpicklingError
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from safetensors import SafetensorError
@@ -60,7 +61,10 @@ def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
         content = read_yaml(config)
         check_names(content, actions.keys() - {"h", "help", "config"}, config)
         words = [word for name, value in content.items() for word in _as_words(actions[name], value)]
-    return parser.parse_args([*words, *arguments])
+    try:
+        return parser.parse_args([*words, *arguments])
+    except ValueError as error:
+        raise ValueError(f"{error} Some options are from {config}." if words else str(error)) from None
 
 
 def _as_words(action: argparse.Action, value: Any) -> list[str]:
@@ -79,7 +83,10 @@ PARSERS: dict[type[Exception], str] = {
     RecursionError: "Something in the input is nested too deeply to be read",
     OverflowError: "A number in the input is too large",
     SafetensorError: "A file of tensors cannot be read",
+    UnicodeDecodeError: "A file is not in the encoding in which it is read",
+    UnicodeEncodeError: "A text of the input has half a character (half of a surrogate pair) or cannot be encoded",
     EOFError: "A file ends too early",
+    UnpicklingError: "A file of a checkpoint cannot be read",
     MemoryError: "There is not enough memory for the input",
 }
 #: Errors about the input, and ImportError for a missing optional package.
@@ -97,18 +104,28 @@ def guarded(work: Callable[[], int | None]) -> int:
             default = warnings.showwarning
             warnings.showwarning = lambda message, category, *place: (
                 print(f"warning: {one_line(str(message))}", file=sys.stderr)
-                if category is UserWarning
+                if issubclass(category, UserWarning | RuntimeWarning)
                 else default(message, category, *place)
             )
             return work() or 0
     except BrokenPipeError:
         raise
     except BAD_INPUT as error:
-        print(f"error: {one_line(_format_error(error))}", file=sys.stderr)
+        _print_below_progress(f"error: {one_line(_format_error(error))}")
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
+
+
+def _print_below_progress(line: str) -> None:
+    """Print a line on stderr, not at the end of a progress bar that the error has left there."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        tqdm.write(line, file=sys.stderr)
+    else:
+        print(line, file=sys.stderr)
 
 
 def _format_error(error: Exception) -> str:
@@ -116,6 +133,8 @@ def _format_error(error: Exception) -> str:
     for kind, what in PARSERS.items():
         if isinstance(error, kind):
             return f"{what} ({str(error) or type(error).__name__}). Check the files and options."
+    if str(error).startswith("embedded null"):
+        return "A name of a file has a NUL character. Correct it."
     if not isinstance(error, OSError) or error.strerror is None or error.filename is None:
         return str(error)
     if isinstance(error, FileNotFoundError):

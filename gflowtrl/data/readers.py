@@ -13,6 +13,7 @@ import numpy as np
 
 from gflowtrl.catalog import Item
 from gflowtrl.checks import check_text, is_finite, short_repr
+from gflowtrl.configuration import locate_errors
 from gflowtrl.files import check_data_path, read_text, text_lines
 
 from .interactions import CLICKED, PURCHASED, SHOWN, Event, Exposed, InteractionData, flatten
@@ -78,21 +79,26 @@ def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
     items = _all_items(sequences.names, features, semantic_ids, path)
     if len(items) == len(sequences.names):
         items = sequences.names
-    return InteractionData(
-        name=about.get("name") or path.resolve().name,
-        users=users,
-        sequences=sequences if items is sequences.names else Sequences(*flatten(sequences, items), items),
-        items=items,
-        item_features={item: row for item, row in features.items() if row},  # some lines name an item without features
-        semantic_ids=semantic_ids,
-        synthetic=bool(about.get("synthetic", False)),
-        events=events,
-        license=about.get("license"),
-        source=about.get("source"),
-        times=times,
-        exposed=read_exposed(path / "exposed.jsonl") if (path / "exposed.jsonl").is_file() else None,
-        impressions=read_impressions(file, numeric_items) if (file := path / "impressions.json").is_file() else None,
-    )
+    with locate_errors(str(path), ()):
+        return InteractionData(
+            name=about.get("name") or path.resolve().name,
+            users=users,
+            sequences=sequences if items is sequences.names else Sequences(*flatten(sequences, items), items),
+            items=items,
+            item_features={
+                item: row for item, row in features.items() if row
+            },  # some lines name an item without features
+            semantic_ids=semantic_ids,
+            synthetic=bool(about.get("synthetic", False)),
+            events=events,
+            license=about.get("license"),
+            source=about.get("source"),
+            times=times,
+            exposed=read_exposed(path / "exposed.jsonl") if (path / "exposed.jsonl").is_file() else None,
+            impressions=read_impressions(file, numeric_items)
+            if (file := path / "impressions.json").is_file()
+            else None,
+        )
 
 
 def _only_one(file: Path, other: Path) -> None:
@@ -211,6 +217,8 @@ def read_letter(path: str | Path, with_ids: bool = True) -> InteractionData:
         path.with_name(f"{path.name}.{part}.json") for part in ("inter", "index", "item")
     )
     by_user = _read_object(_require(inter_file))
+    if not by_user:
+        raise ValueError(f"{inter_file} is empty. It needs an entry per user.")
     users: list[Item] = list(by_user)
     if all(map(_is_int64, by_user)):
         users = [int(user) for user in by_user]

@@ -259,7 +259,7 @@ class Recipe:
             self._check_quantization()
             return
         kind = self.model.get("model_type", "llama")
-        if kind not in CONFIG_MAPPING:
+        if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
             raise ValueError(f"model.model_type {kind!r} is unknown to transformers; start with 'llama', for example.")
         ours = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}  # the tokenizer decides them
         check_names(self.model, {"model_type", *inspect.signature(CONFIG_MAPPING[kind]).parameters} - ours, "model")

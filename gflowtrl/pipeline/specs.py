@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gflowtrl import rewards
-from gflowtrl.checks import FINITE, POSITIVE, check_number
+from gflowtrl.checks import FINITE, POSITIVE, check_number, short_repr
 from gflowtrl.configuration import check_names, locate_errors
 from gflowtrl.rewards import Reward
 from gflowtrl.teachers import (
@@ -66,7 +66,7 @@ def check_teacher(spec: Any, where: str, is_part: bool = False) -> None:
         is_part: whether it is a part of a mixture, whose weight may be learned.
     """
     kind = spec.get("type") if isinstance(spec, Mapping) else None
-    if kind not in TEACHERS:
+    if kind not in [*TEACHERS]:
         raise ValueError(f"{where}.type is {kind!r}; choose from {', '.join(TEACHERS)}.")
     check_names(spec, {"type", "weight", "folds"} | TEACHERS[kind].option_names(), where)
     check_number(f"{where}.folds", spec.get("folds"), FOLDS, optional=True)
@@ -89,6 +89,8 @@ def check_reward(spec: Any, where: str) -> None:
     """Check a reward's type, weight and options. A function, which other files define, is checked by `check_needs`."""
     if not isinstance(spec, Mapping) or ("type" in spec) == ("function" in spec):
         raise ValueError(f"{where} needs either a type ({', '.join(REWARDS)}) or a function (file.py:name).")
+    if "type" in spec and not isinstance(spec["type"], str):
+        raise TypeError(f"{where}.type must be text, but it is {short_repr(spec['type'])}.")
     _check_weight(spec, where)
     if "function" in spec:
         return

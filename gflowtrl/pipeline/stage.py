@@ -113,7 +113,7 @@ class Stage:
     @property
     def record(self) -> Record:
         """What the work returned, with `seconds` (interrupted attempts included) and `files` (what it wrote)."""
-        return read_object(self.folder / DONE_FILE)
+        return _Record(read_object(self.folder / DONE_FILE), self)
 
     def run(self, title: str, work: Work, main_only: bool = False) -> Record:
         """Do the work unless it is done.
@@ -177,6 +177,20 @@ class Stage:
                 f"The stage {self.name} is finished, but {text}. Restore the file, or do the stage again: add "
                 f"--redo {self.name}."
             )
+
+
+class _Record(dict[str, Any]):
+    """The record of a finished stage. A missing entry is an error that names the file and the remedy."""
+
+    def __init__(self, content: Record, stage: Stage):
+        super().__init__(content)
+        self._stage = stage
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(
+            f"{self._stage.folder / DONE_FILE} lacks {name!r}. Restore the file, or do the stage again: add --redo "
+            f"{self._stage.name}."
+        )
 
 
 def _seconds(clock: Path) -> float:

@@ -17,11 +17,13 @@ import pyarrow.parquet as pq
 from pyarrow.csv import CSVWriter
 
 from gflowtrl.catalog import Item
-from gflowtrl.files import write_atomically
+from gflowtrl.files import reading, write_atomically
 from gflowtrl.recommender import Recommendation
 
 
 POLICY, POPULAR = "policy", "popularity"
+PART = "a part of the lists, which is made again if it is removed"
+COLUMNS = ["user", "rank", "item", "probability", "source"]
 
 
 @dataclass
@@ -128,27 +130,41 @@ def merge(parts: Sequence[Path], users: Sequence[Item], output: Path, partial: P
     os.replace(partial, output)
     total = UsersReport()
     for part in parts:
-        report = json.loads(pq.read_schema(part).metadata[b"report"])
-        for name in ("users", "by_popularity", "without_items", "short_lists", "unknown_items"):
-            setattr(total, name, getattr(total, name) + report[name])
+        with reading(part, PART):
+            report = json.loads(pq.read_schema(part).metadata[b"report"])
+            for name in ("users", "by_popularity", "without_items", "short_lists", "unknown_items"):
+                setattr(total, name, getattr(total, name) + report[name])
     return total
+
+
+def _table(part: Path) -> pa.Table:
+    with reading(part, PART):
+        table = pq.read_table(part).replace_schema_metadata()
+        if table.column_names != COLUMNS:
+            raise ValueError(f"its columns are {', '.join(table.column_names)}")
+        return table
+
+
+def _append(writer: pq.ParquetWriter | CSVWriter, part: Path) -> None:
+    with reading(part, PART):
+        writer.write_table(_table(part))
 
 
 def _write_parquet(parts: Sequence[Path], users: Sequence[Item], target: Path) -> None:
     schema = pq.read_schema(parts[0]).remove_metadata()
     with pq.ParquetWriter(target, schema) as writer:
         for part in parts:
-            writer.write_table(pq.read_table(part).replace_schema_metadata())
+            _append(writer, part)
 
 
 def _write_csv(parts: Sequence[Path], users: Sequence[Item], target: Path) -> None:
     with CSVWriter(target, pq.read_schema(parts[0]).remove_metadata()) as writer:
         for part in parts:
-            writer.write_table(pq.read_table(part).replace_schema_metadata())
+            _append(writer, part)
 
 
 def _write_jsonl(parts: Sequence[Path], users: Sequence[Item], target: Path) -> None:
-    found = chain.from_iterable(groupby(pq.read_table(part).to_pylist(), itemgetter("user")) for part in parts)
+    found = chain.from_iterable(groupby(_table(part).to_pylist(), itemgetter("user")) for part in parts)
     user_with_items, rows = next(found, (None, ()))
     with target.open("w", encoding="utf-8") as out:
         for user in users:

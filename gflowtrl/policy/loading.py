@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from gflowtrl.catalog.catalog import CATALOG_FILE
 from gflowtrl.checks import one_line
+from gflowtrl.files import damage_of
 
 from .modules import innermost
 
@@ -67,6 +68,7 @@ def load_weights(loader: Any, name: str | os.PathLike, **model_kwargs: Any) -> P
     options = {"trust_remote_code": False, **model_kwargs, "ignore_mismatched_sizes": True}  # reported below
     with _loading(f"The model (config.json, model.safetensors) of {name}", name):
         model, info = loader.from_pretrained(name, output_loading_info=True, **options)
+        architectures = [str(kind).removeprefix("FSDP") for kind in model.config.architectures or ()]
     kind, is_recommender = type(model).__name__, Path(name, CATALOG_FILE).is_file()
     wrong = {"lacks": info["missing_keys"], "holds in another shape": [key[0] for key in info["mismatched_keys"]]}
     if is_recommender:
@@ -74,7 +76,7 @@ def load_weights(loader: Any, name: str | os.PathLike, **model_kwargs: Any) -> P
     _check_keys(
         wrong, f"The weights of {name} are not those of {kind}, which its config.json describes", "config.json"
     )
-    saved = [architecture.removeprefix("FSDP") for architecture in model.config.architectures or [kind]]
+    saved = architectures or [kind.removeprefix("FSDP")]
     known = hasattr(transformers, saved[0])  # a user's own subclass is compared by its scores instead
     if is_recommender and known and kind.removeprefix("FSDP") not in saved:
         raise ValueError(
@@ -159,8 +161,14 @@ def _loading(what: str, name: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        damaged = next(((file, damage) for file in _files_of(name) if (damage := damage_of(file))), None)
         named = isinstance(error, ValueError) and str(name) in str(error)
-        if named or isinstance(error, clear):
+        if damaged is None and (named or isinstance(error, clear)):
             raise
-        reason = one_line(str(error)).rstrip(".") or type(error).__name__
+        reason = " ".join(map(str, damaged)) if damaged else one_line(str(error)).rstrip(".") or type(error).__name__
         raise ValueError(f"{what} cannot be loaded: {reason}. Restore the files that were saved together.") from error
+
+
+def _files_of(name: str | os.PathLike) -> list[Path]:
+    """The files of a model's folder that `damage_of` can check."""
+    return sorted(path for path in Path(name).glob("*") if path.suffix in (".json", ".safetensors"))

@@ -25,7 +25,10 @@ def as_vectors(vectors: Tensor | np.ndarray, rows: int | None = None, dim: int |
     Raises:
         ValueError: if they are not a nonempty matrix of `rows` rows and `dim` columns, or not all finite.
     """
-    vectors = torch.as_tensor(vectors).detach().to("cpu", torch.float32)
+    vectors = torch.as_tensor(vectors).detach()
+    if vectors.is_complex():
+        raise ValueError("The item vectors are complex numbers; they must be real. Save them as float32.")
+    vectors = vectors.to("cpu", torch.float32)
     if vectors.ndim != 2 or 0 in vectors.shape:
         raise ValueError(f"The shape of item vectors is {tuple(vectors.shape)}; it must be (items, dimensions).")
     if rows is not None and len(vectors) != rows:

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.trainer_utils import HPSearchBackend
 
 from .best_metric import searched_metric
 from .checkpoints import TrainerBase
@@ -55,7 +54,7 @@ class TrialsMixin(TrainerBase):
         Raises:
             ValueError: the configuration has no such field, or a value is invalid.
         """
-        values = self.hp_space(trial) if self.hp_search_backend == HPSearchBackend.OPTUNA else dict(trial)
+        values = self.hp_space(trial) if self.hp_search_backend == "optuna" else dict(trial)
         values.pop("wandb", None)
         for name, value in values.items():
             if not hasattr(self.args, name):

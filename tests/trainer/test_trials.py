@@ -1,4 +1,4 @@
-"""`model_init` and the search for hyperparameters: each training has a new model, and follows its own configuration."""
+"""`model_init` and the search for hyperparameters: each training is new, and follows its own configuration."""
 
 import optuna
 import pytest
