@@ -133,10 +133,14 @@ def prepare(
     _count_items_without(data, report)
     data.item_features = {item: row for item, row in data.item_features.items() if row}  # like read_folder
     if out is not None:
-        with new_folder(Path(out), overwrite) as folder:
-            write_folder(data, folder, parquet)
-            (folder / "preparation.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+        _write(data, report, Path(out), overwrite, parquet)
     return data, report
+
+
+def _write(data: InteractionData, report: Preparation, out: Path, overwrite: bool, parquet: bool) -> None:
+    with new_folder(out, overwrite) as folder:
+        write_folder(data, folder, parquet)
+        (folder / "preparation.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
 
 
 def _count_items_without(data: InteractionData, report: Preparation) -> None:
