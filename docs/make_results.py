@@ -292,7 +292,7 @@ def average() -> str:
     """Pairs of policies of different seeds, and the averages of their probabilities."""
     names = ("item_recall@10", "item_ndcg@10", "unseen_item_recall@10", "unseen_item_ndcg@10", "coverage@10")
     lines, averages = [], []
-    for first, second in ((42, 43), (44, 45)):
+    for first, second in ((42, 43), (44, 45), (46, 47)):
         found = read(KEPT / f"average_office-{first}-{second}.json")["results"]
         titles = {"model 1": f"seed {first}, altered copies", "model 2": f"seed {second}, altered copies"}
         for name, title in {**titles, "models 1-2": "their average"}.items():
