@@ -7,6 +7,7 @@ import json
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 MISSING = "is missing"
 ARCHIVES = (".pt", ".pth", ".bin")  # torch.save writes zip archives
+_SMALL_BYTES = 1 << 22  # states of generators and schedulers; an optimizer's would take too long
 
 
 def check_data_path(path: Path) -> None:
@@ -181,7 +183,7 @@ def damage_of(path: str | os.PathLike) -> str | None:
     """Describe visible damage of a file, or return None. Tensor values are not read.
 
     JSON is parsed. For safetensors, the header is compared with the file's size. For torch's archives, the directory
-    at the end must be present.
+    at the end must be present; small ones are compared with their checksums.
 
     Returns:
         The end of a sentence that begins with the file's name: `"is missing"`, `"is empty or cut off"`, ...
@@ -199,6 +201,18 @@ def damage_of(path: str | os.PathLike) -> str | None:
         return f"is not valid JSON ({_reason(error, path)})"
     except SafetensorError as error:
         return f"is not a whole safetensors file ({_reason(error, path)})"
-    if path.suffix in ARCHIVES and not zipfile.is_zipfile(path):
-        return "is empty or cut off"
+    if path.suffix in ARCHIVES:
+        if not zipfile.is_zipfile(path):
+            return "is empty or cut off"
+        if path.stat().st_size < _SMALL_BYTES and not _is_whole(path):
+            return "does not have its checksum"
     return None
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether every part of a zip archive has its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError):
+        return False

@@ -7,7 +7,6 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pickle import UnpicklingError
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from safetensors import SafetensorError
@@ -86,7 +85,6 @@ PARSERS: dict[type[Exception], str] = {
     UnicodeDecodeError: "A file is not in the encoding in which it is read",
     UnicodeEncodeError: "A text of the input has half a character (half of a surrogate pair) or cannot be encoded",
     EOFError: "A file ends too early",
-    UnpicklingError: "A file of a checkpoint cannot be read",
     MemoryError: "There is not enough memory for the input",
 }
 #: Errors about the input, and ImportError for a missing optional package.

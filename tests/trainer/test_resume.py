@@ -74,6 +74,14 @@ def test_a_damaged_part_is_named(checkpoint, name):
     refused(checkpoint, rf"{name} is (empty or cut off|not a whole safetensors file|not valid JSON)")
 
 
+def test_changed_bytes_of_a_small_part_are_named(checkpoint):
+    file = checkpoint / "rng_state.pth"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+    refused(checkpoint, r"damaged: rng_state\.pth does not have its checksum")
+
+
 def test_a_checkpoint_with_only_the_model_is_an_error(tmp_path):
     trainer(tmp_path, save_only_model=True, max_steps=2).train()
     refused(tmp_path / "checkpoint-2", r"only the model \(save_only_model=True\), not .*optimizer.pt.*as the model")
