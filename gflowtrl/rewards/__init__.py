@@ -7,7 +7,7 @@ from .interaction import InteractionReward
 from .likelihood import LikelihoodReward
 from .rank_penalty import RankPenaltyReward
 from .reward import AnyReward, Reward, ScoresItems, ScoresLeaves
-from .reward_model import RewardModel, resolve_rewards
+from .reward_model import RewardModel
 from .step_reward import DenseReward, PosteriorReward, RewardResult, SampledReward, StepReward, TopKReward, draw_leaves
 from .title_likelihood import TitleLikelihoodReward
 from .token_similarity import TokenSimilarityReward
@@ -40,5 +40,4 @@ __all__ = [
     "draw_leaves",
     "fit_reward_weights",
     "one_step_back",
-    "resolve_rewards",
 ]

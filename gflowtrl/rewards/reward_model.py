@@ -45,7 +45,7 @@ class RewardModel:
 
 
 def resolve_rewards(reward_funcs: Any, processing_classes: Any, model_kwargs: Mapping[str, Any]) -> list[Any]:
-    """Return a trainer's rewards as a list, in which classifiers and their names or folders are `RewardModel`s.
+    """Return a trainer's rewards as a list, with a `RewardModel` for each classifier and each name or folder of one.
 
     Args:
         reward_funcs: one reward, several, or `None`.

@@ -29,8 +29,8 @@ from gflowtrl.rewards import (
     PosteriorReward,
     RewardModel,
     StepReward,
-    resolve_rewards,
 )
+from gflowtrl.rewards.reward_model import resolve_rewards
 from gflowtrl.samplers import Feedback, Sampler, Trajectories
 
 from .folder import Parts, model_kwargs
