@@ -43,6 +43,8 @@ def upload(
     """Upload a folder to the Hub, and return the address of the commit. Arguments are those of huggingface_hub."""
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not create_pr:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
     commit = api.upload_folder(
         repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision, create_pr=create_pr
     )

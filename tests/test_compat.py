@@ -39,6 +39,7 @@ OVERRIDES: dict[str, dict[str, tuple[str, ...] | None]] = {
         "_get_eval_sampler": ("eval_dataset",),
         "_get_grad_norm": ("model", "grad_norm"),
         "_get_train_sampler": ("train_dataset",),
+        "_hp_search_setup": ("trial",),
         "_issue_warnings_after_load": ("load_result",),
         "_load_best_model": (),
         "_load_from_checkpoint": ("resume_from_checkpoint", "model"),

@@ -65,8 +65,9 @@ class Database:
             table, file, row_group_size=_GROUP_ROWS, compression="none", use_dictionary=False, write_statistics=False
         )
         try:
-            path = text_literal(str(file))
-            self.connection.execute(f"CREATE OR REPLACE TEMP VIEW {name} AS SELECT * FROM read_parquet({path})")
+            # The names of the folders are not columns, whatever they contain.
+            content = f"read_parquet({text_literal(str(file))}, hive_partitioning = false)"
+            self.connection.execute(f"CREATE OR REPLACE TEMP VIEW {name} AS SELECT * FROM {content}")
             yield
         finally:
             file.unlink()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from gflowtrl.policy import whole_models
 from gflowtrl.policy.loading import load_tokenizer, load_weights
 
 
@@ -72,12 +73,13 @@ def resolve_rewards(reward_funcs: Any, processing_classes: Any, model_kwargs: Ma
 def _resolved(reward: Any, tokenizer: PreTrainedTokenizerBase | None, model_kwargs: Mapping[str, Any]) -> Any:
     name = reward if isinstance(reward, str) else None
     if name is not None:
-        reward = load_weights(AutoModelForSequenceClassification, name, **{**model_kwargs, "num_labels": 1})
+        with whole_models():  # the classifier is not trained, so no engine gathers its shards
+            reward = load_weights(AutoModelForSequenceClassification, name, **{**model_kwargs, "num_labels": 1})
     if not isinstance(reward, PreTrainedModel):
         if tokenizer is not None:
             raise ValueError(
-                f"reward_processing_classes has a tokenizer for {reward!r}, which is not a classifier, so it would "
-                f"not be used. Give None for this reward."
+                f"reward_processing_classes has a tokenizer for a {type(reward).__name__}, which is not a classifier, "
+                f"so it would not be used. Give None for this reward."
             )
         return reward
     labels = reward.config.num_labels

@@ -90,7 +90,8 @@ class Parts:
         if folder is not None:
             tokenizer = tokenizer or load_tokenizer(folder, **where)
             catalog = catalog or ItemCatalog.from_pretrained(folder)
-            if encoder is None:
+            # A model object may get another catalog, which the folder's prompts do not belong to.
+            if encoder is None and (isinstance(model, str) or _has_items(folder, catalog)):
                 encoder = read_encoder(folder, catalog, tokenizer)
                 encoder.max_history_items = args.max_history_items or encoder.max_history_items
             details = folder_details(folder, catalog)
@@ -132,7 +133,10 @@ def folder_details(directory: str, catalog: ItemCatalog) -> dict[str, Any]:
     Raises:
         ValueError: the folder's files have different numbers of items.
     """
+    return read_details(Path(directory), catalog) if _has_items(directory, catalog) else {}
+
+
+def _has_items(directory: str, catalog: ItemCatalog) -> bool:
+    """Return whether the folder's catalog has the same items in the same order."""
     file = Path(directory, CATALOG_FILE)
-    if not file.is_file() or read_json(file)["items"] != catalog.items:
-        return {}
-    return read_details(Path(directory), catalog)
+    return file.is_file() and read_json(file)["items"] == catalog.items

@@ -65,7 +65,7 @@ class GFlowNetConfig(TreePolicyConfig):
             Exponent a of the reference model in the target pi_ref^a * R: every balance loss uses
             log R + a log pi_ref(leaf) instead of log R. 0: no reference model.
         sync_ref_model (`bool`, *optional*, defaults to `False`):
-            Move the reference towards the policy every `ref_model_sync_steps` steps, as in TRL's GRPOTrainer. The
+            Move the reference toward the policy every `ref_model_sync_steps` steps, as in TRL's GRPOTrainer. The
             target then moves too. Not for adapters, flow heads, and sharded models.
         ref_model_mixup_alpha (`float`, *optional*, defaults to `0.6`):
             Share of the policy in the new reference, 0 to 1 (TR-DPO, arXiv 2404.09656).
@@ -100,7 +100,7 @@ class GFlowNetConfig(TreePolicyConfig):
 
     # Parameters that control the reference model
     ref_weight: float = option(0.0, "Exponent of the reference model in the target.")
-    sync_ref_model: bool = option(False, "Move the reference towards the policy during training.")
+    sync_ref_model: bool = option(False, "Move the reference toward the policy during training.")
     ref_model_mixup_alpha: float = option(0.6, "Share of the policy in the new reference.")
     ref_model_sync_steps: int = option(512, "Steps between two updates of the reference.")
 

@@ -151,6 +151,10 @@ class GFlowNetTrainer(TreePolicyTrainer):
         moves = any(isinstance(callback, SyncRefModelCallback) for callback in self.callback_handler.callbacks)
         return self.accelerator.unwrap_model(self.ref_model) if moves and self.ref_model is not None else None
 
+    def _has_reference_shapes(self) -> bool:
+        shapes = [[value.shape for value in each.parameters()] for each in (self.ref_model, self.model) if each]
+        return len(shapes) < 2 or shapes[0] == shapes[1]
+
     def _check_moving_reference(self) -> None:
         sharded = self.is_fsdp_enabled or (self.is_deepspeed_enabled and is_deepspeed_zero3_enabled())
         for wrong, what in (
@@ -159,6 +163,7 @@ class GFlowNetTrainer(TreePolicyTrainer):
             (self.model_init is not None, "model_init makes another reference for each training"),
             (sharded, "the models are sharded"),
             (any(loss.needs_flow_heads for loss in self.losses.values()), "the policy has flow heads"),
+            (not self._has_reference_shapes(), "the reference has parameters of other shapes than the model"),
         ):
             if wrong:
                 raise ValueError(f"sync_ref_model is True, but {what}. Leave sync_ref_model out.")
@@ -166,6 +171,9 @@ class GFlowNetTrainer(TreePolicyTrainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
         self._prepare_models()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, SyncRefModelCallback):
+                callback.ref_model = self.ref_model  # the new one
         return model
 
     def _set_up_objective(self, parts: Parts, args: GFlowNetConfig, adapted: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -85,6 +86,8 @@ def check_rows(rows: Dataset | None, catalog: ItemCatalog) -> None:
         return
     if not isinstance(rows, Dataset):
         raise TypeError(f"Rows must be a datasets.Dataset with a length and an order, got {type(rows).__name__}.")
+    if not len(rows):
+        raise ValueError("The dataset has no rows.")
     exposed = has_exposed_rows(rows)
     missing = [
         name for name in REQUIRED_COLUMNS if name not in rows.column_names and not (exposed and name == "target")
@@ -95,9 +98,7 @@ def check_rows(rows: Dataset | None, catalog: ItemCatalog) -> None:
             f"gflowtrl.data.leave_one_out creates such rows."
         )
     check_column_names(rows.column_names)
-    if not len(rows):
-        raise ValueError("The dataset has no rows.")
-    known, seen = set(catalog.items), set()
+    known, seen = frozenset(catalog.items), set()
     # The items of a row besides its history: the target, or the candidates.
     others = rows["candidates"] if exposed else ([target] for target in rows["target"])
     for row_id, history, wanted in zip(rows["row_id"], rows["history"], others, strict=True):
@@ -109,11 +110,11 @@ def check_rows(rows: Dataset | None, catalog: ItemCatalog) -> None:
         seen.add(row_id)
 
 
-def check_row(row_id: Any, history: Sequence[Item], wanted: Sequence[Item], known: set[Item]) -> None:
+def check_row(row_id: Any, history: Sequence[Item], wanted: Sequence[Item], known: frozenset[Item]) -> None:
     """Check a row: its id, its history and its other items (the target, or the candidates)."""
-    if not isinstance(row_id, int):
+    if not isinstance(row_id, Integral):
         raise TypeError(f"The row_id {row_id!r} is not an integer; number the rows.")
-    if not history:
+    if not len(history):
         raise ValueError(f"Row {row_id} has an empty history; leave out rows without a history.")
     if not (known.issuperset(wanted) and known.issuperset(history)):
         unknown = next(item for item in [*wanted, *history] if item not in known)
@@ -132,7 +133,7 @@ def check_training_rows(rows: Dataset | IterableDataset | None) -> None:
         )
 
 
-def item_counts_of(rows: Dataset | IterableDataset | None, catalog: ItemCatalog) -> Tensor:
+def item_counts_of(rows: object, catalog: ItemCatalog) -> Tensor:
     """Return how often each item is a training target, `(items,)`; all ones without rows that can be counted."""
     if not isinstance(rows, Dataset):
         return torch.ones(len(catalog), dtype=torch.long)

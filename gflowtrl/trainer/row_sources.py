@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import count
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from torch.utils.data import IterableDataset as TorchStream
 
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.data.arrow import as_table, is_table
@@ -29,7 +31,8 @@ def as_rows(rows: Any, name: str) -> Rows | None:
     if rows is None or isinstance(rows, Dataset | IterableDataset):
         return rows
     if isinstance(rows, list) and all(isinstance(row, Mapping) for row in rows):
-        return Dataset.from_list([dict(row) for row in rows])
+        names = dict.fromkeys(key for row in rows for key in row)  # some rows may lack a column
+        return Dataset.from_list([{key: row.get(key) for key in names} for row in rows])
     if is_table(rows):
         return Dataset(as_table(rows, name))
     raise TypeError(
@@ -46,21 +49,33 @@ def evaluation_rows(rows: Any, name: str = "eval_dataset") -> Any:
     return Dataset.from_list(list(rows)) if isinstance(rows, IterableDataset) else rows
 
 
-def checked_stream(rows: IterableDataset, catalog: ItemCatalog) -> IterableDataset:
-    """Return a stream whose rows are checked as they are read. The first one is checked now.
+class RowStream(TorchStream):
+    """Rows of a stream, which begins again when it has ended, so that a resumed run can skip what it has seen.
 
-    That row ids are unique cannot be checked.
+    Each row is checked when it is read; that row ids are unique cannot be checked. Accelerate would split a stream of
+    `datasets` by its files, into parts of different lengths; of this class each process takes its part of each batch.
+
+    Args:
+        rows: the stream.
+        catalog: the items.
 
     Raises:
         ValueError, TypeError: there is no row, or `check_rows` refuses the first one.
     """
-    known = set(catalog.items)
 
-    def check(row: dict[str, Any]) -> dict[str, Any]:
-        check_row(row["row_id"], row["history"], [row["target"]], known)
-        return row
+    def __init__(self, rows: IterableDataset, catalog: ItemCatalog):
+        self._rows, self._known = rows, frozenset(catalog.items)
+        first = Dataset.from_list(list(rows.take(1)))
+        check_training_rows(first)
+        check_rows(first, catalog)
 
-    first = Dataset.from_list(list(rows.take(1)))
-    check_training_rows(first)
-    check_rows(first, catalog)
-    return rows.map(check)
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for number in count():
+            self._rows.set_epoch(number)
+            empty = True
+            for row in self._rows:
+                empty = False
+                check_row(row["row_id"], row["history"], [row["target"]], self._known)
+                yield row
+            if empty:
+                return

@@ -21,7 +21,7 @@ from gflowtrl.policy.support import max_row_length
 from .checkpoints import TrainerBase
 from .evaluation import rows_per_step
 from .input_checks import check_rows
-from .row_sources import checked_stream
+from .row_sources import RowStream
 
 
 logger = logging.getLogger(__name__)
@@ -47,13 +47,13 @@ class TrainingRowsMixin(TrainerBase):
     _checked_rows: Dataset | None
     _row_windows: tuple[Dataset, RowWindows] | None = None
 
-    def _streamed(self, rows: IterableDataset) -> IterableDataset:
+    def _streamed(self, rows: IterableDataset) -> RowStream:
         """Prepare the configuration for streamed rows, and return rows that are checked as they are read."""
         args: Any = self.args
         args.train_sampling_strategy = "random"  # the order is the stream's own
         # Each process reads the stream and takes its part: what is not a tensor cannot be sent.
         args.accelerator_config.dispatch_batches = False
-        return checked_stream(rows, self._encoder.catalog)
+        return RowStream(rows, self._encoder.catalog)
 
     def get_train_dataloader(self) -> DataLoader:
         rows, collator = self.train_dataset, self.data_collator

@@ -144,6 +144,7 @@ class TreePolicyConfig(TRLConfig):
     remove_unused_columns: bool = option(False, "Must be False: rewards use all columns.")
     logging_nan_inf_filter: bool = option(False, "Must be False: a loss that is not finite stops the training.")
 
+    _equal_weights = False  # whether loss_weights was filled in
     _VALID_DICT_FIELDS = TRLConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "loss_kwargs"]
     _bounds: ClassVar[dict[str, Bound]] = {
         "num_generations": COUNT,
@@ -222,7 +223,8 @@ class TreePolicyConfig(TRLConfig):
     def _check_losses(self) -> None:
         if not self.loss_type:
             raise ValueError("loss_type is empty; name at least one loss, for example ['vargrad'].")
-        if self.loss_weights is None:
+        if self.loss_weights is None or (self._equal_weights and len(self.loss_weights) != len(self.loss_type)):
+            self._equal_weights = True  # so that a trial may change loss_type alone
             self.loss_weights = [1.0] * len(self.loss_type)
         if len(self.loss_weights) != len(self.loss_type):
             raise ValueError(

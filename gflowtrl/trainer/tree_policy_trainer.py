@@ -136,13 +136,13 @@ class TreePolicyTrainer(
             quantization_config,
         )  # fmt: skip
         self._first_rows = as_rows(train_dataset, "train_dataset"), evaluation_rows(eval_dataset)
-        self._start_recording()
         self.model_init = model_init
         trained = self._build(self._first_model(model, model_init, optimizers))
         adopt_optimizer(optimizers, trained, self.args.log_z_learning_rate)
         parts, (rows, eval_rows) = self._parts, self._first_rows
         self._default_collator = GroupCollator(self._encoder)
         self._checked_rows = rows if isinstance(rows, Dataset) else None
+        strategy = self.args.train_sampling_strategy  # without a meaning for a stream
         if isinstance(rows, IterableDataset):
             rows = self._streamed(rows)
         super().__init__(
@@ -156,7 +156,7 @@ class TreePolicyTrainer(
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        self.model_init = model_init
+        self.model_init, self.args.train_sampling_strategy = model_init, strategy
         counts = item_counts_of(rows, parts.catalog) if parts.item_counts is None else parts.item_counts
         beams, ks = self.args.eval_num_beams, self.args.eval_ks
         self.set_up_ranking(parts.catalog, self._encoder, counts, beams, ks, compute_metrics)
@@ -169,6 +169,7 @@ class TreePolicyTrainer(
 
     def _build(self, model: str | PreTrainedModel) -> nn.Module:
         args, given = self.args, self._given
+        self._start_recording()
         self._parts = parts = Parts.resolve(model, args, given)
         self._given = given.with_parts(parts)
         rows, eval_rows = self._first_rows

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tempfile
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from gflowtrl.data.formats.log import read_log
 from gflowtrl.data.formats.plain import UnfinishedQuoteError
 from gflowtrl.data.formats.registry import STREAMED
 from gflowtrl.data.formats.source import Source
+from gflowtrl.data.item_filter import items_where
 
 
 _NOTHING = """SELECT 0::BIGINT AS number, '' AS "user", '' AS item, '' AS "time", 0::DOUBLE AS seconds, 0::DOUBLE AS
@@ -281,3 +283,13 @@ def test_an_open_quote_ends_the_reading_by_line():
     with pytest.raises(UnfinishedQuoteError) as error:
         list(plain.Delimited(",", (0, 1, None, None), 2, 2, True, iter).records(block))
     assert error.value.rest is iter
+
+
+def test_names_of_temporary_folders_are_not_columns(tmp_path, monkeypatch):
+    folder = tmp_path / "user=bob" / "price=9"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,timestamp\na,x,1\nb,y,2\n")
+    assert prepare("csv", path, k_core=None)[0].users == ["a", "b"]
+    assert items_where(["x", "y"], {"x": {"price": 1}, "y": {"price": 3}}, "price < 2") == ["x"]

@@ -147,11 +147,47 @@ def test_apao_follows_its_trials(tmp_path):
     assert {tuple(names) for names in seen} == {("prefix_pairwise", "sft"), ("prefix_pointwise", "sft")}
 
 
+def test_a_trial_has_nothing_of_the_trial_before(tmp_path):
+    """Conditional values, the loss, and the seed of random weights."""
+    trainer, trained = make_trainer(tmp_path, rewards(), model=False, model_init=random_model, **FIXED), []
+    spaces = [
+        {"reward_beta": 3.0, "loss_type": ["vargrad", "sft"], "loss_kwargs": {"vargrad": {"huber_delta": 0.1}}},
+        {"loss_type": "contrastive_balance", "seed": 7},
+    ]
+    train, trainer.eval_dataset = trainer.train, make_rows(seed=1)
+
+    def recorded(*args, trial=None, **kwargs):
+        output = train(*args, trial=trial, **kwargs)
+        trained.append((weights(trainer), trainer.state.log_history[0]["loss"]))
+        return output
+
+    trainer.train = recorded
+    trainer.hyperparameter_search(
+        lambda trial: spaces[trial.suggest_categorical("position", [0, 1])],
+        n_trials=2, sampler=optuna.samplers.GridSampler({"position": [0, 1]}, seed=0),
+    )  # fmt: skip
+    expected = []
+    for space in spaces:
+        alone = make_trainer(tmp_path, rewards(), model=False, model_init=random_model, **FIXED, **space)
+        alone.train()
+        expected.append((weights(alone), alone.state.log_history[0]["loss"]))
+    for state, loss in expected:
+        assert loss in [other for _, other in trained]
+        assert_equal(state, next(found for found, other in trained if other == loss))
+
+
+def random_model():
+    config = tiny_model(len(TOKENIZER)).config
+    torch.randn(3)
+    return type(tiny_model(len(TOKENIZER)))(config)
+
+
 @pytest.mark.parametrize(
     ("space", "message"),
     [
         ({"learning_speed": 1.0}, "hp_space sets 'learning_speed', which is not a field of GFlowNetConfig"),
         ({"reward_beta": -1.0}, "reward_beta is -1.0"),
+        ({"max_history_items": 5}, "hp_space sets 'max_history_items', which is fixed"),
         ({"reward_weights": [1.0]}, "1 reward_weights were given for 2 rewards"),
     ],
 )
@@ -170,5 +206,7 @@ def test_bad_constructors(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     with pytest.raises(ValueError, match="model_init makes a new model for each training"):
         make_trainer(tmp_path, rewards(), model=False, model_init=Model(), optimizers=(optimizer, None))
+    with pytest.raises(ValueError, match="give the trainer an eval_dataset"):
+        make_trainer(tmp_path, rewards(), model=False, model_init=Model()).hyperparameter_search()
     with pytest.raises(RuntimeError, match="model_init"):
         make_trainer(tmp_path, rewards(), model=model, eval_dataset=make_rows()).hyperparameter_search()

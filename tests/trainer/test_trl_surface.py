@@ -1,6 +1,7 @@
 """What users of TRL's trainers expect of a constructor and its attributes."""
 
 import inspect
+import pickle
 import random
 import re
 from fnmatch import fnmatch
@@ -13,7 +14,7 @@ import pytest
 import torch
 import trl
 from accelerate.utils import compare_versions
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForSequenceClassification
@@ -22,6 +23,7 @@ from trl import SyncRefModelCallback
 from gflowtrl import GFlowNetConfig, GFlowNetTrainer, Recommender
 from gflowtrl.compat import TRLConfig
 from gflowtrl.rewards import GroundTruthReward, RewardModel
+from gflowtrl.trainer.row_sources import RowStream
 from tests.tiny import tiny_model
 from tests.trainer.world import ITEMS, TOKENIZER, losses, make_catalog, make_rows, make_trainer, weights
 
@@ -74,6 +76,46 @@ def test_streams_keep_their_order_and_resume(tmp_path):
     resumed = make_trainer(tmp_path / "b", GroundTruthReward(), train_dataset=rows.to_iterable_dataset(), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
     np.testing.assert_allclose(losses(resumed), losses(whole), rtol=1e-5)
+
+
+def test_a_stream_begins_again_and_resumes_there(tmp_path):
+    """The second pass, which has begun in the middle of a batch, is skipped up to the same row."""
+    stream = make_rows(20).to_iterable_dataset(num_shards=3).shuffle(seed=1, buffer_size=4)
+    options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 6, "train_sampling_strategy": "group_by_length"}
+    whole = make_trainer(tmp_path, GroundTruthReward(), train_dataset=stream, **options)
+    whole.train()
+    assert whole.args.train_sampling_strategy == "group_by_length"  # the user's, for another trainer
+    resumed = make_trainer(tmp_path, GroundTruthReward(), train_dataset=stream, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    np.testing.assert_allclose(losses(resumed), losses(whole), rtol=1e-5)
+
+
+def test_a_stream_with_numbers_of_numpy(tmp_path):
+    def rows():
+        for row in make_rows():
+            yield row | {"row_id": np.int64(row["row_id"]), "history": np.array(row["history"])}
+
+    stream = IterableDataset.from_generator(rows)
+    make_trainer(tmp_path, GroundTruthReward(), train_dataset=stream).train()
+    pickle.loads(pickle.dumps(RowStream(make_rows().to_iterable_dataset(), make_catalog())))
+
+
+def test_rows_that_lack_a_column_do_not_take_it_from_others(tmp_path):
+    rows, seen = make_rows().to_list(), []
+
+    def cheap(completions, price, **columns):
+        seen.extend(price)
+        return [1.0] * len(completions)
+
+    rows[1]["price"] = 3.0
+    make_trainer(tmp_path, cheap, train_dataset=rows).train()
+    assert {*seen} == {None, 3.0}
+
+
+@pytest.mark.parametrize("rows", [[], IterableDataset.from_generator(lambda: iter(()))])
+def test_no_rows_are_an_error(tmp_path, rows):
+    with pytest.raises(ValueError, match="The dataset has no rows"):
+        make_trainer(tmp_path, GroundTruthReward(), train_dataset=rows)
 
 
 def test_a_stream_is_checked_as_it_is_read(tmp_path):
@@ -298,6 +340,7 @@ def test_a_moving_reference(tmp_path, by):
         ({}, "there is no reference model"),
         ({"ref_weight": 1.0, "peft_config": LoraConfig(r=2)}, "the model without its adapters"),
         ({"ref_weight": 1.0, "loss_type": "trajectory_balance"}, "flow heads"),
+        ({"ref_weight": 1.0, "ref_model": tiny_model(len(TOKENIZER) + 1)}, "parameters of other shapes"),
         ({"ref_weight": 1.0, "ref_model_mixup_alpha": 1.5}, "ref_model_mixup_alpha is 1.5"),
         ({"ref_weight": 1.0, "ref_model_sync_steps": 0}, "ref_model_sync_steps is 0"),
     ],
