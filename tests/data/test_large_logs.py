@@ -400,6 +400,12 @@ def test_splits_and_filters_agree_with_lists(small_shop):
     assert ours.train.to_dict() == theirs.train.to_dict()
 
 
+def test_empty_chunks_of_a_table(tmp_path):
+    table = pa.table({"user_id": ["a", "b"], "item_id": ["x", "y"], "timestamp": [1, 2]})
+    data, _ = prepare("table", pa.concat_tables([table.slice(0, 0), table, table.slice(0, 0)]), k_core=None)
+    assert as_dict(data) == {"a": ["x"], "b": ["y"]}
+
+
 def test_no_thread_is_left_after_an_error(tmp_path):
     """The garbage collection would end it, at any time: in the middle of a start of another thread, too."""
     file = tmp_path / "log.csv"

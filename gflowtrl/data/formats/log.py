@@ -171,7 +171,7 @@ class _Reader:
     def _read_blocks(self, source: Source, parsed: Parsed, blocks: Iterator[pa.Table]) -> int | None:
         """Read all blocks, and return the number of the last record, or None."""
         last = None
-        for block in blocks:
+        for block in filter(len, blocks):  # a table may have empty chunks
             try:
                 last = self._read_block(source, parsed, block) or last
             except UnfinishedQuoteError as quote:
