@@ -197,8 +197,8 @@ class GFlowNetTrainer(TreePolicyTrainer):
     def _frozen_policies(self) -> list[TreePolicy]:
         rewards = [] if self.rewards is None else self.rewards.rewards.values()
         policies = [r.policy for r in rewards if isinstance(r, LikelihoodReward) and r.policy is not None]
-        if self.reference is not None and self.reference.model is not None:
-            policies.append(make_policy(self.reference.model, self._catalog))
+        if self.ref_model is not None:
+            policies.append(make_policy(self.ref_model, self._catalog))
         return policies
 
     def _default_sampler(self, args: GFlowNetConfig) -> str | dict[str, float]:
@@ -210,8 +210,8 @@ class GFlowNetTrainer(TreePolicyTrainer):
         return {"ground_truth": 1, "on_policy": args.num_generations - 1}
 
     def models_of_step(self) -> dict[str, nn.Module]:
-        reference = None if self.reference is None else self.reference.model
-        return super().models_of_step() | ({} if reference is None else {"The reference model": reference})
+        more = {} if self.ref_model is None else {"The reference model": self.ref_model}
+        return super().models_of_step() | more
 
     # ---------------------------------------------------------------------------------------------------------- step
     def _reward(self, step: Step, policy: TreePolicy) -> StepReward | None:

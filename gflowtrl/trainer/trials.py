@@ -47,16 +47,18 @@ class TrialsMixin(TrainerBase):
                 "optimizers was given, but model_init makes a new model for each training. Give "
                 "optimizer_cls_and_kwargs, or set optim in the configuration."
             )
+        return self._new_model()
+
+    def _new_model(self, trial: Any = None) -> Any:
+        """Return a model, its name or its folder from `model_init`; its random weights follow the seed."""
         set_seed(self.args.seed)
-        return super().call_model_init()
+        return super().call_model_init(trial)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make a new model with new rewards, sampler, adapters and heads, by the trial's hyperparameters."""
         if trial is not None:
             self._apply(trial)
-        set_seed(self.args.seed)
-        made: Any = super().call_model_init(trial)  # a model, its name or its folder
-        return self._build(made)
+        return self._build(self._new_model(trial))
 
     def _apply(self, trial: Any) -> None:
         """Set the trial's values in the configuration, without those of earlier trials, and check it.
