@@ -72,6 +72,7 @@ class Setting:
     sampler: str
     num_generations: int = 64
     learning_rate: float = 3e-3
+    flows: str = "learned"
 
 
 SETTINGS = {
@@ -179,7 +180,8 @@ def train(
             scratch, loss_type=objective, num_generations=setting.num_generations, reward_transform="exp",
             per_device_train_batch_size=count, train_sampling_strategy="sequential", num_train_epochs=1,
             learning_rate=setting.learning_rate, lr_scheduler_type="cosine", warmup_steps=50, seed=seed,
-            save_strategy="no", logging_strategy="no", disable_tqdm=not sys.stderr.isatty(), **arguments,
+            save_strategy="no", logging_strategy="no", disable_tqdm=not sys.stderr.isatty(), flows=setting.flows,
+            **arguments,
         )  # fmt: skip
         trainer = GFlowNetTrainer(
             model, problem.reward, args, Dataset.from_list(rows), processing_class=problem.tokenizer,
@@ -221,8 +223,9 @@ HEADER = "| objective | backbone | sampler | K | steps | seed | untrained | trai
 
 def table_line(row: Mapping[str, Any]) -> str:
     error = "" if row["log_z_error"] is None else f"{row['log_z_error']:.3f}"
+    known = ", known flows" if row["flows"] == "known" else ""
     return (
-        f"| `{row['objective']}` | {row['backbone']} | {row['sampler']} | {row['num_generations']} "
+        f"| `{row['objective']}`{known} | {row['backbone']} | {row['sampler']} | {row['num_generations']} "
         f"| {row['steps']} | {row['seed']} "
         f"| {row['untrained']:.3f} | {row['trained']:.4f} | {error} | {row['seconds']:.0f} |"
     )
@@ -253,11 +256,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="instead of the objective's default")
     parser.add_argument("--num_generations", type=int, help="instead of the objective's default")
     parser.add_argument("--learning_rate", type=float, help="instead of the objective's default")
+    parser.add_argument("--flows", choices=["learned", "known"], help="instead of the objective's default")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     rows = []
     for backbone, objective in itertools.product(options.backbones, options.objectives):
-        given = {name: getattr(options, name) for name in ("steps", "num_generations", "learning_rate")}
+        given = {name: getattr(options, name) for name in ("steps", "num_generations", "learning_rate", "flows")}
         own = replace(SETTINGS[objective], **{name: value for name, value in given.items() if value is not None})
         for sampler, seed in itertools.product(options.samplers or [own.sampler], options.seeds):
             setting = replace(own, sampler=sampler)

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from gflowtrl.catalog import Item
 from gflowtrl.configuration import check_names
 from gflowtrl.files import read_text
-from gflowtrl.losses import get_loss
 from gflowtrl.policy import load_backbone, whole_models
 from gflowtrl.policy.loading import load_config
 from gflowtrl.rewards import Reward, fit_reward_weights
@@ -249,8 +248,9 @@ def check_needs(data: RunData) -> None:
     recipe, needy = data.recipe, []
     _check_texts(data, recipe.teacher, "teacher")
     if "gflownet" in recipe.stages:
-        losses = recipe.training_arguments("gflownet", recipe.output_dir).loss_type
-        needy = [f"loss_type {name}" for name in losses if get_loss(name).needs_all_rewards][:1]
+        args = recipe.training_arguments("gflownet", recipe.output_dir)
+        if args.needs_all_rewards:
+            needy = ["flows known" if args.flows == "known" else f"loss_type {' '.join(args.loss_type)}"]
         sampler = build_sampler(recipe.sampler or "ground_truth", teacher=lambda histories: None)
         needy += ["the sampler reward"] if sampler.needs_all_rewards else []
     for number, spec in enumerate(recipe.rewards):

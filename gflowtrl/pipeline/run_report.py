@@ -22,7 +22,7 @@ from .stage import Stage, write_json
 
 
 #: Entries of a training stage's record that the results contain.
-KEPT = ("steps", "rows_per_step", "windows", "best_step", "seconds", "reward_weights")
+KEPT = ("steps", "rows_per_step", "windows", "best_step", "best_metric", "seconds", "reward_weights")
 PACKAGES = ("gflowtrl", "torch", "transformers", "trl", "accelerate", "datasets", "numpy")
 
 

@@ -19,11 +19,13 @@ from .reward import Reward
 
 
 class CollaborativeReward(PopularityOptions, Reward):
-    """The teacher's scores of all items, normalized per user to positive values. Reads the column `history`.
+    """The teacher's scores of all items, normalized per user. Reads the column `history`.
 
     - `normalization="softmax"`: `softmax((score - c * log(count + 1)) / temperature)`, a probability over all items.
     - `normalization="min_max"`: `((s - min s) / (max s - min s)) ** exponent` with s = score - c * log(count + 1), in
       [0, 1]. If all items have the same score, all get 1. This is the squashed score of GFlowGR (arXiv 2506.16114).
+    - `normalization="standard"`: `(s - mean s) / std s`, in deviations of the user's items, of any sign; needs
+      `reward_transform="exp"`. If all items have the same score, all get 0.
 
     The default is a softmax, because with min-max a target over thousands of items is nearly flat: the mean item gets
     about half the value of the best one. An exponent of 10, for example, corrects this. A higher temperature (or a
@@ -31,12 +33,12 @@ class CollaborativeReward(PopularityOptions, Reward):
 
     Args:
         teacher: a `gflowtrl.teachers.Teacher`, or any callable `histories -> (B, items)` in the catalog's order.
-        temperature: temperature of the softmax, > 0, in units of the teacher's scores. Not used with min-max, which
-            has no unit.
+        temperature: temperature of the softmax, > 0, in units of the teacher's scores. The other normalizations have
+            no unit and do not use it.
         popularity_correction: c, >= 0; 0.5 is mild.
         item_counts: how often each item occurs in training: a mapping from items (missing items count 0), or one
             number per item in the catalog's order. Required if c > 0.
-        normalization: "softmax" or "min_max".
+        normalization: "softmax", "min_max" or "standard".
         exponent: exponent of min-max, > 0. (With a softmax it would be the temperature 1 / exponent.)
     """
 
@@ -56,18 +58,18 @@ class CollaborativeReward(PopularityOptions, Reward):
         check_number("The temperature of CollaborativeReward", temperature, POSITIVE)
         check_number("The exponent of CollaborativeReward", exponent, POSITIVE)
         check_number("popularity_correction", popularity_correction, NOT_NEGATIVE)
-        check_choice("normalization", normalization, ("softmax", "min_max"))
+        check_choice("normalization", normalization, ("softmax", "min_max", "standard"))
         if popularity_correction and item_counts is None:
             raise ValueError("popularity_correction needs item_counts; pass how often each item occurs in training.")
-        if normalization == "softmax" and exponent != 1:
+        if normalization != "min_max" and exponent != 1:
             raise ValueError(
                 f"The exponent is {exponent}; it is used with normalization='min_max' only. For a softmax, set "
-                f"temperature={temperature / exponent:g} instead."
+                f"temperature={temperature / exponent:g} instead; for standard scores, reward_beta."
             )
-        if normalization == "min_max" and temperature != 1:
+        if normalization != "softmax" and temperature != 1:
             raise ValueError(
-                f"The temperature is {temperature}, but normalization='min_max' does not depend on a temperature. Use "
-                f"the exponent to sharpen or flatten the scores."
+                f"The temperature is {temperature}, but normalization={normalization!r} does not depend on a "
+                f"temperature. Use the exponent (min_max) or reward_beta (standard) to sharpen or flatten the scores."
             )
         self.teacher, self.temperature = teacher, temperature
         self.popularity_correction, self.item_counts = popularity_correction, item_counts
@@ -88,7 +90,10 @@ class CollaborativeReward(PopularityOptions, Reward):
         if self.normalization == "softmax":
             return torch.softmax(scores / self.temperature, 1)
         low, high = scores.aminmax(dim=1, keepdim=True)
-        # The test for equality keeps NaN as NaN, which is then reported.
+        # The tests for equality keep NaN as NaN, which is then reported.
+        if self.normalization == "standard":
+            deviation, mean = torch.std_mean(scores, dim=1, keepdim=True, correction=0)
+            return torch.where(high == low, 0.0, (scores - mean) / deviation)
         return torch.where(high == low, torch.ones_like(scores), (scores - low) / (high - low)) ** self.exponent
 
     @classmethod

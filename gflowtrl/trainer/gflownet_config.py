@@ -25,6 +25,10 @@ class GFlowNetConfig(TreePolicyConfig):
             2603.02730), the baselines `msl`, `sdpo`, `grpo`, and losses added by `gflowtrl.losses.register_loss`.
             GFlowGR's full loss is `["sft", "trajectory_balance"]` (or `"detailed_balance"`) with
             `loss_weights=[1.0, lambda]`.
+        flows (`str`, *optional*, defaults to `"learned"`):
+            Where log Z and log F of `trajectory_balance`, `detailed_balance` and `subtrajectory_balance` come from.
+            `"learned"`: a head of the model, as in GFlowGR. `"known"`: the exact flows of the rewards, which must
+            score all items; the model then has no head.
         trajectory_weighting (`str`, *optional*):
             Weights of a prompt's trajectories in the balance losses (the "heuristic weighting" of GFlowGR's abstract),
             with mean 1 within the prompt: `"source"` uses `source_weights`; `"reward"` is proportional to R. All
@@ -79,6 +83,7 @@ class GFlowNetConfig(TreePolicyConfig):
         "One or more of vargrad, contrastive_balance, trajectory_balance, detailed_balance, "
         "subtrajectory_balance, exact_flow, sft, prefix_pointwise, prefix_pairwise, msl, sdpo, grpo.",
     )
+    flows: str = option("learned", "Where log Z and log F come from.", ["learned", "known"])
     trajectory_weighting: str | None = option(
         None, "Weights of a prompt's trajectories in balance losses.", ["source", "reward"]
     )
@@ -133,6 +138,12 @@ class GFlowNetConfig(TreePolicyConfig):
         """Return `source_weights`, or an empty dictionary."""
         return self.source_weights if isinstance(self.source_weights, dict) else {}
 
+    @property
+    def needs_all_rewards(self) -> bool:
+        """Whether a loss needs the reward of every leaf, for its target or for known flows."""
+        known = self.flows == "known"
+        return any(loss.needs_all_rewards or known and loss.needs_flow_heads for loss in self.losses.values())
+
     def _check_weighting(self) -> None:
         """Check that the weighting and the reference model have an effect on the losses."""
         rewarded = any(loss.needs_rewards for loss in self.losses.values())
@@ -150,6 +161,11 @@ class GFlowNetConfig(TreePolicyConfig):
                 f"exclude_history is {self.exclude_history!r} and reward_floor is 0, so log R of a history item would "
                 f"be minus infinity, and the loss of {drawn[0]!r} infinite if the policy draws one. Set reward_floor "
                 f"to 1e-3, for example, or use exact_flow."
+            )
+        if self.flows == "known" and not any(loss.needs_flow_heads for loss in self.losses.values()):
+            raise ValueError(
+                f"flows is 'known', but no loss of {self.loss_type} has a learned flow. Leave it out, or use "
+                f"trajectory_balance, detailed_balance or subtrajectory_balance."
             )
         if (self.trajectory_weighting == "source") != bool(self.source_weights):
             raise ValueError(

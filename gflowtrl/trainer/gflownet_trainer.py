@@ -162,7 +162,7 @@ class GFlowNetTrainer(TreePolicyTrainer):
             (self.ref_model is None, "the reference is the model without its adapters, which does not move"),
             (self.model_init is not None, "model_init makes another reference for each training"),
             (sharded, "the models are sharded"),
-            (any(loss.needs_flow_heads for loss in self.losses.values()), "the policy has flow heads"),
+            (self._learns_flows, "the policy has flow heads"),
             (not self._has_reference_shapes(), "the reference has parameters of other shapes than the model"),
         ):
             if wrong:
@@ -178,7 +178,7 @@ class GFlowNetTrainer(TreePolicyTrainer):
 
     def _set_up_objective(self, parts: Parts, args: GFlowNetConfig, adapted: bool) -> None:
         self._source_table = source_table(args.weight_per_source, self.sampler.source_names)
-        self._exact = any(loss.needs_all_rewards for loss in self.losses.values())
+        self._exact = args.needs_all_rewards
         self._needs_reference = any(loss.needs_reference for loss in self.losses.values())
         self.rewards: CompositeReward | None = None
         if self.reward_funcs:
@@ -200,6 +200,10 @@ class GFlowNetTrainer(TreePolicyTrainer):
         if self.ref_model is not None:
             policies.append(make_policy(self.ref_model, self._catalog))
         return policies
+
+    @property
+    def _learns_flows(self) -> bool:
+        return self.args.flows == "learned" and super()._learns_flows
 
     def _default_sampler(self, args: GFlowNetConfig) -> str | dict[str, float]:
         losses = self.losses.values()
@@ -259,12 +263,19 @@ class GFlowNetTrainer(TreePolicyTrainer):
         if group.reward is None or group.rewards is None:
             return inputs
         flows = group.reward.log_flows(group.scores.child_nodes) if loss.needs_all_rewards else None
+        if loss.needs_flow_heads and not self._learns_flows:
+            inputs = replace(inputs, log_z=group.log_z, log_flows=self._known_flows(group.reward, group.drawn.leaves))
         return replace(
             inputs,
             log_rewards=group.rewards.log_rewards,
             advantages=normalized(group.rewards.rewards) if "advantages" in loss.inputs else None,
             child_target_log_probs=None if flows is None else normalized_flows(flows),
         )
+
+    def _known_flows(self, reward: StepReward, leaves: Tensor) -> Tensor:
+        """Return log F of the states s_0 .. s_{L-1} of each trajectory, `(B, K, L)`; 0 after the end of an id."""
+        nodes = self._catalog.tree.walk(leaves)
+        return reward.log_flows(nodes[..., :-1]).masked_fill(nodes[..., 1:] < 0, 0.0)
 
     @torch.no_grad()
     def _observe(self, group: Group) -> None:
@@ -311,7 +322,9 @@ class GFlowNetTrainer(TreePolicyTrainer):
 
 def _check_exact(rewards: CompositeReward, args: GFlowNetConfig) -> None:
     """Check that every reward can score all items, and warn if the table of all leaves is too large."""
-    rewards.check_scores_all("exact_flow needs the reward of every leaf")
+    needs = [name for name, loss in args.losses.items() if loss.needs_all_rewards or loss.needs_flow_heads]
+    name = needs[0] if args.flows == "learned" else f"{needs[0]} with known flows"
+    rewards.check_scores_all(f"{name} needs the reward of every leaf")
     leaves = rewards.catalog.tree.num_leaves
     table = args.per_device_train_batch_size * leaves
     if table <= args.max_exact_elements:
@@ -319,12 +332,12 @@ def _check_exact(rewards: CompositeReward, args: GFlowNetConfig) -> None:
     size = f"{args.per_device_train_batch_size} prompts x {leaves} leaves = {table} numbers"
     if args.ref_weight:
         raise ValueError(
-            f"exact_flow with a reference model needs its probability of every leaf, a table of {size}, but "
+            f"{name} with a reference model needs its probability of every leaf, a table of {size}, but "
             f"max_exact_elements is {args.max_exact_elements}. Lower per_device_train_batch_size, raise "
             f"max_exact_elements, or use loss_type='vargrad'."
         )
     warnings.warn(
-        f"exact_flow would need a table of {size}, more than max_exact_elements={args.max_exact_elements}: only "
+        f"{name} would need a table of {size}, more than max_exact_elements={args.max_exact_elements}: only "
         f"the exact_top_items={args.exact_top_items} best leaves of each prompt keep their own reward, and all "
         f"others share the rest of the mass evenly.",
         stacklevel=5,
@@ -368,9 +381,8 @@ def composite_reward(
     exclude_history: bool,
 ) -> CompositeReward:
     """Create R from a trainer's arguments; `exclude_history` from `excludes_history`."""
-    exact = any(loss.needs_all_rewards for loss in args.losses.values())
     return CompositeReward(
         reward_funcs, catalog, tokenizer, args.reward_weights, args.reward_transform, args.reward_beta,
-        args.reward_floor, args.leaf_reduction, args.max_exact_elements, args.exact_top_items if exact else None,
-        exclude_history,
+        args.reward_floor, args.leaf_reduction, args.max_exact_elements,
+        args.exact_top_items if args.needs_all_rewards else None, exclude_history,
     )  # fmt: skip

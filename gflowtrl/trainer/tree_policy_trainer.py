@@ -203,6 +203,11 @@ class TreePolicyTrainer(
         self.num_generations = 1
         return "ground_truth"
 
+    @property
+    def _learns_flows(self) -> bool:
+        """Whether the model gets a flow head."""
+        return any(loss.needs_flow_heads for loss in self.losses.values())
+
     def _trained_model(self, parts: Parts, args: TreePolicyConfig, peft_config: PeftConfig | None) -> nn.Module:
         """Add adapters and a flow head to the model if they are needed, and return it."""
         model: Any = parts.model
@@ -211,7 +216,7 @@ class TreePolicyTrainer(
             merge_tied_embeddings(model)
         else:
             model = add_adapters(model, peft_config, parts.catalog, args.train_item_tokens)
-        if any(loss.needs_flow_heads for loss in self.losses.values()):
+        if self._learns_flows:
             # After the adapters, which would freeze or adapt the head.
             attach_flow_heads(model.get_base_model() if hasattr(model, "get_base_model") else model)
         return model

@@ -156,8 +156,30 @@ def test_min_max_by_hand():
     assert (flat.bind(catalog).score_items(step) == 1).all()
 
 
-def test_a_teachers_nan_is_reported_under_min_max():
-    broken = CollaborativeReward(lambda histories: torch.full((len(histories), 9), torch.nan), normalization="min_max")
+def test_standard_scores_by_hand():
+    """Each row has mean 0 and deviation 1, in the order of the teacher; equal scores give 0 for all items."""
+    catalog, step, teacher = make_catalog(), make_step(), TableTeacher()
+    reward = CollaborativeReward(teacher, normalization="standard").bind(catalog)
+    order = [teacher.items.index(item) for item in catalog.items]
+    scores = teacher.score(step.columns["history"])[:, order].double().numpy()
+    expected = (scores - scores.mean(1, keepdims=True)) / scores.std(1, keepdims=True)
+    torch.testing.assert_close(reward.score_items(step).double(), torch.from_numpy(expected), rtol=1e-4, atol=1e-5)
+    flat = CollaborativeReward(lambda histories: torch.full((len(histories), 9), 0.1), normalization="standard")
+    assert (flat.bind(catalog).score_items(step) == 0).all()
+    with pytest.raises(ValueError, match="transform='power' rewards must be >= 0"):  # a power of it has no meaning
+        CompositeReward(reward, catalog).dense(step)
+    composite = CompositeReward(reward, catalog, transform="exp", beta=0.5, leaf_reduction="max")
+    log_rewards = composite.dense(step).result.log_rewards
+    best = torch.full_like(log_rewards, -torch.inf)
+    best.scatter_reduce_(1, catalog.leaf_of(catalog.items).expand(4, -1), reward.score_items(step) / 2, "amax")
+    torch.testing.assert_close(log_rewards, best)
+
+
+@pytest.mark.parametrize("normalization", ["min_max", "standard"])
+def test_a_teachers_nan_is_reported(normalization):
+    broken = CollaborativeReward(
+        lambda histories: torch.full((len(histories), 9), torch.nan), normalization=normalization
+    )
     with pytest.raises(ValueError, match="teacher .* has nan as its best score for history 0"):
         CompositeReward(broken, make_catalog()).dense(make_step())
 
@@ -322,7 +344,7 @@ def test_invalid_options_raise_errors():
         CollaborativeReward(TableTeacher(), popularity_correction=0.5)
     with pytest.raises(ValueError, match=r"item_counts has shape \(2,\), but the catalog has 9 items"):
         CollaborativeReward(TableTeacher(), popularity_correction=0.5, item_counts=[1, 2]).bind(catalog)
-    with pytest.raises(ValueError, match="normalization is 'minmax'; choose 'softmax' or 'min_max'"):
+    with pytest.raises(ValueError, match="normalization is 'minmax'; choose 'softmax' or 'min_max' or 'standard'"):
         CollaborativeReward(TableTeacher(), normalization="minmax")
     with pytest.raises(ValueError, match="exponent of CollaborativeReward is 0.*; it must be a finite number above 0"):
         CollaborativeReward(TableTeacher(), normalization="min_max", exponent=0)

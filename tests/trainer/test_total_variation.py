@@ -17,6 +17,7 @@ SETTINGS = [
     ("trajectory_balance", "llama", Setting(200, "mixture")),
     ("vargrad", "llama", Setting(200, "mixture")),
     ("detailed_balance", "llama", Setting(200, "mixture")),
+    ("detailed_balance", "llama", Setting(200, "mixture", flows="known")),
     pytest.param("exact_flow", "llama", Setting(100, "reward"), marks=pytest.mark.slow),
     ("exact_flow", "t5", Setting(100, "reward")),
 ]
@@ -27,7 +28,7 @@ def test_a_transformer_reaches_the_target_of_every_prompt(objective, backbone, s
     result = run(objective, seed=0, num_leaves=NUM_LEAVES, setting=setting, backbone=backbone)
     assert result["untrained"] >= 0.5
     assert result["trained"] <= BOUND
-    if LOSSES[objective].needs_flow_heads:
+    if LOSSES[objective].needs_flow_heads and setting.flows == "learned":
         assert result["log_z_error"] <= 0.1
 
 
