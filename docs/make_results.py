@@ -338,16 +338,21 @@ def new_items(prefix: str) -> str:
         ("nearest texts", "text", "teacher"),
         ("SASRec", "sasrec", "teacher"),
         ("content SASRec (.8) and texts (.2)", "content", "teacher"),
+        ("content SASRec (.5) and texts (.5)", "half_text", "teacher"),
         ("cross entropy", "content", "control"),
         ("exact flows, teacher SASRec", "sasrec", "gflownet"),
         ("exact flows, teacher content SASRec (.8) and texts (.2)", "content", "gflownet"),
+        ("exact flows, teacher content SASRec (.5) and texts (.5)", "half_text", "gflownet"),
     ]
+    files = {name: KEPT / f"{prefix}-{name}-seed42.json" for name in ("text", "sasrec", "content", "half_text", "added")}
+    records = {name: read(file) for name, file in files.items() if file.is_file()}
     found = [
-        (title, read(KEPT / f"{prefix}-{name}-seed42.json")["new_items"]["methods"][method])
+        (title, records[name]["new_items"]["methods"][method])
         for title, name, method in rows
+        if name in records and method in records[name]["new_items"]["methods"]
     ]
-    added = read(KEPT / f"{prefix}-added-seed42.json")["groups"]
-    found.append(("the same, items added after training", added))
+    if "added" in records:
+        found.append(("exact flows, .8 and .2, items added after training", records["added"]["groups"]))
     names, groups = {"Recall@10": "item_recall@10", "NDCG@10": "item_ndcg@10"}, ("new", "others")
     lines = [
         [title, *("{:.4f} ± {:.4f}".format(*of[group][name]) for group in groups for name in names.values())]
