@@ -344,7 +344,9 @@ def new_items(prefix: str) -> str:
         ("exact flows, teacher content SASRec (.8) and texts (.2)", "content", "gflownet"),
         ("exact flows, teacher content SASRec (.5) and texts (.5)", "half_text", "gflownet"),
     ]
-    files = {name: KEPT / f"{prefix}-{name}-seed42.json" for name in ("text", "sasrec", "content", "half_text", "added")}
+    files = {
+        name: KEPT / f"{prefix}-{name}-seed42.json" for name in ("text", "sasrec", "content", "half_text", "added")
+    }
     records = {name: read(file) for name, file in files.items() if file.is_file()}
     found = [
         (title, records[name]["new_items"]["methods"][method])

@@ -56,8 +56,8 @@ class CausalTreePolicy(TreePolicy):
             )
         return layout.at_states(output, self._keep)
 
-    def _decoder(self, prompts: Prompts) -> BranchDecoder:
-        return CausalDecoder(self.model, prompts)
+    def _decoder(self, prompts: Prompts, flows: bool = False) -> BranchDecoder:
+        return CausalDecoder(self.model, prompts, flows)
 
     def _plain_logits(self, prompt: Tensor, paths: Tensor) -> Tensor:
         sequences = torch.cat([prompt.expand(len(paths), -1), paths[:, :-1]], 1)
@@ -68,15 +68,16 @@ class CausalTreePolicy(TreePolicy):
 class CausalDecoder(BranchDecoder):
     """Branches after the cached prompt of a causal model."""
 
-    def __init__(self, model: nn.Module, prompts: Prompts):
+    def __init__(self, model: nn.Module, prompts: Prompts, flows: bool = False):
         self.reaches = layer_reaches(innermost(model).config)
-        super().__init__(model, DynamicCache(), prompts)
+        super().__init__(model, DynamicCache(), prompts, flows)
 
     def _read(self, prompts: Prompts) -> Tensor:
         trunks = Trunks.of(prompts)
         positions = prompt_positions(trunks.mask)
         keep = trunks.last.unique() if trunks.shared else trunks.last[:1]
         logits = self._run(
+            keep,
             input_ids=trunks.input_ids,
             attention_mask=attention_mask(
                 prompt_visibility(trunks.mask), positions, positions, self.reaches, self.dtype
@@ -91,9 +92,12 @@ class CausalDecoder(BranchDecoder):
         self.cache.batch_select_indices(trunks.trunk)
         self.mask = self.mask[trunks.trunk] & (positions[trunks.trunk] < self.lengths)
         self.prompt_positions = positions[trunks.trunk]
+        column = torch.searchsorted(keep, trunks.last)
+        if self.flows is not None:
+            self.flows = self.flows[trunks.trunk, column, None]
         if logits.shape[1] == trunks.mask.shape[1]:
             return logits[trunks.trunk, trunks.last, None]
-        return logits[trunks.trunk, torch.searchsorted(keep, trunks.last), None]
+        return logits[trunks.trunk, column, None]
 
     def restart(self) -> None:
         super().restart()
@@ -119,6 +123,7 @@ class CausalDecoder(BranchDecoder):
         self.positions = torch.cat([self.positions, positions], 1)
         check_row_length(self.model, self.positions.shape[1])
         return self._run(
+            torch.arange(tokens.shape[1], device=tokens.device),
             input_ids=tokens,
             attention_mask=attention_mask(
                 torch.cat([prompt, visible], 2), positions, self.positions, self.reaches, self.dtype

@@ -28,6 +28,7 @@ class FlowOutput(ModelOutput):
 
     logits: Tensor | None = None
     log_flows: Tensor | None = None
+    encoder_last_hidden_state: Tensor | None = None
 
 
 class FlowHeads(nn.Module):
@@ -58,7 +59,8 @@ class _FlowForward:
         output = super().forward(*args, **kwargs)
         states = output.decoder_hidden_states if self.config.is_encoder_decoder else output.hidden_states
         log_flows = getattr(self, HEADS_ATTRIBUTE)(states[-1].index_select(1, flow_positions))
-        return FlowOutput(logits=output.logits, log_flows=log_flows)
+        encoded = output.encoder_last_hidden_state if self.config.is_encoder_decoder else None
+        return FlowOutput(logits=output.logits, log_flows=log_flows, encoder_last_hidden_state=encoded)
 
 
 def has_flow_heads(model: nn.Module) -> bool:

@@ -186,31 +186,41 @@ class BranchDecoder(ABC):
 
     Attributes:
         root_logits: `(B, 1, V)`, after the prompt.
+        root_flows: `(B, 1)`, log F of the root; None without `flows`.
+        flows: `(B, n)`, log F of the last states; None without `flows`.
         depth: number of tokens of each branch.
 
     Args:
         model: bare or wrapped.
         cache: an empty cache for the prompts and their branches.
         prompts: separate prompts or windows.
+        flows: whether to read the model's flow head at every state.
     """
 
-    def __init__(self, model: nn.Module, cache: DynamicCache | EncoderDecoderCache, prompts: Prompts):
-        self.model, self.cache, self.dtype = model, cache, model_dtype(model)
+    def __init__(
+        self, model: nn.Module, cache: DynamicCache | EncoderDecoderCache, prompts: Prompts, flows: bool = False
+    ):
+        self.model, self.cache, self.dtype, self.reads_flows = model, cache, model_dtype(model), flows
         self.batch, self.device = num_prompts(prompts), prompts["input_ids"].device
+        self.flows: Tensor | None = None
         self.root_logits = self._read(prompts)[:, -1:].float()
+        self.root_flows = self.flows
         self.cached_prompt = cache.get_seq_length()
         self.restart()
 
-    def _run(self, **inputs: object) -> ModelOutput:
-        """Run the model's forward on new tokens and add them to the cache."""
-        return self.model(**inputs, **cache_argument(self.model, self.cache), use_cache=True)
+    def _run(self, flow_positions: Tensor, **inputs: object) -> ModelOutput:
+        """Run the model's forward on new tokens and add them to the cache. Keep log F at `flow_positions` of them."""
+        extra = {"flow_positions": flow_positions} if self.reads_flows else {}
+        output = self.model(**inputs, **extra, **cache_argument(self.model, self.cache), use_cache=True)
+        self.flows = output.log_flows if self.reads_flows else None
+        return output
 
     def restart(self) -> None:
         """Remove all branches and keep the prompt."""
         surplus = self.cache.get_seq_length() - self.cached_prompt
         if surplus:
             self.cache.crop(-surplus)
-        self.depth = 0
+        self.depth, self.flows = 0, self.root_flows
         self.visible = torch.zeros(self.batch, 1, 0, dtype=torch.bool, device=self.device)
 
     def extend(self, tokens: Tensor, parents: Tensor) -> Tensor:

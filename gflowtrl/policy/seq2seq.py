@@ -64,8 +64,8 @@ class Seq2SeqTreePolicy(TreePolicy):
             )
         return layout.at_states(output, kept=False)
 
-    def _decoder(self, prompts: Prompts) -> BranchDecoder:
-        return Seq2SeqDecoder(self.model, separate_prompts(prompts), self._start)
+    def _decoder(self, prompts: Prompts, flows: bool = False) -> BranchDecoder:
+        return Seq2SeqDecoder(self.model, separate_prompts(prompts), self._start, flows)
 
     def _plain_logits(self, prompt: Tensor, paths: Tensor) -> Tensor:
         start = paths.new_full((len(paths), 1), self._start)
@@ -76,14 +76,15 @@ class Seq2SeqTreePolicy(TreePolicy):
 class Seq2SeqDecoder(BranchDecoder):
     """Branches after the cached root of an encoder-decoder, with one cross-attention cache per prompt."""
 
-    def __init__(self, model: nn.Module, prompts: Prompts, start: int):
+    def __init__(self, model: nn.Module, prompts: Prompts, start: int, flows: bool = False):
         self.start = start
-        super().__init__(model, EncoderDecoderCache(DynamicCache(), DynamicCache()), prompts)
+        super().__init__(model, EncoderDecoderCache(DynamicCache(), DynamicCache()), prompts, flows)
 
     def _read(self, prompts: Prompts) -> Tensor:
         tokens, self.mask = _right_padded(prompts)
         root = torch.full((len(tokens), 1), self.start, device=tokens.device)
-        output = self._run(input_ids=tokens, attention_mask=self.mask, decoder_input_ids=root)
+        first = torch.zeros(1, dtype=torch.long, device=tokens.device)
+        output = self._run(first, input_ids=tokens, attention_mask=self.mask, decoder_input_ids=root)
         self.encoded = BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
         return output.logits
 
@@ -96,6 +97,7 @@ class Seq2SeqDecoder(BranchDecoder):
         root = self.visible.new_ones(self.batch, width, 1)
         self.positions = torch.cat([self.positions, self.positions.new_full((width,), self.depth + 1)])
         return self._run(
+            torch.arange(width, device=tokens.device),
             encoder_outputs=self.encoded,
             attention_mask=self.mask,
             decoder_input_ids=tokens,

@@ -76,8 +76,8 @@ class TreePolicy(ABC):
         """
 
     @abstractmethod
-    def _decoder(self, prompts: Prompts) -> BranchDecoder:
-        """Return a decoder with cached prompts."""
+    def _decoder(self, prompts: Prompts, flows: bool = False) -> BranchDecoder:
+        """Return a decoder with cached prompts, which also reads the flow head if `flows` is set."""
 
     @abstractmethod
     def _plain_logits(self, prompt: Tensor, paths: Tensor) -> Tensor:
@@ -225,8 +225,9 @@ class TreePolicy(ABC):
 
     @torch.no_grad()
     def beam_search(
-        self, prompts: Prompts, num_beams: int, allowed: Tensor | None = None, excluded: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, prompts: Prompts, num_beams: int, allowed: Tensor | None = None, excluded: Tensor | None = None,
+        flow_weight: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Find the most probable leaves by beam search on the tree.
 
         Args:
@@ -236,14 +237,20 @@ class TreePolicy(ABC):
                 still normalized over the whole tree.
             excluded: `(B, X)` leaves that each prompt may not return, padded with -1, on the prompts' device. They are
                 left out during the search, so no list is short because of them. Probabilities stay as they are.
+            flow_weight: w, 0 to 1. The child t of a state s is ranked by `(1 - w) log pi(s) + w (log F(s) - log Z) +
+                log pi(t | s)`, where the flow head estimates log F and log Z, and keeps this rank once nothing is left
+                to choose. At pi = R / Z with the true flows this changes nothing.
 
         Returns:
             Leaves `(B, num_beams)`, best first, and their tree-normalized log-probabilities. If there are fewer leaves
             than beams, the rest is padded with leaf -1 and log-probability -inf.
 
         Raises:
-            ValueError: `excluded` has not one row per prompt.
+            ValueError: `excluded` has not one row per prompt, or the model has no flow head for `flow_weight`.
         """
+        check_number("flow_weight", flow_weight, SHARE)
+        if flow_weight and not self._heads:
+            raise ValueError("flow_weight needs a model with a flow head; set it to 0, or load the head (load_heads).")
         batch, tree = num_prompts(prompts), self._tree(prompts)
         start = torch.zeros(batch, 1, device=prompts["input_ids"].device)
         closed: Tensor | None = None
@@ -261,7 +268,7 @@ class TreePolicy(ABC):
                 totals = totals.masked_fill(~allowed[children.clamp(min=0)], -torch.inf)
             return totals if closed is None else totals.masked_fill(in_rows(closed, children), -torch.inf)
 
-        leaves, log_probs, _ = self._search(prompts, num_beams, 1.0, start, rank)
+        leaves, log_probs, _ = self._search(prompts, num_beams, 1.0, start, rank, flow_weight)
         return leaves, log_probs
 
     @torch.no_grad()
@@ -340,7 +347,7 @@ class TreePolicy(ABC):
     # ------------------------------------------------------------------------------------------------------- helpers
     def _search(
         self, prompts: Prompts, width: int, temperature: float, start: Tensor,
-        rank: Callable[[Tensor, Tensor, Tensor], Tensor],
+        rank: Callable[[Tensor, Tensor, Tensor], Tensor], flow_weight: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Keep the prefixes with the `width` largest ranking scores at every depth.
 
@@ -351,6 +358,7 @@ class TreePolicy(ABC):
             start: `(B, 1)` the root's ranking score, -inf for an empty list; its dtype is used for all sums.
             rank: function from ranking scores of the beams `(B, n)`, log-probabilities of their children `(B, n, C)`
                 and the children `(B, n, C)` to the children's ranking scores `(B, n, C)`, -inf for missing children.
+            flow_weight: see `beam_search`.
 
         Returns:
             Leaves, log-probabilities and ranking scores `(B, width)`, best first, padded with -1, -inf and -inf.
@@ -358,7 +366,7 @@ class TreePolicy(ABC):
         tree = self._tree(prompts)
         nodes = torch.where(start == -torch.inf, -1, 0)
         totals, ranks = torch.where(start == -torch.inf, start, 0.0), start
-        with self._decoding(prompts) as decoder:
+        with self._decoding(prompts, flows=flow_weight > 0) as decoder:
             logits, parents = decoder.root_logits, torch.zeros_like(nodes)
             for depth in range(tree.max_depth):
                 if not tree.num_branching[depth]:
@@ -370,8 +378,13 @@ class TreePolicy(ABC):
                 if depth:
                     logits = decoder.extend(tree.tokens_of(states), parents.gather(1, active))
                 children, log_probs = self._distribution(logits / temperature, states, depth)
-                candidates = totals.gather(1, active)[..., None] + log_probs
-                ranked = rank(ranks.gather(1, active), candidates, children)
+                so_far = totals.gather(1, active)[..., None]
+                candidates = so_far + log_probs
+                guided = candidates
+                if decoder.flows is not None and decoder.root_flows is not None:
+                    correction = (decoder.flows - decoder.root_flows)[..., None] - so_far
+                    guided = torch.where(so_far > -torch.inf, candidates + flow_weight * correction, candidates)
+                ranked = rank(ranks.gather(1, active), guided, children)
                 # Determined beams compete unchanged with the children of the others.
                 flat = torch.cat([ranked.flatten(1), ranks.masked_fill(~determined, -torch.inf)], 1)
                 ranks, best = flat.topk(min(width, flat.shape[1]), dim=1)
@@ -408,15 +421,15 @@ class TreePolicy(ABC):
                 self._shared = None
 
     @contextmanager
-    def _decoding(self, prompts: Prompts) -> Iterator[BranchDecoder]:
+    def _decoding(self, prompts: Prompts, flows: bool = False) -> Iterator[BranchDecoder]:
         """Context manager: a decoder of the model in evaluation mode. The model's mode is restored afterwards."""
-        if self._shared is not None and self._shared[0] is prompts:
+        if self._shared is not None and self._shared[0] is prompts and not flows:
             self._shared[1].restart()
             yield self._shared[1]
             return
         with evaluation_mode(self.model), only_rows(self._output, self.catalog.tree.tokens):
             with torch.no_grad():
-                decoder = self._decoder(prompts)
+                decoder = self._decoder(prompts, flows)
             yield decoder
 
 

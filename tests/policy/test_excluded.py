@@ -87,7 +87,7 @@ def test_searches_share_one_computation_of_the_prompts(kind, monkeypatch):
     prompts, others = ragged_prompts(BATCH, VOCAB), ragged_prompts(BATCH, VOCAB, seed=1)
     noise = StatelessNoise(3).at(0, torch.arange(BATCH))
     made, decoder = [], policy._decoder
-    monkeypatch.setattr(policy, "_decoder", lambda given: made.append(given) or decoder(given))
+    monkeypatch.setattr(policy, "_decoder", lambda given, flows: made.append(given) or decoder(given, flows))
 
     def run(context):
         with context:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from gflowtrl.policy import CausalTreePolicy, attach_flow_heads, has_flow_heads
+from gflowtrl.policy import CausalTreePolicy, Seq2SeqTreePolicy, attach_flow_heads, has_flow_heads
+from gflowtrl.policy.causal import CausalDecoder
 from gflowtrl.policy.heads import load_heads, split_heads
 from tests.tiny import catalog_of, ragged_prompts, random_paths, tiny_model, tiny_seq2seq
 
@@ -25,6 +26,108 @@ def with_flows(ragged=False):
     model = attach_flow_heads(tiny_model(30))
     torch.nn.init.normal_(model.flow_heads.outer.weight)
     return CausalTreePolicy(model, catalog_of(random_paths(30, ragged=ragged)))
+
+
+def guided_by_hand(policy, prompts, num_beams, weight):
+    """Beam search by definition, with the log-probabilities and flows of every leaf's path from `score`."""
+    tree = policy.catalog.tree
+    everything = torch.arange(tree.num_leaves).expand(len(prompts["input_ids"]), -1)
+    with torch.no_grad():
+        scores = policy.score(prompts, everything)
+    paths = [tuple(path[path >= 0].tolist()) for path in tree.paths]
+    lists = []
+    for row in range(len(everything)):
+        log_pi, log_f = {(): 0.0}, {}
+        for leaf, path in enumerate(paths):
+            for depth in range(len(path)):
+                log_f[path[:depth]] = float(scores.log_flows[row, leaf, depth])
+                log_pi[path[: depth + 1]] = log_pi[path[:depth]] + float(scores.log_probs[row, leaf, depth])
+        beams = {(): 0.0}
+        for _ in range(tree.max_depth):
+            ranked = {}
+            for state, rank in beams.items():
+                below = [path for path in paths if path[: len(state)] == state]
+                if len(below) == 1:  # nothing is left to choose
+                    ranked[state] = rank
+                    continue
+                start = (1 - weight) * log_pi[state] + weight * (log_f[state] - log_f[()])
+                children = {path[: len(state) + 1] for path in below}
+                ranked |= {child: start + log_pi[child] - log_pi[state] for child in children}
+            beams = dict(sorted(ranked.items(), key=lambda item: -item[1])[:num_beams])
+        lists.append([next(i for i, path in enumerate(paths) if path[: len(state)] == state) for state in beams])
+    return torch.tensor(lists)
+
+
+def of_seq2seq():
+    model = attach_flow_heads(tiny_seq2seq(30))
+    torch.nn.init.normal_(model.flow_heads.outer.weight)
+    return Seq2SeqTreePolicy(model, catalog_of(random_paths(30)))
+
+
+@pytest.mark.parametrize("make", [with_flows, of_seq2seq])
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_guided_beam_search_equals_its_definition(make, weight):
+    policy, prompts = make(), ragged_prompts(3, 30)
+    leaves, log_probs = policy.beam_search(prompts, 6, flow_weight=weight)
+    assert torch.equal(leaves, guided_by_hand(policy, prompts, 6, weight))
+    assert not torch.equal(leaves, policy.beam_search(prompts, 6)[0])
+    exact = policy.leaf_log_probs(prompts).gather(1, leaves)
+    torch.testing.assert_close(log_probs, exact, rtol=0, atol=1e-5)  # the policy's, without the flows
+    trunks = {**prompts, "trunk": torch.arange(3), "cut": prompts["attention_mask"].sum(1)}
+    assert torch.equal(policy.beam_search(trunks, 6, flow_weight=weight)[0], leaves)
+    with policy.computed_once(prompts):
+        assert torch.equal(policy.beam_search(prompts, 6, flow_weight=weight)[0], leaves)
+
+
+def test_guided_beam_search_leaves_out_what_is_excluded():
+    policy, prompts = with_flows(), ragged_prompts(3, 30)
+    everything = torch.arange(policy.catalog.tree.num_leaves).expand(3, -1).clone()
+    everything[1:, 5:] = -1  # the first prompt may return nothing
+    leaves, log_probs = policy.beam_search(prompts, 8, excluded=everything, flow_weight=0.5)
+    assert (leaves[0] == -1).all() and (log_probs[0] == -torch.inf).all()
+    assert (leaves[1:] >= 5).all() and log_probs[1:].isfinite().all()
+
+
+def test_true_flows_change_nothing(monkeypatch):
+    """At pi = R / Z, log F(s) - log Z is log pi(s): the search with any weight is the plain one."""
+    policy, prompts = with_flows(), ragged_prompts(3, 30)
+    tree = policy.catalog.tree
+    flows = tree.log_flows(policy.leaf_log_probs(prompts) + 2.5)
+    plain = policy.beam_search(prompts, 6)
+    extend = CausalDecoder.extend
+
+    def with_true_flows(self, tokens, parents):
+        logits = extend(self, tokens, parents)
+        self.flows = flows.gather(1, policy.states)
+        return logits
+
+    monkeypatch.setattr(CausalDecoder, "extend", with_true_flows)
+    tokens_of = tree.tokens_of
+
+    def remember_states(nodes):
+        policy.states = nodes.clamp(min=0)
+        return tokens_of(nodes)
+
+    monkeypatch.setattr(tree, "tokens_of", remember_states)
+    read = CausalDecoder._read
+
+    def read_true(self, given):
+        logits = read(self, given)
+        self.flows = flows[:, :1]
+        return logits
+
+    monkeypatch.setattr(CausalDecoder, "_read", read_true)
+    leaves, log_probs = policy.beam_search(prompts, 6, flow_weight=0.7)
+    assert torch.equal(leaves, plain[0])
+    torch.testing.assert_close(log_probs, plain[1])
+
+
+def test_a_weight_of_flows_needs_a_head():
+    policy = CausalTreePolicy(tiny_model(30), catalog_of(random_paths(30)))
+    with pytest.raises(ValueError, match="flow_weight needs a model with a flow head"):
+        policy.beam_search(ragged_prompts(3, 30), 4, flow_weight=0.5)
+    with pytest.raises(ValueError, match="flow_weight is 2"):
+        with_flows().beam_search(ragged_prompts(3, 30), 4, flow_weight=2)
 
 
 def test_log_z_is_the_flow_of_the_root_and_depends_on_the_prompt_only():
