@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 from comparison import prefixes
@@ -159,15 +160,16 @@ def main() -> None:
         run_cell(given.study, given.cell[0], int(given.cell[1]), given, others)
         return
     start = time.monotonic()
-    for seed in given.seeds:
-        for name in rows:
-            if is_done(given.study, name, seed, given, others):
-                continue
-            if time.monotonic() - start > 60 * given.minutes:
-                print(f"{given.minutes:g} minutes are over; start this command again to continue with {name}, {seed}.")
-                break
-            print(f"\n{given.study}: {name}, seed {seed}", flush=True)
-            subprocess.run([sys.executable, *sys.argv, "--cell", name, str(seed)], check=True)
+    for seed, name in product(given.seeds, rows):
+        if is_done(given.study, name, seed, given, others):
+            continue
+        if time.monotonic() - start > 60 * given.minutes:
+            print(
+                f"{given.minutes:g} minutes are over; start this command again to continue with {name}, seed {seed}."
+            )
+            break
+        print(f"\n{given.study}: {name}, seed {seed}", flush=True)
+        subprocess.run([sys.executable, *sys.argv, "--cell", name, str(seed)], check=True)
     print(f"\n{table(given.study, given.seeds)}")
 
 
