@@ -164,9 +164,7 @@ def main() -> None:
         if is_done(given.study, name, seed, given, others):
             continue
         if time.monotonic() - start > 60 * given.minutes:
-            print(
-                f"{given.minutes:g} minutes are over; start this command again to continue with {name}, seed {seed}."
-            )
+            print(f"{given.minutes:g} minutes are over; start again to continue with {name}, seed {seed}.")
             break
         print(f"\n{given.study}: {name}, seed {seed}", flush=True)
         subprocess.run([sys.executable, *sys.argv, "--cell", name, str(seed)], check=True)
