@@ -37,6 +37,7 @@ TRAINERS = (GFlowNetTrainer, APAOTrainer, SFTStage, Seq2SeqSFTStage)
 OVERRIDES: dict[str, dict[str, tuple[str, ...] | None]] = {
     "transformers:Trainer": {
         "_get_eval_sampler": ("eval_dataset",),
+        "_get_output_dir": ("trial",),
         "_get_grad_norm": ("model", "grad_norm"),
         "_get_train_sampler": ("train_dataset",),
         "_hp_search_setup": ("trial",),

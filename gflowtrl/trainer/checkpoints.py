@@ -29,8 +29,10 @@ class CompleteCheckpointsMixin(TrainerBase):
 
     _checkpoint_limit: int | None = None  # args.save_total_limit during training
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs: Any):
         """Train. `resume_from_checkpoint` is a folder, or True for the last complete checkpoint in `args.output_dir`.
+
+        A trial of a search for hyperparameters writes its checkpoints to a folder of its own, `run-NUMBER`.
 
         Raises:
             ValueError: the checkpoint is damaged, or a part of the training state is missing (the message names it).
@@ -48,9 +50,9 @@ class CompleteCheckpointsMixin(TrainerBase):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         self._checkpoint_limit = limit if limit and limit > 0 else None
         try:
-            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)
             if self._checkpoint_limit == 1 and self.state.best_model_checkpoint is not None:
-                self._remove_checkpoints({Path(self.state.best_model_checkpoint)})
+                self._remove_checkpoints(trial, {Path(self.state.best_model_checkpoint)})
             return result
         finally:
             self.args.save_total_limit, self._checkpoint_limit = limit, None
@@ -67,11 +69,12 @@ class CompleteCheckpointsMixin(TrainerBase):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         best, newest = self.state.best_model_checkpoint, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._remove_checkpoints({Path(str(self.args.output_dir), newest), *([Path(best)] if best else [])})
+        kept = {Path(self._get_output_dir(trial), newest), *([Path(best)] if best else [])}
+        self._remove_checkpoints(trial, kept)
 
-    def _remove_checkpoints(self, kept: set[Path]) -> None:
+    def _remove_checkpoints(self, trial: Any, kept: set[Path]) -> None:
         if self._checkpoint_limit is not None and self.args.should_save:
-            remove_checkpoints(str(self.args.output_dir), self._checkpoint_limit, kept)
+            remove_checkpoints(self._get_output_dir(trial), self._checkpoint_limit, kept)
 
     def _extra_state_files(self, checkpoint: str) -> list[str]:
         """Return the names of the files that this trainer adds to the files of transformers in a checkpoint."""

@@ -20,24 +20,23 @@ from gflowtrl.policy.loading import check_embedded
 from .folder import Parts
 
 
+Rows = Dataset | IterableDataset
 REQUIRED_COLUMNS = ("row_id", "history", "target")
 
 
-def check_inputs(
-    parts: Parts,
-    max_history_items: int | None,
-    datasets: Iterable[Dataset | IterableDataset | None],
-    new_adapters: bool,
-) -> None:
-    """Run all checks of this module on a trainer's inputs; the first dataset is that of the training."""
+def check_parts(parts: Parts, max_history_items: int | None, new_adapters: bool) -> None:
+    """Run all checks of this module on a trainer's model and encoder."""
     check_model(parts.model, parts.catalog)
     check_trainable(parts.model, new_adapters)
     check_encoder(parts.encoder, parts.catalog, parts.model, max_history_items)
-    train_dataset, *others = datasets
+
+
+def check_datasets(train_dataset: Rows | None, others: Iterable[Rows | None], catalog: ItemCatalog) -> None:
+    """Run all checks of this module on a trainer's datasets: that of the training, and those of the evaluation."""
     check_training_rows(train_dataset)
     for dataset in (train_dataset, *others):
         if not isinstance(dataset, IterableDataset):  # streamed rows are checked as they are read
-            check_rows(dataset, parts.catalog)
+            check_rows(dataset, catalog)
 
 
 def check_model(model: PreTrainedModel, catalog: ItemCatalog) -> None:

@@ -12,10 +12,7 @@ from torch.utils.data import IterableDataset as TorchStream
 from gflowtrl.catalog import ItemCatalog
 from gflowtrl.data.arrow import as_table, is_table
 
-from .input_checks import check_row, check_rows, check_training_rows
-
-
-Rows = Dataset | IterableDataset
+from .input_checks import Rows, check_row, check_rows, check_training_rows
 
 
 def as_rows(rows: Any, name: str) -> Rows | None:

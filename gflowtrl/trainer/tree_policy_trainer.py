@@ -40,7 +40,7 @@ from .evaluation import RankingEvaluationMixin, rows_per_step
 from .finite_steps import HEADS_FILE, FiniteMixin, group_parts
 from .folder import Given, Parts, base_model_kwargs
 from .group import Group, group_metrics, print_group
-from .input_checks import check_inputs, item_counts_of
+from .input_checks import check_datasets, check_parts, item_counts_of
 from .model_card import write_model_card
 from .optimizers import adopt_optimizer, split_head_group
 from .recording import RecordingMixin
@@ -104,6 +104,7 @@ class TreePolicyTrainer(
     """
 
     loss_is_scaled_for_ga = False  # losses are means over a micro-batch; the Trainer divides by the accumulation steps
+    _rows_are_checked = False
     args: TreePolicyConfig
     model: nn.Module
     train_dataset: Dataset | None
@@ -172,9 +173,11 @@ class TreePolicyTrainer(
         self._start_recording()
         self._parts = parts = Parts.resolve(model, args, given)
         self._given = given.with_parts(parts)
-        rows, eval_rows = self._first_rows
-        others = eval_rows.values() if isinstance(eval_rows, dict) else [eval_rows]
-        check_inputs(parts, args.max_history_items, [rows, *others], given.peft_config is not None)
+        check_parts(parts, args.max_history_items, given.peft_config is not None)
+        if not self._rows_are_checked:  # later models have the same catalog
+            rows, eval_rows = self._first_rows
+            check_datasets(rows, eval_rows.values() if isinstance(eval_rows, dict) else [eval_rows], parts.catalog)
+            self._rows_are_checked = True
         self.losses: dict[str, LossSpec] = args.losses
         # Only for losses on the target, with or without negatives. Balance losses always use the tree.
         self._vocabulary = args.label_space == "vocabulary"

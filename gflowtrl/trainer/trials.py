@@ -14,8 +14,9 @@ from .best_metric import searched_metric
 from .checkpoints import TrainerBase
 
 
-#: Fields that a trial cannot change: the prompts and the evaluation are made with the trainer.
-FIXED = {"max_history_items", "eval_num_beams", "eval_ks", "sync_ref_model", "output_dir"}
+#: Fields that a trial cannot change: the prompts and the evaluation are made with the trainer, and the number of
+#: checkpoints that are kept is read before the trial's values are set.
+FIXED = {"max_history_items", "eval_num_beams", "eval_ks", "sync_ref_model", "output_dir", "save_total_limit"}
 
 
 class TrialsMixin(TrainerBase):

@@ -8,6 +8,7 @@ from peft import LoraConfig
 from gflowtrl import APAOConfig, APAOTrainer
 from gflowtrl.rewards import CollaborativeReward, GroundTruthReward
 from gflowtrl.samplers import ReplaySampler
+from gflowtrl.trainer import input_checks
 from tests.tiny import tiny_model
 from tests.trainer.world import TOKENIZER, losses, make_catalog, make_rows, make_trainer, teacher, weights
 
@@ -176,6 +177,37 @@ def test_a_trial_has_nothing_of_the_trial_before(tmp_path):
         assert_equal(state, next(found for found, other in trained if other == loss))
 
 
+def test_a_trial_keeps_as_many_checkpoints_as_a_training(tmp_path):
+    """Each trial in its own folder; the checkpoints of an earlier training stay."""
+    (tmp_path / "checkpoint-1").mkdir()
+    trainer = make_trainer(
+        tmp_path, rewards(), model=False, model_init=Model(), eval_dataset=make_rows(6, seed=1), max_steps=3,
+        save_strategy="steps", save_steps=1, save_total_limit=2, report_to="none",
+    )  # fmt: skip
+    values = {"learning_rate": [1e-4, 1e-3]}
+    trainer.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_categorical("learning_rate", values["learning_rate"])},
+        n_trials=2, sampler=optuna.samplers.GridSampler(values),
+    )  # fmt: skip
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("checkpoint-*")}
+    kept = {f"run-{number}/checkpoint-{step}" for number in range(2) for step in (2, 3)}
+    assert found == kept | {"checkpoint-1"}
+    assert trainer.args.save_total_limit == 2
+
+
+def test_rows_are_checked_once(tmp_path, monkeypatch):
+    """All models have the catalog of the first, so that their rows are the same."""
+    seen = []
+    monkeypatch.setattr(input_checks, "check_rows", lambda rows, catalog: seen.append(len(rows)))
+    evaluation = {"a": make_rows(5, seed=1), "b": make_rows(7, seed=2)}
+    trainer = make_trainer(
+        tmp_path, rewards(), model=False, model_init=Model(), eval_dataset=evaluation, max_steps=1, **FIXED
+    )
+    trainer.train()
+    trainer.train()
+    assert seen == [24, 5, 7]
+
+
 def random_model():
     config = tiny_model(len(TOKENIZER)).config
     torch.randn(3)
@@ -188,6 +220,7 @@ def random_model():
         ({"learning_speed": 1.0}, "hp_space sets 'learning_speed', which is not a field of GFlowNetConfig"),
         ({"reward_beta": -1.0}, "reward_beta is -1.0"),
         ({"max_history_items": 5}, "hp_space sets 'max_history_items', which is fixed"),
+        ({"save_total_limit": 5}, "hp_space sets 'save_total_limit', which is fixed"),
         ({"reward_weights": [1.0]}, "1 reward_weights were given for 2 rewards"),
     ],
 )
