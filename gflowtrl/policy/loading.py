@@ -30,6 +30,12 @@ from .modules import innermost
 WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
+def tokenizer_kwargs(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `from_pretrained` arguments of a model that its tokenizer needs, which is not in a subfolder."""
+    kept = {*WHERE, "trust_remote_code"} - {"subfolder"}
+    return {name: value for name, value in model_kwargs.items() if name in kept}
+
+
 def load_config(name: str | os.PathLike, trust_remote_code: bool = False, **where: Any) -> PreTrainedConfig:
     """Load a model's configuration. Python code in the folder runs only with `trust_remote_code`.
 

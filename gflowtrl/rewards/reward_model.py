@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from gflowtrl.policy import whole_models
-from gflowtrl.policy.loading import load_tokenizer, load_weights
+from gflowtrl.policy import innermost, whole_models
+from gflowtrl.policy.loading import load_tokenizer, load_weights, tokenizer_kwargs
 
 
 class RewardModel:
@@ -21,18 +22,19 @@ class RewardModel:
     `reward_transform="exp"`.
 
     Args:
-        model: the classifier. It is not trained.
+        model: the classifier, also with the adapters of PEFT or compiled by `torch.compile`. It is not trained.
         tokenizer: its tokenizer. A missing padding token becomes the end token.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase):
         if tokenizer.pad_token is None:
             tokenizer = copy.deepcopy(tokenizer)
             tokenizer.pad_token = tokenizer.eos_token
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
-        config: Any = model.config.get_text_config()
-        config.pad_token_id = tokenizer.pad_token_id  # the classifier reads the last token that is not padding
-        self.__name__ = Path(model.config.name_or_path or "reward_model").name
+        config: Any = innermost(model).config
+        # The classifier reads the last token that is not padding.
+        config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        self.__name__ = Path(config.name_or_path or "reward_model").name
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
@@ -75,22 +77,22 @@ def _resolved(reward: Any, tokenizer: PreTrainedTokenizerBase | None, model_kwar
     if name is not None:
         with whole_models():  # the classifier is not trained, so no engine gathers its shards
             reward = load_weights(AutoModelForSequenceClassification, name, **{**model_kwargs, "num_labels": 1})
-    if not isinstance(reward, PreTrainedModel):
+    if not isinstance(reward, nn.Module) or not isinstance(model := innermost(reward), PreTrainedModel):
         if tokenizer is not None:
             raise ValueError(
                 f"reward_processing_classes has a tokenizer for a {type(reward).__name__}, which is not a classifier, "
                 f"so it would not be used. Give None for this reward."
             )
         return reward
-    labels = reward.config.num_labels
+    labels = model.config.num_labels
     if labels != 1:
         raise ValueError(
-            f"The reward model {reward.config.name_or_path!r} has {labels} labels, but a reward is one number. Load "
+            f"The reward model {model.config.name_or_path!r} has {labels} labels, but a reward is one number. Load "
             f"it with num_labels=1."
         )
     if tokenizer is None:
-        name = name or reward.config.name_or_path
-        if not name:
+        source = name or model.config.name_or_path
+        if not source:
             raise ValueError("A reward model without a name needs its tokenizer; give reward_processing_classes.")
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_tokenizer(source, **({} if name is None else tokenizer_kwargs(model_kwargs)))
     return RewardModel(reward, tokenizer)

@@ -18,7 +18,7 @@ from gflowtrl.checks import check_titles
 from gflowtrl.data import PromptEncoder
 from gflowtrl.files import read_json
 from gflowtrl.policy import load_backbone
-from gflowtrl.policy.loading import WHERE, load_tokenizer
+from gflowtrl.policy.loading import load_tokenizer, tokenizer_kwargs
 from gflowtrl.recommender import read_details, read_encoder
 
 from .tree_policy_config import TreePolicyConfig
@@ -85,10 +85,9 @@ class Parts:
         """
         tokenizer, catalog, encoder = given.tokenizer, given.catalog, given.encoder
         item_titles, item_counts = given.item_titles, given.item_counts
-        kwargs, folder = _loading_kwargs(model, args, given.quantization_config), source_folder(model)
-        where = {key: kwargs[key] for key in (*WHERE, "trust_remote_code") if key in kwargs and key != "subfolder"}
+        kwargs, folder = loading_kwargs(model, args, given.quantization_config), source_folder(model)
         if folder is not None:
-            tokenizer = tokenizer or load_tokenizer(folder, **where)
+            tokenizer = tokenizer or load_tokenizer(folder, **tokenizer_kwargs(kwargs))
             catalog = catalog or ItemCatalog.from_pretrained(folder)
             # A model object may get another catalog, which the folder's prompts do not belong to.
             if encoder is None and (isinstance(model, str) or _has_items(folder, catalog)):
@@ -116,8 +115,12 @@ def source_folder(model: str | PreTrainedModel) -> str | None:
     return name if name and Path(name, CATALOG_FILE).is_file() else None
 
 
-def _loading_kwargs(model: str | PreTrainedModel, args: TreePolicyConfig, quantization_config: Any) -> dict[str, Any]:
-    """Return the keyword arguments of `from_pretrained`."""
+def loading_kwargs(model: str | PreTrainedModel, args: TreePolicyConfig, quantization_config: Any) -> dict[str, Any]:
+    """Return the keyword arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: an argument is given twice, or would not be used because the model is already loaded.
+    """
     kwargs = dict(model_kwargs(args))
     if quantization_config is not None and "quantization_config" in kwargs:
         raise ValueError("quantization_config is given twice: as an argument and in model_init_kwargs. Leave one out.")

@@ -33,7 +33,7 @@ from gflowtrl.rewards import (
 from gflowtrl.rewards.reward_model import resolve_rewards
 from gflowtrl.samplers import Feedback, Sampler, Trajectories
 
-from .folder import Parts, model_kwargs
+from .folder import Parts, loading_kwargs, model_kwargs
 from .gflownet_config import GFlowNetConfig
 from .group import Group
 from .reference import ReferencePrior, build_prior
@@ -120,6 +120,8 @@ class GFlowNetTrainer(TreePolicyTrainer):
         args = GFlowNetConfig("gflownet-output") if args is None else args
         if not isinstance(args, GFlowNetConfig):
             raise TypeError(f"args is a {type(args).__name__}, but GFlowNetTrainer needs a GFlowNetConfig.")
+        if model is not None:
+            loading_kwargs(model, args, quantization_config)  # its checks, before classifiers are loaded
         self._given_reference = ref_model
         self.reward_funcs = resolve_rewards(reward_funcs, reward_processing_classes, model_kwargs(args))
         super().__init__(

@@ -96,7 +96,8 @@ class TreePolicyConfig(TRLConfig):
         log_completions (`bool`, *optional*, defaults to `False`):
             Print a group of trajectories with its rewards at every logging step.
         model_init_kwargs (`dict` or `str`, *optional*):
-            Keyword arguments of `from_pretrained` if the model is given by name.
+            Keyword arguments of `from_pretrained` if the model is given by name, also for rewards that are given by
+            name.
 
         > Defaults that differ from `TrainingArguments`: learning rate 5e-4, gradient checkpointing off, bf16 only on a
         > device that supports it, `train_sampling_strategy="group_by_length"`, `remove_unused_columns=False`,

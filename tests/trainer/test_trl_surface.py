@@ -15,7 +15,7 @@ import torch
 import trl
 from accelerate.utils import compare_versions
 from datasets import Dataset, DatasetDict, IterableDataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForSequenceClassification
 from trl import SyncRefModelCallback
@@ -23,6 +23,7 @@ from trl import SyncRefModelCallback
 from gflowtrl import GFlowNetConfig, GFlowNetTrainer, Recommender
 from gflowtrl.compat import TRLConfig
 from gflowtrl.rewards import GroundTruthReward, RewardModel
+from gflowtrl.rewards import reward_model as reward_module
 from gflowtrl.trainer.row_sources import RowStream
 from tests.tiny import tiny_model
 from tests.trainer.world import ITEMS, TOKENIZER, losses, make_catalog, make_rows, make_trainer, weights
@@ -272,6 +273,41 @@ def test_a_classifier_reads_prompt_and_completion(tmp_path):
     for prompt, completion, score in zip(prompts, completions, together, strict=True):
         ids = TOKENIZER(f"{prompt} {completion}", add_special_tokens=False, return_tensors="pt")["input_ids"]
         assert score == pytest.approx(model(ids).logits.item(), abs=1e-5)
+
+
+def adapted_reward_model():
+    model = reward_model()
+    model.config.pad_token_id = None  # set by RewardModel, inside the adapters too
+    return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", init_lora_weights=False, target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("kind", ["adapters", "compiled", "compiled adapters"])
+def test_a_wrapped_classifier_is_a_reward(tmp_path, kind):
+    """Its score is that of the wrapped model: the adapters count."""
+    model = reward_model() if kind == "compiled" else adapted_reward_model()
+    given = torch.compile(model, backend="eager") if "compiled" in kind else model
+    (reward,) = make_trainer(tmp_path, given, reward_processing_classes=TOKENIZER, **EXP).reward_funcs
+    assert isinstance(reward, RewardModel)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    scores = reward(prompts=["<a_1>", "<a_1> <b_2>"], completions=["<c_0>", "<c_1>"])
+    for text, score in zip(["<a_1> <c_0>", "<a_1> <b_2> <c_1>"], scores, strict=True):
+        ids = TOKENIZER(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        assert score == pytest.approx(model(input_ids=ids).logits.item(), abs=1e-5)
+
+
+def test_arguments_for_loading_are_refused_before_a_classifier_is_loaded(tmp_path):
+    """The policy is loaded already, so `model_init_kwargs` cannot be for it, and the folder need not exist."""
+    with pytest.raises(ValueError, match="model_init_kwargs was given, but the model is already loaded"):
+        make_trainer(tmp_path, "missing/folder/of/judge", model_init_kwargs={"dtype": "float32"})
+
+
+def test_the_tokenizer_of_a_classifier_is_looked_for_where_the_classifier_is(tmp_path, monkeypatch):
+    reward_model().save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    found, load = [], reward_module.load_tokenizer
+    monkeypatch.setattr(reward_module, "load_tokenizer", lambda name, **where: (found.append(where), load(name))[1])
+    reward_module.resolve_rewards(str(tmp_path), None, {"revision": "v2", "dtype": "float32", "subfolder": ""})
+    assert found == [{"revision": "v2"}]
 
 
 @pytest.mark.parametrize(
