@@ -60,6 +60,7 @@ def resolve_metric(
     eval_dataset: object = None,
     callbacks: Iterable[TrainerCallback | type[TrainerCallback]] = (),
     reports_more: bool = False,
+    adds_metrics: bool = False,
 ) -> None:
     """Set `metric_for_best_model`, its direction and that of a scheduler that depends on it, in place.
 
@@ -73,6 +74,7 @@ def resolve_metric(
             items choose no model.
         callbacks: the trainer's callbacks; early stopping needs a metric.
         reports_more: the trainer reports other metrics too, so every name is valid.
+        adds_metrics: `compute_metrics` adds metrics, so every name that begins with the dataset's is valid.
 
     Raises:
         ValueError: `evaluate()` does not report the metric, the direction contradicts it, or all evaluation data are
@@ -102,8 +104,11 @@ def resolve_metric(
         if str(args.metric_for_best_model).removeprefix("eval_").startswith(f"{hidden}_"):
             raise _exposed_chooses()
     name, known = str(args.metric_for_best_model), metric_names(ks, datasets)
-    if name not in known and f"eval_{name}" not in known and not reports_more:
-        raise _unknown_metric(name, known)
+    if not reports_more and f"eval_{name.removeprefix('eval_')}" not in known:
+        if not adds_metrics:
+            raise _unknown_metric(name, known)
+        if datasets and not any(name.removeprefix("eval_").startswith(f"{dataset}_") for dataset in datasets):
+            raise _without_dataset(name, datasets)
     _check_direction(args)
 
 
@@ -141,6 +146,14 @@ def _unknown_metric(name: str, known: Sequence[str]) -> ValueError:
     return ValueError(
         f"metric_for_best_model is {name!r}, which evaluate() does not report; choose from {', '.join(known)}. "
         f"The cutoffs are set by eval_ks."
+    )
+
+
+def _without_dataset(name: str, datasets: Sequence[str]) -> ValueError:
+    choices = [f"eval_{dataset}_{name.removeprefix('eval_')}" for dataset in datasets]
+    return ValueError(
+        f"metric_for_best_model is {name!r}, but eval_dataset is a dictionary, and the name of a metric begins with "
+        f"that of its dataset; choose from {', '.join(choices)}."
     )
 
 

@@ -49,6 +49,10 @@ class RankingEvaluationMixin(TrainerBase):
 
     With rows of exposed items (`gflowtrl.data.exposed_rows`) it returns `eval_ndcg@5`, `eval_recall@5` and `eval_auc`
     of their ranking by the policy, means over the users for whom each one is defined.
+
+    `predict()` takes the same rows. Its `predictions` are the ranked leaves `(rows, beams)` and its `label_ids` the
+    positions of the targets in `catalog.items`; for exposed items the log-probabilities and the likes of the
+    candidates, both `(rows, C)`; the likes of padding are -100.
     """
 
     _policies_are_checked = False
@@ -89,9 +93,9 @@ class RankingEvaluationMixin(TrainerBase):
 
     def _resolve_metric(self) -> None:
         packages = {getattr(type(self), name).__module__.partition(".")[0] for name in ("evaluate", "evaluation_loop")}
-        # A subclass may report other metrics, too.
-        more = self._more_metrics is not None or not packages <= {"gflowtrl", "transformers", "trl"}
-        resolve_metric(self.args, self._ks, self.eval_dataset, self.callback_handler.callbacks, more)
+        more = not packages <= {"gflowtrl", "transformers", "trl"}  # a subclass may report other metrics, too
+        callbacks, adds = self.callback_handler.callbacks, self._more_metrics is not None
+        resolve_metric(self.args, self._ks, self.eval_dataset, callbacks, more, adds)
 
     def train(self, *args: Any, **kwargs: Any):
         """Train as usual; a callback added after the constructor may need a metric."""
@@ -129,15 +133,28 @@ class RankingEvaluationMixin(TrainerBase):
             rows = datasets if eval_dataset is None else evaluation_rows(eval_dataset)
         if rows is None:
             raise ValueError("There are no evaluation rows. Pass eval_dataset to the trainer or rows to evaluate().")
-        encoder = self._ranking_collator.encoder
-        ranking = ExposedCollator(encoder) if has_exposed_rows(rows) else self._ranking_collator
-        collator, self.data_collator = self.data_collator, ranking
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False  # evaluate every row
+        return self._ranking_loader(super().get_eval_dataloader, by_length(rows)[0])
+
+    def get_test_dataloader(self, test_dataset: Any):
+        """Return the rows of `predict`, in their order, also those of exposed items."""
+        rows = evaluation_rows(test_dataset, "test_dataset")
+        if not isinstance(rows, Dataset):
+            kind = type(rows).__name__
+            raise TypeError(f"predict takes one dataset of rows, not a {kind}; call it for each dataset.")
+        return self._ranking_loader(super().get_test_dataloader, rows)
+
+    def _ranking_loader(self, load: Callable[[Any], Any], rows: Dataset):
+        """Return `load(rows)` with the collator of the rows, and with every row."""
+        args, encoder, collator = self.args, self._ranking_collator.encoder, self.data_collator
+        kept = args.dataloader_drop_last, args.dataloader_persistent_workers
+        self.data_collator = ExposedCollator(encoder) if has_exposed_rows(rows) else self._ranking_collator
+        # The Trainer keeps one loader with persistent workers for all evaluation rows, whichever they are.
+        args.dataloader_drop_last = args.dataloader_persistent_workers = False
         try:
-            ordered: Any = by_length(rows)[0]
-            return super().get_eval_dataloader(ordered)
+            return load(rows)
         finally:
-            self.data_collator, self.args.dataloader_drop_last = collator, drop_last
+            self.data_collator = collator
+            args.dataloader_drop_last, args.dataloader_persistent_workers = kept
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> SequentialSampler:
         return SequentialSampler(eval_dataset)  # already sorted

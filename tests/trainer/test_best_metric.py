@@ -101,6 +101,23 @@ def test_several_datasets_have_prefixed_metrics(tmp_path):
         trainer(tmp_path, eval_dataset=rows, metric_for_best_model="eval_recall@5", **BEST)
 
 
+def test_a_metric_of_compute_metrics_has_the_name_of_its_dataset(tmp_path):
+    """transformers would look for the plain name after the first evaluation, and stop the training there."""
+    rows = {"old": make_rows(3, 1, 500), "new": make_rows(3, 2, 600)}
+    options = {
+        "eval_dataset": rows, "compute_metrics": lambda prediction: {"mine": float(len(prediction.predictions))},
+        "greater_is_better": True, **BEST,
+    }  # fmt: skip
+    for name in ("mine", "eval_mine"):
+        with pytest.raises(ValueError, match=f"is '{name}', but .* choose from eval_old_mine, eval_new_mine"):
+            trainer(tmp_path, metric_for_best_model=name, **options)
+    for name in ("new_mine", "eval_new_mine"):
+        made = trainer(tmp_path, metric_for_best_model=name, max_steps=2, **options)
+        made.train()
+        assert made.state.best_metric == 3
+    assert trainer(tmp_path, **(options | {"eval_dataset": rows["old"]}), metric_for_best_model="mine")
+
+
 def test_early_stopping_can_be_added_later(tmp_path):
     made = trainer(tmp_path, learning_rate=0.0, max_steps=20, **EVERY)
     made.add_callback(EarlyStoppingCallback(early_stopping_patience=1))

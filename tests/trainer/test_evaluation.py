@@ -74,6 +74,24 @@ def test_every_row_is_evaluated_even_if_training_drops_the_last_batch(tmp_path):
     assert trainer.args.dataloader_drop_last and len(trainer.get_train_dataloader()) == 3
 
 
+def test_predict_ranks_every_row_in_its_order(tmp_path):
+    trainer, rows = make_trainer(tmp_path, [GroundTruthReward()], dataloader_drop_last=True), make_rows(11, 3, 900)
+    output, policy = trainer.predict(rows), CausalTreePolicy(trainer.model.eval(), trainer._catalog)
+    ranked = rank_rows(policy, trainer._encoder, rows, 10, progress=False)
+    assert output.predictions.tolist() == ranked.tolist()
+    assert [ITEMS.index(target) for target in rows["target"]] == output.label_ids.tolist()
+
+
+def test_persistent_workers_do_not_mix_up_the_datasets(tmp_path):
+    rows = {"a": make_rows(5, 1, 500), "b": make_rows(7, 2, 600)}
+    trainer = make_trainer(
+        tmp_path, [GroundTruthReward()], eval_dataset=rows, dataloader_persistent_workers=True,
+        dataloader_num_workers=1,
+    )  # fmt: skip
+    found = {name: len(trainer.get_eval_dataloader(name).dataset) for name in rows}
+    assert found == {"a": 5, "b": 7} and trainer.args.dataloader_persistent_workers
+
+
 def test_breadth_uses_the_given_counts(tmp_path):
     counts = torch.arange(len(ITEMS))
     rows = make_rows(6, 1, 500)

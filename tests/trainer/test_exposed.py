@@ -66,6 +66,22 @@ def test_evaluate_ranks_the_candidates_by_the_policy(tmp_path):
     assert torch.allclose(found[present], scores[:, : found.shape[1]][present], atol=1e-5)
 
 
+def test_predict_scores_the_candidates_in_the_order_of_the_rows(tmp_path):
+    rows = make_exposed()
+    trainer = make(tmp_path, per_device_eval_batch_size=4, dataloader_drop_last=True)
+    output = trainer.predict(rows)
+    for found, liked, expected, row in zip(
+        output.predictions, output.label_ids, brute_force(trainer, rows), rows, strict=True
+    ):
+        assert found[: len(expected)] == pytest.approx(expected, abs=1e-5)
+        assert liked.tolist()[: len(expected)] == row["liked"] and set(liked[len(expected) :]) <= {-100}
+    evaluated = trainer.evaluate(rows)
+    for name in ("ndcg@5", "recall@5", "auc"):
+        assert output.metrics[f"test_{name}"] == pytest.approx(evaluated[f"eval_{name}"])
+    with pytest.raises(TypeError, match="predict takes one dataset of rows, not a dict; call it for each"):
+        trainer.predict({"exposed": rows})
+
+
 def test_scores_of_many_candidates_are_computed_in_parts(tmp_path, monkeypatch):
     trainer, rows = make(tmp_path), make_exposed()
     batch = ExposedCollator(trainer._encoder)(list(rows))
