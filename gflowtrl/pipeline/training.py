@@ -24,7 +24,7 @@ from transformers import (
 )
 from trl import SFTTrainer
 
-from gflowtrl.compat import TrainableTokensWrapper
+from gflowtrl.compat import TRAINER_STATE_NAME, TrainableTokensWrapper
 from gflowtrl.data import (
     LengthGroupedEpochSampler,
     TargetCollator,
@@ -33,6 +33,7 @@ from gflowtrl.data import (
     text_sft_dataset,
 )
 from gflowtrl.data.windows import list_lengths
+from gflowtrl.files import reading
 from gflowtrl.policy import load_backbone, merge_tied_embeddings
 from gflowtrl.policy.modules import innermost
 from gflowtrl.recommender import TEACHER_FOLDER, write_recommender_files
@@ -124,7 +125,9 @@ class EarlyStopping(EarlyStoppingCallback):
     def resume(self, args: TrainingArguments, checkpoint: str) -> None:
         """End a training, in its arguments, at a checkpoint that was written when it had stopped."""
         state = read_state(checkpoint)
-        if self._epochs_without_gain(state) >= self.early_stopping_patience:
+        with reading(Path(checkpoint, TRAINER_STATE_NAME), "the state of an early stopping"):
+            ended = self._epochs_without_gain(state) >= self.early_stopping_patience
+        if ended:
             args.max_steps = state["global_step"]
 
     def _epochs_without_gain(self, state: Mapping[str, Any]) -> int:

@@ -11,11 +11,14 @@ import logging
 import os
 import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
+from transformers import TrainerState
 
+from gflowtrl.checks import short_repr
 from gflowtrl.compat import OPTIMIZER_NAME, PREFIX_CHECKPOINT_DIR, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from gflowtrl.files import MISSING, damage_of
 
@@ -25,6 +28,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors")
+#: Types of the fields of a trainer state; JSON has `null` for what is not known.
+_WHOLE, _NUMBER = (int,), (int, float)
+_STATE_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("global_step", "max_steps", "train_batch_size", "best_global_step"), _WHOLE),
+    **dict.fromkeys(("epoch", "num_train_epochs", "num_input_tokens_seen", "total_flos", "best_metric"), _NUMBER),
+    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), _NUMBER),
+    **{"best_model_checkpoint": (str,), "log_history": (list,), "stateful_callbacks": (dict,)},
+}
 RESTART = "To start a new training from its weights, pass the folder as the model without resume_from_checkpoint."
 
 
@@ -72,7 +83,8 @@ def read_state(checkpoint: str | os.PathLike) -> dict[str, Any]:
     """Read the trainer state, which is written last: a checkpoint with a trainer state is complete.
 
     Raises:
-        ValueError: the state is missing or damaged; the message names the file.
+        ValueError: the state is missing or damaged, or a field has another type than transformers writes; the message
+            names the file.
     """
     file = Path(checkpoint, TRAINER_STATE_NAME)
     if not Path(checkpoint).is_dir():
@@ -80,9 +92,23 @@ def read_state(checkpoint: str | os.PathLike) -> dict[str, Any]:
     if damage := damage_of(file):
         raise ValueError(f"{file} {damage}: the checkpoint is incomplete or damaged.")
     state = json.loads(file.read_text(encoding="utf-8"))
-    if not (isinstance(state, dict) and isinstance(state.get("global_step"), int)):
+    if not (isinstance(state, dict) and type(state.get("global_step")) is int and state["global_step"] >= 0):
         raise ValueError(f"{file} does not contain the state of a training (a global_step): it is damaged.")
+    wrong = next((name for name, types in _STATE_TYPES.items() if not _is_null_or(state.get(name), types)), None)
+    if wrong is None and not all(isinstance(entry, dict) for entry in state.get("log_history") or ()):
+        wrong = "log_history"
+    if wrong is not None:
+        raise ValueError(f"{file} is damaged: {wrong} is {short_repr(state[wrong])}. Resume from another checkpoint.")
+    if unknown := sorted(state.keys() - {field.name for field in fields(TrainerState)}):
+        raise ValueError(
+            f"{file} has the field {short_repr(unknown[0])}, which the installed version of transformers does not "
+            f"know. Resume with the version that wrote it, or from another checkpoint."
+        )
     return state
+
+
+def _is_null_or(value: Any, types: tuple[type, ...]) -> bool:
+    return value is None or type(value) in types  # True does not count as a number
 
 
 def check_resumable(trainer: Trainer, checkpoint: str | os.PathLike, more: list[str]) -> None:

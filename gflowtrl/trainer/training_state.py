@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gflowtrl.files import read_tensors, reading
 from gflowtrl.finite import check_tensors
 from gflowtrl.losses.prefix_weights import PrefixWeights
 from gflowtrl.policy.heads import has_flow_heads
@@ -66,14 +68,15 @@ def load_sampler(sampler: Sampler, directory: str | os.PathLike, process: int, p
     """Restore the state written by `save_sampler`.
 
     Raises:
-        ValueError: the file of a sampler with state is missing, or the checkpoint was written by another number of
-            processes or by another sampler.
+        ValueError: the file of a sampler with state is missing or damaged, or the checkpoint was written by another
+            number of processes or by another sampler.
     """
     file = sampler_file(directory, process, processes)
     if file.is_file():
         state = _read(file)
         if state or sampler.state_dict():
-            sampler.load_state_dict(state)
+            with loading_state(file):
+                sampler.load_state_dict(state)
         return
     others = sorted(path.name for path in Path(directory).glob(f"{_STEM}*.safetensors"))
     if others:
@@ -89,9 +92,19 @@ def load_sampler(sampler: Sampler, directory: str | os.PathLike, process: int, p
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    tensors = load_file(file)
+    tensors = read_tensors(file)
     check_tensors(tensors, file)
     return tensors
+
+
+@contextmanager
+def loading_state(file: Path) -> Iterator[None]:
+    """Context manager around `load_state_dict`: its errors name the file of the state."""
+    with reading(file, "the state of this training"):
+        try:
+            yield
+        except ValueError as error:  # has its own remedy
+            raise ValueError(f"{file}: {error}") from None
 
 
 def sampler_file(directory: str | os.PathLike, process: int, processes: int) -> Path:
@@ -124,8 +137,9 @@ def load_prefix_weights(weights: Mapping[str, PrefixWeights], directory: str | o
             f"{file} {f'has the prefix weights of {sorted(saved)}' if file.is_file() else 'is missing'}, but those of "
             f"{sorted(weights)} are needed. Resume with the losses that wrote the checkpoint."
         )
-    for name in saved:
-        weights[name].load_state_dict({"log_weights": state[f"{name}.log_weights"]})
+    with loading_state(file):
+        for name in saved:
+            weights[name].load_state_dict({"log_weights": state[f"{name}.log_weights"]})
 
 
 def save_reference(model: nn.Module, directory: str | os.PathLike) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.compat import TRLTrainer, tied_weights
 from gflowtrl.data import GroupCollator, PromptEncoder, Step
+from gflowtrl.files import read_tensors
 from gflowtrl.losses import LossInputs, LossSpec, PrefixWeights
 from gflowtrl.policy import (
     StatelessNoise,
@@ -47,7 +48,14 @@ from .recording import RecordingMixin
 from .row_sources import as_rows, evaluation_rows
 from .rows import TrainingRowsMixin
 from .saved import check_saved
-from .training_state import extra_state_files, load_prefix_weights, load_sampler, save_prefix_weights, save_sampler
+from .training_state import (
+    extra_state_files,
+    load_prefix_weights,
+    load_sampler,
+    loading_state,
+    save_prefix_weights,
+    save_sampler,
+)
 from .tree_policy_config import TreePolicyConfig
 from .trials import TrialsMixin
 
@@ -405,7 +413,8 @@ class TreePolicyTrainer(
         if self.is_deepspeed_enabled:  # DeepSpeed's checkpoint contains the heads
             return
         if file.is_file():
-            load_heads(model, load_file(file))
+            with loading_state(file):
+                load_heads(model, read_tensors(file))
         elif HEADS_FILE in self._extra_state_files(directory):
             raise ValueError(
                 f"{file} is missing: it contains the flow heads of the losses {self.args.loss_type}. Resume from "

@@ -1,5 +1,6 @@
 """A training resumes with its complete state or not at all."""
 
+import json
 import logging
 import os
 import re
@@ -9,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from gflowtrl import APAOConfig, APAOTrainer, GFlowNetTrainer
 from gflowtrl.files import damage_of
 from gflowtrl.rewards import GroundTruthReward
-from gflowtrl.trainer.resume import _deepspeed_files, _engine_files, last_checkpoint, remove_checkpoints
+from gflowtrl.trainer.resume import _deepspeed_files, _engine_files, last_checkpoint, read_state, remove_checkpoints
 from tests.tiny import tiny_model
 
 from .world import TOKENIZER, make_catalog, make_rows, make_trainer, weights
@@ -82,6 +83,46 @@ def test_changed_bytes_of_a_small_part_are_named(checkpoint):
     refused(checkpoint, r"damaged: rng_state\.pth does not have its checksum")
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("global_step", True, r"does not contain the state of a training \(a global_step\)"),
+        ("global_step", -2, r"does not contain the state of a training"),
+        ("log_history", 5, "log_history is 5"),
+        ("log_history", [1], r"log_history is \[1\]"),
+        ("stateful_callbacks", ["x"], r"stateful_callbacks is \['x'\]"),
+        ("epoch", "two", "epoch is 'two'"),
+        ("best_metric", "high", "best_metric is 'high'"),
+        ("best_model_checkpoint", 3, "best_model_checkpoint is 3"),
+        ("later_field", 1, "has the field 'later_field', which the installed version of transformers does not know"),
+    ],
+)
+def test_a_state_of_other_types_is_named(checkpoint, field, value, message):
+    file = checkpoint / "trainer_state.json"
+    state = json.loads(file.read_text())
+    read_state(checkpoint)
+    file.write_text(json.dumps(state | {field: value}))
+    with pytest.raises(ValueError, match=rf"{re.escape(str(file))}.*{message}"):
+        read_state(checkpoint)
+    assert last_checkpoint(checkpoint.parent) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("sampler", lambda state: state | {"replay/more": torch.ones(1)}, "ReplaySampler has the entries"),
+        ("sampler", lambda state: state | {"replay/leaves": torch.ones(1)}, "cannot be read as the state"),
+        ("flow_heads", lambda state: {f"x.{name}": value for name, value in state.items()}, "The flow heads in"),
+    ],
+)
+def test_a_part_of_another_training_is_named(checkpoint, name, change, message):
+    file = checkpoint / f"{name}.safetensors"
+    save_file(change(load_file(file)), file)
+    resumed = trainer(checkpoint.parent / "resumed")
+    with pytest.raises(ValueError, match=rf"{re.escape(str(file))}.*{message}"):
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+
+
 def test_a_checkpoint_with_only_the_model_is_an_error(tmp_path):
     trainer(tmp_path, save_only_model=True, max_steps=2).train()
     refused(tmp_path / "checkpoint-2", r"only the model \(save_only_model=True\), not .*optimizer.pt.*as the model")
@@ -119,7 +160,11 @@ def test_prefix_weights_are_part_of_the_state(tmp_path):
     checkpoint = tmp_path / "checkpoint-2"
     with pytest.raises(ValueError, match=r"has the prefix weights of \['prefix_pointwise'\], but .*pairwise"):
         apao(method="pairwise", num_negatives=2).train(resume_from_checkpoint=str(checkpoint))
-    (checkpoint / "prefix_weights.safetensors").unlink()
+    file = checkpoint / "prefix_weights.safetensors"
+    save_file({"prefix_pointwise.other": torch.zeros(3)}, file)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(file))}.*'prefix_pointwise.log_weights' is missing"):
+        apao().train(resume_from_checkpoint=str(checkpoint))
+    file.unlink()
     with pytest.raises(ValueError, match=r"lacks prefix_weights\.safetensors"):
         apao().train(resume_from_checkpoint=str(checkpoint))
 
