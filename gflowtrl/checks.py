@@ -117,16 +117,20 @@ def check_titles(titles: Mapping[Any, object]) -> None:
         check_text(f"The title of item {short_repr(item)}", title)
 
 
-def check_finite(value: object, where: str = "") -> None:
-    """Check that options hold no NaN and no infinity, inside dataclasses, mappings, lists and tuples too.
+def check_storable(value: object, where: str = "") -> None:
+    """Check that JSON in UTF-8 can hold options: no NaN, no infinity, no half a character (`check_text`).
+
+    Values inside dataclasses, mappings, lists and tuples are checked too.
 
     Args:
         value: an option, or a container of options.
         where: the value's name in the error. Default: only the names inside it are used.
 
     Raises:
-        ValueError: names the first such number, for example as `rewards.0.weight`.
+        ValueError: names the first such value, for example as `rewards.0.weight`.
     """
+    if isinstance(value, str):
+        check_text(where, value)
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where} is {value!r}; it must be a finite number.")
     if is_dataclass(value) and not isinstance(value, type):
@@ -136,7 +140,7 @@ def check_finite(value: object, where: str = "") -> None:
     else:
         entries = enumerate(value) if isinstance(value, list | tuple) else ()
     for name, inner in entries:
-        check_finite(inner, f"{where}.{name}" if where else str(name))
+        check_storable(inner, f"{where}.{name}" if where else str(name))
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:

@@ -6,7 +6,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -20,20 +20,57 @@ from gflowtrl.files import read_text, reading
 
 
 MOST_NAMES = 30  # that an error lists
+MOST_VALUES = 100_000  # of a YAML file, an alias counted as all that it stands for
 #: Fields that decide which other fields a section has.
 KINDS = ("type", "model_type", "model_name_or_path")
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-3 as a number and `no` as a word (`eval_strategy: no`), unlike YAML 1.1, and raises an
-    error for duplicate keys."""
+    """Safe YAML that reads 1e-3 as a number and `no` as a word (`eval_strategy: no`), unlike YAML 1.1.
+
+    Duplicate keys are errors, and so are aliases that contain themselves or multiply to millions of values, since
+    checks and fingerprints visit each value.
+    """
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, LookupError, AttributeError):  # PyYAML's own ones name no line
+            reason = f"{short_repr(node.value)} is not a valid {node.tag.rpartition(':')[2]}; text needs quotes"
+            raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark) from None
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            _count_values(node, {})
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        duplicate = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
-        if duplicate is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {duplicate!r}", node.start_mark)
+        seen = set()
+        for place, _ in node.value if isinstance(node, yaml.MappingNode) else ():  # `!!map x` is refused below
+            key = self.construct_object(place, deep=True)
+            if not isinstance(key, Hashable):  # refused below
+                continue
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", place.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
+    """Number of values in a node. `counts` holds those of nodes by their id; 0 while a node is being counted."""
+    if (known := counts.get(id(node))) is not None:
+        if not known:
+            raise yaml.constructor.ConstructorError(None, None, "an alias contains itself", node.start_mark)
+        return known
+    counts[id(node)] = 0
+    inside = node.value if isinstance(node, yaml.CollectionNode) else []
+    parts = [part for entry in inside for part in (entry if isinstance(entry, tuple) else [entry])]
+    counts[id(node)] = total = 1 + sum(_count_values(part, counts) for part in parts)
+    if total > MOST_VALUES:
+        text = f"with its aliases it has more than {MOST_VALUES:,} values"
+        raise yaml.constructor.ConstructorError(None, None, text, node.start_mark)
+    return total
 
 
 RecipeLoader.yaml_implicit_resolvers = {
@@ -54,7 +91,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no recipe {path}. Give a YAML file with --config.")
     with reading(path, "YAML"):
-        content = yaml.load(read_text(path, "YAML"), RecipeLoader) or {}
+        text = read_text(path, "YAML")
+        try:
+            content = yaml.load(text, RecipeLoader) or {}
+        except yaml.reader.ReaderError as error:
+            line = text.count("\n", 0, error.position) + 1
+            raise ValueError(
+                f"line {line} has the character {chr(error.character)!r}, which YAML does not allow"
+            ) from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold fields with values (field: value), not {type(content).__name__}.")
     return content

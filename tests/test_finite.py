@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gflowtrl import APAOConfig, GFlowNetConfig, Recommender
-from gflowtrl.checks import check_finite
+from gflowtrl.checks import check_storable
 from gflowtrl.cli import main
 from gflowtrl.finite import NonFiniteError, check_ranked, find_nonfinite
 from gflowtrl.rewards import GroundTruthReward
@@ -151,9 +151,9 @@ def test_a_teacher_that_diverges_stops():
 
 # ------------------------------------------------------------------------------------------------------------ options
 def test_the_error_names_the_option():
-    check_finite({"a": [1, 2.0, "nan", None], "b": {"c": (1e308,)}})
+    check_storable({"a": [1, 2.0, "nan", None], "b": {"c": (1e308,)}})
     with pytest.raises(ValueError, match=r"^rewards.1.weight is nan; it must be a finite number.$"):
-        check_finite({"rewards": [{"weight": 1.0}, {"weight": NAN}]})
+        check_storable({"rewards": [{"weight": 1.0}, {"weight": NAN}]})
 
 
 @pytest.mark.parametrize("value", [NAN, INF])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gflowtrl.catalog import Item
-from gflowtrl.checks import POSITIVE_SHARE, at_least, check_finite, check_number
+from gflowtrl.checks import POSITIVE_SHARE, at_least, check_number, check_storable
 
 from .interactions import CLICKED, PURCHASED, SHOWN, Event, InteractionData
 
@@ -141,7 +141,7 @@ class SyntheticShop:
     liked_ratio: float = 2.0
 
     def __post_init__(self):
-        check_finite(self)
+        check_storable(self)
         check_number("noise", self.noise, POSITIVE_SHARE)
         check_number("min_items", self.min_items, at_least(3))  # one item each for training, validation and test
         if self.n_items <= self.min_items:

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, Seq2SeqTrainingArguments
 from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, SFTConfig
 
-from gflowtrl.checks import COUNT, SEED, SHARE_BELOW_ONE, check_choice, check_finite, check_number
+from gflowtrl.checks import COUNT, SEED, SHARE_BELOW_ONE, check_choice, check_number, check_storable, short_repr
 from gflowtrl.configuration import check_names, check_types, field_names, locate_errors, read_recipe
 from gflowtrl.data import PromptFormat, SyntheticShop
 from gflowtrl.losses import get_loss
@@ -36,6 +36,7 @@ from .specs import LEARNED, REWARDS, TEACHERS, check_reward, check_teacher, need
 
 #: Stages that a recipe may choose from, in order. Data, test and report always run.
 STAGES = ("teacher", "sft", "control", "gflownet")
+MOST_BYTES_OF_A_NAME = 200
 #: What the GFlowNet and its control start from: the SFT model, or the model before any training.
 STARTS = ("sft", "untrained")
 #: How long a stage trains.
@@ -48,6 +49,11 @@ STOPPING = tuple(field_names(StoppingSection))
 FITTED_FOR = {"reward_transform": "power", "reward_beta": 1}
 #: Fields of `model` from `trl.ModelConfig` that quantize the weights under adapters.
 QUANTIZATION = tuple(name for name in field_names(ModelConfig) if "bit" in name or "bnb" in name)
+
+
+def is_part_of_a_path(name: str) -> bool:
+    """Whether a folder's name can have this part: no separator, nothing invisible, room for the rest."""
+    return name.isprintable() and not {"/", "\\"} & {*name} and len(name.encode()) <= MOST_BYTES_OF_A_NAME
 
 
 @dataclass
@@ -106,7 +112,12 @@ class Recipe:
             self.stages = [stage for stage in STAGES if stage != "sft" or self.start == "sft"]
         for name, value in check_types(Recipe, vars(self)).items():
             setattr(self, name, value)
-        check_finite(self)
+        check_storable(self)
+        if not is_part_of_a_path(self.name):
+            raise ValueError(
+                f"name is {short_repr(self.name)}; it is part of the name of the report's folder, so give at most "
+                f"{MOST_BYTES_OF_A_NAME} bytes of printable characters without / and \\."
+            )
         if self.continue_from is not None:
             self._continue()
         check_names(self.stages, STAGES, what="stage")

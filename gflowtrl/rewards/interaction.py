@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from gflowtrl.catalog import Item
+from gflowtrl.checks import NOT_NEGATIVE, check_number, short_repr
 from gflowtrl.data import Step
 
 from .reward import Reward
@@ -38,13 +38,13 @@ class InteractionReward(Reward):
         levels: str = "session_levels",
     ):
         super().__init__("interaction")
-        self.values, self.target = [float(value) for value in values], target
         self.items, self.levels = items, levels
-        all_values = [*self.values] if target is None else [*self.values, float(target)]
-        if not self.values or not all(math.isfinite(value) and value >= 0 for value in all_values):
-            raise ValueError(
-                f"The values of InteractionReward are {values} and target is {target}; they must be finite and >= 0."
-            )
+        if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+            raise ValueError(f"values is {short_repr(values)}; give a list with a number for each level.")
+        for value in values:
+            check_number("a number in values", value, NOT_NEGATIVE)
+        check_number("target", target, NOT_NEGATIVE, optional=True)
+        self.values, self.target = [float(value) for value in values], target
         if self.values != sorted(self.values):
             raise ValueError(
                 f"The values of InteractionReward are {values}; a higher level must not have a lower value."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from gflowtrl.checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, SHARE_BELOW_ONE, check_finite, check_number
+from gflowtrl.checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, SHARE_BELOW_ONE, check_number, check_storable
 from gflowtrl.rewards.composite import check_weights
 
 from .tree_policy_config import TreePolicyConfig, listed, option
@@ -129,7 +129,7 @@ class GFlowNetConfig(TreePolicyConfig):
         super().check()
         if self.reward_weights is not None:
             self.reward_weights = [float(weight) for weight in listed(self.reward_weights)]
-            check_finite({"reward_weights": self.reward_weights})
+            check_storable({"reward_weights": self.reward_weights})
             check_weights(self.reward_weights, self.reward_transform)
         self._check_weighting()
 

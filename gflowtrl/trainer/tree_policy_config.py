@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from gflowtrl.checks import COUNT, POSITIVE, SHARE, Bound, check_choice, check_finite, check_number
+from gflowtrl.checks import COUNT, POSITIVE, SHARE, Bound, check_choice, check_number, check_storable
 from gflowtrl.compat import TRLConfig
 from gflowtrl.losses import LOSSES, LossSpec, get_loss
 
@@ -161,7 +161,7 @@ class TreePolicyConfig(TRLConfig):
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # pinning without a device only gives a warning
         self._check_unused()
-        check_finite(self)
+        check_storable(self)
         self.eval_ks = [int(k) for k in listed(self.eval_ks)]
         if self.eval_ks:
             fill_in_metric(self, self.eval_ks)
@@ -179,7 +179,7 @@ class TreePolicyConfig(TRLConfig):
         self.loss_type = [str(name) for name in listed(self.loss_type)]
         if self.loss_weights is not None:
             self.loss_weights = [float(weight) for weight in listed(self.loss_weights)]
-        check_finite(self)  # again, for values that were text or JSON
+        check_storable(self)  # again, for values that were text or JSON
         self._check_values()
         check_metric(self, self.eval_ks)
         self._check_losses()

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,58 @@ from .micro import micro_recipe, micro_settings
 def test_values_are_yaml_and_exponents_are_numbers(text, value):
     assert parse_value(text) == value
     assert type(parse_value(text)) is type(value)
+
+
+BILLION = ["a: &a [1]", *(f"{b}: &{b} [{', '.join(9 * ['*' + a])}]" for a, b in pairwise("abcdefgh"))]
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        (BILLION, "more than 100,000 values.*line 6"),
+        (["model: &a", "  hidden_size: *a"], "an alias contains itself.*line 1"),
+        (["rewards: &a [*a]"], "an alias contains itself"),
+    ],
+)
+def test_aliases_that_grow_without_end_are_refused(tmp_path, lines, reason):
+    """Otherwise the checks of the values, which visit each one, take hours."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=rf"(?s)recipe\.yaml cannot be read as YAML \(.*{reason}"):
+        read_yaml(file)
+    text = "a: &a {b: 1}\nc: *a\nd: [*a, *a]\n"
+    file.write_text(text)
+    assert read_yaml(file) == yaml.safe_load(text)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["2024-13-41", "!!int x", "!!float x", "!!bool x", "!!timestamp x", "!!map x", "9" * 5000, "a\x00b"],
+)
+def test_a_value_that_yaml_cannot_make_is_named_with_its_line(tmp_path, value):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"seed: 1\nname: {value}\n")
+    with pytest.raises(ValueError, match=r"(?s)recipe\.yaml cannot be read as YAML \(.*line 2") as caught:
+        read_yaml(file)
+    assert len(str(caught.value)) < 700
+
+
+def test_the_second_of_two_equal_keys_is_named(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("seed: 1\nmodel:\n  dtype: a\n  dtype: b\n")
+    with pytest.raises(ValueError, match=r"duplicate key 'dtype'.*line 4"):
+        read_yaml(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("../up", "without / and"), ("a\nb", "printable"), ("n" * 201, "200 bytes"), ("\ud800", "half a character")],
+)
+def test_a_name_must_fit_into_the_name_of_a_folder(tmp_path, name, reason):
+    """The report's folder is made when everything has been computed."""
+    with pytest.raises(ValueError, match=rf"name .*{reason}"):
+        micro_recipe(tmp_path, name=name)
+    assert micro_recipe(tmp_path, name="Übung 1: (a)").name == "Übung 1: (a)"
 
 
 def test_options_take_every_form():
@@ -189,6 +242,9 @@ def test_command_line_sets_any_field(recipe_file):
         ("--rewards.1.item_counts 3", "no field 'rewards.1.item_counts'"),
         ("--rewards.0.normalize true", "no field 'rewards.0.normalize'"),
         ("--rewards.0.type interaction --rewards.0.values 1 0", "rewards.0: The values of InteractionReward are"),
+        ("--rewards.0.type interaction --rewards.0.values [null]", "rewards.0: a number in values is None"),
+        ("--rewards.0.type interaction --rewards.0.values 3", "rewards.0.values is 3; give a list"),
+        ("--rewards.0.type interaction --rewards.0.target x", "rewards.0.target is 'x'; it must be a finite number"),
         ("--rewards.0.type interaction --rewards.0.value 1", "Did you mean 'rewards.0.values'"),
         ("--rewards.0.type token_similarity --rewards.0.prefixes true", "Did you mean 'rewards.0.prefix'"),
         ("--rewards.0.type likelihood --rewards.0.of teacher", "rewards.0.of is 'teacher'; choose 'sft' or 'policy'"),

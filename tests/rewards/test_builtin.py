@@ -364,9 +364,9 @@ def test_invalid_options_raise_errors():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"values": ()}, "must be finite and >= 0"),
-        ({"values": (0, -1)}, "must be finite and >= 0"),
-        ({"target": float("nan")}, "must be finite and >= 0"),
+        ({"values": ()}, "give a list with a number for each level"),
+        ({"values": (0, -1)}, "values is -1; it must be a finite number of at least 0"),
+        ({"target": float("nan")}, "target is nan; it must be a finite number of at least 0"),
         ({"values": (0, 10, 1)}, "a higher level must not have a lower value"),
     ],
 )
