@@ -9,7 +9,7 @@ import numpy as np
 
 from gflowtrl.catalog import Item
 from gflowtrl.catalog.items import ItemIndex
-from gflowtrl.checks import COUNT, check_number, check_text
+from gflowtrl.checks import COUNT, check_number, check_text, short_repr
 
 from .sequences import Sequences
 
@@ -82,7 +82,7 @@ class InteractionData:
         known = set(self.items)
         if not (isinstance(self.sequences, Sequences) and self.sequences.names is self.items):
             for user, sequence in zip(self.users, self.sequences, strict=True):
-                self._check_known(user, "took", sequence, known)
+                self._check_known(user, "sequence", sequence, known)
         for item, row in self.item_features.items():
             check_text(f"{self.name}: the title of item {item!r}", row.get("title"), optional=True)
         if self.semantic_ids is not None:
@@ -97,17 +97,18 @@ class InteractionData:
                 f"{self.users[0]!r}. Write both as whole numbers, or both as strings."
             )
         for user, (shown, _) in (self.exposed or {}).items():
-            self._check_known(user, "was shown", shown, known)
+            self._check_known(user, "exposed items", shown, known)
         if unknown := (self.impressions or {}).keys() - known:
             raise ValueError(
-                f"{self.name}: there are impressions of item {min(unknown)!r}, which is not in the catalog."
+                f"{self.name}: there are impressions of item {short_repr(min(unknown))}, which is not in the catalog. "
+                f"Describe it in items.jsonl, or remove it there."
             )
 
     def _check_events(self, known: set[Item]) -> None:
         if len(self.events) != len(self.users):
             raise ValueError(f"{self.name}: {len(self.users)} users but {len(self.events)} event lists were given.")
         for user, sequence, events in zip(self.users, self.sequences, self.events, strict=True):
-            self._check_known(user, "was shown", [event.item for event in events], known)
+            self._check_known(user, "events", [event.item for event in events], known)
             if [event.item for event in events if event.level >= CLICKED] != list(sequence):
                 raise ValueError(
                     f"{self.name}: the clicks and purchases in the events of user {user!r} are not the user's "
@@ -131,7 +132,10 @@ class InteractionData:
     def _check_known(self, user: Item, what: str, items: list[Item], known: set[Item]) -> None:
         if not known.issuperset(items):
             item = next(item for item in items if item not in known)
-            raise ValueError(f"{self.name}: user {user!r} {what} item {item!r}, which is not in the catalog.")
+            raise ValueError(
+                f"{self.name}: item {short_repr(item)} in the {what} of user {short_repr(user)} is not in the "
+                f"catalog. Describe it in items.jsonl, or remove it there."
+            )
 
     @property
     def num_interactions(self) -> int:
@@ -255,5 +259,5 @@ def _in_item_order(semantic_ids, items: list[Item], name: str) -> dict[Item, tup
     if len(semantic_ids) != len(items):
         known = set(items)
         item = next(item for item in semantic_ids if item not in known)
-        raise ValueError(f"{name}: there is a semantic id for item {item!r}, which is not in the catalog.")
+        raise ValueError(f"{name}: there is a semantic id for item {short_repr(item)}, which is not in the catalog.")
     return {item: tuple(semantic_ids[item]) for item in items}

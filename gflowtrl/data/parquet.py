@@ -38,6 +38,7 @@ def read_parquet_sequences(file: Path) -> tuple[list[Item], Sequences[Item], Seq
         raise ValueError(f"{file} is empty. It needs one row per user.")
     if (empty := np.flatnonzero(np.diff(offsets) == 0)).size:
         raise ValueError(f"{file}, row {empty[0] + 1} has no items. Give a list with at least one item.")
+    _check_id_type(file, values.type, "item")
     if not pa.types.is_dictionary(values.type):
         values = values.dictionary_encode()
     names = _ids(file, values.dictionary, "item")
@@ -150,11 +151,17 @@ def _first_missing(values: pa.ChunkedArray) -> int:
     return int(np.argmax(values.is_null().to_numpy())) + 1
 
 
-def _ids(file: Path, column: pa.ChunkedArray | pa.Array, name: str) -> list[Item]:
-    """Return the ids of a column: whole numbers or texts."""
-    kind = _decoded(column.type)
+def _check_id_type(file: Path, kind: pa.DataType, name: str) -> pa.DataType:
+    """Return the type of ids, or of the ids in a dictionary, if it is one of ids."""
+    kind = _decoded(kind)
     if not (pa.types.is_integer(kind) or is_text(kind)):
         raise ValueError(f"{file}: {name}s are of type {kind}. They must be whole numbers or text.")
+    return kind
+
+
+def _ids(file: Path, column: pa.ChunkedArray | pa.Array, name: str) -> list[Item]:
+    """Return the ids of a column: whole numbers or texts."""
+    kind = _check_id_type(file, column.type, name)
     if column.null_count:
         missing = _first_missing(column if isinstance(column, pa.ChunkedArray) else pa.chunked_array([column]))
         raise ValueError(f"{file}, row {missing}: {name!r} is missing.")

@@ -1,6 +1,7 @@
 """Reader of the folder format, and a reader of LETTER / APAO triples. docs/data.md describes both."""
 
 import json
+import os
 import re
 from array import array
 from collections import Counter
@@ -62,7 +63,7 @@ def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
             names the file and the line, or the user or item.
     """
     path = Path(path)
-    if (file := path / SEQUENCES_FILE).exists():
+    if _exists(file := path / SEQUENCES_FILE):
         _only_one(file, path / "sequences.jsonl")
         users, sequences, times = read_parquet_sequences(file)
     else:
@@ -73,9 +74,9 @@ def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
         _check_features(row, where)
     numeric_items = _all_numeric(chain(sequences.names, features))
     ids_file = path / "semantic_ids.json"
-    semantic_ids = _read_semantic_ids(ids_file, numeric_items) if with_ids and ids_file.is_file() else None
+    semantic_ids = _read_semantic_ids(ids_file, numeric_items) if with_ids and _exists(ids_file) else None
     about = _read_about(path / "dataset.json")
-    events = _read_events(path / "events.jsonl", users) if (path / "events.jsonl").is_file() else None
+    events = _read_events(file, users) if _exists(file := path / "events.jsonl") else None
     items = _all_items(sequences.names, features, semantic_ids, path)
     if len(items) == len(sequences.names):
         items = sequences.names
@@ -94,15 +95,18 @@ def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
             license=about.get("license"),
             source=about.get("source"),
             times=times,
-            exposed=read_exposed(path / "exposed.jsonl") if (path / "exposed.jsonl").is_file() else None,
-            impressions=read_impressions(file, numeric_items)
-            if (file := path / "impressions.json").is_file()
-            else None,
+            exposed=read_exposed(file) if _exists(file := path / "exposed.jsonl") else None,
+            impressions=read_impressions(file, numeric_items) if _exists(file := path / "impressions.json") else None,
         )
 
 
+def _exists(file: Path) -> bool:
+    """Whether a folder has an entry of this name. A broken link or a folder counts: reading it is then an error."""
+    return os.path.lexists(file)
+
+
 def _only_one(file: Path, other: Path) -> None:
-    if other.is_file():
+    if _exists(other):
         raise ValueError(f"{file} and {other} both exist. Remove the one that is out of date.")
 
 
@@ -131,7 +135,7 @@ def _read_sequences(file: Path) -> tuple[list[Item], Sequences[Item], Sequences[
 def _item_rows(path: Path) -> Iterator[tuple[str, Item, dict[str, Any]]]:
     """Yield (file and line, item, features) of the items that are described."""
     file = path / ITEMS_FILE
-    if file.exists():
+    if _exists(file):
         _only_one(file, path / "items.jsonl")
         seen: set[Item] = set()
         for where, item, row in read_parquet_items(file):
@@ -139,7 +143,7 @@ def _item_rows(path: Path) -> Iterator[tuple[str, Item, dict[str, Any]]]:
                 raise ValueError(f"{where}: item {item!r} is on an earlier row already. Merge the two rows.")
             seen.add(item)
             yield where, item, row
-    elif (file := path / "items.jsonl").is_file():
+    elif _exists(file := path / "items.jsonl"):
         for where, item, row in _rows(file, "item"):
             yield where, item, {name: value for name, value in row.items() if name != "item"}
 
@@ -266,7 +270,7 @@ def _rows(file: Path, key: str) -> Iterator[tuple[str, Item, dict[str, Any]]]:
 
 
 def _read_about(file: Path) -> dict[str, Any]:
-    about = _read_object(file) if file.is_file() else {}
+    about = _read_object(file) if _exists(file) else {}
     for key in ("name", "license", "source"):
         check_text(f"{file}: {key!r}", about.get(key), optional=True)
     return about

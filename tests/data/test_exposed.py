@@ -69,7 +69,7 @@ def test_ids_may_be_text(tmp_path):
         (
             "exposed.jsonl",
             '{"user": 1, "items": [99], "liked": [1]}',
-            "user 1 was shown item 99, which is not in the catalog",
+            "item 99 in the exposed items of user 1 is not in the catalog",
         ),
         ("exposed.jsonl", '{"user": 1, "items": [], "liked": []}', "user 1 has no items"),
         ("exposed.jsonl", "", "is empty"),

@@ -287,6 +287,9 @@ def test_folders_that_a_cluster_writes(tmp_path):
         ({"user": [1], "items": [[1]], "times": [[float("nan")]]}, "a time is not a number"),
         ({"user": [1, 1], "items": [[1], [2]]}, "user 1 is given twice"),
         ({"user": pa.array([], pa.int64()), "items": pa.array([], pa.list_(pa.int64()))}, "is empty"),
+        ({"user": [1], "items": [[[5]]]}, r"sequences\.parquet: items are of type list<.*whole numbers or text"),
+        ({"user": [1], "items": [[{"a": 5}]]}, r"sequences\.parquet: items are of type struct<"),
+        ({"user": [1], "items": [[b"a"]]}, r"sequences\.parquet: items are of type binary"),
     ],
 )
 def test_broken_parquet_sequences(tmp_path, columns, message):

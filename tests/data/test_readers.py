@@ -192,6 +192,24 @@ def test_surrogate_pairs_and_missing_titles_are_read(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["items.jsonl", "items.parquet", "semantic_ids.json", "events.jsonl", "exposed.jsonl", "impressions.json",
+     "dataset.json"],
+)  # fmt: skip
+def test_an_optional_file_that_cannot_be_read_is_an_error(tmp_path, name):
+    """A link to a disk that is not mounted must not read as data without that file."""
+    write(tmp_path)
+    assert read_folder(tmp_path).num_interactions == 6
+    (tmp_path / name).symlink_to(tmp_path / "unmounted")
+    with pytest.raises((OSError, ValueError), match=name):
+        read_folder(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    with pytest.raises((OSError, ValueError), match=name):
+        read_folder(tmp_path)
+
+
 def test_errors_name_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"sequences\.jsonl is missing"):
         read_folder(tmp_path)
@@ -207,7 +225,7 @@ def test_errors_name_missing_files(tmp_path):
         ({"users": [0]}, "1 users but 2 sequences"),
         ({"users": [0, 0]}, "user 0 is given twice"),
         ({"items": [1, 2, 2]}, "item 2 is given twice"),
-        ({"items": [1]}, "user 1 took item 2, which is not in the catalog"),
+        ({"items": [1]}, "item 2 in the sequence of user 1 is not in the catalog"),
         ({"semantic_ids": {1: ("a",), 2: ("b",), 3: ("c",)}}, "id for item 3, which is not in the catalog"),
         ({"users": [0, "1"]}, "all whole numbers or all strings"),
         ({"item_features": {2: {"title": float("nan")}}}, "toy: the title of item 2 must be text, but it is nan"),
