@@ -24,6 +24,7 @@ from transformers import (
 )
 from trl import SFTTrainer
 
+from gflowtrl.checks import at_least, check_number
 from gflowtrl.compat import TRAINER_STATE_NAME, TrainableTokensWrapper
 from gflowtrl.data import (
     LengthGroupedEpochSampler,
@@ -125,9 +126,10 @@ class EarlyStopping(EarlyStoppingCallback):
     def resume(self, args: TrainingArguments, checkpoint: str) -> None:
         """End a training, in its arguments, at a checkpoint that was written when it had stopped."""
         state = read_state(checkpoint)
-        with reading(Path(checkpoint, TRAINER_STATE_NAME), "the state of an early stopping"):
-            ended = self._epochs_without_gain(state) >= self.early_stopping_patience
-        if ended:
+        with reading(Path(checkpoint, TRAINER_STATE_NAME), "the state of a training that stops early"):
+            count = self._epochs_without_gain(state)
+            check_number("early_stopping_patience_counter", count, at_least(0))
+        if count >= self.early_stopping_patience:
             args.max_steps = state["global_step"]
 
     def _epochs_without_gain(self, state: Mapping[str, Any]) -> int:

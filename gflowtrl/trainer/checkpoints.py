@@ -10,17 +10,28 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from transformers import TrainerCallback
 
 from gflowtrl.compat import PREFIX_CHECKPOINT_DIR
 from gflowtrl.policy.modules import copy_whole
 
-from .resume import check_resumable, last_checkpoint, remove_checkpoints
+from .resume import best_so_far, check_resumable, last_checkpoint, remove_checkpoints
 
 
 if TYPE_CHECKING:
     from transformers import Trainer as TrainerBase
 else:
     TrainerBase = object  # mixed into trainers at runtime
+
+
+class _BestSoFar(TrainerCallback):
+    """Tells a resumed training where its best checkpoint is; `folder` None: the trainer state is right."""
+
+    folder: str | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.folder is not None:
+            state.best_model_checkpoint = self.folder
 
 
 class CompleteCheckpointsMixin(TrainerBase):
@@ -44,17 +55,21 @@ class CompleteCheckpointsMixin(TrainerBase):
                     f"resume_from_checkpoint is True, but {self.args.output_dir} contains no complete checkpoint. "
                     f"Leave it out to start a new training."
                 )
+        best = _BestSoFar()
         if resume_from_checkpoint:
             check_resumable(self, resume_from_checkpoint, self._extra_state_files(str(resume_from_checkpoint)))
+            best.folder = best_so_far(resume_from_checkpoint, self.args.load_best_model_at_end)
         # Old checkpoints are removed by this class: the Trainer would also remove folders of the user.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         self._checkpoint_limit = limit if limit and limit > 0 else None
+        self.add_callback(best)
         try:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)
             if self._checkpoint_limit == 1 and self.state.best_model_checkpoint is not None:
                 self._remove_checkpoints(trial, {Path(self.state.best_model_checkpoint)})
             return result
         finally:
+            self.remove_callback(best)
             self.args.save_total_limit, self._checkpoint_limit = limit, None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

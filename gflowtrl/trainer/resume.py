@@ -6,21 +6,20 @@ that part of the training. Here the checkpoint is checked before training starts
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import shutil
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 from transformers import TrainerState
 
-from gflowtrl.checks import short_repr
+from gflowtrl.checks import at_least, check_number, short_repr
 from gflowtrl.compat import OPTIMIZER_NAME, PREFIX_CHECKPOINT_DIR, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from gflowtrl.files import MISSING, damage_of
+from gflowtrl.configuration import check_types
+from gflowtrl.files import MISSING, damage_of, read_json, reading
 
 
 if TYPE_CHECKING:
@@ -28,14 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors")
-#: Types of the fields of a trainer state; JSON has `null` for what is not known.
-_WHOLE, _NUMBER = (int,), (int, float)
-_STATE_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("global_step", "max_steps", "train_batch_size", "best_global_step"), _WHOLE),
-    **dict.fromkeys(("epoch", "num_train_epochs", "num_input_tokens_seen", "total_flos", "best_metric"), _NUMBER),
-    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), _NUMBER),
-    **{"best_model_checkpoint": (str,), "log_history": (list,), "stateful_callbacks": (dict,)},
-}
 RESTART = "To start a new training from its weights, pass the folder as the model without resume_from_checkpoint."
 
 
@@ -91,24 +82,51 @@ def read_state(checkpoint: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{checkpoint} is not a folder, so there is no checkpoint to resume from.")
     if damage := damage_of(file):
         raise ValueError(f"{file} {damage}: the checkpoint is incomplete or damaged.")
-    state = json.loads(file.read_text(encoding="utf-8"))
-    if not (isinstance(state, dict) and type(state.get("global_step")) is int and state["global_step"] >= 0):
+    state = read_json(file)
+    if not (isinstance(state, dict) and "global_step" in state):
         raise ValueError(f"{file} does not contain the state of a training (a global_step): it is damaged.")
-    wrong = next((name for name, types in _STATE_TYPES.items() if not _is_null_or(state.get(name), types)), None)
-    if wrong is None and not all(isinstance(entry, dict) for entry in state.get("log_history") or ()):
-        wrong = "log_history"
-    if wrong is not None:
-        raise ValueError(f"{file} is damaged: {wrong} is {short_repr(state[wrong])}. Resume from another checkpoint.")
-    if unknown := sorted(state.keys() - {field.name for field in fields(TrainerState)}):
-        raise ValueError(
-            f"{file} has the field {short_repr(unknown[0])}, which the installed version of transformers does not "
-            f"know. Resume with the version that wrote it, or from another checkpoint."
-        )
+    with reading(file, "the state of a training"):
+        check_types(TrainerState, {name: _as_whole(name, value) for name, value in state.items()})
+        check_number("global_step", state["global_step"], at_least(0))
+        if not isinstance(state.get("stateful_callbacks") or {}, dict):
+            raise ValueError("stateful_callbacks does not hold fields with values")
     return state
 
 
-def _is_null_or(value: Any, types: tuple[type, ...]) -> bool:
-    return value is None or type(value) in types  # True does not count as a number
+def _as_whole(name: str, value: Any) -> Any:
+    """The value of a field of a state; 1.0, as arguments such as `logging_steps` allow it, as a whole number."""
+    return int(value) if name.endswith("_steps") and isinstance(value, float) and value.is_integer() else value
+
+
+def best_so_far(checkpoint: str | os.PathLike, is_loaded: bool) -> str | None:
+    """Return the folder of the best checkpoint so far, or None if a training does not look for one.
+
+    It is next to `checkpoint`: the path in the trainer state is that of the time of writing, and the folder may have
+    been moved since.
+
+    Args:
+        checkpoint: the checkpoint to resume from.
+        is_loaded: whether the training ends with the best model (`load_best_model_at_end`).
+
+    Raises:
+        ValueError: `is_loaded`, and the best checkpoint or its weights are missing or damaged. The Trainer of
+            transformers would go on without it, and end with another model than an uninterrupted training.
+    """
+    file = Path(checkpoint, TRAINER_STATE_NAME)
+    recorded = read_state(checkpoint).get("best_model_checkpoint")
+    if not recorded:
+        return None
+    places = (Path(checkpoint).parent / Path(recorded).name, Path(recorded))
+    best = next((path for path in places if path in numbered_checkpoints(path.parent)), None)
+    names = [path.name for pattern in WEIGHTS for path in sorted(Path(checkpoint).glob(pattern))]
+    damages = [f"{best / name} {damage}" for name in names if best and (damage := damage_of(best / name))]
+    if is_loaded and (best is None or damages):
+        raise ValueError(
+            f"{file} names {short_repr(recorded)} as the best checkpoint so far, but "
+            f"{'; '.join(damages) or 'there is no such folder'}. Restore it, remove {checkpoint} to resume from an "
+            f"earlier one, or set load_best_model_at_end=False to go on without it."
+        )
+    return None if best is None else str(best)
 
 
 def check_resumable(trainer: Trainer, checkpoint: str | os.PathLike, more: list[str]) -> None:

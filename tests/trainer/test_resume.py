@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from gflowtrl import APAOConfig, APAOTrainer, GFlowNetTrainer
 from gflowtrl.files import damage_of
 from gflowtrl.rewards import GroundTruthReward
-from gflowtrl.trainer.resume import _deepspeed_files, _engine_files, last_checkpoint, read_state, remove_checkpoints
+from gflowtrl.trainer.resume import _deepspeed_files, _engine_files, last_checkpoint, remove_checkpoints
 from tests.tiny import tiny_model
 
 from .world import TOKENIZER, make_catalog, make_rows, make_trainer, weights
@@ -84,27 +84,64 @@ def test_changed_bytes_of_a_small_part_are_named(checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "message"),
+    ("change", "reason"),
     [
-        ("global_step", True, r"does not contain the state of a training \(a global_step\)"),
-        ("global_step", -2, r"does not contain the state of a training"),
-        ("log_history", 5, "log_history is 5"),
-        ("log_history", [1], r"log_history is \[1\]"),
-        ("stateful_callbacks", ["x"], r"stateful_callbacks is \['x'\]"),
-        ("epoch", "two", "epoch is 'two'"),
-        ("best_metric", "high", "best_metric is 'high'"),
-        ("best_model_checkpoint", 3, "best_model_checkpoint is 3"),
-        ("later_field", 1, "has the field 'later_field', which the installed version of transformers does not know"),
+        ({"epoch": "x"}, "epoch must be a number, but it is 'x'"),
+        ({"log_history": [1]}, "log_history must be fields with values"),
+        ({"global_step": True}, "global_step must be a whole number"),
+        ({"global_step": -2}, "global_step is -2"),
+        ({"best_model_checkpoint": 7}, "best_model_checkpoint must be text"),
+        ({"stateful_callbacks": [1]}, "stateful_callbacks does not hold fields"),
+        ({"new_field": 1}, "There is no field 'new_field'"),
     ],
 )
-def test_a_state_of_other_types_is_named(checkpoint, field, value, message):
+def test_a_state_with_values_of_another_type_is_named(checkpoint, caplog, change, reason):
+    """The Trainer of transformers would fail with an error that names no file."""
     file = checkpoint / "trainer_state.json"
-    state = json.loads(file.read_text())
-    read_state(checkpoint)
-    file.write_text(json.dumps(state | {field: value}))
-    with pytest.raises(ValueError, match=rf"{re.escape(str(file))}.*{message}"):
-        read_state(checkpoint)
-    assert last_checkpoint(checkpoint.parent) is None
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    refused(checkpoint, rf"{re.escape(str(file))} cannot be read as the state of a training \({reason}")
+    assert last_checkpoint(checkpoint.parent) is None and reason in caplog.text
+
+
+def test_steps_of_a_state_may_be_whole_floats(checkpoint):
+    """As for `logging_steps=1.0`."""
+    file = checkpoint / "trainer_state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"logging_steps": 1.0}))
+    assert last_checkpoint(checkpoint.parent) == str(checkpoint)
+
+
+def with_best(folder, **options) -> GFlowNetTrainer:
+    """A trainer whose first checkpoint is the best one, since no later one is measured as better."""
+    return trainer(
+        folder, eval_dataset=make_rows(6, 1, 500), eval_strategy="steps", eval_steps=2, learning_rate=0.0,
+        load_best_model_at_end=True, metric_for_best_model="eval_ndcg@10", greater_is_better=True, **options,
+    )  # fmt: skip
+
+
+def test_the_best_checkpoint_of_a_moved_folder_is_found(tmp_path):
+    with_best(tmp_path / "first").train()
+    moved = tmp_path / "moved"
+    (tmp_path / "first").rename(moved)
+    resumed = with_best(moved, max_steps=6)
+    resumed.train(resume_from_checkpoint=str(moved / "checkpoint-4"))
+    assert resumed.state.best_model_checkpoint == str(moved / "checkpoint-2")
+    assert "_BestSoFar" not in {type(callback).__name__ for callback in resumed.callback_handler.callbacks}
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_lost_best_checkpoint_is_an_error(tmp_path, damage):
+    """Without it, the training would end with another model than an uninterrupted one."""
+    with_best(tmp_path).train()
+    if damage == "missing":
+        shutil.rmtree(tmp_path / "checkpoint-2")
+    else:
+        (tmp_path / "checkpoint-2" / "model.safetensors").write_bytes(b"cut")
+    resumed = with_best(tmp_path, max_steps=6)
+    with pytest.raises(ValueError, match=r"trainer_state\.json names '.*checkpoint-2' as the best checkpoint so far"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    resumed.args.load_best_model_at_end = False
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert resumed.state.global_step == 6
 
 
 @pytest.mark.parametrize(
