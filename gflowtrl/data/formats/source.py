@@ -16,6 +16,9 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
+from gflowtrl.checks import one_line, shortened
+from gflowtrl.files import is_utf16
+
 
 #: Errors that a parser raises for a malformed line.
 MALFORMED = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, SyntaxError, RecursionError)
@@ -299,7 +302,7 @@ def _no_text(head: bytes, known_encoding: bool) -> str:
             return f"is {kind}. {remedy}"
     if known_encoding:
         return ""
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or head.count(0) > len(head) // 4:
+    if is_utf16(head) or head.count(0) > len(head) // 4:
         return "is not UTF-8. If it is text, give its encoding (for example --encoding utf-16)."
     if head.count(b"\r") > 1 and b"\n" not in head:
         return "has lines that end in CR alone, as on old Macs. Convert CR to LF first."
@@ -314,9 +317,7 @@ def _swallows_rows(fields: list[str], delimiter: str) -> bool:
 
 
 def _short(reason: str) -> str:
-    """Shorten a reason to one line, without control characters."""
-    plain = "".join(sign if sign.isprintable() else "?" for sign in reason)
-    return plain if len(plain) <= _REASON_CHARACTERS else plain[:_REASON_CHARACTERS] + " ..."
+    return shortened(one_line(reason), _REASON_CHARACTERS)
 
 
 def byte_bar(name: str, total: int | None, done: int = 0) -> tqdm:
