@@ -1,4 +1,4 @@
-"""Tables of Arrow from the DataFrames of other libraries."""
+"""Tables of Arrow from the DataFrames of other libraries, and their text."""
 
 from __future__ import annotations
 
@@ -29,6 +29,36 @@ def as_table(value: Any, name: str) -> pa.Table:
         raise ValueError(f"The {name} is not a table of Arrow: {' '.join(str(error).split())}") from None
     views = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
     return table.cast(pa.schema([field.with_type(views.get(field.type, field.type)) for field in table.schema]))
+
+
+def check_utf8(table: pa.Table, where: object, first_row: int = 1) -> None:
+    """Check the text of a table, also in lists and structs. Arrow and Parquet do not, and others fail far from it.
+
+    Args:
+        table: the table, or a part of one.
+        where: the file, or the name of the table.
+        first_row: number of the first row.
+
+    Raises:
+        ValueError: names the file, the row and the column of the first value that is not UTF-8.
+    """
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid:  # perhaps about a value of a list or dictionary that is not in these rows
+            for row, value in enumerate(column, first_row):
+                if not _is_readable(value):
+                    raise ValueError(
+                        f"{where}, row {row}: the column {name!r} has text that is not UTF-8. Write it as UTF-8."
+                    ) from None
+
+
+def _is_readable(value: pa.Scalar) -> bool:
+    try:
+        value.as_py()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _is_pandas(value: Any) -> bool:

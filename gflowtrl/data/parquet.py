@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from gflowtrl.catalog import Item
 from gflowtrl.files import reading, write_atomically
 
+from .arrow import check_utf8
 from .interactions import InteractionData, flat_times, flatten
 from .sequences import Sequences
 
@@ -59,7 +60,7 @@ def read_parquet_items(file: Path) -> Iterator[tuple[str, Item, dict[str, Any]]]
     """Yield (file and row, item, features) of each item. Missing values are left out; dates and decimals become text.
 
     Raises:
-        ValueError: the file is broken, or an item is missing or of another type.
+        ValueError: the file is broken or its text is not UTF-8, or an item is missing or of another type.
     """
     table = _read(file, ["item"], None)
     for place, (name, kind) in enumerate(zip(table.column_names, table.schema.types, strict=True)):
@@ -123,7 +124,9 @@ def _read(file: Path, needed: list[str], others: list[str] | None) -> pa.Table:
         raise ValueError(f"{file} lacks the columns {', '.join(missing)}; it has {', '.join(found)}. Rename them.")
     with reading(file, "Parquet"):
         names = None if others is None else [*needed, *(name for name in others if name in found)]
-        return pq.read_table(file, columns=names)
+        table = pq.read_table(file, columns=names)
+    check_utf8(table, file)
+    return table
 
 
 def _lists(file: Path, column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, pa.Array]:

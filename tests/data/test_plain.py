@@ -4,6 +4,7 @@ import gzip
 import json
 import tempfile
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -276,6 +277,17 @@ def test_too_little_memory_is_an_error_in_words(tmp_path):
     for wrong in ("much", "1; DROP", 5, "0MiB"):
         with pytest.raises(ValueError, match="max_memory is .*; give a size such as '768MiB'"):
             prepare("csv", path, max_memory=wrong)
+
+
+def test_other_errors_of_the_database_are_not_blamed_on_memory(tmp_path, monkeypatch):
+    def fails(*_):
+        raise duckdb.ConversionException("Conversion Error: no such value")
+
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,timestamp\n1,2,3\n")
+    monkeypatch.setattr(log._Reader, "_read_block", fails)
+    with pytest.raises(ValueError, match=r"log\.csv cannot be read by DuckDB \(Conversion Error: no such value\)"):
+        prepare("csv", path, k_core=None)
 
 
 def test_an_open_quote_ends_the_reading_by_line():

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gflowtrl.data import Columns, prepare, read_folder
+from gflowtrl.data.formats import tables
 from gflowtrl.data.formats.registry import find_files
 from tests.data.raw_files import (
     CATEGORIES,
@@ -345,6 +346,50 @@ def test_lines_of_spaces_are_blank(tmp_path):
     log = write(tmp_path / "log.txt", "1 2 3\n   \n2 3 2\n")
     data, report = prepare("s3rec", log, k_core=None)
     assert data.sequences == [[2, 3], [3, 2]] and report.malformed == 0
+
+
+def unchecked_text(*values: bytes) -> pa.Array:
+    """Text that Arrow takes as it is."""
+    return pa.Array.from_buffers(pa.string(), len(values), pa.array(values, pa.binary()).buffers())
+
+
+BAD = unchecked_text(b"a", b"a", b"\xff", b"b")
+
+
+@pytest.mark.parametrize("format", ["table", "parquet"])
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("user_id", BAD),
+        ("item_id", pa.DictionaryArray.from_arrays(pa.array([0, 0, 2, 3], pa.int32()), BAD)),
+        ("title", BAD),
+        ("tags", pa.ListArray.from_arrays(pa.array([0, 1, 1, 3, 4], pa.int32()), BAD)),
+    ],
+    ids=["text", "dictionary", "features", "lists"],
+)
+def test_text_that_is_not_utf8_is_named(tmp_path, monkeypatch, format, column, values):
+    """Neither Arrow nor Parquet checks it. It was reported as lack of memory. Rows are read in blocks."""
+    monkeypatch.setattr(tables, "_BLOCK_ROWS", 2)
+    monkeypatch.setattr(tables, "_BATCH_ROWS", 2)
+    log = {"user_id": ["u", "u", "v", "v"], "item_id": ["a", "b", "a", "b"], "timestamp": [1, 2, 3, 4]}
+    items = {"item_id": ["a", "c", "d", "b"]}
+    (log if column in log else items)[column] = values
+    given = [pa.table(log), pa.table(items)]
+    name = "table of log" if column in log else "table of items"
+    if format == "parquet":
+        name = str(tmp_path / ("0" if column in log else "1"))
+        for number, table in enumerate(given):
+            pq.write_table(table, tmp_path / str(number))
+        given = [tmp_path / "0", tmp_path / "1"]
+    with pytest.raises(ValueError) as error:
+        prepare(format, *given, k_core=None)
+    assert str(error.value) == f"{name}, row 3: the column {column!r} has text that is not UTF-8. Write it as UTF-8."
+
+
+def test_a_folder_with_text_that_is_not_utf8_is_refused(tmp_path):
+    pq.write_table(pa.table({"user": BAD, "items": [["a"]] * 4}), tmp_path / "sequences.parquet")
+    with pytest.raises(ValueError, match=r"sequences\.parquet, row 3: the column 'user' has text that is not UTF-8"):
+        read_folder(tmp_path)
 
 
 def test_a_damaged_parquet_file_is_refused(tmp_path):

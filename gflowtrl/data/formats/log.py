@@ -110,10 +110,12 @@ def read_log(
                 reader.read(source, parsed)
             log = reader.log()
     except duckdb.Error as error:
-        reason = str(error).split("\n")[0]
+        name, reason = ", ".join(paths[-1:]) or "The log", str(error).split("\n")[0]
+        if not isinstance(error, duckdb.OutOfMemoryException | duckdb.IOException):
+            raise ValueError(f"{name} cannot be read by DuckDB ({reason}). Check the file and its format.") from None
         raise ValueError(
-            f"{', '.join(paths[-1:]) or 'The log'} cannot be read with {max_memory} of memory and temporary files in "
-            f"{tempfile.gettempdir()} ({reason}). Raise max_memory, or set TMPDIR to a folder with more space."
+            f"{name} cannot be read with {max_memory} of memory and temporary files in {tempfile.gettempdir()} "
+            f"({reason}). Raise max_memory, or set TMPDIR to a folder with more space."
         ) from None
     if not len(log):
         limit = "" if min_rating is None else f" with a rating of {min_rating:g} or more; choose a lower min_rating"

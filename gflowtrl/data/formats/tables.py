@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ..arrow import check_utf8
 from ..readers import json_object
 from .format import Format, Header, Parsed, Request, json_lines
 from .headerless import DELIMITERS, headerless_interactions, headerless_items
@@ -142,21 +143,23 @@ class _Rows:
             raise ValueError(f"{source.path} has the column {twice!r} twice. Rename one of both.")
 
     def batches(self, names: list[str], rows: int) -> Iterator[pa.Table]:
-        """Yield tables of at most `rows` rows with these columns."""
-        inside = [name for name in names if name in self._in_file]
+        """Yield tables of at most `rows` rows with these columns. Text that is not UTF-8 is an error."""
+        inside, number = [name for name in names if name in self._in_file], 1
         if self._file is None:
-            yield from (pa.Table.from_batches([batch]) for batch in self._source.table.select(names).to_batches(rows))
-            return
-        batches = self._file.iter_batches(rows, columns=inside)
+            batches = iter(self._source.table.select(inside).to_batches(rows))
+        else:
+            batches = self._file.iter_batches(rows, columns=inside)
         while True:
             with _readable(self._source):
                 batch = next(batches, None)
             if batch is None:
                 return
             table = pa.Table.from_batches([batch])
+            check_utf8(table, self._source.path, number)
+            number += len(table)
             for name in names:
                 if name not in self._in_file:
-                    table = table.append_column(name, pa.array([self._folders[name]] * len(batch), pa.string()))
+                    table = table.append_column(name, pa.array([self._folders[name]] * len(table), pa.string()))
             yield table
 
 
