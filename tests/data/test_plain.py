@@ -1,7 +1,9 @@
 """Lines that SQL reads, compared with the parsers of the formats, which read the same files line by line."""
 
+import contextlib
 import gzip
 import json
+import random
 import tempfile
 
 import duckdb
@@ -305,3 +307,28 @@ def test_names_of_temporary_folders_are_not_columns(tmp_path, monkeypatch):
     path.write_text("user_id,item_id,timestamp\na,x,1\nb,y,2\n")
     assert prepare("csv", path, k_core=None)[0].users == ["a", "b"]
     assert items_where(["x", "y"], {"x": {"price": 1}, "y": {"price": 3}}, "price < 2") == ["x"]
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_the_progress_bar_counts_packed_bytes(tmp_path, monkeypatch, ending):
+    class Bar(contextlib.nullcontext):
+        n = 0
+
+        def __enter__(self):
+            return self
+
+        def update(self, count):
+            self.n += count
+            seen.append(self.n)
+
+    chance, path, seen = random.Random(0), tmp_path / f"log.csv{ending}", []
+    content = "".join(f"{chance.getrandbits(256):x}\n" for _ in range(9_000)).encode()
+    packed = pa.compress(content, "zstd", asbytes=True) if ending == ".zst" else content
+    path.write_bytes(gzip.compress(content) if ending == ".gz" else packed)
+    monkeypatch.setattr(source, "byte_bar", lambda name, total: totals.append(total) or Bar())
+    monkeypatch.setattr(source, "_BLOCK_BYTES", 50_000)
+    monkeypatch.setattr(source, "_RAW_BYTES", 1_000)
+    totals = []
+    assert "".join(Source(path, "csv", "lines", 0.0).text_lines()).encode() == content
+    assert totals == [path.stat().st_size] and len(seen) == -(-len(content) // 50_000)
+    assert sorted(seen) == seen and seen[0] < totals[0] - 4 and totals[0] - 16 <= seen[-1] <= totals[0]

@@ -7,7 +7,7 @@ import io
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
@@ -97,15 +97,15 @@ class Source:
 
     def peek_lines(self, count: int) -> list[str]:
         """Return the first nonblank lines, at most `count`, without their line ends."""
-        with self._content("utf-8-sig") as (content, encoding):
-            text = io.TextIOWrapper(content, encoding, "replace", newline="\n")
+        with self._content() as (content, _):
+            text = io.TextIOWrapper(content, self.encoding or "utf-8-sig", "replace", newline="\n")
             whole = (line for line in iter(lambda: text.readline(_BLOCK_BYTES), "") if line.strip())
             return [line.strip(" \r\n") for line in islice(whole, count)]
 
     def is_utf8(self) -> bool:
         """Return whether the whole file is valid UTF-8."""
         decoder = codecs.getincrementaldecoder("utf-8")()
-        with self._content("utf-8") as (content, _):
+        with self._content() as (content, _):
             try:
                 for block in self._unpacked_blocks(content):
                     decoder.decode(block)
@@ -115,18 +115,16 @@ class Source:
         return True
 
     @contextmanager
-    def _content(self, encoding: str, show: bool = False) -> Iterator[tuple[io.BufferedIOBase, str]]:
-        """Open the file: its unpacked bytes and its encoding. Raise a ValueError if it obviously is not text."""
-        size = self.path.stat().st_size
-        with byte_bar(self.path.name, size) if show else nullcontext() as bar, _Counted(self.path, bar) as counted:
-            raw = io.BufferedReader(counted, _RAW_BYTES)
+    def _content(self) -> Iterator[tuple[io.BufferedIOBase, io.BufferedIOBase]]:
+        """Open the file: its unpacked and its packed bytes. Raise a ValueError if it obviously is not text."""
+        with self.path.open("rb", buffering=_RAW_BYTES) as raw:
             packed = raw.peek(len(_ZSTD))
             try:
                 content = _unpacked(raw, packed)
                 problem = _no_text(content.peek(_HEAD_BYTES)[:_HEAD_BYTES], known_encoding=self.encoding is not None)
                 if problem:
                     raise ValueError(f"{self.path} {problem} Format {self.format!r} reads {self.expected}.")
-                yield content, self.encoding or encoding
+                yield content, raw
             except _BROKEN as error:
                 kinds = {_GZIP: "gzip", _ZSTD: "zstandard"}
                 kind = next((word for begin, word in kinds.items() if packed.startswith(begin)), None)
@@ -154,9 +152,10 @@ class Source:
         not allowed in ids.
         """
         number, rest, self._row_lines = 1, b"", 1
-        with self._content(encoding, show=True) as (content, encoding):
-            decoder = codecs.getincrementaldecoder(encoding)("replace")
+        with self._content() as (content, raw), byte_bar(self.path.name, self.path.stat().st_size) as bar:
+            decoder = codecs.getincrementaldecoder(self.encoding or encoding)("replace")
             for block in self._unpacked_blocks(content):
+                bar.update(raw.tell() - bar.n)  # packed bytes, so that the total is the file size
                 rest += decoder.decode(block).encode()
                 end = rest.rfind(b"\n") + 1
                 if end:
@@ -344,27 +343,6 @@ def read_ahead(values: Iterable[T]) -> Iterator[Iterator[T]]:
     remaining = iter(values)
     with ThreadPoolExecutor(1) as thread:
         yield ahead()
-
-
-class _Counted(io.RawIOBase):
-    """A file that updates a progress bar as it is read, in compressed bytes, so that the total is the file size."""
-
-    def __init__(self, path: Path, bar: tqdm | None):
-        self._file = path.open("rb", buffering=0)
-        self._bar = bar
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        count = self._file.readinto(buffer)
-        if self._bar is not None:
-            self._bar.update(count)
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 def _unpacked(raw: io.BufferedReader, head: bytes) -> io.BufferedIOBase:
