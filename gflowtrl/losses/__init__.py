@@ -4,6 +4,7 @@ from .baselines import grpo, msl, sdpo
 from .contrastive_balance import contrastive_balance
 from .detailed_balance import detailed_balance, subtrajectory_balance
 from .exact_flow import exact_flow, normalized_flows
+from .policy_gradient import group_advantages
 from .prefix import prefix_pairwise, prefix_pointwise
 from .prefix_weights import PrefixWeights
 from .registry import LOSSES, LossInputs, LossSpec, get_loss, register_loss
@@ -21,6 +22,7 @@ __all__ = [
     "detailed_balance",
     "exact_flow",
     "get_loss",
+    "group_advantages",
     "grpo",
     "msl",
     "normalized_flows",

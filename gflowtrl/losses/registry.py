@@ -32,6 +32,7 @@ class LossInputs:
         child_log_probs: `(B, K, L, C)` log pi of every child of each visited state, -inf on padding.
         leaves: `(B, K)` leaf of each trajectory.
         log_rewards: `(B, K)` log R.
+        rewards: `(B, K)` the weighted sum of the rewards, before the transform to log R.
         advantages: `(B, K)` rewards, normalized within the group.
         child_target_log_probs: `(B, K, L, C)` log pi* of the children, available if the flow of every node is known.
         log_z: `(B,)` learned log Z(x).
@@ -46,6 +47,7 @@ class LossInputs:
     child_log_probs: Tensor | None = None
     leaves: Tensor | None = None
     log_rewards: Tensor | None = None
+    rewards: Tensor | None = None
     advantages: Tensor | None = None
     child_target_log_probs: Tensor | None = None
     log_z: Tensor | None = None
@@ -59,7 +61,7 @@ class LossInputs:
         """Return inputs to check options with: tensors of the right shapes for one prompt and ids of one token."""
         shape = (1, num_generations, 1, 1)
         dimensions = {"log_z": 1, "nodes_per_depth": 1, "child_log_probs": 4, "child_target_log_probs": 4}
-        dimensions |= dict.fromkeys(("lengths", "leaves", "log_rewards", "advantages"), 2)
+        dimensions |= dict.fromkeys(("lengths", "leaves", "log_rewards", "rewards", "advantages"), 2)
         tensors = {entry.name: torch.zeros(shape[: dimensions.get(entry.name, 3)]) for entry in fields(cls)}
         return cls(**tensors | {"lengths": torch.ones(shape[:2], dtype=torch.long)})
 
@@ -196,7 +198,7 @@ class LossSpec:
     @property
     def needs_rewards(self) -> bool:
         """Whether the loss needs rewards in any form."""
-        return self.needs_log_rewards or "advantages" in self.inputs
+        return self.needs_log_rewards or not {"rewards", "advantages"}.isdisjoint(self.inputs)
 
     @property
     def needs_reference(self) -> bool:

@@ -19,7 +19,7 @@ from trl.trainer.callbacks import SyncRefModelCallback
 
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.data import PromptEncoder, Step, count_repeats
-from gflowtrl.losses import LossInputs, LossSpec, normalized_flows
+from gflowtrl.losses import LossInputs, LossSpec, group_advantages, normalized_flows
 from gflowtrl.policy import StepScores, TreePolicy, make_policy
 from gflowtrl.rewards import (
     AnyReward,
@@ -270,7 +270,8 @@ class GFlowNetTrainer(TreePolicyTrainer):
         return replace(
             inputs,
             log_rewards=group.rewards.log_rewards,
-            advantages=normalized(group.rewards.rewards) if "advantages" in loss.inputs else None,
+            rewards=group.rewards.rewards,
+            advantages=group_advantages(group.rewards.rewards) if "advantages" in loss.inputs else None,
             child_target_log_probs=None if flows is None else normalized_flows(flows),
         )
 
@@ -368,11 +369,6 @@ def excludes_history(setting: str, rows: Dataset | IterableDataset | None) -> bo
         f"their user's history, so these items get {'no' if rare else 'their'} reward."
     )
     return rare
-
-
-def normalized(rewards: Tensor) -> Tensor:
-    """Return GRPO's advantages of rewards `(B, K)`: mean 0 and deviation 1 within a group, 0 if all are equal."""
-    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
 
 
 def composite_reward(

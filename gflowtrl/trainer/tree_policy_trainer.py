@@ -304,7 +304,7 @@ class TreePolicyTrainer(
             per_trajectory = loss(self._inputs(loss, group), **loss.at_policy(self.args.loss_options(name)))
             if name in self.prefix_weights:
                 per_trajectory = self._over_prefixes(name, per_trajectory, group.target.lengths[:, 0])
-            if group.weights is not None and not loss.uses_target:
+            if group.weights is not None and not loss.uses_target and per_trajectory.shape[1] > 1:
                 per_trajectory = per_trajectory * group.weights
             reduced = per_trajectory.sum(1) if self.args.loss_reduction == "sum" else per_trajectory.mean(1)
             value = reduced.mean()
@@ -315,9 +315,10 @@ class TreePolicyTrainer(
 
     def _inputs(self, loss: LossSpec, group: Group) -> LossInputs:
         """Return the tensors of a loss: of the drawn trajectories, of the target, or of the target and negatives."""
-        scores = group.scores
+        scores, leaves = group.scores, group.drawn.leaves
         if loss.uses_target:
             scores = group.all_scores if loss.uses_negatives else group.target
+            leaves = group.leaves if loss.uses_negatives else group.leaves[:, :1]
         log_probs, ref_log_probs, tree = scores.log_probs, scores.ref_log_probs, self._catalog.tree
         if loss.any_label_space and scores.vocabulary_log_probs is not None:
             log_probs, ref_log_probs = scores.vocabulary_log_probs, scores.ref_vocabulary_log_probs
@@ -326,11 +327,11 @@ class TreePolicyTrainer(
             log_probs=log_probs,
             lengths=scores.lengths,
             child_log_probs=scores.child_log_probs,
-            leaves=group.leaves,
+            leaves=leaves,
             log_z=scores.log_z,
             log_flows=scores.log_flows,
             ref_log_probs=ref_log_probs,
-            prefix_nodes=tree.walk(group.leaves)[:, :, 1:] if prefixes else None,
+            prefix_nodes=tree.walk(leaves)[:, :, 1:] if prefixes else None,
             nodes_per_depth=log_probs.new_tensor(tree.nodes_per_depth, dtype=torch.long) if prefixes else None,
         )
 

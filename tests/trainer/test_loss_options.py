@@ -339,3 +339,29 @@ def test_options_of_a_custom_loss_do_not_come_from_the_trainer(tmp_path, monkeyp
             tmp_path, loss_type="mine", loss_kwargs=given, temperature=0.5, seed=11, weight_decay=0.1
         )
         assert trainer.compute_loss(trainer.model, first_batch(trainer)).item() == result
+
+
+def test_a_loss_gets_the_leaves_that_it_scores(tmp_path, monkeypatch):
+    """Those of the drawn trajectories, even if another loss scores the target, too."""
+    seen = {}
+
+    def drawn(log_probs, leaves, prefix_nodes, rewards):
+        seen["drawn"] = leaves, prefix_nodes
+        assert leaves.shape == rewards.shape == log_probs.shape[:2] and prefix_nodes.shape == log_probs.shape
+        return log_probs.sum(-1)
+
+    def target(log_probs, leaves):
+        seen["target"] = leaves
+        return log_probs.sum(-1)
+
+    monkeypatch.setitem(LOSSES, "drawn", LossSpec(drawn))
+    monkeypatch.setitem(LOSSES, "target", LossSpec(target, uses_target=True))
+    trainer = make_trainer(tmp_path, rewards(), loss_type=["target", "drawn"], sampler=fixed_leaves)
+    batch = first_batch(trainer)
+    trainer.compute_loss(trainer.model, batch)
+    step = Step.from_batch(batch, CATALOG)
+    expected = fixed_leaves(step, None, None, 4, None)
+    assert (expected[:, 0] != step.target_leaves).any()
+    assert torch.equal(seen["drawn"][0], expected)
+    assert torch.equal(seen["drawn"][1], CATALOG.tree.walk(expected)[:, :, 1:])
+    assert torch.equal(seen["target"][:, 0], step.target_leaves)

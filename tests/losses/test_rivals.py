@@ -1,0 +1,193 @@
+"""Rival objectives compared with plain loops, which reproduce figures computed with the authors' own code.
+
+The loops know an old policy, for several updates per group. The library makes one update, where the old policy is the
+policy itself.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from gflowtrl.losses import group_advantages, grpo
+
+
+# One prompt, three ids of up to three tokens.
+LENGTHS = [3, 2, 3]
+REWARDS = torch.tensor([[1.0, 0.2, 0.5]], dtype=torch.double)
+LOG_PROBS = torch.tensor([[[-0.5, -1.0, -0.2], [-0.7, -0.3, 0.0], [-1.2, -0.6, -0.4]]], dtype=torch.double)
+REFERENCE = torch.tensor([[[-0.6, -0.9, -0.4], [-0.5, -0.5, 0.0], [-1.0, -0.8, -0.3]]], dtype=torch.double)
+OLD = torch.tensor([[[-0.8, -1.1, -0.2], [-0.9, -0.6, 0.0], [-1.3, -0.3, -0.5]]], dtype=torch.double)
+NUM_TOKENS = torch.tensor([LENGTHS])
+CENTERED = [r - 17 / 30 for r in (1.0, 0.2, 0.5)]
+NORMALIZED = [c / (math.sqrt(sum(d * d for d in CENTERED) / 2) + 1e-4) for c in CENTERED]
+
+
+def close(value, expected) -> bool:
+    """Whether all figures are equal to 6 digits after the point."""
+    value = torch.as_tensor(value, dtype=torch.double)
+    return torch.allclose(value, torch.tensor(expected, dtype=torch.double).view_as(value), rtol=0, atol=6e-7)
+
+
+def gradient_of(loss, *tensors: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, tensors))
+
+
+def clipped(ratio: Tensor, advantage: float, low: float, high: float) -> Tensor:
+    """PPO's clipped term, as a loss."""
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+def by_hand(
+    log_probs: Tensor, old: Tensor, advantages: list[float], average: str = "grpo", level: str = "token",
+    clip: tuple[float, float] = (0.2, 0.2), beta: float = 0.0, corrected: bool = True, early: float | None = None,
+) -> Tensor:  # fmt: skip
+    """The losses of TRL's GRPOTrainer and ECPO (`early` is its delta) with an old policy, per trajectory `(3,)`.
+
+    `average`: tokens within each trajectory, over the batch, by the longest id, or not at all ("sum").
+    """
+    rows = []
+    for k, length in enumerate(LENGTHS):
+        new, before = log_probs[0, k, :length], old[0, k, :length]
+        if level == "sequence":  # GSPO, its mean over tokens; ECPO uses the sum
+            change = (new - before).sum() / (1 if average == "sum" else length)
+            ratio = change.exp().expand(length) if average != "sum" else change.exp()[None]
+        else:
+            ratio = (new - before).exp()
+        if early is not None:
+            most = 1 + clip[0] + early
+            ratio = torch.where(ratio.detach() > most, most * ratio / ratio.detach(), ratio)
+        tokens = clipped(ratio, advantages[k], *clip)
+        d = REFERENCE[0, k, :length] - new
+        divergence = d.exp() - d - 1
+        if beta:
+            tokens = tokens + beta * divergence * (ratio if corrected else 1.0)
+        scale = {"grpo": 1 / length, "batch": 3 / sum(LENGTHS), "dr_grpo": 1 / 3, "sum": 1.0}[average]
+        rows.append(tokens.sum() * scale)
+    return torch.stack(rows)
+
+
+# Rows of: options of `by_hand` with the old policy, the loss, its gradient. From TRL 1.16's GRPOTrainer.
+WITH_OLD = {
+    "grpo": (
+        {}, 0.050201,
+        [[0, -0.131633, -0.119106], [0.184644, 0.204063, 0], [0.020251, 0, 0.020251]],
+    ),
+    "grpo, KL": (
+        {"beta": 0.04}, 0.050874,
+        [[0.000600, -0.132124, -0.118217], [0.183015, 0.205863, 0], [0.019269, 0.000659, 0.019760]],
+    ),
+    "grpo, KL without correction": (
+        {"beta": 0.04, "corrected": False}, 0.050798,
+        [[0.000423, -0.132100, -0.118301], [0.183168, 0.205271, 0], [0.019267, 0.000806, 0.019784]],
+    ),
+    "dapo": (
+        {"average": "batch", "clip": (0.2, 0.28)}, -0.100008,
+        [[0, -0.148087, -0.133995], [0.138483, 0.153047, 0], [0.022783, 0, 0.022783]],
+    ),
+    "bnpo": (
+        {"average": "batch"}, -0.089288,
+        [[0, -0.148087, -0.133995], [0.138483, 0.153047, 0], [0.022783, 0, 0.022783]],
+    ),
+    "dr_grpo": (
+        {"average": "dr_grpo", "advantages": CENTERED}, -0.032084,
+        [[0, -0.053212, -0.048148], [0.049761, 0.054994, 0], [0.008186, 0, 0.008186]],
+    ),
+    "gspo": (
+        {"level": "sequence"}, 0.033107,
+        [[-0.136095] * 3, [0.194110, 0.194110, 0], [0.017723] * 3],
+    ),
+    "gspo, narrow": (
+        {"level": "sequence", "clip": (3e-4, 4e-4)}, 0.085715,
+        [[0] * 3, [0.194110, 0.194110, 0], [0] * 3],
+    ),
+}  # fmt: skip
+# From the paper of ECPO (OneRec, arXiv 2506.13695), for which no code is public.
+WITH_OLD["ecpo, sequence"] = (
+    {"level": "sequence", "average": "sum", "early": 0.1}, 0.014009,
+    [[0] * 3, [0.393051, 0.393051, 0], [0.049741] * 3],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(WITH_OLD))
+def test_the_loops_reproduce_figures_of_the_authors_code(name):
+    options, expected, gradient = WITH_OLD[name]
+    options = {"advantages": NORMALIZED} | options
+    log_probs = LOG_PROBS.clone().requires_grad_()
+    loss = by_hand(log_probs, OLD, **options).mean()
+    assert close(loss, [expected])
+    assert close(gradient_of(loss, log_probs)[0], gradient)
+
+
+def test_advantages():
+    assert close(group_advantages(REWARDS), [1.071957, -0.907040, -0.164916])
+    assert close(group_advantages(REWARDS), NORMALIZED) and close(group_advantages(REWARDS, "none"), CENTERED)
+    assert group_advantages(torch.full((1, 3), 0.25)).tolist() == [[0.0, 0.0, 0.0]]
+    with pytest.raises(ValueError, match="scale_rewards is 'batch'; choose 'group' or 'none'"):
+        group_advantages(REWARDS, "batch")
+
+
+# With one update per group: options of the library, and of the loops with old = log_probs.
+FORMS = {
+    "grpo": ({}, {}),
+    "grpo, KL": ({"beta": 0.04}, {"beta": 0.04, "corrected": False}),
+    "grpo, corrected KL": ({"beta": 0.04, "use_bias_correction_kl": True}, {"beta": 0.04}),
+    "dapo, bnpo": ({"loss_type": "bnpo"}, {"average": "batch", "clip": (0.2, 0.28)}),
+    "dr_grpo": (
+        {"loss_type": "dr_grpo", "scale_rewards": "none"}, {"average": "dr_grpo", "advantages": CENTERED}
+    ),
+    "gspo": ({}, {"level": "sequence", "clip": (3e-4, 4e-4)}),
+    "ecpo, tokens": ({}, {"early": 0.1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(FORMS))
+def test_grpo_is_every_form_with_one_update_per_group(name):
+    """In value and in gradient, on ids of different lengths."""
+    options, other = FORMS[name]
+    other = {"advantages": NORMALIZED} | other
+    log_probs = LOG_PROBS.clone().requires_grad_()
+    ours = grpo(log_probs, REFERENCE, NUM_TOKENS, REWARDS, **{"beta": 0.0} | options)
+    theirs = by_hand(log_probs, LOG_PROBS, **other)
+    assert torch.allclose(ours[0], theirs, atol=1e-12)
+    assert torch.allclose(*(gradient_of(loss.mean(), log_probs)[0] for loss in (ours, theirs)), atol=1e-12)
+
+
+ONCE = {
+    "TRL": (
+        {"beta": 0.04, "use_bias_correction_kl": True}, 0.000597,
+        [[-0.118662, -0.119551, -0.118217], [0.149840, 0.152507, 0], [0.017435, 0.019213, 0.017880]],
+    ),
+    "ReRe, beta .04": (
+        {"beta": 0.04}, 0.000597,
+        [[-0.118683, -0.119574, -0.118301], [0.149697, 0.152382, 0], [0.017340, 0.019130, 0.017857]],
+    ),
+    "ReRe": (
+        {}, 0.000015,
+        [[-0.119096, -0.119118, -0.119086], [0.151136, 0.151204, 0], [0.018299, 0.018344, 0.018312]],
+    ),
+    "ReRe's dapo": (
+        {"loss_type": "bnpo"}, -0.113366,
+        [[-0.133983, -0.134008, -0.133972], [0.113352, 0.113403, 0], [0.020587, 0.020637, 0.020601]],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(ONCE))
+def test_grpo_with_one_update_gives_the_figures_of_trl_and_rere(name):
+    options, expected, gradient = ONCE[name]
+    log_probs = LOG_PROBS.clone().requires_grad_()
+    loss = grpo(log_probs, REFERENCE, NUM_TOKENS, REWARDS, **options).mean()
+    assert close(loss, [expected])
+    assert close(gradient_of(loss, log_probs)[0], gradient)
+
+
+def test_tokens_are_averaged_in_one_way_if_all_ids_have_one_length():
+    two = torch.full((1, 3), 2)
+    found = [
+        grpo(LOG_PROBS[..., :2], REFERENCE[..., :2], two, REWARDS, loss_type=name)
+        for name in ("grpo", "bnpo", "dr_grpo")
+    ]
+    assert torch.allclose(found[0], found[1]) and torch.allclose(found[0], found[2])
+    assert not math.isclose(float(found[0][0, 0]), 0.0)
