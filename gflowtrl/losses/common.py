@@ -5,20 +5,57 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gflowtrl.checks import POSITIVE, check_number
+from gflowtrl.checks import POSITIVE, Bound, check_choice, check_number
 
 
-def penalty(residual: Tensor, huber_delta: float | None = None, name: str = "huber_delta") -> Tensor:
-    """Return the squared residual; with `huber_delta`, linear beyond that size, with a continuous slope.
+PENALTIES = ("squared", "shifted_cosh", "linex")
+MOST_EXPONENT = 80.0  # larger exponents overflow in float32; as in torchgfn
+_SLOPE = Bound("a finite number other than 0", lambda value: value != 0)
 
-    The scale is that of the squared residual: `r^2` where `|r| <= delta`, else `delta * (2 |r| - delta)`.
+
+def penalize(
+    residual: Tensor,
+    huber_delta: float | None = None,
+    penalty: str = "squared",
+    linex_alpha: float | None = None,
+    delta_name: str = "huber_delta",
+) -> Tensor:
+    """Return the penalty of residuals `r = log Z + log pi - log R` (or the like), 0 at 0 and positive elsewhere.
+
+    Args:
+        residual: r, any shape.
+        huber_delta: with `"squared"`, residuals beyond this size count linearly, with a continuous slope:
+            `delta * (2 |r| - delta)`.
+        penalty: `"squared"`: r^2. `"shifted_cosh"`: e^r + e^-r - 2, of the same scale near 0. `"linex"`:
+            (e^(a t) - a t - 1) / a^2 with t = -r, half of that scale. On policy, the expected gradient with the true
+            log Z is that of KL(R/Z || pi) for a = 1, twice that of KL(pi || R/Z) for `"squared"`. torchgfn applies
+            linex to r, which gives half of the chi-squared divergence of pi from R/Z and avoids what has little
+            reward; for that, use a = -1.
+        linex_alpha: a, not 0; only for `"linex"`, by default 1.
+        delta_name: what the messages call `huber_delta`.
 
     Raises:
-        ValueError: `huber_delta` is not a positive number. The message calls it `name`.
+        ValueError: an option is out of range, or belongs to another penalty.
+
+    References:
+        Hu et al., Beyond squared error: exploring loss design for enhanced training of generative flow networks, ICLR
+        2025. torchgfn 2.4.1 (`LinexLoss`, `ShiftedCoshLoss`).
     """
+    check_choice("penalty", penalty, PENALTIES)
+    for name, value, wanted in ((delta_name, huber_delta, "squared"), ("linex_alpha", linex_alpha, "linex")):
+        if value is not None and penalty != wanted:
+            raise ValueError(f"{name} is {value}, but penalty is {penalty!r}; use penalty={wanted!r}, or {name}=None.")
+    if penalty == "shifted_cosh":
+        limited = residual.clamp(-MOST_EXPONENT, MOST_EXPONENT)
+        return limited.exp() + (-limited).exp() - 2
+    if penalty == "linex":
+        alpha = 1.0 if linex_alpha is None else linex_alpha
+        check_number("linex_alpha", alpha, _SLOPE)
+        exponent = -alpha * residual
+        return (exponent.clamp(max=MOST_EXPONENT).exp() - exponent - 1) / alpha**2
     if huber_delta is None:
         return residual.square()
-    check_number(name, huber_delta, POSITIVE)
+    check_number(delta_name, huber_delta, POSITIVE)
     size = residual.abs()
     return torch.where(size <= huber_delta, residual.square(), huber_delta * (2 * size - huber_delta))
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .common import penalty, surplus
+from .common import penalize, surplus
 
 
-def contrastive_balance(log_probs: Tensor, log_rewards: Tensor, delta: float | None = 1.0) -> Tensor:
+def contrastive_balance(
+    log_probs: Tensor,
+    log_rewards: Tensor,
+    delta: float | None = 1.0,
+    penalty: str = "squared",
+    linex_alpha: float | None = None,
+) -> Tensor:
     """`mean over j != i of Huber((log pi_i - log pi_j) - (log R_i - log R_j))` over other trajectories j of a prompt.
 
     The loss is zero for every set of trajectories if and only if pi = R / Z. Only the policy is learned, and scaling R
@@ -17,7 +23,9 @@ def contrastive_balance(log_probs: Tensor, log_rewards: Tensor, delta: float | N
     Args:
         log_probs: `(B, K, L)` tree-normalized log-probabilities of the tokens taken, 0 after a shorter id's end.
         log_rewards: `(B, K)`, finite.
-        delta: residuals beyond this size, in nats, count linearly (`losses.common.penalty`). None: all are squared.
+        delta: residuals beyond this size, in nats, count linearly. None: all are squared.
+        penalty, linex_alpha: `"squared"`, `"shifted_cosh"` or `"linex"` with its slope (`losses.common.penalize`); the
+            last two need `delta=None`. Both orders of a pair count, so linex with slope 1 is half of shifted cosh.
 
     Returns:
         `(B, K)`, in nats squared.
@@ -34,4 +42,4 @@ def contrastive_balance(log_probs: Tensor, log_rewards: Tensor, delta: float | N
     """
     balance = surplus(log_probs, log_rewards, compared_by="contrastive_balance")
     residuals = balance[:, :, None] - balance[:, None, :]
-    return penalty(residuals, delta, "delta").sum(-1) / (balance.shape[1] - 1)  # i = j adds 0
+    return penalize(residuals, delta, penalty, linex_alpha, "delta").sum(-1) / (balance.shape[1] - 1)  # i = j adds 0

@@ -9,11 +9,17 @@ from torch import Tensor
 
 from gflowtrl.checks import POSITIVE, check_number
 
-from .common import expect_shape, penalty, real_steps
+from .common import expect_shape, penalize, real_steps
 
 
 def detailed_balance(
-    log_probs: Tensor, log_flows: Tensor, log_rewards: Tensor, lengths: Tensor, huber_delta: float | None = None
+    log_probs: Tensor,
+    log_flows: Tensor,
+    log_rewards: Tensor,
+    lengths: Tensor,
+    huber_delta: float | None = None,
+    penalty: str = "squared",
+    linex_alpha: float | None = None,
 ) -> Tensor:
     """`sum_l (log F(s_l) + log pi(t_{l+1} | s_l) - log F(s_{l+1}))^2` with `log F(leaf) = log R`, as in GFlowGR.
 
@@ -29,6 +35,7 @@ def detailed_balance(
         log_rewards: `(B, K)`, finite.
         lengths: `(B, K)` number of tokens of each id; later steps add 0, whatever their values.
         huber_delta: residuals beyond this size count linearly. None: all are squared.
+        penalty, linex_alpha: `"squared"`, `"shifted_cosh"` or `"linex"` with its slope (`losses.common.penalize`).
 
     Returns:
         `(B, K)`, in nats squared, summed over the steps.
@@ -42,7 +49,7 @@ def detailed_balance(
     """
     potentials = _potentials(log_probs, log_flows, log_rewards, lengths)
     residuals = potentials[..., :-1] - potentials[..., 1:]
-    return penalty(residuals, huber_delta).sum(-1)
+    return penalize(residuals, huber_delta, penalty, linex_alpha).sum(-1)
 
 
 def subtrajectory_balance(
@@ -52,6 +59,8 @@ def subtrajectory_balance(
     lengths: Tensor,
     lam: float = 0.9,
     huber_delta: float | None = None,
+    penalty: str = "squared",
+    linex_alpha: float | None = None,
 ) -> Tensor:
     """`sum lam^(j-i) d_ij^2 / sum lam^(j-i)` over all sub-paths `0 <= i < j <= length` of a trajectory, with
     `d_ij = log F(s_i) + sum of log pi from s_i to s_j - log F(s_j)` and `log F(leaf) = log R`.
@@ -64,6 +73,7 @@ def subtrajectory_balance(
         lam: > 0. A small value approaches the mean over the steps of `detailed_balance`; a large one approaches
             `trajectory_balance` with log Z = log F(root). With 1, all sub-paths have the same weight.
         huber_delta: residuals beyond this size count linearly. None: all are squared.
+        penalty, linex_alpha: `"squared"`, `"shifted_cosh"` or `"linex"` with its slope (`losses.common.penalize`).
 
     Returns:
         `(B, K)`, in nats squared, the weighted mean over the sub-paths.
@@ -84,7 +94,8 @@ def subtrajectory_balance(
     weights = (gap * math.log(lam)).to(potentials.dtype).expand(real.shape).masked_fill(~real, -torch.inf)
     weights = weights.flatten(-2).softmax(-1).view(real.shape)
     residuals = potentials[..., :, None] - potentials[..., None, :]
-    return (weights * penalty(residuals.masked_fill(~real, 0.0), huber_delta)).sum((-2, -1))
+    residuals = residuals.masked_fill(~real, 0.0)
+    return (weights * penalize(residuals, huber_delta, penalty, linex_alpha)).sum((-2, -1))
 
 
 def _potentials(log_probs: Tensor, log_flows: Tensor, log_rewards: Tensor, lengths: Tensor) -> Tensor:

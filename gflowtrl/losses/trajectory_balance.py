@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .common import expect_shape, penalty, surplus
+from .common import expect_shape, penalize, surplus
 
 
 def trajectory_balance(
-    log_probs: Tensor, log_rewards: Tensor, log_z: Tensor, huber_delta: float | None = None
+    log_probs: Tensor,
+    log_rewards: Tensor,
+    log_z: Tensor,
+    huber_delta: float | None = None,
+    penalty: str = "squared",
+    linex_alpha: float | None = None,
 ) -> Tensor:
     """`(log Z(x) + sum_l log pi(t_l | s_l) - log R(x, leaf))^2`: the better of GFlowGR's two objectives.
 
@@ -21,6 +26,7 @@ def trajectory_balance(
         log_z: `(B,)` learned log Z(x), one per prompt: a single constant cannot fit two prompts with different Z. Use
             a learning rate of 10 to 100 times the policy's.
         huber_delta: residuals beyond this size count linearly. None: all are squared.
+        penalty, linex_alpha: `"squared"`, `"shifted_cosh"` or `"linex"` with its slope (`losses.common.penalize`).
 
     Returns:
         `(B, K)`, in nats squared.
@@ -33,4 +39,4 @@ def trajectory_balance(
         GFlowGR, arXiv 2506.16114.
     """
     expect_shape("log_z", log_z, log_probs.shape[:1], "(prompts,)")
-    return penalty(log_z[:, None] + surplus(log_probs, log_rewards), huber_delta)
+    return penalize(log_z[:, None] + surplus(log_probs, log_rewards), huber_delta, penalty, linex_alpha)

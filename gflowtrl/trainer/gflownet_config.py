@@ -22,7 +22,8 @@ class GFlowNetConfig(TreePolicyConfig):
         loss_type (`str` or `list[str]`, *optional*, defaults to `["vargrad"]`):
             One or more of `vargrad`, `contrastive_balance`, `trajectory_balance`, `detailed_balance`,
             `subtrajectory_balance`, `exact_flow`, `sft`, `prefix_pointwise`, `prefix_pairwise` (APAO's, arXiv
-            2603.02730), the baselines `msl`, `sdpo`, `grpo`, and losses added by `gflowtrl.losses.register_loss`.
+            2603.02730), the rivals `msl`, `sdpo`, `grpo`
+            (docs/rivals.md), and losses added by `gflowtrl.losses.register_loss`.
             GFlowGR's full loss is `["sft", "trajectory_balance"]` (or `"detailed_balance"`) with
             `loss_weights=[1.0, lambda]`.
         flows (`str`, *optional*, defaults to `"learned"`):
@@ -81,7 +82,8 @@ class GFlowNetConfig(TreePolicyConfig):
     loss_type: list[str] = option(
         ["vargrad"],
         "One or more of vargrad, contrastive_balance, trajectory_balance, detailed_balance, "
-        "subtrajectory_balance, exact_flow, sft, prefix_pointwise, prefix_pairwise, msl, sdpo, grpo.",
+        "subtrajectory_balance, exact_flow, sft, prefix_pointwise, prefix_pairwise, msl, sdpo, grpo, "
+        "gbpo.",
     )
     flows: str = option("learned", "Where log Z and log F come from.", ["learned", "known"])
     trajectory_weighting: str | None = option(

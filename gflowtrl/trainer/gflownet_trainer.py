@@ -63,9 +63,9 @@ class GFlowNetTrainer(TreePolicyTrainer):
             `{"ground_truth": 1, "on_policy": 3}`, or a `Sampler`. Default: the observed target and K - 1 on-policy
             draws; for `exact_flow` alone, K draws from the reward.
         ref_model: the reference model (or its name or folder) of the target pi_ref^ref_weight * R, and of the losses
-            that compare the policy with one (`sdpo`, `grpo`). It is never trained. Default, if a reference is needed:
-            the model before training. With `peft_config` this is the trained model with its adapters disabled,
-            otherwise a copy.
+            that compare the policy with one (`sdpo`, `grpo` and others). It is never trained. Default, if a reference
+            is needed: the model before training. With `peft_config` this is the trained model with its adapters
+            disabled, otherwise a copy.
         **options: `train_dataset`, `eval_dataset`, `processing_class`, `catalog`, `peft_config`, `item_counts`,
             `item_titles`, `prompt_encoder`, `callbacks`, `optimizers`, `compute_metrics`, `quantization_config`,
             `optimizer_cls_and_kwargs`, `model_init`; see `TreePolicyTrainer`. `reward_processing_classes`: the

@@ -21,7 +21,7 @@ from gflowtrl.losses import (
     trajectory_balance,
     vargrad,
 )
-from gflowtrl.losses.common import penalty
+from gflowtrl.losses.common import penalize
 from gflowtrl.rewards import DenseReward, RewardResult
 from tests.losses.tabular import TabularPolicy, random_tree
 
@@ -75,13 +75,19 @@ def test_the_random_trees_have_ids_of_different_length(problem):
 
 
 # ------------------------------------------------------------------------------------------------------ fixed points
-@pytest.mark.parametrize("huber_delta", [None, 1.0])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {}, {"huber_delta": 1.0, "delta": 1.0}, {"penalty": "shifted_cosh", "delta": None},
+        {"penalty": "linex", "delta": None}, {"penalty": "linex", "delta": None, "linex_alpha": -0.5},
+    ],
+    ids=["squared", "huber", "shifted cosh", "linex", "linex -.5"],
+)  # fmt: skip
 @pytest.mark.parametrize("name", BALANCE)
-def test_loss_and_gradient_are_zero_at_the_target_and_nowhere_else(problem, name, huber_delta):
+def test_loss_and_gradient_are_zero_at_the_target_and_nowhere_else(problem, name, given):
     log_z, flows = problem.log_z.clone().requires_grad_(), problem.log_flows.clone().requires_grad_()
     ideal, other = problem.ideal_policy(), problem.random_policy()
-    known = {"huber_delta": huber_delta, "delta": huber_delta}
-    options = {option: value for option, value in known.items() if option in LOSSES[name].options}
+    options = {option: value for option, value in given.items() if option in LOSSES[name].options}
     loss = problem.loss(name, ideal, problem.all_leaves, log_z, flows, **options)
     assert loss.shape == problem.all_leaves.shape
     assert loss.abs().max() < 1e-20 or (name == "exact_flow" and loss.abs().max() < 1e-13)
@@ -147,7 +153,7 @@ def test_stopping_the_gradient_of_the_mean_matters_only_with_huber(problem):
     residual = surplus - surplus.mean(1, keepdim=True)  # the mean with its gradient
     for huber_delta, same in ((None, True), (0.5, False)):
         stopped = vargrad(scores["log_probs"], scores["log_rewards"], huber_delta).mean()
-        flowing = penalty(residual, huber_delta).mean()
+        flowing = penalize(residual, huber_delta).mean()
         one, other = (torch.autograd.grad(loss, policy.logits, retain_graph=True)[0] for loss in (stopped, flowing))
         assert stopped.allclose(flowing) and one.allclose(other, atol=1e-14) == same
 
@@ -250,9 +256,9 @@ def test_values_after_the_end_of_an_id_are_ignored():
 
 def test_huber_by_hand():
     residual = torch.tensor([-3.0, -1.0, 0.5, 2.0])
-    assert penalty(residual).tolist() == [9.0, 1.0, 0.25, 4.0]
-    assert penalty(residual, 1.0).tolist() == [5.0, 1.0, 0.25, 3.0]
-    assert torch.equal(penalty(residual, 100.0), penalty(residual))
+    assert penalize(residual).tolist() == [9.0, 1.0, 0.25, 4.0]
+    assert penalize(residual, 1.0).tolist() == [5.0, 1.0, 0.25, 3.0]
+    assert torch.equal(penalize(residual, 100.0), penalize(residual))
 
 
 # ---------------------------------------------------------------------------------------------- registry and bad input
@@ -284,18 +290,21 @@ def test_the_registry_states_what_each_loss_needs():
     }
     assert {n for n, s in LOSSES.items() if s.needs_reference} == {"sdpo", "grpo"}
     rewarded = {n for n, s in LOSSES.items() if s.needs_rewards}
-    assert {n for n, s in LOSSES.items() if s.needs_log_rewards} == rewarded - {"grpo"}
+    assert {n for n, s in LOSSES.items() if s.needs_log_rewards} == rewarded - {
+        "grpo",
+    }  # fmt: skip
     assert {n for n, s in LOSSES.items() if s.needs_flow_heads} == {
         "trajectory_balance", "detailed_balance", "subtrajectory_balance",
     }  # fmt: skip
     assert {n for n, s in LOSSES.items() if s.uses_negatives} == {"prefix_pairwise", "sdpo"}
-    assert tuple(LOSSES["subtrajectory_balance"].options) == ("lam", "huber_delta")
-    assert tuple(LOSSES["contrastive_balance"].options) == ("delta",)
+    assert tuple(LOSSES["subtrajectory_balance"].options) == ("lam", "huber_delta", "penalty", "linex_alpha")
+    assert tuple(LOSSES["contrastive_balance"].options) == ("delta", "penalty", "linex_alpha")
 
 
 def test_an_unknown_loss_lists_the_known_ones():
     with pytest.raises(
-        ValueError, match="'ppo'.*exact_flow, grpo, msl, .*sft, subtrajectory_balance, trajectory_balance, vargrad"
+        ValueError,
+        match="'ppo'.*exact_flow, grpo, msl, .*sft, .*subtrajectory_balance, .*vargrad",
     ):
         get_loss("ppo")
 
@@ -329,7 +338,7 @@ def test_a_missing_tensor_and_a_bad_delta_are_named():
     with pytest.raises(ValueError, match="'trajectory_balance' needs log_z"):
         LOSSES["trajectory_balance"](LossInputs(torch.zeros(1, 1, 1), torch.ones(1, 1), log_rewards=torch.zeros(1, 1)))
     with pytest.raises(ValueError, match="huber_delta is 0; it must be a finite number above 0"):
-        penalty(torch.zeros(1), 0)
+        penalize(torch.zeros(1), 0)
     for lam in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"lam is {lam}"):
             subtrajectory_balance(*[torch.zeros(1, 1, 1)] * 2, torch.zeros(1, 1), torch.ones(1, 1), lam=lam)

@@ -129,7 +129,7 @@ def test_a_callable_without_a_name_can_be_a_loss():
     huber = partial(vargrad, huber_delta=1.0)
     register_loss("huber", huber)
     register_loss("huber", huber)
-    assert get_loss("huber").options == {"huber_delta": 1.0}
+    assert get_loss("huber").options == {"huber_delta": 1.0, "penalty": "squared", "linex_alpha": None}
     inputs = LossInputs(torch.randn(2, 3, 2), torch.full((2, 3), 2), log_rewards=torch.randn(2, 3))
     expected = vargrad(inputs.log_probs, inputs.log_rewards, huber_delta=1.0)
     assert torch.equal(get_loss("huber")(inputs), expected)
@@ -171,11 +171,12 @@ def test_a_parameter_that_is_not_a_tensor_of_a_step_is_an_error():
 def good_options():
     return {
         "trajectory_balance": {"huber_delta": 0.5}, "vargrad": {"huber_delta": None},
-        "contrastive_balance": {"delta": None}, "detailed_balance": {"huber_delta": 2},
+        "contrastive_balance": {"delta": None}, "detailed_balance": {"penalty": "linex", "linex_alpha": -1},
         "subtrajectory_balance": {"lam": 0.5, "huber_delta": 1.0}, "exact_flow": {},
         "sft": {"token_mean": True, "label_smoothing": 0.1},
         "prefix_pointwise": {"eta": 0.0, "variant": "kdd"}, "prefix_pairwise": {"eta": 1e-4, "variant": "2025"},
-        "msl": {"temperature": 0.7}, "sdpo": {"beta": 1}, "grpo": {"beta": 0.0},
+        "msl": {"temperature": 0.7}, "sdpo": {"beta": 1},
+        "grpo": {"beta": 0.0, "scale_rewards": "none", "loss_type": "dr_grpo", "use_bias_correction_kl": True},
     }  # fmt: skip
 
 
@@ -190,12 +191,17 @@ def test_every_loss_takes_its_options():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("vargrad", {"huber": 1.0}, "no option 'huber'; known options: huber_delta"),
+        ("vargrad", {"huber": 1.0}, "no option 'huber'; known options: huber_delta, penalty, linex_alpha"),
         ("vargrad", {"log_rewards": 1.0}, "no option 'log_rewards'; known options: huber_delta"),
         ("exact_flow", {"huber_delta": 1.0}, "no option 'huber_delta'; known options: none"),
         ("prefix_pairwise", {"reduce_sum": 1}, "no option 'reduce_sum'; known options: eta, variant"),
         ("vargrad", {"huber_delta": 0}, "huber_delta is 0; it must be a finite number above 0"),
         ("contrastive_balance", {"delta": -1.0}, "is -1.0; it must be a finite number above 0"),
+        (
+            "contrastive_balance",
+            {"penalty": "linex"},
+            "delta is 1.0, but penalty is 'linex'; use penalty='squared', or",
+        ),
         ("subtrajectory_balance", {"lam": 0.0}, "lam is 0.0"),
         ("sft", {"label_smoothing": 1.0}, r"label_smoothing is 1.0; it must be a number in \[0, 1\)"),
         ("sft", {"label_smoothing": -0.1}, "label_smoothing is -0.1"),
@@ -203,6 +209,8 @@ def test_every_loss_takes_its_options():
         ("msl", {"temperature": 0}, "temperature is 0; it must be"),
         ("sdpo", {"beta": "high"}, "beta is 'high'; it must be"),
         ("grpo", {"beta": -1e-3}, "beta is -0.001; it must be a finite number of at least 0"),
+        ("grpo", {"scale_rewards": "batch"}, "scale_rewards is 'batch'; choose 'group' or 'none'"),
+        ("grpo", {"loss_type": "dapo"}, "loss_type is 'dapo'; choose 'grpo' or 'bnpo' or 'dr_grpo'"),
         ("prefix_pointwise", {"eta": -1.0}, "eta is -1.0; it must be"),
         ("prefix_pairwise", {"variant": "2024"}, "variant is '2024'; choose 'paper' or '2025' or 'kdd'"),
     ],

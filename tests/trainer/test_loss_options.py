@@ -20,6 +20,7 @@ from gflowtrl.trainer import APAOConfig, TreePolicyConfig
 from tests.pipeline.micro import micro_settings
 from tests.tiny import tiny_model
 
+from . import rival_formulas
 from .test_step import (
     CATALOG,
     FLOOR,
@@ -30,6 +31,7 @@ from .test_step import (
     first_batch,
     fixed_leaves,
     rewards,
+    rival_loss,
     step_residuals,
     sub_path_mean,
     true_rewards,
@@ -207,16 +209,7 @@ def huber(size: float, delta: float) -> float:
 
 
 def token_log_probs(pi: torch.Tensor, leaf: int) -> list[float]:
-    """log pi of each token on the path to `leaf`, over its alternatives."""
-    path, found = PATHS[leaf], []
-    for depth in range(len(path)):
-        mass = {}
-        for other in range(LEAVES):
-            if PATHS[other][:depth] == path[:depth]:
-                token = PATHS[other][depth]
-                mass[token] = mass.get(token, 0.0) + float(pi[other])
-        found.append(math.log(mass[path[depth]] / sum(mass.values())))
-    return found
+    return rival_formulas.token_log_probs(pi, PATHS, leaf)
 
 
 def smoothed(pi: torch.Tensor, leaf: int, share: float) -> float:
@@ -242,14 +235,18 @@ def pointwise_by_share(pi: torch.Tensor, targets: list[int]) -> float:
     return sum(weight * loss for row in rows for weight, loss in zip(weights, row, strict=False)) / len(rows)
 
 
-def expected(name: str, option: float | str | None, step, log_pi, log_ref, leaves) -> float:
+def expected(name: str, option: str, value, step, log_pi, log_ref, leaves) -> float:
     """The formula with the option, on the exact distributions `log_pi`, `log_ref (B, N)` of policy and reference."""
+    if hasattr(rival_formulas, name):
+        return rival_loss(name, step, log_pi, log_ref, leaves, **{option: value})
+    option = value
     reward, targets = true_rewards(step), step.target_leaves.tolist()
     surplus = (log_pi - reward.log()).gather(1, leaves)
     pi, ref = log_pi.exp(), log_ref.exp()
     rows = list(zip(pi, ref, reward, leaves.tolist(), targets, strict=True))
     if name == "vargrad":
-        values = [huber(x, option) for x in (surplus - surplus.mean(1, keepdim=True)).flatten().tolist()]
+        residuals = (surplus - surplus.mean(1, keepdim=True)).flatten().tolist()
+        values = [2 * math.cosh(x) - 2 if option == "shifted_cosh" else huber(x, option) for x in residuals]
     elif name == "contrastive_balance":
         values = [(a - b) ** 2 for row in surplus.tolist() for a, b in itertools.combinations(row, 2)]
     elif name == "trajectory_balance":
@@ -273,25 +270,19 @@ def expected(name: str, option: float | str | None, step, log_pi, log_ref, leave
             for own, group, target in zip(gain, leaves.tolist(), targets, strict=True)
         ]
         values = [math.log1p(sum(row)) for row in margins]
-    elif name == "grpo":  # advantages have mean 0, so only the divergence remains
-        values = []
-        for p, q, _, group, _ in rows:
-            for leaf in group:
-                pairs = zip(token_log_probs(p, leaf), token_log_probs(q, leaf), strict=True)
-                estimates = [math.exp(b - a) - (b - a) - 1 for a, b in pairs]
-                values.append(option * sum(estimates) / len(estimates))
     else:
         values = [pointwise_by_share(pi, targets)]
     return sum(values) / len(values)
 
 
 OPTIONS = [
-    ("vargrad", "huber_delta", 0.3), ("contrastive_balance", "delta", None),
+    ("vargrad", "huber_delta", 0.3), ("vargrad", "penalty", "shifted_cosh"), ("contrastive_balance", "delta", None),
     ("trajectory_balance", "huber_delta", 0.3), ("detailed_balance", "huber_delta", 0.3),
     ("subtrajectory_balance", "lam", 0.5), ("sft", "token_mean", True), ("sft", "label_smoothing", 0.2),
     ("msl", "temperature", 0.7),
-    ("sdpo", "beta", 0.5), ("grpo", "beta", 2.0), ("prefix_pointwise", "variant", "2025"),
-    ("prefix_pointwise", "variant", "kdd"),
+    ("sdpo", "beta", 0.5),
+    ("grpo", "beta", 2.0),
+    ("prefix_pointwise", "variant", "2025"), ("prefix_pointwise", "variant", "kdd"),
 ]  # fmt: skip
 
 
@@ -315,7 +306,7 @@ def test_the_loss_is_the_formula_with_its_option(tmp_path, name, option, value):
     step = Step.from_batch(batch, CATALOG)
     log_pi, log_ref = (make_policy(m, CATALOG).leaf_log_probs(step.prompts) for m in (trainer.model, reference))
     leaves = fixed_leaves(step, None, None, 4, None)
-    assert found == pytest.approx(expected(name, value, step, log_pi, log_ref, leaves), rel=1e-4)
+    assert found == pytest.approx(expected(name, option, value, step, log_pi, log_ref, leaves), rel=1e-4)
     assert found != pytest.approx(loss(None)[2], rel=1e-3)  # the default gives another loss
 
 

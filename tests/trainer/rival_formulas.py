@@ -1,0 +1,34 @@
+"""The rival losses as plain loops over the exact distributions of policy and reference, for one update per group."""
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+
+from torch import Tensor
+
+
+Path = Sequence[str]
+
+
+def next_tokens(pi: Tensor, paths: list[Path], prefix: Path) -> dict[str, float]:
+    """The probability of each token after a prefix."""
+    mass: dict[str, float] = {}
+    for leaf, path in enumerate(paths):
+        if path[: len(prefix)] == prefix:
+            mass[path[len(prefix)]] = mass.get(path[len(prefix)], 0.0) + float(pi[leaf])
+    return {token: value / sum(mass.values()) for token, value in mass.items()}
+
+
+def token_log_probs(pi: Tensor, paths: list[Path], leaf: int) -> list[float]:
+    """log pi of each token on the path to `leaf`, over its alternatives."""
+    path = paths[leaf]
+    return [math.log(next_tokens(pi, paths, path[:depth])[path[depth]]) for depth in range(len(path))]
+
+
+def grpo(pi, ref, rewards, group, paths, beta=1e-3) -> list[float]:
+    """Advantages have mean 0, so only the divergence remains."""
+    values = []
+    for leaf in group:
+        pairs = zip(token_log_probs(pi, paths, leaf), token_log_probs(ref, paths, leaf), strict=True)
+        values.append(beta * fmean(math.exp(b - a) - (b - a) - 1 for a, b in pairs))
+    return values
