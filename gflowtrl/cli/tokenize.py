@@ -104,5 +104,5 @@ def _fit(options: argparse.Namespace, data: Any) -> tuple[Any, Any]:
         chosen = SemanticIdOptions(**{entry.name: getattr(options, entry.name) for entry in fields(SemanticIdOptions)})
     except ValueError as error:  # it begins with the option's name
         raise ValueError(f"--{error}") from None
-    sequences = leave_one_out(data).train_sequences if chosen.collaborative else ()
+    sequences = leave_one_out(data).train_sequences if chosen.uses_interactions else ()
     return make_item_tokenizer(chosen, data, sequences)

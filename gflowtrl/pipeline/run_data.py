@@ -218,7 +218,8 @@ def _item_tokenizer(recipe: Recipe, data: InteractionData, splits: Splits) -> It
     The first process makes them, and the others wait and load them.
     """
     given = recipe.data.semantic_ids
-    options = replace(given, embedder=recipe.local(given.embedder), vectors=recipe.local_file(given.vectors))
+    files = {name: recipe.local_file(getattr(given, name)) for name in ("vectors", "alignment_vectors")}
+    options = replace(given, embedder=recipe.local(given.embedder), **files)
     with locate_errors("data.semantic_ids", field_names(SemanticIdOptions)):
         key = fingerprint(_ids_inputs(options, data, splits))
         folder = Path(recipe.output_dir, f"semantic_ids-{key[:8]}")
@@ -240,9 +241,10 @@ def _ids_inputs(options: SemanticIdOptions, data: InteractionData, splits: Split
     if options.uses_texts:
         inputs["texts"] = item_texts(data, options.features or FEATURES)
         inputs["embedder_files"] = files_fingerprint(options.embedder)
-    if options.vectors is not None:
-        inputs["vectors"] = sha256(load_vectors(options.vectors, data.items).numpy().tobytes()).hexdigest()
-    if options.collaborative:
+    for name in ("vectors", "alignment_vectors"):
+        if (file := getattr(options, name)) is not None:
+            inputs[name] = sha256(load_vectors(file, data.items).numpy().tobytes()).hexdigest()
+    if options.uses_interactions:
         inputs["sequences"] = splits.train_sequences
     return inputs
 

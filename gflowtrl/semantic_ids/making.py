@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from gflowtrl.catalog import Item
-from gflowtrl.checks import SEED, SHARE, Bound, at_least, check_choice, check_number
+from gflowtrl.checks import NOT_NEGATIVE, SEED, SHARE, Bound, at_least, check_choice, check_number
 from gflowtrl.data import InteractionData
 
 from .collisions import POLICIES
@@ -47,6 +47,9 @@ class SemanticIdOptions:
         collaborative: weight of co-occurrence vectors, 0 (not used) to 1 (nothing else is used).
         collisions: `"reassign"`, `"level"` or `"keep"` (`resolve_collisions`).
         seed: seed of embedding, clustering and training.
+        alignment: weight of LETTER's alignment with collaborative vectors, for `"rqvae"` (`RQVAE`).
+        alignment_vectors: file of these vectors, as LETTER's from a SASRec; None: co-occurrence vectors.
+        diversity: weight of LETTER's diversity of codes, for `"rqvae"`.
 
     Raises:
         ValueError: an option is out of range, or would have no effect. The message begins with the option's name.
@@ -63,6 +66,9 @@ class SemanticIdOptions:
     collaborative: float = _option(0.0, "weight of co-occurrence vectors of the training part, 0 to 1")
     collisions: str = _option("reassign", "reassign, level (one more level) or keep")
     seed: int = _option(0, "seed of clustering and training")
+    alignment: float = _option(0.0, "rqvae: weight of LETTER's alignment with collaborative vectors")
+    alignment_vectors: str | None = _option(None, "file of these vectors, as for vectors; null: co-occurrence vectors")
+    diversity: float = _option(0.0, "rqvae: weight of LETTER's diversity of codes")
 
     def __post_init__(self) -> None:
         check_choice("quantizer", self.quantizer, QUANTIZER_NAMES)
@@ -71,6 +77,12 @@ class SemanticIdOptions:
         check_number("codes", self.codes, at_least(2), optional=True)
         check_number("collaborative", self.collaborative, _WEIGHT)
         check_number("seed", self.seed, SEED)
+        for name in ("alignment", "diversity"):
+            check_number(name, getattr(self, name), NOT_NEGATIVE)
+            if getattr(self, name) and self.quantizer != "rqvae":
+                raise ValueError(f"{name} is set, but quantizer is {self.quantizer!r}. Use quantizer 'rqvae'.")
+        if self.alignment_vectors is not None and not self.alignment:
+            raise ValueError("alignment_vectors is set, but alignment is 0. Set the weight, or drop the file.")
         texts = {"features": self.features, "embedder": None if self.embedder == TFIDF else self.embedder}
         if self.features == []:
             raise ValueError("features is empty; name at least one item feature, or leave it out.")
@@ -89,11 +101,18 @@ class SemanticIdOptions:
         """Whether ids are made from the texts of items."""
         return self.vectors is None and self.collaborative < 1
 
-    def make_quantizer(self, num_items: int) -> ResidualQuantizer:
-        """Return the quantizer for a catalog of this size, not yet fitted."""
+    @property
+    def uses_interactions(self) -> bool:
+        """Whether ids are made from interactions, alone or with texts."""
+        return self.collaborative > 0 or (self.alignment > 0 and self.alignment_vectors is None)
+
+    def make_quantizer(self, num_items: int, latent_dim: int = RQVAE.latent_dim) -> ResidualQuantizer:
+        """Return the quantizer for a catalog of this size, not yet fitted; `latent_dim` is for `"rqvae"`."""
         codes = default_num_codes(num_items) if self.codes is None else self.codes
         if self.quantizer == "rqvae":
-            return RQVAE(self.levels, codes, seed=self.seed)
+            return RQVAE(
+                self.levels, codes, latent_dim, seed=self.seed, alignment=self.alignment, diversity=self.diversity
+            )
         return ResidualKMeans(self.levels, codes, self.quantizer == "balanced", self.seed)
 
 
@@ -116,7 +135,7 @@ def make_item_tokenizer(
     Args:
         options: how.
         data: the items and their features. Interactions and ids in it are not read.
-        train_sequences: `Splits.train_sequences`, read if `options.collaborative` is above 0.
+        train_sequences: `Splits.train_sequences`, read if `options.uses_interactions`.
 
     Returns:
         The fitted tokenizer, and the vectors that it was fitted to, (items, D). New texts can be added to a tokenizer
@@ -128,6 +147,9 @@ def make_item_tokenizer(
         ImportError: the embedder needs a package that is not installed.
     """
     quantizer, weight, vectors = options.make_quantizer(len(data.items)), options.collaborative, None
+    aligned = _alignment_vectors(options, data.items, train_sequences)
+    if aligned is not None:
+        quantizer = options.make_quantizer(len(data.items), latent_dim=aligned.shape[1])
     if options.vectors is not None:
         vectors = load_vectors(options.vectors, data.items)
     elif options.uses_texts:
@@ -135,10 +157,21 @@ def make_item_tokenizer(
         texts = item_texts(data, options.features or FEATURES)
         if not weight:  # the embedder is saved with the tokenizer, for new items
             tokenizer = ItemTokenizer(quantizer, embedder, options.collisions, options.features)
-            return tokenizer.fit(texts, data.items), embedder.embed(texts)
+            return tokenizer.fit(texts, data.items, aligned), embedder.embed(texts)
         vectors = embedder.fit(texts).embed(texts)
     if weight:
         other = cooccurrence_vectors(train_sequences, data.items, seed=options.seed)
         vectors = other if vectors is None else combine_vectors(vectors, other, weight)
     tokenizer = ItemTokenizer(quantizer, collisions=options.collisions, features=options.features)
-    return tokenizer.fit(vectors, data.items), vectors
+    return tokenizer.fit(vectors, data.items, aligned), vectors
+
+
+def _alignment_vectors(
+    options: SemanticIdOptions, items: Sequence[Item], train_sequences: Sequence[Sequence[Item]]
+) -> Tensor | None:
+    """Return the vectors that latents are aligned with, whose dimension is that of the latents."""
+    if not options.alignment:
+        return None
+    if options.alignment_vectors is not None:
+        return load_vectors(options.alignment_vectors, items)
+    return cooccurrence_vectors(train_sequences, items, RQVAE.latent_dim, options.seed)

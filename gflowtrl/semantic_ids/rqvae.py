@@ -13,6 +13,7 @@ from tqdm.auto import trange
 
 from gflowtrl.checks import COUNT, NOT_NEGATIVE, POSITIVE, check_number
 
+from .letter import alignment_loss, cluster_codes, diversity_loss, draw_positives
 from .residual import ResidualKMeans, ResidualQuantizer, centered, nearest_codes
 from .vectors import as_vectors
 
@@ -69,6 +70,11 @@ class RQVAE(ResidualQuantizer):
     first three quarters of the training, every 100 steps, codes that were not used since the last time are replaced by
     residuals of the batch.
 
+    With `alignment` and `diversity` it has the losses of LETTER (arXiv 2405.07314), which are added to the others:
+    alignment * `alignment_loss` + diversity * the mean over levels of `diversity_loss`. The clusters of the codes are
+    computed again every 100 steps. LETTER's script uses 0.01 and 1e-4, vectors of a SASRec, and the mean over levels
+    of the loss of `quantize`, which here is a sum.
+
     Args:
         num_levels, num_codes: length of an id, and codes per level.
         latent_dim: dimension of the latent space.
@@ -76,6 +82,9 @@ class RQVAE(ResidualQuantizer):
         steps, batch_size, learning_rate: training hyperparameters.
         commitment: weight of the commitment loss, beta in TIGER.
         seed: seed of weights, batches, k-means and code replacement.
+        alignment: weight of the alignment with collaborative vectors, which `fit_encode` then needs.
+        diversity: weight of the diversity of codes.
+        diversity_clusters: clusters of the codes of a level.
     """
 
     latent_dim: int = 64
@@ -85,18 +94,39 @@ class RQVAE(ResidualQuantizer):
     learning_rate: float = 2e-3
     commitment: float = 0.25
     seed: int = 0
+    alignment: float = 0.0
+    diversity: float = 0.0
+    diversity_clusters: int = 10
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("latent_dim", "steps", "batch_size"):
+        for name in ("latent_dim", "steps", "batch_size", "diversity_clusters"):
             check_number(name, getattr(self, name), COUNT)
         check_number("learning_rate", self.learning_rate, POSITIVE)
-        check_number("commitment", self.commitment, NOT_NEGATIVE)
+        for name in ("commitment", "alignment", "diversity"):
+            check_number(name, getattr(self, name), NOT_NEGATIVE)
         self.network: nn.ModuleDict | None = None
         self.scale = torch.ones(())
 
-    def fit_encode(self, vectors: Tensor | np.ndarray) -> Tensor:
+    def fit_encode(self, vectors: Tensor | np.ndarray, collaborative: Tensor | np.ndarray | None = None) -> Tensor:
+        """Learn encoder, decoder and codebooks from `vectors` (N, D) and return the codes, long (N, num_levels).
+
+        Args:
+            vectors: the vectors.
+            collaborative: `(N, latent_dim)` vectors of the same items from interactions, if `alignment` is above 0.
+
+        Raises:
+            ValueError: for fewer vectors than codes, NaN or infinity; collaborative vectors are missing, have another
+                shape, or have no effect.
+        """
         vectors = self.check_vectors(vectors)
+        if (collaborative is None) != (self.alignment == 0):
+            given = "missing" if collaborative is None else "given"
+            raise ValueError(
+                f"alignment is {self.alignment} and collaborative vectors are {given}; give both, or leave both out."
+            )
+        if collaborative is not None:
+            collaborative = as_vectors(collaborative, dim=self.latent_dim, rows=len(vectors))
         self.center = vectors.mean(0, dtype=torch.float64)
         inputs = centered(vectors, self.center)
         self.scale = inputs.square().mean().sqrt().clamp(min=1e-12)
@@ -107,7 +137,7 @@ class RQVAE(ResidualQuantizer):
             k_means.fit(self.network["encoder"](inputs))
         self.codebooks = k_means.codebooks
         self.codebooks[0] += k_means.center  # the latents of the encoder are quantized without centering
-        self._train(inputs)
+        self._train(inputs, collaborative)
         return self.encode(vectors)
 
     def _build(self, dim: int) -> None:
@@ -116,19 +146,28 @@ class RQVAE(ResidualQuantizer):
             torch.manual_seed(self.seed)
             self.network = nn.ModuleDict({"encoder": _mlp(widths), "decoder": _mlp(widths[::-1])})
 
-    def _train(self, inputs: Tensor) -> None:
+    def _train(self, inputs: Tensor, collaborative: Tensor | None) -> None:
         generator = torch.Generator().manual_seed(self.seed)
         codebooks = nn.Parameter(self.codebooks)
         optimizer = torch.optim.AdamW([*self.network.parameters(), codebooks], lr=self.learning_rate)
         used = torch.zeros(codebooks.shape[:2], dtype=torch.bool)
+        clusters: list[Tensor] = []
         progress = trange(1, self.steps + 1, desc="RQ-VAE", leave=False)
         for step in progress:
-            batch = inputs[torch.randint(len(inputs), (self.batch_size,), generator=generator)]
+            rows = torch.randint(len(inputs), (self.batch_size,), generator=generator)
+            batch = inputs[rows]
             latents = self.network["encoder"](batch)
             quantized = quantize(latents, codebooks, self.commitment)
             error = F.mse_loss(self.network["decoder"](quantized.latents), batch)
+            loss = error + quantized.loss
+            if collaborative is not None:
+                loss = loss + self.alignment * alignment_loss(quantized.latents, collaborative[rows], rows)
+            if self.diversity:
+                if step % REVIVE_EVERY == 1:
+                    clusters = [cluster_codes(level, self.diversity_clusters, self.seed) for level in codebooks]
+                loss = loss + self.diversity * self._diversity_loss(codebooks, quantized.codes, clusters, generator)
             optimizer.zero_grad()
-            (error + quantized.loss).backward()
+            loss.backward()
             optimizer.step()
             used[torch.arange(self.num_levels), quantized.codes] = True
             if step % REVIVE_EVERY == 0:
@@ -138,6 +177,16 @@ class RQVAE(ResidualQuantizer):
                 used.zero_()
         self.codebooks = codebooks.detach()
         self.network.requires_grad_(False).eval()
+
+    def _diversity_loss(
+        self, codebooks: Tensor, codes: Tensor, clusters: list[Tensor], generator: torch.Generator
+    ) -> Tensor:
+        """Return the mean of `diversity_loss` over the levels."""
+        losses = [
+            diversity_loss(codebook, column, draw_positives(of_level, column, generator))
+            for codebook, column, of_level in zip(codebooks, codes.T, clusters, strict=True)
+        ]
+        return torch.stack(losses).mean()
 
     @torch.no_grad()
     def latents(self, vectors: Tensor | np.ndarray) -> Tensor:

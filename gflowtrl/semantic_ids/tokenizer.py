@@ -73,17 +73,26 @@ class ItemTokenizer:
         """Item -> tokens, the input of `build_tokenizer`, `add_item_tokens` and `ItemCatalog.from_semantic_ids`."""
         return self._ids(slice(None))
 
-    def fit(self, source: Source, items: Sequence[Item] | None = None) -> "ItemTokenizer":
+    def fit(
+        self,
+        source: Source,
+        items: Sequence[Item] | None = None,
+        collaborative: Tensor | np.ndarray | None = None,
+    ) -> "ItemTokenizer":
         """Learn codebooks from a catalog and assign an id to each of its items, replacing an earlier fit.
 
         Args:
             source: interaction data with item features; or one text per item; or vectors (N, D).
             items: the items of the texts or vectors; not needed for interaction data.
+            collaborative: one vector per item from interactions, for an `RQVAE` with `alignment`.
 
         Raises:
+            TypeError: if collaborative vectors are given for another quantizer.
             ValueError: if the number of rows is not the number of items, an item occurs twice, vectors contain NaN, or
                 there are fewer items than codes per level, or too few ids for unique ones.
         """
+        if collaborative is not None and not isinstance(self.quantizer, RQVAE):
+            raise TypeError(f"collaborative vectors are for an RQVAE, not for {type(self.quantizer).__name__}.")
         items, rows = _items_and_rows(source, items, (), self.features)
         if not isinstance(rows, Tensor | np.ndarray):
             self.embedder = TfidfEmbedder() if self.embedder is None else self.embedder
@@ -93,7 +102,11 @@ class ItemTokenizer:
         vectors = self._vectors(rows, items)
         if self.collisions == "reassign":
             check_room(len(items), self.quantizer)  # before minutes are spent on training
-        codes = self.quantizer.fit_encode(vectors)
+        codes = (
+            self.quantizer.fit_encode(vectors, collaborative)
+            if isinstance(self.quantizer, RQVAE)
+            else self.quantizer.fit_encode(vectors)
+        )
         self.codes = resolve_collisions(codes, vectors, self.quantizer, self.collisions)
         self.items = items
         return self

@@ -136,6 +136,21 @@ def test_ids_are_made_once_and_again_when_an_input_changes(tmp_path, monkeypatch
     assert len(made) == 3 and len(set((tmp_path / "out").glob("semantic_ids-*"))) == 6
 
 
+def test_alignment_vectors_are_an_input_of_the_ids_and_relative_to_the_recipe(tmp_path, monkeypatch):
+    data, seen, make = bare_folder(tmp_path / "data"), [], run_data_module.make_item_tokenizer
+
+    def recorded(options, *given):
+        seen.append(np.load(options.alignment_vectors))
+        return make(replace(options, quantizer="kmeans", alignment=0.0, alignment_vectors=None), *given)  # at once
+
+    monkeypatch.setattr(run_data_module, "make_item_tokenizer", recorded)
+    for scale in (1.0, 1.0, 2.0):
+        vectors = np.full((len(data.items), 3), scale, dtype=np.float32)
+        np.save(tmp_path / "v.npy", vectors)
+        prepared(tmp_path, tmp_path / "data", quantizer="rqvae", alignment=0.1, alignment_vectors="v.npy")
+    assert [float(vectors.mean()) for vectors in seen] == [1.0, 2.0]
+
+
 class TwoProcesses:
     """A stand-in for accelerate's state in two threads, of which the first is the main process."""
 
