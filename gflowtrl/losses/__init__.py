@@ -1,6 +1,6 @@
 """Training objectives as pure functions on tensors: one unreduced loss per trajectory, `(B, K)`."""
 
-from .baselines import grpo, msl, sdpo
+from .baselines import grpo, ipa, msl, sdpo
 from .contrastive_balance import contrastive_balance
 from .detailed_balance import detailed_balance, subtrajectory_balance
 from .exact_flow import exact_flow, normalized_flows
@@ -24,6 +24,7 @@ __all__ = [
     "get_loss",
     "group_advantages",
     "grpo",
+    "ipa",
     "msl",
     "normalized_flows",
     "prefix_pairwise",

@@ -80,6 +80,8 @@ class LossSpec:
         min_generations: minimum number of trajectories per prompt.
         uses_target: the loss is computed on the observed target's id instead of the sampled trajectories.
         uses_negatives: the loss scores the target (index 0) together with the sampled trajectories (indices 1..K).
+        per_prompt: the loss returns one value per prompt, `(B, 1)`, for all drawn trajectories, so that
+            `trajectory_weighting` does not apply to it.
         any_label_space: the log-probabilities (and the reference's) may be over the whole vocabulary instead of the
             tree.
         sets_temperature: the option `temperature` belongs to the policy. The trainer divides the logits by it in
@@ -95,6 +97,7 @@ class LossSpec:
     min_generations: int = 1
     uses_target: bool = False
     uses_negatives: bool = False
+    per_prompt: bool = False
     any_label_space: bool = False
     sets_temperature: bool = False
     prefix_weights: type[PrefixWeights] | None = None

@@ -22,7 +22,7 @@ class GFlowNetConfig(TreePolicyConfig):
         loss_type (`str` or `list[str]`, *optional*, defaults to `["vargrad"]`):
             One or more of `vargrad`, `contrastive_balance`, `trajectory_balance`, `detailed_balance`,
             `subtrajectory_balance`, `exact_flow`, `sft`, `prefix_pointwise`, `prefix_pairwise` (APAO's, arXiv
-            2603.02730), the rivals `msl`, `sdpo`, `grpo`
+            2603.02730), the rivals `msl`, `sdpo`, `ipa`, `grpo`
             (docs/rivals.md), and losses added by `gflowtrl.losses.register_loss`.
             GFlowGR's full loss is `["sft", "trajectory_balance"]` (or `"detailed_balance"`) with
             `loss_weights=[1.0, lambda]`.
@@ -82,7 +82,7 @@ class GFlowNetConfig(TreePolicyConfig):
     loss_type: list[str] = option(
         ["vargrad"],
         "One or more of vargrad, contrastive_balance, trajectory_balance, detailed_balance, "
-        "subtrajectory_balance, exact_flow, sft, prefix_pointwise, prefix_pairwise, msl, sdpo, grpo, "
+        "subtrajectory_balance, exact_flow, sft, prefix_pointwise, prefix_pairwise, msl, sdpo, ipa, grpo, "
         "gbpo.",
     )
     flows: str = option("learned", "Where log Z and log F come from.", ["learned", "known"])
@@ -150,7 +150,8 @@ class GFlowNetConfig(TreePolicyConfig):
         """Check that the weighting and the reference model have an effect on the losses."""
         rewarded = any(loss.needs_rewards for loss in self.losses.values())
         balanced = any(loss.needs_log_rewards for loss in self.losses.values())
-        uses = (("trajectory_weighting", rewarded), ("ref_weight", balanced), ("exclude_history", rewarded))
+        weighted = any(loss.needs_rewards and not loss.per_prompt for loss in self.losses.values())
+        uses = (("trajectory_weighting", weighted), ("ref_weight", balanced), ("exclude_history", rewarded))
         for name, used in uses:
             if getattr(self, name) not in (None, 0, "no") and not used:
                 raise ValueError(

@@ -304,7 +304,7 @@ class TreePolicyTrainer(
             per_trajectory = loss(self._inputs(loss, group), **loss.at_policy(self.args.loss_options(name)))
             if name in self.prefix_weights:
                 per_trajectory = self._over_prefixes(name, per_trajectory, group.target.lengths[:, 0])
-            if group.weights is not None and not loss.uses_target and per_trajectory.shape[1] > 1:
+            if group.weights is not None and not loss.uses_target and not loss.per_prompt:
                 per_trajectory = per_trajectory * group.weights
             reduced = per_trajectory.sum(1) if self.args.loss_reduction == "sum" else per_trajectory.mean(1)
             value = reduced.mean()

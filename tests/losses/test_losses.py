@@ -286,12 +286,13 @@ def test_the_registry_states_what_each_loss_needs():
         "prefix_pairwise": (False, False, False, 2, False, True),
         "msl": (False, False, False, 1, False, True),
         "sdpo": (False, False, False, 2, False, True),
+        "ipa": (False, False, False, 2, True, False),
         "grpo": (False, False, False, 2, True, False),
     }
-    assert {n for n, s in LOSSES.items() if s.needs_reference} == {"sdpo", "grpo"}
+    assert {n for n, s in LOSSES.items() if s.needs_reference} == {"sdpo", "ipa", "grpo"}
     rewarded = {n for n, s in LOSSES.items() if s.needs_rewards}
     assert {n for n, s in LOSSES.items() if s.needs_log_rewards} == rewarded - {
-        "grpo",
+        "ipa", "grpo",
     }  # fmt: skip
     assert {n for n, s in LOSSES.items() if s.needs_flow_heads} == {
         "trajectory_balance", "detailed_balance", "subtrajectory_balance",
@@ -304,7 +305,7 @@ def test_the_registry_states_what_each_loss_needs():
 def test_an_unknown_loss_lists_the_known_ones():
     with pytest.raises(
         ValueError,
-        match="'ppo'.*exact_flow, grpo, msl, .*sft, .*subtrajectory_balance, .*vargrad",
+        match="'ppo'.*exact_flow, grpo, ipa, msl, .*sft, .*subtrajectory_balance, .*vargrad",
     ):
         get_loss("ppo")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gflowtrl.losses import group_advantages, grpo
+from gflowtrl.losses import group_advantages, grpo, ipa
 
 
 # One prompt, three ids of up to three tokens.
@@ -191,3 +191,21 @@ def test_tokens_are_averaged_in_one_way_if_all_ids_have_one_length():
     ]
     assert torch.allclose(found[0], found[1]) and torch.allclose(found[0], found[2])
     assert not math.isclose(float(found[0][0, 0]), 0.0)
+
+
+# --------------------------------------------------------------------------------------------------------- preferences
+@pytest.mark.parametrize(("beta", "expected", "slope"), [(1.0, 0.598139, 0.450166), (0.1, 0.683197, 0.049500)])
+def test_ipa_is_dpo_on_the_best_and_the_worst(beta, expected, slope):
+    log_probs = LOG_PROBS.clone().requires_grad_()
+    loss = ipa(log_probs, REFERENCE, NUM_TOKENS, REWARDS, beta)
+    assert loss.shape == (1, 1) and close(loss, [expected])
+    assert close(gradient_of(loss.sum(), log_probs)[0], [[-slope] * 3, [slope, slope, 0], [0] * 3])
+
+
+def test_ipa_without_a_difference_in_reward_is_zero():
+    """With zero gradient, next to a prompt that has a pair; ties are won by the first."""
+    two, same = LOG_PROBS.repeat(2, 1, 1).requires_grad_(), torch.tensor([[0.3, 0.3, 0.3], [0.7, 0.7, 0.1]])
+    loss = ipa(two, REFERENCE.repeat(2, 1, 1), NUM_TOKENS.repeat(2, 1), same)
+    gradient = gradient_of(loss.sum(), two)[0]
+    assert loss[0].tolist() == [0.0] and not gradient[0].any()
+    assert gradient[1, 0].all() and not gradient[1, 1].any() and gradient[1, 2].all()

@@ -25,6 +25,14 @@ def token_log_probs(pi: Tensor, paths: list[Path], leaf: int) -> list[float]:
     return [math.log(next_tokens(pi, paths, path[:depth])[path[depth]]) for depth in range(len(path))]
 
 
+def ipa(pi, ref, rewards, group, paths, beta=0.1) -> list[float]:
+    ranked = sorted(range(len(group)), key=lambda k: rewards[k])
+    if rewards[ranked[0]] == rewards[ranked[-1]]:
+        return [0.0]
+    worst, best = (math.log(pi[group[k]] / ref[group[k]]) for k in (ranked[0], ranked[-1]))
+    return [math.log1p(math.exp(beta * (worst - best)))]
+
+
 def grpo(pi, ref, rewards, group, paths, beta=1e-3) -> list[float]:
     """Advantages have mean 0, so only the divergence remains."""
     values = []

@@ -172,6 +172,7 @@ CONFIGURATION = [
     ({"ref_weight": 1.0, "loss_type": "grpo"}, "ref_weight is 1.0, but no loss of .'grpo'. balances rewards"),
     ({"label_space": "vocabulary"}, "the losses .'vargrad'. always use the tree"),
     ({"trajectory_weighting": "reward", "loss_type": "sft"}, "trajectory_weighting is 'reward', but no loss"),
+    ({"trajectory_weighting": "reward", "loss_type": "ipa"}, "trajectory_weighting is 'reward', but no loss"),
     ({"trajectory_weighting": "length"}, "trajectory_weighting is 'length'; choose"),
     ({"trajectory_weighting": "source"}, "is 'source' and source_weights is None"),
     ({"trajectory_weighting": "reward", "source_weights": {"a": 1.0}}, "is 'reward' and source_weights"),

@@ -124,6 +124,19 @@ def test_the_trainer_weights_balance_losses_and_not_sft(tmp_path, weighting, red
     assert not torch.allclose(share.expand_as(each), torch.full_like(each, 0.25))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_loss_with_one_value_per_prompt_has_no_weights(tmp_path, reduction):
+    """IPA's loss stays the same next to a weighted one."""
+    found = []
+    for weighting in (None, "reward"):
+        options = {"trajectory_weighting": weighting, "loss_reduction": reduction, "loss_type": "ipa,vargrad"}
+        trainer = make_trainer(tmp_path, rewards(), sampler=ThreeSources(), **options)
+        trainer.compute_loss(trainer.model, first_batch(trainer))
+        found.append({name: float(trainer._metric_sums[f"loss/{name}"][0]) for name in ("ipa", "vargrad")})
+    assert found[0]["ipa"] == found[1]["ipa"] > 0.1
+    assert found[0]["vargrad"] != pytest.approx(found[1]["vargrad"], rel=1e-2)
+
+
 def test_the_effective_number_is_logged(tmp_path):
     weighted = {"trajectory_weighting": "source", "source_weights": {"b": 4}}
     trainer = make_trainer(tmp_path, rewards(), sampler=ThreeSources(), max_steps=1, **weighted)
