@@ -1,6 +1,6 @@
 """Training objectives as pure functions on tensors: one unreduced loss per trajectory, `(B, K)`."""
 
-from .baselines import grpo, ipa, msl, sdpo
+from .baselines import gbpo, grpo, ipa, msl, sdpo, sibling_grpo
 from .contrastive_balance import contrastive_balance
 from .detailed_balance import detailed_balance, subtrajectory_balance
 from .exact_flow import exact_flow, normalized_flows
@@ -21,6 +21,7 @@ __all__ = [
     "contrastive_balance",
     "detailed_balance",
     "exact_flow",
+    "gbpo",
     "get_loss",
     "group_advantages",
     "grpo",
@@ -32,6 +33,7 @@ __all__ = [
     "register_loss",
     "sdpo",
     "sft",
+    "sibling_grpo",
     "subtrajectory_balance",
     "trajectory_balance",
     "vargrad",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from gflowtrl.checks import NOT_NEGATIVE, check_choice, check_number
@@ -87,3 +88,38 @@ def grpo(
 def on_policy_ratio(log_probs: Tensor) -> Tensor:
     """Return the ratio of the policy to itself without gradient: 1, with the gradient of log pi."""
     return (log_probs - log_probs.detach()).exp()
+
+
+def gbpo(log_probs: Tensor, lengths: Tensor, rewards: Tensor, importance_sampling_level: str = "token") -> Tensor:
+    """OneRec's gradient-bounded policy optimization with one update per group: `-A pi / max(pi_old, bound)`, where the
+    bound is pi for A >= 0 and 1 - pi for A < 0, without gradient.
+
+    With one update per group pi_old = pi. So the gradient of log pi is -A for A >= 0, as in GRPO, and
+    |A| pi / max(pi, 1 - pi) for A < 0: a token that is already improbable is pushed down less and less, where GRPO
+    pushes with |A|.
+
+    Args:
+        log_probs: `(B, K, L)` log-probabilities of the tokens taken.
+        lengths: `(B, K)` number of tokens of each id.
+        rewards: `(B, K)` rewards before the transform to log R, which are used as advantages: positive for good items,
+            negative for bad ones, 0 for those to ignore. They are not centered.
+        importance_sampling_level: `"token"`: pi is the probability of a token, and the loss the mean over tokens.
+            `"sequence"`: pi is that of the whole id, as the paper's formula says; 1 - pi is then nearly 1, and bad
+            items get next to no gradient (TRL's name and values).
+
+    Returns:
+        `(B, K)`.
+
+    References:
+        OneRec-V2, arXiv 2508.20900. The authors' code is not public.
+    """
+    check_choice("importance_sampling_level", importance_sampling_level, ("token", "sequence"))
+    expect_shape("rewards", rewards, lengths.shape, "(prompts, trajectories)")
+    log_probs = log_probs.masked_fill(~real_steps(lengths, log_probs.shape[-1]), 0.0)
+    if importance_sampling_level == "sequence":
+        log_probs, lengths = log_probs.sum(-1, keepdim=True), torch.ones_like(lengths)
+    advantages, old = rewards[..., None], log_probs.detach()
+    unlikely = torch.maximum(old.exp(), -torch.expm1(old))  # 1 - pi without loss of digits
+    bound = torch.where(advantages >= 0, old, unlikely.log())
+    tokens = -advantages * (log_probs - bound).exp()
+    return tokens.masked_fill(~real_steps(lengths, log_probs.shape[-1]), 0.0).sum(-1) / lengths

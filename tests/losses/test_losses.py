@@ -288,11 +288,13 @@ def test_the_registry_states_what_each_loss_needs():
         "sdpo": (False, False, False, 2, False, True),
         "ipa": (False, False, False, 2, True, False),
         "grpo": (False, False, False, 2, True, False),
+        "sibling_grpo": (False, False, False, 2, True, False),
+        "gbpo": (False, False, False, 1, True, False),
     }
-    assert {n for n, s in LOSSES.items() if s.needs_reference} == {"sdpo", "ipa", "grpo"}
+    assert {n for n, s in LOSSES.items() if s.needs_reference} == {"sdpo", "ipa", "grpo", "sibling_grpo"}
     rewarded = {n for n, s in LOSSES.items() if s.needs_rewards}
     assert {n for n, s in LOSSES.items() if s.needs_log_rewards} == rewarded - {
-        "ipa", "grpo",
+        "ipa", "grpo", "sibling_grpo", "gbpo",
     }  # fmt: skip
     assert {n for n, s in LOSSES.items() if s.needs_flow_heads} == {
         "trajectory_balance", "detailed_balance", "subtrajectory_balance",
@@ -305,7 +307,7 @@ def test_the_registry_states_what_each_loss_needs():
 def test_an_unknown_loss_lists_the_known_ones():
     with pytest.raises(
         ValueError,
-        match="'ppo'.*exact_flow, grpo, ipa, msl, .*sft, .*subtrajectory_balance, .*vargrad",
+        match="'ppo'.*exact_flow, gbpo, grpo, ipa, msl, .*sft, .*subtrajectory_balance, .*vargrad",
     ):
         get_loss("ppo")
 

@@ -177,6 +177,7 @@ def good_options():
         "prefix_pointwise": {"eta": 0.0, "variant": "kdd"}, "prefix_pairwise": {"eta": 1e-4, "variant": "2025"},
         "msl": {"temperature": 0.7}, "sdpo": {"beta": 1}, "ipa": {"beta": 1},
         "grpo": {"beta": 0.0, "scale_rewards": "none", "loss_type": "dr_grpo", "use_bias_correction_kl": True},
+        "sibling_grpo": {"variant": "paper"}, "gbpo": {"importance_sampling_level": "sequence"},
     }  # fmt: skip
 
 
@@ -212,6 +213,8 @@ def test_every_loss_takes_its_options():
         ("grpo", {"scale_rewards": "batch"}, "scale_rewards is 'batch'; choose 'group' or 'none'"),
         ("grpo", {"loss_type": "dapo"}, "loss_type is 'dapo'; choose 'grpo' or 'bnpo' or 'dr_grpo'"),
         ("ipa", {"beta": 0}, "beta is 0; it must be a finite number above 0"),
+        ("gbpo", {"importance_sampling_level": "id"}, "_level is 'id'; choose 'token' or 'sequence'"),
+        ("sibling_grpo", {"beta": 1e-3, "variant": "paper"}, "variant='paper' has no KL term; leave beta out, or"),
         ("prefix_pointwise", {"eta": -1.0}, "eta is -1.0; it must be"),
         ("prefix_pairwise", {"variant": "2024"}, "variant is '2024'; choose 'paper' or '2025' or 'kdd'"),
     ],

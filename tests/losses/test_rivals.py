@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gflowtrl.losses import group_advantages, grpo, ipa
+from gflowtrl.losses import gbpo, group_advantages, grpo, ipa, sibling_grpo
+from gflowtrl.losses.sibling_grpo import sibling_advantages
 
 
 # One prompt, three ids of up to three tokens.
@@ -209,3 +210,124 @@ def test_ipa_without_a_difference_in_reward_is_zero():
     gradient = gradient_of(loss.sum(), two)[0]
     assert loss[0].tolist() == [0.0] and not gradient[0].any()
     assert gradient[1, 0].all() and not gradient[1, 1].any() and gradient[1, 2].all()
+
+
+# -------------------------------------------------------------------------------------------------- bounded gradients
+def gbpo_by_hand(log_probs: Tensor, old: Tensor, advantages: list[float], level: str) -> Tensor:
+    """The formula of OneRec-V2 with an old policy, per trajectory `(3,)`."""
+    rows = []
+    for k, length in enumerate(LENGTHS):
+        new, before = log_probs[0, k, :length], old[0, k, :length].exp()
+        if level == "sequence":
+            new, before = new.sum()[None], before.prod()[None]
+        now = new.detach().exp()
+        bound = torch.maximum(before, now if advantages[k] >= 0 else 1 - now)
+        rows.append((-new.exp() / bound * advantages[k]).mean())
+    return torch.stack(rows)
+
+
+GBPO = {
+    "sequence": (-0.097804, [[-0.333333] * 3, [0.193992, 0.193992, 0], [0.041537] * 3]),
+    "token": (0.309049, [[-0.111111] * 3, [0.164406, 0.224976, 0], [0.047890, 0.082313, 0.122797]]),
+}
+SIGNS = torch.tensor([[1.0, -1.0, -1.0]], dtype=torch.double)
+
+
+@pytest.mark.parametrize("level", list(GBPO))
+def test_gbpo(level):
+    """The loop reproduces the figures of the formula, and equals the loss with one update per group."""
+    log_probs = LOG_PROBS.clone().requires_grad_()
+    loss = gbpo_by_hand(log_probs, OLD, SIGNS[0].tolist(), level).mean()
+    assert close(loss, [GBPO[level][0]])
+    assert close(gradient_of(loss, log_probs)[0], GBPO[level][1])
+    for signs in (SIGNS, -SIGNS, 0.5 * SIGNS):
+        ours = gbpo(log_probs, NUM_TOKENS, signs, level)
+        theirs = gbpo_by_hand(log_probs, LOG_PROBS, signs[0].tolist(), level)
+        assert torch.allclose(ours[0], theirs, atol=1e-12)
+        assert torch.allclose(*(gradient_of(each.mean(), log_probs)[0] for each in (ours, theirs)), atol=1e-12)
+
+
+def test_gbpo_pushes_improbable_tokens_less():
+    """The gradient of log pi is |A| pi / (1 - pi) below one half and |A| above; GRPO's is |A| everywhere."""
+    probs = torch.tensor([[[1e-6], [0.1], [0.4], [0.8]]], dtype=torch.double)
+    log_probs = probs.log().requires_grad_()
+    loss = gbpo(log_probs, torch.ones(1, 4, dtype=torch.long), torch.full((1, 4), -2.0))
+    found = gradient_of(loss.sum(), log_probs)[0].flatten()
+    assert torch.allclose(found, 2 * torch.tensor([1e-6 / (1 - 1e-6), 1 / 9, 2 / 3, 1.0], dtype=torch.double))
+
+
+# ------------------------------------------------------------------------------------------------------------ siblings
+PATHS = torch.tensor([[[1, 4, 7], [1, 4, 8], [1, 5, 9], [2, 6, 10]]])  # distinct numbers, so they are nodes
+SIBLINGS = torch.tensor(
+    [[[-0.5, -1, -0.2], [-0.5, -1, -1.7], [-0.5, -0.4, -0.3], [-0.93, -0.1, -0.6]]], dtype=torch.double
+)
+SIBLING_REFERENCE = torch.tensor(
+    [[[-0.6, -0.9, -0.4], [-0.6, -0.9, -1.1], [-0.6, -0.5, -0.2], [-0.8, -0.1, -0.7]]], dtype=torch.double
+)
+SIBLING_REWARDS = torch.tensor([[1.0, 0.1, 0.5, 0.2]], dtype=torch.double)
+THREE = torch.full((1, 4), 3)
+ADVANTAGES = [
+    [0.999400, 0.996016, 0.999778],
+    [0.999400, 0.996016, -0.999778],
+    [0.999400, -0.996016, 0],
+    [-0.999400, 0, 0],
+]
+CODE = [
+    [-0.111044, -0.110668, -0.111086],
+    [-0.111044, -0.110668, 0.111086],
+    [-0.111044, 0.110668, 0],
+    [0.111044, 0, 0],
+]
+CODE_KL = [
+    [-0.110622, -0.111136, -0.110281], [-0.110622, -0.111136, 0.107433], [-0.110622, 0.111091, 0], [0.110427, 0, 0],
+]  # fmt: skip
+PAPER = [
+    [-0.083283, -0.124502, -0.249944],
+    [-0.083283, -0.124502, 0.249944],
+    [-0.083283, 0.249004, 0],
+    [0.249850, 0, 0],
+]
+
+
+def test_advantages_among_siblings():
+    found, sharing = sibling_advantages(SIBLING_REWARDS, PATHS)
+    assert close(found, ADVANTAGES)
+    assert sharing.tolist() == [[[3, 2, 1], [3, 2, 1], [3, 1, 1], [1, 1, 1]]]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "gradient"),
+    [
+        ({}, -0.332757, CODE), ({"beta": 1e-3}, -0.332726, None), ({"beta": 0.04}, -0.331516, CODE_KL),
+        ({"variant": "paper"}, 0.0, PAPER),
+    ],
+)  # fmt: skip
+def test_sibling_grpo(options, expected, gradient):
+    """The figures of the authors' code, and of the paper's equation."""
+    log_probs = SIBLINGS.clone().requires_grad_()
+    loss = sibling_grpo(log_probs, SIBLING_REFERENCE, THREE, SIBLING_REWARDS, PATHS, **options).mean()
+    assert close(loss, [expected])
+    if gradient is not None:
+        assert close(gradient_of(loss, log_probs)[0], gradient)
+
+
+def test_siblings_are_those_of_one_prompt_and_end_with_the_id():
+    """A second prompt with equal prefixes changes no advantage; nor does a shorter id, which has no later tokens."""
+    other = torch.tensor([[5.0, 1.0, 0.0, 2.0]], dtype=torch.double)
+    found, _ = sibling_advantages(torch.cat([SIBLING_REWARDS, other]), PATHS.repeat(2, 1, 1))
+    assert close(found[0], ADVANTAGES)
+    short = PATHS.clone()
+    short[0, 3, 1:] = -1
+    assert close(sibling_advantages(SIBLING_REWARDS, short)[0], ADVANTAGES)
+    equal, _ = sibling_advantages(torch.full((1, 4), 0.1), PATHS)
+    assert not equal.any()  # even if the means of equal rewards were rounded
+    with pytest.raises(ValueError, match="beta is 0.001, but variant='paper' has no KL term"):
+        sibling_grpo(SIBLINGS, SIBLING_REFERENCE, THREE, SIBLING_REWARDS, PATHS, 1e-3, "paper")
+
+
+@pytest.mark.parametrize("variant", ["code", "paper"])
+def test_without_siblings_nothing_is_learned(variant):
+    log_probs = SIBLINGS.clone().requires_grad_()
+    alone = PATHS[:, :1].expand(1, 4, 3)
+    loss = sibling_grpo(log_probs, SIBLING_REFERENCE, THREE, SIBLING_REWARDS, alone, variant=variant)
+    assert loss.tolist() == [[0.0] * 4] and not gradient_of(loss.sum(), log_probs)[0].any()

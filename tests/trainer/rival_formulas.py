@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, pstdev
 
 from torch import Tensor
 
@@ -33,10 +33,41 @@ def ipa(pi, ref, rewards, group, paths, beta=0.1) -> list[float]:
     return [math.log1p(math.exp(beta * (worst - best)))]
 
 
+def gbpo(pi, ref, rewards, group, paths, importance_sampling_level="token") -> list[float]:
+    values = []
+    for leaf, reward in zip(group, rewards, strict=True):
+        probs = [math.exp(value) for value in token_log_probs(pi, paths, leaf)]
+        if importance_sampling_level == "sequence":
+            probs = [math.prod(probs)]
+        bounds = probs if reward >= 0 else [max(p, 1 - p) for p in probs]
+        values.append(fmean(-reward * p / bound for p, bound in zip(probs, bounds, strict=True)))
+    return values
+
+
 def grpo(pi, ref, rewards, group, paths, beta=1e-3) -> list[float]:
     """Advantages have mean 0, so only the divergence remains."""
     values = []
     for leaf in group:
         pairs = zip(token_log_probs(pi, paths, leaf), token_log_probs(ref, paths, leaf), strict=True)
         values.append(beta * fmean(math.exp(b - a) - (b - a) - 1 for a, b in pairs))
+    return values
+
+
+def sibling_grpo(pi, ref, rewards, group, paths, beta=0.0) -> list[float]:
+    """One value per token that has an advantage."""
+    values = []
+    for leaf in group:
+        path = paths[leaf]
+        ours, theirs = token_log_probs(pi, paths, leaf), token_log_probs(ref, paths, leaf)
+        for depth in range(len(path)):
+            by_child: dict[str, list[float]] = {}
+            for other, reward in zip(group, rewards, strict=True):
+                if paths[other][:depth] == path[:depth]:
+                    by_child.setdefault(paths[other][depth], []).append(reward)
+            means = {token: fmean(each) for token, each in by_child.items()}
+            deviation = pstdev(means.values())
+            if deviation > 1e-6:
+                d = theirs[depth] - ours[depth]
+                advantage = (means[path[depth]] - fmean(means.values())) / (deviation + 1e-4)
+                values.append(-advantage + beta * min(100.0, math.exp(d) - d - 1))
     return values
