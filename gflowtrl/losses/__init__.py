@@ -1,6 +1,6 @@
 """Training objectives as pure functions on tensors: one unreduced loss per trajectory, `(B, K)`."""
 
-from .baselines import gbpo, grpo, ipa, msl, sdpo, sibling_grpo
+from .baselines import flowrl, gbpo, grpo, ipa, msl, sdpo, sibling_grpo
 from .contrastive_balance import contrastive_balance
 from .detailed_balance import detailed_balance, subtrajectory_balance
 from .exact_flow import exact_flow, normalized_flows
@@ -21,6 +21,7 @@ __all__ = [
     "contrastive_balance",
     "detailed_balance",
     "exact_flow",
+    "flowrl",
     "gbpo",
     "get_loss",
     "group_advantages",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .flowrl import flowrl
 from .msl import msl
 from .policy_gradient import gbpo, grpo
 from .preference import ipa, sdpo
@@ -15,3 +16,4 @@ register_loss("ipa", LossSpec(ipa, min_generations=2, per_prompt=True))
 register_loss("grpo", LossSpec(grpo, min_generations=2))
 register_loss("sibling_grpo", LossSpec(sibling_grpo, min_generations=2))
 register_loss("gbpo", gbpo)
+register_loss("flowrl", LossSpec(flowrl, min_generations=2))

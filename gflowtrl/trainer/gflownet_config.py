@@ -22,7 +22,7 @@ class GFlowNetConfig(TreePolicyConfig):
         loss_type (`str` or `list[str]`, *optional*, defaults to `["vargrad"]`):
             One or more of `vargrad`, `contrastive_balance`, `trajectory_balance`, `detailed_balance`,
             `subtrajectory_balance`, `exact_flow`, `sft`, `prefix_pointwise`, `prefix_pairwise` (APAO's, arXiv
-            2603.02730), the rivals `msl`, `sdpo`, `ipa`, `grpo`, `sibling_grpo`, `gbpo`
+            2603.02730), the rivals `msl`, `sdpo`, `ipa`, `grpo`, `sibling_grpo`, `gbpo`, `flowrl`
             (docs/rivals.md), and losses added by `gflowtrl.losses.register_loss`.
             GFlowGR's full loss is `["sft", "trajectory_balance"]` (or `"detailed_balance"`) with
             `loss_weights=[1.0, lambda]`.
@@ -83,7 +83,7 @@ class GFlowNetConfig(TreePolicyConfig):
         ["vargrad"],
         "One or more of vargrad, contrastive_balance, trajectory_balance, detailed_balance, "
         "subtrajectory_balance, exact_flow, sft, prefix_pointwise, prefix_pairwise, msl, sdpo, ipa, grpo, "
-        "sibling_grpo, gbpo.",
+        "sibling_grpo, gbpo, flowrl.",
     )
     flows: str = option("learned", "Where log Z and log F come from.", ["learned", "known"])
     trajectory_weighting: str | None = option(
@@ -169,6 +169,11 @@ class GFlowNetConfig(TreePolicyConfig):
             raise ValueError(
                 f"flows is 'known', but no loss of {self.loss_type} has a learned flow. Leave it out, or use "
                 f"trajectory_balance, detailed_balance or subtrajectory_balance."
+            )
+        other = [name for name, loss in self.losses.items() if loss.needs_flow_heads and not loss.needs_log_rewards]
+        if self.flows == "known" and other:
+            raise ValueError(
+                f"flows is 'known', but log Z of the loss {other[0]!r} is not the sum of the rewards. Leave flows out."
             )
         if (self.trajectory_weighting == "source") != bool(self.source_weights):
             raise ValueError(

@@ -69,8 +69,8 @@ class TreePolicyConfig(TRLConfig):
             How the trajectories of a prompt are reduced: `"mean"`, or `"sum"` as in GFlowGR. Prompts are averaged.
         log_z_learning_rate (`float`, *optional*, defaults to `1e-2`):
             Learning rate of the flow head (log F of every state, log Z of the root), used by `trajectory_balance`,
-            `detailed_balance` and `subtrajectory_balance`. 10 to 100 times the policy's learning rate works well
-            (Malkin et al., arXiv 2201.13259). It also applies to the head's group in a custom optimizer.
+            `detailed_balance`, `subtrajectory_balance` and `flowrl`. 10 to 100 times the policy's learning rate works
+            well (Malkin et al., arXiv 2201.13259). It also applies to the head's group in a custom optimizer.
         label_space (`str`, *optional*, defaults to `"tree"`):
             Label space of the losses on the target (`sft`, `prefix_*`, `sdpo` and its reference): `"tree"` for
             probabilities over the children, as in decoding, or `"vocabulary"` for the whole vocabulary, as in TRL and

@@ -290,14 +290,15 @@ def test_the_registry_states_what_each_loss_needs():
         "grpo": (False, False, False, 2, True, False),
         "sibling_grpo": (False, False, False, 2, True, False),
         "gbpo": (False, False, False, 1, True, False),
+        "flowrl": (True, False, False, 2, True, False),
     }
-    assert {n for n, s in LOSSES.items() if s.needs_reference} == {"sdpo", "ipa", "grpo", "sibling_grpo"}
+    assert {n for n, s in LOSSES.items() if s.needs_reference} == {"sdpo", "ipa", "grpo", "sibling_grpo", "flowrl"}
     rewarded = {n for n, s in LOSSES.items() if s.needs_rewards}
     assert {n for n, s in LOSSES.items() if s.needs_log_rewards} == rewarded - {
-        "ipa", "grpo", "sibling_grpo", "gbpo",
+        "ipa", "grpo", "sibling_grpo", "gbpo", "flowrl",
     }  # fmt: skip
     assert {n for n, s in LOSSES.items() if s.needs_flow_heads} == {
-        "trajectory_balance", "detailed_balance", "subtrajectory_balance",
+        "trajectory_balance", "detailed_balance", "subtrajectory_balance", "flowrl",
     }  # fmt: skip
     assert {n for n, s in LOSSES.items() if s.uses_negatives} == {"prefix_pairwise", "sdpo"}
     assert tuple(LOSSES["subtrajectory_balance"].options) == ("lam", "huber_delta", "penalty", "linex_alpha")
@@ -307,7 +308,7 @@ def test_the_registry_states_what_each_loss_needs():
 def test_an_unknown_loss_lists_the_known_ones():
     with pytest.raises(
         ValueError,
-        match="'ppo'.*exact_flow, gbpo, grpo, ipa, msl, .*sft, .*subtrajectory_balance, .*vargrad",
+        match="'ppo'.*exact_flow, flowrl, gbpo, grpo, ipa, msl, .*sft, .*subtrajectory_balance, .*vargrad",
     ):
         get_loss("ppo")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gflowtrl.losses import gbpo, group_advantages, grpo, ipa, sibling_grpo
+from gflowtrl.losses import flowrl, gbpo, group_advantages, grpo, ipa, sibling_grpo
 from gflowtrl.losses.sibling_grpo import sibling_advantages
 
 
@@ -331,3 +331,41 @@ def test_without_siblings_nothing_is_learned(variant):
     alone = PATHS[:, :1].expand(1, 4, 3)
     loss = sibling_grpo(log_probs, SIBLING_REFERENCE, THREE, SIBLING_REWARDS, alone, variant=variant)
     assert loss.tolist() == [[0.0] * 4] and not gradient_of(loss.sum(), log_probs)[0].any()
+
+
+# -------------------------------------------------------------------------------------------------------------- FlowRL
+LOG_Z = torch.tensor([0.3], dtype=torch.double)
+# beta, clip of the importance weights, loss per trajectory, its gradient per token, that of log Z. The first row is
+# from the authors' code, whose clipped weight is not used.
+FLOWRL = [
+    (15.0, None, [368.498933, 318.959189, 6.798210], [-5.210321, 7.643987, 0.551150], 1.310461),
+    (15.0, (0.8, 1.2), [296.414666, 232.150233, 6.798210], None, None),
+    (15.0, (0.8, 1.28), [316.175644, 247.626915, 6.798210], None, None),
+    (1.0, (0.8, 1.28), [0.637190, 1.865578, 0.168570], [-0.200691, 0.515099, 0.086789], None),
+]
+
+
+@pytest.mark.parametrize(("beta", "clip", "expected", "slopes", "of_log_z"), FLOWRL)
+def test_flowrl(beta, clip, expected, slopes, of_log_z):
+    """With the weights of an old policy, which are 1 with one update per group."""
+    log_probs, log_z = LOG_PROBS.clone().requires_grad_(), LOG_Z.clone().requires_grad_()
+    weights = (LOG_PROBS - OLD).sum(-1).exp()
+    weights = weights if clip is None else weights.clamp(*clip)
+    loss = weights * flowrl(log_probs, REFERENCE, NUM_TOKENS, REWARDS, log_z, beta)
+    assert close(loss[0], expected)
+    gradients = gradient_of(loss.mean(), log_probs, log_z)
+    if slopes is not None:
+        by_token = [[slope] * 3 for slope in slopes]
+        by_token[1][2] = 0
+        assert close(gradients[0], by_token)
+    if of_log_z is not None:
+        assert close(gradients[1], [of_log_z])
+
+
+def test_flowrl_balances_at_the_reference_times_a_power_of_the_reward():
+    """pi = pi_ref (exp(beta A) / Z)^n: the loss and its gradient are zero."""
+    advantages = torch.tensor(CENTERED, dtype=torch.double) / (REWARDS[0].std() + 1e-6)
+    log_probs = (REFERENCE + (2 * advantages - 0.3)[:, None]).requires_grad_()
+    loss = flowrl(log_probs, REFERENCE, NUM_TOKENS, REWARDS, LOG_Z, beta=2.0)
+    assert loss.abs().max() < 1e-20 and gradient_of(loss.sum(), log_probs)[0].abs().max() < 1e-10
+    assert flowrl(log_probs, REFERENCE, NUM_TOKENS, REWARDS, LOG_Z + 0.5, beta=2.0).allclose(loss + 0.25)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from statistics import fmean, pstdev
+from statistics import fmean, pstdev, stdev
 
 from torch import Tensor
 
@@ -70,4 +70,13 @@ def sibling_grpo(pi, ref, rewards, group, paths, beta=0.0) -> list[float]:
                 d = theirs[depth] - ours[depth]
                 advantage = (means[path[depth]] - fmean(means.values())) / (deviation + 1e-4)
                 values.append(-advantage + beta * min(100.0, math.exp(d) - d - 1))
+    return values
+
+
+def flowrl(pi, ref, rewards, group, paths, log_z, beta=15.0) -> list[float]:
+    values = []
+    for leaf, reward in zip(group, rewards, strict=True):
+        advantage = (reward - fmean(rewards)) / (stdev(rewards) + 1e-6)
+        ours, theirs = token_log_probs(pi, paths, leaf), token_log_probs(ref, paths, leaf)
+        values.append((log_z + fmean(ours) - beta * advantage - fmean(theirs)) ** 2)
     return values
