@@ -44,7 +44,7 @@ PHRASES = {
     r"\bto be had\b": "available",
     r"\bthe house\b|\bhouse's\b": "the project",
     r"\brooms?\b(?! (?:for|left|to)\b)": "package, module",
-    r"\b(?:bears?|borne|whence|thence|thereof|therein|wherein|upon|amidst?|naught)\b": "a plainer word",
+    r"\b(?:bears|to bear|borne|whence|thence|thereof|therein|wherein|upon|amidst?|naught)\b": "a plainer word",
     r"catalogue": "catalog",
     r"(?:col|behavi|neighb|fav|hon|lab)our": "-or",
     r"\b(?:licence|grey|artefact|programmes?\b|centre|analyse[dr]?\b|defence|whilst|learnt|spelt)": "US spelling",

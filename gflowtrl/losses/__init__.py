@@ -1,6 +1,6 @@
 """Training objectives as pure functions on tensors: one unreduced loss per trajectory, `(B, K)`."""
 
-from .baselines import flowrl, gbpo, grpo, ipa, msl, sdpo, sibling_grpo
+from .baselines import bear, flowrl, gbpo, grpo, ipa, msl, sdpo, sibling_grpo
 from .contrastive_balance import contrastive_balance
 from .detailed_balance import detailed_balance, subtrajectory_balance
 from .exact_flow import exact_flow, normalized_flows
@@ -18,6 +18,7 @@ __all__ = [
     "LossInputs",
     "LossSpec",
     "PrefixWeights",
+    "bear",
     "contrastive_balance",
     "detailed_balance",
     "exact_flow",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .bear import bear
 from .flowrl import flowrl
 from .msl import msl
 from .policy_gradient import gbpo, grpo
@@ -11,6 +12,7 @@ from .sibling_grpo import sibling_grpo
 
 
 register_loss("msl", LossSpec(msl, uses_target=True, sets_temperature=True))
+register_loss("bear", LossSpec(bear, uses_target=True))
 register_loss("sdpo", LossSpec(sdpo, min_generations=2, uses_target=True, uses_negatives=True, any_label_space=True))
 register_loss("ipa", LossSpec(ipa, min_generations=2, per_prompt=True))
 register_loss("grpo", LossSpec(grpo, min_generations=2))

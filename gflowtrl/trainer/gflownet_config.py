@@ -22,7 +22,7 @@ class GFlowNetConfig(TreePolicyConfig):
         loss_type (`str` or `list[str]`, *optional*, defaults to `["vargrad"]`):
             One or more of `vargrad`, `contrastive_balance`, `trajectory_balance`, `detailed_balance`,
             `subtrajectory_balance`, `exact_flow`, `sft`, `prefix_pointwise`, `prefix_pairwise` (APAO's, arXiv
-            2603.02730), the rivals `msl`, `sdpo`, `ipa`, `grpo`, `sibling_grpo`, `gbpo`, `flowrl`
+            2603.02730), the rivals `msl`, `bear`, `sdpo`, `ipa`, `grpo`, `sibling_grpo`, `gbpo`, `flowrl`
             (docs/rivals.md), and losses added by `gflowtrl.losses.register_loss`.
             GFlowGR's full loss is `["sft", "trajectory_balance"]` (or `"detailed_balance"`) with
             `loss_weights=[1.0, lambda]`.
@@ -82,7 +82,7 @@ class GFlowNetConfig(TreePolicyConfig):
     loss_type: list[str] = option(
         ["vargrad"],
         "One or more of vargrad, contrastive_balance, trajectory_balance, detailed_balance, "
-        "subtrajectory_balance, exact_flow, sft, prefix_pointwise, prefix_pairwise, msl, sdpo, ipa, grpo, "
+        "subtrajectory_balance, exact_flow, sft, prefix_pointwise, prefix_pairwise, msl, bear, sdpo, ipa, grpo, "
         "sibling_grpo, gbpo, flowrl.",
     )
     flows: str = option("learned", "Where log Z and log F come from.", ["learned", "known"])

@@ -201,7 +201,7 @@ def test_normalized_flows_are_ratios_of_flows(problem):
 
 # ---------------------------------------------------------------------------------------------- padding and gradients
 #: Losses that need only scores and rewards; the others are in test_prefix.py and test_baselines.py.
-ON_SCORES = sorted(name for name, loss in LOSSES.items() if loss.needs_log_rewards or name in ("sft", "msl"))
+ON_SCORES = sorted(name for name, loss in LOSSES.items() if loss.needs_log_rewards or name in ("sft", "msl", "bear"))
 
 
 @pytest.mark.parametrize("name", ON_SCORES)
@@ -216,7 +216,7 @@ def test_padding_more_steps_and_children_changes_nothing(problem, name):
     assert LOSSES[name](LossInputs(**padded)).allclose(LOSSES[name](LossInputs(**tensors)))
 
 
-@pytest.mark.parametrize("name", ON_SCORES)
+@pytest.mark.parametrize("name", [name for name in ON_SCORES if name != "bear"])  # its weights have no gradient
 def test_gradients_are_those_of_the_value(name):
     problem = Problem(seed=0, num_paths=8)
     leaves = problem.all_leaves[:, :5]
@@ -286,6 +286,7 @@ def test_the_registry_states_what_each_loss_needs():
         "prefix_pairwise": (False, False, False, 2, False, True),
         "msl": (False, False, False, 1, False, True),
         "sdpo": (False, False, False, 2, False, True),
+        "bear": (False, False, False, 1, False, True),
         "ipa": (False, False, False, 2, True, False),
         "grpo": (False, False, False, 2, True, False),
         "sibling_grpo": (False, False, False, 2, True, False),

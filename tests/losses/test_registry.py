@@ -178,7 +178,7 @@ def good_options():
         "msl": {"temperature": 0.7}, "sdpo": {"beta": 1}, "ipa": {"beta": 1},
         "grpo": {"beta": 0.0, "scale_rewards": "none", "loss_type": "dr_grpo", "use_bias_correction_kl": True},
         "sibling_grpo": {"variant": "paper"}, "gbpo": {"importance_sampling_level": "sequence"},
-        "flowrl": {"beta": 1.0},
+        "flowrl": {"beta": 1.0}, "bear": {"num_beams": 20, "xi": 1.0, "lam": 0.0},
     }  # fmt: skip
 
 
@@ -217,6 +217,9 @@ def test_every_loss_takes_its_options():
         ("gbpo", {"importance_sampling_level": "id"}, "_level is 'id'; choose 'token' or 'sequence'"),
         ("sibling_grpo", {"beta": 1e-3, "variant": "paper"}, "variant='paper' has no KL term; leave beta out, or"),
         ("flowrl", {"beta": -1}, "beta is -1; it must be"),
+        ("bear", {"num_beams": 0}, "num_beams is 0; it must be a whole number of at least 1"),
+        ("bear", {"xi": 0}, "xi is 0; it must be"),
+        ("bear", {"lam": -0.1}, "lam is -0.1; it must be"),
         ("prefix_pointwise", {"eta": -1.0}, "eta is -1.0; it must be"),
         ("prefix_pairwise", {"variant": "2024"}, "variant is '2024'; choose 'paper' or '2025' or 'kdd'"),
     ],

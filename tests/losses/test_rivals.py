@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gflowtrl.losses import flowrl, gbpo, group_advantages, grpo, ipa, sibling_grpo
+from gflowtrl.losses import bear, flowrl, gbpo, group_advantages, grpo, ipa, sibling_grpo
 from gflowtrl.losses.sibling_grpo import sibling_advantages
 
 
@@ -369,3 +369,52 @@ def test_flowrl_balances_at_the_reference_times_a_power_of_the_reward():
     loss = flowrl(log_probs, REFERENCE, NUM_TOKENS, REWARDS, LOG_Z, beta=2.0)
     assert loss.abs().max() < 1e-20 and gradient_of(loss.sum(), log_probs)[0].abs().max() < 1e-10
     assert flowrl(log_probs, REFERENCE, NUM_TOKENS, REWARDS, LOG_Z + 0.5, beta=2.0).allclose(loss + 0.25)
+
+
+# ---------------------------------------------------------------------------------------------------------------- BEAR
+LOGITS = torch.tensor(
+    [[0.5, 1, -0.2, 0.1], [0.3, -0.4, -torch.inf, -torch.inf], [0.0, -torch.inf, -torch.inf, -torch.inf]]
+).double()
+TAKEN = torch.tensor([2, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("num_beams", "xi", "lam", "weights", "expected", "gradient"),
+    [
+        (
+            3, 2.75, 0.25, [0.494990, 0.505010], 1.212950,
+            [[0.129727, 0.213884, -0.430569, 0.086959], [-0.167568, 0.167568, 0, 0], [0] * 4],
+        ),
+        (2, 2.75, 0.25, [0.492967, 0.507033], 1.209640, None),
+        (
+            3, 1.0, 1.0, None, 1.156996,
+            [[0.120763, 0.199105, -0.400818, 0.080950], [-0.178917, 0.178917, 0, 0], [0] * 4],
+        ),
+    ],
+)  # fmt: skip
+def test_bear(num_beams, xi, lam, weights, expected, gradient):
+    """The figures of the authors' code: a state of four children, one of two, and one without a choice."""
+    logits = LOGITS.clone().requires_grad_()
+    child = logits.log_softmax(-1)[None, None]
+    taken = child[0, 0].gather(1, TAKEN[:, None])[None, None, :, 0]
+    loss = bear(taken, child, torch.tensor([[3]]), num_beams, xi, lam)
+    assert close(loss, [expected])
+    if gradient is not None:
+        assert close(gradient_of(loss.sum(), logits)[0], gradient)
+    if weights is not None:
+        leaf = taken.detach().requires_grad_()
+        found = gradient_of(bear(leaf, child.detach(), torch.tensor([[3]]), num_beams, xi, lam).sum(), leaf)[0]
+        assert close(found, [-weights[0], -weights[1], 0])
+
+
+def test_bear_is_a_weighted_mean_over_the_tokens_of_the_micro_batch():
+    """Padding changes nothing, and without weights it is the mean of log pi over all tokens with an alternative."""
+    child = LOGITS.log_softmax(-1)[None, None].repeat(2, 1, 1, 1)
+    taken = child.gather(-1, TAKEN.expand(2, 1, 3)[..., None])[..., 0]
+    lengths = torch.tensor([[3], [1]])
+    child[1, 0, 1:], taken[1, 0, 1:] = -torch.inf, 0.0
+    real = torch.stack([taken[0, 0, 0], taken[0, 0, 1], taken[1, 0, 0]])
+    assert torch.allclose(bear(taken, child, lengths, lam=0.0).mean(), -real.mean())
+    wide = torch.nn.functional.pad(child, (0, 2, 0, 1), value=-torch.inf), torch.nn.functional.pad(taken, (0, 1))
+    assert torch.allclose(bear(wide[1], wide[0], lengths), bear(taken, child, lengths))
+    assert bear(taken[..., 2:], child[..., 2:, :], torch.ones_like(lengths)).tolist() == [[0.0], [0.0]]

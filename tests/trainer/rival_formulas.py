@@ -80,3 +80,18 @@ def flowrl(pi, ref, rewards, group, paths, log_z, beta=15.0) -> list[float]:
         ours, theirs = token_log_probs(pi, paths, leaf), token_log_probs(ref, paths, leaf)
         values.append((log_z + fmean(ours) - beta * advantage - fmean(theirs)) ** 2)
     return values
+
+
+def bear(pis, targets, paths, num_beams=10, xi=2.75, lam=0.25) -> float:
+    """The loss of a whole batch."""
+    total = weights = 0.0
+    for pi, target in zip(pis, targets, strict=True):
+        path = paths[target]
+        for depth in range(len(path)):
+            probs = next_tokens(pi, paths, path[:depth])
+            if len(probs) > 1:
+                last = sorted(probs.values(), reverse=True)[min(num_beams, len(probs)) - 1]
+                own = probs[path[depth]]
+                weight = 1 + lam / (1 + (last / own) ** (1 / xi))
+                weights, total = weights + weight, total - weight * math.log(own)
+    return total / weights

@@ -280,7 +280,7 @@ OPTIONS = [
     ("trajectory_balance", "huber_delta", 0.3), ("detailed_balance", "huber_delta", 0.3),
     ("subtrajectory_balance", "lam", 0.5), ("sft", "token_mean", True), ("sft", "label_smoothing", 0.2),
     ("msl", "temperature", 0.7),
-    ("sdpo", "beta", 0.5), ("ipa", "beta", 1.0),
+    ("bear", "num_beams", 1), ("bear", "xi", 0.5), ("bear", "lam", 4.0), ("sdpo", "beta", 0.5), ("ipa", "beta", 1.0),
     ("grpo", "beta", 2.0), ("sibling_grpo", "beta", 2.0), ("flowrl", "beta", 1.0),
     ("prefix_pointwise", "variant", "2025"), ("prefix_pointwise", "variant", "kdd"),
 ]  # fmt: skip

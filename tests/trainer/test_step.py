@@ -65,6 +65,8 @@ def true_rewards(step: Step) -> torch.Tensor:
 
 def rival_loss(name: str, step: Step, log_pi: torch.Tensor, log_ref: torch.Tensor, leaves, **options) -> float:
     """The formula of a rival loss on the exact distributions of policy and reference `(B, N)`."""
+    if name == "bear":
+        return rival_formulas.bear(log_pi.exp(), step.target_leaves.tolist(), PATHS, **options)
     if name == "flowrl":
         options["log_z"] = LOG_Z
     drawn = raw_rewards(step).gather(1, leaves)

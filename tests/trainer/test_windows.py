@@ -75,7 +75,7 @@ def test_every_loss_is_the_same(tmp_path, loss_type):
     """Half of the trajectories are on policy if the loss can use drawn ones."""
     first = loss_type.partition(",")[0]
     options = {"reward_funcs": [GroundTruthReward(), CollaborativeReward(teacher)], "loss_type": loss_type}
-    if first in ("sft", "prefix_pointwise", "prefix_pairwise", "msl", "sdpo") and loss_type == first:
+    if first in ("sft", "prefix_pointwise", "prefix_pairwise", "msl", "bear", "sdpo") and loss_type == first:
         options["reward_funcs"] = []
     if loss_type not in ("sft", "prefix_pointwise"):
         options["sampler"] = {"ground_truth": 1, "uniform": 1, "on_policy": 2}
