@@ -11,6 +11,9 @@ import yaml
 from safetensors.torch import load_file
 
 from gflowtrl.data import SyntheticShop, write_folder
+from gflowtrl.losses import LOSSES
+from gflowtrl.pipeline import load_recipe
+from gflowtrl.pipeline.recipe import SCHEDULE
 
 from .micro import micro_recipe, micro_settings
 
@@ -50,6 +53,35 @@ def test_records_from_before_there_was_a_start_are_of_the_same_recipe(office, tm
     before = {name: value for name, value in now.items() if name != "start"}
     assert office.settings(now) == office.settings(before)
     assert office.settings(micro_recipe(tmp_path, start="untrained").as_dict()) != office.settings(before)
+
+
+def test_the_recipes_of_the_audit_start_from_one_checkpoint_and_train_equally_long():
+    """Every method of docs/rivals.md. Other ids (LETTER) need a checkpoint of their own."""
+    files = sorted((QUALITY / "recipes" / "audit").glob("*.yaml"))
+    recipes = {file.stem: load_recipe(file) for file in files}
+    first = recipes["cross_entropy"].as_dict()
+    shared = (
+        "output_dir",
+        "seed",
+        "start",
+        "stages",
+        "data",
+        "model",
+        "prompt",
+        "peft",
+        "teacher",
+        "sft",
+        "evaluation",
+    )
+    for name, recipe in recipes.items():
+        assert recipe.name == name and recipe.start == "sft"
+        ours = recipe.as_dict()
+        different = [section for section in shared if ours[section] != first[section]]
+        assert different == (["data"] if name == "letter" else []), name
+        schedule = [ours["gflownet"].get(entry) == first["gflownet"].get(entry) for entry in SCHEDULE]
+        assert all(schedule), name
+    used = {loss for recipe in recipes.values() for loss in recipe.training_arguments("gflownet", Path("x")).losses}
+    assert used == set(LOSSES) - {"contrastive_balance", "subtrajectory_balance"}
 
 
 @pytest.mark.slow
