@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import itertools
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from .rows import sorted_rows
 
 
 _EXP_RANGE = 80.0  # exp(-80) is a normal number in 32 bits
@@ -38,8 +39,7 @@ class PrefixTree:
 
     def __init__(self, token_paths: Tensor):
         paths = _check_paths(token_paths)
-        order = torch.from_numpy(np.lexsort(paths.T.flip(0).numpy()))  # stable; the last key is the primary key
-        paths = paths[order]
+        paths, order = sorted_rows(paths)
         self._check_prefix_free(paths, order)
         self.leaf_of_row = torch.empty(len(paths), dtype=torch.int32)
         self.leaf_of_row[order] = torch.arange(len(paths), dtype=torch.int32)
@@ -82,7 +82,7 @@ class PrefixTree:
         first_child = self.num_children.cumsum(0) - self.num_children + 1
         self.first_child = torch.where(self.num_children > 0, first_child, -1).to(torch.int32)
         self._child_keys = parent * self.num_tokens + self.node_token[1:].long()
-        self.tokens = self.node_token[1:].long().unique()
+        self.tokens = torch.bincount(self.node_token[1:]).nonzero().squeeze(1)  # sorted
         self._compact_ids = torch.searchsorted(self.tokens, torch.arange(self.num_tokens))
         # The number of nodes at each depth that lead to more than one leaf, so that a choice is left.
         sizes = [1, *self.nodes_per_depth]
