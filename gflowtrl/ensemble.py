@@ -118,7 +118,9 @@ class Ensemble:
         self.members, self.views, self.catalog = list(members), list(views), members[0].catalog
         for number, member in enumerate(members[1:], 2):
             for one, other, place in ((self, member, number), (member, self, 1)):
-                if missing := [item for item in one.catalog.items if item not in other.catalog]:
+                missing = [item for item in one.catalog.items if item not in other.catalog]
+                missing += [item for _, item in other.catalog.readable_items([one.catalog.retired])[1]]
+                if missing:
                     raise ValueError(
                         f"Member {place} of the ensemble does not have {len(missing)} items of member "
                         f"{number + 1 - place}, for example {missing[0]!r}. Give recommenders of the same items."

@@ -109,8 +109,8 @@ class Recommender:
         max_history_items: number of items of a history that are used (the last ones).
         encoder: turns histories into prompts; by default a `PromptEncoder` (plain semantic ids).
         titles: titles of items, which recommendations and explanations return.
-        item_counts: `(items,)` numbers of training interactions in the order of `catalog.items`. Users with no known
-            item get recommendations by popularity from these counts.
+        item_counts: `(items,)` numbers of training interactions in the order of `catalog.history_items`. Users with
+            no known item get recommendations by popularity from these counts.
         teacher: the collaborative model of the reward, for explanations.
 
     Raises:
@@ -382,7 +382,7 @@ class Recommender:
                 f"training interactions to rank items by popularity. Leave the history out, or give "
                 f"Recommender(item_counts=...)."
             )
-        log_probs = (self.item_counts.double() + 1).log().log_softmax(0)
+        log_probs = (self.item_counts[: len(self.catalog)].double() + 1).log().log_softmax(0)
         order = log_probs / request.temperature
         if request.strategy == "sample":
             noise = StatelessNoise(request.seed).at(0, torch.tensor([row]))
@@ -396,7 +396,7 @@ class Recommender:
         for name, history in zip(names, histories, strict=True):
             if isinstance(history, str) or not isinstance(history, Sequence):
                 raise TypeError(f"The history in {name} is {history!r}; it must be a list of items.")
-        known, unknown = self.catalog.known_items(histories)
+        known, unknown = self.catalog.readable_items(histories)
         if unknown:
             row, item = unknown[0]
             warnings.warn(

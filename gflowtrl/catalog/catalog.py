@@ -17,6 +17,7 @@ from torch import Tensor
 from gflowtrl.files import write_text
 
 from .items import Item, ItemIndex
+from .rows import distinct_rows
 from .saved import read_catalog
 from .seen import SeenItems
 from .tree import PrefixTree
@@ -35,23 +36,51 @@ class ItemCatalog:
     Every tensor with an item axis is in the order of `items`; every tensor with a leaf axis is in the order of
     `tree.paths`. Items with the same semantic id (a collision) share one leaf.
 
+    Retired items are not in `items` and not in the tree, so they have no probability. Their tokens are kept, because
+    histories may contain them.
+
     Args:
         items: the items, integers or strings, without duplicates.
         semantic_ids: the tokens of each item as text, parallel to `items`.
         item_token_ids: `(items, L)` token ids of each item, padded with -1 on the right.
+        retired: those of the items that are retired.
+        version: how many changes have led to this catalog, counted from 1 (`updated`).
+
+    Attributes:
+        items, semantic_ids, item_token_ids: as given, without the retired items.
+        history_items: all items that a history may contain: `items`, then the retired ones.
+        history_semantic_ids, history_token_ids: their tokens as text, and as `(history items, L)`.
     """
 
-    def __init__(self, items: Sequence[Item], semantic_ids: Sequence[Sequence[str]], item_token_ids: Tensor):
-        self.items = list(items)
-        self.semantic_ids = [tuple(tokens) for tokens in semantic_ids]
-        if not len(self.items) == len(self.semantic_ids) == len(item_token_ids):
+    def __init__(
+        self,
+        items: Sequence[Item],
+        semantic_ids: Sequence[Sequence[str]],
+        item_token_ids: Tensor,
+        retired: Iterable[Item] = (),
+        version: int = 1,
+    ):
+        items, semantic_ids = list(items), [tuple(tokens) for tokens in semantic_ids]
+        if not len(items) == len(semantic_ids) == len(item_token_ids):
             raise ValueError(
-                f"{len(self.items)} items, {len(self.semantic_ids)} semantic ids and {len(item_token_ids)} rows of "
+                f"{len(items)} items, {len(semantic_ids)} semantic ids and {len(item_token_ids)} rows of "
                 f"token ids were given. Give one of each per item."
             )
-        self._index = ItemIndex(self.items)
-        self.item_token_ids = item_token_ids.long()
-        paths, row = torch.unique(self.item_token_ids, dim=0, return_inverse=True)
+        item_token_ids, kept = item_token_ids.long(), len(items)
+        if gone := set(retired):
+            order = [row for row, item in enumerate(items) if item not in gone]
+            kept, order = len(order), order + [row for row, item in enumerate(items) if item in gone]
+            if not kept:
+                raise ValueError("Every item is retired; the catalog needs at least one that can be recommended.")
+            if unknown := gone.difference(items):
+                raise ValueError(f"Item {next(iter(unknown))!r} cannot be retired: it is not in the catalog.")
+            items, semantic_ids = [items[row] for row in order], [semantic_ids[row] for row in order]
+            item_token_ids = item_token_ids[torch.tensor(order)]
+        self.history_items, self.history_semantic_ids, self.history_token_ids = items, semantic_ids, item_token_ids
+        self.items, self.semantic_ids = (items[:kept], semantic_ids[:kept]) if gone else (items, semantic_ids)
+        self._index, self._retired, self.version = ItemIndex(self.items), ItemIndex(items[kept:]), version
+        self.item_token_ids = item_token_ids[:kept]
+        paths, row = distinct_rows(self.item_token_ids)
         self.tree = PrefixTree(paths)
         self.item_leaf = self.tree.leaf_of_row[row].long()
         self.leaf_sizes = torch.bincount(self.item_leaf, minlength=self.tree.num_leaves)
@@ -61,39 +90,67 @@ class ItemCatalog:
 
     @classmethod
     def from_semantic_ids(
-        cls, semantic_ids: Mapping[Item, Sequence[str]], tokenizer: PreTrainedTokenizerBase
+        cls,
+        semantic_ids: Mapping[Item, Sequence[str]],
+        tokenizer: PreTrainedTokenizerBase,
+        retired: Iterable[Item] = (),
     ) -> ItemCatalog:
         """Build a catalog from `{item: ("<a_1>", "<b_7>", ...)}` with the token ids of `tokenizer`.
 
-        Items with equal semantic ids are merged into one leaf, and their number is logged.
+        Items with equal semantic ids are merged into one leaf, and their number is logged. The `retired` items are
+        known in histories only.
 
         Raises:
             ValueError: there are no items, an item has no tokens, or the tokenizer does not know a token.
         """
         if not semantic_ids:
             raise ValueError("semantic_ids is empty; the catalog needs at least one item.")
-        texts = sorted({token for tokens in semantic_ids.values() for token in tokens})
-        token_ids = dict(zip(texts, tokenizer.convert_tokens_to_ids(texts), strict=True))
-        for item, tokens in semantic_ids.items():
-            if not tokens:
-                raise ValueError(f"Item {item!r} has an empty semantic id.")
-            if isinstance(tokens, str):
-                raise ValueError(
-                    f"The semantic id of item {item!r} is the text {tokens!r}; give a list of its tokens."
-                )
-            for token in tokens:
-                if token_ids[token] in (None, tokenizer.unk_token_id):
-                    raise ValueError(
-                        f"The tokenizer does not know token {token!r} of item {item!r}. Build it with "
-                        f"gflowtrl.data.build_tokenizer or add the tokens with gflowtrl.data.add_item_tokens."
-                    )
-        catalog = cls(list(semantic_ids), list(semantic_ids.values()), _pad_ids(semantic_ids.values(), token_ids))
+        token_ids = _ids_of_tokens(semantic_ids, tokenizer)
+        paths = _pad_ids(semantic_ids.values(), token_ids)
+        catalog = cls(list(semantic_ids), list(semantic_ids.values()), paths, retired)
         if colliding := int(catalog.leaf_sizes[catalog.leaf_sizes > 1].sum()):
             logger.info(
                 "%d of %d items share their semantic id with another item; the catalog has %d leaves.",
                 colliding, len(catalog), catalog.tree.num_leaves,
             )  # fmt: skip
         return catalog
+
+    def updated(
+        self, add: Mapping[Item, Sequence[str]], retire: Iterable[Item], tokenizer: PreTrainedTokenizerBase
+    ) -> ItemCatalog:
+        """Return a new catalog with more items and without others; this one does not change.
+
+        Ids and token ids of other items stay the same, and so does their order. Added items come last.
+
+        Args:
+            add: semantic ids of items to add. A retired item gets back its id, which must be the one given here.
+            retire: items that can no longer be recommended.
+            tokenizer: source of the token ids of the added items.
+
+        Raises:
+            ValueError: an item to add is in the catalog, or had another id before it was retired; an item to retire is
+                not in the catalog, or is the last one; an id is invalid (`from_semantic_ids`, `PrefixTree`).
+        """
+        retire, token_ids = set(retire), _ids_of_tokens(add, tokenizer)
+        for item, tokens in add.items():
+            if item in self:
+                raise ValueError(f"Item {item!r} is in the catalog already. Leave it out, or retire it first.")
+            if item in self._retired:
+                old = self.history_semantic_ids[len(self) + self._retired[item]]
+                if tuple(tokens) != old:
+                    raise ValueError(
+                        f"Item {item!r} had the semantic id {' '.join(old)} before it was retired, and histories "
+                        f"contain that id. Add it again with the same one."
+                    )
+        self.index_of(list(retire))  # an unknown item raises
+        kept = [row for row, item in enumerate(self.history_items) if item not in add]
+        items = [*(self.history_items[row] for row in kept), *add]
+        ids = [*(self.history_semantic_ids[row] for row in kept), *add.values()]
+        old, new = self.history_token_ids[torch.tensor(kept)], _pad_ids(add.values(), token_ids)
+        width = max(old.shape[1], new.shape[1])
+        paths = torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=-1) for part in (old, new)])
+        retired = retire | {item for item in self._retired if item not in add}
+        return ItemCatalog(items, ids, paths, retired, self.version + 1)
 
     # ------------------------------------------------------------------------------------------------------ queries
     def __len__(self) -> int:
@@ -106,11 +163,16 @@ class ItemCatalog:
         return f"ItemCatalog(items={len(self)}, leaves={self.tree.num_leaves}, tokens_per_id={self.tree.max_depth})"
 
     @property
+    def retired(self) -> list[Item]:
+        """The items that are known in histories, but not recommended."""
+        return list(self._retired)
+
+    @property
     def device(self) -> torch.device:
         return self.tree.device
 
     def to(self, device: torch.device | str) -> ItemCatalog:
-        """Move all tensors to `device`, in place, except `item_token_ids`, since prompts are built on the CPU."""
+        """Move all tensors to `device`, in place, except token ids, since prompts are built on the CPU."""
         self.tree.to(device)
         for name in ("item_leaf", "leaf_sizes", "_items_by_leaf", "_leaf_start"):
             setattr(self, name, getattr(self, name).to(device))
@@ -119,6 +181,23 @@ class ItemCatalog:
     def index_of(self, items: Sequence[Item]) -> Tensor:
         """Return the positions `(n,)` of items, on the CPU. An unknown item raises a ValueError that names it."""
         return torch.tensor([self._index[item] for item in items], dtype=torch.long)
+
+    def history_index_of(self, items: Sequence[Item]) -> Tensor:
+        """Return the positions `(n,)` in `history_items`, on the CPU. An unknown item raises a ValueError."""
+        if not self._retired:
+            return self.index_of(items)
+        size, retired = len(self), self._retired
+        rows = [size + retired[item] if item in retired else self._index[item] for item in items]
+        return torch.tensor(rows, dtype=torch.long)
+
+    def readable_items(self, histories: Iterable[Sequence[Item]]) -> tuple[list[list[Item]], list[tuple[int, Item]]]:
+        """Return the histories without items that are neither in the catalog nor retired, and `(row, item)` for each
+        such item."""
+        known, unknown = [], []
+        for row, history in enumerate(histories):
+            unknown += [(row, item) for item in history if item not in self and item not in self._retired]
+            known.append([item for item in history if item in self or item in self._retired])
+        return known, unknown
 
     def known_items(self, histories: Iterable[Sequence[Item]]) -> tuple[list[list[Item]], list[tuple[int, Item]]]:
         """Return the histories without items that are not in the catalog, and `(row, item)` for each such item."""
@@ -156,7 +235,7 @@ class ItemCatalog:
         targets: Sequence[Item] | None = None,
         among: Iterable[Item] | None = None,
     ) -> SeenItems:
-        """Collect the items that users have had, for rankings and rewards without them.
+        """Collect the items that users have had, for rankings and rewards without them. Retired ones do not count.
 
         Args:
             histories: all earlier items of each user, in any order.
@@ -169,6 +248,8 @@ class ItemCatalog:
         """
         if targets is not None and len(targets) != len(histories):
             raise ValueError(f"There are {len(histories)} histories and {len(targets)} targets. Give one of each.")
+        if self._retired:
+            histories = [[item for item in history if item not in self._retired] for history in histories]
         size = len(self)
         rows = torch.repeat_interleave(
             torch.arange(len(histories)), torch.tensor([len(history) for history in histories], dtype=torch.long)
@@ -211,8 +292,12 @@ class ItemCatalog:
     # ------------------------------------------------------------------------------------------------ saving, loading
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write `catalog.json` (items, tokens as text, token ids) into `directory`, atomically."""
-        token_ids = dict(zip(*self._distinct_tokens(), strict=True))
+        token_ids = dict(zip(*self.distinct_tokens(), strict=True))
         content = {"items": self.items, "semantic_ids": self.semantic_ids, "token_ids": token_ids}
+        if self.version > 1:
+            content["version"] = self.version
+        if self._retired:
+            content["retired"] = {"items": self.retired, "semantic_ids": self.history_semantic_ids[len(self) :]}
         write_text(Path(directory, CATALOG_FILE), json.dumps(content))
 
     @classmethod
@@ -229,8 +314,9 @@ class ItemCatalog:
                 f"{path} is missing. A recommender checkpoint of gflowtrl has this file; a plain language model does "
                 f"not. Use the folder of a recommender."
             )
-        items, semantic_ids, token_ids = read_catalog(path)
-        return cls(items, semantic_ids, _pad_ids(semantic_ids, token_ids))
+        saved = read_catalog(path)
+        paths = _pad_ids(saved.semantic_ids, saved.token_ids)
+        return cls(saved.items, saved.semantic_ids, paths, saved.retired, saved.version)
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase, where: str = "The catalog") -> None:
         """Check that each token has the token id that the tokenizer gives it.
@@ -243,7 +329,7 @@ class ItemCatalog:
             ValueError: a token has another id in the tokenizer, or none: the catalog belongs to another tokenizer, or
                 tokens were swapped.
         """
-        tokens, token_ids = self._distinct_tokens()
+        tokens, token_ids = self.distinct_tokens()
         expected = tokenizer.convert_tokens_to_ids(tokens)
         entries = zip(tokens, token_ids, expected, strict=True)
         if wrong := [(token, token_id, other) for token, token_id, other in entries if token_id != other]:
@@ -255,15 +341,34 @@ class ItemCatalog:
                 f"that were saved with this model. ItemCatalog.from_semantic_ids builds a catalog for a tokenizer."
             )
 
-    def _distinct_tokens(self) -> tuple[list[str], list[int]]:
+    def distinct_tokens(self) -> tuple[list[str], list[int]]:
         """Return the tokens of all semantic ids, each once, as text and as token ids."""
-        token_ids, first = np.unique(self.item_token_ids.numpy(), return_index=True)
-        rows, columns = np.divmod(first[token_ids >= 0], self.item_token_ids.shape[1])
-        tokens = [self.semantic_ids[row][column] for row, column in zip(rows, columns, strict=True)]
+        token_ids, first = np.unique(self.history_token_ids.numpy(), return_index=True)
+        rows, columns = np.divmod(first[token_ids >= 0], self.history_token_ids.shape[1])
+        tokens = [self.history_semantic_ids[row][column] for row, column in zip(rows, columns, strict=True)]
         return tokens, token_ids[token_ids >= 0].tolist()
+
+
+def _ids_of_tokens(semantic_ids: Mapping[Item, Sequence[str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return the token id of each token of these ids; check that the tokenizer knows all of them."""
+    texts = sorted({token for tokens in semantic_ids.values() for token in tokens})
+    token_ids = dict(zip(texts, tokenizer.convert_tokens_to_ids(texts), strict=True))
+    for item, tokens in semantic_ids.items():
+        if not tokens:
+            raise ValueError(f"Item {item!r} has an empty semantic id.")
+        if isinstance(tokens, str):
+            raise ValueError(f"The semantic id of item {item!r} is the text {tokens!r}; give a list of its tokens.")
+        for token in tokens:
+            if token_ids[token] in (None, tokenizer.unk_token_id):
+                raise ValueError(
+                    f"The tokenizer does not know token {token!r} of item {item!r}. Build it with "
+                    f"gflowtrl.data.build_tokenizer or add the tokens with gflowtrl.data.add_item_tokens."
+                )
+    return token_ids
 
 
 def _pad_ids(semantic_ids: Iterable[Sequence[str]], token_ids: Mapping[str, int]) -> Tensor:
     """Return the token ids of semantic ids, padded with -1 on the right."""
     levels = zip_longest(*([token_ids[token] for token in tokens] for tokens in semantic_ids), fillvalue=-1)
-    return torch.tensor(list(levels)).T.contiguous()
+    columns = list(levels)
+    return torch.tensor(columns).T.contiguous() if columns else torch.empty((0, 1), dtype=torch.long)

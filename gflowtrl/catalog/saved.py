@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,19 @@ from .items import Item
 RESTORE = "Restore the file as it was saved, or build the catalog again with ItemCatalog.from_semantic_ids."
 
 
-def read_catalog(file: Path) -> tuple[list[Item], list[list[str]], dict[str, int]]:
-    """Read the items, their semantic ids and the id of each token from `catalog.json`.
+@dataclass(frozen=True)
+class SavedCatalog:
+    """The content of `catalog.json`: all items with their semantic ids, and which of them are retired."""
+
+    items: list[Item]
+    semantic_ids: list[list[str]]
+    token_ids: dict[str, int]
+    retired: list[Item]
+    version: int
+
+
+def read_catalog(file: Path) -> SavedCatalog:
+    """Read `catalog.json`.
 
     Raises:
         ValueError: the file is damaged: an item is null, a semantic id is not a list of tokens, a token has no token
@@ -31,9 +43,22 @@ def read_catalog(file: Path) -> tuple[list[Item], list[list[str]], dict[str, int
         raise ValueError(f"{file}: items and semantic_ids must be lists, and token_ids a mapping. {RESTORE}")
     if len(items) != len(semantic_ids) or not items:
         raise ValueError(f"{file} has {len(items)} items and {len(semantic_ids)} semantic ids. {RESTORE}")
+    retired, ids_of_retired = _read_retired(file, content.get("retired", {"items": [], "semantic_ids": []}))
+    items, semantic_ids = items + retired, semantic_ids + ids_of_retired
     _check_items(file, items, semantic_ids)
     _check_token_ids(file, semantic_ids, token_ids)
-    return items, semantic_ids, token_ids
+    version = content.get("version", 1)
+    if type(version) is not int or version < 1:
+        raise ValueError(f"{file}: version is {version!r}; it must be a whole number of at least 1. {RESTORE}")
+    return SavedCatalog(items, semantic_ids, token_ids, retired, version)
+
+
+def _read_retired(file: Path, content: Any) -> tuple[list[Any], list[Any]]:
+    """Return the retired items and their semantic ids."""
+    lists = [content.get(name) for name in ("items", "semantic_ids")] if isinstance(content, dict) else [None]
+    if not all(isinstance(part, list) for part in lists) or len({len(part) for part in lists}) != 1:
+        raise ValueError(f"{file}: retired must hold items and semantic_ids, two lists of the same length. {RESTORE}")
+    return lists[0], lists[1]
 
 
 def _check_items(file: Path, items: list[Any], semantic_ids: list[Any]) -> None:

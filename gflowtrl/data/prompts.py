@@ -37,21 +37,21 @@ def item_tokens(
     Args:
         catalog: the catalog of the items.
         histories: lists of items.
-        table: `(items, W)` tokens of each item, right-padded with -1; by default the semantic ids.
+        table: `(history items, W)` tokens of each item, right-padded with -1; by default the semantic ids.
 
     Returns:
         tokens (T,), the row of each token (T,), and the position of its item in that row (T,); all long, on the CPU.
 
     Raises:
-        ValueError: for an item that is not in the catalog; the message names its row.
+        ValueError: for an item that is neither in the catalog nor retired; the message names its row.
     """
     try:
-        items = catalog.index_of(list(chain.from_iterable(histories)))
+        items = catalog.history_index_of(list(chain.from_iterable(histories)))
     except ValueError as error:
-        row = next(row for row, history in enumerate(histories) if any(item not in catalog for item in history))
+        row = catalog.readable_items(histories)[1][0][0]
         raise ValueError(f"The history in row {row} cannot be read. {error}") from None
     lengths = torch.tensor([len(history) for history in histories], dtype=torch.long)
-    return tokens_of((catalog.item_token_ids if table is None else table)[items], lengths)
+    return tokens_of((catalog.history_token_ids if table is None else table)[items], lengths)
 
 
 def tokens_of(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,7 +117,7 @@ class PromptEncoder:
     Attributes:
         format: format of text prompts; None for plain prompts.
         head, tail: tokens before and after those of the items.
-        table: `(items, W)` tokens of each item, right-padded with -1.
+        table: `(history items, W)` tokens of each of `catalog.history_items`, right-padded with -1.
     """
 
     def __init__(self, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase, max_history_items: int = 20):
@@ -126,7 +126,7 @@ class PromptEncoder:
         self.max_history_items = max_history_items
         self.head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.tail: list[int] = []
-        self.table = catalog.item_token_ids
+        self.table = catalog.history_token_ids
         self.format: PromptFormat | None = None
         self.padding = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
 
@@ -208,7 +208,7 @@ class PromptEncoder:
         shortest = lengths.topk(min(count, len(lengths))).values[-1]
         candidates = (lengths >= shortest).nonzero().flatten()
         chosen = candidates[torch.linspace(0, len(candidates) - 1, count).long()]
-        history = [self.catalog.items[index] for index in chosen.tolist()]
+        history = [self.catalog.history_items[index] for index in chosen.tolist()]
         return [history, history[:1]]
 
 

@@ -33,20 +33,24 @@ def write_recommender_files(
     item_counts: Tensor | None = None,
     titles: Mapping[Item, str] | None = None,
 ) -> None:
-    """Write the catalog and the prompt settings and, if given, the titles and training counts of the items."""
+    """Write the catalog and the prompt settings and, if given, the titles and training counts of the items.
+
+    Counts are in the order of `catalog.history_items`; those of retired items are 0 if they are missing.
+    """
+    items = encoder.catalog.history_items
     encoder.catalog.save_pretrained(directory)
     write_encoder(encoder, directory)
     details: dict[str, list] = {}
     if item_counts is not None:
-        details["counts"] = item_counts.tolist()
+        details["counts"] = item_counts.tolist() + [0] * (len(items) - len(item_counts))
     if titles:
-        details["titles"] = [titles.get(item) for item in encoder.catalog.items]
+        details["titles"] = [titles.get(item) for item in items]
     if details:
         write_text(Path(directory, DETAILS_FILE), json.dumps(details, indent=2, ensure_ascii=False))
 
 
 def read_details(directory: str | os.PathLike, catalog: ItemCatalog) -> dict[str, Any]:
-    """Read those of `titles` and `item_counts` that a recommender's folder has, in the order of its catalog.
+    """Read those of `titles` and `item_counts` that a recommender's folder has, in the order of `history_items`.
 
     Raises:
         ValueError: if the file is damaged or belongs to another catalog.
@@ -58,17 +62,18 @@ def read_details(directory: str | os.PathLike, catalog: ItemCatalog) -> dict[str
     for name, values in details.items():
         if name not in is_valid or not isinstance(values, list):
             raise ValueError(f"{file} contains {name!r}; it may contain only lists of counts and titles. {RESTORE}")
-        if len(values) != len(catalog):
+        if len(values) != len(catalog.history_items):
             raise ValueError(
-                f"{file} has {name} for {len(values)} items, but the catalog has {len(catalog)}. {RESTORE}"
+                f"{file} has {name} for {len(values)} items, but the catalog has {len(catalog.history_items)}. "
+                f"{RESTORE}"
             )
-        for item, value in zip(catalog.items, values, strict=True):
+        for item, value in zip(catalog.history_items, values, strict=True):
             if not is_valid[name](value):
                 raise ValueError(f"{file} has the invalid value {value!r} in {name} for item {item!r}. {RESTORE}")
     if "counts" in details:
         result["item_counts"] = torch.tensor(details["counts"])
     if "titles" in details:
-        pairs = zip(catalog.items, details["titles"], strict=True)
+        pairs = zip(catalog.history_items, details["titles"], strict=True)
         result["titles"] = {item: title for item, title in pairs if title is not None}
     return result
 
@@ -129,22 +134,22 @@ def read_encoder(
 
 
 def _read_table(file: Path, encoder: PromptEncoder) -> Tensor:
-    """Read the tokens of each item in a text prompt, `(items, W)`, right-padded with -1."""
+    """Read the tokens of each item in a text prompt, `(history items, W)`, right-padded with -1."""
     if not file.is_file():
         raise ValueError(f"{file} is missing; it contains the tokens of the items in text prompts. {RESTORE}")
     with reading(file, "the items' tokens in a .safetensors file"):
         table = read_tensors(file)["tokens"].long()
     catalog = encoder.catalog
-    if table.ndim != 2 or len(table) != len(catalog):
+    if table.ndim != 2 or len(table) != (count := len(catalog.history_items)):
         raise ValueError(
-            f"{file} has the shape {tuple(table.shape)}; it must have one row for each of the {len(catalog)} items "
+            f"{file} has the shape {tuple(table.shape)}; it must have one row for each of the {count} items "
             f"of the catalog. {RESTORE}"
         )
     if encoder.format is not None and "{semantic_id}" in encoder.format.item:
-        ids = catalog.item_token_ids
+        ids = catalog.history_token_ids
         matches = torch.stack([((table == level[:, None]).any(1)) | (level < 0) for level in ids.T], 1).all(1)
         if not matches.all():
-            item = catalog.items[int((~matches).nonzero()[0])]
+            item = catalog.history_items[int((~matches).nonzero()[0])]
             raise ValueError(
                 f"{file} does not contain the tokens of the semantic id of item {item!r} in catalog.json. The two "
                 f"files come from different saves. {RESTORE}"

@@ -64,14 +64,15 @@ class TextPromptEncoder(PromptEncoder):
     def _item_texts(self, titles: Mapping[Item, str]) -> list[str]:
         template = self.format.item
         if "{title}" in template and self.format.untitled is None:
-            untitled = [item for item in self.catalog.items if not str(titles.get(item) or "").split()]
+            untitled = [item for item in self.catalog.history_items if not str(titles.get(item) or "").split()]
             if untitled:
                 raise ValueError(
-                    f"The prompt has titles, but {len(untitled)} of {len(self.catalog)} items have none, for example "
-                    f"{untitled[0]!r}. Give titles, a replacement as untitled, or an item format without {{title}}."
+                    f"The prompt has titles, but {len(untitled)} of {len(self.catalog.history_items)} items have "
+                    f"none, for example {untitled[0]!r}. Give titles, a replacement as untitled, or an item format "
+                    f"without {{title}}."
                 )
         texts = []
-        for item, tokens in zip(self.catalog.items, self.catalog.semantic_ids, strict=True):
+        for item, tokens in zip(self.catalog.history_items, self.catalog.history_semantic_ids, strict=True):
             words = str(titles.get(item) or "").split() or [self.format.untitled or ""]
             title = " ".join(words[: self.format.max_title_words])
             texts.append(template.replace("{semantic_id}", " ".join(tokens)).replace("{title}", title))

@@ -125,7 +125,7 @@ class Job:
 
     def write(self, model: Recommender | Ensemble, part: Part) -> None:
         """Write the lists of a part. The file is complete or missing."""
-        known, unknown = model.catalog.known_items(part.histories)
+        known, unknown = model.catalog.readable_items(part.histories)
         seed = {} if self.seed is None else {"seed": part_seed(self.seed, part.number)}
         names = [f"user {user!r}" for user in part.users]
         lists = model.recommend(known, exclude=part.exclude, names=names, **self.arguments, **seed)
@@ -241,7 +241,7 @@ def _check_arguments(models: Models, arguments: Mapping[str, Any]) -> None:
 
 def _check_users(models: Models, catalog: ItemCatalog, data: InteractionData) -> None:
     """Check that the models know the data, and popular items if a user needs them."""
-    known = set(catalog.items)
+    known = set(catalog.history_items)
     if not known & set(data.items):
         raise ValueError(
             f"{models.folders[0]} knows no item of {data.name}: its items are like {catalog.items[0]!r}, those of the "

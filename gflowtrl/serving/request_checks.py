@@ -64,7 +64,7 @@ def _check_known(what: str, item: Item, catalog: ItemCatalog) -> None:
 
 def _known_items(name: str, history: list[Item], catalog: ItemCatalog) -> tuple[list[Item], list[str]]:
     """Return the known items, and a list with one warning if there are unknown ones."""
-    (known,), unknown = catalog.known_items([history])
+    (known,), unknown = catalog.readable_items([history])
     if not unknown:
         return known, []
     examples = ", ".join(repr_json(item) for _, item in unknown[:5]) + (", ..." if len(unknown) > 5 else "")

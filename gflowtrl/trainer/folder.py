@@ -95,7 +95,8 @@ class Parts:
                 encoder.max_history_items = args.max_history_items or encoder.max_history_items
             details = folder_details(folder, catalog)
             item_titles = details.get("titles") if item_titles is None else item_titles
-            item_counts = details.get("item_counts") if item_counts is None else item_counts
+            if item_counts is None and "item_counts" in details:
+                item_counts = details["item_counts"][: len(catalog)]  # without those of retired items
         if isinstance(model, str):
             model = load_backbone(model, **kwargs)
         if tokenizer is None or catalog is None:
@@ -142,4 +143,7 @@ def folder_details(directory: str, catalog: ItemCatalog) -> dict[str, Any]:
 def _has_items(directory: str, catalog: ItemCatalog) -> bool:
     """Return whether the folder's catalog has the same items in the same order."""
     file = Path(directory, CATALOG_FILE)
-    return file.is_file() and read_json(file)["items"] == catalog.items
+    if not file.is_file():
+        return False
+    content = read_json(file)
+    return content["items"] == catalog.items and content.get("retired", {}).get("items", []) == catalog.retired

@@ -82,3 +82,109 @@ def test_errors_name_the_bad_input(catalog, tmp_path):
         ItemCatalog(["x", "x"], [("a",), ("b",)], torch.tensor([[1], [2]]))
     with pytest.raises(FileNotFoundError, match="catalog.json is missing"):
         ItemCatalog.from_pretrained(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------- added and retired
+@st.composite
+def changes(draw):
+    """A catalog of equally long ids with collisions, some of its items, which retire, and others, which are added."""
+    codes = st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 2))
+    ids = draw(st.dictionaries(st.integers(0, 30), codes, min_size=2, max_size=15))
+    new = draw(st.dictionaries(st.integers(31, 50), codes, max_size=8))
+    gone = draw(st.lists(st.sampled_from(sorted(ids)), unique=True, max_size=len(ids) - 1))
+    return as_tokens(ids), as_tokens(new), gone
+
+
+def as_tokens(ids):
+    return {item: tuple(f"<{'abc'[level]}_{code}>" for level, code in enumerate(path)) for item, path in ids.items()}
+
+
+EVERY_TOKEN = build_tokenizer({code: (f"<a_{code}>", f"<b_{code}>", f"<c_{code}>") for code in range(3)})
+
+
+def assert_same(one: ItemCatalog, other: ItemCatalog) -> None:
+    """Assert that two catalogs have the same items, ids, retired items and tree, whatever the order of the items."""
+    assert sorted(one.items) == sorted(other.items) and sorted(one.retired) == sorted(other.retired)
+    ids = [dict(zip(c.history_items, c.history_semantic_ids, strict=True)) for c in (one, other)]
+    assert ids[0] == ids[1]
+    assert torch.equal(one.tree.paths, other.tree.paths) and torch.equal(one.tree.path_nodes, other.tree.path_nodes)
+    assert torch.equal(one.leaf_of(other.items), other.item_leaf)
+    for catalog in (one, other):
+        rows = catalog.history_index_of(catalog.history_items)
+        assert rows.tolist() == list(range(len(catalog.history_items)))
+        for leaf in range(catalog.tree.num_leaves):
+            assert {int(catalog.leaf_of([item])) for item in catalog.items_of(leaf)} == {leaf}
+    assert torch.equal(one.history_token_ids[one.history_index_of(other.history_items)], other.history_token_ids)
+
+
+@given(changes())
+@settings(max_examples=150, deadline=None)
+def test_a_changed_catalog_is_the_one_built_from_scratch(change):
+    ids, new, gone = change
+    before = ItemCatalog.from_semantic_ids(ids, EVERY_TOKEN)
+    after = before.updated(new, gone, EVERY_TOKEN)
+    assert_same(after, ItemCatalog.from_semantic_ids({**ids, **new}, EVERY_TOKEN, gone))
+    assert after.version == 2 and before.items == list(ids) and not before.retired
+    assert after.items == [*(item for item in ids if item not in gone), *new]
+    assert set(map(tuple, after.tree.paths.tolist())) == {
+        tuple(EVERY_TOKEN.convert_tokens_to_ids(list(tokens)))
+        for item, tokens in {**ids, **new}.items()
+        if item not in gone
+    }
+
+
+@given(changes())
+@settings(max_examples=100, deadline=None)
+def test_the_opposite_change_restores_the_catalog(change):
+    ids, new, gone = change
+    before = ItemCatalog.from_semantic_ids(ids, EVERY_TOKEN)
+    retired = before.updated({}, gone, EVERY_TOKEN)
+    assert_same(retired.updated({item: ids[item] for item in gone}, [], EVERY_TOKEN), before)
+    again = before.updated(new, [], EVERY_TOKEN).updated({}, new, EVERY_TOKEN)
+    assert torch.equal(again.tree.paths, before.tree.paths)
+    assert again.items == before.items and sorted(again.retired) == sorted(new)
+
+
+def test_a_changed_catalog_is_saved_with_its_retired_items(catalog, tmp_path):
+    changed = catalog.updated({"sock": ("<a_0>", "<b_0>")}, ["hat", "shoe"], build_tokenizer(IDS))
+    changed.save_pretrained(tmp_path)
+    again = ItemCatalog.from_pretrained(tmp_path)
+    assert_same(again, changed)
+    assert again.items == ["cap", "coat", "sock"] and again.retired == ["hat", "shoe"] and again.version == 2
+    assert again.items_of(int(again.leaf_of(["cap"]))) == ["cap"]  # it shared its leaf with the hat
+    assert "hat" not in again and again.known_items([["hat", "cap"]]) == ([["cap"]], [(0, "hat")])
+    assert again.readable_items([["hat", "cap", 7]]) == ([["hat", "cap"]], [(0, 7)])
+    assert again.seen_items([["hat", "coat"]]).items.tolist() == again.index_of(["coat"]).tolist()
+
+
+def test_wrong_changes_are_refused(catalog, tmp_path):
+    tokenizer, sock = build_tokenizer(IDS), ("<a_0>", "<b_0>")
+    with pytest.raises(ValueError, match="'hat' is in the catalog already"):
+        catalog.updated({"hat": sock}, [], tokenizer)
+    with pytest.raises(ValueError, match="'sock' is not in the catalog"):
+        catalog.updated({}, ["sock"], tokenizer)
+    with pytest.raises(ValueError, match="Every item is retired"):
+        catalog.updated({}, IDS, tokenizer)
+    with pytest.raises(ValueError, match="<c_1>.*'sock'"):
+        catalog.updated({"sock": ("<a_0>", "<c_1>")}, [], tokenizer)
+    with pytest.raises(ValueError, match="is a prefix of"):
+        catalog.updated({"sock": ("<a_0>",)}, [], tokenizer)
+    retired = catalog.updated({}, ["hat"], tokenizer)
+    with pytest.raises(ValueError, match="'hat' had the semantic id <a_1> <b_2> before it was retired"):
+        retired.updated({"hat": sock}, [], tokenizer)
+    with pytest.raises(ValueError, match="'hat' is not in the catalog"):
+        retired.updated({}, ["hat"], tokenizer)
+    with pytest.raises(ValueError, match="Item 7 cannot be retired"):
+        ItemCatalog(["x"], [("a",)], torch.tensor([[1]]), [7])
+    retired.save_pretrained(tmp_path)
+    file = tmp_path / "catalog.json"
+    for old, new, message in (
+        ('"version": 2', '"version": 0', "version is 0"),
+        ('"retired": {"items": ["hat"]', '"retired": {"items": ["cap"]', "lists item 'cap' 2 times"),
+        ('"retired": {"items": ["hat"]', '"retired": {"items": []', "two lists of the same length"),
+    ):
+        text = file.read_text()
+        file.write_text(text.replace(old, new))
+        with pytest.raises(ValueError, match=message):
+            ItemCatalog.from_pretrained(tmp_path)
+        file.write_text(text)
