@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gflowtrl.catalog.rows import sorted_rows
 from gflowtrl.checks import check_choice
 
 from .residual import ResidualQuantizer
@@ -70,15 +71,41 @@ def check_room(num_items: int, quantizer: ResidualQuantizer) -> None:
         )
 
 
+class _TakenCodes:
+    """Codes in use (N, levels), sorted, so that prefixes of a million items are found by binary search."""
+
+    def __init__(self, taken: Tensor):
+        ordered = sorted_rows(taken)[0] if len(taken) else taken
+        self.columns = [column.contiguous().numpy() for column in ordered.unbind(1)]
+        self.size = len(taken)
+
+    def range(self, prefix: tuple[int, ...]) -> tuple[int, int]:
+        """Return where the rows with a prefix begin and end."""
+        begin, end = 0, self.size
+        for code, column in zip(prefix, self.columns, strict=False):
+            part = column[begin:end]
+            begin, end = begin + int(part.searchsorted(code)), begin + int(part.searchsorted(code, "right"))
+        return begin, end
+
+    def count(self, prefix: tuple[int, ...]) -> int:
+        """Return the number of rows with a prefix."""
+        begin, end = self.range(prefix)
+        return end - begin
+
+    def next_number(self, prefix: tuple[int, ...]) -> int:
+        """Return the smallest number above the last codes of all rows with a prefix of all other levels."""
+        begin, end = self.range(prefix)
+        return int(self.columns[-1][end - 1]) + 1 if end > begin else 0
+
+
 def _append_level(codes: Tensor, taken: Tensor) -> Tensor:
     """Append the number of each row among equal rows, starting after the numbers in `taken`."""
-    next_number: Counter[tuple[int, ...]] = Counter()
-    for *path, number in taken.tolist():
-        next_number[tuple(path)] = max(next_number[tuple(path)], number + 1)
+    in_use, next_number = _TakenCodes(taken), {}
     numbers = []
     for path in map(tuple, codes.tolist()):
-        numbers.append(next_number[path])
-        next_number[path] += 1
+        number = next_number.get(path, in_use.next_number(path))
+        numbers.append(number)
+        next_number[path] = number + 1
     return torch.cat([codes, torch.tensor(numbers, dtype=torch.long)[:, None]], dim=1)
 
 
@@ -87,19 +114,21 @@ def _reassign(codes: Tensor, vectors: Tensor | np.ndarray, quantizer: ResidualQu
     latents = quantizer.latents(vectors)
     errors = (latents - quantizer.quantized(codes)).norm(dim=1)
     paths = [tuple(path) for path in codes.tolist()]
-    used: Counter[tuple[int, ...]] = Counter()  # number of ids in use below each prefix
+    in_use = _TakenCodes(taken)
+    used: Counter[tuple[int, ...]] = Counter()  # number of new ids below each prefix
 
     def use(path: Sequence[int]) -> None:
         used.update(tuple(path[:depth]) for depth in range(len(path) + 1))
 
-    def is_full(prefix: tuple[int, ...]) -> bool:
-        return used[prefix] >= quantizer.num_codes ** (quantizer.num_levels - len(prefix))
+    def number_in_use(prefix: tuple[int, ...]) -> int:
+        return used[prefix] + in_use.count(prefix)
 
-    for path in taken.tolist():
-        use(path)
+    def is_full(prefix: tuple[int, ...]) -> bool:
+        return number_in_use(prefix) >= quantizer.num_codes ** (quantizer.num_levels - len(prefix))
+
     moving = []
     for row in errors.argsort(stable=True).tolist():
-        if paths[row] in used:
+        if number_in_use(paths[row]):
             moving.append(row)
         else:
             use(paths[row])

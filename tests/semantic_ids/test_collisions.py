@@ -1,5 +1,6 @@
 """Collision handling: unique ids, and only colliding items change."""
 
+import time
 from collections import Counter
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gflowtrl.catalog.rows import distinct_rows
 from gflowtrl.semantic_ids import ResidualKMeans, resolve_collisions
 from gflowtrl.semantic_ids.collisions import colliding
 
@@ -91,3 +93,18 @@ def test_errors():
         resolve_collisions(codes, vectors, quantizer, "reassign")
     with pytest.raises(ValueError, match="collisions is 'drop'; choose 'reassign' or 'level' or 'keep'"):
         resolve_collisions(codes, vectors, quantizer, "drop")
+
+
+@pytest.mark.parametrize("how", ["reassign", "level"])
+def test_a_few_items_are_added_to_a_million_at_once(how):
+    """No loop over the items that have ids."""
+    generator = torch.Generator().manual_seed(0)
+    quantizer = quantizer_of(0, num_levels=3, num_codes=256)
+    levels = quantizer.num_levels + (how == "level")
+    taken, _ = distinct_rows(torch.randint(0, 256, (1_000_000, levels), generator=generator))
+    vectors = 0.5 * torch.randn(100, 2, generator=generator)
+    codes = quantizer.encode(vectors)
+    start = time.process_time()
+    resolved = resolve_collisions(codes, vectors, quantizer, how, taken)
+    assert time.process_time() - start < 2
+    assert len(distinct_rows(torch.cat([taken, resolved]))[0]) == len(taken) + len(resolved)
