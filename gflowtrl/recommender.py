@@ -7,7 +7,7 @@ import operator
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,14 +21,17 @@ from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.catalog.catalog import CATALOG_FILE
 from gflowtrl.checks import COUNT, check_number, check_titles
 from gflowtrl.data import PromptEncoder
-from gflowtrl.data.recommender_files import read_details, read_encoder, write_recommender_files
+from gflowtrl.data.recommender_files import read_details, read_encoder
 from gflowtrl.finite import check_ranked, check_weights
 from gflowtrl.policy import Noise, StatelessNoise, check_exact, check_positions, load_backbone, make_policy
 from gflowtrl.policy.heads import split_heads
 from gflowtrl.policy.loading import check_embedded, load_tokenizer
 from gflowtrl.policy.merging import update_adapter_files
-from gflowtrl.teachers import TeacherModule, load_teacher, score_histories
+from gflowtrl.semantic_ids import ItemTokenizer
+from gflowtrl.teachers import TeacherModule, load_teacher
+from gflowtrl.teachers.teacher import rank_of_item
 
+from .catalog_change import ITEM_TOKENIZER_FOLDER, ChangeableCatalog
 from .hub import local_copy, upload
 from .request import Request, allowed_in, exclusions_in
 
@@ -87,7 +90,7 @@ class Explanation:
         steps: its path, token by token.
         shares_id_with: other items with the same semantic id. The policy cannot distinguish them.
         teacher_probability, teacher_rank: the item's probability (softmax over all items) and rank (1 = best) under
-            the teacher of the reward, if the teacher was saved with the model.
+            the teacher of the reward, if the teacher was saved with the model and knows the item.
     """
 
     item: Item
@@ -99,7 +102,7 @@ class Explanation:
     teacher_rank: int | None = None
 
 
-class Recommender:
+class Recommender(ChangeableCatalog):
     """A trained generative recommender: histories in, ranked items out.
 
     Args:
@@ -112,6 +115,7 @@ class Recommender:
         item_counts: `(items,)` numbers of training interactions in the order of `catalog.history_items`. Users with
             no known item get recommendations by popularity from these counts.
         teacher: the collaborative model of the reward, for explanations.
+        item_tokenizer: what made the semantic ids, or its folder, which is read when items are added (`add_items`).
 
     Raises:
         ValueError: prompts are longer than the model's positions; the model is not known to be exact; at the first
@@ -138,6 +142,7 @@ class Recommender:
         titles: Mapping[Item, str] | None = None,
         item_counts: Tensor | None = None,
         teacher: TeacherModule | None = None,
+        item_tokenizer: ItemTokenizer | Path | None = None,
     ):
         check_weights(model)
         check_embedded(model, catalog.tree.num_tokens - 1)
@@ -149,6 +154,7 @@ class Recommender:
         self._policy_is_checked = False
         self.titles, self.item_counts, self.teacher = dict(titles or {}), item_counts, teacher
         check_titles(self.titles)
+        self._item_tokenizer = item_tokenizer
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, **model_kwargs) -> Recommender:
@@ -173,11 +179,15 @@ class Recommender:
         files = {"encoder": read_encoder(directory, catalog, tokenizer), **read_details(directory, catalog)}
         if (folder := directory / TEACHER_FOLDER).is_dir():
             files["teacher"] = teacher = load_teacher(folder)
-            if unknown := set(catalog.items) - set(teacher.items):
+            unknown = set(catalog.items) - set(teacher.items)
+            # Items that were added after the training have no teacher.
+            if unknown and (catalog.version == 1 or len(unknown) == len(catalog)):
                 raise ValueError(
                     f"The teacher in {folder} does not know {len(unknown)} items of {CATALOG_FILE}, for example "
                     f"{next(iter(unknown))!r}. Restore the files that were saved together, or delete the folder."
                 )
+        if (folder := directory / ITEM_TOKENIZER_FOLDER).is_dir():
+            files["item_tokenizer"] = folder
         return cls(load_backbone(directory, **model_kwargs), tokenizer, catalog, **files)
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
@@ -185,7 +195,7 @@ class Recommender:
         state_dict, _ = split_heads(self.model.state_dict())  # flow heads serve training only
         self.model.save_pretrained(directory, state_dict=state_dict)
         self.tokenizer.save_pretrained(directory)
-        write_recommender_files(directory, self.encoder, self.item_counts, self.titles)
+        self.save_catalog(directory)
         update_adapter_files(self.model, directory)
         if self.teacher is not None:
             self.teacher.save_pretrained(Path(directory, TEACHER_FOLDER))
@@ -431,12 +441,8 @@ class Recommender:
             steps.append(Step(token, float(prob), 1 + int((probs > prob).sum()), choices))
         others = [other for other in self.catalog.items_of(int(leaf)) if other != item]
         log_prob = float(scores.trajectory_log_probs)
-        return Explanation(item, self.titles.get(item), log_prob, steps, others, *self._teacher_score(known, item))
-
-    def _teacher_score(self, history: list[Item], item: Item) -> tuple[float | None, int | None]:
-        """Return the teacher's probability of the item and its rank, or None for both without a teacher."""
+        result = Explanation(item, self.titles.get(item), log_prob, steps, others)
         if self.teacher is None:
-            return None, None
-        probs = score_histories(self.teacher, [history], self.encoder.max_history_items)[0].softmax(-1)
-        prob = probs[self.teacher.items.index(item)]
-        return float(prob), 1 + int((probs > prob).sum())
+            return result
+        ranked = rank_of_item(self.teacher, known, item, self.catalog, self.encoder.max_history_items)
+        return replace(result, teacher_probability=ranked[0], teacher_rank=ranked[1])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from gflowtrl import ItemCatalog, Recommender
 from gflowtrl.data import PromptEncoder, SyntheticShop, build_tokenizer, leave_one_out, read_interactions, write_folder
-from gflowtrl.recommender import write_recommender_files
+from gflowtrl.data.recommender_files import write_recommender_files
 from tests.processes import run_python
 from tests.tiny import tiny_model
 

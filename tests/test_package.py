@@ -26,7 +26,7 @@ LAYERS = (
     {"catalog"},
     {"data", "policy", "semantic_ids", "teachers"},
     {"rewards", "samplers", "losses", "metrics"},
-    {"trainer", "recommender", "ensemble", "request"},
+    {"trainer", "recommender", "ensemble", "request", "catalog_change"},
     {"pipeline", "serving"},
     {"cli", "__main__"},
 )

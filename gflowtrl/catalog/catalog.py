@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -166,6 +167,11 @@ class ItemCatalog:
     def retired(self) -> list[Item]:
         """The items that are known in histories, but not recommended."""
         return list(self._retired)
+
+    @property
+    def known(self) -> Collection[Item]:
+        """The items that histories may contain, for tests of membership."""
+        return ChainMap(self._index, self._retired) if self._retired else self._index
 
     @property
     def device(self) -> torch.device:

@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "run a whole recipe: teacher, SFT, its control, GFlowNet, test; on one process or several",
     "evaluate": "evaluate a saved recommender on the validation or test split",
     "recommend": "make recommendations for a file of histories",
+    "catalog": "add items to a saved recommender, or retire some",
     "serve": "serve recommendations over HTTP",
     "compare": "compare several runs in one table and a plot",
 }

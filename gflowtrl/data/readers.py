@@ -71,7 +71,7 @@ def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
     features = {}
     for where, item, row in _item_rows(path):
         features[item] = row
-        _check_features(row, where)
+        check_features(row, where)
     numeric_items = _all_numeric(chain(sequences.names, features))
     ids_file = path / "semantic_ids.json"
     semantic_ids = _read_semantic_ids(ids_file, numeric_items) if with_ids and _exists(ids_file) else None
@@ -115,7 +115,7 @@ def _read_sequences(file: Path) -> tuple[list[Item], Sequences[Item], Sequences[
     users: list[Item] = []
     numbers: dict[Item, int] = {}
     codes, ends, times, timed = array("i"), array("q", [0]), [], 0
-    for where, user, row in _rows(file, "user"):
+    for where, user, row in json_rows(file, "user"):
         items = _items(row.get("items"), f"{where}: user {short_repr(user)}")
         users.append(user)
         codes.extend([numbers.setdefault(item, len(numbers)) for item in items])
@@ -125,7 +125,7 @@ def _read_sequences(file: Path) -> tuple[list[Item], Sequences[Item], Sequences[
             times.append(np.array(_times(row["times"], len(items), where)))
     if not users:
         raise ValueError(f"{file} is empty. It needs one line per user.")
-    _check_one_type(numbers, file)
+    check_one_type(numbers, file)
     offsets = np.array(ends)
     sequences = Sequences.with_sorted_names(np.array(codes), offsets, list(numbers))
     # A user may have been added without times.
@@ -144,7 +144,7 @@ def _item_rows(path: Path) -> Iterator[tuple[str, Item, dict[str, Any]]]:
             seen.add(item)
             yield where, item, row
     elif _exists(file := path / "items.jsonl"):
-        for where, item, row in _rows(file, "item"):
+        for where, item, row in json_rows(file, "item"):
             yield where, item, {name: value for name, value in row.items() if name != "item"}
 
 
@@ -157,7 +157,7 @@ def read_exposed(file: str | Path) -> dict[Item, Exposed]:
             0 nor 1; the message names the line.
     """
     exposed = {}
-    for where, user, row in _rows(_require(Path(file)), "user"):
+    for where, user, row in json_rows(_require(Path(file)), "user"):
         items, liked = _items(row.get("items"), f"{where}: user {short_repr(user)}"), row.get("liked")
         if (
             not isinstance(liked, list)
@@ -249,7 +249,7 @@ def _require(file: Path) -> Path:
     return file
 
 
-def _rows(file: Path, key: str) -> Iterator[tuple[str, Item, dict[str, Any]]]:
+def json_rows(file: Path, key: str) -> Iterator[tuple[str, Item, dict[str, Any]]]:
     """Yield (file and line, id under `key`, object) of each object in a JSON Lines file. Ids must be unique."""
     seen: set[Item] = set()
     for number, line in enumerate(text_lines(file), 1):
@@ -278,7 +278,7 @@ def _read_about(file: Path) -> dict[str, Any]:
 
 def _read_events(file: Path, users: list[Item]) -> list[list[Event]]:
     rows: dict[Item, list[Event]] = {}
-    for where, user, row in _rows(file, "user"):
+    for where, user, row in json_rows(file, "user"):
         columns = [row.get(key) for key in ("sessions", "items", "levels")]
         if not all(isinstance(column, list) for column in columns) or len({*map(len, columns)}) != 1:
             raise ValueError(f"{where}: 'sessions', 'items' and 'levels' must be three lists of the same length.")
@@ -306,11 +306,11 @@ def _read_features(file: Path, numeric_items: bool) -> dict[Item, dict[str, Any]
     for item, row in features.items():
         if not isinstance(row, dict):
             raise ValueError(f"{file}: the features of item {item} must be a JSON object.")
-        _check_features(row, f"{file}: item {item}")
+        check_features(row, f"{file}: item {item}")
     return features
 
 
-def _check_features(features: dict[str, Any], where: str) -> None:
+def check_features(features: dict[str, Any], where: str) -> None:
     """Check that the title is text and that every number, at any depth, fits into a float."""
     check_text(f"{where}: 'title'", features.get("title"), optional=True)
     for name, value in features.items():
@@ -438,11 +438,11 @@ def _is_int64(text: str) -> bool:
 
 def _all_items(taken: Iterable[Item], features: dict, semantic_ids: dict | None, where: Path) -> list[Item]:
     items = {*taken, *features, *(semantic_ids or ())}
-    _check_one_type(items, where)
+    check_one_type(items, where)
     return sorted(items)
 
 
-def _check_one_type(items: Iterable[Item], where: Path) -> None:
+def check_one_type(items: Iterable[Item], where: Path) -> None:
     first = {type(item): item for item in items}
     if len(first) > 1:
         number, text = short_repr(first[int]), short_repr(first[str])

@@ -13,7 +13,7 @@ from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.checks import SEED, check_number, check_text
 from gflowtrl.data import InteractionData
 from gflowtrl.files import read_object, reading
-from gflowtrl.recommender import TEACHER_FOLDER
+from gflowtrl.recommender import ITEM_TOKENIZER_FOLDER, TEACHER_FOLDER
 from gflowtrl.semantic_ids import ItemTokenizer
 from gflowtrl.semantic_ids.tokenizer import DESCRIPTION_FILE
 from gflowtrl.teachers import MixtureTeacher, SASRec, load_teacher
@@ -109,7 +109,7 @@ class EarlierRun:
         return ids, tokenizer
 
     def _item_tokenizer(self) -> ItemTokenizer:
-        folder = self.model.parent / "item_tokenizer"
+        folder = self.model / ITEM_TOKENIZER_FOLDER
         if not Path(folder, DESCRIPTION_FILE).is_file():
             raise ValueError(
                 f"data.semantic_ids is set, but the run in {self.folder} took its ids from its data. Leave it out, "

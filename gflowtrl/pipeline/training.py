@@ -33,11 +33,12 @@ from gflowtrl.data import (
     sft_dataset,
     text_sft_dataset,
 )
+from gflowtrl.data.recommender_files import write_recommender_files
 from gflowtrl.data.windows import list_lengths
 from gflowtrl.files import reading
 from gflowtrl.policy import load_backbone, merge_tied_embeddings
 from gflowtrl.policy.modules import innermost
-from gflowtrl.recommender import TEACHER_FOLDER, write_recommender_files
+from gflowtrl.recommender import ITEM_TOKENIZER_FOLDER, TEACHER_FOLDER
 from gflowtrl.samplers import build_sampler
 from gflowtrl.teachers import TeacherModule, fingerprint
 from gflowtrl.trainer import GFlowNetConfig, GFlowNetTrainer, RankingEvaluationMixin
@@ -354,7 +355,7 @@ def train(trainer: Trainer, data: RunData, folder: Path, base: Callable[[], PreT
 def update_model_folder(trained: Stage, data: RunData, metrics: Mapping[str, float], users: int) -> None:
     """Write a stage's test metrics into its model card, and the present titles of items next to it.
 
-    If the run has made semantic ids, the item tokenizer is saved next to the model, for new items.
+    If the run has made semantic ids, the item tokenizer is saved in the model's folder, for new items.
 
     Args:
         metrics: of the test split.
@@ -362,7 +363,7 @@ def update_model_folder(trained: Stage, data: RunData, metrics: Mapping[str, flo
     """
     write_recommender_files(trained.folder / "model", data.encoder, data.item_counts, data.titles)
     if data.item_tokenizer is not None:
-        data.item_tokenizer.save_pretrained(trained.folder / "item_tokenizer")
+        data.item_tokenizer.save_pretrained(trained.folder / "model" / ITEM_TOKENIZER_FOLDER)
     facts = CardFacts(**trained.record["card"])
     facts.results.append({"split": "test", "users": users, "metrics": shown_metrics(metrics)})
     write_card(facts, trained.folder / "model")

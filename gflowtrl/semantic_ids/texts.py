@@ -24,10 +24,7 @@ def item_texts(
     Raises:
         ValueError: if no item of the data has any of the features, or one of `items` is not in the data.
     """
-    texts = {
-        item: "\n".join(filter(None, (_as_text(data.item_features.get(item, {}).get(name)) for name in features)))
-        for item in data.items
-    }
+    texts = {item: feature_text(data.item_features.get(item, {}), features) for item in data.items}
     if not any(texts.values()):
         available = sorted({name for row in data.item_features.values() for name in row}) or ["none"]
         raise ValueError(
@@ -42,6 +39,11 @@ def item_texts(
     if "" in selected:
         logger.warning("%s: %d of %d items have no text.", data.name, selected.count(""), len(selected))
     return selected
+
+
+def feature_text(row: Mapping[str, Any], features: Sequence[str]) -> str:
+    """Return the text of one item, with one feature per line; empty without any of the features."""
+    return "\n".join(filter(None, (_as_text(row.get(name)) for name in features)))
 
 
 def _as_text(value: Any) -> str:

@@ -71,7 +71,7 @@ class ItemTokenizer:
     @property
     def semantic_ids(self) -> dict[Item, tuple[str, ...]]:
         """Item -> tokens, the input of `build_tokenizer`, `add_item_tokens` and `ItemCatalog.from_semantic_ids`."""
-        return self._ids(slice(None))
+        return self.ids_at(range(len(self.items)))
 
     def fit(
         self,
@@ -140,12 +140,14 @@ class ItemTokenizer:
         codes = resolve_collisions(codes, vectors, self.quantizer, self.collisions, taken)
         self.codes = torch.cat([self.codes, codes])
         self.items = [*self.items, *items]
-        return self._ids(slice(len(self.items) - len(items), None))
+        return self.ids_at(range(len(self.items) - len(items), len(self.items)))
 
-    def _ids(self, rows: slice) -> dict[Item, tuple[str, ...]]:
+    def ids_at(self, rows: Sequence[int]) -> dict[Item, tuple[str, ...]]:
+        """Return the ids of the items at these positions in `items`."""
+        codes = self.codes[torch.tensor(rows, dtype=torch.long)].tolist()
         return {
-            item: tuple(f"<{chr(ord('a') + level)}_{code}>" for level, code in enumerate(path))
-            for item, path in zip(self.items[rows], self.codes[rows].tolist(), strict=True)
+            self.items[row]: tuple(token_name(level, code) for level, code in enumerate(path))
+            for row, path in zip(rows, codes, strict=True)
         }
 
     def _vectors(self, rows: Sequence[str] | Tensor | np.ndarray, items: Sequence[Item]) -> Tensor:
@@ -217,6 +219,11 @@ class ItemTokenizer:
         if not all(isinstance(name, str) for name in tokenizer.features):
             raise ValueError("the name of a feature is not text")
         return tokenizer
+
+
+def token_name(level: int, code: int) -> str:
+    """Return the token of a code: `<a_17>` for code 17 at level 0."""
+    return f"<{chr(ord('a') + level)}_{code}>"
 
 
 def _items_and_rows(

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -335,6 +335,25 @@ def score_histories(teacher: Teacher, histories: Sequence[History], max_history_
     if max_history_items and not _reads_full_history(teacher):
         histories = [history[-max_history_items:] for history in histories]
     return _checked_scores(teacher, teacher.score(histories))
+
+
+def rank_of_item(
+    teacher: Teacher, history: History, item: Item, among: Container[Item], max_history_items: int | None
+) -> tuple[float | None, int | None]:
+    """Return the probability of an item, by a softmax over the items `among` these, and its rank (1 = best).
+
+    Items of the history that the teacher does not know are skipped. Without a known one, or for an unknown item, both
+    are None.
+    """
+    known = set(teacher.items)
+    history = [other for other in history if other in known]
+    if item not in known or not history:
+        return None, None
+    scores = score_histories(teacher, [history], max_history_items)[0]
+    columns = [column for column, other in enumerate(teacher.items) if other in among]
+    probs = scores[columns].softmax(-1)
+    prob = probs[columns.index(teacher.items.index(item))]
+    return float(prob), 1 + int((probs > prob).sum())
 
 
 @torch.no_grad()

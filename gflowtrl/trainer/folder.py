@@ -16,10 +16,10 @@ from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.catalog.catalog import CATALOG_FILE
 from gflowtrl.checks import check_titles
 from gflowtrl.data import PromptEncoder
+from gflowtrl.data.recommender_files import read_details, read_encoder
 from gflowtrl.files import read_json
 from gflowtrl.policy import load_backbone
 from gflowtrl.policy.loading import load_tokenizer, tokenizer_kwargs
-from gflowtrl.recommender import read_details, read_encoder
 
 from .tree_policy_config import TreePolicyConfig
 

@@ -18,6 +18,7 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.compat import TRLTrainer, tied_weights
 from gflowtrl.data import GroupCollator, PromptEncoder, Step
+from gflowtrl.data.recommender_files import write_recommender_files
 from gflowtrl.files import read_tensors
 from gflowtrl.losses import LossInputs, LossSpec, PrefixWeights
 from gflowtrl.policy import (
@@ -30,7 +31,6 @@ from gflowtrl.policy import (
 from gflowtrl.policy.heads import is_head, load_heads, split_heads
 from gflowtrl.policy.merging import update_adapter_files
 from gflowtrl.policy.temperature import set_temperature
-from gflowtrl.recommender import write_recommender_files
 from gflowtrl.rewards import StepReward
 from gflowtrl.samplers import Sampler, Trajectories, build_sampler, validate_trajectories
 

@@ -98,7 +98,7 @@ def test_the_policy_begins_with_the_earlier_one(earlier, continued):
             assert torch.equal(found[:rows], value[:rows]), name
     recommender = Recommender.from_pretrained(results["methods"]["gflownet"]["model"])
     assert recommender.recommend([recommender.catalog.items[-3:]], k=3)[0]  # also for new items
-    assert (Path(results["methods"]["gflownet"]["model"]).parent / "item_tokenizer").is_dir()
+    assert (Path(results["methods"]["gflownet"]["model"]) / "item_tokenizer").is_dir()
 
 
 def test_the_run_can_be_continued_again(earlier, continued, tmp_path):

@@ -204,13 +204,13 @@ def test_damaged_ids_are_an_error_that_names_the_folder(tmp_path):
         prepared(tmp_path, tmp_path / "data")
 
 
-def test_the_item_tokenizer_is_saved_next_to_each_model_for_new_items(tmp_path):
+def test_the_item_tokenizer_is_saved_with_each_model_for_new_items(tmp_path):
     settings = micro_settings(tmp_path, stages=["sft"])
     settings["data"]["semantic_ids"] = IDS  # of the titles of the shop
     recipe = Recipe(**settings)
     results = run(recipe, quiet=True)
     folder = Path(results["methods"]["sft"]["model"])
-    tokenizer = ItemTokenizer.from_pretrained(folder.parent / "item_tokenizer")
+    tokenizer = ItemTokenizer.from_pretrained(folder / "item_tokenizer")
     assert tokenizer.semantic_ids == prepare(recipe).interactions.semantic_ids
     catalog = ItemCatalog.from_pretrained(folder)
     assert catalog.leaf_of(tokenizer.items).unique().numel() == len(tokenizer.items)
