@@ -77,6 +77,8 @@ def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
     semantic_ids = _read_semantic_ids(ids_file, numeric_items) if with_ids and _exists(ids_file) else None
     about = _read_about(path / "dataset.json")
     events = _read_events(file, users) if _exists(file := path / "events.jsonl") else None
+    exposed = read_exposed(file) if _exists(file := path / "exposed.jsonl") else None
+    impressions = read_impressions(file, numeric_items) if _exists(file := path / "impressions.json") else None
     items = _all_items(sequences.names, features, semantic_ids, path)
     if len(items) == len(sequences.names):
         items = sequences.names
@@ -90,13 +92,13 @@ def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
                 item: row for item, row in features.items() if row
             },  # some lines name an item without features
             semantic_ids=semantic_ids,
-            synthetic=bool(about.get("synthetic", False)),
+            synthetic=about.get("synthetic", False),
             events=events,
             license=about.get("license"),
             source=about.get("source"),
             times=times,
-            exposed=read_exposed(file) if _exists(file := path / "exposed.jsonl") else None,
-            impressions=read_impressions(file, numeric_items) if _exists(file := path / "impressions.json") else None,
+            exposed=exposed,
+            impressions=impressions,
         )
 
 
@@ -273,6 +275,8 @@ def _read_about(file: Path) -> dict[str, Any]:
     about = _read_object(file) if _exists(file) else {}
     for key in ("name", "license", "source"):
         check_text(f"{file}: {key!r}", about.get(key), optional=True)
+    if not isinstance(about.get("synthetic", False), bool):
+        raise ValueError(f"{file}: 'synthetic' must be true or false, but it is {short_repr(about['synthetic'])}.")
     return about
 
 

@@ -176,11 +176,12 @@ def prepare(recipe: Recipe) -> RunData:
     elif own_ids:
         item_tokenizer = _item_tokenizer(recipe, interactions, splits)
         interactions = replace(interactions, semantic_ids=item_tokenizer.semantic_ids)
-    if recipe.model.get("model_name_or_path") is None:
-        tokenizer = build_tokenizer(interactions.semantic_ids)
-    else:
-        tokenizer = load_tokenizer(**recipe.pretrained)
-        add_item_tokens(tokenizer, interactions.semantic_ids)
+    tokenizer = None if recipe.model.get("model_name_or_path") is None else load_tokenizer(**recipe.pretrained)
+    with locate_errors(f"The semantic ids of {interactions.name}", ()):
+        if tokenizer is None:
+            tokenizer = build_tokenizer(interactions.semantic_ids)
+        else:
+            add_item_tokens(tokenizer, interactions.semantic_ids)
     catalog = ItemCatalog.from_semantic_ids(interactions.semantic_ids, tokenizer)
     key = _data_fingerprint(recipe, interactions)
     data = RunData(recipe, interactions, truth, splits, tokenizer, catalog, key, item_tokenizer, new_items, cut)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -102,6 +103,9 @@ def check_reward(spec: Any, where: str) -> None:
 def check_options(kind: type[Reward], spec: Mapping[str, Any], where: str) -> None:
     """Check the options of a reward of the class `kind`."""
     check_names(options_of(spec), kind.option_names(), where)
+    for name, parameter in inspect.signature(kind).parameters.items():
+        if isinstance(parameter.default, bool) and not isinstance(spec.get(name, False), bool):
+            raise TypeError(f"{where}.{name} must be true or false, but it is {short_repr(spec[name])}.")
     if "teacher" in spec:
         check_teacher(spec["teacher"], f"{where}.teacher")
     with locate_errors(where, kind.option_names()):

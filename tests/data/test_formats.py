@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import tempfile
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -291,6 +292,23 @@ def test_the_folder_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
         prepare("csv", path, out=tmp_path, overwrite=True)
     with pytest.raises(FileExistsError, match=r"log\.csv is a file"):
         prepare("csv", path, out=path, overwrite=True)
+
+
+def test_a_killed_run_leaves_nothing_in_the_way(tmp_path):
+    """Its process may have had the same number, as the first one of a container has."""
+    path, out = csv(tmp_path, packed=False)[0], tmp_path / "out"
+    first = prepare("csv", path, out=out, k_core=None)[0]
+    (out / "item_tokenizer.json").write_text("{}")
+    left = tmp_path / f".out.partial-{os.getpid()}"
+    left.mkdir()
+    (left / "sequences.jsonl").write_text("half")
+    out.rename(tmp_path / f".out.old-{os.getpid()}")  # killed between its two renames
+    with pytest.raises(FileExistsError, match="out is not empty"):
+        prepare("csv", path, out=out, k_core=None)
+    assert read_folder(out) == first
+    prepare("csv", path, out=out, k_core=None, overwrite=True)
+    assert (out / "item_tokenizer.json").read_text() == "{}"
+    assert not list(tmp_path.glob(".out*"))
 
 
 @pytest.mark.parametrize(

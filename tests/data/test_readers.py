@@ -160,6 +160,11 @@ def test_license_and_source_are_kept(tmp_path):
             {"items": '{"item": 1, "a": [{"b": -1e400}]}'},
             r"items\.jsonl, line 1: 'a' is -inf, which exceeds a float",
         ),
+        (
+            {"dataset": '{"synthetic": "false"}'},
+            r"dataset\.json: 'synthetic' must be true or false, but it is 'false'",
+        ),
+        ({"exposed": "[1]"}, r"^\S*exposed\.jsonl, line 1: expected a JSON object"),
         ({"dataset": '{"synthetic": Infinity}'}, r"dataset\.json: Infinity is not a number in JSON"),
     ],
 )

@@ -242,6 +242,10 @@ def test_command_line_sets_any_field(recipe_file):
         ("--rewards.1.item_counts 3", "no field 'rewards.1.item_counts'"),
         ("--rewards.0.normalize true", "no field 'rewards.0.normalize'"),
         ("--rewards.0.type interaction --rewards.0.values 1 0", "rewards.0: The values of InteractionReward are"),
+        (
+            "--rewards.0.type token_similarity --rewards.0.prefix no",
+            "rewards.0.prefix must be true or false, but it is 'no'",
+        ),
         ("--rewards.0.type interaction --rewards.0.values [null]", "rewards.0: a number in values is None"),
         ("--rewards.0.type interaction --rewards.0.values 3", "rewards.0.values is 3; give a list"),
         ("--rewards.0.type interaction --rewards.0.target x", "rewards.0.target is 'x'; it must be a finite number"),

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 from ..readers import is_data_folder
@@ -12,10 +13,13 @@ from ..readers import is_data_folder
 def check_target(out: Path, overwrite: bool) -> None:
     """Check that writing to `out` destroys no existing files.
 
+    A folder that a killed run had moved away, and not yet replaced, is put back first.
+
     Raises:
         FileExistsError: if `out` is a file, or a folder that is not empty, unless it is a data folder and `overwrite`
             is set.
     """
+    _put_back(out.resolve())
     if not out.exists():
         return
     if not out.is_dir():
@@ -28,6 +32,13 @@ def check_target(out: Path, overwrite: bool) -> None:
         )
     if not is_data_folder(out):
         raise FileExistsError(f"{out} is not empty and not a data folder, so it is not replaced. Choose another.")
+
+
+def _put_back(out: Path) -> None:
+    """Restore `out` after a run was killed between its two renames (`new_folder`)."""
+    moved = sorted(out.parent.glob(f".{escape(out.name)}.old-*"), key=lambda path: path.stat().st_mtime_ns)
+    if moved and not os.path.lexists(out):
+        moved[-1].rename(out)
 
 
 def item_tokenizers(folder: Path) -> list[Path]:
@@ -48,6 +59,8 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (out.with_name(f".{out.name}.{word}-{os.getpid()}") for word in ("partial", "old"))
+    for left in (partial, old):  # of a killed process with the same number, as is usual in containers
+        shutil.rmtree(left, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
