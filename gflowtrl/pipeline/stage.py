@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import time
 from collections import Counter
@@ -24,6 +26,9 @@ CLOCK_FILE = "seconds.json"
 CHECKPOINTS = "checkpoints"  # of a training; removed once the stage is done
 #: Files of a stage that no later stage reads, or that are written again at the end of each run.
 UNREAD = {DONE_FILE, CLOCK_FILE, "inputs.json", "README.md"}
+
+CHECKSUMS = "checksums"  # in the record, of the record and of tensors
+CHANGED = "does not have its checksum"
 
 Record = dict[str, Any]
 Work = Callable[[Path], Record]
@@ -108,7 +113,7 @@ class Stage:
 
     @property
     def done(self) -> bool:
-        return (self.folder / DONE_FILE).is_file()
+        return os.path.lexists(self.folder / DONE_FILE)
 
     @property
     def record(self) -> Record:
@@ -152,7 +157,8 @@ class Stage:
                 if run.is_main:
                     write_json(clock, seconds)
             if run.is_main:
-                write_json(self.folder / DONE_FILE, {**record, "seconds": seconds, "files": self._files()})
+                record = {**record, "seconds": seconds, "files": self._files()}
+                write_json(self.folder / DONE_FILE, {**record, CHECKSUMS: self._checksums(record)})
             run.log(f"[{self.name}] finished in {seconds:.0f} s{run.time_left(self.name, seconds)}")
         if run.is_main:
             shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
@@ -166,12 +172,37 @@ class Stage:
         found = [*self.folder.glob("*"), *(self.folder / "model").rglob("*")]
         return sorted(path.relative_to(self.folder).as_posix() for path in found if _is_read(path))
 
+    def _checksums(self, record: Record) -> dict[str, str]:
+        """Checksums of the record and of the stage's own tensors, from which reports are made.
+
+        Those of a model are too many to read at each start.
+        """
+        content = {name: value for name, value in json.loads(json.dumps(record)).items() if name != CHECKSUMS}
+        sums = {DONE_FILE: fingerprint(content)}
+        for path in self.folder.glob("*.safetensors"):
+            with path.open("rb") as file:
+                sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        return sums
+
+    def _damages(self) -> dict[str, str]:
+        """What is wrong with the files of a finished stage, by name. Earlier versions wrote no checksums."""
+        if damage := damage_of(self.folder / DONE_FILE):
+            return {DONE_FILE: damage}
+        record = read_object(self.folder / DONE_FILE)
+        sums = record.get(CHECKSUMS, {})
+        if CHECKSUMS in record and not isinstance(sums, dict):
+            return {DONE_FILE: CHANGED}
+        if sums and sums.get(DONE_FILE) != fingerprint({n: value for n, value in record.items() if n != CHECKSUMS}):
+            return {DONE_FILE: CHANGED}
+        names = record.get("files", self._files())
+        damages = {name: damage for name in names if (damage := damage_of(self.folder / name))}
+        if damages or not sums:
+            return damages
+        return {name: CHANGED for name, value in self._checksums(record).items() if sums.get(name) != value}
+
     def _check(self) -> None:
         """Raise an error if files of a finished stage are missing or damaged."""
-        damaged = damage_of(self.folder / DONE_FILE)
-        names = [DONE_FILE] if damaged else self.record.get("files", self._files())
-        damages = {name: damage_of(self.folder / name) for name in names}
-        text = "; ".join(f"{self.folder / name} {damage}" for name, damage in damages.items() if damage)
+        text = "; ".join(f"{self.folder / name} {damage}" for name, damage in self._damages().items())
         if text:
             raise ValueError(
                 f"The stage {self.name} is finished, but {text}. Restore the file, or do the stage again: add "

@@ -1,5 +1,6 @@
 """Stages: done once, shared where inputs agree."""
 
+import json
 import os
 import re
 import subprocess
@@ -132,6 +133,42 @@ def test_a_finished_stage_that_is_damaged_is_named_and_redone_on_request(tmp_pat
     finish(again, calls=calls)
     finish(again, "y", calls)
     assert calls == ["x", "y"] and (name == "done.json" or file.read_bytes() == whole)
+
+
+@pytest.mark.parametrize("name", ["done.json", "own.safetensors"])
+def test_results_of_a_finished_stage_that_were_changed_are_named(tmp_path, name):
+    """A valid file with other values would become a wrong report, or an error that names no file."""
+
+    def work(folder):
+        save_file({"recall": torch.zeros(9)}, folder / "own.safetensors")
+        return {"metrics": {"recall": 0.0, "ks": (5, 10)}, "log": [{"loss": float("nan")}]}
+
+    def stage():
+        return RunContext(tmp_path, quiet=True).stage("x", {})
+
+    first = stage()
+    first.run("", work)
+    file = first.folder / name
+    whole = file.read_bytes()
+    if name == "done.json":
+        file.write_text(file.read_text().replace('"recall": 0.0', '"recall": 0.5'))
+    else:
+        save_file({"recall": torch.ones(9)}, file)
+    assert file.read_bytes() != whole
+    with pytest.raises(ValueError, match=rf"{name} does not have its checksum. .*add --redo x"):
+        stage().run("", work)
+    file.write_bytes(whole)
+    assert stage().run("", work)["metrics"] == {"recall": 0.0, "ks": [5, 10]}
+
+
+def test_a_stage_of_an_earlier_version_has_no_checksums(tmp_path):
+    file = finish(RunContext(tmp_path, quiet=True)).folder / "done.json"
+    content = json.loads(file.read_text())
+    del content["checksums"]
+    file.write_text(json.dumps(content))
+    calls = []
+    finish(RunContext(tmp_path, quiet=True), calls=calls)
+    assert not calls
 
 
 def test_what_no_run_reads_may_be_gone(tmp_path):
