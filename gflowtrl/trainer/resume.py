@@ -88,8 +88,9 @@ def read_state(checkpoint: str | os.PathLike) -> dict[str, Any]:
     with reading(file, "the state of a training"):
         check_types(TrainerState, {name: _as_whole(name, value) for name, value in state.items()})
         check_number("global_step", state["global_step"], at_least(0))
-        if not isinstance(state.get("stateful_callbacks") or {}, dict):
-            raise ValueError("stateful_callbacks does not hold fields with values")
+        for name, kind in (("stateful_callbacks", dict), ("log_history", list)):  # their annotations take others, too
+            if not isinstance(state.get(name), kind | None):
+                raise ValueError(f"{name} is {short_repr(state[name])}")
     return state
 
 

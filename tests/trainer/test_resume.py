@@ -91,7 +91,8 @@ def test_changed_bytes_of_a_small_part_are_named(checkpoint):
         ({"global_step": True}, "global_step must be a whole number"),
         ({"global_step": -2}, "global_step is -2"),
         ({"best_model_checkpoint": 7}, "best_model_checkpoint must be text"),
-        ({"stateful_callbacks": [1]}, "stateful_callbacks does not hold fields"),
+        ({"log_history": {}}, "log_history is {}"),
+        ({"stateful_callbacks": [1]}, "stateful_callbacks is "),
         ({"new_field": 1}, "There is no field 'new_field'"),
     ],
 )
