@@ -21,13 +21,7 @@ from gflowtrl.data import GroupCollator, PromptEncoder, Step
 from gflowtrl.data.recommender_files import write_recommender_files
 from gflowtrl.files import read_tensors
 from gflowtrl.losses import LossInputs, LossSpec, PrefixWeights
-from gflowtrl.policy import (
-    StatelessNoise,
-    StepScores,
-    TreePolicy,
-    attach_flow_heads,
-    merge_tied_embeddings,
-)
+from gflowtrl.policy import StatelessNoise, StepScores, TreePolicy, attach_flow_heads, merge_tied_embeddings
 from gflowtrl.policy.heads import is_head, load_heads, split_heads
 from gflowtrl.policy.merging import update_adapter_files
 from gflowtrl.policy.temperature import set_temperature
