@@ -20,6 +20,11 @@ PACKAGE = Path(gflowtrl.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
 
+#: Files that exports contain -> the libraries that they may import.
+STANDALONE = {
+    "onnx_recommender.py": {"numpy", "onnxruntime"},
+}
+
 # A package may import from its own layer and from earlier ones.
 LAYERS = (
     {"checks", "compat", "configuration", "files", "finite", "hub", "trunks"},
@@ -27,7 +32,7 @@ LAYERS = (
     {"data", "policy", "semantic_ids", "teachers"},
     {"rewards", "samplers", "losses", "metrics"},
     {"trainer", "recommender", "ensemble", "request", "catalog_change"},
-    {"pipeline", "serving"},
+    {"pipeline", "serving", "export"},
     {"cli", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -151,7 +156,7 @@ def test_imported_libraries_are_required():
     required = {re.split(r"[<>=!]", line)[0].lower() for line in setup["options"]["install_requires"].split()}
     renamed = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub", "scikit-learn": "sklearn"}
     required = {renamed.get(name, name) for name in required}
-    used = {name.split(".")[0] for path in MODULES for name in imports_of(path)}
+    used = {name.split(".")[0] for path in MODULES for name in imports_of(path) if path.name not in STANDALONE}
     extras = setup["options.extras_require"]
     (extra,), serving = (
         {re.split(r"[<>=!]", line)[0] for line in extras[name].split()} for name in ("deepspeed", "serve")
@@ -163,6 +168,14 @@ def test_imported_libraries_are_required():
         names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
         names |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.module}
         assert extra not in {name.split(".")[0] for name in names}
+
+
+def test_files_of_exports_need_no_other_library():
+    folder = PACKAGE / "export" / "standalone"
+    assert {path.name for path in folder.glob("*.py")} == {"__init__.py", *STANDALONE}
+    for name, libraries in STANDALONE.items():
+        used = {imported.split(".")[0] for imported in imports_of(folder / name)}
+        assert used - set(sys.stdlib_module_names) == libraries, name
 
 
 def test_nothing_is_unpickled():

@@ -25,6 +25,7 @@ COMMANDS = {
     "recommend": "make recommendations for a file of histories",
     "catalog": "add items to a saved recommender, or retire some",
     "serve": "serve recommendations over HTTP",
+    "export": "write a recommender for another engine: flat arrays, ONNX Runtime",
     "compare": "compare several runs in one table and a plot",
 }
 
