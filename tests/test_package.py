@@ -23,6 +23,9 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
 #: Files that exports contain -> the libraries that they may import.
 STANDALONE = {
     "onnx_recommender.py": {"numpy", "onnxruntime"},
+    "gflowtrl_tree.py": {"numpy", "torch"},
+    "gflowtrl_vllm.py": {"gflowtrl_tree", "torch", "vllm"},
+    "example.py": {"gflowtrl_vllm"},
 }
 
 # A package may import from its own layer and from earlier ones.

@@ -25,7 +25,7 @@ COMMANDS = {
     "recommend": "make recommendations for a file of histories",
     "catalog": "add items to a saved recommender, or retire some",
     "serve": "serve recommendations over HTTP",
-    "export": "write a recommender for another engine: flat arrays, ONNX Runtime",
+    "export": "write a recommender for another engine: flat arrays, ONNX Runtime, vLLM",
     "compare": "compare several runs in one table and a plot",
 }
 

@@ -1,4 +1,4 @@
-"""Export a recommender to other engines: flat arrays of its catalog, ONNX Runtime. Page: docs/export.md.
+"""Export a recommender to other engines: flat arrays of its catalog, ONNX Runtime, vLLM. Page: docs/export.md.
 
 Public names are imported on first use, so that the command can show its help without torch.
 """

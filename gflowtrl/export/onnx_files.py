@@ -76,7 +76,7 @@ def _write_graph(recommender: Recommender, file: Path) -> None:
             reason = one_line(str(error.__cause__ or error))
             raise ValueError(
                 f"torch cannot export a {type(recommender.model).__name__} to ONNX ({shortened(reason, 300)}). Use a "
-                f"newer version of torch and onnxscript."
+                f"newer version of torch and onnxscript, or --to vllm."
             ) from error
     assert program is not None
     for node in program.model.graph.all_nodes():

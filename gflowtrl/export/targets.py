@@ -54,6 +54,7 @@ TARGETS = {
         ("onnx", "onnxruntime", "onnxscript"),
         "onnx",
     ),
+    "vllm": Target("a model folder for vLLM, and a logits processor that follows the prefix tree", "vllm_files"),
 }
 
 

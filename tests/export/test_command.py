@@ -50,7 +50,7 @@ def test_nothing_is_written_if_the_export_fails(model, tmp_path, monkeypatch, ca
 def test_mistakes_are_found_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):
     assert run("nowhere", "tensorflow", tmp_path / "out") == 2
     assert "invalid choice: 'tensorflow' (choose from " in capsys.readouterr().err
-    with pytest.raises(ValueError, match="There is no export to 'tensorflow'; choose csr, onnx."):
+    with pytest.raises(ValueError, match="There is no export to 'tensorflow'; choose csr, onnx, vllm."):
         export("nowhere", "tensorflow", tmp_path / "out")
     monkeypatch.setattr(targets, "find_spec", lambda name: None)
     assert run("nowhere", "onnx", tmp_path / "out") == 2

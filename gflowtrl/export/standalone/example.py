@@ -1,0 +1,41 @@
+"""Recommend items with vLLM, from the folder of this file.
+
+echo '[17, 4, 2205]' | python example.py --k 10     # one history per line, oldest item first
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from gflowtrl_vllm import load, recommend, sample  # noqa: E402
+
+
+def main() -> None:
+    """Answer the histories on standard input, one JSON list per line, by lines of JSON."""
+    parser = argparse.ArgumentParser(description="Recommend items for each line of standard input: [17, 4, 2205]")
+    parser.add_argument("--k", type=int, default=10, help="length of the lists")
+    parser.add_argument("--sample", action="store_true", help="draw k semantic ids instead of a beam search")
+    parser.add_argument("--options", type=json.loads, default={}, help="JSON object with options of vllm.LLM")
+    given = parser.parse_args()
+    histories = [json.loads(line) for line in sys.stdin if line.strip()]
+    llm, catalog = load(Path(__file__).parent, **given.options)
+    if given.sample:
+        lists = [
+            [(item, value) for items, value in draws for item in items]
+            for draws in sample(llm, catalog, histories, given.k)
+        ]
+    else:
+        lists = recommend(llm, catalog, histories, given.k)
+    for found in lists:
+        print(json.dumps([{"item": item, "probability": math.exp(value)} for item, value in found]))
+
+
+if __name__ == "__main__":
+    main()
