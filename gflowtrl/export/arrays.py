@@ -31,7 +31,7 @@ def catalog_arrays(catalog: ItemCatalog) -> dict[str, np.ndarray]:
         `child_offsets` `(M + 1,)`, `child_tokens` and `child_nodes` `(M - 1,)`: the children of node s are the entries
         `child_offsets[s]` to `child_offsets[s + 1] - 1`, sorted by token; `node_leaf` `(M,)`, the leaf that ends at
         each node or -1; `leaf_item_offsets` `(N + 1,)` and `leaf_items` `(items,)`: the items of each leaf in the same
-        way; `item_tokens` `(items, L)`, padded with -1 on the right.
+        way; `item_tokens` `(history items, L)`, padded with -1 on the right. Retired items have no leaf.
     """
     tree = catalog.tree
     leaf_items = catalog.item_leaf.argsort(stable=True)
@@ -45,7 +45,7 @@ def catalog_arrays(catalog: ItemCatalog) -> dict[str, np.ndarray]:
         "child_nodes": np.arange(1, tree.num_nodes, dtype=np.int32),
         "node_leaf": node_leaf.astype(np.int32),
         "leaf_items": leaf_items.int().cpu().numpy(),
-        "item_tokens": catalog.item_token_ids.int().numpy(),
+        "item_tokens": catalog.history_token_ids.int().numpy(),
     }
 
 
@@ -57,6 +57,7 @@ def catalog_header(encoder: PromptEncoder, temperature: float, end_token: int | 
         "version": VERSION,
         "num_nodes": tree.num_nodes,
         "num_leaves": tree.num_leaves,
+        "num_items": len(encoder.catalog),
         "max_depth": tree.max_depth,
         "max_children": max(tree.max_children),
         "temperature": temperature,
@@ -67,7 +68,7 @@ def catalog_header(encoder: PromptEncoder, temperature: float, end_token: int | 
             "padding": encoder.padding,
             "max_history_items": encoder.max_history_items,
         },
-        "items": encoder.catalog.items,
+        "items": encoder.catalog.history_items,
     }
 
 
@@ -77,7 +78,7 @@ def write(recommender: Recommender, folder: Path) -> None:
     Args:
         recommender: its catalog, its prompts and its temperature are written.
         folder: gets `catalog.json` and the arrays of `catalog_arrays`, as `NAME.npy`, and `prompt_tokens.npy`
-            `(items, W)`, the tokens of each item in a prompt, padded with -1 on the right.
+            `(history items, W)`, the tokens of each item in a prompt, padded with -1 on the right.
     """
     encoder = recommender.encoder
     arrays = catalog_arrays(recommender.catalog) | {"prompt_tokens": encoder.table.int().cpu().numpy()}

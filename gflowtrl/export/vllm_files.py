@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gflowtrl.catalog import PrefixTree
+from gflowtrl.catalog import ItemCatalog, PrefixTree
+from gflowtrl.catalog.rows import distinct_rows
 from gflowtrl.data import PromptEncoder
 from gflowtrl.policy.heads import split_heads
 
@@ -56,9 +57,10 @@ def check_prompts(encoder: PromptEncoder) -> None:
     The processor reads runs of id tokens as complete ids (`Catalog.node_after`), also those in titles.
 
     Raises:
-        ValueError: after an item, or the text before or after the history, it would see an unfinished id.
+        ValueError: after an item, or the text before or after the history, it would see an unfinished id; the id of a
+            retired item begins the id of another item, or the other way round.
     """
-    catalog, tree = encoder.catalog, encoder.catalog.tree
+    catalog, tree = encoder.catalog, _tree_of_histories(encoder.catalog)
     for tokens in (encoder.head, encoder.tail):
         if tokens and not bool(_ends_at_root(tree, torch.tensor([tokens])).all()):
             raise ValueError(
@@ -67,12 +69,24 @@ def check_prompts(encoder: PromptEncoder) -> None:
             )
     complete = _ends_at_root(tree, encoder.table)
     if not bool(complete.all()):
-        item = catalog.items[int((~complete).nonzero()[0])]
+        item = catalog.history_items[int((~complete).nonzero()[0])]
         raise ValueError(
             f"Item {item!r} ends in a prompt with tokens of an unfinished semantic id (such as a number in its "
             f"title), so the logits processor could not see where an answer begins. Train with a PromptFormat whose "
             f"item ends with its semantic id or with other words."
         )
+
+
+def _tree_of_histories(catalog: ItemCatalog) -> PrefixTree:
+    """Return the tree over all ids that a history may contain, those of retired items included."""
+    if not catalog.retired:
+        return catalog.tree
+    try:
+        return PrefixTree(distinct_rows(catalog.history_token_ids)[0])
+    except ValueError as error:
+        raise ValueError(
+            f"The logits processor could not read histories with retired items. {error} Retire both items."
+        ) from None
 
 
 def _ends_at_root(tree: PrefixTree, table: Tensor) -> Tensor:

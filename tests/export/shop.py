@@ -9,7 +9,7 @@ from tests.policy.test_architectures import IDS as EQUAL_IDS
 from tests.policy.test_architectures import TOKENIZER as EQUAL_TOKENIZER
 from tests.policy.test_architectures import WINDOWED, build
 from tests.tiny import tiny_model
-from tests.trainer.world import TOKENIZER, make_catalog
+from tests.trainer.world import SEMANTIC_IDS, TOKENIZER
 
 
 HISTORIES = [["i010"], ["short", "twin"], ["i222", "i001", "i100"], ["i111", "short"] * 9]
@@ -17,10 +17,14 @@ TIE = 1e-4  # items whose log-probabilities differ by less may swap
 
 
 def make_recommender(temperature: float = 0.7, **options) -> Recommender:
-    """Return a recommender of 24 items on 23 leaves, with random weights; `options` are those of `tiny_model`."""
+    """Return a recommender of 23 items on 22 leaves and a retired one, with random weights.
+
+    `options` are those of `tiny_model`.
+    """
     model = tiny_model(len(TOKENIZER), **options)
     set_temperature(model, temperature)
-    return Recommender(model, TOKENIZER, make_catalog(), max_history_items=5)
+    catalog = ItemCatalog.from_semantic_ids(SEMANTIC_IDS, TOKENIZER, retired=["i111"])
+    return Recommender(model, TOKENIZER, catalog, max_history_items=5)
 
 
 def make_windowed(kind: str) -> Recommender:

@@ -116,6 +116,15 @@ def test_a_template_that_ends_within_an_id_is_refused():
     vllm_files.check_prompts(PromptEncoder(items, tokenizer))
 
 
+def test_a_retired_id_that_begins_another_one_is_refused():
+    ids = {1: ("<a>", "<b>"), 2: ("<a>",)}
+    tokenizer = byte_tokenizer()
+    add_item_tokens(tokenizer, ids)
+    items = ItemCatalog.from_semantic_ids(ids, tokenizer, retired=[2])
+    with pytest.raises(ValueError, match="could not read histories with retired items. Token path .* is a prefix of"):
+        vllm_files.check_prompts(PromptEncoder(items, tokenizer))
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_rows_are_followed_through_every_change_of_the_batch(recommender, catalog, seed):
     """Requests come, go, move and swap; tokens arrive late. Each row has the node of its own request's tokens."""

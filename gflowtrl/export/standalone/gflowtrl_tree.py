@@ -44,8 +44,10 @@ class Catalog:
                  "prompt_tokens", "item_tokens")  # fmt: skip
         (self.offsets, self.tokens, self.nodes, self.node_leaf, self.leaf_item_offsets, self.leaf_items,
          self.prompt_tokens, item_tokens) = (np.load(Path(folder, f"{name}.npy")) for name in names)  # fmt: skip
-        self.equal_lengths = bool((item_tokens >= 0).all())
-        self.id_tokens = set(np.unique(self.tokens).tolist())
+        recommended = header["num_items"]  # the other items are retired: they occur in histories only
+        self.equal_lengths = bool(((item_tokens[:recommended] >= 0).sum(1) == self.max_depth).all())
+        self.retired = {tuple(row[row >= 0].tolist()) for row in item_tokens[recommended:]}
+        self.id_tokens = set(np.unique(item_tokens[item_tokens >= 0]).tolist())
 
     def prompt_of(self, history: Sequence[Item]) -> list[int]:
         """Return the prompt of a history, oldest item first. Unknown items are skipped.
@@ -71,13 +73,12 @@ class Catalog:
         Semantic ids are a prefix code: no id begins another one. So a run of their tokens can be read from its start,
         id by id, and what remains at its end is the path from the root. Other tokens (words, bos) end a run.
         """
-        node = ROOT
+        node, path = ROOT, []
         for token in tokens:
-            if token not in self.id_tokens:
-                node = ROOT
-            elif node >= 0:
-                node = self.step(node, token)
-                node = ROOT if node >= 0 and self.node_leaf[node] >= 0 else node
+            path = [*path, token] if token in self.id_tokens else []
+            node = ROOT if not path else self.step(node, token) if node >= 0 else NO_NODE
+            if (node >= 0 and self.node_leaf[node] >= 0) or tuple(path) in self.retired:
+                node, path = ROOT, []
         return node
 
     def items_at(self, tokens: Iterable[int]) -> list[Item]:
