@@ -135,7 +135,7 @@ def _as_dict(recommendation: Any) -> dict[str, Any]:
 
 
 def _parse_row(line: str, name: str) -> dict[str, Any]:
-    from gflowtrl.data.readers import json_value
+    from gflowtrl.data.json_text import json_value
 
     try:
         row = json_value(line)
@@ -148,7 +148,7 @@ def _parse_row(line: str, name: str) -> dict[str, Any]:
 
 
 def _read_allowed(file: str) -> list:
-    from gflowtrl.data.readers import json_value
+    from gflowtrl.data.json_text import json_value
     from gflowtrl.files import read_text
 
     text = read_text(file, "a JSON list of items")

@@ -2,10 +2,9 @@
 
 import json
 import os
-import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from gflowtrl.configuration import locate_errors
 from gflowtrl.files import check_data_path, read_text, text_lines
 
 from .interactions import CLICKED, PURCHASED, SHOWN, Event, Exposed, InteractionData, flatten
+from .json_text import check_characters, json_object, refuse_constant, strict_decode
 from .parquet import ITEMS_FILE, SEQUENCES_FILE, read_parquet_items, read_parquet_sequences
 from .sequences import Sequences
 
@@ -259,7 +259,7 @@ def json_rows(file: Path, key: str) -> Iterator[tuple[str, Item, dict[str, Any]]
             continue
         where = f"{file}, line {number}"
         try:
-            row = _check_characters(json_object(line, _decode), line)
+            row = check_characters(json_object(line, strict_decode), line)
         except ValueError as error:
             raise ValueError(f"{where}: {error}. Correct or remove the line.") from None
         row_id = _check_id(row.get(key), key, where)
@@ -328,54 +328,6 @@ def check_features(features: dict[str, Any], where: str) -> None:
                 raise ValueError(f"{where}: {name!r} is {number}, which exceeds a float. Correct it or leave it out.")
 
 
-def json_object(text: str, decode: Callable[[str], Any] = json.loads) -> dict[str, Any]:
-    """Parse one JSON object.
-
-    Args:
-        text: a line of a `.jsonl` file, or a whole file.
-        decode: the parser, `json.loads` or the `decode` method of a decoder.
-
-    Raises:
-        ValueError: if the text is not a JSON object; the message is a phrase without a full stop.
-    """
-    row = json_value(text, decode)
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, not {type(row).__name__}")
-    return row
-
-
-def json_value(text: str, decode: Callable[[str], Any] = json.loads) -> Any:
-    """Parse any JSON value; arguments and errors as in `json_object`."""
-    try:
-        return decode(text)
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise ValueError(f"invalid JSON ({error.msg}, {line}column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("JSON that is nested too deeply") from None
-
-
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # JSON escape of one half of a surrogate pair
-
-
-def _check_characters(row: dict[str, Any], text: str) -> dict[str, Any]:
-    """Return `row`, parsed from `text`, unless it contains half a character, which no text file can store."""
-    if _SURROGATE.search(text):
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = error.object[error.start].encode("ascii", "backslashreplace").decode()
-            raise ValueError(f"{half} is half a character (half of a surrogate pair)") from None
-    return row
-
-
-def _refuse_constant(word: str) -> Any:
-    raise ValueError(f"{word} is not a number in JSON; write null or leave the entry out")
-
-
-_decode = json.JSONDecoder(parse_constant=_refuse_constant).decode  # created once; json.loads creates one per line
-
-
 def _read_object(file: Path) -> dict[str, Any]:
     """Read one JSON object, refusing duplicate keys (the json module silently keeps the last)."""
 
@@ -386,8 +338,8 @@ def _read_object(file: Path) -> dict[str, Any]:
 
     text = read_text(file)
     try:
-        decoder = json.JSONDecoder(object_pairs_hook=unique, parse_constant=_refuse_constant)
-        return _check_characters(json_object(text, decoder.decode), text)
+        decoder = json.JSONDecoder(object_pairs_hook=unique, parse_constant=refuse_constant)
+        return check_characters(json_object(text, decoder.decode), text)
     except ValueError as error:
         raise ValueError(f"{file}: {error}. Repair or replace the file.") from None
 

@@ -25,7 +25,7 @@ from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.checks import COUNT, check_number, short_repr
 from gflowtrl.configuration import check_names
 from gflowtrl.data import InteractionData, read_interactions
-from gflowtrl.data.readers import json_object
+from gflowtrl.data.json_text import json_object
 from gflowtrl.data.recommender_files import read_details
 from gflowtrl.ensemble import Ensemble, View, normalized_weights
 from gflowtrl.files import text_lines

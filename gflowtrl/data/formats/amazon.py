@@ -3,7 +3,7 @@
 import ast
 from collections.abc import Callable, Sequence
 
-from ..readers import json_object
+from ..json_text import json_object
 from .format import Columns, Format, Header, Parsed, Request, json_lines
 from .headerless import headerless_interactions
 from .source import Source

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from ..readers import json_object
+from ..json_text import json_object
 from .plain import Delimited, JsonLines, Plain
 from .source import Source
 

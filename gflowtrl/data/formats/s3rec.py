@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..readers import json_object
+from ..json_text import json_object
 from .format import Format, Parsed, Request
 from .source import Source
 

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..arrow import check_utf8
-from ..readers import json_object
+from ..json_text import json_object
 from .format import Format, Header, Parsed, Request, json_lines
 from .headerless import DELIMITERS, headerless_interactions, headerless_items
 from .plain import Typed
