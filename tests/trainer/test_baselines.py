@@ -1,4 +1,4 @@
-"""S-DPO and GRPO in the trainer: they use a reference and increase the probability of the targets."""
+"""Rival losses in the trainer: they increase the probability of the targets, and some use a reference."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from gflowtrl.data import Step
+from gflowtrl.losses import LOSSES
 from gflowtrl.policy import make_policy
 from gflowtrl.rewards import GroundTruthReward, RankPenaltyReward
 from tests.distributed.cases import Case, adapters_of
@@ -30,18 +31,27 @@ def target_probs(trainer) -> torch.Tensor:
         {"loss_type": "sdpo", "num_generations": 4},
         {"loss_type": "grpo", "reward_transform": "exp", "sampler": "beam", "num_generations": 8},
         {"loss_type": ["sft", "sdpo"], "peft_config": adapters_of(Case("sdpo"))},
+        {"loss_type": "bear"},
+        {"loss_type": "ipa", "sampler": {"ground_truth": 1, "uniform": 3}, "loss_kwargs": {"ipa": {"beta": 1.0}}},
+        {"loss_type": ["grpo", "sibling_grpo"], "reward_transform": "exp", "sampler": "beam", "num_generations": 8},
+        {"loss_type": "gbpo", "reward_transform": "exp", "sampler": "beam", "num_generations": 8},
+        {"loss_type": "flowrl", "sampler": {"ground_truth": 1, "uniform": 3}},
     ],
-    ids=["sdpo", "grpo", "sft and sdpo with adapters"],
+    ids=["sdpo", "grpo", "sft and sdpo with adapters", "bear", "ipa", "V-STAR", "gbpo", "flowrl"],
 )
 @torch.no_grad()
 def test_targets_become_more_probable(tmp_path, options):
-    rewards = [GroundTruthReward(), RankPenaltyReward()] if options["loss_type"] == "grpo" else None
+    names = options["loss_type"] if isinstance(options["loss_type"], list) else [options["loss_type"]]
+    rewards = None
+    if any(LOSSES[name].needs_rewards for name in names):
+        rewards = [GroundTruthReward(), RankPenaltyReward()] if options["sampler"] == "beam" else GroundTruthReward()
     trainer = make_trainer(tmp_path, rewards, max_steps=30, **options)
     before = target_probs(trainer).mean()
     with torch.enable_grad():
         trainer.train()
     assert target_probs(trainer).mean() > before + 0.1
-    assert trainer.prior is None and trainer.reference is not None  # it is not part of any reward
+    assert trainer.prior is None  # a reference is not part of any reward
+    assert (trainer.reference is not None) == any(LOSSES[name].needs_reference for name in names)
 
 
 def test_the_reference_does_not_change(tmp_path):
