@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gflowtrl.losses import contrastive_balance, detailed_balance, subtrajectory_balance, trajectory_balance, vargrad
-from gflowtrl.losses.common import penalty
+from gflowtrl.losses.common import penalize
 from tests.losses.tabular import TabularPolicy, random_tree
 
 
@@ -39,7 +39,7 @@ def brute_force(case: dict[str, Tensor], lam: float, huber_delta: float | None) 
         for i in range(length):
             for j in range(i + 1, length + 1):
                 residual = torch.tensor(flows[i] + sum(steps[i:j]) - flows[j], dtype=torch.double)
-                above += lam ** (j - i) * penalty(residual, huber_delta)
+                above += lam ** (j - i) * penalize(residual, huber_delta)
                 below += lam ** (j - i)
         losses[b, k] = above / below
     return losses
