@@ -60,9 +60,9 @@ def shortened(text: str, most: int) -> str:
 def short_repr(value: object) -> str:
     """Return `repr(value)` without its middle if it is long, or the type of a value that has no text."""
     try:
-        return shortened(repr(value), MOST_OF_A_WORD)
-    except (RecursionError, ValueError):  # nested too deeply; a number of more than 4,300 digits
-        return f"a {type(value).__name__} that is too large to be shown"
+        return shortened(re.sub(r"\s*\n\s*", " ", repr(value)), MOST_OF_A_WORD)
+    except Exception:  # nested too deeply; a number of more than 4,300 digits; a class whose __repr__ fails
+        return f"a {type(value).__name__} that cannot be shown"
 
 
 def is_finite(value: Any) -> bool:
@@ -143,11 +143,29 @@ def check_storable(value: object, where: str = "") -> None:
         check_storable(inner, f"{where}.{name}" if where else str(name))
 
 
+def check_type(name: str, value: object, kinds: Any, meaning: str, optional: bool = False) -> None:
+    """Check the type of an argument.
+
+    Args:
+        name: the argument's name in the error.
+        value: the argument.
+        kinds: the second argument of `isinstance`.
+        meaning: the kinds in words: "an ItemCatalog".
+        optional: also allow None.
+
+    Raises:
+        TypeError: names the argument, its type and the meaning.
+    """
+    if not isinstance(value, kinds) and not (optional and value is None):
+        raise TypeError(f"{name} is of type {type(value).__name__}; it must be {meaning}.")
+
+
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Check that an option is one of several words.
 
     Raises:
         ValueError: names the option, its value and the choices.
     """
-    if value not in (known := list(choices)):
+    known = list(choices)
+    if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name} is {short_repr(value)}; choose {' or '.join(map(repr, known))}.")

@@ -49,6 +49,23 @@ def test_texts():
         checks.check_titles({2: "lamp", 3: math.nan})
 
 
+def test_types():
+    checks.check_type("It", 5, int, "a number")
+    checks.check_type("It", None, int | str, "a number", optional=True)
+    for value in (None, "5"):
+        with pytest.raises(TypeError, match=f"^It is of type {type(value).__name__}; it must be a number.$"):
+            checks.check_type("It", value, int, "a number")
+
+
+def test_every_value_has_a_short_text():
+    class Silent:
+        def __repr__(self):
+            raise KeyError("no text")
+
+    assert checks.short_repr(Silent()) == "a Silent that cannot be shown"
+    assert checks.short_repr(np.zeros((2, 2))) == "array([[0., 0.], [0., 0.]])"
+
+
 def test_choices():
     checks.check_choice("It", "a", ("a", "b"))
     with pytest.raises(ValueError, match="^It is 'c'; choose 'a' or 'b'.$"):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import operator
 import os
 from collections import ChainMap
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gflowtrl.checks import check_choice, check_type, short_repr
 from gflowtrl.files import write_text
 
-from .items import Item, ItemIndex
+from .items import Item, ItemIndex, as_items, check_tokens
 from .rows import distinct_rows
 from .saved import read_catalog
 from .seen import SeenItems
@@ -61,7 +63,8 @@ class ItemCatalog:
         retired: Iterable[Item] = (),
         version: int = 1,
     ):
-        items, semantic_ids = list(items), [tuple(tokens) for tokens in semantic_ids]
+        items, semantic_ids = as_items(items), [tuple(tokens) for tokens in semantic_ids]
+        check_type("item_token_ids", item_token_ids, Tensor, "a tensor (items, L) of token ids")
         if not len(items) == len(semantic_ids) == len(item_token_ids):
             raise ValueError(
                 f"{len(items)} items, {len(semantic_ids)} semantic ids and {len(item_token_ids)} rows of "
@@ -103,7 +106,9 @@ class ItemCatalog:
 
         Raises:
             ValueError: there are no items, an item has no tokens, or the tokenizer does not know a token.
+            TypeError: items are not integers or strings, or tokens are not strings.
         """
+        check_type("semantic_ids", semantic_ids, Mapping, "a dictionary {item: tokens}")
         if not semantic_ids:
             raise ValueError("semantic_ids is empty; the catalog needs at least one item.")
         token_ids = _ids_of_tokens(semantic_ids, tokenizer)
@@ -186,7 +191,12 @@ class ItemCatalog:
 
     def index_of(self, items: Sequence[Item]) -> Tensor:
         """Return the positions `(n,)` of items, on the CPU. An unknown item raises a ValueError that names it."""
-        return torch.tensor([self._index[item] for item in items], dtype=torch.long)
+        try:
+            return torch.tensor([self._index[item] for item in items], dtype=torch.long)
+        except TypeError:
+            raise TypeError(
+                f"{_no_item(items)}; items are integers or strings, and a list of them is needed."
+            ) from None
 
     def history_index_of(self, items: Sequence[Item]) -> Tensor:
         """Return the positions `(n,)` in `history_items`, on the CPU. An unknown item raises a ValueError."""
@@ -201,14 +211,24 @@ class ItemCatalog:
         such item."""
         known, unknown = [], []
         for row, history in enumerate(histories):
-            unknown += [(row, item) for item in history if item not in self and item not in self._retired]
-            known.append([item for item in history if item in self or item in self._retired])
+            try:
+                unknown += [(row, item) for item in history if item not in self and item not in self._retired]
+                known.append([item for item in history if item in self or item in self._retired])
+            except TypeError:
+                wrong = _no_item(history) or "a history is not a list"
+                raise TypeError(f"{wrong}; each history is a list of items, which are integers or strings.") from None
         return known, unknown
 
     def known_items(self, histories: Iterable[Sequence[Item]]) -> tuple[list[list[Item]], list[tuple[int, Item]]]:
         """Return the histories without items that are not in the catalog, and `(row, item)` for each such item."""
         histories = list(histories)
-        unknown = [(row, item) for row, history in enumerate(histories) for item in history if item not in self]
+        try:
+            unknown = [(row, item) for row, history in enumerate(histories) for item in history if item not in self]
+        except TypeError:
+            wrong = next(
+                (_no_item(history) for history in histories if _no_item(history)), "histories has a wrong value"
+            )
+            raise TypeError(f"{wrong}; each history is a list of items, which are integers or strings.") from None
         return [[item for item in history if item in self] for history in histories], unknown
 
     def leaf_of(self, items: Sequence[Item]) -> Tensor:
@@ -217,18 +237,48 @@ class ItemCatalog:
 
     def items_of(self, leaf: int) -> list[Item]:
         """Return all items at a leaf, in the catalog's order."""
+        leaf = self._checked_leaf(leaf)
         start = int(self._leaf_start[leaf])
         rows = self._items_by_leaf[start : start + int(self.leaf_sizes[leaf])]
         return [self.items[i] for i in rows.tolist()]
 
     def leaf_text(self, leaf: int) -> str:
         """Return the semantic id of a leaf as text, its tokens joined by spaces."""
-        return " ".join(self.semantic_ids[int(self._items_by_leaf[self._leaf_start[leaf]])])
+        return " ".join(self.semantic_ids[int(self._items_by_leaf[self._leaf_start[self._checked_leaf(leaf)]])])
+
+    def _checked_leaf(self, leaf: int) -> int:
+        last = self.tree.num_leaves - 1
+        try:
+            number = operator.index(leaf)
+        except TypeError:
+            number = -1
+        if not 0 <= number <= last:
+            raise ValueError(f"leaf is {short_repr(leaf)}; it must be a number from 0 to {last}.")
+        return number
+
+    def check_counts(self, item_counts: Tensor) -> None:
+        """Check that a tensor `(items,)` has a count of at least 0 for each item.
+
+        Raises:
+            TypeError: it is not a tensor.
+            ValueError: it has another shape, or a count is negative, NaN or infinite; the error names its item.
+        """
+        check_type("item_counts", item_counts, Tensor, "a tensor with one count per item")
+        if item_counts.shape != (len(self),):
+            raise ValueError(
+                f"item_counts has shape {tuple(item_counts.shape)}, but the catalog has {len(self)} items. Give "
+                f"one count per item, in the order of catalog.items."
+            )
+        if len(wrong := (~(item_counts.isfinite() & (item_counts >= 0))).nonzero()):
+            item, count = self.items[int(wrong[0])], item_counts[wrong[0]].item()
+            raise ValueError(f"item_counts has {count} for item {item!r}; a count must be a number of at least 0.")
 
     def fold_items(self, values: Tensor, reduction: str = "sum") -> Tensor:
         """Reduce values per item to values per leaf, `(B, items) -> (B, N)`, by the "sum" or "max" over its items."""
-        if reduction not in ("sum", "max"):
-            raise ValueError(f"reduction is {reduction!r}; choose 'sum' or 'max'.")
+        check_type("values", values, Tensor, "a tensor (B, items)")
+        if values.ndim != 2 or values.shape[1] != len(self):
+            raise ValueError(f"values has shape {tuple(values.shape)}; it must be (B, {len(self)}), a value per item.")
+        check_choice("reduction", reduction, ("sum", "max"))
         index = self.item_leaf.to(values.device).expand(values.shape[0], -1)
         folded = values.new_zeros(values.shape[0], self.tree.num_leaves)
         if reduction == "sum":
@@ -314,6 +364,7 @@ class ItemCatalog:
             FileNotFoundError: `catalog.json` is missing.
             ValueError: `catalog.json` is damaged (`saved.read_catalog`).
         """
+        check_type("directory", directory, str | os.PathLike, "the path of a folder")
         path = Path(directory) / CATALOG_FILE
         if not path.is_file():
             raise FileNotFoundError(
@@ -335,6 +386,7 @@ class ItemCatalog:
             ValueError: a token has another id in the tokenizer, or none: the catalog belongs to another tokenizer, or
                 tokens were swapped.
         """
+        _check_tokenizer(tokenizer)
         tokens, token_ids = self.distinct_tokens()
         expected = tokenizer.convert_tokens_to_ids(tokens)
         entries = zip(tokens, token_ids, expected, strict=True)
@@ -357,13 +409,15 @@ class ItemCatalog:
 
 def _ids_of_tokens(semantic_ids: Mapping[Item, Sequence[str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Return the token id of each token of these ids; check that the tokenizer knows all of them."""
+    check_type("semantic_ids", semantic_ids, Mapping, "a dictionary {item: tokens}")
+    _check_tokenizer(tokenizer)
+    for item, tokens in semantic_ids.items():
+        check_tokens(item, tokens)
     texts = sorted({token for tokens in semantic_ids.values() for token in tokens})
     token_ids = dict(zip(texts, tokenizer.convert_tokens_to_ids(texts), strict=True))
     for item, tokens in semantic_ids.items():
         if not tokens:
             raise ValueError(f"Item {item!r} has an empty semantic id.")
-        if isinstance(tokens, str):
-            raise ValueError(f"The semantic id of item {item!r} is the text {tokens!r}; give a list of its tokens.")
         for token in tokens:
             if token_ids[token] in (None, tokenizer.unk_token_id):
                 raise ValueError(
@@ -371,6 +425,18 @@ def _ids_of_tokens(semantic_ids: Mapping[Item, Sequence[str]], tokenizer: PreTra
                     f"gflowtrl.data.build_tokenizer or add the tokens with gflowtrl.data.add_item_tokens."
                 )
     return token_ids
+
+
+def _no_item(items: object) -> str:
+    """Return what is wrong with items that cannot be looked up; an empty text for items that can."""
+    if isinstance(items, str) or not isinstance(items, Iterable):
+        return f"{short_repr(items)} is not a list of items"
+    return next((f"{short_repr(item)} is not an item" for item in items if not isinstance(item, Hashable)), "")
+
+
+def _check_tokenizer(tokenizer: object) -> None:
+    if not hasattr(tokenizer, "convert_tokens_to_ids"):
+        raise TypeError(f"tokenizer is of type {type(tokenizer).__name__}; it must be a tokenizer of transformers.")
 
 
 def _pad_ids(semantic_ids: Iterable[Sequence[str]], token_ids: Mapping[str, int]) -> Tensor:

@@ -20,6 +20,8 @@ from .rows import sorted_rows
 
 
 _EXP_RANGE = 80.0  # exp(-80) is a normal number in 32 bits
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_MOST_TOKENS = 2**26  # a table of all token ids up to the largest one takes 8 bytes per id
 
 
 class PrefixTree:
@@ -130,6 +132,7 @@ class PrefixTree:
 
         A node or token of -1 has no child.
         """
+        _check_integers(nodes=nodes, tokens=tokens)
         known = (nodes >= 0) & (tokens >= 0) & (tokens < self.num_tokens)
         keys = torch.where(known, nodes * self.num_tokens + tokens, 0)
         index = torch.searchsorted(self._child_keys, keys).clamp_(max=self.num_nodes - 2)
@@ -137,6 +140,7 @@ class PrefixTree:
 
     def tokens_of(self, nodes: Tensor) -> Tensor:
         """Return the token that leads to each node, 0 for the root and for -1: `(...,) -> (...,)`."""
+        _check_integers(nodes=nodes)
         return self.node_token[nodes.clamp(min=0)].long().clamp(min=0)
 
     def compact_token_ids(self, tokens: Tensor) -> Tensor:
@@ -156,6 +160,7 @@ class PrefixTree:
         return self._children(nodes, self.max_children[depth])
 
     def _children(self, nodes: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        _check_integers(nodes=nodes)
         offsets = torch.arange(width, device=nodes.device)
         safe = nodes.clamp(min=0)
         count = torch.where(nodes >= 0, self.num_children[safe], 0)
@@ -176,6 +181,7 @@ class PrefixTree:
 
     def walk(self, leaves: Tensor) -> Tensor:
         """Return the nodes of each leaf's path: `(...,) -> (..., L + 1)`, root first, -1 after a shorter id's end."""
+        _check_integers(leaves=leaves)
         return self.path_nodes[leaves].long()
 
     def leaf_nodes(self) -> Tensor:
@@ -221,14 +227,16 @@ class PrefixTree:
 
         The remaining tokens from such a node are certain, so a policy gives them probability 1 without the model.
         """
+        _check_integers(nodes=nodes)
         return (nodes < 0) | (self.leaf_count[nodes.clamp(min=0)] == 1)
 
     def unique_leaf(self, nodes: Tensor) -> Tensor:
         """Return the only leaf below each determined node, -1 for all other nodes and for -1: `(...,) -> (...,)`."""
-        return torch.where((nodes >= 0) & self.is_determined(nodes), self.first_leaf[nodes.clamp(min=0)].long(), -1)
+        return torch.where(self.is_determined(nodes) & (nodes >= 0), self.first_leaf[nodes.clamp(min=0)].long(), -1)
 
     def leaf_at(self, nodes: Tensor) -> Tensor:
         """Return the leaf that ends at each node, -1 for inner nodes: `(...,) -> (...,)`."""
+        _check_integers(nodes=nodes)
         safe = nodes.clamp(min=0)
         return torch.where((nodes >= 0) & (self.num_children[safe] == 0), self.first_leaf[safe].long(), -1)
 
@@ -242,9 +250,12 @@ class PrefixTree:
             `(B, M)`; column 0 is log Z. Rewards are added level by level, bottom-up, so that a subtree with tiny
             rewards keeps its relative precision.
         """
-        batch, num_leaves = leaf_log_rewards.shape
-        if num_leaves != self.num_leaves:
-            raise ValueError(f"leaf_log_rewards has {num_leaves} columns, but the tree has {self.num_leaves} leaves.")
+        if not isinstance(leaf_log_rewards, Tensor) or not leaf_log_rewards.is_floating_point():
+            raise TypeError(f"leaf_log_rewards is {_kind(leaf_log_rewards)}; it must be a tensor of floats.")
+        if leaf_log_rewards.ndim != 2 or leaf_log_rewards.shape[1] != self.num_leaves:
+            shape = tuple(leaf_log_rewards.shape)
+            raise ValueError(f"leaf_log_rewards has shape {shape}; the tree has {self.num_leaves} leaves: (B, N).")
+        batch = len(leaf_log_rewards)
         peak, lowest = leaf_log_rewards.amax(1, keepdim=True), _least_finite(leaf_log_rewards)
         flows = leaf_log_rewards.new_full((batch, self.num_nodes), -torch.inf)
         flows[:, self.leaf_nodes()] = leaf_log_rewards
@@ -288,8 +299,21 @@ def in_rows(rows: Tensor, values: Tensor) -> Tensor:
     return (rows.gather(1, index) == flat).view(values.shape)
 
 
+def _check_integers(**given: Tensor) -> None:
+    """Raise a TypeError unless all are tensors of node, leaf or token numbers (int32 or int64)."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} is {_kind(value)}; it must be a tensor of integers (torch.long).")
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
+
+
 def _check_paths(token_paths: Tensor) -> Tensor:
-    if token_paths.ndim != 2 or token_paths.numel() == 0 or token_paths.is_floating_point():
+    if not isinstance(token_paths, Tensor):
+        raise TypeError(f"token_paths is of type {type(token_paths).__name__}; it must be an integer tensor (N, L).")
+    if token_paths.ndim != 2 or token_paths.numel() == 0 or token_paths.dtype not in _INTEGERS:
         raise ValueError(
             f"token_paths must be a non-empty integer tensor of shape (items, tokens per id), but its "
             f"shape is {tuple(token_paths.shape)} and its dtype {token_paths.dtype}."
@@ -297,6 +321,8 @@ def _check_paths(token_paths: Tensor) -> Tensor:
     paths = token_paths.detach().cpu().long()
     if int(paths.min()) < -1:
         raise ValueError(f"token_paths holds {int(paths.min())}; token ids must be >= 0, and the padding -1.")
+    if int(paths.max()) >= _MOST_TOKENS:
+        raise ValueError(f"token_paths holds {int(paths.max())}; token ids must be below {_MOST_TOKENS}.")
     present = paths >= 0
     empty = torch.nonzero(~present[:, 0]).squeeze(1)
     if len(empty):

@@ -8,6 +8,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gflowtrl.catalog import Item
+from gflowtrl.catalog.items import check_tokens
+from gflowtrl.checks import check_text, check_type
 
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
@@ -111,9 +113,12 @@ def check_round_trip(tokenizer: PreTrainedTokenizerBase, semantic_ids: Mapping[I
     Raises:
         ValueError: for the first item whose text -> ids -> text is not the identity; the message names it.
     """
+    check_type("tokenizer", tokenizer, PreTrainedTokenizerBase, "a tokenizer of transformers")
+    check_type("semantic_ids", semantic_ids, Mapping, "a dictionary {item: tokens}")
     known = tokenizer.get_vocab()
     special = set(tokenizer.all_special_tokens)
     for item, tokens in semantic_ids.items():
+        check_tokens(item, tokens)
         for token in tokens:
             if token not in known or token in special:
                 what = "a special token, which decoding drops" if token in special else "not a token of the tokenizer"
@@ -132,8 +137,11 @@ def check_round_trip(tokenizer: PreTrainedTokenizerBase, semantic_ids: Mapping[I
 def _item_tokens(semantic_ids: Mapping[Item, Sequence[str]]) -> list[str]:
     """Sort all tokens by the first level at which they occur, then in natural order (`<a_2>` before `<a_10>`)."""
     level_of: dict[str, int] = {}
+    check_type("semantic_ids", semantic_ids, Mapping, "a dictionary {item: tokens}")
     for item, tokens in semantic_ids.items():
+        check_tokens(item, tokens)
         for level, token in enumerate(tokens):
+            check_text(f"A token of item {item!r}", token)
             if token in (PAD, BOS, EOS) or token.split() != [token]:
                 raise ValueError(
                     f"Item {item!r} has the token {token!r}. A token must be a word without whitespace, other than "

@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -74,8 +75,32 @@ def test_errors_name_the_bad_input(catalog, tmp_path):
         ItemCatalog.from_semantic_ids({"sock": ("<a_77>", "<b_0>")}, tokenizer)
     with pytest.raises(ValueError, match="'sock' has an empty semantic id"):
         ItemCatalog.from_semantic_ids({"sock": ()}, tokenizer)
-    with pytest.raises(ValueError, match="give a list of its tokens"):
+    with pytest.raises(TypeError, match="give a list of its tokens"):
         ItemCatalog.from_semantic_ids({"sock": "<a_1><b_0>"}, tokenizer)
+    for wrong in (5, None, {"<a_0>"}, ("<a_0>", 5), ("<a_0>", None)):
+        with pytest.raises(TypeError, match="The semantic id of item 'sock' is .*; give a list of its tokens as text"):
+            ItemCatalog.from_semantic_ids({"sock": wrong}, tokenizer)
+    for wrong in (1.5, None, True, ("a",), b"a"):
+        with pytest.raises(TypeError, match="is not an item; give integers or strings"):
+            ItemCatalog.from_semantic_ids({wrong: next(iter(IDS.values()))}, tokenizer)
+    with pytest.raises(ValueError, match="An item holds half a character"):
+        ItemCatalog(["\ud83d"], [("a",)], torch.tensor([[1]]))
+    with pytest.raises(TypeError, match="semantic_ids is of type list; it must be a dictionary"):
+        ItemCatalog.from_semantic_ids(["sock"], tokenizer)
+    with pytest.raises(TypeError, match="tokenizer is of type str; it must be a tokenizer"):
+        ItemCatalog.from_semantic_ids(IDS, "gpt2")
+    with pytest.raises(TypeError, match="item_token_ids is of type list; it must be a tensor"):
+        ItemCatalog(["x"], [("a",)], [[1]])
+    with pytest.raises(TypeError, match=r"\['hat'\] is not an item; items are integers or strings"):
+        catalog.leaf_of(["hat", ["hat"]])
+    with pytest.raises(TypeError, match="5 is not a list of items; each history"):
+        catalog.known_items([["hat"], 5])
+    with pytest.raises(ValueError, match=r"values has shape \(1, 99\); it must be \(B, \d+\)"):
+        catalog.fold_items(torch.zeros(1, 99))
+    for leaf in (-1, catalog.tree.num_leaves, None, 0.5):  # -1 gave the items of the last leaf
+        for method in (catalog.items_of, catalog.leaf_text):
+            with pytest.raises(ValueError, match=f"leaf is {leaf}; it must be a number from 0"):
+                method(leaf)
     with pytest.raises(ValueError, match="is a prefix of"):
         ItemCatalog.from_semantic_ids({"x": ("<a_1>",), "y": ("<a_1>", "<b_0>")}, tokenizer)
     with pytest.raises(ValueError, match="'x' is given twice"):
@@ -188,3 +213,9 @@ def test_wrong_changes_are_refused(catalog, tmp_path):
         with pytest.raises(ValueError, match=message):
             ItemCatalog.from_pretrained(tmp_path)
         file.write_text(text)
+
+
+def test_integers_of_numpy_are_items_that_can_be_saved(tmp_path):
+    catalog = ItemCatalog(list(np.arange(3)), [("a",), ("b",), ("c",)], torch.tensor([[1], [2], [3]]))
+    catalog.save_pretrained(tmp_path)
+    assert ItemCatalog.from_pretrained(tmp_path).items == [0, 1, 2] and 2 in catalog

@@ -119,6 +119,7 @@ def test_log_flows_keep_tiny_subtrees_in_32_bits(spread):
         ([[1, -1, 2]], ["Row 0", "after padding"]),
         ([[1, 2], [-1, -1]], ["Row 1", "no first token"]),
         ([[1, -7]], ["-7"]),
+        ([[1, 2**40]], ["1099511627776", "must be below 67108864"]),  # a table of all ids would take 8 TiB
     ],
 )
 def test_bad_paths_raise_an_error_that_names_them(paths, words):
@@ -129,7 +130,27 @@ def test_bad_paths_raise_an_error_that_names_them(paths, words):
         assert word in str(error.value)
 
 
+def test_numbers_of_nodes_must_be_tensors_of_integers():
+    tree = PrefixTree(torch.tensor([[0, 0], [0, 1], [1, 0]]))
+    calls = [tree.walk, tree.tokens_of, tree.is_determined, tree.leaf_at, tree.path_mask, tree.unique_leaf]
+    calls += [lambda nodes: tree.children(nodes, 0), lambda nodes: tree.step(nodes, torch.zeros(1, dtype=torch.long))]
+    for call in calls:
+        call(torch.zeros(1, dtype=torch.long))
+        for wrong in (torch.zeros(1), torch.zeros(1, dtype=torch.uint8), torch.zeros(1) > 0, [0], None):
+            with pytest.raises(TypeError, match="it must be a tensor of integers"):
+                call(wrong)
+    with pytest.raises(TypeError, match="leaf_log_rewards is of type list; it must be a tensor of floats"):
+        tree.log_flows([[0.0] * 3])
+    with pytest.raises(ValueError, match=r"leaf_log_rewards has shape \(3,\); the tree has 3 leaves"):
+        tree.log_flows(torch.zeros(3))
+
+
 def test_empty_and_float_tensors_raise():
+    for wrong in ([[1, 2]], None):
+        with pytest.raises(TypeError, match="it must be an integer tensor"):
+            PrefixTree(wrong)
+    with pytest.raises(ValueError, match="non-empty integer tensor"):
+        PrefixTree(torch.ones(2, 3) > 0)
     with pytest.raises(ValueError, match="non-empty integer tensor"):
         PrefixTree(torch.zeros(0, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="non-empty integer tensor"):

@@ -83,3 +83,14 @@ def test_special_item_tokens_are_refused(text_tokenizer):
 def test_errors_name_bad_tokens(token):
     with pytest.raises(ValueError, match="Item 5 has the token"):
         build_tokenizer({5: (token,)})
+
+
+@pytest.mark.parametrize("tokens", ["abc", None, 5, ("<a_1>", None), ("<a_1>", 3), {"<a_1>"}, (b"<a_1>",)])
+def test_tokens_that_are_no_list_of_texts_are_refused(tokens):
+    for check in (build_tokenizer, lambda ids: check_round_trip(build_tokenizer({1: ("<a_1>",)}), ids)):
+        with pytest.raises(TypeError, match="The semantic id of item 5 is .*; give a list of its tokens as text"):
+            check({5: tokens})
+    with pytest.raises(TypeError, match="semantic_ids is of type list; it must be a dictionary"):
+        build_tokenizer([tokens])
+    with pytest.raises(ValueError, match="A token of item 5 holds half a character"):
+        build_tokenizer({5: ("\ud83d",)})
