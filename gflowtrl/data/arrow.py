@@ -6,6 +6,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from gflowtrl.checks import one_line
+
 
 def is_table(value: Any) -> bool:
     """Return whether `as_table` takes a value: a DataFrame of pandas or polars, or whatever Arrow can read."""
@@ -25,8 +27,11 @@ def as_table(value: Any, name: str) -> pa.Table:
         )
     try:
         table = pa.Table.from_pandas(value, preserve_index=False) if _is_pandas(value) else pa.table(value)
-    except pa.ArrowException as error:
-        raise ValueError(f"The {name} is not a table of Arrow: {' '.join(str(error).split())}") from None
+    except (pa.ArrowException, ValueError, OverflowError) as error:  # ValueError: two columns have one name
+        text = one_line(str(error))
+        raise ValueError(
+            f"The {name} is not a table of Arrow ({text}). Give each column a name and one type."
+        ) from None
     views = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
     return table.cast(pa.schema([field.with_type(views.get(field.type, field.type)) for field in table.schema]))
 

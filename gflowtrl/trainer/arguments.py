@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from transformers import TrainingArguments
+from peft import PeftConfig
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-from gflowtrl.checks import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE_BELOW_ONE, Bound, at_least, check_number
+from gflowtrl.catalog import ItemCatalog
+from gflowtrl.checks import (
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SHARE_BELOW_ONE,
+    Bound,
+    at_least,
+    check_number,
+    check_type,
+    short_repr,
+)
 
 
 #: Bounds of the fields of `TrainingArguments`; None is always valid.
@@ -50,6 +64,35 @@ def check_training_arguments(args: TrainingArguments) -> None:
         raise ValueError(f"max_steps is {args.max_steps}; it must be {COUNT.meaning}, or -1 for num_train_epochs.")
     if args.max_steps <= 0:
         check_number("num_train_epochs", args.num_train_epochs, POSITIVE)
+
+
+#: The types of arguments of the trainers; all but optimizers may be None.
+TYPES: dict[str, tuple[Any, str]] = {
+    "processing_class": (PreTrainedTokenizerBase, "a tokenizer of transformers"),
+    "catalog": (ItemCatalog, "an ItemCatalog"),
+    "peft_config": (PeftConfig, "a configuration of PEFT, for example a LoraConfig"),
+    "item_counts": (Tensor, "a tensor with one count per item, in the order of catalog.items"),
+    "item_titles": (Mapping, "a dictionary {item: title}"),
+    "prompt_encoder": (Callable, "a PromptEncoder"),
+    "callbacks": (list, "a list of callbacks"),
+    "optimizers": (tuple | list, "a pair (optimizer, scheduler)"),
+    "compute_metrics": (Callable, "a function of an EvalPrediction"),
+    "optimizer_cls_and_kwargs": (tuple | list, "a pair (class, options)"),
+    "model_init": (Callable, "a function that returns a model"),
+}
+
+
+def check_types(given: Mapping[str, Any]) -> None:
+    """Raise a TypeError for the first of the given arguments that is not of its type in `TYPES`."""
+    for name, (kinds, meaning) in TYPES.items():
+        value = given[name]
+        check_type(name, value, kinds, meaning, optional=name != "optimizers")
+        if meaning.startswith("a pair") and value is not None and len(value) != 2:
+            raise TypeError(f"{name} has {len(value)} entries; it must be {meaning}.")
+    for callback in given["callbacks"] or ():
+        kind = callback if isinstance(callback, type) else type(callback)
+        if not issubclass(kind, TrainerCallback):
+            raise TypeError(f"callbacks has {short_repr(callback)}; each one must be a TrainerCallback.")
 
 
 #: Arguments of TRL's trainers that these trainers do not have, and what replaces them.

@@ -30,6 +30,7 @@ from .best_metric import LOGGED_METRICS, resolve_metric
 from .checkpoints import TrainerBase
 from .exposed import unchecked_log_probs
 from .finite_steps import nonfinite_weight
+from .input_checks import check_rows
 from .reference import ReferencePrior
 from .row_sources import evaluation_rows
 
@@ -79,11 +80,7 @@ class RankingEvaluationMixin(TrainerBase):
         Raises:
             ValueError: the counts do not fit the catalog, or `metric_for_best_model` will not be reported.
         """
-        if item_counts.shape != (len(catalog),):
-            raise ValueError(
-                f"item_counts has shape {tuple(item_counts.shape)}, but the catalog has {len(catalog)} items. Give "
-                f"one count per item, in the order of catalog.items."
-            )
+        catalog.check_counts(item_counts)
         self._catalog, self._item_counts = catalog, item_counts
         self._num_beams, self._ks, self._more_metrics = num_beams, tuple(ks), compute_metrics
         self._ranking_collator = GroupCollator(encoder)
@@ -128,11 +125,15 @@ class RankingEvaluationMixin(TrainerBase):
         """Return the evaluation rows, longest histories first: less padding, and memory runs out early or never."""
         datasets: Any = self.eval_dataset
         if isinstance(eval_dataset, str):
+            if eval_dataset not in (names := list(datasets) if isinstance(datasets, dict) else []):
+                raise ValueError(f"eval_dataset is {eval_dataset!r}, which is not one of the trainer's, {names}.")
             rows: Any = datasets[eval_dataset]
         else:
             rows = datasets if eval_dataset is None else evaluation_rows(eval_dataset)
         if rows is None:
             raise ValueError("There are no evaluation rows. Pass eval_dataset to the trainer or rows to evaluate().")
+        if rows is not datasets and not isinstance(eval_dataset, str):  # the others were checked by the constructor
+            check_rows(rows, self._catalog)
         return self._ranking_loader(super().get_eval_dataloader, by_length(rows)[0])
 
     def get_test_dataloader(self, test_dataset: Any):
@@ -141,6 +142,7 @@ class RankingEvaluationMixin(TrainerBase):
         if not isinstance(rows, Dataset):
             kind = type(rows).__name__
             raise TypeError(f"predict takes one dataset of rows, not a {kind}; call it for each dataset.")
+        check_rows(rows, self._catalog)
         return self._ranking_loader(super().get_test_dataloader, rows)
 
     def _ranking_loader(self, load: Callable[[Any], Any], rows: Dataset):

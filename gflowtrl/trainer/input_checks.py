@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gflowtrl.catalog import Item, ItemCatalog
+from gflowtrl.checks import short_repr
 from gflowtrl.compat import carries_adapters
 from gflowtrl.data import PromptEncoder, check_column_names, has_exposed_rows
 from gflowtrl.policy import check_causal, check_positions
@@ -41,6 +42,9 @@ def check_datasets(train_dataset: Rows | None, others: Iterable[Rows | None], ca
 
 def check_model(model: PreTrainedModel, catalog: ItemCatalog) -> None:
     """Check that the model has an output layer, embeds every token of the catalog, and can be scored exactly."""
+    if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings"):
+        text = "it must be a language model of transformers, its name or its folder"
+        raise TypeError(f"The model is of type {type(model).__name__}; {text}.")
     if model.get_output_embeddings() is None:
         raise ValueError(
             f"{type(model).__name__} has no output layer over tokens. Use a language model: a causal one "
@@ -68,6 +72,8 @@ def check_encoder(
     max_history_items: int | None = None,
 ) -> None:
     """Check that the encoder has the same items and history length, and that the model has enough positions."""
+    if not hasattr(encoder, "max_history_items"):
+        raise TypeError(f"prompt_encoder is of type {type(encoder).__name__}; it must be a PromptEncoder.")
     if max_history_items not in (None, encoder.max_history_items):
         raise ValueError(
             f"max_history_items is {max_history_items}, but the prompt_encoder was created with "
@@ -111,12 +117,19 @@ def check_rows(rows: Dataset | None, catalog: ItemCatalog) -> None:
 
 def check_row(row_id: Any, history: Sequence[Item], wanted: Sequence[Item], known: frozenset[Item]) -> None:
     """Check a row: its id, its history and its other items (the target, or the candidates)."""
-    if not isinstance(row_id, Integral):
-        raise TypeError(f"The row_id {row_id!r} is not an integer; number the rows.")
+    if not isinstance(row_id, Integral) or isinstance(row_id, bool):
+        raise TypeError(f"The row_id {short_repr(row_id)} is not an integer; number the rows.")
+    for what, items in (("history", history), ("candidates", wanted)):
+        if isinstance(items, str | Mapping) or not hasattr(items, "__len__"):
+            raise TypeError(f"Row {row_id} has the {what} {short_repr(items)}; it must be a list of items.")
     if not len(history):
         raise ValueError(f"Row {row_id} has an empty history; leave out rows without a history.")
-    if not (known.issuperset(wanted) and known.issuperset(history)):
-        unknown = next(item for item in [*wanted, *history] if item not in known)
+    try:
+        all_known = known.issuperset(wanted) and known.issuperset(history)
+    except TypeError:  # an item is a list or a dictionary
+        all_known = False
+    if not all_known:
+        unknown = next(item for item in [*wanted, *history] if isinstance(item, list | dict) or item not in known)
         raise ValueError(
             f"Row {row_id} contains item {unknown!r}, which is not in the catalog of {len(known)} items. Leave it "
             f"out of the data or give it a semantic id."

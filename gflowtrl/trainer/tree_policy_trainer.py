@@ -29,7 +29,7 @@ from gflowtrl.rewards import StepReward
 from gflowtrl.samplers import Sampler, Trajectories, build_sampler, validate_trajectories
 
 from .adapters import add_adapters
-from .arguments import refuse_arguments
+from .arguments import check_types, refuse_arguments
 from .checkpoints import CompleteCheckpointsMixin
 from .evaluation import RankingEvaluationMixin, rows_per_step
 from .finite_steps import HEADS_FILE, FiniteMixin, group_parts
@@ -133,6 +133,8 @@ class TreePolicyTrainer(
         **unsupported: Any,
     ):
         refuse_arguments(type(self).__name__, unsupported)
+        check_types(locals())
+        model = os.fspath(model) if isinstance(model, os.PathLike) else model
         self.args = TreePolicyConfig("gflowtrl-output") if args is None else args
         self._given = Given(
             processing_class, catalog, prompt_encoder, item_titles, item_counts, sampler, peft_config,
@@ -276,7 +278,8 @@ class TreePolicyTrainer(
         noise = self.noise.at(self.state.global_step, step.row_ids)
         with self._timed("sample"):
             drawn = self.sampler.sample(step, policy, reward, self.num_generations, noise)
-            validate_trajectories(drawn, len(step), self.num_generations, self._catalog.tree.num_leaves)
+            leaves, sources = self._catalog.tree.num_leaves, len(self.sampler.source_names)
+            validate_trajectories(drawn, len(step), self.num_generations, leaves, sources)
         return drawn
 
     def _score(self, step: Step, policy: TreePolicy, drawn: Trajectories) -> tuple[Tensor, StepScores]:

@@ -3,10 +3,11 @@
 import math
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
-from datasets import Dataset
-from transformers import T5Config, T5ForConditionalGeneration
+from datasets import Dataset, IterableDataset
+from transformers import T5Config, T5ForConditionalGeneration, TrainerCallback
 
 from gflowtrl import GFlowNetConfig, GFlowNetTrainer
 from gflowtrl.data import PromptEncoder
@@ -26,6 +27,14 @@ def rows(**changes) -> Dataset:
     return Dataset.from_dict({name: values for name, values in (columns | changes).items() if values is not None})
 
 
+def stream(values: list) -> IterableDataset:
+    """A stream that holds the values as they are."""
+    return IterableDataset.from_generator(lambda: iter(values))
+
+
+GOOD = {"row_id": 1, "history": ["i010"], "target": "i222"}
+
+
 def no_items(items, **_):
     return [1.0] * len(items)
 
@@ -43,6 +52,18 @@ CONSTRUCTION = {
     "no rows": ({"train_dataset": make_rows().select([])}, "no rows"),
     "missing column": ({"train_dataset": rows(target=None)}, "no column target"),
     "repeated row id": ({"train_dataset": rows(row_id=[1, 2, 1])}, "Two rows have the row_id 1"),
+    "row id of True": ({"train_dataset": rows(row_id=[True, False, True])}, "row_id True is not an integer"),
+    "large row id": ({"train_dataset": [{**GOOD, "row_id": 2**70}]}, "train_dataset has a column .* several types"),
+    "no history": ({"train_dataset": rows(history=[["i010"], None, ["twin"]])}, "Row 2 has the history None; it must"),
+    "history of text": ({"train_dataset": rows(history=["i010", "short", "twin"])}, "Row 1 has the history 'i010'"),
+    "nested history": ({"train_dataset": rows(history=[[["i010"]]] * 3)}, r"Row 1 contains item \['i010'\]"),
+    "list as a target": ({"train_dataset": rows(target=[["i222"]] * 3)}, r"Row 1 contains item \['i222'\], which is"),
+    "rows of several types": ({"train_dataset": [GOOD, {**GOOD, "row_id": "b"}]}, "train_dataset has a column .*ty"),
+    "stream of lists": ({"train_dataset": stream([[1, 2]])}, "train_dataset has rows that are not dictionaries"),
+    "columns of one name": (
+        {"train_dataset": pd.DataFrame([[1, 1]], columns=["row_id", "row_id"])}, "Duplicate column names.*Give each",
+    ),
+    "rows with a transform": ({"train_dataset": rows().with_transform(lambda batch: batch)}, "apply it with map"),
     "row id of text": ({"train_dataset": rows(row_id=["a", "b", "c"])}, "row_id 'a' is not an integer"),
     "rows of another kind": ({"train_dataset": {"row_id": [1]}}, "train_dataset is of type dict; give"),
     "stream of unknown items": ({"train_dataset": rows(target=["x"] * 3).to_iterable_dataset()}, "contains item 'x'"),
@@ -75,6 +96,23 @@ CONSTRUCTION = {
         {"prompt_encoder": PromptEncoder(make_catalog(), TOKENIZER, 6), "max_history_items": 2},
         "max_history_items is 2, but the prompt_encoder was created with 6",
     ),
+    "no model but a number": ({"model": 5}, "The model is of type int; it must be a language model"),
+    "no language model at all": ({"model": torch.nn.Linear(2, 2)}, "The model is of type Linear; it must"),
+    "no reference but a number": ({"ref_model": 5, "ref_weight": 1.0}, "The model is of type int"),
+    "catalog that is a dictionary": ({"catalog": {"i010": ["<a_0>"]}}, "catalog is of type dict; it must be an ItemC"),
+    "tokenizer by name": ({"processing_class": "gpt2"}, "processing_class is of type str; it must be a tokenizer"),
+    "adapters by name": ({"peft_config": "lora"}, "peft_config is of type str; it must be a configuration of PEFT"),
+    "counts in a list": ({"item_counts": [1.0] * 24}, "item_counts is of type list; it must be a tensor"),
+    "negative count": ({"item_counts": torch.arange(24) - 1}, f"item_counts has -1 for item '{ITEMS[0]}'"),
+    "count that is NaN": ({"item_counts": torch.full((24,), math.nan)}, "item_counts has nan for item"),
+    "titles in a list": ({"item_titles": ["a lamp"]}, "item_titles is of type list; it must be a dictionary"),
+    "encoder that is a function": ({"prompt_encoder": len}, "prompt_encoder is of type builtin_function"),
+    "callback that is not one": ({"callbacks": [print]}, "callbacks has <built-in function print>"),
+    "one callback": ({"callbacks": TrainerCallback()}, "callbacks is of type TrainerCallback; it must be a list"),
+    "one optimizer": ({"optimizers": (None,)}, "optimizers has 1 entries; it must be a pair"),
+    "no pair of optimizers": ({"optimizers": None}, "optimizers is of type NoneType; it must be a pair"),
+    "metrics that are not a function": ({"compute_metrics": 5}, "compute_metrics is of type int; it must be a func"),
+    "no function for a model": ({"model": False, "model_init": "x"}, "model_init is of type str; it must"),
     "weight of no source": (
         {"trajectory_weighting": "source", "source_weights": {"ground_truth": 2, "teacher": 1}},
         "names 'teacher', but the sampler's sources are 'ground_truth', 'on_policy'",
@@ -187,6 +225,11 @@ def test_a_bad_configuration_is_an_error(tmp_path, options, message):
         GFlowNetConfig(str(tmp_path), use_cpu=True, **options)
 
 
+def test_a_folder_may_be_a_path(tmp_path):
+    make_trainer(tmp_path, **REWARDS).save_model(str(tmp_path / "model"))
+    assert make_trainer(tmp_path, **REWARDS, model=tmp_path / "model").processing_class is not None
+
+
 def test_a_folder_without_a_catalog_is_an_error(tmp_path):
     tiny_model(len(TOKENIZER)).save_pretrained(tmp_path)
     TOKENIZER.save_pretrained(tmp_path)
@@ -197,6 +240,46 @@ def test_a_folder_without_a_catalog_is_an_error(tmp_path):
 def test_evaluate_without_rows_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no evaluation rows"):
         make_trainer(tmp_path, **REWARDS).evaluate()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (rows(target=["i222", "i001", "x"]), "Row 3 contains item 'x'"),
+        (rows(history=[["i010"], None, ["twin"]]), "Row 2 has the history None"),
+        (rows(row_id=["a", "b", "c"]), "row_id 'a' is not an integer"),
+        (rows(history=None), "no column history"),
+        (rows().select([]), "has no rows"),
+        ([GOOD, {"row_id": 2}], "Row 2 has the history None"),
+    ],
+)
+def test_rows_of_evaluate_and_predict_are_checked(tmp_path, given, message):
+    trainer = make_trainer(tmp_path, **REWARDS)
+    for method in (trainer.evaluate, trainer.predict):
+        with pytest.raises((ValueError, TypeError), match=message):
+            method(given)
+
+
+def test_names_of_evaluation_rows_and_rows_of_predict(tmp_path):
+    trainer = make_trainer(tmp_path, **REWARDS, eval_dataset={"good": rows()})
+    with pytest.raises(ValueError, match=r"'bad', which is not one of the trainer's, \['good'\]"):
+        trainer.evaluate("bad")
+    with pytest.raises(TypeError, match="predict takes one dataset of rows, not a NoneType"):
+        trainer.predict(None)
+    wanted = trainer.predict(rows(history=[["i010"], ["short", "i010"], ["twin"]])).label_ids.tolist()
+    assert wanted == [ITEMS.index(item) for item in ("i222", "i001", "i002")]  # in the order of the rows
+
+
+def test_later_rows_of_a_stream_are_checked(tmp_path):
+    trainer = make_trainer(tmp_path, **REWARDS, train_dataset=stream([GOOD, {"row_id": 2}]))
+    with pytest.raises(TypeError, match="Row 2 has the history None"):
+        trainer.train()
+
+
+def test_the_format_of_a_dataset_does_not_matter(tmp_path):
+    plain, torch_rows = rows(), rows().with_format("torch", columns=["row_id"])
+    found = [make_trainer(tmp_path, **REWARDS, train_dataset=each).evaluate(each) for each in (plain, torch_rows)]
+    assert found[0]["eval_ndcg@5"] == found[1]["eval_ndcg@5"]
 
 
 def test_valid_input_works(tmp_path):
