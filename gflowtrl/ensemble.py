@@ -14,12 +14,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gflowtrl.catalog import Item
-from gflowtrl.checks import COUNT, POSITIVE, check_number
+from gflowtrl.checks import COUNT, POSITIVE, check_number, check_type
 from gflowtrl.data import history_lengths
 from gflowtrl.finite import check_ranked
 
 from .recommender import LEAVES_PER_FORWARD, Recommendation, Recommender
-from .request import Request, allowed_in, exclusions_in
+from .request import Request, allowed_in, exclusions_in, histories_in
 
 
 TRAJECTORIES_PER_FORWARD = 2**11  # their scores take L * C numbers each; smaller parts were faster on a CPU too
@@ -113,6 +113,10 @@ class Ensemble:
         weights: Sequence[float] | None = None,
         views: Sequence[View] = (View(),),
     ):
+        for name, given, kind in (("members", members, Recommender), ("views", views, View)):
+            check_type(name, given, list | tuple, f"a list of {kind.__name__} objects")
+            for number, one in enumerate(given):
+                check_type(f"{name}[{number}]", one, kind, f"a {kind.__name__}")
         if not members or not views:
             raise ValueError(f"The ensemble has no {'views' if members else 'members'}. Give at least one.")
         self.members, self.views, self.catalog = list(members), list(views), members[0].catalog
@@ -171,7 +175,7 @@ class Ensemble:
         Raises:
             ValueError, TypeError: as in `Recommender.recommend`.
         """
-        histories, allowed = list(histories), allowed_in(self.catalog, allowed_items)
+        (histories, names), allowed = histories_in(histories, names), allowed_in(self.catalog, allowed_items)
         excluded = exclusions_in(self.catalog, exclude, len(histories))
         request = Request(k, num_beams, exclude_seen, allowed, exclude=excluded)
         return self.members[0].answer(histories, names, request, batch_size, self._decode)
@@ -272,6 +276,7 @@ class Ensemble:
             for member, shared in zip(self.members, self._shared, strict=True)
         ]
         beams, padding = request.num_beams or max(20, request.k), len(self.catalog)
+        beams = min(beams, max(member.catalog.tree.num_leaves for member in self.members))  # no more can be found
         found = [member.search(beams, request.allowed, columns) for member in members]
         candidates = [
             self._candidates(torch.cat(items, 1), request.allowed, seen)
@@ -396,6 +401,7 @@ def normalized_weights(weights: Sequence[float] | None, count: int) -> list[floa
     Raises:
         ValueError: another number of weights, or a weight is not positive.
     """
+    check_type("weights", weights, list | tuple, "a list with one weight per member", optional=True)
     weights = [1.0] * count if weights is None else list(weights)
     if len(weights) != count:
         raise ValueError(f"{len(weights)} weights were given for {count} members. Give one per member.")

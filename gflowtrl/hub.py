@@ -8,6 +8,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 
+from gflowtrl.checks import check_type
+
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -18,6 +20,7 @@ def local_copy(directory: str | os.PathLike) -> Path:
     Raises:
         FileNotFoundError: the folder does not exist, and the Hub has no model of this name.
     """
+    check_type("directory", directory, str | os.PathLike, "the path of a folder, or a name of the Hub")
     path = Path(directory)
     if path.is_dir():
         return path

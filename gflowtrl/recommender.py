@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.catalog.catalog import CATALOG_FILE
-from gflowtrl.checks import COUNT, check_number, check_titles
+from gflowtrl.checks import COUNT, check_number, check_titles, check_type
 from gflowtrl.data import PromptEncoder
 from gflowtrl.data.recommender_files import read_details, read_encoder
 from gflowtrl.finite import check_ranked, check_weights
@@ -33,7 +33,7 @@ from gflowtrl.teachers.teacher import rank_of_item
 
 from .catalog_change import ITEM_TOKENIZER_FOLDER, ChangeableCatalog
 from .hub import local_copy, upload
-from .request import Request, allowed_in, exclusions_in
+from .request import Request, allowed_in, exclusions_in, histories_in
 
 
 TEACHER_FOLDER = "teacher"
@@ -144,6 +144,14 @@ class Recommender(ChangeableCatalog):
         teacher: TeacherModule | None = None,
         item_tokenizer: ItemTokenizer | Path | None = None,
     ):
+        check_type("catalog", catalog, ItemCatalog, "an ItemCatalog")
+        check_type("model", model, torch.nn.Module, "a language model of transformers")
+        check_type("tokenizer", tokenizer, PreTrainedTokenizerBase, "a tokenizer of transformers")
+        check_type("titles", titles, Mapping, "a dictionary {item: title}", optional=True)
+        check_type("teacher", teacher, TeacherModule, "a teacher of gflowtrl.teachers", optional=True)
+        check_type("encoder", encoder, Callable, "a PromptEncoder", optional=True)
+        if item_counts is not None:
+            catalog.check_counts(item_counts)
         check_weights(model)
         check_embedded(model, catalog.tree.num_tokens - 1)
         self.model, self.tokenizer, self.catalog = model.eval(), tokenizer, catalog
@@ -274,7 +282,7 @@ class Recommender(ChangeableCatalog):
                 one entry per history; a user has no known item and the recommender has no `item_counts`.
             TypeError: a history is not a list of items.
         """
-        histories, allowed = list(histories), allowed_in(self.catalog, allowed_items)
+        (histories, names), allowed = histories_in(histories, names), allowed_in(self.catalog, allowed_items)
         excluded = exclusions_in(self.catalog, exclude, len(histories))
         request = Request(k, num_beams, exclude_seen, allowed, strategy, temperature, seed, excluded)
         return self.answer(histories, names, request, batch_size, self._decode)
@@ -282,7 +290,7 @@ class Recommender(ChangeableCatalog):
     def answer(
         self,
         histories: Sequence[Sequence[Item]],
-        names: Sequence[str] | None,
+        names: Sequence[str],
         request: Request,
         batch_size: int,
         decode: Callable[[list[int], list[list[Item]], Request], list[list[Recommendation]]],
@@ -293,7 +301,6 @@ class Recommender(ChangeableCatalog):
         first argument.
         """
         check_number("batch_size", batch_size, COUNT)
-        names = [f"row {row}" for row in range(len(histories))] if names is None else names
         known = self._known(histories, names, stacklevel=4)
         results = {row: self._popular(row, names[row], request) for row, history in enumerate(known) if not history}
         for rows in request.batches(known, batch_size):
@@ -316,6 +323,7 @@ class Recommender(ChangeableCatalog):
         """Return the lists of non-empty histories, whose indices in the request are `rows`."""
         prompts = self.prompts(histories)
         beams = request.num_beams or (max(20, request.k) if request.strategy == "beam" else request.k)
+        beams = min(beams, self.catalog.tree.num_leaves)  # a wider search finds no more
         left_out = request.excluded(rows, histories)
         if request.strategy == "beam":
             nodes = excluded = None
@@ -403,9 +411,6 @@ class Recommender(ChangeableCatalog):
 
     def _known(self, histories: Sequence[Sequence[Item]], names: Sequence[str], stacklevel: int) -> list[list[Item]]:
         """Return the histories without items that are not in the catalog; warn about these items."""
-        for name, history in zip(names, histories, strict=True):
-            if isinstance(history, str) or not isinstance(history, Sequence):
-                raise TypeError(f"The history in {name} is {history!r}; it must be a list of items.")
         known, unknown = self.catalog.readable_items(histories)
         if unknown:
             row, item = unknown[0]
@@ -424,7 +429,7 @@ class Recommender(ChangeableCatalog):
         Raises:
             ValueError: the item is not in the catalog, or the history has no known item.
         """
-        (known,) = self._known([history], ["row 0"], stacklevel=3)
+        (known,) = self._known(*histories_in([history], None), stacklevel=3)
         if not known:
             raise ValueError(
                 "The history holds no known item, so its list is by popularity and the policy cannot explain it. Give "

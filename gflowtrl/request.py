@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
+
+import numpy as np
 
 from gflowtrl.catalog import Item, ItemCatalog
-from gflowtrl.checks import COUNT, POSITIVE, check_choice, check_number
+from gflowtrl.checks import COUNT, POSITIVE, check_choice, check_number, check_type, short_repr
 
 
 STRATEGIES = ("beam", "sample")
@@ -28,6 +31,9 @@ class Request:
 
     def __post_init__(self):
         check_number("k", self.k, COUNT)
+        check_number("num_beams", self.num_beams, COUNT, optional=True)
+        check_type("exclude_seen", self.exclude_seen, bool | np.bool_, "True or False")
+        check_type("seed", self.seed, Integral, "a whole number")
         check_choice("strategy", self.strategy, STRATEGIES)
         check_number("temperature", self.temperature, POSITIVE)
         if self.num_beams is not None and self.num_beams < self.k:
@@ -72,11 +78,33 @@ class Request:
         return [[*history, *self.exclude[row]] for row, history in zip(rows, own, strict=True)]
 
 
+def histories_in(
+    histories: Iterable[Sequence[Item]], names: Sequence[str] | None
+) -> tuple[list[Sequence[Item]], list[str]]:
+    """Return the `histories` of `recommend` and their names; check that each one is a list."""
+    if isinstance(histories, str | Mapping) or not isinstance(histories, Iterable):
+        raise TypeError(f"histories is {short_repr(histories)}; it must be a list of lists of items.")
+    rows = list(histories)
+    check_type("names", names, list | tuple, "a list of names", optional=True)
+    names = [f"row {row}" for row in range(len(rows))] if names is None else list(names)
+    if len(names) != len(rows):
+        raise ValueError(f"names has {len(names)} entries for {len(rows)} histories; give one per history.")
+    for name, history in zip(names, rows, strict=True):
+        if isinstance(history, str | bytes) or not isinstance(history, Sequence):
+            raise TypeError(f"The history in {name} is {short_repr(history)}; it must be a list of items.")
+    return rows, names
+
+
 def allowed_in(catalog: ItemCatalog, items: Iterable[Item] | None) -> frozenset[Item] | None:
     """Return the `allowed_items` of `recommend`; check that there are some, and that all are in the catalog."""
     if items is None:
         return None
-    allowed = frozenset(items)
+    if isinstance(items, str) or not isinstance(items, Iterable):
+        raise TypeError(f"allowed_items is {short_repr(items)}; it must be a list of items.")
+    try:
+        allowed = frozenset(items)
+    except TypeError:
+        raise TypeError("allowed_items holds a list or a dictionary; items are integers or strings.") from None
     if not allowed:
         raise ValueError("allowed_items is empty; give at least one item, or leave it out to allow all items.")
     if unknown := catalog.known_items([allowed])[1]:
@@ -90,9 +118,11 @@ def exclusions_in(
     """Return the `exclude` of `recommend` without items that are not in the catalog; check that each user has one."""
     if exclude is None:
         return None
+    if isinstance(exclude, str) or not isinstance(exclude, Sequence):
+        raise TypeError(f"exclude is {short_repr(exclude)}; it must be a list with a collection of items per history.")
     if len(exclude) != users:
         raise ValueError(f"exclude has {len(exclude)} entries for {users} histories; give one per history.")
     for row, items in enumerate(exclude):
         if isinstance(items, str) or not isinstance(items, Collection):
-            raise TypeError(f"exclude[{row}] is {items!r}; it must be a collection of items.")
+            raise TypeError(f"exclude[{row}] is {short_repr(items)}; it must be a collection of items.")
     return catalog.known_items([list(items) for items in exclude])[0]

@@ -244,6 +244,14 @@ def test_wrong_ensembles_are_refused():
         Ensemble([*MEMBERS[:2], smaller])
     with pytest.raises(ValueError, match="Member 1 of the ensemble does not have 1 items of member 2, .*'i222'"):
         Ensemble([smaller, MEMBERS[1]])
+    with pytest.raises(TypeError, match=r"members\[1\] is of type str; it must be a Recommender"):
+        Ensemble([MEMBERS[0], "outputs/model"])
+    with pytest.raises(TypeError, match=r"views\[0\] is of type int; it must be a View"):
+        Ensemble(MEMBERS, views=[5])
+    with pytest.raises(TypeError, match="weights is of type int; it must be a list"):
+        Ensemble(MEMBERS, 1)
+    with pytest.raises(TypeError, match="exclude_seen is of type str"):
+        Ensemble(MEMBERS).recommend(HISTORIES, exclude_seen="no")
     with pytest.raises(ValueError, match="has no members"):
         Ensemble([])
     with pytest.raises(ValueError, match="has no views"):

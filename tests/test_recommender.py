@@ -303,6 +303,21 @@ def test_a_loaded_recommender_equals_the_saved_one(tmp_path, kind, heads):
         ([["i010"]], {"allowed_items": ["nonsense"]}, ValueError, "allowed_items holds 'nonsense'"),
         (["i010"], {}, TypeError, "row 0 is 'i010'; it must be a list of items"),
         ([3], {}, TypeError, "row 0 is 3; it must be a list of items"),
+        (None, {}, TypeError, "histories is None; it must be a list of lists"),
+        ("i010", {}, TypeError, "histories is 'i010'; it must be a list of lists"),
+        ([["i010"], [["i010"]]], {}, TypeError, r"\['i010'\] is not an item; each history is a list of items"),
+        ([["i010"]], {"names": ["a", "b"]}, ValueError, "names has 2 entries for 1 histories"),
+        ([["i010"]], {"names": 5}, TypeError, "names is of type int"),
+        ([["i010"]], {"num_beams": "20"}, ValueError, "num_beams is '20'; it must be a whole number"),
+        ([["i010"]], {"num_beams": 20.5}, ValueError, "num_beams is 20.5; it must be a whole number"),
+        ([["i010"]], {"exclude_seen": "false"}, TypeError, "exclude_seen is of type str; it must be True or False"),
+        ([["i010"]], {"seed": None, "strategy": "sample"}, TypeError, "seed is of type NoneType; it must be a whole"),
+        ([["i010"]], {"seed": 0.5}, TypeError, "seed is of type float; it must be a whole number"),
+        ([["i010"]], {"allowed_items": 5}, TypeError, "allowed_items is 5; it must be a list of items"),
+        ([["i010"]], {"allowed_items": "i010"}, TypeError, "allowed_items is 'i010'; it must be a list of items"),
+        ([["i010"]], {"allowed_items": [["i010"]]}, TypeError, "allowed_items holds a list"),
+        ([["i010"]], {"exclude": 5}, TypeError, "exclude is 5; it must be a list"),
+        ([["i010"]], {"exclude": [None]}, TypeError, r"exclude\[0\] is None; it must be a collection"),
         ([["i010"]], {"k": 0}, ValueError, "k is 0"),
         ([["i010"]], {"batch_size": 0}, ValueError, "batch_size is 0; it must be a whole number of at least 1"),
         ([["i010"]], {"batch_size": -1}, ValueError, "batch_size is -1; it must be a whole number of at least 1"),
@@ -321,6 +336,44 @@ def test_a_loaded_recommender_equals_the_saved_one(tmp_path, kind, heads):
 def test_invalid_arguments_are_errors_with_a_remedy(recommender, histories, options, error, message):
     with pytest.raises(error, match=message):
         recommender.recommend(histories, **options)
+
+
+def test_more_beams_than_leaves_find_the_same_lists(recommender):
+    expected = recommender.recommend(HISTORIES, k=24, num_beams=24)
+    assert recommender.recommend(HISTORIES, k=24, num_beams=10**12) == expected  # not a table of 10**12 columns
+    assert [found[:24] for found in recommender.recommend(HISTORIES, k=10**12)] == expected
+    drawn = recommender.recommend(HISTORIES, k=10**12, strategy="sample")
+    assert all(sorted(one.item for one in found) == sorted(ITEMS) for found in drawn)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"model": "outputs/model"}, TypeError, "model is of type str; it must be a language model"),
+        ({"tokenizer": None}, TypeError, "tokenizer is of type NoneType; it must be a tokenizer"),
+        ({"catalog": {"i010": ("<a_0>",)}}, TypeError, "catalog is of type dict; it must be an ItemCatalog"),
+        ({"encoder": 5}, TypeError, "encoder is of type int; it must be a PromptEncoder"),
+        ({"titles": ["a lamp"]}, TypeError, "titles is of type list; it must be a dictionary"),
+        ({"teacher": lambda histories: 1}, TypeError, "teacher is of type function; it must be a teacher"),
+        ({"item_counts": list(range(24))}, TypeError, "item_counts is of type list; it must be a tensor"),
+        ({"item_counts": torch.ones(3)}, ValueError, r"item_counts has shape \(3,\), but the catalog has 24 items"),
+        ({"item_counts": torch.full((24,), float("nan"))}, ValueError, "item_counts has nan for item 'i001'"),
+        ({"max_history_items": 2.5}, ValueError, "max_history_items is 2.5"),
+    ],
+)
+def test_wrong_parts_of_a_recommender_are_refused(changes, error, message):
+    parts = {"model": tiny_model(len(TOKENIZER)), "tokenizer": TOKENIZER, "catalog": make_catalog()}
+    with pytest.raises(error, match=message):
+        Recommender(**(parts | changes))
+    with pytest.raises(TypeError, match="directory is of type NoneType; it must be the path"):
+        Recommender.from_pretrained(None)
+
+
+def test_an_explanation_of_what_is_not_an_item_is_refused(recommender):
+    with pytest.raises(TypeError, match=r"\['i010'\] is not an item; give a list|\['i010'\] is not an item; items"):
+        recommender.explain(["i010"], ["i010"])
+    with pytest.raises(TypeError, match="row 0 is 'i010'; it must be a list of items"):
+        recommender.explain("i010", "i010")
 
 
 def test_a_missing_folder_and_a_plain_language_model_have_different_errors(tmp_path):

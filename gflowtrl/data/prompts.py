@@ -4,7 +4,7 @@ A plain prompt is `[bos]` and the tokens of the last `max_history_items` items. 
 decoding and evaluation all use `item_tokens`, so their prompts cannot differ.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gflowtrl.catalog import Item, ItemCatalog
-from gflowtrl.checks import COUNT, check_number
+from gflowtrl.checks import COUNT, check_number, check_text, check_type, short_repr
 
 from .interactions import flatten
 from .sequences import ranges
@@ -83,7 +83,8 @@ class PromptFormat:
         untitled: replacement for a missing title; None: a missing title is an error.
 
     Raises:
-        ValueError: if a placeholder is missing, or a system message is given without a chat.
+        ValueError: if a placeholder is missing, a text is not text, or a system message is given without a chat.
+        TypeError: if `chat` is not a truth value.
     """
 
     template: str = "Bought, oldest first:\n{history}Next:"
@@ -94,6 +95,9 @@ class PromptFormat:
     untitled: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("template", "item", "system", "untitled"):
+            check_text(name, getattr(self, name), optional=name in ("system", "untitled"))
+        check_type("chat", self.chat, bool, "True or False")
         if self.template.count("{history}") != 1:
             raise ValueError(f"template is {self.template!r}; it must contain {{history}} exactly once.")
         if "{title}" not in self.item and "{semantic_id}" not in self.item:
@@ -121,6 +125,8 @@ class PromptEncoder:
     """
 
     def __init__(self, catalog: ItemCatalog, tokenizer: PreTrainedTokenizerBase, max_history_items: int = 20):
+        check_type("catalog", catalog, ItemCatalog, "an ItemCatalog")
+        check_type("tokenizer", tokenizer, PreTrainedTokenizerBase, "a tokenizer of transformers")
         check_number("max_history_items", max_history_items, COUNT)
         self.catalog = catalog
         self.max_history_items = max_history_items
@@ -213,9 +219,13 @@ class PromptEncoder:
 
 
 def _check_not_empty(histories: Sequence[Sequence[Item]]) -> None:
+    if not hasattr(histories, "__len__"):
+        raise TypeError(f"histories is of type {type(histories).__name__}; it must be a list of lists of items.")
     if not len(histories):
         raise ValueError("There is no history to encode: the batch is empty.")
     for row, history in enumerate(histories):
+        if isinstance(history, str | Mapping) or not hasattr(history, "__len__"):
+            raise TypeError(f"The history in row {row} is {short_repr(history)}; it must be a list of items.")
         if not len(history):
             raise ValueError(f"The history in row {row} is empty. A prompt needs at least one item; drop the row.")
 
