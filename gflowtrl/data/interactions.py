@@ -228,9 +228,12 @@ def flatten(sequences: Sequence[Sequence[Item]], items: Sequence[Item]) -> tuple
             places[used] = [index[sequences.names[code]] for code in used.tolist()]
             codes = places[codes]
         return codes.astype(np.int64), sequences.offsets
-    offsets = np.cumsum([0, *map(len, sequences)], dtype=np.int64)
     index = ItemIndex(items)
-    flat = np.fromiter((index[item] for item in chain.from_iterable(sequences)), np.int64, count=offsets[-1])
+    try:
+        offsets = np.cumsum([0, *map(len, sequences)], dtype=np.int64)
+        flat = np.fromiter((index[item] for item in chain.from_iterable(sequences)), np.int64, count=offsets[-1])
+    except TypeError:
+        raise TypeError("sequences must be a list with a list of items, integers or strings, per user.") from None
     return flat, offsets
 
 

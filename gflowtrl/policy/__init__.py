@@ -3,6 +3,7 @@
 from torch import nn
 
 from gflowtrl.catalog import ItemCatalog
+from gflowtrl.checks import check_type
 from gflowtrl.compat import whole_models
 from gflowtrl.trunks import Prompts, num_prompts, separate_prompts, some_prompts
 
@@ -51,5 +52,7 @@ def make_policy(model: nn.Module, catalog: ItemCatalog) -> TreePolicy:
         model: bare or wrapped (PEFT, DDP, DeepSpeed, FSDP).
         catalog: the items.
     """
+    check_type("catalog", catalog, ItemCatalog, "an ItemCatalog")
+    check_type("model", model, nn.Module, "a language model of transformers")
     encoder_decoder = getattr(innermost(model).config, "is_encoder_decoder", False)
     return (Seq2SeqTreePolicy if encoder_decoder else CausalTreePolicy)(model, catalog)

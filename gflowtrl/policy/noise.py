@@ -8,9 +8,12 @@ counter-based generator as in Salmon et al., SC 2011, with SplitMix64 as the mix
 from __future__ import annotations
 
 import hashlib
+from numbers import Integral
 
 import torch
 from torch import Tensor
+
+from gflowtrl.checks import check_type
 
 
 _GAMMA = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
@@ -53,6 +56,7 @@ class StatelessNoise:
     """
 
     def __init__(self, seed: int):
+        check_type("seed", seed, Integral, "a whole number")
         self.seed = int(seed)
 
     def at(self, step: int, row_ids: Tensor) -> Noise:

@@ -8,13 +8,14 @@ import inspect
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from gflowtrl.catalog import ItemCatalog
+from gflowtrl.checks import short_repr
 from gflowtrl.data import Step, check_column_names
 from gflowtrl.trunks import separate_prompts
 
@@ -64,11 +65,18 @@ class RewardLog:
 
     def log_extra(self, column: str, values: Sequence) -> None:
         """Add a column to the table of logged completions, with one value per completion."""
-        self.extra[column] = list(values)
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise TypeError(
+                f"log_extra of {column!r} got {short_repr(values)}; give one value per completion in a list."
+            )
+        self.extra[str(column)] = list(values)
 
     def log_metric(self, name: str, value: float) -> None:
         """Add a value to the training metrics. Values with the same name are averaged."""
-        self._metrics[name].append(float(value))
+        try:
+            self._metrics[str(name)].append(float(value))
+        except (TypeError, ValueError):
+            raise TypeError(f"log_metric of {name!r} got {short_repr(value)}; give a number.") from None
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -79,6 +87,7 @@ def call_rewards(functions: Mapping[str, Any], keywords: Mapping[str, Any]) -> d
     """Call all functions. Awaitables run concurrently. An exception gets a note that names the reward."""
     results, pending = {}, {}
     for name, function in functions.items():
+        _check_takes(name, function, keywords)
         with _note_reward(name):
             result = function(**keywords)
         (pending if inspect.isawaitable(result) else results)[name] = result
@@ -86,6 +95,19 @@ def call_rewards(functions: Mapping[str, Any], keywords: Mapping[str, Any]) -> d
         gathered = asyncio.run_coroutine_threadsafe(_gather(pending), _event_loop()).result()
         results.update(zip(pending, gathered, strict=True))
     return results
+
+
+def _check_takes(name: str, function: Callable, keywords: Mapping[str, Any]) -> None:
+    """Raise a TypeError if a function cannot be called with these keyword arguments."""
+    try:
+        inspect.signature(function).bind(**keywords)
+    except TypeError as error:
+        raise TypeError(
+            f"Reward {name!r} cannot be called with the columns of the dataset and what every reward gets ({error}). "
+            f"Name the arguments that it uses, which must exist, and take the others as **kwargs."
+        ) from None
+    except ValueError:  # functions that are written in C may have no signature
+        return
 
 
 @contextmanager
@@ -131,14 +153,14 @@ def checked_values(name: str, values: Any, count: int, describe: Callable[[int],
         TypeError: `values` is not a list, or a value is not a number.
         ValueError: the number of values is wrong, or a value is not finite.
     """
-    if isinstance(values, Tensor):
+    if isinstance(values, Tensor) and not values.is_meta:
         values = values.tolist()
-    try:
-        values = list(values)
-    except TypeError:
+    # A dictionary, a set and a text can be iterated, but not over one value per completion.
+    if isinstance(values, Tensor | str | bytes | Mapping | Set) or not isinstance(values, Iterable):
         raise TypeError(
             f"Reward {name!r} returned {type(values).__name__}; it must return a list of {count} numbers or None."
-        ) from None
+        )
+    values = list(values)
     if len(values) != count:
         raise ValueError(
             f"Reward {name!r} returned {len(values)} values for {count} completions; return one per completion, None "
@@ -148,9 +170,13 @@ def checked_values(name: str, values: Any, count: int, describe: Callable[[int],
     for i, value in enumerate(values):
         try:
             number = math.nan if value is None else float(value)
+            if isinstance(value, str | bytes):
+                raise TypeError
+        except OverflowError:
+            number = math.inf
         except (TypeError, ValueError):
             raise TypeError(
-                f"Reward {name!r} returned {value!r} for {describe(i)}; return a number or None."
+                f"Reward {name!r} returned {short_repr(value)} for {describe(i)}; return a number or None."
             ) from None
         if value is not None and not math.isfinite(number):
             raise ValueError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gflowtrl.catalog import ItemCatalog
-from gflowtrl.checks import POSITIVE, SHARE_BELOW_ONE, check_choice, check_number
+from gflowtrl.checks import POSITIVE, SHARE_BELOW_ONE, check_choice, check_number, short_repr
 from gflowtrl.data import Step
 from gflowtrl.policy import TreePolicy
 from gflowtrl.policy.modules import evaluation_mode
@@ -377,8 +377,9 @@ def _policy_log_probs(policy: TreePolicy, step: Step, leaves: Tensor) -> Tensor:
 
 
 def _checked_shape(name: str, method: str, scores: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
-    if not isinstance(scores, Tensor) or scores.shape != tuple(shape):
-        actual = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+    real = isinstance(scores, Tensor) and not (scores.is_meta or scores.is_sparse or scores.is_complex())
+    if not real or scores.shape != tuple(shape):
+        actual = f"a tensor of shape {tuple(scores.shape)}" if real else short_repr(scores)
         raise ValueError(
             f"{method} of reward {name!r} returned {actual}; it must return a tensor of shape {tuple(shape)}."
         )
@@ -422,10 +423,9 @@ def _check_options(
     if not funcs:
         raise ValueError("reward_funcs is empty; give at least one reward.")
     for func in funcs:
-        if not (callable(func) or _is_tensor_reward(func)):
-            raise TypeError(
-                f"reward_funcs contains {func!r}; a reward must be callable or have score_items or score_leaves."
-            )
+        if isinstance(func, type) or not (callable(func) or _is_tensor_reward(func)):
+            text = "a reward must be callable or have score_items or score_leaves (an object, not its class)"
+            raise TypeError(f"reward_funcs contains {short_repr(func)}; {text}.")
     if len(weights) != len(funcs):
         raise ValueError(f"{len(weights)} reward_weights were given for {len(funcs)} rewards; give one per reward.")
     check_weights(weights, transform)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gflowtrl.catalog import Item
-from gflowtrl.checks import check_choice
+from gflowtrl.checks import check_choice, short_repr
 
 from .from_spec import FromSpec, RewardContext
 
@@ -23,13 +23,20 @@ def counts_of(counts: Counts, items: Sequence[Item]) -> Tensor:
     """Return one count per item as floats, `(items,)`; items that are missing in a mapping have 0.
 
     Raises:
-        ValueError: there is not one count per item.
+        TypeError: the counts are not numbers.
+        ValueError: there is not one count per item, or a count is negative, NaN or infinite.
     """
     if isinstance(counts, Mapping):
         counts = [counts.get(item, 0) for item in items]
-    result = torch.as_tensor(counts, dtype=torch.float32)
+    try:
+        result = torch.as_tensor(counts, dtype=torch.float32)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise TypeError(f"item_counts is {short_repr(counts)}; give a number per item, or {{item: number}}.") from None
     if result.shape != (len(items),):
         raise ValueError(f"item_counts has shape {tuple(result.shape)}, but the catalog has {len(items)} items.")
+    if len(wrong := (~(result.isfinite() & (result >= 0))).nonzero()):
+        item, count = items[int(wrong[0])], result[wrong[0]].item()
+        raise ValueError(f"item_counts has {count} for item {item!r}; a count must be a number of at least 0.")
     return result
 
 

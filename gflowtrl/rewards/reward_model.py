@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from gflowtrl.checks import check_type
 from gflowtrl.policy import innermost, whole_models
 from gflowtrl.policy.loading import load_tokenizer, load_weights, tokenizer_kwargs
 
@@ -27,6 +28,8 @@ class RewardModel:
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase):
+        check_type("model", model, nn.Module, "a sequence classifier of transformers")
+        check_type("tokenizer", tokenizer, PreTrainedTokenizerBase, "a tokenizer of transformers")
         if tokenizer.pad_token is None:
             tokenizer = copy.deepcopy(tokenizer)
             tokenizer.pad_token = tokenizer.eos_token

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from gflowtrl.catalog import Item, ItemCatalog
-from gflowtrl.checks import COUNT, check_choice, check_number
+from gflowtrl.checks import COUNT, check_choice, check_number, check_type
 from gflowtrl.compat import attention_implementation, whole_models
 from gflowtrl.data import Step
 from gflowtrl.policy import check_causal
@@ -78,6 +78,8 @@ class TitleLikelihoodReward(Reward):
             template=template, max_history_items=max_history_items, max_title_words=max_title_words,
             normalize=normalize, batch_size=batch_size,
         )  # fmt: skip
+        check_type("model", model, nn.Module, "a causal language model")
+        check_type("titles", titles, Mapping, "a dictionary {item: title}")
         attention = attention_implementation(model.config)
         if model.config.is_encoder_decoder or "flash" in attention:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from gflowtrl.catalog import Item, ItemCatalog
-from gflowtrl.checks import POSITIVE_SHARE, check_number
+from gflowtrl.checks import COUNT, POSITIVE_SHARE, check_number, check_type
 from gflowtrl.data import GroupCollator, PromptEncoder, Step
 
 from .composite import CompositeReward
@@ -87,6 +87,10 @@ def fit_reward_weights(
         ValueError: a reward reads the held-out positive, is negative, or is 0 everywhere; or all rewards are zero for
             all held-out positives.
     """
+    check_type("rows", rows, Dataset, "a datasets.Dataset")
+    check_type("catalog", catalog, ItemCatalog, "an ItemCatalog")
+    check_type("encoder", encoder, Callable, "a PromptEncoder")
+    check_number("batch_size", batch_size, COUNT)
     check_number("floor", floor, POSITIVE_SHARE)
     if held_out not in rows.column_names:
         raise ValueError(f"held_out is {held_out!r}; it must be a column of the rows: {rows.column_names}.")
@@ -108,6 +112,7 @@ def one_step_back(rows: Dataset) -> Dataset:
     Use this for rewards that read `target`: they are judged by another positive of the same user. Rows with a history
     of one item are dropped, and so are all columns that reveal the old target.
     """
+    check_type("rows", rows, Dataset, "a datasets.Dataset")
     kept = rows.select([number for number, history in enumerate(rows["history"]) if len(history) > 1])
     columns = {
         "row_id": kept["row_id"],

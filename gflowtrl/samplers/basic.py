@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
@@ -130,11 +131,24 @@ class RewardSampler(Sampler):
 
 
 class FunctionSampler(Sampler):
-    """Calls `function(step, policy, reward, num_generations, noise)`; it returns leaves `(B, K)` or `Trajectories`."""
+    """Calls `function(step, policy, reward, num_generations, noise)`; it returns leaves `(B, K)` or `Trajectories`.
+
+    Raises:
+        TypeError: the function does not take these five arguments.
+    """
 
     def __init__(self, function: Callable[..., Tensor | Trajectories]):
         self.function = function
         self.source_names = (getattr(function, "__name__", type(function).__name__),)
+        try:
+            inspect.signature(function).bind("step", "policy", "reward", "num_generations", "noise")
+        except ValueError:  # functions that are written in C may have no signature
+            return
+        except TypeError as error:
+            raise TypeError(
+                f"The sampler {self.source_names[0]!r} cannot be called ({error}); it must be a Sampler or "
+                f"function(step, policy, reward, num_generations, noise)."
+            ) from None
 
     def sample(
         self, step: Step, policy: TreePolicy, reward: StepReward | None, num_generations: int, noise: Noise

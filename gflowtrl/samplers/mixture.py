@@ -30,7 +30,7 @@ from .beam import BeamSampler, StochasticBeamSampler
 from .curriculum import CurriculumSampler, LowConfidenceSampler
 from .observed import HistorySampler, InteractionLogSampler, UnobservedSampler
 from .replay import ReplaySampler
-from .sampler import Feedback, Sampler, Trajectories, check_state, sum_over_processes
+from .sampler import Feedback, Sampler, Trajectories, check_form, check_state, sum_over_processes
 from .schedule import Schedule
 
 
@@ -100,6 +100,7 @@ class MixtureSampler(Sampler):
         for name, (sampler, first_source), count in zip(self.samplers, self._with_first_source(), counts, strict=True):
             if count:
                 part = sampler.sample(step, policy, reward, count, noise.named(name))
+                check_form(part, len(step), count)
                 parts.append(replace(part, source=part.source + first_source))
         known = all(part.log_q is not None for part in parts)
         return Trajectories(

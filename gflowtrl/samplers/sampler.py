@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from gflowtrl.checks import short_repr
 from gflowtrl.data import Step
 from gflowtrl.policy import Noise, TreePolicy
 from gflowtrl.rewards import StepReward
@@ -155,34 +156,57 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return values
 
 
-def validate_trajectories(trajectories: Trajectories, batch_size: int, num_generations: int, num_leaves: int) -> None:
-    """Check the result of a sampler.
+def validate_trajectories(
+    trajectories: Trajectories,
+    batch_size: int,
+    num_generations: int,
+    num_leaves: int,
+    num_sources: int | None = None,
+) -> None:
+    """Check the result of a sampler with `num_sources` source names, or any number.
 
     Raises:
         TypeError: the result is not `Trajectories` of tensors.
-        ValueError: a shape or dtype is wrong, or a number is not a leaf; the error names the position.
+        ValueError: a shape or dtype is wrong, or a number is not a leaf or a source; the error names the position.
     """
+    check_form(trajectories, batch_size, num_generations)
+    leaves, source = trajectories.leaves, trajectories.source
+    outside = (leaves < 0) | (leaves >= num_leaves)
+    unknown = torch.zeros_like(outside) if num_sources is None else (source < 0) | (source >= num_sources)
+    if not (outside | unknown).any():
+        return
+    if unknown.any():
+        row, column = unknown.nonzero()[0].tolist()
+        raise ValueError(
+            f"The sampler returned source {source[row, column].item()} for trajectory {column} of row {row}; sources "
+            f"are positions in its source_names, 0 to {num_sources - 1}."
+        )
+    row, column = outside.nonzero()[0].tolist()
+    raise ValueError(
+        f"The sampler returned {leaves[row, column].item()} as trajectory {column} of row {row}, which is not a "
+        f"leaf: leaves are the numbers 0 to {num_leaves - 1}. Return leaves, not items, tokens or nodes "
+        f"(catalog.leaf_of(items) returns the leaves of items)."
+    )
+
+
+def check_form(trajectories: Trajectories, batch_size: int, num_generations: int) -> None:
+    """Check types, shapes and dtypes of the result of a sampler, which need not wait for the device."""
     if not isinstance(trajectories, Trajectories):
         raise TypeError(f"The sampler returned {type(trajectories).__name__}; it must return Trajectories.")
     shape = (batch_size, num_generations)
-    for name, values in (("leaves", trajectories.leaves), ("source", trajectories.source)):
-        if not isinstance(values, Tensor):
-            raise TypeError(f"The sampler returned {name} as {type(values).__name__}; it must be a tensor.")
+    for name in ("leaves", "source", "log_q"):
+        values = getattr(trajectories, name)
+        if name == "log_q" and values is None:
+            continue
+        if not isinstance(values, Tensor) or values.is_meta or values.is_sparse:
+            what = short_repr(values) if isinstance(values, Tensor) else type(values).__name__
+            raise TypeError(f"The sampler returned {name} as {what}; it must be a tensor.")
         if values.shape != shape:
             raise ValueError(
                 f"The sampler returned {name} of shape {tuple(values.shape)}; it must be {shape}: {batch_size} "
                 f"prompts with num_generations={num_generations} trajectories each."
             )
-        if values.dtype != torch.long:
+        if name != "log_q" and values.dtype != torch.long:
             raise ValueError(f"The sampler returned {name} of {values.dtype}; they must be integers (torch.long).")
-    if trajectories.log_q is not None and trajectories.log_q.shape != shape:
-        raise ValueError(f"The sampler returned log_q of shape {tuple(trajectories.log_q.shape)}; it must be {shape}.")
-    leaves = trajectories.leaves
-    outside = (leaves < 0) | (leaves >= num_leaves)
-    if outside.any():
-        row, column = outside.nonzero()[0].tolist()
-        raise ValueError(
-            f"The sampler returned {leaves[row, column].item()} as trajectory {column} of row {row}, which is not a "
-            f"leaf: leaves are the numbers 0 to {num_leaves - 1}. Return leaves, not items, tokens or nodes "
-            f"(catalog.leaf_of(items) returns the leaves of items)."
-        )
+        if name == "log_q" and not values.is_floating_point():
+            raise ValueError(f"The sampler returned log_q of {values.dtype}; they must be floating-point numbers.")

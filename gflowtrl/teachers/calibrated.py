@@ -47,7 +47,7 @@ class CalibratedTeacher(TeacherModule):
         Args:
             validation: rows with `"history"` and `"target"`. Without rows, the temperature does not change.
         """
-        rows, grid = list(validation or []), self.temperature_grid
+        rows, grid = self.validation_rows(validation), self.temperature_grid
         if not rows:
             return
         self.config["temperature"] = 1.0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gflowtrl.catalog import Item
-from gflowtrl.checks import at_least, check_number
+from gflowtrl.checks import at_least, check_number, check_type
 from gflowtrl.data.step import Step
 
 from .mixture import MixtureTeacher
@@ -41,6 +41,7 @@ class CrossFitTeacher(MixtureTeacher):
     """
 
     def __init__(self, teachers: Sequence[TeacherModule]) -> None:
+        check_type("teachers", teachers, list | tuple, "a list of teachers")
         check_number("The number of teachers of CrossFitTeacher", len(teachers), FOLDS)
         super().__init__(dict.fromkeys(teachers, 1.0))
 
@@ -70,4 +71,8 @@ def fold_of(user: Item, folds: int) -> int:
 
 def without_fold(sequences: Sequence[History], users: Sequence[Item], fold: int, folds: int) -> list[History]:
     """Return the sequences of the users outside of a fold: the training data of copy `fold`."""
+    check_number("folds", folds, FOLDS)
+    check_number("fold", fold, at_least(0))
+    if fold >= folds:
+        raise ValueError(f"fold is {fold}; it must be below the number of folds, {folds}.")
     return [sequence for sequence, user in zip(sequences, users, strict=True) if fold_of(user, folds) != fold]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gflowtrl.catalog import Item
-from gflowtrl.checks import POSITIVE, check_choice, check_number
+from gflowtrl.checks import POSITIVE, check_choice, check_number, check_type
 
 from .teacher import BATCH, History, Teacher, TeacherModule, as_teacher, build_teacher, score_histories
 
@@ -34,6 +34,7 @@ class MixtureTeacher(TeacherModule):
     """
 
     def __init__(self, teachers: Mapping[Teacher, float], normalization: str = "softmax") -> None:
+        check_type("teachers", teachers, Mapping, "a dictionary {teacher: weight}")
         if not teachers:
             raise ValueError("teachers is empty; pass at least one teacher as {teacher: weight, ...}.")
         for weight in teachers.values():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gflowtrl.catalog import Item
+from gflowtrl.catalog.items import as_items
 from gflowtrl.checks import COUNT, POSITIVE, check_choice
 from gflowtrl.data.interactions import flatten
 
@@ -76,6 +77,7 @@ class ItemKNN(CalibratedTeacher):
         self, items: Sequence[Item], neighbors: int = 200, decay: float = 0.7, temperature: float = 1.0
     ) -> None:
         self.check_options(neighbors=neighbors, decay=decay)
+        items = as_items(items)
         super().__init__(items, temperature, neighbors=min(neighbors, len(items)), decay=decay)
         self.table = NeighborTable(len(self.items), self.config["neighbors"])
 
@@ -147,6 +149,7 @@ class Transitions(TeacherModule):
 
     def __init__(self, items: Sequence[Item], neighbors: int = 500, decay: float = 0.4) -> None:
         self.check_options(neighbors=neighbors, decay=decay)
+        items = as_items(items)
         super().__init__(items, neighbors=min(neighbors, len(items)), decay=decay)
         self.table = NeighborTable(len(self.items), self.config["neighbors"])
         self.register_buffer("popularity", torch.full((len(self.items),), 1 / len(self.items)))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from gflowtrl.catalog import Item
-from gflowtrl.checks import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE_BELOW_ONE
+from gflowtrl.checks import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE_BELOW_ONE, check_type
 from gflowtrl.data.windows import Windows
 from gflowtrl.finite import NonFiniteError
 
@@ -88,7 +88,10 @@ class SASRec(TeacherModule):
 
     @classmethod
     def check_options(cls, **options: Any) -> None:
-        super().check_options(**{name: value for name, value in options.items() if value is not None})
+        # Only negatives may be None.
+        super().check_options(
+            **{name: value for name, value in options.items() if (name, value) != ("negatives", None)}
+        )
         width, heads = options.get("width", 64), options.get("heads", 2)
         if width % heads:
             raise ValueError(f"width is {width}; it must be divisible by the number of heads, which is {heads}.")
@@ -173,12 +176,13 @@ class SASRec(TeacherModule):
             epochs=epochs, patience=patience, batch_size=batch_size, learning_rate=learning_rate, seed=seed,
             weight_decay=weight_decay, average=average, negatives=negatives,
         )  # fmt: skip
+        check_type("start", start, SASRec, "a fitted SASRec", optional=True)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             teacher = cls._new(items, sequences := list(train_sequences), **config).to(device)
             if start is not None:
                 teacher._begin_with(start)
-            windows, rows = teacher._windows(sequences), list(validation or [])
+            windows, rows = teacher._windows(sequences), teacher.validation_rows(validation)
             optimizer = torch.optim.AdamW(teacher.parameters(), lr=learning_rate, weight_decay=weight_decay)
             bar = tqdm(range(epochs), desc="SASRec", unit="epoch", disable=not progress)
             train_epoch = partial(teacher._train_epoch, windows, optimizer, batch_size, negatives)

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gflowtrl.catalog import Item
-from gflowtrl.catalog.items import ItemIndex
-from gflowtrl.checks import Bound, check_number
+from gflowtrl.catalog.items import ItemIndex, as_items
+from gflowtrl.checks import COUNT, Bound, check_number, check_type, short_repr
 from gflowtrl.data.step import Step
 from gflowtrl.data.windows import Windows
 from gflowtrl.files import read_object, read_tensors, reading, write_atomically, write_text
@@ -63,7 +63,9 @@ class TeacherModule(nn.Module):
 
     def __init__(self, items: Sequence[Item], **config: Any) -> None:
         super().__init__()
-        self.items = list(items)
+        self.items = as_items(items)
+        if not self.items:
+            raise ValueError("items is empty; a teacher needs at least one item.")
         self.config = config
         self._index = ItemIndex(self.items)
 
@@ -95,7 +97,25 @@ class TeacherModule(nn.Module):
 
     def encode(self, histories: Iterable[History]) -> list[list[int]]:
         """Map the items of histories to column indices. The error for an unknown item names it."""
-        return [[self._index[item] for item in history] for history in histories]
+        try:
+            return [[self._index[item] for item in history] for history in histories]
+        except TypeError:
+            raise TypeError("A history is not a list of items; give a list of integers or strings per user.") from None
+
+    def validation_rows(self, validation: Iterable[Mapping[str, Any]] | None) -> list[Mapping[str, Any]]:
+        """Return the rows of a validation split, none for None; check that each has a history and a target.
+
+        Raises:
+            TypeError: these are not rows, or a history is not a list of items.
+            ValueError: a column is missing, or an item is unknown. The error names the row or the item.
+        """
+        check_type("validation", validation, Iterable, "rows with history and target", optional=True)
+        rows = [] if validation is None else list(validation)
+        for number, row in enumerate(rows):
+            if not isinstance(row, Mapping) or not {"history", "target"} <= row.keys():
+                raise ValueError(f"Row {number} of validation is {short_repr(row)}; it needs a history and a target.")
+        self.encode([*row["history"], row["target"]] for row in rows)
+        return rows
 
     def scored(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Score rows (`"history"`, `"target"`) in batches: scores `(B, len(items))` and target columns `(B,)`."""
@@ -329,10 +349,18 @@ def score_histories(teacher: Teacher, histories: Sequence[History], max_history_
 
     Each history is cut to its last `max_history_items` (None: not at all), also for the parts of a mixture. A teacher
     with an own `max_history_items` (`full_history`) gets it whole and cuts it itself.
+
+    Raises:
+        TypeError: the teacher is not one, or a history is not a list.
+        ValueError: `max_history_items` is below 1, or an item is unknown.
     """
+    if not callable(getattr(teacher, "score", None)):
+        raise TypeError(f"teacher is of type {type(teacher).__name__}; it must be a teacher of gflowtrl.teachers.")
+    check_number("max_history_items", max_history_items, COUNT, optional=True)
+    check_type("histories", histories, Iterable, "a list of lists of items")
     if hasattr(teacher, "combine"):
         return teacher.combine(lambda part: score_histories(part, histories, max_history_items))
-    if max_history_items and not _reads_full_history(teacher):
+    if max_history_items is not None and not _reads_full_history(teacher):
         histories = [history[-max_history_items:] for history in histories]
     return _checked_scores(teacher, teacher.score(histories))
 
@@ -369,7 +397,17 @@ def top_items(
 
     Histories are truncated to their last `max_history_items` (`score_histories`). Items of the history are candidates
     too.
+
+    Raises:
+        ValueError: `k`, `batch_size` or `max_history_items` is below 1, or an item is unknown.
     """
+    check_number("k", k, COUNT)
+    check_number("batch_size", batch_size, COUNT)
+    if not isinstance(teacher, Teacher):
+        raise TypeError(
+            f"teacher is of type {type(teacher).__name__}; wrap a function with as_teacher(function, items)."
+        )
+    check_type("histories", histories, Iterable, "a list of lists of items")
     k, whole = min(k, len(teacher.items)), [list(history) for history in histories]
     parts = (whole[start : start + batch_size] for start in range(0, len(whole), batch_size))
     lists = [score_histories(teacher, part, max_history_items).topk(k).indices.cpu() for part in parts]

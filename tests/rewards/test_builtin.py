@@ -14,6 +14,8 @@ from gflowtrl.rewards import (
     InteractionReward,
     LikelihoodReward,
     Reward,
+    RewardModel,
+    TitleLikelihoodReward,
     TokenSimilarityReward,
     UniformReward,
 )
@@ -367,6 +369,7 @@ def test_invalid_options_raise_errors():
         ({"values": ()}, "give a list with a number for each level"),
         ({"values": (0, -1)}, "values is -1; it must be a finite number of at least 0"),
         ({"target": float("nan")}, "target is nan; it must be a finite number of at least 0"),
+        ({"values": (0, "high")}, "values is 'high'; it must be a finite number"),
         ({"values": (0, 10, 1)}, "a higher level must not have a lower value"),
     ],
 )
@@ -416,3 +419,28 @@ def test_trl_calls_provide_target_leaves_and_row_ids():
 def test_likelihood_needs_a_model_or_a_policy():
     with pytest.raises(TypeError, match="got str; it needs a model or a TreePolicy"):
         LikelihoodReward("sft_checkpoint")
+
+
+@pytest.mark.parametrize(
+    "reward", [GroundTruthReward, lambda **options: CollaborativeReward(TableTeacher(), **options)]
+)
+@pytest.mark.parametrize(
+    ("counts", "error", "message"),
+    [
+        (torch.full((9,), float("nan")), ValueError, "item_counts has nan for item"),
+        ({"fig": -1}, ValueError, "item_counts has -1.0 for item 'fig'"),
+        ({"fig": "many"}, TypeError, "item_counts is .*; give a number per item"),
+        (5, ValueError, r"item_counts has shape \(\), but the catalog has 9 items"),
+        ([10**400] * 9, TypeError, "item_counts is .*; give a number per item"),
+    ],
+)
+def test_counts_of_a_correction_are_checked(reward, counts, error, message):
+    with pytest.raises(error, match=message):
+        reward(popularity_correction=0.5, item_counts=counts).bind(make_catalog())
+
+
+def test_models_of_rewards_are_checked():
+    with pytest.raises(TypeError, match="model is of type str; it must be a sequence classifier"):
+        RewardModel("outputs/classifier", None)
+    with pytest.raises(TypeError, match="model is of type NoneType; it must be a causal language model"):
+        TitleLikelihoodReward(None, None, {})

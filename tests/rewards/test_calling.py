@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gflowtrl.rewards import CompositeReward
+from gflowtrl.rewards import CompositeReward, UniformReward
 from tests.rewards.world import TOKENIZER, make_catalog, make_step
 
 
@@ -91,3 +91,55 @@ def test_an_exception_names_the_reward(asynchronous):
     with pytest.raises(KeyError) as caught:
         combine(later if asynchronous else plain).of(make_step()).score(LEAVES)
     assert f"'{'later' if asynchronous else 'plain'}'" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({index: 1.0 for index in range(8)}, TypeError, "returned dict; it must return a list of 8 numbers"),
+        ({float(index) for index in range(8)}, TypeError, "returned set; it must return a list of 8"),
+        ("11111111", TypeError, "returned str; it must return a list of 8"),
+        (["1"] * 8, TypeError, "returned '1' for row 0"),
+        ([10**400] * 8, ValueError, "returned inf for row 0"),
+        (torch.ones(8, device="meta"), TypeError, "returned Tensor; it must return a list of 8"),
+    ],
+)
+def test_values_that_are_no_list_of_numbers_are_refused(values, error, message):
+    with pytest.raises(error, match=f"Reward 'mine' {message}"):
+        combine(named(lambda **_: values)).of(make_step()).score(LEAVES)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            lambda prompts: [1.0] * 8,
+            "cannot be called with the columns .*unexpected keyword argument.*as \\*\\*kwargs",
+        ),
+        (lambda absent, **_: [1.0] * 8, "cannot be called with .*missing a required argument: 'absent'"),
+        (lambda log_metric, **_: log_metric("share", "high"), "log_metric of 'share' got 'high'; give a number"),
+        (lambda log_extra, **_: log_extra("note", 5), "log_extra of 'note' got 5; give one value per completion"),
+    ],
+)
+def test_functions_that_do_not_fit_are_refused(function, message):
+    with pytest.raises(TypeError, match=message):
+        combine(named(function)).of(make_step()).score(LEAVES)
+
+
+@pytest.mark.parametrize(
+    "values", [torch.ones(4, 2, device="meta"), torch.ones(4, 2).to_sparse(), torch.ones(4, 2) * 1j]
+)
+def test_tensors_without_real_values_are_refused(values):
+    reward = SimpleNamespace(__name__="mine", score_leaves=lambda step, leaves: values)
+    with pytest.raises(ValueError, match="score_leaves of reward 'mine' returned tensor"):
+        combine(reward).of(make_step()).score(LEAVES)
+
+
+def test_a_class_is_not_a_reward():
+    with pytest.raises(TypeError, match="reward_funcs contains <class .*UniformReward'>; .*an object, not its class"):
+        combine(UniformReward)
+
+
+def named(function):
+    function.__name__ = "mine"
+    return function

@@ -242,12 +242,20 @@ GOOD = torch.tensor([[0, 1, 7], [2, 2, 3]])
         (GOOD, GOOD[0], None, r"source of shape \(3,\)"),
         (GOOD.float(), GOOD, None, "leaves of torch.float32; they must be integers"),
         (GOOD, GOOD, torch.zeros(2), r"log_q of shape \(2,\)"),
+        (GOOD, GOOD, GOOD, "log_q of torch.int64; they must be floating-point numbers"),
+        (
+            GOOD,
+            torch.tensor([[0, 1, 8], [0, 0, 0]]),
+            None,
+            "source 8 for trajectory 2 of row 0; sources are .* 0 to 7",
+        ),
+        (GOOD, GOOD - 9, None, "returned source -[0-9]+ for trajectory 0 of row 0"),
     ],
 )
 def test_invalid_trajectories(leaves, source, log_q, message):
-    validate_trajectories(Trajectories(GOOD, GOOD, torch.zeros(2, 3)), 2, 3, 8)
+    validate_trajectories(Trajectories(GOOD, GOOD, torch.zeros(2, 3)), 2, 3, 8, 8)
     with pytest.raises(ValueError, match=message):
-        validate_trajectories(Trajectories(leaves, source, log_q), 2, 3, 8)
+        validate_trajectories(Trajectories(leaves, source, log_q), 2, 3, 8, 8)
 
 
 def test_results_of_the_wrong_type():
@@ -261,3 +269,20 @@ def test_results_of_the_wrong_type():
 
     with pytest.raises(TypeError, match="sampler 'lists' returned list"):
         FunctionSampler(lists).sample(make_step(), None, None, 1, None)
+    for wrong in ([0.0], GOOD.to("meta"), GOOD.to_sparse()):
+        with pytest.raises(TypeError, match="returned log_q as"):
+            validate_trajectories(Trajectories(GOOD, GOOD, wrong), 2, 3, 8)
+
+
+def test_functions_that_cannot_be_samplers():
+    for function in (lambda step: step, lambda: None, int.from_bytes):
+        with pytest.raises(TypeError, match="The sampler .* cannot be called .*; it must be a Sampler or function"):
+            FunctionSampler(function)
+    FunctionSampler(lambda *given: given[0])
+
+
+def test_parts_of_a_mixture_are_checked():
+    policy, noise = make_policy(make_catalog()), StatelessNoise(0).at(0, make_step().row_ids)
+    wide = MixtureSampler({"ground_truth": 1, "own": (lambda step, *_: step.target_leaves[:, None], 3)})
+    with pytest.raises(ValueError, match=r"leaves of shape \(\d+, 1\); it must be \(\d+, 3\)"):
+        wide.sample(make_step(), policy, None, 4, noise)

@@ -13,15 +13,19 @@ import torch
 from gflowtrl.data import Step, Windows
 from gflowtrl.teachers import (
     EASE,
+    CrossFitTeacher,
+    ItemKNN,
     MixtureTeacher,
     Popularity,
     SASRec,
+    Transitions,
     as_teacher,
     fingerprint,
     fit_cached,
     load_teacher,
     teacher_scores,
     top_items,
+    without_fold,
 )
 
 
@@ -230,3 +234,58 @@ def test_a_step_is_freed_without_garbage_collection():
         assert reference() is None
     finally:
         gc.enable()
+
+
+# ----------------------------------------------------------------------------------------------------- wrong arguments
+ROW = {"history": ["tea"], "target": "cup"}
+
+
+@pytest.mark.parametrize(
+    ("fit", "error", "message"),
+    [
+        (lambda: EASE.fit(SEQUENCES, ITEMS, [{"history": ["tea"]}]), ValueError, "Row 0 of validation is .*needs a h"),
+        (lambda: SASRec.fit(SEQUENCES, ITEMS, [ROW, 5], epochs=1), ValueError, "Row 1 of validation is 5; it needs"),
+        (lambda: SASRec.fit(SEQUENCES, ITEMS, [{**ROW, "target": "gnu"}]), ValueError, "Item 'gnu' is not in"),
+        (lambda: ItemKNN.fit(SEQUENCES, ITEMS, 5), TypeError, "validation is of type int; it must be rows"),
+        (lambda: EASE.fit([["tea"], None], ITEMS), TypeError, "A history is not a list of items"),
+        (lambda: ItemKNN.fit([["tea"], [["cup"]]], ITEMS), TypeError, "sequences must be a list with a list of items"),
+        (lambda: Popularity.fit(SEQUENCES, [*ITEMS, 1.5]), TypeError, "1.5 of type float is not an item"),
+        (lambda: Popularity.fit([], []), ValueError, "items is empty"),
+        (lambda: Transitions.fit([], []), ValueError, "items is empty"),
+        (lambda: ItemKNN.fit(SEQUENCES, None), TypeError, "items is of type NoneType; it must be a list"),
+        (lambda: SASRec.fit(SEQUENCES, ITEMS, width=None), ValueError, "width is None; it must be a whole number"),
+        (lambda: SASRec.fit(SEQUENCES, ITEMS, start="saved"), TypeError, "start is of type str; it must be a fitted"),
+        (lambda: MixtureTeacher([1.0]), TypeError, "teachers is of type list; it must be a dictionary"),
+        (lambda: CrossFitTeacher(5), TypeError, "teachers is of type int; it must be a list of teachers"),
+        (lambda: without_fold(SEQUENCES, range(4), 3, 3), ValueError, "fold is 3; it must be below"),
+        (lambda: without_fold(SEQUENCES, range(4), 0, 0), ValueError, "folds is 0"),
+    ],
+)
+def test_wrong_arguments_of_teachers_are_refused_before_the_fit(monkeypatch, fit, error, message):
+    monkeypatch.setattr(SASRec, "_train_epoch", lambda *_: pytest.fail("an epoch was trained"))
+    with pytest.raises(error, match=message):
+        fit()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"k": -1}, ValueError, "k is -1"),
+        ({"batch_size": -1}, ValueError, "batch_size is -1"),  # it gave no lists
+        ({"max_history_items": 0}, ValueError, "max_history_items is 0"),  # it gave whole histories
+        ({"max_history_items": -1}, ValueError, "max_history_items is -1"),  # it dropped the first item
+        ({"teacher": len}, TypeError, "teacher is of type builtin_function_or_method; wrap"),
+        ({"histories": None}, TypeError, "histories is of type NoneType"),
+    ],
+)
+def test_wrong_arguments_of_top_items_are_refused(options, error, message):
+    good = {"teacher": Popularity.fit(SEQUENCES, ITEMS), "histories": SEQUENCES, "k": 2}
+    assert top_items(**good).shape == (4, 2)
+    with pytest.raises(error, match=message):
+        top_items(**(good | options))
+
+
+def test_items_of_numpy_can_be_saved(tmp_path):
+    numbers = np.arange(3)
+    Popularity.fit([numbers, numbers[:1]], numbers).save_pretrained(tmp_path)
+    assert load_teacher(tmp_path).items == [0, 1, 2]
