@@ -29,7 +29,7 @@ from gflowtrl.policy.loading import check_embedded, load_tokenizer
 from gflowtrl.policy.merging import update_adapter_files
 from gflowtrl.semantic_ids import ItemTokenizer
 from gflowtrl.teachers import TeacherModule, load_teacher
-from gflowtrl.teachers.teacher import rank_of_item
+from gflowtrl.teachers.teacher import rank_items
 
 from .catalog_change import ITEM_TOKENIZER_FOLDER, ChangeableCatalog
 from .hub import local_copy, upload
@@ -449,5 +449,5 @@ class Recommender(ChangeableCatalog):
         result = Explanation(item, self.titles.get(item), log_prob, steps, others)
         if self.teacher is None:
             return result
-        ranked = rank_of_item(self.teacher, known, item, self.catalog, self.encoder.max_history_items)
-        return replace(result, teacher_probability=ranked[0], teacher_rank=ranked[1])
+        ((prob, rank),) = rank_items(self.teacher, known, [item], self.catalog, self.encoder.max_history_items)
+        return replace(result, teacher_probability=prob, teacher_rank=rank)

@@ -365,23 +365,23 @@ def score_histories(teacher: Teacher, histories: Sequence[History], max_history_
     return _checked_scores(teacher, teacher.score(histories))
 
 
-def rank_of_item(
-    teacher: Teacher, history: History, item: Item, among: Container[Item], max_history_items: int | None
-) -> tuple[float | None, int | None]:
-    """Return the probability of an item, by a softmax over the items `among` these, and its rank (1 = best).
+def rank_items(
+    teacher: Teacher, history: History, items: Sequence[Item], among: Container[Item], max_history_items: int | None
+) -> list[tuple[float, int] | tuple[None, None]]:
+    """Return the probability of each item, by a softmax over the items `among` these, and its rank (1 = best).
 
     Items of the history that the teacher does not know are skipped. Without a known one, or for an unknown item, both
     are None.
     """
+    columns = [column for column, item in enumerate(teacher.items) if item in among]
+    places = {teacher.items[column]: place for place, column in enumerate(columns)}
     known = set(teacher.items)
-    history = [other for other in history if other in known]
-    if item not in known or not history:
-        return None, None
-    scores = score_histories(teacher, [history], max_history_items)[0]
-    columns = [column for column, other in enumerate(teacher.items) if other in among]
-    probs = scores[columns].softmax(-1)
-    prob = probs[columns.index(teacher.items.index(item))]
-    return float(prob), 1 + int((probs > prob).sum())
+    history = [item for item in history if item in known]
+    if not history or not columns:
+        return [(None, None)] * len(items)
+    probs = score_histories(teacher, [history], max_history_items)[0][columns].softmax(-1)
+    found = [probs[places[item]] if item in places else None for item in items]
+    return [(None, None) if prob is None else (float(prob), 1 + int((probs > prob).sum())) for prob in found]
 
 
 @torch.no_grad()
