@@ -21,8 +21,9 @@ VLLM := .venv-vllm
 #   test_tracking              tensorboard
 #   cli                        rich, tqdm, PyYAML, matplotlib, huggingface-hub
 #   serving                    fastapi, prometheus_client, pydantic, starlette, uvicorn, httpx2
+#   demo                       gradio
 #   test_example, ZeRO-3       deepspeed, started by accelerate
-LOWEST_TESTS := tests/policy tests/test_recommender.py tests/trainer tests/data tests/semantic_ids tests/cli tests/serving \
+LOWEST_TESTS := tests/policy tests/test_recommender.py tests/trainer tests/data tests/semantic_ids tests/cli tests/serving tests/demo \
 	tests/pipeline/test_language_model.py tests/pipeline/test_tracking.py --ignore=tests/trainer/test_total_variation.py \
 	"tests/distributed/test_example.py::test_every_engine_gives_the_results_of_one_process[zero3]"
 

@@ -35,7 +35,7 @@ LAYERS = (
     {"data", "policy", "semantic_ids", "teachers"},
     {"rewards", "samplers", "losses", "metrics"},
     {"trainer", "recommender", "ensemble", "request", "catalog_change"},
-    {"pipeline", "serving", "export"},
+    {"pipeline", "serving", "export", "demo"},
     {"cli", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -161,12 +161,14 @@ def test_imported_libraries_are_required():
     required = {renamed.get(name, name) for name in required}
     used = {name.split(".")[0] for path in MODULES for name in imports_of(path) if path.name not in STANDALONE}
     extras = setup["options.extras_require"]
-    (extra,), serving = (
-        {re.split(r"[<>=!]", line)[0] for line in extras[name].split()} for name in ("deepspeed", "serve")
+    (extra,), serving, demo = (
+        {re.split(r"[<>=!]", line)[0] for line in extras[name].split()} for name in ("deepspeed", "serve", "demo")
     )
-    assert used - set(sys.stdlib_module_names) - {"gflowtrl"} <= required | serving | {extra}
-    for path in MODULES:  # libraries of the server are imported in its package only
-        assert package_of(path) == "serving" or not serving & {name.split(".")[0] for name in imports_of(path)}, path
+    assert used - set(sys.stdlib_module_names) - {"gflowtrl"} <= required | serving | demo | {extra}
+    for path in MODULES:  # libraries of the server and of the page are imported in their packages only
+        names = {name.split(".")[0] for name in imports_of(path)}
+        assert package_of(path) == "serving" or not serving & names, path
+        assert package_of(path) == "demo" or not demo & names, path
     for tree in TREES.values():  # the library of an extra is imported in functions, not with the module
         names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
         names |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.module}

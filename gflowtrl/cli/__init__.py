@@ -26,6 +26,7 @@ COMMANDS = {
     "catalog": "add items to a saved recommender, or retire some",
     "serve": "serve recommendations over HTTP",
     "export": "write a recommender for another engine: flat arrays, ONNX Runtime, vLLM",
+    "demo": "try a recommender in the browser, or write a Hugging Face Space with it",
     "compare": "compare several runs in one table and a plot",
 }
 
