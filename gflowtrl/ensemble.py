@@ -18,7 +18,8 @@ from gflowtrl.checks import COUNT, POSITIVE, check_number, check_type
 from gflowtrl.data import history_lengths
 from gflowtrl.finite import check_ranked
 
-from .recommender import LEAVES_PER_FORWARD, Recommendation, Recommender
+from .recommendation import Recommendation
+from .recommender import LEAVES_PER_FORWARD, Recommender
 from .request import Request, allowed_in, exclusions_in, histories_in
 
 

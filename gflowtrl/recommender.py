@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,73 +32,13 @@ from gflowtrl.teachers.teacher import rank_items
 
 from .catalog_change import ITEM_TOKENIZER_FOLDER, ChangeableCatalog
 from .hub import local_copy, upload
+from .recommendation import Explanation, Recommendation, Step
 from .request import Request, allowed_in, exclusions_in, histories_in
 
 
 TEACHER_FOLDER = "teacher"
 MAX_ENUMERATED = 4096  # sampling among at most so many allowed items computes the probability of each of them
 LEAVES_PER_FORWARD = 256
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """One recommended item.
-
-    Attributes:
-        item: the item.
-        log_prob: log-probability (natural logarithm) of its leaf under the policy, or under the tempered policy if the
-            item was sampled with a temperature. Items that share a semantic id have the same value. For a user with
-            no known item: logarithm of the item's share in the training interactions.
-        title: title of the item, if the recommender knows it.
-    """
-
-    item: Item
-    log_prob: float
-    title: str | None = None
-
-    @property
-    def probability(self) -> float:
-        """The exponential of `log_prob`."""
-        return math.exp(self.log_prob)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One token of an item's path.
-
-    Attributes:
-        token: the token.
-        probability: its probability under the policy, among the tokens that are possible at this step.
-        rank: its rank among these tokens (1 = most probable).
-        choices: number of tokens that are possible at this step.
-    """
-
-    token: str
-    probability: float
-    rank: int
-    choices: int
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Explanation of an item's position in a user's list.
-
-    Attributes:
-        item, title: the item.
-        log_prob: log-probability of its semantic id.
-        steps: its path, token by token.
-        shares_id_with: other items with the same semantic id. The policy cannot distinguish them.
-        teacher_probability, teacher_rank: the item's probability (softmax over all items) and rank (1 = best) under
-            the teacher of the reward, if the teacher was saved with the model and knows the item.
-    """
-
-    item: Item
-    title: str | None
-    log_prob: float
-    steps: list[Step]
-    shares_id_with: list[Item]
-    teacher_probability: float | None = None
-    teacher_rank: int | None = None
 
 
 class Recommender(ChangeableCatalog):

@@ -18,7 +18,7 @@ from pyarrow.csv import CSVWriter
 
 from gflowtrl.catalog import Item
 from gflowtrl.files import reading, write_atomically
-from gflowtrl.recommender import Recommendation
+from gflowtrl.recommendation import Recommendation
 
 
 POLICY, POPULAR = "policy", "popularity"

@@ -175,7 +175,7 @@ def validate_trajectories(
     unknown = torch.zeros_like(outside) if num_sources is None else (source < 0) | (source >= num_sources)
     if not (outside | unknown).any():
         return
-    if unknown.any():
+    if num_sources is not None and unknown.any():
         row, column = unknown.nonzero()[0].tolist()
         raise ValueError(
             f"The sampler returned source {source[row, column].item()} for trajectory {column} of row {row}; sources "

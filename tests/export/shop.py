@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from gflowtrl import ItemCatalog, Recommender
 from gflowtrl.policy.temperature import set_temperature
-from gflowtrl.recommender import Recommendation
+from gflowtrl.recommendation import Recommendation
 from tests.policy.test_architectures import IDS as EQUAL_IDS
 from tests.policy.test_architectures import TOKENIZER as EQUAL_TOKENIZER
 from tests.policy.test_architectures import WINDOWED, build
