@@ -172,11 +172,12 @@ def parser_actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 def quiet_libraries() -> None:
     """Hide messages that mean nothing to the user of a command.
 
-    These are bitsandbytes on a CPU kernel that gflowtrl does not use, DeepSpeed on the accelerator that it found, and
-    the progress bars of loading weights.
+    These are bitsandbytes on a CPU kernel that gflowtrl does not use, DeepSpeed on the accelerator that it found, the
+    progress bars of loading weights, and the table of tensors that do not fit, which `policy.loading` checks.
     """
     for name in ("bitsandbytes.backends.cpu.ops", "DeepSpeed"):
         logging.getLogger(name).addFilter(_is_error)
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_no_load_report)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
@@ -190,6 +191,10 @@ def quiet_logger(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def _is_no_load_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def _is_error(record: logging.LogRecord) -> bool:

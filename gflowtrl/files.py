@@ -33,6 +33,14 @@ def check_data_path(path: Path) -> None:
         raise FileNotFoundError(f"There is no folder {path}. Check the path; `gflowtrl prepare` creates one.")
 
 
+def is_entry(path: str | os.PathLike) -> bool:
+    """Return whether a folder has an entry of this name.
+
+    For optional files: a broken link or a folder counts, so that reading it is an error.
+    """
+    return os.path.lexists(path)
+
+
 def write_atomically(path: str | os.PathLike, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a temporary file next to `path`, then rename it to `path`. An unfinished file is removed.
 

@@ -156,6 +156,16 @@ def test_damaged_files_are_named(folder, name, content):
         Recommender.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("name", ["item_details.json", "recommender_config.json"])
+def test_an_optional_file_that_is_a_broken_link_is_an_error(folder, name):
+    """As in a cache of the Hub that has lost files: without it, prompts would have another length or form."""
+    (folder / name).unlink()
+    Recommender.from_pretrained(folder)
+    (folder / name).symlink_to(folder / "lost")
+    with pytest.raises(OSError, match=name):
+        Recommender.from_pretrained(folder)
+
+
 def test_a_trainer_names_inconsistent_files_too(folder):
     change(folder / "tokenizer.json", FAULTS["swapped tokens"][1])
     with pytest.raises(ValueError, match="gives token '<a_0>' the token id 3, but the tokenizer gives it 4"):

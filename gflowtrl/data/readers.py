@@ -1,7 +1,6 @@
 """Reader of the folder format, and a reader of LETTER / APAO triples. docs/data.md describes both."""
 
 import json
-import os
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -14,7 +13,7 @@ import numpy as np
 from gflowtrl.catalog import Item
 from gflowtrl.checks import check_text, is_finite, short_repr
 from gflowtrl.configuration import locate_errors
-from gflowtrl.files import check_data_path, read_text, text_lines
+from gflowtrl.files import check_data_path, is_entry, read_text, text_lines
 
 from .interactions import CLICKED, PURCHASED, SHOWN, Event, Exposed, InteractionData, flatten
 from .json_text import check_characters, json_object, refuse_constant, strict_decode
@@ -63,7 +62,7 @@ def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
             names the file and the line, or the user or item.
     """
     path = Path(path)
-    if _exists(file := path / SEQUENCES_FILE):
+    if is_entry(file := path / SEQUENCES_FILE):
         _only_one(file, path / "sequences.jsonl")
         users, sequences, times = read_parquet_sequences(file)
     else:
@@ -74,11 +73,11 @@ def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
         check_features(row, where)
     numeric_items = _all_numeric(chain(sequences.names, features))
     ids_file = path / "semantic_ids.json"
-    semantic_ids = _read_semantic_ids(ids_file, numeric_items) if with_ids and _exists(ids_file) else None
+    semantic_ids = _read_semantic_ids(ids_file, numeric_items) if with_ids and is_entry(ids_file) else None
     about = _read_about(path / "dataset.json")
-    events = _read_events(file, users) if _exists(file := path / "events.jsonl") else None
-    exposed = read_exposed(file) if _exists(file := path / "exposed.jsonl") else None
-    impressions = read_impressions(file, numeric_items) if _exists(file := path / "impressions.json") else None
+    events = _read_events(file, users) if is_entry(file := path / "events.jsonl") else None
+    exposed = read_exposed(file) if is_entry(file := path / "exposed.jsonl") else None
+    impressions = read_impressions(file, numeric_items) if is_entry(file := path / "impressions.json") else None
     items = _all_items(sequences.names, features, semantic_ids, path)
     if len(items) == len(sequences.names):
         items = sequences.names
@@ -102,13 +101,8 @@ def read_folder(path: str | Path, with_ids: bool = True) -> InteractionData:
         )
 
 
-def _exists(file: Path) -> bool:
-    """Whether a folder has an entry of this name. A broken link or a folder counts: reading it is then an error."""
-    return os.path.lexists(file)
-
-
 def _only_one(file: Path, other: Path) -> None:
-    if _exists(other):
+    if is_entry(other):
         raise ValueError(f"{file} and {other} both exist. Remove the one that is out of date.")
 
 
@@ -137,7 +131,7 @@ def _read_sequences(file: Path) -> tuple[list[Item], Sequences[Item], Sequences[
 def _item_rows(path: Path) -> Iterator[tuple[str, Item, dict[str, Any]]]:
     """Yield (file and line, item, features) of the items that are described."""
     file = path / ITEMS_FILE
-    if _exists(file):
+    if is_entry(file):
         _only_one(file, path / "items.jsonl")
         seen: set[Item] = set()
         for where, item, row in read_parquet_items(file):
@@ -145,7 +139,7 @@ def _item_rows(path: Path) -> Iterator[tuple[str, Item, dict[str, Any]]]:
                 raise ValueError(f"{where}: item {item!r} is on an earlier row already. Merge the two rows.")
             seen.add(item)
             yield where, item, row
-    elif _exists(file := path / "items.jsonl"):
+    elif is_entry(file := path / "items.jsonl"):
         for where, item, row in json_rows(file, "item"):
             yield where, item, {name: value for name, value in row.items() if name != "item"}
 
@@ -272,7 +266,7 @@ def json_rows(file: Path, key: str) -> Iterator[tuple[str, Item, dict[str, Any]]
 
 
 def _read_about(file: Path) -> dict[str, Any]:
-    about = _read_object(file) if _exists(file) else {}
+    about = _read_object(file) if is_entry(file) else {}
     for key in ("name", "license", "source"):
         check_text(f"{file}: {key!r}", about.get(key), optional=True)
     if not isinstance(about.get("synthetic", False), bool):

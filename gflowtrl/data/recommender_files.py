@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gflowtrl.catalog import Item, ItemCatalog
-from gflowtrl.files import read_object, read_tensors, reading, write_text
+from gflowtrl.files import is_entry, read_object, read_tensors, reading, write_text
 
 from .prompts import PromptEncoder, PromptFormat
 
@@ -56,7 +56,7 @@ def read_details(directory: str | os.PathLike, catalog: ItemCatalog) -> dict[str
         ValueError: if the file is damaged or belongs to another catalog.
     """
     file = Path(directory, DETAILS_FILE)
-    details = read_object(file) if file.is_file() else {}
+    details = read_object(file) if is_entry(file) else {}
     is_valid: dict[str, Any] = {"counts": _is_count, "titles": lambda title: title is None or isinstance(title, str)}
     result: dict[str, Any] = {}
     for name, values in details.items():
@@ -102,7 +102,7 @@ def read_encoder(
         ValueError: if a file is damaged, or belongs to another catalog or tokenizer; the message names it.
     """
     file = Path(directory, RECOMMENDER_FILE)
-    if not file.is_file():
+    if not is_entry(file):
         return PromptEncoder(catalog, tokenizer)
     settings = read_object(file)
     kind = settings.get("prompt_format")

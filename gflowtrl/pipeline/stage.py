@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections import Counter
@@ -16,7 +15,7 @@ from accelerate import PartialState
 from transformers import TrainerCallback
 
 from gflowtrl.checks import NOT_NEGATIVE, check_number
-from gflowtrl.files import damage_of, read_json, read_object, write_text
+from gflowtrl.files import damage_of, is_entry, read_json, read_object, write_text
 from gflowtrl.teachers import fingerprint
 from gflowtrl.trainer.processes import A_DAY, check_processes
 
@@ -113,7 +112,7 @@ class Stage:
 
     @property
     def done(self) -> bool:
-        return os.path.lexists(self.folder / DONE_FILE)
+        return is_entry(self.folder / DONE_FILE)
 
     @property
     def record(self) -> Record:
