@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 
 from gflowtrl.serving.limits import Limits
 
 from .common import guarded, make_parser, parse
+
+
+TOKEN_VARIABLE = "GFLOWTRL_CATALOG_TOKEN"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -30,12 +34,17 @@ def main(arguments: Sequence[str]) -> int:
         "--grace_s", type=float, default=Limits.grace_s, help="seconds from Ctrl-C or SIGTERM to the end"
     )
     parser.add_argument("--threads", type=int, help="number of torch's threads")
+    parser.add_argument(
+        "--catalog_token",
+        help=f"secret of POST /catalog, which is off without one; better in the environment, as {TOKEN_VARIABLE}",
+    )
     return guarded(lambda: _serve(parse(parser, arguments)))
 
 
 def _serve(options: argparse.Namespace) -> None:
     from gflowtrl.serving import serve
 
+    token = options.catalog_token or os.environ.get(TOKEN_VARIABLE) or None
     limits = Limits(options.max_batch, options.max_wait_ms, options.max_queue, options.max_k, grace_s=options.grace_s)
     with suppress(KeyboardInterrupt):  # Ctrl-C is the normal way to stop a server
-        serve(options.model, options.host, options.port, limits, options.threads)
+        serve(options.model, options.host, options.port, limits, options.threads, token)

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError, StarletteHTTPException
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -20,8 +20,19 @@ from gflowtrl.recommender import Recommender
 
 from . import request_checks
 from .batching import STOPPING, Job, Unavailable, Worker
+from .catalog import PATH, LivingCatalog, TokenCheck
 from .limits import Limits
-from .messages import ExplainAnswer, ExplainRequest, Health, Problem, RecommendAnswer, RecommendRequest, format_error
+from .messages import (
+    CatalogAnswer,
+    CatalogRequest,
+    ExplainAnswer,
+    ExplainRequest,
+    Health,
+    Problem,
+    RecommendAnswer,
+    RecommendRequest,
+    format_error,
+)
 from .metrics import Metrics
 from .middleware import RequestMiddleware
 
@@ -30,14 +41,15 @@ MODELS = {"/recommend": RecommendRequest, "/explain": ExplainRequest}
 PATHS = (*MODELS, "/health", "/metrics")
 RETRY_AFTER = {"Retry-After": "1"}  # seconds in which most of a full queue is answered
 PROBLEMS = {status: {"model": Problem} for status in (400, 408, 413, 422, 500, 503, 504)}
+CATALOG_PROBLEMS = PROBLEMS | {status: {"model": Problem} for status in (401, 403, 409)}
 
 
 @asynccontextmanager
-async def _lifespan(recommender: Recommender, worker: Worker, app: FastAPI) -> AsyncIterator[None]:
+async def _lifespan(served: LivingCatalog, worker: Worker, app: FastAPI) -> AsyncIterator[None]:
     """Check the model once at startup, and run the worker until shutdown."""
     app.state.stopping, app.state.model_problem = False, None
     try:
-        await asyncio.to_thread(recommender.check)
+        await asyncio.to_thread(served.recommender.check)
     except NonFiniteError as error:
         app.state.model_problem = str(error)
     worker.start()
@@ -46,7 +58,7 @@ async def _lifespan(recommender: Recommender, worker: Worker, app: FastAPI) -> A
     await asyncio.to_thread(worker.stop)
 
 
-def create_app(recommender: Recommender, limits: Limits | None = None) -> FastAPI:
+def create_app(recommender: Recommender, limits: Limits | None = None, catalog_token: str | None = None) -> FastAPI:
     """Return an application that serves `recommender`. docs/serving.md describes the routes.
 
     One thread uses the model, from the application's startup to its shutdown. At shutdown it first answers the
@@ -56,6 +68,10 @@ def create_app(recommender: Recommender, limits: Limits | None = None) -> FastAP
     Args:
         recommender: the recommender. Nothing else may use it at the same time.
         limits: by default `Limits()`.
+        catalog_token: the secret of clients that may change the catalog (`POST /catalog`); None: nobody may.
+
+    Raises:
+        ValueError: the token is too short.
 
     Example:
         ```python
@@ -67,26 +83,33 @@ def create_app(recommender: Recommender, limits: Limits | None = None) -> FastAP
     metrics = Metrics()
     worker = Worker(limits, metrics.batches.observe)
     metrics.queue.set_function(lambda: worker.queue_length)
+    served, name = LivingCatalog(recommender, worker, metrics.swaps.inc), recommender.model.name_or_path
+    token = None if catalog_token is None else TokenCheck(catalog_token)
 
-    lifespan = partial(_lifespan, recommender, worker)
+    lifespan = partial(_lifespan, served, worker)
     app = FastAPI(title="gflowtrl", version=gflowtrl.__version__, lifespan=lifespan)
     app.state.stopping = False
     app.state.model_problem = None  # what was wrong with the model at its last use
-    app.add_middleware(RequestMiddleware, limits=limits, metrics=metrics, paths=PATHS)
+    paths = PATHS if token is None else (*PATHS, PATH)
+    larger = (lambda scope: False) if token is None else token.allows
+    app.add_middleware(RequestMiddleware, limits=limits, metrics=metrics, paths=paths, larger=larger)
     _add_error_handlers(app)
     run = partial(_run, app, worker, limits)
 
     @app.post("/recommend", responses=PROBLEMS)
     async def recommend(body: RecommendRequest) -> RecommendAnswer:
         """Recommend items for each history."""
+        recommender = served.recommender  # this request keeps it, if the catalog changes now
         request_checks.check_recommend(body, limits, recommender.catalog)
         histories, warnings = request_checks.known_items(body.histories, recommender)
-        work = partial(recommender.recommend, **body.model_dump(exclude={"histories"}))
-        return RecommendAnswer(recommendations=await run(work, histories, batch_key(body)), warnings=warnings)
+        work, key = partial(recommender.recommend, **body.model_dump(exclude={"histories"})), batch_key(body)
+        key = key and (recommender.catalog.version, key)
+        return RecommendAnswer(recommendations=await run(work, histories, key), warnings=warnings)
 
     @app.post("/explain", responses=PROBLEMS)
     async def explain(body: ExplainRequest) -> ExplainAnswer:
         """Explain the position of an item in the list of a history."""
+        recommender = served.recommender
         history, warnings = request_checks.check_explain(body, limits, recommender.catalog)
         work = [(history, body.item)]
         (explanation,) = await run(lambda rows: [recommender.explain(*row) for row in rows], work, None)
@@ -97,13 +120,27 @@ def create_app(recommender: Recommender, limits: Limits | None = None) -> FastAP
         """Return 200, or 503 with the problem: startup, shutdown, NaN, or the end of the model's thread."""
         problem = worker.problem or (STOPPING if app.state.stopping else app.state.model_problem)
         response.status_code = 503 if problem else 200
-        name, items, version = recommender.model.name_or_path, len(recommender.catalog), gflowtrl.__version__
-        return Health(ready=problem is None, model=name, items=items, version=version, problem=problem)
+        catalog = served.recommender.catalog
+        return Health(
+            ready=problem is None,
+            model=name,
+            items=len(catalog),
+            catalog_version=catalog.version,
+            version=gflowtrl.__version__,
+            problem=problem,
+        )
 
     @app.get("/metrics")
     async def get_metrics() -> Response:
         """Return counters and histograms in Prometheus' text format."""
         return Response(generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    if token is not None:
+
+        @app.post(PATH, responses=CATALOG_PROBLEMS, dependencies=[Depends(token)])
+        async def change_catalog(body: CatalogRequest) -> CatalogAnswer:
+            """Add items to the catalog, and retire items."""
+            return await served.change(body, limits)
 
     return app
 
@@ -146,7 +183,8 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def invalid_request(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         status = 400 if first["type"] == "json_invalid" else 422
-        return JSONResponse({"detail": format_error(MODELS[request.scope["route"].path], first)}, status)
+        model = {**MODELS, PATH: CatalogRequest}[request.scope["route"].path]
+        return JSONResponse({"detail": format_error(model, first)}, status)
 
     @app.exception_handler(StarletteHTTPException)
     async def http_error(request: Request, error: StarletteHTTPException) -> Response:

@@ -47,7 +47,7 @@ class Worker:
 
     Args:
         limits: `max_batch`, `max_wait_ms` and `max_queue` are used.
-        on_batch: called with the number of rows after each batch.
+        on_batch: called with the number of rows after each batch that has some.
 
     Attributes:
         problem: a sentence that says why the worker accepts no jobs, or None.
@@ -149,6 +149,7 @@ class Worker:
             for job in batch:  # an error in one request must not affect the others: try each one alone
                 self._do([job])
             return
-        self._on_batch(len(rows))
+        if rows:
+            self._on_batch(len(rows))
         for job in batch:
             job.future.set_result(list(islice(results, len(job.rows))))

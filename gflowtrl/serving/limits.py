@@ -25,6 +25,8 @@ class Limits:
         timeout_s: seconds after which a waiting request is answered with 504.
         grace_s: seconds from Ctrl-C or SIGTERM to the end of the process. Four fifths of them are for the requests
             that were accepted before.
+        max_catalog_items: items per change of the catalog.
+        max_catalog_bytes: bytes per body of a change, of clients with the token.
 
     Raises:
         ValueError: a limit is below 1 (`max_wait_ms`: below 0; the other seconds: not above 0).
@@ -40,6 +42,8 @@ class Limits:
     body_timeout_s: float = 10.0
     timeout_s: float = 30.0
     grace_s: float = 25.0
+    max_catalog_items: int = 10_000
+    max_catalog_bytes: int = 32_000_000
 
     def __post_init__(self):
         bounds = {"max_wait_ms": NOT_NEGATIVE, "body_timeout_s": POSITIVE, "timeout_s": POSITIVE, "grace_s": POSITIVE}

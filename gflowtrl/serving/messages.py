@@ -43,6 +43,23 @@ class ExplainRequest(Request):
     item: Item = Field(description=f"an item, {ITEM}")
 
 
+class NewItem(BaseModel):
+    """An item to add. All other fields are its features."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    item: Item
+    title: StrictStr | None = None
+    text: StrictStr | None = None
+    semantic_id: list[StrictStr] | None = None
+
+
+class CatalogRequest(Request):
+    add: list[NewItem] = Field(
+        default=[], description=f'a list of objects, each with "item" ({ITEM}) and with features such as "title"'
+    )
+    retire: list[Item] = Field(default=[], description=f"a list of items, {ITEM} each")
+
+
 class Answer(BaseModel):
     model_config = ConfigDict(from_attributes=True)  # built from the recommender's dataclasses
 
@@ -66,10 +83,23 @@ class ExplainAnswer(RecommendedItem):
     warnings: list[str]
 
 
+class CatalogAnswer(BaseModel):
+    added: int
+    restored: int
+    retired: int
+    sharing: int
+    new_tokens: int
+    items: int
+    leaves: int
+    version: int
+    seconds: float
+
+
 class Health(BaseModel):
     ready: bool
     model: str
     items: int
+    catalog_version: int
     version: str
     problem: str | None = None  # why the server is not ready
 
@@ -99,7 +129,7 @@ def format_error(model: type[Request], error: dict[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         return f"{repr_json(name)} is not a field of this request; its fields are {names}."
     expected = model.model_fields[name].description
-    if error["type"] == "missing":
+    if error["type"] == "missing" and not inner:
         return f"{name} is missing; it must be {expected}."
     index = "".join(f"[{part}]" for part in inner if isinstance(part, int))
     return f"{name}{index} is {repr_json(error['input'])}; {name} must be {expected}."

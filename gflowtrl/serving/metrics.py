@@ -20,4 +20,6 @@ class Metrics:
         self.seconds = Histogram("gflowtrl_request_seconds", text, ["path"], buckets=SECONDS, registry=registry)
         text = "Histories that were decoded or explained together."
         self.batches = Histogram("gflowtrl_batch_histories", text, buckets=ROWS, registry=registry)
+        text = "Changes of the catalog."
+        self.swaps = Counter("gflowtrl_catalog_swaps_total", text, registry=registry)
         self.queue = Gauge("gflowtrl_queue_length", "Requests that wait for the model.", registry=registry)

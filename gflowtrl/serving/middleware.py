@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
@@ -28,13 +28,21 @@ class RequestMiddleware:
 
     Args:
         app: the ASGI application.
-        limits: `max_body_bytes` and `body_timeout_s` are used.
+        limits: `max_body_bytes`, `max_catalog_bytes` and `body_timeout_s` are used.
         metrics: count path, status and seconds of each answer.
+        larger: whether a request may have `max_catalog_bytes` instead.
         paths: paths that are counted by name. All others are counted as "other", so clients cannot create new series.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, paths: Collection[str]):
-        self.app, self.limits, self.metrics, self.paths = app, limits, metrics, paths
+    def __init__(
+        self,
+        app: ASGIApp,
+        limits: Limits,
+        metrics: Metrics,
+        paths: Collection[str],
+        larger: Callable[[Scope], bool] = lambda scope: False,
+    ):
+        self.app, self.limits, self.metrics, self.paths, self.larger = app, limits, metrics, paths, larger
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -95,7 +103,8 @@ class RequestMiddleware:
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """Return the body of a request. One that is too long raises a 413."""
-        body, size, limit = b"", 0, self.limits.max_body_bytes
+        limit = self.limits.max_catalog_bytes if self.larger(scope) else self.limits.max_body_bytes
+        body, size = b"", 0
         async for chunk in Request(scope, receive).stream():
             size += len(chunk)
             body += chunk if size <= limit else b""

@@ -20,6 +20,7 @@ from gflowtrl.checks import COUNT, check_number
 from gflowtrl.recommender import Recommender
 
 from .app import create_app
+from .catalog import TokenCheck
 from .limits import Limits
 
 
@@ -29,6 +30,7 @@ def serve(
     port: int = 8000,
     limits: Limits | None = None,
     threads: int | None = None,
+    catalog_token: str | None = None,
 ) -> None:
     """Serve a recommender until Ctrl-C or SIGTERM, then answer the accepted requests and return.
 
@@ -36,8 +38,8 @@ def serve(
     read their answer by then are disconnected; if the model hangs, the process ends with exit code 1. A second signal
     ends the process at once. In a thread other than the main one, signals are not handled.
 
-    The model is on the GPU if there is one, else on the CPU. There is no authentication: listen on this machine only,
-    or on a network all of whose members may send requests.
+    The model is on the GPU if there is one, else on the CPU. Only changes of the catalog need a token:
+    listen on this machine only, or on a network all of whose members may send requests.
 
     Args:
         model_dir: the folder of a recommender, or its name on the Hugging Face Hub.
@@ -45,9 +47,10 @@ def serve(
         port: port to listen on; 0 chooses a free one, which is printed.
         limits: by default `Limits()`.
         threads: number of torch's threads; by default torch chooses.
+        catalog_token: the secret of clients that may change the catalog (`POST /catalog`); None: nobody may.
 
     Raises:
-        ValueError: `port` or `threads` is out of range.
+        ValueError: `port` or `threads` is out of range; the token is too short; the item tokenizer is damaged.
         ImportError: a library of the extra `serve` is not installed.
         FileNotFoundError: the folder or one of its files is missing.
         OSError: the address is not available, for example because another process uses it.
@@ -58,10 +61,14 @@ def serve(
     if threads is not None:
         torch.set_num_threads(threads)
     limits = Limits() if limits is None else limits
+    if catalog_token is not None:
+        TokenCheck(catalog_token)
     with _bind(host, port) as address:  # before the model is loaded, which can take long
         device = "cuda" if torch.cuda.is_available() else "cpu"
         recommender = Recommender.from_pretrained(model_dir, device_map=device)
-        server = _Server(create_app(recommender, limits), limits.grace_s)
+        if catalog_token is not None:
+            recommender.item_tokenizer  # noqa: B018  (reads and checks its files, before the first change needs them)
+        server = _Server(create_app(recommender, limits, catalog_token), limits.grace_s)
         address.listen(server.config.backlog)
         url = f"http://{f'[{host}]' if ':' in host else host}:{address.getsockname()[1]}"
         print(f"Serving {len(recommender.catalog)} items of {model_dir} on {url} (Ctrl-C to stop)", flush=True)

@@ -110,7 +110,7 @@ def test_an_empty_history_gives_popular_items_and_has_no_way(recommender, reward
 
 
 def test_items_that_the_teacher_does_not_know_have_no_score(tmp_path):
-    few = Transitions.fit([ITEMS[:20], ITEMS[20::-3]], ITEMS[:20])
+    few = Transitions.fit([ITEMS[:20], ITEMS[19::-3]], ITEMS[:20])
     recommender = make_recommender(teacher=few)
     answer = recommend(recommender, ["i010"], len(ITEMS))
     assert {row.item for row in answer.rows if row.teacher_rank is None} == set(ITEMS[20:])

@@ -287,7 +287,8 @@ def test_health_describes_the_model_and_its_readiness(recommender):
     with TestClient(app) as client:
         answer = client.get("/health")
         assert answer.status_code == 200 and "connection" not in answer.headers
-        assert answer.json() == {"ready": True, "model": "", "items": 24, "version": __version__}
+        about = {"model": "", "items": 24, "catalog_version": 1, "version": __version__}
+        assert answer.json() == {"ready": True, **about}
         app.state.stopping = True
         assert_unhealthy(client, "The server is stopping.")
         answer = client.post("/recommend", json={"histories": [HISTORY]})  # accepted before
@@ -332,7 +333,7 @@ def test_nan_in_the_weights_is_503_for_requests_and_health():
         with torch.no_grad():
             weight[:] = kept
         assert client.post("/recommend", json={"histories": [HISTORY]}).status_code == 200
-        assert client.get("/health").json().keys() == {"ready", "model", "items", "version"}
+        assert client.get("/health").json().keys() == {"ready", "model", "items", "catalog_version", "version"}
 
 
 def test_health_is_503_before_the_first_request_to_a_broken_model():

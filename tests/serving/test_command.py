@@ -128,8 +128,8 @@ def test_options_reach_the_server_and_ctrl_c_ends_it_without_an_error(monkeypatc
         )
         == 0
     )
-    folder, host, port, limits, threads = arguments
-    assert (folder, host, port, threads) == ("folder", "127.0.0.1", 81, 2)
+    folder, host, port, limits, threads, catalog_token = arguments
+    assert (folder, host, port, threads, catalog_token) == ("folder", "127.0.0.1", 81, 2, None)
     assert (limits.max_batch, limits.max_k, limits.max_queue, limits.grace_s) == (7, 9, 256, 3.0)
     with pytest.raises(SystemExit) as stop:  # raised by argparse
         main(["--help"])
