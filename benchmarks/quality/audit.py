@@ -35,7 +35,7 @@ from gflowtrl.pipeline.run_report import aligned
 OWN = ROOT / "benchmarks" / "quality" / "recipes"
 PAPER = ROOT / "recipes" / "gflowgr_paper.yaml"
 USERS = 1000  # test users whose prefixes are measured
-METHODS = ("teacher", "sft", "control", "gflownet")
+ALL = ("teacher", "sft", "control", "gflownet")  # stages
 
 # For the ablation "balance over the vocabulary": pi is the model's softmax over all tokens, as in plain decoding.
 register_loss("vocabulary_balance", LossSpec(trajectory_balance, any_label_space=True))
@@ -69,7 +69,7 @@ def beta(value: float) -> list[str]:
 EXP = [STANDARD, "--gflownet.reward_transform", "exp"]
 #: The readings of the paper's method that were tried on the validation split of Office.
 READING = {
-    "published": Row("R as published, lambda 1", PAPER, (), ("teacher", "sft", "control", "gflownet")),
+    "published": Row("R as published, lambda 1", PAPER, (), ALL),
     "lambda01": Row("the same, lambda .1", PAPER, lambdas(0.1)),
     "power2": Row("R^2, lambda .1", PAPER, [*lambdas(0.1), *beta(2)]),
     "power3": Row("R^3, lambda .1", PAPER, [*lambdas(0.1), *beta(3)]),
@@ -80,7 +80,47 @@ READING = {
     "exp1_hard": Row("exp(R), the teacher's best 50", PAPER, [*EXP, HARD, *lambdas(0.1), *beta(1)]),
     "exp05_hard_1": Row("the same at exp(.5 R), lambda 1", PAPER, [*EXP, HARD, *lambdas(1), *beta(0.5)]),
 }
-STUDIES: dict[str, dict[str, Row]] = {"reading": READING}
+TITLES = {
+    "cross_entropy": "cross entropy over the vocabulary",
+    "msl": "MSL, temperature .7",
+    "bear": "BEAR",
+    "apao_pointwise": "APAO, pointwise",
+    "apao_pairwise": "APAO, pairwise, beta .3",
+    "dpo": "DPO",
+    "sdpo": "S-DPO",
+    "ipa": "IPA",
+    "grpo": "GRPO as in ReRe",
+    "grpo_trl": "GRPO as in TRL",
+    "dapo": "DAPO",
+    "dr_grpo": "Dr. GRPO",
+    "gbpo": "GBPO",
+    "vstar": "V-STAR without its decoder",
+    "flowrl": "FlowRL",
+    "gflowgr": "GFlowGR as published",
+    "gflowgr_detailed_balance": "the same with detailed balance",
+    "vargrad": "VarGrad",
+    "vargrad_linex": "VarGrad, linex",
+    "exact_flow": "exact flows",
+    "letter": "cross entropy on LETTER's ids",
+}
+#: Every method from one SFT checkpoint, for the same number of steps.
+METHODS_OF_OFFICE = {
+    name: Row(title, OWN / "audit" / f"{name}.yaml", (), ALL if name == "cross_entropy" else ("sft", "gflownet"))
+    for name, title in TITLES.items()
+} | {
+    "apao_gentle": Row(
+        "APAO, pairwise, beta .1", OWN / "audit" / "apao_pairwise.yaml", ["--gflownet.loss_weights", "1.0", "0.1"]
+    ),
+    "vargrad_excluded": Row(
+        "VarGrad, no reward for items of the history",
+        OWN / "audit" / "vargrad.yaml",
+        ["--gflownet.exclude_history", "auto"],
+    ),
+    "gflowgr_known": Row(
+        "GFlowGR as published, known Z", OWN / "audit" / "gflowgr.yaml", ["--gflownet.flows", "known"]
+    ),
+}
+STUDIES: dict[str, dict[str, Row]] = {"reading": READING, "office": METHODS_OF_OFFICE}
 
 
 def record_file(study: str, name: str, seed: int) -> Path:
@@ -125,7 +165,7 @@ def table(study: str, seeds: Sequence[int]) -> str:
     for name, row in STUDIES[study].items():
         files = [record_file(study, name, seed) for seed in seeds]
         records = [json.loads(file.read_text()) for file in files if file.is_file()]
-        for method in METHODS if records else ():
+        for method in ALL if records else ():
             entries = [record["methods"][method] for record in records if method in record["methods"]]
             if len(entries) < len(records) or (method != "gflownet" and method not in row.stages):
                 continue
