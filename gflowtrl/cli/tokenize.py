@@ -29,6 +29,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--codes", type=int, help="codes per level; by default 256, fewer below 1,024 items")
     parser.add_argument("--collisions", default="reassign", help="reassign, level (one more level) or keep")
     parser.add_argument("--seed", type=int, default=0, help="seed of clustering and training")
+    parser.add_argument("--alignment", type=float, default=0.0, help="rqvae: weight of LETTER's alignment with "
+                        "collaborative vectors")  # fmt: skip
+    parser.add_argument("--alignment_vectors", metavar="FILE", help="file of these vectors; by default co-occurrences")
+    parser.add_argument("--diversity", type=float, default=0.0, help="rqvae: weight of LETTER's diversity of codes")
     parser.add_argument("--add", action="store_true", help="keep existing ids and make ids for new items only")
     parser.add_argument("--overwrite", action="store_true", help="replace existing ids")
     return guarded(lambda: _tokenize(parse(parser, arguments)))

@@ -12,7 +12,7 @@ from gflowtrl.catalog import ItemCatalog
 from gflowtrl.cli import main
 from gflowtrl.cli.common import make_parser, parse
 from gflowtrl.data import InteractionData, SyntheticShop, build_tokenizer, read_interactions, write_folder
-from gflowtrl.semantic_ids import ItemTokenizer, default_num_codes, item_texts
+from gflowtrl.semantic_ids import RQVAE, ItemTokenizer, default_num_codes, item_texts
 from tests.data.raw_files import TITLES, WRITERS, write_lines
 
 
@@ -229,6 +229,21 @@ def test_collaborative_vectors_and_balanced_codes(prepared, options, capsys):
     assert report["colliding_items"] == 0 and report["items"] == len(read_interactions(prepared).items)
 
 
+def test_letters_ids_are_aligned_with_interactions(prepared, monkeypatch, capsys):
+    seen, fit = [], RQVAE.fit_encode
+
+    def briefly(self, vectors, collaborative):
+        self.steps = 10
+        seen.append((self.alignment, self.diversity, tuple(collaborative.shape)))
+        return fit(self, vectors, collaborative)
+
+    monkeypatch.setattr(RQVAE, "fit_encode", briefly)
+    words = ["tokenize", "--data_dir", str(prepared), "--levels", "2", "--codes", "16", "--overwrite", "--json"]
+    assert main([*words, "--quantizer", "rqvae", "--alignment", "0.1", "--diversity", "0.01"]) == 0
+    (alignment, diversity, shape), items = seen[0], json.loads(capsys.readouterr().out)["items"]
+    assert (alignment, diversity) == (0.1, 0.01) and shape == (items, min(64, items - 1))
+
+
 @pytest.mark.parametrize("case", [case for case in WRITERS if case != "table"])  # which no command can name
 def test_item_texts_have_the_features_of_every_format(tmp_path, case):
     format, writer = WRITERS[case]
@@ -300,6 +315,7 @@ def test_ids_from_attributes_alone(tmp_path):
         (["tokenize"], "are required: --data_dir. Run gflowtrl tokenize --help"),
         (["tokenize", "--data_dir", "DATA"], "semantic_ids.json exists. Use --add"),
         (["tokenize", "--data_dir", "DATA", "--overwrite", "--collaborative", "2"], "a number from 0 to 1"),
+        (["tokenize", "--data_dir", "DATA", "--overwrite", "--alignment", "0.1"], "--alignment is set, but quantizer"),
         (
             ["tokenize", "--data_dir", "DATA", "--overwrite", "--codes", "500"],
             "Choose num_codes (--codes) well",
