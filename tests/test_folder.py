@@ -166,6 +166,14 @@ def test_an_optional_file_that_is_a_broken_link_is_an_error(folder, name):
         Recommender.from_pretrained(folder)
 
 
+def test_a_longest_input_that_is_not_a_number_is_named(folder):
+    change(folder / "tokenizer_config.json", lambda c: c.update(model_max_length=[512]))
+    with pytest.raises(
+        ValueError, match=r"tokenizer_config\.json\) of .* cannot be loaded: model_max_length is \[512\]"
+    ):
+        Recommender.from_pretrained(folder)
+
+
 def test_a_trainer_names_inconsistent_files_too(folder):
     change(folder / "tokenizer.json", FAULTS["swapped tokens"][1])
     with pytest.raises(ValueError, match="gives token '<a_0>' the token id 3, but the tokenizer gives it 4"):

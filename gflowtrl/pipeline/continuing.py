@@ -12,7 +12,7 @@ from typing import Any
 from gflowtrl.catalog import Item, ItemCatalog
 from gflowtrl.checks import SEED, check_number, check_text
 from gflowtrl.data import InteractionData
-from gflowtrl.files import read_object, reading
+from gflowtrl.files import damage_of, read_object, reading
 from gflowtrl.recommender import ITEM_TOKENIZER_FOLDER, TEACHER_FOLDER
 from gflowtrl.semantic_ids import ItemTokenizer
 from gflowtrl.semantic_ids.tokenizer import DESCRIPTION_FILE
@@ -47,7 +47,7 @@ class EarlierRun:
 
         Raises:
             FileNotFoundError: no run has finished there, or its model is missing.
-            ValueError: the run has trained no policy.
+            ValueError: the run has trained no policy, or files of its model are damaged.
         """
         file = Path(folder, "results.json")
         if not file.is_file():
@@ -68,6 +68,9 @@ class EarlierRun:
         model = Path(folder, place, "model")
         if not model.is_dir():
             raise FileNotFoundError(f"continue_from: the folder {model}, which results.json names, is missing.")
+        files = [path for path in sorted(model.iterdir()) if path.suffix in (".json", ".safetensors")]
+        if damages := [f"{path} {damage}" for path in files if (damage := damage_of(path))]:
+            raise ValueError(f"continue_from: {'; '.join(damages)}. Restore the file, or give another run.")
         return cls(Path(folder), model, recipe)
 
     @cached_property

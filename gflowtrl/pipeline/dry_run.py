@@ -73,7 +73,7 @@ def _check_optimizer(args: TrainingArguments, stage: str) -> None:
             f"{stage}.optim {args.optim.value!r} and its options cannot be used: {_line(error)}"
         ) from error
     try:
-        options = args.lr_scheduler_kwargs if isinstance(args.lr_scheduler_kwargs, dict) else {}
+        options = args.lr_scheduler_kwargs or {}
         warmup = args.get_warmup_steps(100)
         get_scheduler(args.lr_scheduler_type, optimizer, warmup, 100, scheduler_specific_kwargs=options)
     except FAULTS as error:

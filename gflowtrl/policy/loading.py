@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gflowtrl.catalog.catalog import CATALOG_FILE
-from gflowtrl.checks import one_line
+from gflowtrl.checks import one_line, short_repr
 from gflowtrl.files import damage_of
 
 from .modules import innermost
@@ -55,7 +55,10 @@ def load_tokenizer(name: str | os.PathLike, trust_remote_code: bool = False, **w
         ValueError: it is damaged, or needs Python code from the folder.
     """
     with _loading(f"The tokenizer (tokenizer.json, tokenizer_config.json) of {name}", name):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
+        if not isinstance(tokenizer.model_max_length, int | float):
+            raise ValueError(f"model_max_length is {short_repr(tokenizer.model_max_length)}; it must be a number")
+        return tokenizer
 
 
 def load_weights(loader: Any, name: str | os.PathLike, **model_kwargs: Any) -> PreTrainedModel:

@@ -45,6 +45,8 @@ BOUNDS: dict[str, Bound] = {
     "dataloader_prefetch_factor": COUNT,
     "ddp_timeout": COUNT,
 }
+#: Fields of `TrainingArguments` that hold options. transformers reads JSON in text, and leaves other text as it is.
+MAPPINGS = ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs")
 
 
 def check_training_arguments(args: TrainingArguments) -> None:
@@ -56,6 +58,9 @@ def check_training_arguments(args: TrainingArguments) -> None:
     for name, bound in BOUNDS.items():
         if getattr(args, name, None) is not None:
             check_number(name, getattr(args, name), bound)
+    for name in MAPPINGS:
+        if not isinstance(value := getattr(args, name, None) or {}, Mapping):
+            raise ValueError(f"{name} is {short_repr(value)}; give options with their values, or leave it out.")
     for what in ("logging", "eval", "save"):
         steps = getattr(args, f"{what}_steps")
         if getattr(args, f"{what}_strategy") == "steps" and not (what == "eval" and not steps):

@@ -202,3 +202,16 @@ def test_ids_of_the_data_are_kept_too(earlier, continued, tmp_path):
     found = prepare(recipe)
     assert found.item_tokenizer is None and found.catalog.semantic_ids == catalog.semantic_ids
     assert json.loads(json.dumps(recipe.as_dict()))["continue_from"] == str(earlier / "next")
+
+
+def test_a_damaged_model_is_named_before_anything_is_computed(tmp_path):
+    model = tmp_path / "gflownet-1" / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    recipe = {"teacher": {"type": "ease"}, "seed": 1}
+    results = {"methods": {"gflownet": {"model": "elsewhere/gflownet-1/model"}}, "recipe": recipe}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert EarlierRun.read(tmp_path).model == model
+    (model / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match=r"continue_from: .*model\.safetensors is not a whole safetensors file"):
+        EarlierRun.read(tmp_path)
