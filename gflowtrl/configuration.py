@@ -159,6 +159,8 @@ def parse_value(text: str) -> Any:
         return yaml.load(text, RecipeLoader)
     except yaml.YAMLError:
         return text
+    except RecursionError:
+        raise ValueError(f"The value {short_repr(text)} is nested too deeply. Give another one.") from None
 
 
 def parse_options(arguments: Sequence[str]) -> dict[str, Any]:

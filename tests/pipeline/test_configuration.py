@@ -95,6 +95,12 @@ def test_options_take_every_form():
         parse_options(["stray"])
 
 
+def test_an_option_that_is_nested_too_deeply_is_shown():
+    with pytest.raises(ValueError, match=r"^The value '\[\[\[.*\[\[' is nested too deeply"):
+        parse_options(["--prompt", "[" * 5000])
+    assert parse_value("2024-13-41") == "2024-13-41"  # text, if YAML cannot make a value of it
+
+
 def test_set_option_reaches_into_lists_and_makes_sections():
     tree = {"rewards": [{"weight": 1}, {"weight": 2}], "seed": 1}
     set_option(tree, "rewards.1.weight", 5)
