@@ -248,6 +248,8 @@ def test_command_line_sets_any_field(recipe_file):
         ("--rewards.1.item_counts 3", "no field 'rewards.1.item_counts'"),
         ("--rewards.0.normalize true", "no field 'rewards.0.normalize'"),
         ("--rewards.0.type interaction --rewards.0.values 1 0", "rewards.0: The values of InteractionReward are"),
+        ("--sft.lr_scheduler_kwargs x", "sft.lr_scheduler_kwargs is 'x'; give options with their values"),
+        ("--gflownet.lr_scheduler_kwargs x", "gflownet.lr_scheduler_kwargs is 'x'; give options with their values"),
         (
             "--rewards.0.type token_similarity --rewards.0.prefix no",
             "rewards.0.prefix must be true or false, but it is 'no'",
