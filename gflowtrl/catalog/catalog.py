@@ -149,10 +149,11 @@ class ItemCatalog:
                         f"contain that id. Add it again with the same one."
                     )
         self.index_of(list(retire))  # an unknown item raises
-        kept = [row for row, item in enumerate(self.history_items) if item not in add]
-        items = [*(self.history_items[row] for row in kept), *add]
-        ids = [*(self.history_semantic_ids[row] for row in kept), *add.values()]
-        old, new = self.history_token_ids[torch.tensor(kept)], _pad_ids(add.values(), token_ids)
+        items, ids, old = self.history_items, self.history_semantic_ids, self.history_token_ids
+        if not self._retired.keys().isdisjoint(add):
+            kept = [row for row, item in enumerate(items) if item not in add]
+            items, ids, old = [items[row] for row in kept], [ids[row] for row in kept], old[torch.tensor(kept)]
+        items, ids, new = [*items, *add], [*ids, *add.values()], _pad_ids(add.values(), token_ids)
         width = max(old.shape[1], new.shape[1])
         paths = torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=-1) for part in (old, new)])
         retired = retire | {item for item in self._retired if item not in add}
@@ -401,10 +402,13 @@ class ItemCatalog:
 
     def distinct_tokens(self) -> tuple[list[str], list[int]]:
         """Return the tokens of all semantic ids, each once, as text and as token ids."""
-        token_ids, first = np.unique(self.history_token_ids.numpy(), return_index=True)
-        rows, columns = np.divmod(first[token_ids >= 0], self.history_token_ids.shape[1])
+        flat = self.history_token_ids.flatten().numpy()
+        place = np.full(int(flat.max()) + 2, -1)  # the last element is for the padding
+        place[flat] = np.arange(len(flat))
+        token_ids = np.flatnonzero(place[:-1] >= 0)
+        rows, columns = np.divmod(place[token_ids], self.history_token_ids.shape[1])
         tokens = [self.history_semantic_ids[row][column] for row, column in zip(rows, columns, strict=True)]
-        return tokens, token_ids[token_ids >= 0].tolist()
+        return tokens, token_ids.tolist()
 
 
 def _ids_of_tokens(semantic_ids: Mapping[Item, Sequence[str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
