@@ -90,7 +90,7 @@ class Recommender(ChangeableCatalog):
         check_type("teacher", teacher, TeacherModule, "a teacher of gflowtrl.teachers", optional=True)
         check_type("encoder", encoder, Callable, "a PromptEncoder", optional=True)
         if item_counts is not None:
-            catalog.check_counts(item_counts)
+            catalog.check_counts(item_counts, retired=True)
         check_weights(model)
         check_embedded(model, catalog.tree.num_tokens - 1)
         self.model, self.tokenizer, self.catalog = model.eval(), tokenizer, catalog

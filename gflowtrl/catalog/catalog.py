@@ -257,21 +257,25 @@ class ItemCatalog:
             raise ValueError(f"leaf is {short_repr(leaf)}; it must be a number from 0 to {last}.")
         return number
 
-    def check_counts(self, item_counts: Tensor) -> None:
+    def check_counts(self, item_counts: Tensor, retired: bool = False) -> None:
         """Check that a tensor `(items,)` has a count of at least 0 for each item.
+
+        Args:
+            item_counts: the counts.
+            retired: also allow `(history items,)`, with counts of the retired items.
 
         Raises:
             TypeError: it is not a tensor.
             ValueError: it has another shape, or a count is negative, NaN or infinite; the error names its item.
         """
         check_type("item_counts", item_counts, Tensor, "a tensor with one count per item")
-        if item_counts.shape != (len(self),):
+        if item_counts.shape not in ((len(self),), (len(self.history_items if retired else self.items),)):
             raise ValueError(
                 f"item_counts has shape {tuple(item_counts.shape)}, but the catalog has {len(self)} items. Give "
                 f"one count per item, in the order of catalog.items."
             )
         if len(wrong := (~(item_counts.isfinite() & (item_counts >= 0))).nonzero()):
-            item, count = self.items[int(wrong[0])], item_counts[wrong[0]].item()
+            item, count = self.history_items[int(wrong[0])], item_counts[wrong[0]].item()
             raise ValueError(f"item_counts has {count} for item {item!r}; a count must be a number of at least 0.")
 
     def fold_items(self, values: Tensor, reduction: str = "sum") -> Tensor:

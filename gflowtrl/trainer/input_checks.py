@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -115,7 +115,7 @@ def check_rows(rows: Dataset | None, catalog: ItemCatalog) -> None:
         seen.add(row_id)
 
 
-def check_row(row_id: Any, history: Any, wanted: Any, known: frozenset[Item]) -> None:
+def check_row(row_id: Any, history: Any, wanted: Sequence[Any], known: frozenset[Item]) -> None:
     """Check a row: its id, its history and its other items (the target, or the candidates)."""
     if not isinstance(row_id, Integral) or isinstance(row_id, bool):
         raise TypeError(f"The row_id {short_repr(row_id)} is not an integer; number the rows.")
