@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -48,3 +49,4 @@ def _serve(options: argparse.Namespace) -> None:
     limits = Limits(options.max_batch, options.max_wait_ms, options.max_queue, options.max_k, grace_s=options.grace_s)
     with suppress(KeyboardInterrupt):  # Ctrl-C is the normal way to stop a server
         serve(options.model, options.host, options.port, limits, options.threads, token)
+    gc.freeze()  # the last collection, when Python ends, would search a large catalog for seconds
