@@ -51,8 +51,9 @@ def penalize(
     if penalty == "linex":
         alpha = 1.0 if linex_alpha is None else linex_alpha
         check_number("linex_alpha", alpha, _SLOPE)
-        exponent = -alpha * residual
-        return (exponent.clamp(max=MOST_EXPONENT).exp() - exponent - 1) / alpha**2
+        # Both terms are limited: with the exponential alone, the slope of a larger exponent would have the wrong sign.
+        limited = (-alpha * residual).clamp(max=MOST_EXPONENT)
+        return (limited.exp() - limited - 1) / alpha**2
     if huber_delta is None:
         return residual.square()
     check_number(delta_name, huber_delta, POSITIVE)

@@ -82,11 +82,13 @@ def test_linex_of_pairs_is_half_of_shifted_cosh():
     assert torch.allclose(linex, cosh / 2)
 
 
-def test_large_residuals_stay_finite():
-    residual = torch.tensor([-1e4, 1e4], requires_grad=True)
-    for penalty in ("shifted_cosh", "linex"):
-        found = penalize(residual, None, penalty)
-        assert found.isfinite().all() and torch.autograd.grad(found.sum(), residual)[0].isfinite().all()
+@pytest.mark.parametrize(("penalty", "alpha"), [("shifted_cosh", None), ("linex", 1.0), ("linex", -1.0)])
+def test_large_residuals_stay_finite_and_never_grow(penalty, alpha):
+    residual = torch.tensor([-1e4, -90.0, 90.0, 1e4], requires_grad=True)
+    found = penalize(residual, None, penalty, alpha)
+    slopes = torch.autograd.grad(found.sum(), residual)[0]
+    assert found.isfinite().all() and slopes.isfinite().all()
+    assert (slopes * residual >= 0).all()
 
 
 @pytest.mark.parametrize(
