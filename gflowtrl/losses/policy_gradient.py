@@ -28,6 +28,8 @@ def group_advantages(rewards: Tensor, scale_rewards: str = "group", epsilon: flo
     """
     check_choice("scale_rewards", scale_rewards, SCALES)
     centered = rewards - rewards.mean(1, keepdim=True)
+    # A rounded mean would otherwise be divided by the deviation that it causes: 8 rewards of 10.1 would have -.01.
+    centered = centered.masked_fill(rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True), 0.0)
     return centered if scale_rewards == "none" else centered / (rewards.std(1, keepdim=True) + epsilon)
 
 
