@@ -51,8 +51,8 @@ class Recommender(ChangeableCatalog):
         max_history_items: number of items of a history that are used (the last ones).
         encoder: turns histories into prompts; by default a `PromptEncoder` (plain semantic ids).
         titles: titles of items, which recommendations and explanations return.
-        item_counts: `(items,)` numbers of training interactions in the order of `catalog.history_items`. Users with
-            no known item get recommendations by popularity from these counts.
+        item_counts: `(items,)` numbers of training interactions in the order of `catalog.history_items`; those of
+            retired items may be missing. Users with no known item get recommendations by popularity from these counts.
         teacher: the collaborative model of the reward, for explanations.
         item_tokenizer: what made the semantic ids, or its folder, which is read when items are added (`add_items`).
 

@@ -170,6 +170,23 @@ def test_new_tokens_get_the_rows_of_the_nearest_code(tied):
         before.with_change(plan)
 
 
+def test_counts_are_those_of_the_items_with_or_without_the_retired_ones():
+    changed = make_recommender().retire_items([7, 21])
+    parts = changed.model, changed.tokenizer, changed.catalog
+    counts = changed.item_counts
+    popular = [[one.item for one in changed.recommend([[]], k=5)[0]]]
+    for given in (counts, counts[:38]):
+        again = Recommender(*parts, 5, item_counts=given)
+        assert [[one.item for one in again.recommend([[]], k=5)[0]]] == popular
+    for wrong in (counts[:37], counts[:39], torch.cat([counts, counts[:1]])):
+        with pytest.raises(ValueError, match="item_counts has shape"):
+            Recommender(*parts, 5, item_counts=wrong)
+    counts = counts.clone()
+    counts[39] = -1
+    with pytest.raises(ValueError, match="-1 for item 21;"):
+        Recommender(*parts, 5, item_counts=counts)
+
+
 @pytest.mark.parametrize("prompt", ["plain", "text"])
 def test_a_changed_recommender_is_saved_and_loaded(tmp_path, prompt):
     recommender = make_recommender(every_token=prompt == "plain")

@@ -36,6 +36,8 @@ class ItemSearch:
 
     def __init__(self, recommender: Recommender):
         items, counts = recommender.catalog.items, recommender.item_counts
+        if counts is not None:
+            counts = counts[: len(items)]  # without those of retired items
         order = range(len(items)) if counts is None else counts.argsort(descending=True, stable=True).tolist()
         self._items = [items[index] for index in order]
         # Words hold no line breaks, so each is found in the title or in the name.

@@ -89,8 +89,8 @@ class _Context:
         return self.recommender.teacher
 
     def counts(self, kind: str) -> Tensor:
-        counts = self.recommender.item_counts
-        return torch.zeros(len(self.recommender.catalog)) if counts is None else counts
+        counts, size = self.recommender.item_counts, len(self.recommender.catalog)
+        return torch.zeros(size) if counts is None else counts[:size]  # without those of retired items
 
     def sft_model(self) -> Any:
         raise NotImplementedError("rewards that need a model are left out")

@@ -32,6 +32,13 @@ def test_the_exact_name_comes_first_then_titles_that_begin_with_the_query_then_f
     assert ItemSearch(make_recommender(item_counts=None)).find("", limit=3).items == ITEMS[:3]
 
 
+def test_retired_items_are_not_found():
+    before = make_recommender()
+    gone = [ITEMS[0], ITEMS[-1]]
+    found = ItemSearch(before.retire_items(gone)).find("", limit=len(ITEMS)).items
+    assert found == [item for item in ITEMS[::-1] if item not in gone]  # the others by their own counts
+
+
 def test_results_are_limited_and_all_matches_are_counted(search):
     found = search.find("i", limit=3)
     assert len(found.items) == 3 and found.total == sum(

@@ -37,6 +37,19 @@ def test_the_target_is_the_formula_of_the_parts_that_do_not_need_the_training(re
     assert torch.allclose(all_leaves(recommender, reward), log_rewards.log_softmax(0), atol=1e-5)
 
 
+def test_the_target_without_retired_items(recommender, tmp_path):
+    before, gone = read_run_reward(write_stage(tmp_path), recommender), [ITEMS[0], "i222"]
+    smaller = recommender.retire_items(gone)  # HISTORY contains one of them
+    after = read_run_reward(tmp_path / "model", smaller)
+    assert after.left_out == before.left_out
+    scores = recommender.teacher.score([HISTORY])[0] - 0.25 * torch.log1p(COUNTS.float())
+    kept = [row for row, item in enumerate(ITEMS) if item not in gone]
+    values = 0.7 * torch.softmax(scores[kept] / 0.5, 0) + 0.1 / len(kept)
+    leaves = torch.zeros(smaller.catalog.tree.num_leaves).index_add(0, smaller.catalog.item_leaf, values)
+    log_rewards = 0.5 * torch.maximum(leaves, 1e-2 * leaves.mean()).log()
+    assert torch.allclose(all_leaves(smaller, after), log_rewards.log_softmax(0), atol=1e-5)
+
+
 def test_the_target_of_a_real_run_is_that_of_its_stage(tmp_path):
     rewards = [{"type": "ground_truth", "weight": 0.0}, {"type": "collaborative", "weight": 0.7, "temperature": 0.2}]
     options = {"loss_type": ["exact_flow"], "max_steps": 1, "per_device_train_batch_size": 8}
