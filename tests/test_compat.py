@@ -380,6 +380,15 @@ def private_uses(tree: ast.Module, defined: set[str], modules: set[str]) -> list
     return found
 
 
+def test_a_logger_is_quiet_for_a_while(caplog):
+    logger = logging.getLogger("some.library.inside")
+    with compat.quiet_logger("some.library"):
+        logger.warning("hidden")
+        logger.error("shown")
+    logger.warning("shown again")
+    assert caplog.messages == ["shown", "shown again"]
+
+
 def test_no_private_name_of_another_library_is_used_elsewhere():
     allowed = defined_names() | {name for names in OVERRIDES.values() for name in names}
     modules = {module for module, _ in compat.NAMES.values()} | {"transformers.integrations"}

@@ -9,6 +9,7 @@ Without --model, it is a Llama with random weights. The table also counts lists 
 from __future__ import annotations
 
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -49,7 +50,7 @@ def measure(
     """Return a row for each side; the first request of each is a warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     answers: dict[str, Lists] = {name: [] for name in sides}
-    for number, histories in enumerate(tqdm(asked, desc=f"requests of {batch}", leave=False)):
+    for number, histories in enumerate(tqdm(asked, desc=f"requests of {batch}", disable=not sys.stderr.isatty())):
         for name, answer in sides.items():
             start = time.perf_counter()
             lists = answer(histories)
@@ -97,7 +98,7 @@ def main() -> None:
         }
         rows = []
         for batch, count in ((1, given.requests), (given.batch, given.requests // 10)):
-            asked = list(requests(recommender.catalog.items, count + 1, given.history, batch))
+            asked = list(requests(recommender.catalog.items, given.rounds * count + 1, given.history, batch))
             rows += measure(sides, asked, batch)
     columns = {
         "side": "{side}", "histories per request": "{batch}", "p50, s": "{p50:.4f}", "p99, s": "{p99:.4f}",

@@ -1,7 +1,7 @@
 """A logits processor for vLLM that follows the catalog's prefix tree, and lists by vLLM's beam search and sampling.
 
-    PYTHONPATH=FOLDER vllm serve FOLDER --logits-processors gflowtrl_vllm:TreeLogitsProcessor \
-        --logprobs-mode processed_logprobs --max-logprobs 64
+    PYTHONPATH=FOLDER python -m vllm.entrypoints.openai.api_server --model FOLDER --dtype float32 \
+        --logits-processors gflowtrl_vllm:TreeLogitsProcessor --logprobs-mode processed_logprobs --max-logprobs 64
 
 `example.py` shows the offline engine. The processor reads FOLDER/catalog of the served folder.
 """
