@@ -18,7 +18,7 @@ from gflowtrl.policy import TreePolicy
 from gflowtrl.policy.modules import evaluation_mode
 
 from .calling import RewardLog, call_rewards, checked_values, reward_keywords
-from .exclusion import as_mask, contains, seen_items
+from .exclusion import as_mask, contains, log_mean_of_others, seen_items, without_reward
 from .reward import AnyReward, ScoresItems, ScoresLeaves, binds, scores_items, scores_leaves
 from .step_reward import DenseReward, RewardResult, SampledReward, StepReward, TopKReward
 
@@ -290,7 +290,7 @@ class CompositeReward:
             checks.append(_Check(all_none.any(), lambda: all_none, total, missing))
         excluded = self._excluded(step, leaves)
         if excluded is not None:
-            total.masked_fill_(excluded, 0.0)
+            total = without_reward(total, excluded, any_sign=self.transform == "exp")
         log_rewards, floored_mass, not_positive = self._transform(total, leaves, excluded)
         checks.append(not_positive)
         self._raise_first(checks, step, leaves)
@@ -305,10 +305,8 @@ class CompositeReward:
             overflow = "The log-reward of {where} is not finite; lower reward_beta."
             not_finite = _finite_check(log_rewards, None, rewards, overflow)
             if excluded is not None:  # R = 0 is not r = 0 here
-                left_out = excluded if counted is None else excluded | ~counted
-                others = log_rewards.masked_fill(left_out, -math.inf).logsumexp(1, keepdim=True)
-                size = math.log(rewards.shape[1]) if counted is None else counted.sum(1, keepdim=True).log()
-                log_rewards = torch.where(excluded, others - size + _log(self.floor), log_rewards)
+                least = log_mean_of_others(log_rewards, excluded, counted) + _log(self.floor)
+                log_rewards = torch.where(excluded, least, log_rewards)
             return log_rewards, rewards.new_zeros(()), not_finite
         if counted is None:
             floor = self.floor * rewards.mean(1, keepdim=True)

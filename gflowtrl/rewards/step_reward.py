@@ -22,7 +22,8 @@ class RewardResult:
 
     Attributes:
         log_rewards: `(B, n)` float32, log R, including the prior if there is one.
-        rewards: `(B, n)`, the weighted sum before the transform.
+        rewards: `(B, n)`, the weighted sum before the transform. Excluded leaves have 0 with "power", and the least
+            reward of the row's other leaves with "exp".
         parts: the unweighted values of each reward, `(B, n)`; NaN where a reward returned None.
         floored_mass: scalar tensor, the share of R on leaves that were raised to the floor, averaged over the prompts.
             It covers all leaves if all are scored (it is then at most `floor` for beta = 1), and otherwise the

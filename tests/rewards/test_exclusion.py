@@ -105,6 +105,26 @@ def test_all_ways_to_compute_r_agree(transform):
         assert torch.equal(other.excluded_leaves, dense.excluded_leaves)
 
 
+def test_no_reward_is_the_least_one():
+    """Losses on rewards, such as GRPO, must not prefer an item of the history to an item with a negative reward."""
+    catalog, step = make_catalog(), make_step(history=HISTORIES, target=TARGETS)
+    table, leaves = values(low=-2.0), all_leaves(catalog, step)
+    for transform, rewards in (("exp", Table(table)), ("power", Table(-table))):
+        result = CompositeReward(rewards, catalog, transform=transform, exclude_history=True).of(step).score(leaves)
+        for values_of_row, gone in zip(result.rewards, result.excluded, strict=True):
+            assert gone.any() and (values_of_row[gone] <= values_of_row[~gone].min()).all()
+
+
+def test_a_group_of_items_of_the_history_has_finite_rewards_under_exp():
+    catalog, step = make_catalog(), make_step(history=HISTORIES, target=TARGETS)
+    composite = CompositeReward(
+        lambda items, **_: [-3.0 for _ in items], catalog, TOKENIZER, transform="exp", exclude_history=True
+    )
+    gone = catalog.leaf_of(["fig", "quince", "nut", "kiwi"])[:, None].expand(4, 3)
+    result = composite.of(step).score(gone)
+    assert result.excluded.all() and result.log_rewards.isfinite().all() and result.rewards.isfinite().all()
+
+
 def test_a_plain_callable_keeps_a_leaf_with_another_item():
     catalog, step = make_catalog(), make_step(history=HISTORIES, target=TARGETS)
     composite = CompositeReward(
