@@ -265,20 +265,26 @@ class GFlowNetTrainer(TreePolicyTrainer):
         if group.reward is None or group.rewards is None:
             return inputs
         flows = group.reward.log_flows(group.scores.child_nodes) if loss.needs_all_rewards else None
+        log_rewards = group.rewards.log_rewards
         if loss.needs_flow_heads and not self._learns_flows:
-            inputs = replace(inputs, log_z=group.log_z, log_flows=self._known_flows(group.reward, group.drawn.leaves))
+            log_flows, ends = self._known_flows(group.reward, group.drawn.leaves)
+            inputs = replace(inputs, log_z=group.log_z, log_flows=log_flows)
+            log_rewards = ends if "log_flows" in loss.inputs else log_rewards
         return replace(
             inputs,
-            log_rewards=group.rewards.log_rewards,
+            log_rewards=log_rewards,
             rewards=group.rewards.rewards,
             advantages=group_advantages(group.rewards.rewards) if "advantages" in loss.inputs else None,
             child_target_log_probs=None if flows is None else normalized_flows(flows),
         )
 
-    def _known_flows(self, reward: StepReward, leaves: Tensor) -> Tensor:
-        """Return log F of the states s_0 .. s_{L-1} of each trajectory, `(B, K, L)`; 0 after the end of an id."""
+    def _known_flows(self, reward: StepReward, leaves: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log F of the states s_0 .. s_{L-1} of each trajectory, `(B, K, L)`, 0 after the end of an id, and log
+        F of its leaf, `(B, K)`: log R, or the mean of the others for a leaf that is not among the best (`TopKReward`).
+        """
         nodes = self._catalog.tree.walk(leaves)
-        return reward.log_flows(nodes[..., :-1]).masked_fill(nodes[..., 1:] < 0, 0.0)
+        flows, lengths = reward.log_flows(nodes), (nodes[..., 1:] >= 0).sum(2, keepdim=True)
+        return flows[..., :-1].masked_fill(nodes[..., 1:] < 0, 0.0), flows.gather(2, lengths)[..., 0]
 
     @torch.no_grad()
     def _observe(self, group: Group) -> None:

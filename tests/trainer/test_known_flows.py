@@ -84,6 +84,24 @@ def test_loss_and_gradient_are_zero_at_the_target_distribution(name, tmp_path):
     assert max(p.grad.abs().max() for p in trainer.model.parameters() if p.grad is not None) < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:.*would need a table")
+@pytest.mark.parametrize("name", ["detailed_balance", "subtrajectory_balance"])
+def test_flows_of_the_best_leaves_fit_together(name, tmp_path):
+    """If only the best leaves keep their own flow, some policy still balances every step: that of these flows."""
+    trainer = make_known(tmp_path, name, max_exact_elements=100, exact_top_items=5)
+    score = trainer._score
+
+    def score_of_target(step, policy, drawn):
+        leaves, scores = score(step, policy, drawn)
+        nodes = CATALOG.tree.walk(leaves)
+        values = trainer.rewards.of(step, policy).log_flows(nodes)
+        exact = (values[..., 1:] - values[..., :-1]).masked_fill(nodes[..., 1:] < 0, 0.0)
+        return leaves, replace(scores, log_probs=exact)
+
+    trainer._score = score_of_target
+    assert trainer.compute_loss(trainer.model, first_batch(trainer)).item() < 1e-8
+
+
 def test_too_large_a_table_keeps_the_best_leaves(tmp_path):
     with pytest.warns(UserWarning, match="detailed_balance with known flows would need a table of 8 prompts x 23"):
         trainer = make_known(tmp_path, "detailed_balance", max_exact_elements=100, exact_top_items=5)
