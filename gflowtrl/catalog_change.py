@@ -14,19 +14,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gflowtrl.catalog import Item, ItemCatalog
-from gflowtrl.checks import check_text, check_titles, short_repr
+from gflowtrl.checks import check_text, check_titles, check_type, short_repr
 from gflowtrl.data import PromptEncoder, TextPromptEncoder, add_item_tokens
 from gflowtrl.data.recommender_files import write_recommender_files
 from gflowtrl.policy import TreePolicy, check_positions, make_policy
 from gflowtrl.semantic_ids import ItemTokenizer
 from gflowtrl.semantic_ids.texts import feature_text
 from gflowtrl.semantic_ids.tokenizer import DESCRIPTION_FILE, TENSOR_FILE, token_name
+
+from .new_tokens import add_token_rows, similar_tokens
 
 
 ITEM_TOKENIZER_FOLDER = "item_tokenizer"
@@ -101,14 +102,15 @@ class CatalogChange:
 
 def plan_change(parts: CatalogParts, add: Mapping[Item, Mapping[str, Any]], retire: Iterable[Item]) -> CatalogChange:
     """Plan a change; `Recommender.plan_change` has the arguments and errors."""
-    old, retire = parts.catalog, set(retire)
+    old, retire = parts.catalog, _items_in(retire)
     _check_change(old, add, retire)
     returning = {
         item: old.history_semantic_ids[int(old.history_index_of([item]))] for item in add if item in old.known
     }
     fresh = [item for item in add if item not in returning]
     new_ids, item_tokenizer = _new_ids(parts, {item: add[item] for item in fresh})
-    similar = _similar_tokens(parts, new_ids)
+    prompts = {*parts.encoder.head, *parts.encoder.tail, *parts.encoder.table.unique().tolist()}
+    similar = similar_tokens(new_ids, old, parts.tokenizer, prompts, parts.item_tokenizer)
     tokenizer = copy.deepcopy(parts.tokenizer) if similar else parts.tokenizer
     add_item_tokens(tokenizer, new_ids)  # also checks that the ids survive a round trip
     ids = {item: returning[item] if item in returning else new_ids[item] for item in add}
@@ -130,8 +132,19 @@ def plan_change(parts: CatalogParts, add: Mapping[Item, Mapping[str, Any]], reti
     return CatalogChange(changed, similar, report)
 
 
+def _items_in(retire: Iterable[Item]) -> set[Item]:
+    """Return the items to retire as a set; a TypeError if they are no list of items."""
+    if isinstance(retire, str) or not isinstance(retire, Iterable):
+        raise TypeError(f"The items to retire are {short_repr(retire)}; they must be a list of items.")
+    try:
+        return set(retire)
+    except TypeError:
+        raise TypeError("The items to retire hold a list or a dictionary; items are integers or strings.") from None
+
+
 def _check_change(catalog: ItemCatalog, add: Mapping[Item, Mapping[str, Any]], retire: set[Item]) -> None:
     """Check a change before anything is computed."""
+    check_type("add", add, Mapping, "a dictionary {item: features}")
     if not add and not retire:
         raise ValueError("The change is empty. Give items to add, or items to retire.")
     kind = type(catalog.items[0])
@@ -241,35 +254,6 @@ def check_ids(item_tokenizer: ItemTokenizer, catalog: ItemCatalog, where: str = 
         )
 
 
-def _similar_tokens(parts: CatalogParts, ids: Mapping[Item, Sequence[str]]) -> dict[str, list[str]]:
-    """Return for each token that the catalog lacks the tokens of its level that are most like it.
-
-    That is the nearest code by its vector (or by its number, in a level that numbers collisions); without an item
-    tokenizer, all tokens of the level.
-    """
-    tokens, token_ids = parts.catalog.distinct_tokens()
-    known = set(tokens)
-    new = {token: level for path in ids.values() for level, token in enumerate(path) if token not in known}
-    if not new:
-        return {}
-    text_of = dict(zip(token_ids, tokens, strict=True))
-    levels = [np.unique(column).tolist() for column in parts.catalog.history_token_ids.T.numpy()]
-    similar = {}
-    for token, level in new.items():
-        texts = [text_of[number] for number in levels[min(level, len(levels) - 1)] if number >= 0]
-        if parts.item_tokenizer is not None:
-            codes = torch.tensor([_code_of(text) for text in texts])
-            books, code = parts.item_tokenizer.quantizer.codebooks, _code_of(token)
-            vectors = torch.arange(int(codes.max()) + code + 1)[:, None] if level >= len(books) else books[level]
-            texts = [texts[int((vectors[codes] - vectors[code]).float().norm(dim=1).argmin())]]
-        similar[token] = texts
-    return similar
-
-
-def _code_of(token: str) -> int:
-    return int(token.rpartition("_")[2].removesuffix(">"))
-
-
 def _old_rows(old: ItemCatalog, new: ItemCatalog, fresh: set[Item]) -> tuple[Tensor, Tensor]:
     """Return which history items of a new catalog the old one has, bool `(history items,)`, and their rows there."""
     is_old = torch.tensor([item not in fresh for item in new.history_items])
@@ -301,30 +285,6 @@ def _changed_encoder(
         table[new] = torch.nn.functional.pad(added, (0, max(-missing, 0)), value=-1)
     encoder.table = table
     return encoder
-
-
-@torch.no_grad()
-def add_token_rows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, similar_tokens: Mapping[str, Sequence[str]]
-) -> None:
-    """Give new tokens rows in the model's tables, in place: the means of the rows of similar tokens.
-
-    The modules stay the same objects, so policies of this model keep working. Rows of other tokens do not change.
-    """
-    head: Any = model.get_output_embeddings()
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        larger: Any = model.get_output_embeddings()
-        if larger is not head:
-            head.weight, head.out_features = larger.weight, larger.out_features
-            if larger.bias is not None:
-                head.bias = larger.bias
-            model.set_output_embeddings(head)
-    tables = [model.get_input_embeddings().weight, head.weight, getattr(head, "bias", None)]
-    for table in dict.fromkeys(table for table in tables if table is not None):  # one table if they are tied
-        for token, similar in similar_tokens.items():
-            rows = tokenizer.convert_tokens_to_ids(list(similar))
-            table[tokenizer.convert_tokens_to_ids(token)] = table[rows].float().mean(0).to(table)
 
 
 class ChangeableCatalog:
@@ -378,6 +338,7 @@ class ChangeableCatalog:
             CatalogConflict: an item to add is in the catalog, or one to retire is not, or none would be left.
             ValueError: an item to add has no text or no id; items are of another type; an item is in both; the prompts
                 become too long; a quantized model would need new tokens.
+            TypeError: `add` is not a mapping, or `retire` is not a list of items.
         """
         tokenizer = self.item_tokenizer if add else None
         parts = CatalogParts(self.catalog, self.tokenizer, self.encoder, self.titles, self.item_counts, tokenizer)
@@ -392,7 +353,8 @@ class ChangeableCatalog:
         """Return a recommender with a changed catalog and the same model object. This one keeps its catalog.
 
         If tokens are new, the model's tables get rows for them, the mean of the rows of similar tokens; all other rows
-        stay. The next change of such a model must start from the returned recommender.
+        stay. The next change of such a model must start from the returned recommender, unless `discard_change` is
+        called.
 
         Raises:
             ValueError: the model has got rows for another change of this recommender.
@@ -411,6 +373,10 @@ class ChangeableCatalog:
         changed._item_tokenizer = parts.item_tokenizer or self._item_tokenizer
         changed._grown, changed.policy = False, make_policy(self.model, parts.catalog)
         return changed
+
+    def discard_change(self) -> None:
+        """Allow another change instead of the one of `with_change`, whose recommender must not be used any more."""
+        self._grown = False
 
     def add_items(self, items: Mapping[Item, Mapping[str, Any]]) -> Self:
         """Return a recommender that can also recommend these items; `plan_change` and `with_change` have the details.

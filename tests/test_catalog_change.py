@@ -224,6 +224,13 @@ def test_titles_are_in_the_prompts_of_new_items():
     assert shown == f"{TITLES[3]} <a_3> <b_0> A red ink folder <a_0> <b_0> {TITLES[39]} <a_7> <b_4>"
     with pytest.raises(ValueError, match="items have none, for example 101"):
         before.add_items({101: {"semantic_id": ["<a_0>", "<b_0>"]}})
+    old, table = probabilities(before), before.model.get_input_embeddings().weight.clone()
+    word = before.plan_change({100: {"title": "A red ink", "semantic_id": ["lamp", "<b_0>"]}})
+    assert word.report.new_tokens == 0
+    with_word = before.with_change(word)  # titles contain it, so that its row must stay
+    assert torch.equal(before.model.get_input_embeddings().weight, table)
+    assert_equal_probabilities(probabilities(before), old)
+    assert 100 in probabilities(with_word)[0]
 
 
 def test_explanations_know_which_items_have_a_teacher():
@@ -278,6 +285,20 @@ def test_wrong_changes_are_refused(add, retire, error, message):
     assert recommender.catalog.version == 2 and recommender.item_tokenizer.items == list(FEATURES)
 
 
+@pytest.mark.parametrize(
+    ("add", "retire", "message"),
+    [
+        ([100], [], "add is of type list; it must be a dictionary"),
+        ({}, "39", "The items to retire are '39'; they must be a list"),
+        ({}, 39, "The items to retire are 39; they must be a list"),
+        ({}, [[39]], "The items to retire hold a list or a dictionary"),
+    ],
+)
+def test_changes_of_a_wrong_type_are_refused(add, retire, message):
+    with pytest.raises(TypeError, match=message):
+        REFUSING.plan_change(add, retire)
+
+
 REFUSING = make_recommender(every_token=True).retire_items([39])
 
 
@@ -289,7 +310,7 @@ def test_ids_are_needed_without_an_item_tokenizer(tmp_path):
         without.add_items({100: {"title": "red ink"}})
     with pytest.raises(ValueError, match="must be a list of tokens"):
         without.add_items({100: {"semantic_id": "<a_0>"}})
-    with pytest.raises(ValueError, match="is a prefix of"):
+    with pytest.raises(ValueError, match=r"id <a_0> of item 100 is a prefix of <a_0> <b_\d> of item \d"):
         without.add_items({100: {"semantic_id": ["<a_0>"]}})
     after = without.add_items({100: {"semantic_id": ["<a_0>", "<z_9>"]}})  # a new token, like the others of its level
     table = after.model.get_input_embeddings().weight

@@ -34,7 +34,7 @@ LAYERS = (
     {"catalog"},
     {"data", "policy", "semantic_ids", "teachers"},
     {"rewards", "samplers", "losses", "metrics"},
-    {"trainer", "recommender", "recommendation", "ensemble", "request", "catalog_change"},
+    {"trainer", "recommender", "recommendation", "ensemble", "request", "catalog_change", "new_tokens"},
     {"pipeline", "serving", "export", "demo"},
     {"cli", "__main__"},
 )

@@ -8,7 +8,6 @@ import operator
 import os
 from collections import ChainMap
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,11 +18,12 @@ from torch import Tensor
 from gflowtrl.checks import check_choice, check_type, short_repr
 from gflowtrl.files import write_text
 
-from .items import Item, ItemIndex, as_items, check_tokens
+from .items import Item, ItemIndex, as_items
 from .rows import distinct_rows
 from .saved import read_catalog
 from .seen import SeenItems
-from .tree import PrefixTree
+from .token_ids import check_is_tokenizer, ids_of_tokens, pad_ids
+from .tree import PrefixError, PrefixTree
 
 
 if TYPE_CHECKING:
@@ -85,7 +85,15 @@ class ItemCatalog:
         self._index, self._retired, self.version = ItemIndex(self.items), ItemIndex(items[kept:]), version
         self.item_token_ids = item_token_ids[:kept]
         paths, row = distinct_rows(self.item_token_ids)
-        self.tree = PrefixTree(paths)
+        try:
+            self.tree = PrefixTree(paths)
+        except PrefixError as error:
+            rows = [int((row == number).nonzero()[0]) for number in error.rows]
+            short, other = (f"{' '.join(self.semantic_ids[one])} of item {self.items[one]!r}" for one in rows)
+            raise ValueError(
+                f"The semantic id {short} is a prefix of {other}, so generation could not tell where the shorter id "
+                f"ends. Use ids of equal length, or add an end token."
+            ) from None
         self.item_leaf = self.tree.leaf_of_row[row].long()
         self.leaf_sizes = torch.bincount(self.item_leaf, minlength=self.tree.num_leaves)
         # The items of a leaf are a slice of `_items_by_leaf`, in the catalog's order.
@@ -111,8 +119,8 @@ class ItemCatalog:
         check_type("semantic_ids", semantic_ids, Mapping, "a dictionary {item: tokens}")
         if not semantic_ids:
             raise ValueError("semantic_ids is empty; the catalog needs at least one item.")
-        token_ids = _ids_of_tokens(semantic_ids, tokenizer)
-        paths = _pad_ids(semantic_ids.values(), token_ids)
+        token_ids = ids_of_tokens(semantic_ids, tokenizer)
+        paths = pad_ids(semantic_ids.values(), token_ids)
         catalog = cls(list(semantic_ids), list(semantic_ids.values()), paths, retired)
         if colliding := int(catalog.leaf_sizes[catalog.leaf_sizes > 1].sum()):
             logger.info(
@@ -137,7 +145,7 @@ class ItemCatalog:
             ValueError: an item to add is in the catalog, or had another id before it was retired; an item to retire is
                 not in the catalog, or is the last one; an id is invalid (`from_semantic_ids`, `PrefixTree`).
         """
-        retire, token_ids = set(retire), _ids_of_tokens(add, tokenizer)
+        retire, token_ids = set(retire), ids_of_tokens(add, tokenizer)
         for item, tokens in add.items():
             if item in self:
                 raise ValueError(f"Item {item!r} is in the catalog already. Leave it out, or retire it first.")
@@ -153,7 +161,7 @@ class ItemCatalog:
         if not self._retired.keys().isdisjoint(add):
             kept = [row for row, item in enumerate(items) if item not in add]
             items, ids, old = [items[row] for row in kept], [ids[row] for row in kept], old[torch.tensor(kept)]
-        items, ids, new = [*items, *add], [*ids, *add.values()], _pad_ids(add.values(), token_ids)
+        items, ids, new = [*items, *add], [*ids, *add.values()], pad_ids(add.values(), token_ids)
         width = max(old.shape[1], new.shape[1])
         paths = torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=-1) for part in (old, new)])
         retired = retire | {item for item in self._retired if item not in add}
@@ -377,7 +385,7 @@ class ItemCatalog:
                 f"not. Use the folder of a recommender."
             )
         saved = read_catalog(path)
-        paths = _pad_ids(saved.semantic_ids, saved.token_ids)
+        paths = pad_ids(saved.semantic_ids, saved.token_ids)
         return cls(saved.items, saved.semantic_ids, paths, saved.retired, saved.version)
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase, where: str = "The catalog") -> None:
@@ -391,7 +399,7 @@ class ItemCatalog:
             ValueError: a token has another id in the tokenizer, or none: the catalog belongs to another tokenizer, or
                 tokens were swapped.
         """
-        _check_tokenizer(tokenizer)
+        check_is_tokenizer(tokenizer)
         tokens, token_ids = self.distinct_tokens()
         expected = tokenizer.convert_tokens_to_ids(tokens)
         entries = zip(tokens, token_ids, expected, strict=True)
@@ -415,40 +423,8 @@ class ItemCatalog:
         return tokens, token_ids.tolist()
 
 
-def _ids_of_tokens(semantic_ids: Mapping[Item, Sequence[str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Return the token id of each token of these ids; check that the tokenizer knows all of them."""
-    check_type("semantic_ids", semantic_ids, Mapping, "a dictionary {item: tokens}")
-    _check_tokenizer(tokenizer)
-    for item, tokens in semantic_ids.items():
-        check_tokens(item, tokens)
-    texts = sorted({token for tokens in semantic_ids.values() for token in tokens})
-    token_ids = dict(zip(texts, tokenizer.convert_tokens_to_ids(texts), strict=True))
-    for item, tokens in semantic_ids.items():
-        if not tokens:
-            raise ValueError(f"Item {item!r} has an empty semantic id.")
-        for token in tokens:
-            if token_ids[token] in (None, tokenizer.unk_token_id):
-                raise ValueError(
-                    f"The tokenizer does not know token {token!r} of item {item!r}. Build it with "
-                    f"gflowtrl.data.build_tokenizer or add the tokens with gflowtrl.data.add_item_tokens."
-                )
-    return token_ids
-
-
 def _no_item(items: object) -> str:
     """Return what is wrong with items that cannot be looked up; an empty text for items that can."""
     if isinstance(items, str) or not isinstance(items, Iterable):
         return f"{short_repr(items)} is not a list of items"
     return next((f"{short_repr(item)} is not an item" for item in items if not isinstance(item, Hashable)), "")
-
-
-def _check_tokenizer(tokenizer: object) -> None:
-    if not hasattr(tokenizer, "convert_tokens_to_ids"):
-        raise TypeError(f"tokenizer is of type {type(tokenizer).__name__}; it must be a tokenizer of transformers.")
-
-
-def _pad_ids(semantic_ids: Iterable[Sequence[str]], token_ids: Mapping[str, int]) -> Tensor:
-    """Return the token ids of semantic ids, padded with -1 on the right."""
-    levels = zip_longest(*([token_ids[token] for token in tokens] for tokens in semantic_ids), fillvalue=-1)
-    columns = list(levels)
-    return torch.tensor(columns).T.contiguous() if columns else torch.empty((0, 1), dtype=torch.long)

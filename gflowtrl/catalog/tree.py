@@ -24,6 +24,14 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _MOST_TOKENS = 2**26  # a table of all token ids up to the largest one takes 8 bytes per id
 
 
+class PrefixError(ValueError):
+    """A path is the beginning of another one; `rows` are the rows of both."""
+
+    def __init__(self, message: str, rows: tuple[int, int]):
+        super().__init__(message)
+        self.rows = rows
+
+
 class PrefixTree:
     """Prefix tree over token paths; node 0 is the root, -1 marks "none".
 
@@ -99,15 +107,17 @@ class PrefixTree:
             return
         i = int(continued[0])
         short, other = (path[path >= 0].tolist() for path in paths[i : i + 2])
-        rows = f"rows {int(order[i])} and {int(order[i + 1])}"
+        pair = int(order[i]), int(order[i + 1])
+        rows = f"rows {pair[0]} and {pair[1]}"
         if short == other:
             raise ValueError(
                 f"Token path {short} occurs twice ({rows}). Paths of a PrefixTree must be distinct; "
                 f"ItemCatalog.from_semantic_ids merges items that share an id."
             )
-        raise ValueError(
+        raise PrefixError(
             f"Token path {short} is a prefix of {other} ({rows}), so generation could not tell where the shorter id "
-            f"ends. Use ids of equal length, or add an end token."
+            f"ends. Use ids of equal length, or add an end token.",
+            pair,
         )
 
     # ------------------------------------------------------------------------------------------------------ queries

@@ -112,7 +112,11 @@ class LivingCatalog:
 
         def activate(_: list[Any]) -> list[Any]:
             new = old.with_change(change)
-            new.recommend([new.catalog.items[:1]], k=1)  # a catalog that cannot be decoded is never used
+            try:
+                new.recommend([new.catalog.items[:1]], k=1)  # a catalog that cannot be decoded is never used
+            except BaseException:
+                old.discard_change()
+                raise
             found.append(new)
             return []
 

@@ -101,8 +101,8 @@ def test_errors_name_the_bad_input(catalog, tmp_path):
         for method in (catalog.items_of, catalog.leaf_text):
             with pytest.raises(ValueError, match=f"leaf is {leaf}; it must be a number from 0"):
                 method(leaf)
-    with pytest.raises(ValueError, match="is a prefix of"):
-        ItemCatalog.from_semantic_ids({"x": ("<a_1>",), "y": ("<a_1>", "<b_0>")}, tokenizer)
+    with pytest.raises(ValueError, match="id <a_1> of item 'x' is a prefix of <a_1> <b_0> of item 'y', so generation"):
+        ItemCatalog.from_semantic_ids({"y": ("<a_1>", "<b_0>"), "x": ("<a_1>",)}, tokenizer)
     with pytest.raises(ValueError, match="'x' is given twice"):
         ItemCatalog(["x", "x"], [("a",), ("b",)], torch.tensor([[1], [2]]))
     with pytest.raises(FileNotFoundError, match="catalog.json is missing"):

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.test_catalog_change import NEW, make_recommender
+from tests.test_catalog_change import NEW, make_item_tokenizer, make_recommender
 
 from .world import assert_refused
 
@@ -50,21 +50,24 @@ def probabilities_of(client: TestClient, history: list) -> dict:
     return {one["item"]: one["probability"] for one in answer.json()["recommendations"][0]}
 
 
-@pytest.mark.parametrize("every_token", [True, False])
-def test_answers_are_those_of_the_changed_recommender(every_token):
-    features = NEW | {200 + n: {"title": "red ink"} for n in range(15)}  # enough for new tokens
+@pytest.mark.parametrize("collisions", ["reassign", "level"])
+def test_answers_are_those_of_the_changed_recommender(collisions):
+    def make():
+        return make_recommender(make_item_tokenizer(collisions))
+
+    features = NEW | {200 + n: {"title": "red ink"} for n in range(15)}  # with "level", more collisions than before
     body = {"add": [{"item": item, **row} for item, row in features.items()], "retire": [3, 39]}
-    oracle = make_recommender(every_token=every_token)
+    oracle = make()
     oracle = oracle.with_change(oracle.plan_change(features, [3, 39]))
-    with start(make_recommender(every_token=every_token)) as client:
+    with start(make()) as client:
         before = client.get("/health").json()
         answer = change(client, body)
         assert answer.status_code == 200, answer.text
         report = answer.json()
-        assert report.pop("seconds") > 0
+        assert report.pop("seconds") > 0 and (report["new_tokens"] > 0) == (collisions == "level")
         assert report == oracle.plan_change(retire=[0]).report.as_dict() | {
             "added": 18, "retired": 2, "items": 56, "leaves": 56, "version": 2,
-            "new_tokens": len(oracle.tokenizer) - len(make_recommender(every_token=every_token).tokenizer),
+            "new_tokens": len(oracle.tokenizer) - len(make().tokenizer),
         }  # fmt: skip
         for history in ([7, 11], [3, 100]):  # a retired item and a new one
             expected = {one.item: math.exp(one.log_prob) for one in oracle.recommend([history], k=60)[0]}
@@ -308,6 +311,27 @@ def test_a_change_whose_decoding_fails_is_not_used(client, monkeypatch):
     monkeypatch.setattr(Recommender, "recommend", fail)
     assert_refused(change(client), 500, "error in the server")
     assert client.get("/health").json()["catalog_version"] == 1 and probabilities_of(client, [7])
+
+
+def test_a_failed_change_with_new_tokens_can_be_made_again(monkeypatch):
+    features = NEW | {200 + n: {"title": "red ink"} for n in range(15)}
+    body = {"add": [{"item": item, **row} for item, row in features.items()]}
+    oracle = make_recommender(make_item_tokenizer("level")).add_items(features)
+    recommend, failures = Recommender.recommend, []
+
+    def fail_once(self, *arguments, **options):
+        if self.catalog.version > 1 and not failures:
+            failures.append(1)
+            raise RuntimeError("out of memory")
+        return recommend(self, *arguments, **options)
+
+    monkeypatch.setattr(Recommender, "recommend", fail_once)
+    with start(make_recommender(make_item_tokenizer("level"))) as client:
+        assert_refused(change(client, body), 500, "error in the server")
+        answer = change(client, body)
+        assert answer.status_code == 200 and answer.json()["new_tokens"] > 0
+        expected = {one.item: math.exp(one.log_prob) for one in oracle.recommend([[7, 100]], k=60)[0]}
+        assert probabilities_of(client, [7, 100]) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("token", ["short", "with a space in the middle", "with\nnewline-0123456789", "é" * 20])
