@@ -2,15 +2,22 @@
 
 import copy
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 
 from gflowtrl import ItemCatalog, Recommender
 from gflowtrl.catalog_change import CatalogConflict
 from gflowtrl.data import PromptFormat, TextPromptEncoder, build_tokenizer
+from gflowtrl.data.item_file import read_items
+from gflowtrl.ensemble import Ensemble
+from gflowtrl.rewards import GroundTruthReward
 from gflowtrl.semantic_ids import ItemTokenizer, ResidualKMeans
 from gflowtrl.teachers import ItemKNN
 from tests.tiny import tiny_model, tiny_seq2seq
+from tests.trainer.world import TOKENIZER, make_catalog, make_rows, make_trainer
 
 
 COLORS = ("red", "blue", "green", "black", "white")
@@ -323,3 +330,51 @@ def test_ids_are_needed_without_an_item_tokenizer(tmp_path):
     vectors = ItemTokenizer(ResidualKMeans(2, 8)).fit(torch.randn(40, 4), list(FEATURES))
     with pytest.raises(ValueError, match="made from vectors"):
         make_recommender(vectors).add_items({100: {"title": "red ink"}})
+
+
+def test_ensembles_need_members_with_the_same_retired_items():
+    before = make_recommender(every_token=True)
+    after = before.retire_items([3])
+    (found,), (expected,) = (one.recommend([[3, 7]], k=40, num_beams=ALL) for one in (Ensemble([after, after]), after))
+    assert {one.item: one.log_prob for one in found} == pytest.approx(
+        {one.item: one.log_prob for one in expected}, abs=1e-4
+    )
+    with pytest.raises(ValueError, match="does not have 1 items of member"):
+        Ensemble([before, after])
+    unknown = ItemCatalog(after.catalog.items, after.catalog.semantic_ids, after.catalog.item_token_ids)
+    with pytest.raises(ValueError, match="does not have 1 items of member .*, for example 3"):
+        Ensemble([after, Recommender(before.model, before.tokenizer, unknown)])
+
+
+def test_a_changed_recommender_is_trained_further(tmp_path):
+    recommender = Recommender(tiny_model(len(TOKENIZER)), TOKENIZER, make_catalog(), 5, item_counts=torch.arange(24))
+    new = {"i000": {"semantic_id": ["<a_0>", "<b_0>", "<c_0>"], "title": "A lamp"}}
+    changed = recommender.retire_items(["i010"]).add_items(new)
+    changed.save_pretrained(tmp_path / "model")
+    rows = [row for row in make_rows() if "i010" not in [*row["history"], row["target"]]]
+    rows[0]["history"], rows[1]["target"] = ["i000"], "i000"
+    trainer = make_trainer(
+        tmp_path / "out", GroundTruthReward(), str(tmp_path / "model"), catalog=None, processing_class=None,
+        max_steps=1, train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(rows[:4]),
+    )  # fmt: skip
+    trainer.train()
+    assert 0 <= trainer.evaluate()["eval_coverage@10"] <= 1
+    trainer.save_model()
+    saved = Recommender.from_pretrained(tmp_path / "out")
+    assert saved.catalog.retired == ["i010"] and saved.catalog.version == 3 and saved.titles == {"i000": "A lamp"}
+    assert saved.item_counts.tolist()[:24] == changed.item_counts.tolist()[:24]
+    assert {one.item for one in saved.recommend([["i010", "i000"]], k=24, num_beams=24)[0]} == set(
+        changed.catalog.items
+    )
+
+
+def test_items_are_read_from_parquet(tmp_path):
+    rows = [{"item": "B1", "title": "red ink", "price": 3}, {"item": "B2", "title": None, "price": 4}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "new.parquet")
+    assert read_items(tmp_path / "new.parquet") == {"B1": {"title": "red ink", "price": 3}, "B2": {"price": 4}}
+    pq.write_table(pa.Table.from_pylist([*rows, rows[0]]), tmp_path / "new.parquet")
+    with pytest.raises(ValueError, match="'B1' is on an earlier row already"):
+        read_items(tmp_path / "new.parquet")
+    (tmp_path / "mixed.jsonl").write_text('{"item": 1}\n{"item": "B1"}\n')
+    with pytest.raises(ValueError, match="all whole numbers or all strings"):
+        read_items(tmp_path / "mixed.jsonl")
