@@ -133,7 +133,7 @@ def plan_change(parts: CatalogParts, add: Mapping[Item, Mapping[str, Any]], reti
 
 
 def _items_in(retire: Iterable[Item]) -> set[Item]:
-    """Return the items to retire as a set; a TypeError if they are no list of items."""
+    """Return the items to retire as a set; a TypeError if they are not a list of items."""
     if isinstance(retire, str) or not isinstance(retire, Iterable):
         raise TypeError(f"The items to retire are {short_repr(retire)}; they must be a list of items.")
     try:
