@@ -134,6 +134,7 @@ class GFlowNetConfig(TreePolicyConfig):
             check_storable({"reward_weights": self.reward_weights})
             check_weights(self.reward_weights, self.reward_transform)
         self._check_weighting()
+        self._check_flows()
 
     @property
     def weight_per_source(self) -> dict[str, float]:
@@ -165,16 +166,6 @@ class GFlowNetConfig(TreePolicyConfig):
                 f"be minus infinity, and the loss of {drawn[0]!r} infinite if the policy draws one. Set reward_floor "
                 f"to 1e-3, for example, or use exact_flow."
             )
-        if self.flows == "known" and not any(loss.needs_flow_heads for loss in self.losses.values()):
-            raise ValueError(
-                f"flows is 'known', but no loss of {self.loss_type} has a learned flow. Leave it out, or use "
-                f"trajectory_balance, detailed_balance or subtrajectory_balance."
-            )
-        other = [name for name, loss in self.losses.items() if loss.needs_flow_heads and not loss.needs_log_rewards]
-        if self.flows == "known" and other:
-            raise ValueError(
-                f"flows is 'known', but log Z of the loss {other[0]!r} is not the sum of the rewards. Leave flows out."
-            )
         if (self.trajectory_weighting == "source") != bool(self.source_weights):
             raise ValueError(
                 f"trajectory_weighting is {self.trajectory_weighting!r} and source_weights is {self.source_weights}; "
@@ -182,3 +173,23 @@ class GFlowNetConfig(TreePolicyConfig):
             )
         for name, weight in self.weight_per_source.items():
             check_number(f"The weight of source {name!r}", weight, POSITIVE)
+
+    def _check_flows(self) -> None:
+        """Check that flows can be known, and that losses which share the flow head learn the same log Z."""
+        learned = {name: loss for name, loss in self.losses.items() if loss.needs_flow_heads}
+        other = [name for name, loss in learned.items() if not loss.needs_log_rewards]
+        if self.flows == "known" and not learned:
+            raise ValueError(
+                f"flows is 'known', but no loss of {self.loss_type} has a learned flow. Leave it out, or use "
+                f"trajectory_balance, detailed_balance or subtrajectory_balance."
+            )
+        if self.flows == "known" and other:
+            raise ValueError(
+                f"flows is 'known', but log Z of the loss {other[0]!r} is not the sum of the rewards. Leave flows out."
+            )
+        balanced = [name for name, loss in learned.items() if loss.needs_log_rewards]
+        if "flowrl" in learned and balanced:
+            raise ValueError(
+                f"loss_type has 'flowrl' and {balanced[0]!r}, which learn different values of log Z with one head. "
+                f"Leave one of them out, or use 'vargrad', which has no head, instead of {balanced[0]!r}."
+            )

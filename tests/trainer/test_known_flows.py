@@ -119,5 +119,7 @@ def test_what_cannot_work_is_refused(tmp_path):
         make_trainer(tmp_path, [CollaborativeReward(teacher)], loss_type="vargrad", flows="known")
     with pytest.raises(ValueError, match="flows is 'known', but log Z of the loss 'flowrl' is not the sum"):
         make_trainer(tmp_path, [CollaborativeReward(teacher)], loss_type="flowrl", flows="known")
+    with pytest.raises(ValueError, match="loss_type has 'flowrl' and 'trajectory_balance', which learn different val"):
+        make_trainer(tmp_path, [CollaborativeReward(teacher)], loss_type=["trajectory_balance", "flowrl"])
     with pytest.raises(ValueError, match="flows is 'exact'"):
         make_trainer(tmp_path, [CollaborativeReward(teacher)], loss_type="trajectory_balance", flows="exact")
