@@ -136,6 +136,7 @@ class Recipe:
         for number, reward in enumerate(self.rewards):
             check_reward(reward, f"rewards.{number}")
         self._check_learned_weights()
+        self._check_signs()
         sampler = None if self.sampler is None else build_sampler(self.sampler, teacher=lambda histories: None)
         self._check_schedule()
         # The control copies the schedule of gflownet, whose errors therefore come first.
@@ -316,6 +317,17 @@ class Recipe:
         for name, value in FITTED_FOR.items():
             if (other := self.gflownet.get(name, value)) != value:
                 raise ValueError(f"weight: {LEARNED} is fitted for {name} {value}, not gflownet.{name}: {other}.")
+
+    def _check_signs(self) -> None:
+        """Refuse rewards with negative values under "power" now, not in the first step after the other stages."""
+        if "gflownet" not in self.stages or self.gflownet.get("reward_transform", "power") != "power":
+            return
+        for number, spec in enumerate(self.rewards):
+            if "type" in spec and spec.get("weight", 1.0) != 0 and REWARDS[spec["type"]].may_be_negative(spec):
+                raise ValueError(
+                    f"rewards.{number} has negative values, but gflownet.reward_transform is power, for rewards of at "
+                    f"least 0. Set it to exp."
+                )
 
     def _check_schedule(self) -> None:
         for name in SCHEDULE:

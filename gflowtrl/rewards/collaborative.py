@@ -106,6 +106,10 @@ class CollaborativeReward(PopularityOptions, Reward):
         return super().needs(spec) | (set() if "teacher" in spec else {"teacher"})
 
     @classmethod
+    def may_be_negative(cls, spec: Mapping[str, Any]) -> bool:
+        return spec.get("normalization") == "standard"
+
+    @classmethod
     def from_spec(cls, spec: Mapping[str, Any], context: RewardContext) -> Self:
         options = cls.without_popularity(spec)
         return cls(

@@ -92,6 +92,11 @@ class FromSpec:
         return cls.scores_all_items and not cls.needs(spec) & {"policy", "group"}
 
     @classmethod
+    def may_be_negative(cls, spec: Mapping[str, Any]) -> bool:
+        """Return whether the reward has negative values, which need `reward_transform="exp"`."""
+        return False
+
+    @classmethod
     def from_spec(cls, spec: Mapping[str, Any], context: RewardContext) -> Self:
         """Make the reward.
 

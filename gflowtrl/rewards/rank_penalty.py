@@ -43,3 +43,7 @@ class RankPenaltyReward(Reward):
     @classmethod
     def needs(cls, spec: Mapping[str, Any]) -> set[str]:
         return {"group"}
+
+    @classmethod
+    def may_be_negative(cls, spec: Mapping[str, Any]) -> bool:
+        return True

@@ -264,12 +264,12 @@ def test_a_missing_reward_function_is_found_before_any_training(tmp_path):
 
 def test_what_only_scores_drawn_items_is_refused_before_any_training(tmp_path):
     (tmp_path / "r.py").write_text(CODE)
-    function = {"function": f"{tmp_path}/r.py:cheap"}
+    function, flow = {"function": f"{tmp_path}/r.py:cheap"}, {"loss_type": ["exact_flow"], "reward_transform": "exp"}
     for reward in (function, {"type": "rank_penalty"}, {"type": "likelihood", "of": "policy"}):
         rewards = [{"type": "ground_truth"}, reward]
         message = r"rewards\.1 \(.*\) scores drawn items only.* needed by loss_type exact_flow and the sampler reward"
         with pytest.raises(ValueError, match=message):
-            check_needs(prepare(micro_recipe(tmp_path, rewards=rewards)))
+            check_needs(prepare(micro_recipe(tmp_path, rewards=rewards, gflownet=flow)))
         check_needs(prepare(micro_recipe(tmp_path, rewards=rewards, stages=["teacher", "sft"])))
     rewards = [{"type": "title_likelihood", "model": str(tmp_path / "absent"), "all_items": True}]
     with pytest.raises(OSError, match="absent"):

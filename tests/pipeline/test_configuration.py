@@ -244,6 +244,8 @@ def test_command_line_sets_any_field(recipe_file):
         ("--rewards.1.weight learned --reward_beta 2", "not gflownet.reward_beta: 2"),
         ("--rewards.1.temperature 0", "rewards.1: The temperature of CollaborativeReward is 0; it must be a finite"),
         ("--rewards.1.normalization minmax", "rewards.1.normalization is 'minmax'; choose 'softmax' or"),
+        ("--rewards.1.normalization standard", "rewards.1 has negative values, but gflownet.reward_transform is p"),
+        ("--rewards.0.type rank_penalty", "rewards.0 has negative values, but gflownet.reward_transform is power"),
         ("--rewards.1.popularity views", "rewards.1.popularity is 'views'; choose 'interactions' or 'impressions'"),
         ("--rewards.1.item_counts 3", "no field 'rewards.1.item_counts'"),
         ("--rewards.0.normalize true", "no field 'rewards.0.normalize'"),
