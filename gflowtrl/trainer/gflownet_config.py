@@ -31,10 +31,11 @@ class GFlowNetConfig(TreePolicyConfig):
             `"learned"`: a head of the model, as in GFlowGR. `"known"`: the exact flows of the rewards, which must
             score all items; the model then has no head.
         trajectory_weighting (`str`, *optional*):
-            Weights of a prompt's trajectories in the balance losses (the "heuristic weighting" of GFlowGR's abstract),
-            with mean 1 within the prompt: `"source"` uses `source_weights`; `"reward"` is proportional to R. All
-            weights are positive, so a policy that can represent R / Z still converges to it; the weights change the
-            speed, and the compromise of a policy that cannot represent it (docs/objectives.md).
+            Weights of a prompt's trajectories in the balance losses (the "heuristic weighting" of GFlowGR's abstract)
+            and in rivals with one value per trajectory, with mean 1 within the prompt: `"source"` uses
+            `source_weights`; `"reward"` is proportional to R. All weights are positive, so a policy that can represent
+            R / Z still converges to it under a balance loss; the weights change the speed, and the compromise of a
+            policy that cannot represent it (docs/objectives.md).
         source_weights (`dict[str, float]`, *optional*):
             Weight of each of the sampler's sources for `trajectory_weighting="source"`, > 0. Sources that are not
             named have weight 1.
