@@ -27,7 +27,7 @@ from gflowtrl.semantic_ids import ItemTokenizer
 from gflowtrl.semantic_ids.texts import feature_text
 from gflowtrl.semantic_ids.tokenizer import DESCRIPTION_FILE, TENSOR_FILE, token_name
 
-from .new_tokens import add_token_rows, similar_tokens
+from .new_tokens import add_token_rows, check_growth, similar_tokens
 
 
 ITEM_TOKENIZER_FOLDER = "item_tokenizer"
@@ -133,7 +133,7 @@ def plan_change(parts: CatalogParts, add: Mapping[Item, Mapping[str, Any]], reti
 
 
 def _items_in(retire: Iterable[Item]) -> set[Item]:
-    """Return the items to retire as a set; a TypeError if they are not a list of items."""
+    """Return the items to retire as a set. Anything else than a list of items is a TypeError."""
     if isinstance(retire, str) or not isinstance(retire, Iterable):
         raise TypeError(f"The items to retire are {short_repr(retire)}; they must be a list of items.")
     try:
@@ -337,7 +337,7 @@ class ChangeableCatalog:
         Raises:
             CatalogConflict: an item to add is in the catalog, or one to retire is not, or none would be left.
             ValueError: an item to add has no text or no id; items are of another type; an item is in both; the prompts
-                become too long; a quantized model would need new tokens.
+                become too long; a quantized model, or one with adapters, would need new tokens.
             TypeError: `add` is not a mapping, or `retire` is not a list of items.
         """
         tokenizer = self.item_tokenizer if add else None
@@ -345,8 +345,8 @@ class ChangeableCatalog:
         change = plan_change(parts, add or {}, retire)
         encoder, depth = change.parts.encoder, change.parts.catalog.tree.max_depth
         check_positions(self.model, encoder.max_length, depth, encoder.max_history_items)
-        if change.similar_tokens and getattr(self.model, "hf_quantizer", None) is not None:
-            raise ValueError("The new items need new tokens, which a quantized model cannot get. Load it unquantized.")
+        if change.similar_tokens:
+            check_growth(self.model)
         return change
 
     def with_change(self, change: CatalogChange) -> Self:

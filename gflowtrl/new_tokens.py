@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gflowtrl.catalog import Item, ItemCatalog
+from gflowtrl.compat import carries_adapters
 from gflowtrl.semantic_ids import ItemTokenizer
 
 
@@ -54,6 +57,22 @@ def similar_tokens(
 
 def _code_of(token: str) -> int:
     return int(token.rpartition("_")[2].removesuffix(">"))
+
+
+def check_growth(model: nn.Module) -> None:
+    """Check that the tables of a model can get rows for new tokens.
+
+    Raises:
+        ValueError: the model is quantized, or has adapters: theirs may be around the tables, and a save of adapters
+            alone has no rows of the base model.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError("The new items need new tokens, which a quantized model cannot get. Load it unquantized.")
+    if isinstance(model, PeftModel) or carries_adapters(model):
+        raise ValueError(
+            "The new items need new tokens, which a model with adapters cannot get. Merge the adapters first: save "
+            "the recommender and load it again."
+        )
 
 
 @torch.no_grad()

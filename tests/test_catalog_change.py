@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 
 from gflowtrl import ItemCatalog, Recommender
 from gflowtrl.catalog_change import CatalogConflict
@@ -290,6 +291,18 @@ def test_wrong_changes_are_refused(add, retire, error, message):
     with pytest.raises(error, match=message):
         recommender.plan_change(add, retire)
     assert recommender.catalog.version == 2 and recommender.item_tokenizer.items == list(FEATURES)
+
+
+def test_new_tokens_need_merged_adapters():
+    ids = {number: (f"<a_{number % 8}>", f"<b_{number // 8}>") for number in range(40)}
+    before = make_recommender(item_tokenizer=False, ids=ids)
+    before._item_tokenizer = None
+    model = get_peft_model(before.model, LoraConfig(target_modules=["q_proj"]))
+    adapted = Recommender(model, before.tokenizer, before.catalog, 5)
+    with pytest.raises(ValueError, match="which a model with adapters cannot get. Merge the adapters first"):
+        adapted.add_items({100: {"semantic_id": ["<a_0>", "<z_0>"]}})
+    larger = adapted.add_items({100: {"semantic_id": ["<a_0>", "<b_0>"]}})  # no new token
+    assert 100 in probabilities(larger)[0]
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,8 @@ def _change(options: argparse.Namespace) -> None:
     if options.semantic_ids is not None and not Path(options.semantic_ids).is_dir():
         raise FileNotFoundError(f"There is no folder {options.semantic_ids}. Check --semantic_ids.")
     model = local_copy(options.model)
+    if model.resolve() in out.resolve().parents:
+        raise ValueError(f"{out} is in the folder of the model, which is copied. Choose an --output outside of it.")
     recommender = Recommender.from_pretrained(model)
     if options.semantic_ids is not None:
         recommender.set_item_tokenizer(options.semantic_ids)

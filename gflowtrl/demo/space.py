@@ -103,9 +103,11 @@ def write_space(
 
 
 def model_name(model_dir: str | os.PathLike) -> str:
-    """Return the name of a model for people: of the stage, if it is the folder `model` of one."""
-    path = Path(model_dir)
-    return path.resolve().parent.name if path.name == "model" else str(model_dir)
+    """Return the name of a model for people, who need not know where its folder is: of the stage, if it is one's."""
+    if not Path(model_dir).is_dir():  # a name on the Hub
+        return str(model_dir)
+    path = Path(model_dir).resolve()
+    return path.parent.name if path.name == "model" else path.name
 
 
 def _license_of(folder: Path) -> str | None:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from gflowtrl.catalog import ItemCatalog, PrefixTree
 from gflowtrl.catalog.rows import distinct_rows
+from gflowtrl.compat import carries_adapters
 from gflowtrl.data import PromptEncoder
 from gflowtrl.policy.heads import split_heads
 
@@ -33,13 +35,18 @@ def write(recommender: Recommender, folder: Path) -> None:
         folder: gets the files. Its top level has no other `.safetensors` files than the model's, since vLLM reads all.
 
     Raises:
-        ValueError: the model is an encoder-decoder, or the processor could not see where a prompt ends
+        ValueError: the model is an encoder-decoder or has adapters, or the processor could not see where a prompt ends
             (`check_prompts`).
     """
     if recommender.model.config.is_encoder_decoder:
         raise ValueError(
             f"{type(recommender.model).__name__} is an encoder-decoder, which vLLM does not run. Use a causal model "
             f"(Llama, Qwen3, ...)."
+        )
+    if isinstance(recommender.model, PeftModel) or carries_adapters(recommender.model):
+        raise ValueError(  # of a quantized base, into which they cannot be merged
+            "The model has adapters that are not merged, and vLLM needs whole weights. Merge them into the base "
+            "model, unquantized, and export that."
         )
     check_prompts(recommender.encoder)
     weights, _ = split_heads(recommender.model.state_dict())

@@ -9,7 +9,13 @@ import pytest
 
 from gflowtrl import Recommender
 from gflowtrl.cli import main
-from tests.test_catalog_change import FEATURES, assert_equal_probabilities, make_recommender, probabilities
+from tests.test_catalog_change import (
+    FEATURES,
+    assert_equal_probabilities,
+    make_item_tokenizer,
+    make_recommender,
+    probabilities,
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,16 +76,17 @@ def test_items_are_retired(model, tmp_path, capsys, given):
 
 
 def test_new_tokens_and_the_item_tokenizer_are_saved(tmp_path, capsys):
-    recommender, out = make_recommender(), tmp_path / "out"
+    recommender, out = make_recommender(make_item_tokenizer("level")), tmp_path / "out"
     item_tokenizer, recommender._item_tokenizer = recommender.item_tokenizer, None
     recommender.save_pretrained(tmp_path / "in")
     item_tokenizer.save_pretrained(tmp_path / "ids")
-    new = {100 + n: {"title": "red ink"} for n in range(20)}  # more than fit below the first token of red ink
+    new = {100 + n: {"title": "red ink"} for n in range(20)}  # more with one id than before
     file = lines(tmp_path / "new.jsonl", [{"item": item, **row} for item, row in new.items()])
     words = ["catalog", "add", "--model", str(tmp_path / "in"), "--items", file, "--output", str(out)]
     assert main(words) == 2 and "has no semantic_id" in capsys.readouterr().err and not out.exists()
     assert main([*words, "--semantic_ids", str(tmp_path / "ids"), "--json"]) == 0
     new_tokens = json.loads(capsys.readouterr().out)["new_tokens"]
+    assert new_tokens > 0
     changed = Recommender.from_pretrained(out)
     assert len(changed.tokenizer) == len(recommender.tokenizer) + new_tokens
     assert changed.model.get_input_embeddings().num_embeddings == len(changed.tokenizer)
@@ -124,6 +131,16 @@ def test_mistakes_are_one_line_and_nothing_is_written(words, message, model, tmp
     assert error.count("\n") == 1
     assert re.search(message, error), error
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_the_new_folder_is_not_inside_the_old_one(model, tmp_path, capsys, monkeypatch):
+    before = sorted(model.rglob("*"))
+    (tmp_path / "link").symlink_to(model)
+    monkeypatch.chdir(model)
+    for place, out in ((model, "new/one"), (".", "one"), (tmp_path / "link", model / "one")):
+        assert main(["catalog", "retire", "--model", str(place), "--items", "3", "--output", str(out)]) == 2
+        assert "one is in the folder of the model, which is copied" in capsys.readouterr().err
+    assert sorted(model.rglob("*")) == before
 
 
 def test_a_failed_write_leaves_no_folder(model, tmp_path, capsys, monkeypatch):

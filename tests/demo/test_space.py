@@ -15,6 +15,7 @@ from gflowtrl import Recommender
 from gflowtrl.cli.demo import main
 from gflowtrl.demo import space, write_space
 from gflowtrl.demo.run_reward import read_run_reward
+from gflowtrl.demo.space import model_name
 from tests.demo.world import HISTORY, make_recommender, write_stage
 
 
@@ -78,6 +79,17 @@ def test_a_recommender_alone_has_neither_reward_nor_license(tmp_path):
     make_recommender(teacher=None).save_pretrained(tmp_path / "alone")
     folder = write_space(tmp_path / "alone", tmp_path / "space")
     assert not (folder / "inputs.json").exists() and "license" not in (folder / "README.md").read_text()
+
+
+def test_the_title_does_not_tell_where_the_model_is(model, tmp_path, monkeypatch):
+    whole = tmp_path / "private" / "shop"
+    make_recommender().save_pretrained(whole)
+    monkeypatch.chdir(whole)
+    places = {model: "gflownet-0123abcd", whole: "shop", ".": "shop", "../shop": "shop"}
+    for number, (place, title) in enumerate(places.items()):
+        text = (write_space(place, tmp_path / f"space{number}") / "README.md").read_text()
+        assert f"\n# {title}\n" in text and "private" not in text
+    assert model_name("user/shop") == "user/shop"  # on the Hub
 
 
 def test_an_existing_folder_is_refused_before_the_model_is_loaded(tmp_path, capsys):

@@ -7,6 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from gflowtrl import ItemCatalog, Recommender
@@ -318,3 +319,11 @@ def test_encoder_decoders_are_refused(tmp_path):
     recommender = Recommender(tiny_seq2seq(len(TOKENIZER), "bart"), TOKENIZER, make_catalog(), max_history_items=5)
     with pytest.raises(ValueError, match="is an encoder-decoder, which vLLM does not run"):
         vllm_files.write(recommender, tmp_path)
+
+
+def test_adapters_are_refused(tmp_path):
+    recommender = make_recommender()
+    recommender.model = get_peft_model(recommender.model, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="has adapters that are not merged"):
+        vllm_files.write(recommender, tmp_path)
+    assert not list(tmp_path.iterdir())
