@@ -18,9 +18,9 @@ from trl import SFTConfig, SFTTrainer
 
 from gflowtrl import GFlowNetConfig, GFlowNetTrainer, ItemCatalog
 from gflowtrl.data import PromptEncoder, SyntheticShop, build_tokenizer, leave_one_out, read_interactions, sft_dataset
+from gflowtrl.data.recommender_files import write_recommender_files
 from gflowtrl.metrics import summarize
 from gflowtrl.policy import make_policy
-from gflowtrl.recommender import write_recommender_files
 from gflowtrl.rewards import CollaborativeReward, GroundTruthReward, InteractionReward, TokenSimilarityReward
 from gflowtrl.samplers import CurriculumSampler, MixtureSampler
 from gflowtrl.teachers import SASRec

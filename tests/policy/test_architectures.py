@@ -201,10 +201,6 @@ def counting_columns(model):
     return model
 
 
-class Special:
-    bos_token_id, pad_token_id, eos_token_id = 1, 0, 2
-
-
 DENSE = tiny.random_paths(30)
 #: Most first tokens determine the whole id, including those of the first and the last leaf.
 SPARSE = torch.tensor(
@@ -217,7 +213,7 @@ SPARSE = torch.tensor(
 def test_counting_columns_is_detected_in_every_dtype(paths, dtype):
     """In such a model the first branch after a prompt is right, and so is the first token of every branch."""
     catalog = tiny.catalog_of(paths)
-    encoder = PromptEncoder(catalog, Special(), max_history_items=5)
+    encoder = PromptEncoder(catalog, build_tokenizer({"item": ("a",)}), max_history_items=5)
     check_exact(make_policy(tiny.tiny_model(40).to(dtype), catalog), encoder)
     with pytest.raises(ValueError, match="is not exact as a policy"):
         check_exact(make_policy(counting_columns(tiny.tiny_model(40).to(dtype)), catalog), encoder)

@@ -76,7 +76,7 @@ def test_losses_that_need_rewards_or_a_reference_are_errors(tmp_path, name):
 
 
 def test_it_accepts_every_other_loss(tmp_path):
-    assert {"sft", "msl", "prefix_pointwise", "prefix_pairwise"} == set(LOSSES) - set(NEEDY)
+    assert {"sft", "msl", "bear", "prefix_pointwise", "prefix_pairwise"} == set(LOSSES) - set(NEEDY)
     trainer = make_plain(tmp_path, loss_type=[name for name in LOSSES if name not in NEEDY], num_generations=3)
     assert trainer.sampler.source_names == ("ground_truth", "uniform") and trainer.num_generations == 3
     trainer.train()
