@@ -12,7 +12,7 @@ import yaml
 
 import gflowtrl
 from gflowtrl import Recommender
-from gflowtrl.cli.demo import main
+from gflowtrl.cli import main
 from gflowtrl.demo import space, write_space
 from gflowtrl.demo.run_reward import read_run_reward
 from gflowtrl.demo.space import model_name
@@ -92,10 +92,23 @@ def test_the_title_does_not_tell_where_the_model_is(model, tmp_path, monkeypatch
     assert model_name("user/shop") == "user/shop"  # on the Hub
 
 
+def to_space(model, out) -> int:
+    return main(["export", "--to", "space", "--model", str(model), "--output", str(out)])
+
+
+def test_the_command_writes_the_folder(model, tmp_path, capsys):
+    assert to_space(model, tmp_path / "shop") == 0
+    printed = capsys.readouterr().out
+    assert "files for space written to" in printed and f"python {tmp_path / 'shop' / 'app.py'}" in printed
+    assert {"app.py", "requirements.txt", "README.md", "model"} == {
+        path.name for path in (tmp_path / "shop").iterdir()
+    }
+
+
 def test_an_existing_folder_is_refused_before_the_model_is_loaded(tmp_path, capsys):
     (tmp_path / "space").mkdir()
     (tmp_path / "space" / "file").touch()
-    assert main(["--model", str(tmp_path / "no model"), "--space", str(tmp_path / "space")]) == 2
+    assert to_space(tmp_path / "no model", tmp_path / "space") == 2
     assert re.fullmatch(r"error: \S+/space exists\. Remove it, or choose another folder.*\n", capsys.readouterr().err)
 
 
@@ -103,7 +116,7 @@ def test_a_damaged_model_leaves_no_folder(model, tmp_path, capsys):
     place = write_stage(tmp_path / "run")
     make_recommender().save_pretrained(place)
     (tmp_path / "run" / "done.json").write_text(json.dumps({"reward_weights": [1.0]}))
-    assert main(["--model", str(place), "--space", str(tmp_path / "space")]) == 2
+    assert to_space(place, tmp_path / "space") == 2
     error = capsys.readouterr().err.splitlines()[-1]  # after progress bars of the library
     assert error.startswith("error: ") and "done.json (it has 3 rewards and 1 reward_weights). Repair" in error
     assert not (tmp_path / "space").exists()
@@ -112,24 +125,24 @@ def test_a_damaged_model_leaves_no_folder(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--title", "A"], "error: --title and --requirement are used with --space only."),
-        (["--space", "x", "--port", "80"], "error: --space writes a folder and serves nothing. Leave out --port"),
-        (["--space", "x"], "error: /nowhere/at/all is not a folder; give the folder of a saved recommender"),
+        (["--to", "csr", "--title", "A"], "error: --title and --requirement are used with --to space only."),
+        (["--to", "space"], "error: /nowhere/at/all is not a folder; give the folder of a saved recommender"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, capsys):
-    assert main(["--model", "/nowhere/at/all", *arguments]) == 2
+    assert main(["export", "--model", "/nowhere/at/all", "--output", "x", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith(message) and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["--space"]])
-def test_without_gradio_the_remedy_is_named(model, tmp_path, monkeypatch, capsys, arguments):
+@pytest.mark.parametrize("command", ["demo", "export"])
+def test_without_gradio_the_remedy_is_named(model, tmp_path, monkeypatch, capsys, command):
     def missing(name):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(space, "version", missing)
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "gflowtrl.demo.page", raising=False)
-    assert main(["--model", str(model), *arguments, *([str(tmp_path / "space")] if arguments else [])]) == 2
+    given = [] if command == "demo" else ["--to", "space", "--output", str(tmp_path / "space")]
+    assert main([command, "--model", str(model), *given]) == 2
     assert capsys.readouterr().err == "error: The demo needs gradio. Run: pip install gflowtrl[demo]\n"
