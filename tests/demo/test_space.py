@@ -100,9 +100,8 @@ def test_the_command_writes_the_folder(model, tmp_path, capsys):
     assert to_space(model, tmp_path / "shop") == 0
     printed = capsys.readouterr().out
     assert "files for space written to" in printed and f"python {tmp_path / 'shop' / 'app.py'}" in printed
-    assert {"app.py", "requirements.txt", "README.md", "model"} == {
-        path.name for path in (tmp_path / "shop").iterdir()
-    }
+    names = {path.name for path in (tmp_path / "shop").iterdir()}
+    assert names == {"app.py", "requirements.txt", "README.md", "model", "inputs.json", "done.json"}  # with the reward
 
 
 def test_an_existing_folder_is_refused_before_the_model_is_loaded(tmp_path, capsys):
