@@ -48,7 +48,8 @@ class ChangeReport:
         retired: items that can no longer be recommended.
         sharing: of the added and restored items, those that share their semantic id with another item.
         new_tokens: tokens that no item had before.
-        items, leaves: items that can be recommended now, and their distinct ids.
+        items: number of items that can be recommended now.
+        leaves: number of their distinct ids.
         version: of the new catalog.
     """
 

@@ -50,9 +50,12 @@ class ItemCatalog:
         version: how many changes have led to this catalog, counted from 1 (`updated`).
 
     Attributes:
-        items, semantic_ids, item_token_ids: as given, without the retired items.
+        items: as given, without the retired items.
+        semantic_ids: their tokens as text.
+        item_token_ids: `(items, L)`, the same as token ids.
         history_items: all items that a history may contain: `items`, then the retired ones.
-        history_semantic_ids, history_token_ids: their tokens as text, and as `(history items, L)`.
+        history_semantic_ids: their tokens as text.
+        history_token_ids: `(history items, L)`, the same as token ids.
     """
 
     def __init__(
