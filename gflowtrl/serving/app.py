@@ -137,7 +137,7 @@ def create_app(recommender: Recommender, limits: Limits | None = None, catalog_t
 
     if token is not None:
 
-        @app.post(PATH, responses=CATALOG_PROBLEMS, dependencies=[Depends(token)])
+        @app.post(PATH, responses=CATALOG_PROBLEMS, dependencies=[Depends(token.check)])
         async def change_catalog(body: CatalogRequest) -> CatalogAnswer:
             """Add items to the catalog, and retire items."""
             return await served.change(body, limits)

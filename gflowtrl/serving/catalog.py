@@ -50,7 +50,7 @@ class TokenCheck:
             )
         self._digest = sha256(token.encode()).digest()
 
-    def __call__(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
         """Raise a 401 for a request without a token, and a 403 for a wrong one."""
         if (problem := self._problem(request.headers)) is not None:
             raise problem
