@@ -126,7 +126,7 @@ def check_round_trip(tokenizer: PreTrainedTokenizerBase, semantic_ids: Mapping[I
     if not semantic_ids:  # transformers before 5.18 decode an empty list to one text
         return
     texts = [" ".join(tokens) for tokens in semantic_ids.values()]
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     decoded = tokenizer.batch_decode(encoded, skip_special_tokens=True)
     for (item, tokens), text, ids, output in zip(semantic_ids.items(), texts, encoded, decoded, strict=True):
         if ids != [known[token] for token in tokens] or "".join(output.split()) != "".join(tokens):
