@@ -3,8 +3,9 @@
 Public names are imported on first use, so `import gflowtrl` is fast and imports neither torch nor trl.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from gflowtrl.lazy import import_name
 
 
 if TYPE_CHECKING:  # type checkers and editors cannot follow __getattr__
@@ -44,9 +45,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(_HOMES)}.")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return import_name(__name__, _HOMES, name)
 
 
 def __dir__() -> list[str]:

@@ -30,7 +30,7 @@ STANDALONE = {
 
 # A package may import from its own layer and from earlier ones.
 LAYERS = (
-    {"checks", "compat", "configuration", "files", "finite", "hub", "trunks"},
+    {"checks", "compat", "configuration", "files", "finite", "hub", "lazy", "trunks"},
     {"catalog"},
     {"data", "policy", "semantic_ids", "teachers"},
     {"rewards", "samplers", "losses", "metrics"},

@@ -3,7 +3,7 @@
 Public names are imported on first use, so this package can be imported without Gradio.
 """
 
-from importlib import import_module
+from gflowtrl.lazy import import_name
 
 
 _HOMES = {"create_page": "page", "run_demo": "page", "write_space": "space"}
@@ -12,10 +12,8 @@ __all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(_HOMES)}.")
     try:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return import_name(__name__, _HOMES, name)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "gradio":
             raise

@@ -3,7 +3,7 @@
 Public names are imported on first use, so that the command can show its help without torch.
 """
 
-from importlib import import_module
+from gflowtrl.lazy import import_name
 
 
 _HOMES = {"TARGETS": "targets", "Target": "targets", "export": "targets"}
@@ -12,6 +12,4 @@ __all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(_HOMES)}.")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return import_name(__name__, _HOMES, name)
