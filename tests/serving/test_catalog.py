@@ -343,11 +343,10 @@ def test_weak_tokens_are_refused(token, tmp_path):
 
 
 def test_the_command_takes_the_token_from_the_environment(monkeypatch):
-    import gflowtrl.serving
     from gflowtrl.cli.serve import TOKEN_VARIABLE, main
 
     calls = []
-    monkeypatch.setattr(gflowtrl.serving, "serve", lambda *arguments: calls.append(arguments), raising=False)
+    monkeypatch.setattr("gflowtrl.serving.server.serve", lambda *arguments: calls.append(arguments))
     monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
     assert main(["--model", "x"]) == 0 and calls[-1][-1] == TOKEN
     assert main(["--model", "x", "--catalog_token", "another-token-123456"]) == 0
