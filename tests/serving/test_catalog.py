@@ -64,7 +64,9 @@ def test_answers_are_those_of_the_changed_recommender(collisions):
         answer = change(client, body)
         assert answer.status_code == 200, answer.text
         report = answer.json()
-        assert report.pop("seconds") > 0 and (report["new_tokens"] > 0) == (collisions == "level")
+        assert report.pop("seconds") > 0
+        if collisions == "level":  # "reassign" needs new tokens only where an id takes a code that no item had
+            assert report["new_tokens"] > 0
         assert report == oracle.plan_change(retire=[0]).report.as_dict() | {
             "added": 18, "retired": 2, "items": 56, "leaves": 56, "version": 2,
             "new_tokens": len(oracle.tokenizer) - len(make().tokenizer),
