@@ -1,13 +1,17 @@
-"""ONNX Runtime against the recommender itself, each on one core.
+"""ONNX Runtime against the recommender itself and the HTTP server, each with one thread.
 
     OMP_NUM_THREADS=1 python benchmarks/speed/onnx_runtime.py --out benchmarks/results/speed/onnx_runtime.json
 
-Both sides answer the same requests in turn: one history after the other, and then batches. Needs the extra `onnx`.
-Without --model, it is a Llama with random weights. The table also counts lists that differ by more than a tie.
+All sides answer the same requests in turn: one history after the other, and then batches. The server gets each request
+over one open connection. Needs the extras `onnx` and `serve`. Without --model, it is a Llama with random weights. The
+table also counts lists that differ by more than a tie.
 """
 
 from __future__ import annotations
 
+import http.client
+import json
+import math
 import random
 import sys
 import tempfile
@@ -18,6 +22,7 @@ from typing import Any
 
 import torch
 from measuring import SIZES, arguments, llama, random_catalog, report
+from serving import ask, running
 from tqdm.auto import tqdm
 
 from gflowtrl import Recommender
@@ -42,6 +47,12 @@ def requests(items: Sequence[Any], count: int, length: int, batch: int) -> Itera
     chance = random.Random(0)
     for _ in range(count):
         yield [chance.choices(items, k=length) for _ in range(batch)]
+
+
+def over_http(connection: http.client.HTTPConnection, histories: list, k: int) -> Lists:
+    """Return the server's lists for histories of a request."""
+    answer = json.loads(ask(connection, "POST", "/recommend", {"histories": histories, "k": k}))
+    return [[(one["item"], math.log(one["probability"])) for one in found] for found in answer["recommendations"]]
 
 
 def measure(
@@ -90,16 +101,20 @@ def main() -> None:
         from gflowtrl.export.standalone.onnx_recommender import OnnxRecommender
 
         recommender, exported = Recommender.from_pretrained(model), OnnxRecommender(Path(folder, "onnx"), threads=1)
-        sides = {
-            "Recommender": lambda histories: [
-                [(one.item, one.log_prob) for one in found] for found in recommender.recommend(histories, given.k)
-            ],
-            "ONNX Runtime": lambda histories: exported.recommend(histories, given.k),
-        }
         rows = []
-        for batch, count in ((1, given.requests), (given.batch, given.requests // 10)):
-            asked = list(requests(recommender.catalog.items, given.rounds * count + 1, given.history, batch))
-            rows += measure(sides, asked, batch)
+        with running(str(model), 1, []) as port:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+            sides = {
+                "Recommender": lambda histories: [
+                    [(one.item, one.log_prob) for one in found] for found in recommender.recommend(histories, given.k)
+                ],
+                "HTTP server": lambda histories: over_http(connection, histories, given.k),
+                "ONNX Runtime": lambda histories: exported.recommend(histories, given.k),
+            }
+            for batch, count in ((1, given.requests), (given.batch, given.requests // 10)):
+                asked = list(requests(recommender.catalog.items, given.rounds * count + 1, given.history, batch))
+                rows += measure(sides, asked, batch)
+            connection.close()
     columns = {
         "side": "{side}", "histories per request": "{batch}", "p50, s": "{p50:.4f}", "p99, s": "{p99:.4f}",
         "requests/s": "{per_second:.1f}", "histories/s": "{histories_per_second:.0f}",

@@ -54,7 +54,11 @@ def test_a_real_server_answers_and_a_shutdown_answers_waiting_requests(folder, m
     printed = capsys.readouterr().out
     url = printed.split(" on ")[1].split()[0]
     assert printed.startswith(f"Serving 24 items of {folder} on http://127.0.0.1:")
-    assert httpx2.get(f"{url}/health").json()["model"] == str(folder)
+    with httpx2.Client() as open_connection:
+        assert open_connection.get(f"{url}/health").json()["model"] == str(folder)
+        transports = [connection.transport for connection in servers[0].server_state.connections]
+        accepted = transports[0].get_extra_info("socket")
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)  # or each answer takes 40 ms more
     oversized = httpx2.post(f"{url}/recommend", content=b" " * 3_000_000, headers={"content-type": "application/json"})
     assert oversized.status_code == 413  # not a broken connection
     with ThreadPoolExecutor(5) as pool:
