@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictInt, StrictStr
 
+from gflowtrl.catalog_change import ChangeReport
 from gflowtrl.recommender import Step
 
 
@@ -83,15 +85,10 @@ class ExplainAnswer(RecommendedItem):
     warnings: list[str]
 
 
-class CatalogAnswer(BaseModel):
-    added: int
-    restored: int
-    retired: int
-    sharing: int
-    new_tokens: int
-    items: int
-    leaves: int
-    version: int
+@dataclass(frozen=True)
+class CatalogAnswer(ChangeReport):
+    """What a change did, and the seconds that it took."""
+
     seconds: float
 
 
