@@ -1,12 +1,13 @@
 """The audit: the paper's method and its rivals under one roof, from the same checkpoint and for the same steps.
 
     OMP_NUM_THREADS=1 python benchmarks/quality/audit.py reading --data_dir DIR --seeds 42
-    OMP_NUM_THREADS=1 python benchmarks/quality/audit.py reading --data_dir DIR --minutes 100
+    OMP_NUM_THREADS=1 python benchmarks/quality/audit.py office --data_dir DIR --minutes 100
 
 A cell is a row of a study with a seed. Each runs in a process of its own, is resumed after an interruption, and writes
 benchmarks/results/quality/audit-STUDY-ROW-seedSEED.json: the record of office.py with the validation metric of the
 chosen checkpoint, the survival of prefixes in beam search, and the peak memory. Cells with a record of the same recipe
-are not repeated. With --minutes, no cell starts after that time, for work in blocks.
+are not repeated. With --minutes, no cell starts after that time, for work in blocks. At the end, the table of the
+finished cells is printed; differences are relative to the control of the study's first row.
 """
 
 from __future__ import annotations
@@ -18,27 +19,36 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
-from comparison import prefixes
-from office import KEPT, ROOT, kept_run, make_parser, places, settings
+import torch
+from office import KEPT, ROOT, difference, gains, kept_run, make_parser, places, settings
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
 
 from gflowtrl.losses import LossSpec, register_loss, trajectory_balance
+from gflowtrl.metrics import prefix_metrics
 from gflowtrl.pipeline import load_recipe, run
 from gflowtrl.pipeline.comparison import spread
-from gflowtrl.pipeline.run_data import prepare
+from gflowtrl.pipeline.run_data import RunData, prepare
 from gflowtrl.pipeline.run_report import aligned
+from gflowtrl.policy import load_backbone, make_policy
 
 
 OWN = ROOT / "benchmarks" / "quality" / "recipes"
 PAPER = ROOT / "recipes" / "gflowgr_paper.yaml"
 USERS = 1000  # test users whose prefixes are measured
 ALL = ("teacher", "sft", "control", "gflownet")  # stages
-
-# For the ablation "balance over the vocabulary": pi is the model's softmax over all tokens, as in plain decoding.
-register_loss("vocabulary_balance", LossSpec(trajectory_balance, any_label_space=True))
+METRICS = {
+    "Recall@10": "item_recall@10",
+    "NDCG@10": "item_ndcg@10",
+    "Recall@10, seen removed": "unseen_item_recall@10",
+    "NDCG@10, seen removed": "unseen_item_ndcg@10",
+    "coverage@10": "coverage@10",
+}
+EXPOSED = {"NDCG@5, exposed": "ndcg@5", "AUC, exposed": "auc"}
 
 
 @dataclass(frozen=True)
@@ -119,8 +129,49 @@ METHODS_OF_OFFICE = {
     "gflowgr_known": Row(
         "GFlowGR as published, known Z", OWN / "audit" / "gflowgr.yaml", ["--gflownet.flows", "known"]
     ),
+    "gflowgr_vocabulary": Row(
+        "GFlowGR as published, balance over the vocabulary",
+        OWN / "audit" / "gflowgr.yaml",
+        ["--gflownet.loss_type", "[sft, vocabulary_balance]", "--gflownet.label_space", "vocabulary"],
+    ),
 }
-STUDIES: dict[str, dict[str, Row]] = {"reading": READING, "office": METHODS_OF_OFFICE}
+
+
+def changed(names: Sequence[str], options: Sequence[str]) -> dict[str, Row]:
+    """Some methods of the first study with further options."""
+    found = {name: METHODS_OF_OFFICE[name] for name in names}
+    return {name: replace(row, options=[*row.options, *options]) for name, row in found.items()}
+
+
+ON_BEAUTY = ["cross_entropy", "msl", "apao_gentle", "sdpo", "grpo", "gflowgr", "vargrad", "exact_flow"]
+ON_YAHOO = ["cross_entropy", "msl", "apao_gentle", "sdpo", "grpo", "gflowgr"]
+OF_YAHOO = [  # data, model and schedule of recipes/gflowgr_yahoo.yaml
+    *("--data.semantic_ids", "{quantizer: kmeans, collaborative: 1.0}"),
+    *("--model.hidden_size", "64", "--model.intermediate_size", "256"),
+    *("--model.num_hidden_layers", "2", "--model.num_attention_heads", "2"),
+    *("--sft.num_train_epochs", "8", "--sft.eval_delay", "5", "--gflownet.num_train_epochs", "1"),
+]
+STUDIES: dict[str, dict[str, Row]] = {
+    "reading": READING,
+    "office": METHODS_OF_OFFICE,
+    "beauty": changed(ON_BEAUTY, ["--gflownet.num_train_epochs", "1"]),
+    "yahoo": changed(ON_YAHOO, OF_YAHOO),
+}
+
+
+@torch.no_grad()
+def prefixes(folder: str, run_data: RunData, users: int, num_beams: int, progress: str) -> dict[str, float]:
+    """Return the means of `prefix_metrics` over some test users, drawn with a fixed seed."""
+    model = load_backbone(folder).eval()
+    policy, rows = make_policy(model, run_data.catalog), run_data.test.shuffle(seed=0)
+    rows = rows.select(range(min(users, len(rows))))
+    found = []
+    for start in tqdm(range(0, len(rows), 64), desc=progress, leave=False):
+        part = rows[start : start + 64]
+        leaf_log_probs = policy.leaf_log_probs(run_data.encoder(part["history"]))
+        targets = run_data.catalog.leaf_of(part["target"])
+        found.append(prefix_metrics(leaf_log_probs, targets, run_data.catalog.tree, num_beams))
+    return {name: float(torch.cat([part[name] for part in found]).mean()) for name in found[0]}
 
 
 def record_file(study: str, name: str, seed: int) -> Path:
@@ -159,32 +210,49 @@ def is_done(study: str, name: str, seed: int, given: argparse.Namespace, others:
 
 
 def table(study: str, seeds: Sequence[int]) -> str:
-    """Return the finished cells of a study as a Markdown table, means over the seeds."""
-    columns = ["item_recall@10", "item_ndcg@10", "unseen_item_recall@10", "coverage@10"]
-    lines = [["method", "validation NDCG@10", *columns, "survival@2", "minutes", "GiB"]]
-    for name, row in STUDIES[study].items():
-        files = [record_file(study, name, seed) for seed in seeds]
-        records = [json.loads(file.read_text()) for file in files if file.is_file()]
-        for method in ALL if records else ():
-            entries = [record["methods"][method] for record in records if method in record["methods"]]
-            if len(entries) < len(records) or (method != "gflownet" and method not in row.stages):
-                continue
-            best = [next(iter(entry.get("best_metric", {}).values()), None) for entry in entries]
-            survival = [record["survival"][method]["survival@2"] for record in records if method != "teacher"]
-            minutes = [entry["seconds"] / 60 for entry in entries if "seconds" in entry]
-            memory = [record["peak_memory"] / 2**30 for record in records]
-            lines.append([
-                row.title if method == "gflownet" else method,
-                "" if None in best else spread(best),
-                *(spread([entry["metrics"][column] for entry in entries]) for column in columns),
-                spread(survival, digits=3) if survival else "",
-                spread(minutes, digits=1) if minutes else "",
-                spread(memory, digits=2),
-            ])  # fmt: skip
-    return aligned(lines)
+    """Return the cells of a study that are finished for these seeds as a Markdown table.
+
+    Figures are means over the seeds with their standard deviation; differences to the control have the interval of
+    `difference`. The methods are sorted by NDCG@10.
+    """
+    files = {name: [record_file(study, name, seed) for seed in seeds] for name in STUDIES[study]}
+    files = {name: found for name, found in files.items() if all(file.is_file() for file in found)}
+    shared = next(iter(STUDIES[study]))
+    if shared not in files:
+        return "The first row of the study, which has the control, is not finished."
+    lines = [
+        cells(STUDIES[study][name].title if method == "gflownet" else method, method, found, files[shared])
+        for name, found in files.items()
+        for method in (ALL if name == shared else ["gflownet"])
+    ]
+    lines.sort(key=lambda line: line["NDCG@10"], reverse=True)
+    return aligned([[*lines[0]], *([*line.values()] for line in lines)])
+
+
+def cells(title: str, method: str, files: Sequence[Path], controls: Sequence[Path]) -> dict[str, str]:
+    """Return a line of the table by column."""
+    records = [json.loads(file.read_text()) for file in files]
+    entries = [record["methods"][method] for record in records]
+    best = [next(iter(entry.get("best_metric", {}).values()), None) for entry in entries]
+    line = {"method": title, "validation NDCG@10": "" if None in best else spread(best)}
+    for name, metric in METRICS.items():
+        line[name] = spread([entry["metrics"][metric] for entry in entries])
+    trained = method != "teacher"
+    line["kept"] = spread([record["survival"][method]["survival@2"] for record in records], 3) if trained else ""
+    line["minutes"] = spread([entry["seconds"] / 60 for entry in entries], 1) if trained else ""
+    line["GiB"] = spread([record["peak_memory"] / 2**30 for record in records], 2) if method == "gflownet" else ""
+    for name, metric in EXPOSED.items() if "exposed" in records[0] else ():
+        line[name] = spread([record["exposed"]["methods"][method]["metrics"][metric] for record in records], 3)
+    ours = [gains(load_file(file.with_suffix(".safetensors"))[method]) for file in files]
+    theirs = [gains(load_file(file.with_suffix(".safetensors"))["control"]) for file in controls]
+    for name in ("Recall@10", "NDCG@10"):
+        line[f"{name} minus control"] = "" if method == "control" else difference(ours, theirs, name.lower())
+    return line
 
 
 def main() -> None:
+    # For the ablation: pi is the model's softmax over all tokens, as in plain decoding.
+    register_loss("vocabulary_balance", LossSpec(trajectory_balance, any_label_space=True))
     parser = make_parser(__doc__)
     parser.add_argument("study", choices=list(STUDIES))
     parser.add_argument("--rows", nargs="+", help="names of the study's rows (default: all)")

@@ -12,17 +12,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
+from audit import prefixes
 from office import KEPT, ROOT, difference, gains, kept_run, make_parser, places
 from safetensors.torch import load_file
-from tqdm.auto import tqdm
 
-from gflowtrl.metrics import prefix_metrics
 from gflowtrl.pipeline import load_recipe, run
 from gflowtrl.pipeline.comparison import spread
-from gflowtrl.pipeline.run_data import RunData, prepare
+from gflowtrl.pipeline.run_data import prepare
 from gflowtrl.pipeline.run_report import aligned
-from gflowtrl.policy import load_backbone, make_policy
 
 
 OWN = ROOT / "benchmarks" / "quality" / "recipes"
@@ -51,21 +48,6 @@ SURVIVAL = {
     "survival@2": "2 tokens",
     "top_survival": "top 20 found",
 }
-
-
-@torch.no_grad()
-def prefixes(folder: str, run_data: RunData, users: int, num_beams: int, progress: str) -> dict[str, float]:
-    """Return the means of `prefix_metrics` over some test users, drawn with a fixed seed."""
-    model = load_backbone(folder).eval()
-    policy, rows = make_policy(model, run_data.catalog), run_data.test.shuffle(seed=0)
-    rows = rows.select(range(min(users, len(rows))))
-    found = []
-    for start in tqdm(range(0, len(rows), 64), desc=progress, leave=False):
-        part = rows[start : start + 64]
-        leaf_log_probs = policy.leaf_log_probs(run_data.encoder(part["history"]))
-        targets = run_data.catalog.leaf_of(part["target"])
-        found.append(prefix_metrics(leaf_log_probs, targets, run_data.catalog.tree, num_beams))
-    return {name: float(torch.cat([part[name] for part in found]).mean()) for name in found[0]}
 
 
 def prefix_file(record: Path) -> Path:

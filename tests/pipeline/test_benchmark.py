@@ -1,8 +1,9 @@
-"""benchmarks/quality/office.py and comparison.py on a micro shop written to a folder."""
+"""benchmarks/quality/office.py, audit.py and comparison.py on a micro shop written to a folder."""
 
 import importlib.util
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -130,7 +131,39 @@ def test_records_of_older_versions_are_tabulated(office):
 
 
 @pytest.mark.slow
+def test_a_study_of_the_audit_is_run_kept_and_tabulated(office, base, tmp_path, monkeypatch, capsys):
+    audit = script("audit", monkeypatch, tmp_path / "kept")
+    study = {
+        "first": audit.Row("one", base, (), audit.ALL),
+        "second": audit.Row("two", base, ["--gflownet.max_steps", "2"]),
+    }
+    monkeypatch.setattr(audit, "STUDIES", {"micro": study})
+    given = Namespace(data_dir="data", output_dir="runs")
+    for name in study:
+        assert not audit.is_done("micro", name, 1, given, [])
+        audit.run_cell("micro", name, 1, given, [])
+        assert audit.is_done("micro", name, 1, given, [])
+    assert not audit.is_done("micro", "second", 1, given, ["--gflownet.max_steps", "1"])  # another recipe
+
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in audit.table("micro", [1]).splitlines()]
+    rows = {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}
+    assert sorted(rows) == ["control", "one", "sft", "teacher", "two"]
+    ndcg = [float(row["NDCG@10"]) for row in rows.values()]
+    assert ndcg == sorted(ndcg, reverse=True)
+    records = {name: json.loads((tmp_path / "kept" / f"audit-micro-{name}-seed1.json").read_text()) for name in study}
+    for title, name, method in (("one", "first", "gflownet"), ("two", "second", "gflownet"), ("sft", "first", "sft")):
+        metrics, survival = records[name]["methods"][method]["metrics"], records[name]["survival"][method]
+        assert rows[title]["Recall@10, seen removed"] == f"{metrics['unseen_item_recall@10']:.4f}"
+        assert rows[title]["kept"] == f"{survival['survival@2']:.3f}"
+        # The last prefix is the whole id: where it survives the beam of 20, it is a hit among 20.
+        assert survival["survival@3"] == pytest.approx(metrics["recall@20"])
+    assert rows["control"]["Recall@10 minus control"] == "" and "[" in rows["two"]["Recall@10 minus control"]
+    assert "not finished" in audit.table("micro", [1, 2])
+
+
+@pytest.mark.slow
 def test_the_comparison_measures_prefixes_and_differences(office, base, tmp_path, monkeypatch, capsys):
+    script("audit", monkeypatch, tmp_path / "kept")
     comparison = script("comparison", monkeypatch, tmp_path / "kept")
     (tmp_path / "ce.yaml").write_text(
         "base: base.yaml\nname: cross_entropy\nrewards: []\nsampler: null\ngflownet: {loss_type: sft}"
