@@ -132,10 +132,13 @@ def test_records_of_older_versions_are_tabulated(office):
 
 @pytest.mark.slow
 def test_a_study_of_the_audit_is_run_kept_and_tabulated(office, base, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(QUALITY)
     audit = script("audit", monkeypatch, tmp_path / "kept")
+    from studies import Row
+
     study = {
-        "first": audit.Row("one", base, (), audit.ALL),
-        "second": audit.Row("two", base, ["--gflownet.max_steps", "2"]),
+        "first": Row("one", base, (), audit.ALL),
+        "second": Row("two", base, ["--gflownet.max_steps", "2"]),
     }
     monkeypatch.setattr(audit, "STUDIES", {"micro": study})
     given = Namespace(data_dir="data", output_dir="runs")
@@ -163,6 +166,7 @@ def test_a_study_of_the_audit_is_run_kept_and_tabulated(office, base, tmp_path, 
 
 @pytest.mark.slow
 def test_the_comparison_measures_prefixes_and_differences(office, base, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(QUALITY)
     script("audit", monkeypatch, tmp_path / "kept")
     comparison = script("comparison", monkeypatch, tmp_path / "kept")
     (tmp_path / "ce.yaml").write_text(
