@@ -218,6 +218,8 @@ STRONG_ROWS = [
     Row("cross entropy, the same rows and steps (control)", STRONG, "control"),
     Row("exact flows (`gflowgr_office_strong`)", STRONG),
     Row("exact flows, three altered copies of each history, twice the steps", "strength-augmented", seed="4[234]"),
+    Row("one SASRec", "strength-one_sasrec", "teacher"),
+    Row("exact flows with one SASRec as the only teacher", "strength-one_sasrec"),
 ]
 #: The records of the strongest recipe, and of the same with altered copies.
 LARGER = {
