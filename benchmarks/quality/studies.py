@@ -59,7 +59,7 @@ BALANCES = {"tb": "trajectory_balance", "db": "detailed_balance", "subtb": "subt
 
 
 def ours(balance: str, sft: float, learning_rate: float = 1e-3, stages: Sequence[str] = METHOD) -> Row:
-    """The second recipe with a balance loss and the weight of SFT beside it."""
+    """The second recipe with a balance loss and the weight of SFT next to it."""
     title = f"{balance.upper()}, {sft:g} x SFT + balance, learning rate {learning_rate:g}"
     options = ["--gflownet.loss_type", f"[sft, {BALANCES[balance]}]", "--gflownet.loss_weights", f"[{sft}, 1.0]"]
     return Row(title, OURS, [*options, "--gflownet.learning_rate", str(learning_rate)], stages)
