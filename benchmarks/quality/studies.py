@@ -41,7 +41,7 @@ def beta(value: float) -> list[str]:
 
 
 EXP = [STANDARD, "--gflownet.reward_transform", "exp"]
-EXP_3 = [STANDARD.replace("standard}", "standard, weight: 3}"), *EXP[1:], *beta(0.5)]  # deviations count three times
+EXP_4 = [STANDARD.replace("standard}", "standard, weight: 4}"), *EXP[1:], *beta(0.5)]  # deviations count four times
 #: The readings of the paper's method that were tried on the validation split of Office.
 READING = {
     "published": Row("R as published, lambda 1", PAPER, (), ALL),
@@ -54,10 +54,10 @@ READING = {
     "exp05_hard": Row("exp(.5 R), the teacher's best 50", PAPER, [*EXP, HARD, *lambdas(0.1), *beta(0.5)]),
     "exp1_hard": Row("exp(R), the teacher's best 50", PAPER, [*EXP, HARD, *lambdas(0.1), *beta(1)]),
     "exp05_hard_1": Row("the same at exp(.5 R), lambda 1", PAPER, [*EXP, HARD, *lambdas(1), *beta(0.5)]),
-    "exp3": Row("exp(.5 R), three times the standardized scores, lambda .1", PAPER, [*EXP_3, *lambdas(0.1)]),
-    "exp3_1": Row("the same, lambda 1", PAPER, [*EXP_3, *lambdas(1)]),
-    "exp3_hard": Row("the same, the teacher's best 50, lambda .1", PAPER, [*EXP_3, HARD, *lambdas(0.1)]),
-    "exp3_hard_1": Row("the same, the teacher's best 50, lambda 1", PAPER, [*EXP_3, HARD, *lambdas(1)]),
+    "exp4": Row("exp(.5 R), four times the standardized scores, lambda .1", PAPER, [*EXP_4, *lambdas(0.1)]),
+    "exp4_1": Row("the same, lambda 1", PAPER, [*EXP_4, *lambdas(1)]),
+    "exp4_hard": Row("the same, the teacher's best 50, lambda .1", PAPER, [*EXP_4, HARD, *lambdas(0.1)]),
+    "exp4_hard_1": Row("the same, the teacher's best 50, lambda 1", PAPER, [*EXP_4, HARD, *lambdas(1)]),
 }
 OURS = ROOT / "recipes" / "gflowgr_ours.yaml"
 BALANCES = {"tb": "trajectory_balance", "db": "detailed_balance", "subtb": "subtrajectory_balance"}
