@@ -56,6 +56,15 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], Any]) -> N
         partial.unlink(missing_ok=True)
 
 
+def give_usual_modes(folder: Path) -> None:
+    """Give all files of a folder the mode of a file that `open` makes; safetensors lets only the owner read."""
+    mask = os.umask(0)  # the only way to read it
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write text atomically, in UTF-8."""
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -25,7 +25,7 @@ STANDALONE = {
     "onnx_recommender.py": {"numpy", "onnxruntime"},
     "gflowtrl_tree.py": {"numpy", "torch"},
     "gflowtrl_vllm.py": {"gflowtrl_tree", "torch", "vllm"},
-    "example.py": {"gflowtrl_vllm"},
+    "example.py": {"gflowtrl_tree", "gflowtrl_vllm"},
 }
 
 # A package may import from its own layer and from earlier ones.

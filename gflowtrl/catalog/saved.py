@@ -37,6 +37,8 @@ def read_catalog(file: Path) -> SavedCatalog:
     """
     content = read_json(file)
     if not isinstance(content, dict) or not {"items", "semantic_ids", "token_ids"} <= content.keys():
+        if isinstance(content, dict) and "format" in content:
+            raise ValueError(f"{file} is of an export to another engine. Give the folder of the recommender itself.")
         raise ValueError(f"{file} must hold items, semantic_ids and token_ids. {RESTORE}")
     items, semantic_ids, token_ids = (content[name] for name in ("items", "semantic_ids", "token_ids"))
     if not (isinstance(items, list) and isinstance(semantic_ids, list) and isinstance(token_ids, dict)):

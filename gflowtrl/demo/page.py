@@ -15,6 +15,7 @@ import torch
 
 from gflowtrl.catalog import Item
 from gflowtrl.checks import COUNT, check_number, one_line
+from gflowtrl.compat import quiet_libraries
 from gflowtrl.finite import NonFiniteError
 from gflowtrl.hub import local_copy
 from gflowtrl.recommender import Recommender
@@ -72,7 +73,11 @@ def launch_page(page: gr.Blocks, host: str | None = None, port: int | None = Non
 
 
 def run_demo(
-    model_dir: str | os.PathLike, host: str | None = None, port: int | None = None, threads: int | None = None
+    model_dir: str | os.PathLike,
+    host: str | None = None,
+    port: int | None = None,
+    threads: int | None = None,
+    title: str | None = None,
 ) -> None:
     """Serve the page of a recommender until Ctrl-C. The model is on the GPU if there is one.
 
@@ -81,6 +86,7 @@ def run_demo(
             GFlowNet stage, the stage's reward is shown, too.
         host, port: as in `launch_page`.
         threads: number of torch's threads; by default torch chooses.
+        title: heading of the page; by default the name of the model.
 
     Raises:
         ValueError: `port` or `threads` is out of range, or a file of the folder is damaged.
@@ -89,12 +95,13 @@ def run_demo(
     """
     check_number("threads", threads, COUNT, optional=True)
     check_address(host, port)
+    quiet_libraries()
     if threads is not None:
         torch.set_num_threads(threads)
     folder = local_copy(model_dir)
     recommender = Recommender.from_pretrained(folder, device_map="cuda" if torch.cuda.is_available() else "cpu")
     recommender.check()
-    page = create_page(recommender, read_run_reward(folder, recommender), model_name(model_dir))
+    page = create_page(recommender, read_run_reward(folder, recommender), title or model_name(model_dir))
     url = launch_page(page, host, port)
     print(f"The demo of {len(recommender.catalog)} items of {model_dir} is on {url} (Ctrl-C to stop)", flush=True)
     with suppress(KeyboardInterrupt):  # the normal way to stop it

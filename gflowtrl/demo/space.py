@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, SpaceCardData
 
 import gflowtrl
 from gflowtrl.checks import check_text
-from gflowtrl.files import reading, write_text
+from gflowtrl.files import give_usual_modes, reading, write_text
 from gflowtrl.hub import local_copy
 from gflowtrl.recommender import Recommender
 
@@ -28,7 +28,7 @@ from gflowtrl.demo import run_demo
 
 
 if __name__ == "__main__":
-    run_demo(Path(__file__).parent / "model")
+    run_demo(Path(__file__).parent / "model", title={title!r})
 '''
 #: Spaces without a GPU get torch without CUDA, which is gigabytes smaller.
 REQUIREMENTS = """--extra-index-url https://download.pytorch.org/whl/cpu
@@ -91,11 +91,12 @@ def write_space(
         if (source / CARD).is_file():
             shutil.copyfile(source / CARD, folder / "model" / CARD)
         copy_reward(source, recommender, folder)
-        write_text(folder / "app.py", APP)
+        write_text(folder / "app.py", APP.format(title=title))
         requirement = requirement or f"gflowtrl[demo]=={gflowtrl.__version__}"
         write_text(folder / "requirements.txt", REQUIREMENTS.format(requirement=requirement))
         text = TEXT.format(title=title, items=len(recommender.catalog))
         write_text(folder / CARD, f"---\n{data}\n---\n\n{text}")
+        give_usual_modes(folder)
         if out.exists():
             out.rmdir()
         folder.rename(out)

@@ -11,6 +11,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from gflowtrl.files import give_usual_modes
+from gflowtrl.hub import local_copy
+
 
 if TYPE_CHECKING:
     from gflowtrl.recommender import Recommender
@@ -81,6 +84,7 @@ def export(model: str | os.PathLike, target: str, output: str | os.PathLike) -> 
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not an empty folder. Choose a new folder.")
     write = TARGETS[target].writer()
+    model = local_copy(model)
     from gflowtrl.recommender import Recommender  # imports torch
 
     recommender = Recommender.from_pretrained(model)
@@ -89,6 +93,7 @@ def export(model: str | os.PathLike, target: str, output: str | os.PathLike) -> 
         folder = Path(partial, "export")
         folder.mkdir()
         write(recommender, folder)
+        give_usual_modes(folder)
         if output.exists():
             output.rmdir()
         folder.rename(output)

@@ -61,10 +61,10 @@ def test_the_readme_has_the_header_of_a_space(model, tmp_path):
 def test_the_app_runs_the_demo_of_the_model_next_to_it(model, tmp_path, monkeypatch):
     folder = write_space(model, tmp_path / "space")
     arguments = []
-    monkeypatch.setitem(vars(gflowtrl.demo), "run_demo", lambda *given: arguments.extend(given))
+    monkeypatch.setitem(vars(gflowtrl.demo), "run_demo", lambda *given, **options: arguments.extend([*given, options]))
     code = compile(ast.parse((folder / "app.py").read_text()), "app.py", "exec")
     exec(code, {"__name__": "__main__", "__file__": str(folder / "app.py")})
-    assert arguments == [folder / "model"]
+    assert arguments == [folder / "model", {"title": model_name(model)}]
 
 
 @pytest.mark.parametrize("requirement", [None, "gflowtrl[demo] @ git+https://example.org/gflowtrl"])

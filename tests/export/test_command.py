@@ -1,6 +1,7 @@
 """`gflowtrl export`: whole folders or none, and mistakes in one line."""
 
 import json
+import sys
 
 import pytest
 
@@ -29,6 +30,19 @@ def test_an_empty_folder_is_filled(model, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_all_may_read_the_files(model, tmp_path):
+    usual = tmp_path / "usual"
+    usual.touch()
+    files = [path for path in export(model, "vllm", tmp_path / "out").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode for path in files} == {usual.stat().st_mode}
+
+
+def test_an_export_is_not_a_recommender(model, tmp_path, capsys):
+    assert run(model, "csr", tmp_path / "csr") == 0
+    assert run(tmp_path / "csr", "csr", tmp_path / "out") == 2
+    assert "is of an export to another engine. Give the folder of the recommender itself." in capsys.readouterr().err
+
+
 def test_a_folder_with_files_is_left_alone(model, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     for output in (tmp_path, tmp_path / "file"):
@@ -55,6 +69,7 @@ def test_mistakes_are_found_before_the_model_is_loaded(tmp_path, monkeypatch, ca
     monkeypatch.setattr(targets, "find_spec", lambda name: None)
     assert run("nowhere", "onnx", tmp_path / "out") == 2
     assert "This export needs onnx. Run: pip install gflowtrl[onnx]" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "gflowtrl.recommender", None)
     assert run(tmp_path / "nowhere", "csr", tmp_path / "out") == 2
     assert "nowhere" in capsys.readouterr().err and not list(tmp_path.iterdir())
 

@@ -77,7 +77,7 @@ def test_the_folder_works_without_gflowtrl(model, recommender):
 
 
 def test_a_history_without_known_items_is_refused(exported, recommender):
-    with pytest.raises(ValueError, match="The history in row 1 has no item of the catalog. Leave it out."):
+    with pytest.raises(ValueError, match=r"The history \['nonsense'\] has no item of the catalog. Leave it out."):
         exported.recommend([["i010"], ["nonsense"]])
     with pytest.warns(UserWarning, match="not in the catalog"):
         expected = recommender.recommend([["nonsense", "i010"]])
@@ -112,3 +112,29 @@ def test_encoder_decoders_are_refused(tmp_path):
     with pytest.raises(ValueError, match="is an encoder-decoder, and the export to ONNX supports causal models only"):
         onnx_files.write(recommender, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("histories", "k", "message"), [
+    ([["i010"]], 0, "k is 0; it must be at least 1"),
+    (["i010"], 5, "'i010' is not a history; give a list of items"),
+    ([17], 5, "17 is not a history; give a list of items"),
+])  # fmt: skip
+def test_wrong_arguments_are_named(exported, histories, k, message):
+    with pytest.raises(ValueError, match=message):
+        exported.recommend(histories, k)
+    assert exported.recommend([]) == []
+
+
+def test_a_wrong_line_is_named_and_earlier_ones_are_answered(model):
+    script = model / "export" / "onnx_recommender.py"
+    for wrong, message in (
+        ("[]", "The history [] has no item"),
+        ("17 4", "Extra data"),
+        ('{"a": 1}', "not a history"),
+    ):
+        text = f'\n["i010", "nonsense"]\n{wrong}\n["i010"]\n'
+        ran = subprocess.run([sys.executable, script], input=text, capture_output=True, text=True)
+        assert ran.returncode == 2 and len(ran.stdout.splitlines()) == 1
+        left_out, error = ran.stderr.splitlines()
+        assert left_out == "line 2: left out, because the catalog does not have them: ['nonsense']"
+        assert error.startswith("error: line 3: ") and message in error

@@ -1,6 +1,8 @@
 """The logits processor for vLLM, driven by fake batch updates, and its beam search and sampling on a fake engine."""
 
+import json
 import random
+import subprocess
 import sys
 from enum import Enum, auto
 from types import ModuleType, SimpleNamespace
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from gflowtrl import ItemCatalog, Recommender
 from gflowtrl.data import PromptEncoder, PromptFormat, TextPromptEncoder, add_item_tokens
 from gflowtrl.export import export, vllm_files
-from gflowtrl.export.standalone.gflowtrl_tree import Catalog, RowNodes
+from gflowtrl.export.standalone.gflowtrl_tree import Catalog, RowNodes, read_histories
 from gflowtrl.policy import attach_flow_heads
 from tests.data.words import byte_tokenizer
 from tests.export.shop import HISTORIES, assert_same_lists, make_recommender, make_windowed
@@ -192,6 +194,9 @@ def processor_module(monkeypatch, folder):
         monkeypatch.setitem(sys.modules, name, module)
     sys.modules["vllm.v1.sample.logits_processor"].MoveDirectionality = Direction
     sys.modules["vllm"].SamplingParams = SimpleNamespace
+    platforms = ModuleType("vllm.platforms")
+    platforms.current_platform = SimpleNamespace(is_cpu=lambda: True)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
     beams = ModuleType("vllm.sampling_params")
     beams.BeamSearchParams = lambda width, tokens, **options: SimpleNamespace(width=width, tokens=tokens, **options)
     monkeypatch.setitem(sys.modules, "vllm.sampling_params", beams)
@@ -206,6 +211,7 @@ class FakeEngine:
 
     def __init__(self, module, recommender: Recommender, folder):
         config = SimpleNamespace(model_config=SimpleNamespace(model=str(folder)))
+        self.model_config = SimpleNamespace(max_logprobs=80)
         self.model, self.processor = recommender.model, module.TreeLogitsProcessor(config, torch.device("cpu"), False)
 
     @torch.no_grad()
@@ -274,6 +280,31 @@ def test_the_beam_search_of_vllm_finds_the_lists_of_the_recommender(processor_mo
     assert_same_lists(expected, found)
     everything = processor_module.recommend(engine, catalog, histories, k=40)  # more beams than leaves
     assert [len(rows) for rows in everything] == [27, 27]
+    assert processor_module.recommend(engine, catalog, []) == []
+    with pytest.raises(ValueError, match=r"41 beams need an engine with max_logprobs=82.*this one allows 40 beams"):
+        processor_module.recommend(engine, catalog, histories, k=41)
+    with pytest.raises(ValueError, match="k is 0; it must be at least 1"):
+        processor_module.recommend(engine, catalog, histories, k=0)
+    with pytest.raises(ValueError, match="1 is not a history; give a list of items"):
+        processor_module.recommend(engine, catalog, [1, 2, 3])
+
+
+def test_lines_are_checked_before_the_engine_starts(catalog, capsys):
+    known, other = catalog.items[:2]
+    lines = [json.dumps([known, other]), "", json.dumps([known, "nonsense"])]
+    assert read_histories(lines, catalog) == [[known, other], [known, "nonsense"]]
+    assert capsys.readouterr().err == "line 3: left out, because the catalog does not have them: ['nonsense']\n"
+    for wrong, message in (("[]", "The history [] has no item"), ("1 2", "Extra data"), ('"1"', "is not a history")):
+        with pytest.raises(SystemExit) as stop:
+            read_histories([lines[0], wrong], catalog)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith("error: line 2: ") and message in error
+
+
+def test_only_the_processor_needs_torch(folder):
+    """A client of the server has the catalog alone."""
+    program = "import sys; sys.modules['torch'] = None; from gflowtrl_tree import Catalog; Catalog('catalog')"
+    subprocess.run([sys.executable, "-c", program], cwd=folder, check=True)
 
 
 def test_beam_search_needs_ids_of_one_length(processor_module, recommender, folder, catalog):

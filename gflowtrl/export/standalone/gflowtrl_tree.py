@@ -1,4 +1,4 @@
-"""A catalog's prefix tree for logits processors: needs torch, numpy and the exported arrays, but no engine.
+"""A catalog's prefix tree: needs numpy and the exported arrays, but no engine. Logits processors need torch, too.
 
 A row of a batch is at a node of the tree: the root before an item, an inner node within its semantic id. Only the
 tokens that lead to a child of the node are allowed.
@@ -7,13 +7,17 @@ tokens that lead to a child of the node are allowed.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
+
+if TYPE_CHECKING:
+    import torch
 
 Item = int | str
 ROOT, NO_NODE = 0, -1
@@ -55,6 +59,8 @@ class Catalog:
         Raises:
             ValueError: no item is known.
         """
+        if not isinstance(history, Sequence) or isinstance(history, str):
+            raise ValueError(f"{history!r} is not a history; give a list of items, such as [17, 4, 2205].")
         known = [self.index[item] for item in history if item in self.index][-self.prompt["max_history_items"] :]
         if not known:
             raise ValueError(f"The history {list(history)!r} has no item of the catalog. Leave it out.")
@@ -100,6 +106,8 @@ class Catalog:
             rows: the rows to change.
             nodes: the node of each of them. A leaf, or -1, allows `end_token` only.
         """
+        import torch
+
         at = np.array(nodes, dtype=np.int64)
         inner = (at >= 0) & (self.node_leaf[at] < 0)
         counts = np.where(inner, self.offsets[at + 1] - self.offsets[at], 0)
@@ -118,6 +126,27 @@ class Catalog:
         kept = logits[row_index, token_index] / self.temperature
         logits[changed_index] = -torch.inf
         logits[row_index, token_index] = kept
+
+
+def read_histories(lines: Iterable[str], catalog: Catalog) -> list[list[Item]]:
+    """Return the histories of lines with a JSON list each; blank lines are skipped.
+
+    A line that is wrong ends the program with its number, before an engine starts. Unknown items are reported.
+    """
+    histories = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            history = json.loads(line) if line.strip() else None
+            if history is None:
+                continue
+            catalog.prompt_of(history)
+        except ValueError as error:
+            print(f"error: line {number}: {error}", file=sys.stderr)
+            sys.exit(2)
+        if unknown := [item for item in history if item not in catalog.index]:
+            print(f"line {number}: left out, because the catalog does not have them: {unknown}", file=sys.stderr)
+        histories.append(history)
+    return histories
 
 
 @dataclass

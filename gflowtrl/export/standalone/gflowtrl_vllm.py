@@ -1,6 +1,6 @@
 """A logits processor for vLLM that follows the catalog's prefix tree, and lists by vLLM's beam search and sampling.
 
-    PYTHONPATH=FOLDER python -m vllm.entrypoints.openai.api_server --model FOLDER --dtype float32 \
+    PYTHONPATH=FOLDER python -m vllm.entrypoints.openai.api_server --model FOLDER --dtype float32 --host 127.0.0.1 \
         --logits-processors gflowtrl_vllm:TreeLogitsProcessor --logprobs-mode processed_logprobs --max-logprobs 64
 
 `example.py` shows the offline engine. The processor reads FOLDER/catalog of the served folder.
@@ -16,6 +16,7 @@ import torch
 from gflowtrl_tree import Catalog, Item, RowNodes
 from vllm import LLM, SamplingParams
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.sampling_params import BeamSearchParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
@@ -55,7 +56,8 @@ def load(folder: str | Path, **options: Any) -> tuple[LLM, Catalog]:
 
     Args:
         folder: the folder of the export.
-        **options: of `LLM`. The default dtype is float32; 16 bits are faster, and their lists differ a little.
+        **options: of `LLM`. The default dtype is float32; 16 bits are faster, and their lists differ a little. On a
+            CPU, `gpu_memory_utilization` is the share of the machine's memory to take, .3 by default.
 
     Returns:
         The engine and the catalog.
@@ -67,36 +69,49 @@ def load(folder: str | Path, **options: Any) -> tuple[LLM, Catalog]:
         "max_logprobs": 64,  # beam search asks for twice as many as it has beams
         "enable_prefix_caching": True,  # beams of one prompt share its cache
     }
+    if current_platform.is_cpu():
+        settings["gpu_memory_utilization"] = 0.3  # vLLM's .92 does not start if other programs have some memory
     return LLM(model=str(folder), **(settings | options)), Catalog(Path(folder, "catalog"))
 
 
 def recommend(
     llm: LLM, catalog: Catalog, histories: Sequence[Sequence[Item]], k: int = 10, num_beams: int | None = None
 ) -> list[list[tuple[Item, float]]]:
-    """Return the `k` most probable items of each history with the log-probability of their semantic id.
+    """Return the `k` most probable items that a beam search finds, with the log-probability of their semantic id.
 
     Args:
         llm, catalog: of `load`.
         histories: items of each user, oldest first. Unknown items are skipped.
         k: length of the lists.
-        num_beams: beam width, by default `max(20, k)`; at most half of the engine's `max_logprobs`.
+        num_beams: beam width, by default `max(20, k)`; at most half of the engine's `max_logprobs`. More beams miss
+            fewer of the most probable items.
 
     Raises:
-        ValueError: a history has no known item, or the semantic ids have several lengths.
+        ValueError: a history has no known item, the semantic ids have several lengths, or there are too many beams.
     """
+    if k < 1:
+        raise ValueError(f"k is {k}; it must be at least 1.")
+    beams, most = num_beams or max(20, k), llm.model_config.max_logprobs // 2
+    if beams > most:
+        raise ValueError(
+            f"{beams} beams need an engine with max_logprobs={2 * beams}, but this one allows {most} beams. Use "
+            f"load(folder, max_logprobs={2 * beams})."
+        )
     if not catalog.equal_lengths:
         raise ValueError(
             "The semantic ids have several lengths, and vLLM's beam search cannot end at one that is shorter than the "
             "longest. Use sample(...)."
         )
     # Without a length penalty, beams are ranked by their log-probability.
-    params = BeamSearchParams(num_beams or max(20, k), catalog.max_depth, ignore_eos=True, length_penalty=0.0)
+    params = BeamSearchParams(beams, catalog.max_depth, ignore_eos=True, length_penalty=0.0)
     lists = []
     prompts = [catalog.prompt_of(history) for history in histories]
+    if not prompts:
+        return []
     outputs = llm.beam_search([{"prompt_token_ids": prompt} for prompt in prompts], params)
     for prompt, output in zip(prompts, outputs, strict=True):
-        beams = [(beam.tokens[len(prompt) :], beam.cum_logprob) for beam in output.sequences]
-        found = [(catalog.items_at(tokens), value) for tokens, value in beams if value > -torch.inf]
+        ends = [(beam.tokens[len(prompt) :], beam.cum_logprob) for beam in output.sequences]
+        found = [(catalog.items_at(tokens), value) for tokens, value in ends if value > -torch.inf]
         lists.append([(item, value) for items, value in found for item in items][:k])
     return lists
 

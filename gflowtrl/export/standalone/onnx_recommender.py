@@ -63,10 +63,12 @@ class Catalog:
     def prompts(self, histories: Sequence[Sequence[Item]]) -> tuple[np.ndarray, np.ndarray]:
         """Return left-padded prompts `(B, P)` and which of their tokens are not padding, bool `(B, P)`."""
         rows = []
-        for number, history in enumerate(histories):
+        for history in histories:
+            if not isinstance(history, Sequence) or isinstance(history, str):
+                raise ValueError(f"{history!r} is not a history; give a list of items, such as [17, 4, 2205].")
             known = [self.index[item] for item in history if item in self.index][-self.prompt["max_history_items"] :]
             if not known:
-                raise ValueError(f"The history in row {number} has no item of the catalog. Leave it out.")
+                raise ValueError(f"The history {list(history)!r} has no item of the catalog. Leave it out.")
             tokens = self.prompt_tokens[known]
             rows.append([*self.prompt["head"], *tokens[tokens >= 0], *self.prompt["tail"]])
         length = max(map(len, rows))
@@ -153,16 +155,20 @@ class OnnxRecommender:
     def recommend(
         self, histories: Sequence[Sequence[Item]], k: int = 10, num_beams: int | None = None
     ) -> list[list[tuple[Item, float]]]:
-        """Return the `k` most probable items of each history with the log-probability of their semantic id.
+        """Return the `k` most probable items that a beam search finds, with the log-probability of their semantic id.
 
         Args:
             histories: items of each user, oldest first. Unknown items are skipped.
             k: length of the lists.
-            num_beams: beam width, by default `max(20, k)`.
+            num_beams: beam width, by default `max(20, k)`. More beams miss fewer of the most probable items.
 
         Raises:
             ValueError: a history has no known item.
         """
+        if k < 1:
+            raise ValueError(f"k is {k}; it must be at least 1.")
+        if not histories:
+            return []
         lists = []
         for leaves, totals in zip(*self.beam_search(histories, num_beams or max(20, k)), strict=True):
             found = [(int(leaf), float(total)) for leaf, total in zip(leaves, totals, strict=True) if leaf >= 0]
@@ -216,9 +222,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="threads; 0: one per core")
     options = parser.parse_args()
     recommender = OnnxRecommender(options.folder, options.threads)
-    for line in filter(str.strip, sys.stdin):
-        (found,) = recommender.recommend([json.loads(line)], options.k, options.num_beams)
-        print(json.dumps([{"item": item, "probability": float(np.exp(value))} for item, value in found]))
+    for number, line in enumerate(sys.stdin, start=1):
+        if not line.strip():
+            continue
+        try:
+            history = json.loads(line)
+            (found,) = recommender.recommend([history], options.k, options.num_beams)
+        except ValueError as error:
+            print(f"error: line {number}: {error}", file=sys.stderr)
+            sys.exit(2)
+        if unknown := [item for item in history if item not in recommender.catalog.index]:
+            print(f"line {number}: left out, because the catalog does not have them: {unknown}", file=sys.stderr)
+        print(json.dumps([{"item": item, "probability": float(np.exp(value))} for item, value in found]), flush=True)
 
 
 if __name__ == "__main__":
