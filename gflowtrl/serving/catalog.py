@@ -7,6 +7,7 @@ between two batches, and from then on new requests use it. Requests that arrived
 from __future__ import annotations
 
 import asyncio
+import gc
 import hmac
 import time
 from collections.abc import Callable, Mapping
@@ -131,6 +132,8 @@ class LivingCatalog:
             raise HTTPException(422, str(error)) from None
         self.recommender = found[0]
         self._on_swap()
+        if gc.get_freeze_count():  # by `serve`; the old catalog is in no cycle, so it does not need a collection
+            gc.freeze()
         return CatalogAnswer(**change.report.as_dict(), seconds=time.perf_counter() - start)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import gc
 import os
 import signal
 import socket
@@ -69,12 +70,15 @@ def serve(
         if catalog_token is not None:
             recommender.item_tokenizer  # noqa: B018  (reads and checks its files, before the first change needs them)
         server = _Server(create_app(recommender, limits, catalog_token), limits.grace_s)
+        gc.collect()
+        gc.freeze()  # a full collection would search the model and the catalog for a quarter of a second and more
         address.listen(server.config.backlog)
         url = f"http://{f'[{host}]' if ':' in host else host}:{address.getsockname()[1]}"
         print(f"Serving {len(recommender.catalog)} items of {model_dir} on {url} (Ctrl-C to stop)", flush=True)
         try:
             server.run(sockets=[address])
         finally:
+            gc.unfreeze()
             if server.signaled:
                 faulthandler.cancel_dump_traceback_later()
 

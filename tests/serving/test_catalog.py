@@ -87,6 +87,20 @@ def test_answers_are_those_of_the_changed_recommender(collisions):
         )
 
 
+def test_a_replaced_catalog_needs_no_garbage_collection():
+    """The server keeps collections away from the model and the catalog (`gc.freeze`)."""
+    old = make_recommender(make_item_tokenizer("reassign"))
+    parts = [weakref.ref(part) for part in (old, old.catalog, old.catalog.tree, old.encoder, old.policy)]
+    gc.disable()
+    try:
+        new = old.with_change(old.plan_change(NEW, [3]))
+        assert new.recommend([[7]], k=3)
+        del old
+        assert [part() for part in parts] == [None] * 5
+    finally:
+        gc.enable()
+
+
 def test_items_come_back(client):
     old = probabilities_of(client, [7, 11])
     assert change(client).status_code == 200

@@ -1,5 +1,6 @@
 """`serve` and `gflowtrl serve`: a real server, its shutdown, and error messages."""
 
+import gc
 import socket
 import sys
 import threading
@@ -67,12 +68,13 @@ def test_a_real_server_answers_and_a_shutdown_answers_waiting_requests(folder, m
         assert decoding.wait(5)
         while "gflowtrl_queue_length 4" not in httpx2.get(f"{url}/metrics").text:
             time.sleep(0.01)
+        assert gc.get_freeze_count() > 1000  # full collections do not search the model
         servers[0].should_exit = True
         time.sleep(0.1)
         may_decode.set()
         assert [answer.result().status_code for answer in answers] == [200] * 5
     serving.join(10)
-    assert not serving.is_alive()
+    assert not serving.is_alive() and gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize(
