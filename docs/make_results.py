@@ -248,6 +248,10 @@ VARIANTS = [
     Row("the same, dropout .1 (GPT-NeoX), 30 epochs", "strength-dropout", seed="42"),
     Row("the same, one cross-fitted SASRec, 12 epochs", "strength-folds", seed="42"),
 ]
+T5 = [
+    Row("cross entropy (control)", "strength-t5", "control"),
+    Row("exact flows", "strength-t5"),
+]
 KNOWN_TRUTH = {
     "unseen liked": metric("unseen_liked_mass", 3),
     "over control, per seed": ratio("unseen_liked_mass"),
@@ -391,6 +395,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"exposed_{data}": partial(on_exposed, data) for data in ("yahoo", "coat")},
     **{f"new_items_{data}": partial(new_items, f"new_items-{data}") for data in ("office", "beauty")},
     "strong_average": average,
+    "strong_t5": lambda: table(T5, ITEMS | minus("control", "strength-t5")),
     "strong_variants": lambda: table(VARIANTS, ITEMS | minus("the recipe", STRONG, "gflownet")),
 }
 
