@@ -94,8 +94,14 @@ class Worker:
                 raise Unavailable(f"The queue is full ({len(self._queue)} requests are waiting). Try again later.")
             self._queue.append(job)
             self._changed.notify_all()
-        job.future.add_done_callback(lambda _: self._take([job]))
+        # The callback must not know the job: a future keeps its callbacks, so that the job, which refers to its future
+        # and to the recommender, would be in a cycle, and be freed by a garbage collection only.
+        job.future.add_done_callback(self._forget)
         return job.future
+
+    def _forget(self, future: Future) -> None:
+        with self._changed:
+            self._queue = [waiting for waiting in self._queue if waiting.future is not future]
 
     def _take(self, jobs: list[Job]) -> None:
         with self._changed:

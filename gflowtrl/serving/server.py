@@ -70,11 +70,13 @@ def serve(
         if catalog_token is not None:
             recommender.item_tokenizer  # noqa: B018  (reads and checks its files, before the first change needs them)
         server = _Server(create_app(recommender, limits, catalog_token), limits.grace_s)
+        items = len(recommender.catalog)
+        del recommender  # so that a change of the catalog frees it
         gc.collect()
-        gc.freeze()  # a full collection would search the model and the catalog for a quarter of a second and more
         address.listen(server.config.backlog)
         url = f"http://{f'[{host}]' if ':' in host else host}:{address.getsockname()[1]}"
-        print(f"Serving {len(recommender.catalog)} items of {model_dir} on {url} (Ctrl-C to stop)", flush=True)
+        print(f"Serving {items} items of {model_dir} on {url} (Ctrl-C to stop)", flush=True)
+        gc.freeze()  # a full collection would search the model and the catalog for a quarter of a second and more
         try:
             server.run(sockets=[address])
         finally:

@@ -101,6 +101,41 @@ def test_a_replaced_catalog_needs_no_garbage_collection():
         gc.enable()
 
 
+def test_a_server_frees_replaced_catalogs_without_a_garbage_collection(tmp_path, monkeypatch):
+    """What `serve` freezes is never collected, so a cycle that leads to an old catalog would keep it for ever."""
+    uvicorn, httpx2 = pytest.importorskip("uvicorn"), pytest.importorskip("httpx2")
+    make_recommender(every_token=True).save_pretrained(tmp_path)
+    servers, old = [], []
+    run, with_change = uvicorn.Server.run, Recommender.with_change
+
+    def run_and_record(server, sockets):
+        servers.append(server)
+        run(server, sockets=sockets)
+
+    def change_and_record(recommender, planned):
+        parts = (recommender, recommender.catalog, recommender.catalog.tree, recommender.policy)
+        old.extend(weakref.ref(part) for part in parts)
+        return with_change(recommender, planned)
+
+    monkeypatch.setattr(uvicorn.Server, "run", run_and_record)
+    monkeypatch.setattr(Recommender, "with_change", change_and_record)
+    serving = threading.Thread(target=serve, args=(tmp_path,), kwargs={"port": 0, "catalog_token": TOKEN})
+    serving.start()
+    wait_for(lambda: servers and servers[0].started)
+    port = servers[0].servers[0].sockets[0].getsockname()[1]
+    gc.disable()
+    try:
+        with httpx2.Client(base_url=f"http://127.0.0.1:{port}") as client:
+            for body in (BODY, {"retire": [7]}, {"retire": [8]}):
+                assert change(client, body).status_code == 200
+                assert probabilities_of(client, [11])  # the model's thread keeps its last job until the next one
+        assert len(old) == 12 and [part() for part in old] == [None] * 12
+    finally:
+        gc.enable()
+        servers[0].should_exit = True
+        serving.join(10)
+
+
 def test_items_come_back(client):
     old = probabilities_of(client, [7, 11])
     assert change(client).status_code == 200
