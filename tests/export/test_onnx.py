@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -118,11 +119,25 @@ def test_encoder_decoders_are_refused(tmp_path):
     ([["i010"]], 0, "k is 0; it must be at least 1"),
     (["i010"], 5, "'i010' is not a history; give a list of items"),
     ([17], 5, "17 is not a history; give a list of items"),
+    ([[["i010"]]], 5, r"\['i010'\] is not an item; items are whole numbers or strings"),
+    ([["i010", True]], 5, "True is not an item"),
+    ([[1.0, "i010"]], 5, "1.0 is not an item"),
 ])  # fmt: skip
 def test_wrong_arguments_are_named(exported, histories, k, message):
     with pytest.raises(ValueError, match=message):
         exported.recommend(histories, k)
     assert exported.recommend([]) == []
+
+
+@pytest.mark.parametrize("num_beams", [4, 0, -1])
+def test_there_are_at_least_k_beams(exported, num_beams):
+    with pytest.raises(ValueError, match=f"num_beams is {num_beams}, less than k; it must be at least 5"):
+        exported.recommend([["i010"]], 5, num_beams)
+
+
+def test_histories_may_be_an_array(exported):
+    """Or a column of pandas: they have no truth value."""
+    assert exported.recommend(np.fromiter(HISTORIES, dtype=object), 5) == exported.recommend(HISTORIES, 5)
 
 
 def test_a_wrong_line_is_named_and_earlier_ones_are_answered(model):
@@ -131,6 +146,9 @@ def test_a_wrong_line_is_named_and_earlier_ones_are_answered(model):
         ("[]", "The history [] has no item"),
         ("17 4", "Extra data"),
         ('{"a": 1}', "not a history"),
+        ("null", "not a history"),
+        ('[["i010"]]', "['i010'] is not an item"),
+        ("[" * 100_000, "recursion"),
     ):
         text = f'\n["i010", "nonsense"]\n{wrong}\n["i010"]\n'
         ran = subprocess.run([sys.executable, script], input=text, capture_output=True, text=True)
@@ -138,3 +156,16 @@ def test_a_wrong_line_is_named_and_earlier_ones_are_answered(model):
         left_out, error = ran.stderr.splitlines()
         assert left_out == "line 2: left out, because the catalog does not have them: ['nonsense']"
         assert error.startswith("error: line 3: ") and message in error
+
+
+def test_bytes_that_other_programs_write_are_read(model):
+    """A byte order mark, bytes that are not UTF-8, and a reader that exits."""
+    command = [sys.executable, model / "export" / "onnx_recommender.py"]
+    ran = subprocess.run(command, input=b'\xef\xbb\xbf["i010"]\r\n["i010", "\xff"]\r\n', capture_output=True)
+    assert ran.returncode == 0 and len(ran.stdout.splitlines()) == 2
+    assert ran.stderr.startswith(b"line 2: left out") and len(ran.stderr.splitlines()) == 1
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        process.stdin.write(b'["i010"]\n' * 5)
+        process.stdin.close()
+        assert process.stderr.read() == b"" and process.wait() == 1

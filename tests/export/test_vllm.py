@@ -285,6 +285,8 @@ def test_the_beam_search_of_vllm_finds_the_lists_of_the_recommender(processor_mo
         processor_module.recommend(engine, catalog, histories, k=41)
     with pytest.raises(ValueError, match="k is 0; it must be at least 1"):
         processor_module.recommend(engine, catalog, histories, k=0)
+    with pytest.raises(ValueError, match="num_beams is -1, less than k; it must be at least 5"):
+        processor_module.recommend(engine, catalog, histories, k=5, num_beams=-1)
     with pytest.raises(ValueError, match="1 is not a history; give a list of items"):
         processor_module.recommend(engine, catalog, [1, 2, 3])
 
@@ -294,11 +296,39 @@ def test_lines_are_checked_before_the_engine_starts(catalog, capsys):
     lines = [json.dumps([known, other]), "", json.dumps([known, "nonsense"])]
     assert read_histories(lines, catalog) == [[known, other], [known, "nonsense"]]
     assert capsys.readouterr().err == "line 3: left out, because the catalog does not have them: ['nonsense']\n"
-    for wrong, message in (("[]", "The history [] has no item"), ("1 2", "Extra data"), ('"1"', "is not a history")):
+    for wrong, message in (
+        ("[]", "The history [] has no item"),
+        ("1 2", "Extra data"),
+        ('"1"', "is not a history"),
+        ("null", "is not a history"),
+        ("[[1]]", "[1] is not an item"),
+        ('[{"a": 1}]', "is not an item"),
+        ("[true]", "True is not an item"),
+        ("[" * 100_000, "recursion"),
+    ):
         with pytest.raises(SystemExit) as stop:
             read_histories([lines[0], wrong], catalog)
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.startswith("error: line 2: ") and message in error
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--k", "0"], "--k must be at least 1"),
+    (["--k", "5", "--num_beams", "4"], "--num_beams at least as large"),
+    (["--options", "[1]"], "--options must be a JSON object"),
+    ([], "which these are not; use --sample"),
+])  # fmt: skip
+def test_options_of_the_example_are_checked_before_the_engine_starts(folder, options, message):
+    """Without vLLM here, its import would be another error."""
+    command = [sys.executable, folder / "example.py", *options]
+    ran = subprocess.run(command, input='["i010"]', capture_output=True, text=True)
+    assert (
+        ran.returncode == 2 and ran.stderr.splitlines()[-1].startswith("example.py: error: ") and message in ran.stderr
+    )
+
+
+def test_the_example_starts_no_engine_without_a_history(folder):
+    subprocess.run([sys.executable, folder / "example.py", "--sample"], input="\n", text=True, check=True)
 
 
 def test_only_the_processor_needs_torch(folder):

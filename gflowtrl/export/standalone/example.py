@@ -27,8 +27,18 @@ def main() -> None:
     parser.add_argument("--sample", action="store_true", help="draw k semantic ids instead of a beam search")
     parser.add_argument("--options", type=json.loads, default={}, help="JSON object with options of vllm.LLM")
     given = parser.parse_args()
-    histories = read_histories(sys.stdin, Catalog(Path(__file__).parent / "catalog"))
-    from gflowtrl_vllm import load, recommend, sample  # after the check of the histories, because vLLM takes long
+    catalog = Catalog(Path(__file__).parent / "catalog")
+    if given.k < 1 or (given.num_beams is not None and given.num_beams < given.k):
+        parser.error("--k must be at least 1, and --num_beams at least as large")
+    if not isinstance(given.options, dict):
+        parser.error("--options must be a JSON object")
+    if not given.sample and not catalog.equal_lengths:
+        parser.error("vLLM's beam search needs semantic ids of one length, which these are not; use --sample")
+    sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # Windows too, and a byte order mark
+    histories = read_histories(sys.stdin, catalog)
+    if not histories:
+        return
+    from gflowtrl_vllm import load, recommend, sample  # after all checks, because vLLM takes long
 
     beams = given.num_beams or max(20, given.k)
     llm, catalog = load(Path(__file__).parent, **{"max_logprobs": max(64, 2 * beams)} | given.options)

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,10 +58,12 @@ class Catalog:
         """Return the prompt of a history, oldest item first. Unknown items are skipped.
 
         Raises:
-            ValueError: no item is known.
+            ValueError: it is not a list of whole numbers and strings, or no item is known.
         """
         if not isinstance(history, Sequence) or isinstance(history, str):
             raise ValueError(f"{history!r} is not a history; give a list of items, such as [17, 4, 2205].")
+        if wrong := [item for item in history if isinstance(item, bool) or not isinstance(item, Integral | str)]:
+            raise ValueError(f"{wrong[0]!r} is not an item; items are whole numbers or strings.")
         known = [self.index[item] for item in history if item in self.index][-self.prompt["max_history_items"] :]
         if not known:
             raise ValueError(f"The history {list(history)!r} has no item of the catalog. Leave it out.")
@@ -135,12 +138,12 @@ def read_histories(lines: Iterable[str], catalog: Catalog) -> list[list[Item]]:
     """
     histories = []
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
-            history = json.loads(line) if line.strip() else None
-            if history is None:
-                continue
+            history = json.loads(line)
             catalog.prompt_of(history)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             print(f"error: line {number}: {error}", file=sys.stderr)
             sys.exit(2)
         if unknown := [item for item in history if item not in catalog.index]:

@@ -87,10 +87,13 @@ def recommend(
             fewer of the most probable items.
 
     Raises:
-        ValueError: a history has no known item, the semantic ids have several lengths, or there are too many beams.
+        ValueError: a history has no known item, the semantic ids have several lengths, k is below 1, or there are too
+            many beams, or fewer than k.
     """
     if k < 1:
         raise ValueError(f"k is {k}; it must be at least 1.")
+    if num_beams is not None and num_beams < k:
+        raise ValueError(f"num_beams is {num_beams}, less than k; it must be at least {k}.")
     beams, most = num_beams or max(20, k), llm.model_config.max_logprobs // 2
     if beams > most:
         raise ValueError(

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +68,8 @@ class Catalog:
         for history in histories:
             if not isinstance(history, Sequence) or isinstance(history, str):
                 raise ValueError(f"{history!r} is not a history; give a list of items, such as [17, 4, 2205].")
+            if wrong := [item for item in history if isinstance(item, bool) or not isinstance(item, Integral | str)]:
+                raise ValueError(f"{wrong[0]!r} is not an item; items are whole numbers or strings.")
             known = [self.index[item] for item in history if item in self.index][-self.prompt["max_history_items"] :]
             if not known:
                 raise ValueError(f"The history {list(history)!r} has no item of the catalog. Leave it out.")
@@ -163,11 +167,14 @@ class OnnxRecommender:
             num_beams: beam width, by default `max(20, k)`. More beams miss fewer of the most probable items.
 
         Raises:
-            ValueError: a history has no known item.
+            ValueError: a history is not a list of whole numbers and strings, or has no known item; k is below 1, or
+                num_beams below k.
         """
         if k < 1:
             raise ValueError(f"k is {k}; it must be at least 1.")
-        if not histories:
+        if num_beams is not None and num_beams < k:
+            raise ValueError(f"num_beams is {num_beams}, less than k; it must be at least {k}.")
+        if len(histories) == 0:
             return []
         lists = []
         for leaves, totals in zip(*self.beam_search(histories, num_beams or max(20, k)), strict=True):
@@ -222,13 +229,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="threads; 0: one per core")
     options = parser.parse_args()
     recommender = OnnxRecommender(options.folder, options.threads)
+    sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # Windows too, and a byte order mark
     for number, line in enumerate(sys.stdin, start=1):
         if not line.strip():
             continue
         try:
             history = json.loads(line)
             (found,) = recommender.recommend([history], options.k, options.num_beams)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             print(f"error: line {number}: {error}", file=sys.stderr)
             sys.exit(2)
         if unknown := [item for item in history if item not in recommender.catalog.index]:
@@ -237,4 +245,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # the reader of a pipe has exited (`... | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
