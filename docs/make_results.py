@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, docs/results.md and docs/exposure.md from the records in benchmarks/results/.
+"""Writes the tables of README.md and of pages in docs/ from the records in benchmarks/results/.
 
     python docs/make_results.py            # after a benchmark has written new records
     python docs/make_results.py --check    # fail where a table is not what the records give
@@ -24,7 +24,9 @@ from safetensors.torch import load_file
 
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT))
+sys.path += [str(ROOT), str(ROOT / "benchmarks" / "quality")]
+
+from audit import table as audit_lines  # noqa: E402
 
 from benchmarks.quality.office import KEPT, difference, exposed_file, gains  # noqa: E402
 from gflowtrl.pipeline.comparison import spread  # noqa: E402
@@ -32,7 +34,7 @@ from gflowtrl.pipeline.exposed import paired_difference  # noqa: E402
 from gflowtrl.pipeline.run_report import aligned, interval_text  # noqa: E402
 
 
-PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "exposure.md"]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "exposure", "paper"))]
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
@@ -381,6 +383,14 @@ def new_items(prefix: str) -> str:
     return markdown([f"{title}, {group}" for group in groups for title in names], lines)
 
 
+def audit(study: str, seeds: list[int], columns: list[str], order: str) -> str:
+    """Methods of a study of benchmarks/quality/audit.py, the best one first."""
+    lines = audit_lines(study, seeds, order)
+    return markdown(columns, [[line["method"], *(line[column] for column in columns)] for line in lines])
+
+
+VALIDATION = "validation NDCG@10"
+READING = [VALIDATION, "Recall@10", "NDCG@10", "coverage@10", "Recall@10 minus control", "NDCG@10 minus control"]
 TABLES: dict[str, Callable[[], str]] = {
     "office": lambda: table(SHORT, ACCURACY | dict([next(iter(MINUS_CONTROL.items()))])),
     "office_all": lambda: table(OFFICE, ACCURACY | MINUS_CONTROL),
@@ -395,6 +405,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"exposed_{data}": partial(on_exposed, data) for data in ("yahoo", "coat")},
     **{f"new_items_{data}": partial(new_items, f"new_items-{data}") for data in ("office", "beauty")},
     "strong_average": average,
+    "reading": lambda: audit("reading", [42], READING, VALIDATION),
     "strong_t5": lambda: table(T5, ITEMS | minus("control", "strength-t5")),
     "strong_variants": lambda: table(VARIANTS, ITEMS | minus("the recipe", STRONG, "gflownet")),
 }

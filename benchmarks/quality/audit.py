@@ -88,34 +88,37 @@ def run_cell(study: str, name: str, seed: int, given: argparse.Namespace, others
     file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
+def is_complete(file: Path) -> bool:
+    """Whether a cell's record exists and has all its parts; the survival of prefixes is the last one."""
+    return file.is_file() and "survival" in json.loads(file.read_text())
+
+
 def is_done(study: str, name: str, seed: int, given: argparse.Namespace, others: Sequence[str]) -> bool:
     """Whether a complete record of the same recipe exists."""
     file, row = record_file(study, name, seed), STUDIES[study][name]
-    if not file.is_file():
+    if not is_complete(file):
         return False
-    record = json.loads(file.read_text())
     recipe = load_recipe(row.recipe, [*places(given, seed), *row.options, *others])
-    return "survival" in record and settings(record["recipe"]) == settings(recipe.as_dict())
+    return settings(json.loads(file.read_text())["recipe"]) == settings(recipe.as_dict())
 
 
-def table(study: str, seeds: Sequence[int]) -> str:
-    """Return the cells of a study that are finished for these seeds as a Markdown table.
+def table(study: str, seeds: Sequence[int], order: str = "NDCG@10") -> list[dict[str, str]]:
+    """Return the lines of a study's methods that are finished for these seeds, each by column.
 
     Figures are means over the seeds with their standard deviation; differences to the control have the interval of
-    `difference`. The methods are sorted by NDCG@10.
+    `difference`. The methods are sorted by the column `order`, the best one first.
     """
     files = {name: [record_file(study, name, seed) for seed in seeds] for name in STUDIES[study]}
-    files = {name: found for name, found in files.items() if all(file.is_file() for file in found)}
+    files = {name: found for name, found in files.items() if all(is_complete(file) for file in found)}
     shared = next(iter(STUDIES[study]))
     if shared not in files:
-        return "The first row of the study, which has the control, is not finished."
+        raise SystemExit(f"The row {shared} of the study {study}, which has the control, is not finished.")
     lines = [
         cells(STUDIES[study][name].title if method == "gflownet" else method, method, found, files[shared])
         for name, found in files.items()
         for method in (ALL if name == shared else ["gflownet"])
     ]
-    lines.sort(key=lambda line: line["NDCG@10"], reverse=True)
-    return aligned([[*lines[0]], *([*line.values()] for line in lines)])
+    return sorted(lines, key=lambda line: line[order], reverse=True)
 
 
 def cells(title: str, method: str, files: Sequence[Path], controls: Sequence[Path]) -> dict[str, str]:
@@ -165,7 +168,8 @@ def main() -> None:
             break
         print(f"\n{given.study}: {name}, seed {seed}", flush=True)
         subprocess.run([sys.executable, *sys.argv, "--cell", name, str(seed)], check=True)
-    print(f"\n{table(given.study, given.seeds)}")
+    lines = table(given.study, given.seeds)
+    print(f"\n{aligned([[*lines[0]], *([*line.values()] for line in lines)])}")
 
 
 if __name__ == "__main__":

@@ -45,19 +45,33 @@ EXP_4 = [STANDARD.replace("standard}", "standard, weight: 4}"), *EXP[1:], *beta(
 #: The readings of the paper's method that were tried on the validation split of Office.
 READING = {
     "published": Row("R as published, lambda 1", PAPER, (), ALL),
-    "lambda01": Row("the same, lambda .1", PAPER, lambdas(0.1)),
+    "lambda01": Row("R as published, lambda .1", PAPER, lambdas(0.1)),
     "power2": Row("R^2, lambda .1", PAPER, [*lambdas(0.1), *beta(2)]),
     "power3": Row("R^3, lambda .1", PAPER, [*lambdas(0.1), *beta(3)]),
     "power5": Row("R^5, lambda .1", PAPER, [*lambdas(0.1), *beta(5)]),
-    "exp05": Row("exp(.5 R), standardized scores, lambda .1", PAPER, [*EXP, *lambdas(0.1), *beta(0.5)]),
-    "exp1": Row("exp(R), standardized scores, lambda .1", PAPER, [*EXP, *lambdas(0.1), *beta(1)]),
-    "exp05_hard": Row("exp(.5 R), the teacher's best 50", PAPER, [*EXP, HARD, *lambdas(0.1), *beta(0.5)]),
-    "exp1_hard": Row("exp(R), the teacher's best 50", PAPER, [*EXP, HARD, *lambdas(0.1), *beta(1)]),
-    "exp05_hard_1": Row("the same at exp(.5 R), lambda 1", PAPER, [*EXP, HARD, *lambdas(1), *beta(0.5)]),
-    "exp4": Row("exp(.5 R), four times the standardized scores, lambda .1", PAPER, [*EXP_4, *lambdas(0.1)]),
-    "exp4_1": Row("the same, lambda 1", PAPER, [*EXP_4, *lambdas(1)]),
-    "exp4_hard": Row("the same, the teacher's best 50, lambda .1", PAPER, [*EXP_4, HARD, *lambdas(0.1)]),
-    "exp4_hard_1": Row("the same, the teacher's best 50, lambda 1", PAPER, [*EXP_4, HARD, *lambdas(1)]),
+    "exp05": Row("exp(.5 R), scores standardized, lambda .1", PAPER, [*EXP, *lambdas(0.1), *beta(0.5)]),
+    "exp1": Row("exp(R), scores standardized, lambda .1", PAPER, [*EXP, *lambdas(0.1), *beta(1)]),
+    "exp05_hard": Row(
+        "exp(.5 R), scores standardized, the teacher's best 50, lambda .1",
+        PAPER,
+        [*EXP, HARD, *lambdas(0.1), *beta(0.5)],
+    ),
+    "exp1_hard": Row(
+        "exp(R), scores standardized, the teacher's best 50, lambda .1", PAPER, [*EXP, HARD, *lambdas(0.1), *beta(1)]
+    ),
+    "exp05_hard_1": Row(
+        "exp(.5 R), scores standardized, the teacher's best 50, lambda 1", PAPER, [*EXP, HARD, *lambdas(1), *beta(0.5)]
+    ),
+    "exp4": Row("exp(.5 R), scores standardized, times 4, lambda .1", PAPER, [*EXP_4, *lambdas(0.1)]),
+    "exp4_1": Row("exp(.5 R), scores standardized, times 4, lambda 1", PAPER, [*EXP_4, *lambdas(1)]),
+    "exp4_hard": Row(
+        "exp(.5 R), scores standardized, times 4, the teacher's best 50, lambda .1",
+        PAPER,
+        [*EXP_4, HARD, *lambdas(0.1)],
+    ),
+    "exp4_hard_1": Row(
+        "exp(.5 R), scores standardized, times 4, the teacher's best 50, lambda 1", PAPER, [*EXP_4, HARD, *lambdas(1)]
+    ),
 }
 OURS = ROOT / "recipes" / "gflowgr_ours.yaml"
 BALANCES = {"tb": "trajectory_balance", "db": "detailed_balance", "subtb": "subtrajectory_balance"}
@@ -98,7 +112,7 @@ TITLES = {
     "vstar": "V-STAR without its decoder",
     "flowrl": "FlowRL",
     "gflowgr": "GFlowGR as published",
-    "gflowgr_detailed_balance": "the same with detailed balance",
+    "gflowgr_detailed_balance": "GFlowGR as published, detailed balance",
     "vargrad": "VarGrad",
     "vargrad_linex": "VarGrad, linex",
     "exact_flow": "exact flows",
