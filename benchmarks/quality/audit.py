@@ -106,7 +106,7 @@ def table(study: str, seeds: Sequence[int], order: str = "NDCG@10") -> list[dict
     """Return the lines of a study's methods that are finished for these seeds, each by column.
 
     Figures are means over the seeds with their standard deviation; differences to the control have the interval of
-    `difference`. The methods are sorted by the column `order`, the best one first.
+    `difference`. They count semantic ids, so methods with other ids (LETTER) have none. The methods are sorted by the column `order`, the best one first.
     """
     files = {name: [record_file(study, name, seed) for seed in seeds] for name in STUDIES[study]}
     files = {name: found for name, found in files.items() if all(is_complete(file) for file in found)}
@@ -137,8 +137,10 @@ def cells(title: str, method: str, files: Sequence[Path], controls: Sequence[Pat
         line[name] = spread([record["exposed"]["methods"][method]["metrics"][metric] for record in records], 3)
     ours = [gains(load_file(file.with_suffix(".safetensors"))[method]) for file in files]
     theirs = [gains(load_file(file.with_suffix(".safetensors"))["control"]) for file in controls]
+    same_ids = records[0]["recipe"]["data"] == json.loads(controls[0].read_text())["recipe"]["data"]
     for name in ("Recall@10", "NDCG@10"):
-        line[f"{name} minus control"] = "" if method == "control" else difference(ours, theirs, name.lower())
+        compared = same_ids and method != "control"
+        line[f"{name} minus control"] = difference(ours, theirs, name.lower()) if compared else ""
     return line
 
 
