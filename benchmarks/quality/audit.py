@@ -106,7 +106,8 @@ def table(study: str, seeds: Sequence[int], order: str = "NDCG@10") -> list[dict
     """Return the lines of a study's methods that are finished for these seeds, each by column.
 
     Figures are means over the seeds with their standard deviation; differences to the control have the interval of
-    `difference`. They count semantic ids, so methods with other ids (LETTER) have none. The methods are sorted by the column `order`, the best one first.
+    `difference`. They count semantic ids, so methods with other ids (LETTER) have none. The methods are sorted by the
+    column `order`, the best one first.
     """
     files = {name: [record_file(study, name, seed) for seed in seeds] for name in STUDIES[study]}
     files = {name: found for name, found in files.items() if all(is_complete(file) for file in found)}
