@@ -211,7 +211,7 @@ class FakeEngine:
 
     def __init__(self, module, recommender: Recommender, folder):
         config = SimpleNamespace(model_config=SimpleNamespace(model=str(folder)))
-        self.model_config = SimpleNamespace(max_logprobs=80)
+        self.model_config = SimpleNamespace(max_logprobs=80, get_vocab_size=lambda: 1000)
         self.model, self.processor = recommender.model, module.TreeLogitsProcessor(config, torch.device("cpu"), False)
 
     @torch.no_grad()
@@ -287,6 +287,10 @@ def test_the_beam_search_of_vllm_finds_the_lists_of_the_recommender(processor_mo
         processor_module.recommend(engine, catalog, histories, k=0)
     with pytest.raises(ValueError, match="num_beams is -1, less than k; it must be at least 5"):
         processor_module.recommend(engine, catalog, histories, k=5, num_beams=-1)
+    engine.model_config.get_vocab_size = lambda: 39
+    with pytest.raises(ValueError, match=r"20 beams need .* 40 tokens.* num_beams .* of at most 19"):
+        processor_module.recommend(engine, catalog, histories)
+    engine.model_config.get_vocab_size = lambda: 1000
     with pytest.raises(ValueError, match="1 is not a history; give a list of items"):
         processor_module.recommend(engine, catalog, [1, 2, 3])
 

@@ -83,8 +83,8 @@ def recommend(
         llm, catalog: of `load`.
         histories: items of each user, oldest first. Unknown items are skipped.
         k: length of the lists.
-        num_beams: beam width, by default `max(20, k)`; at most half of the engine's `max_logprobs`. More beams miss
-            fewer of the most probable items.
+        num_beams: beam width, by default `max(20, k)`; at most half of the engine's `max_logprobs`, and of the model's
+            tokens. More beams miss fewer of the most probable items.
 
     Raises:
         ValueError: a history has no known item, the semantic ids have several lengths, k is below 1, or there are too
@@ -99,6 +99,11 @@ def recommend(
         raise ValueError(
             f"{beams} beams need an engine with max_logprobs={2 * beams}, but this one allows {most} beams. Use "
             f"load(folder, max_logprobs={2 * beams})."
+        )
+    if 2 * beams > (tokens := llm.model_config.get_vocab_size()):  # vLLM's engine would end with an error
+        raise ValueError(
+            f"{beams} beams need a model with at least {2 * beams} tokens, but this one has {tokens}. Give num_beams "
+            f"(and k) of at most {tokens // 2}, or use sample(...)."
         )
     if not catalog.equal_lengths:
         raise ValueError(
