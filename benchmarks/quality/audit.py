@@ -114,16 +114,23 @@ def table(study: str, seeds: Sequence[int], order: str = "NDCG@10") -> list[dict
     shared = next(iter(STUDIES[study]))
     if shared not in files:
         raise SystemExit(f"The row {shared} of the study {study}, which has the control, is not finished.")
+    data = json.loads(files[shared][0].read_text())["recipe"]["data"]
+    controls = gains_of(files[shared], "control")
     lines = [
-        cells(STUDIES[study][name].title if method == "gflownet" else method, method, found, files[shared])
+        cells(STUDIES[study][name].title if method == "gflownet" else method, method, found, data, controls)
         for name, found in files.items()
         for method in (ALL if name == shared else ["gflownet"])
     ]
     return sorted(lines, key=lambda line: line[order], reverse=True)
 
 
-def cells(title: str, method: str, files: Sequence[Path], controls: Sequence[Path]) -> dict[str, str]:
-    """Return a line of the table by column."""
+def gains_of(files: Sequence[Path], method: str) -> list[dict[str, torch.Tensor]]:
+    """Return the gains of each user, one per seed."""
+    return [gains(load_file(file.with_suffix(".safetensors"))[method]) for file in files]
+
+
+def cells(title: str, method: str, files: Sequence[Path], data: dict, controls: list[dict]) -> dict[str, str]:
+    """Return a line of the table by column. `data` and `controls` are of the control: its section `data` and gains."""
     records = [json.loads(file.read_text()) for file in files]
     entries = [record["methods"][method] for record in records]
     best = [next(iter(entry.get("best_metric", {}).values()), None) for entry in entries]
@@ -136,12 +143,9 @@ def cells(title: str, method: str, files: Sequence[Path], controls: Sequence[Pat
     line["GiB"] = spread([record["peak_memory"] / 2**30 for record in records], 2) if method == "gflownet" else ""
     for name, metric in EXPOSED.items() if "exposed" in records[0] else ():
         line[name] = spread([record["exposed"]["methods"][method]["metrics"][metric] for record in records], 3)
-    ours = [gains(load_file(file.with_suffix(".safetensors"))[method]) for file in files]
-    theirs = [gains(load_file(file.with_suffix(".safetensors"))["control"]) for file in controls]
-    same_ids = records[0]["recipe"]["data"] == json.loads(controls[0].read_text())["recipe"]["data"]
+    ours, compared = gains_of(files, method), method != "control" and records[0]["recipe"]["data"] == data
     for name in ("Recall@10", "NDCG@10"):
-        compared = same_ids and method != "control"
-        line[f"{name} minus control"] = difference(ours, theirs, name.lower()) if compared else ""
+        line[f"{name} minus control"] = difference(ours, controls, name.lower()) if compared else ""
     return line
 
 
