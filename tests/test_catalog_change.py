@@ -23,7 +23,10 @@ from tests.trainer.world import TOKENIZER, make_catalog, make_rows, make_trainer
 
 COLORS = ("red", "blue", "green", "black", "white")
 KINDS = ("lamp", "desk", "chair", "pen", "ink", "paper", "folder", "stapler")
-FEATURES = {number: {"title": f"{COLORS[number % 5]} {KINDS[number // 5]}"} for number in range(40)}
+SIZES = ("small", "large", "tiny", "broad", "long", "short", "thin")  # with them, no residuals are equal
+FEATURES = {
+    number: {"title": f"{COLORS[number % 5]} {KINDS[number // 5]} {SIZES[number**2 % 7]}"} for number in range(40)
+}
 TITLES = {item: row["title"] for item, row in FEATURES.items()}
 NEW = {100: {"title": "red ink"}, 101: {"text": "white stapler"}, 102: {"title": "A green lamp", "brand": "Lux"}}
 HISTORIES = [[3, 7, 11], [39], [20, 21, 22, 23, 24, 25]]
@@ -34,12 +37,13 @@ def make_item_tokenizer(collisions: str = "reassign", codes: int = 8) -> ItemTok
     return ItemTokenizer(ResidualKMeans(2, codes), collisions=collisions).fit(list(TITLES.values()), list(FEATURES))
 
 
-def make_recommender(item_tokenizer=None, kind=tiny_model, ids=None, every_token=False, **options) -> Recommender:
-    """A recommender of 40 items; `every_token`: the tokenizer has the tokens of all codes, so that none are new."""
-    item_tokenizer = make_item_tokenizer() if item_tokenizer is None else item_tokenizer
+def make_recommender(item_tokenizer=None, kind=tiny_model, ids=None, **options) -> Recommender:
+    """A recommender of 40 items. The default item tokenizer uses all its codes, so that a new item has no new token."""
+    if item_tokenizer is None:
+        item_tokenizer = make_item_tokenizer()
+        assert [len(level.unique()) for level in item_tokenizer.codes.T] == [8, 8]
     ids = item_tokenizer.semantic_ids if ids is None else ids
-    every = {-1 - code: (f"<a_{code}>", f"<b_{code}>", f"<c_{code}>") for code in range(8)} if every_token else {}
-    tokenizer = build_tokenizer(ids | every)
+    tokenizer = build_tokenizer(ids)
     catalog = ItemCatalog.from_semantic_ids(ids, tokenizer)
     options = {"item_counts": torch.arange(len(ids)), "titles": TITLES, "item_tokenizer": item_tokenizer} | options
     return Recommender(kind(len(tokenizer)), tokenizer, catalog, 5, **options)
@@ -126,26 +130,23 @@ def test_a_retired_item_that_shares_its_leaf_leaves_it_to_the_others():
 
 
 def test_opposite_changes_restore_the_answers():
-    def before():  # another one for each change, because NEW may take codes that no item has on this machine
-        return make_recommender(every_token=True)
-
-    old, cold = probabilities(before()), before().recommend([[]], k=50)
-    assert_equal_probabilities(probabilities(before().add_items(NEW).retire_items(NEW)), old)
+    before = make_recommender()
+    old, cold = probabilities(before), before.recommend([[]], k=50)
+    assert_equal_probabilities(probabilities(before.add_items(NEW).retire_items(NEW)), old)
     gone = [0, 7, 12, 39]
-    again = before().retire_items(gone).add_items({item: FEATURES[item] for item in gone})
+    again = before.retire_items(gone).add_items({item: FEATURES[item] for item in gone})
     assert_equal_probabilities(probabilities(again), old)
     assert {one.item: one.log_prob for one in again.recommend([[]], k=50)[0]} == {
         one.item: pytest.approx(one.log_prob) for one in cold[0]
     }
     assert again.catalog.version == 3 and not again.catalog.retired
-    together = before()
-    both = together.with_change(together.plan_change(NEW, gone))
-    one_by_one = before().retire_items(gone).add_items(NEW)
+    both = before.with_change(before.plan_change(NEW, gone))
+    one_by_one = before.retire_items(gone).add_items(NEW)
     assert_equal_probabilities(probabilities(both), probabilities(one_by_one))
 
 
 def test_reports_count_what_changes():
-    before = make_recommender(make_item_tokenizer("keep"), every_token=True).retire_items([5])
+    before = make_recommender(make_item_tokenizer("keep")).retire_items([5])
     report = before.plan_change({5: {}, 100: {"title": "red ink"}, 101: {"title": "red ink"}}, [7, 8]).report
     assert (report.added, report.restored, report.retired, report.items, report.version) == (2, 1, 2, 40, 3)
     assert report.sharing >= 2 and report.new_tokens == 0
@@ -200,7 +201,7 @@ def test_counts_are_those_of_the_items_with_or_without_the_retired_ones():
 
 @pytest.mark.parametrize("prompt", ["plain", "text"])
 def test_a_changed_recommender_is_saved_and_loaded(tmp_path, prompt):
-    recommender = make_recommender(every_token=prompt == "plain")
+    recommender = make_recommender()
     if prompt == "text":  # a word-level tokenizer without a word for "red" cannot encode titles
         form = PromptFormat("{history}", "{semantic_id} ")
         recommender.encoder = TextPromptEncoder(recommender.catalog, recommender.tokenizer, TITLES, form, 5)
@@ -220,7 +221,7 @@ def test_a_changed_recommender_is_saved_and_loaded(tmp_path, prompt):
 
 def test_titles_are_in_the_prompts_of_new_items():
     tokens = {number: (f"<a_{number % 8}>", f"<b_{number // 8}>") for number in range(40)}
-    words = {200 + row: (word,) for row, word in enumerate(["A", *COLORS, *KINDS])}
+    words = {200 + row: (word,) for row, word in enumerate(["A", *COLORS, *KINDS, *SIZES])}
     tokenizer = build_tokenizer(tokens | words)
     catalog, form = (
         ItemCatalog.from_semantic_ids(tokens, tokenizer),
@@ -246,7 +247,7 @@ def test_titles_are_in_the_prompts_of_new_items():
 
 def test_explanations_know_which_items_have_a_teacher():
     teacher = ItemKNN.fit([[item, (item + 1) % 40, (item + 2) % 40] for item in range(40)], list(FEATURES))
-    before = make_recommender(every_token=True, teacher=teacher)
+    before = make_recommender(teacher=teacher)
     after = before.retire_items([4, 5]).add_items(NEW)
     assert after.explain([3], 100).teacher_rank is None and after.explain([100], 3).teacher_rank is None
     old, new = before.explain([3], 6), after.explain([100, 3, 4], 6)
@@ -258,7 +259,7 @@ def test_explanations_know_which_items_have_a_teacher():
 
 
 def test_seen_and_excluded_items_may_be_retired():
-    after = make_recommender(every_token=True).retire_items([7, 3])
+    after = make_recommender().retire_items([7, 3])
     (found,) = after.recommend([[3, 7, 11]], k=50, num_beams=ALL, exclude_seen=True, exclude=[[7, 12]])
     assert sorted(one.item for one in found) == [item for item in FEATURES if item not in (3, 7, 11, 12)]
     (drawn,) = after.recommend([[3, 7, 11]], k=50, strategy="sample", exclude_seen=True)
@@ -322,11 +323,11 @@ def test_changes_of_a_wrong_type_are_refused(add, retire, message):
         REFUSING.plan_change(add, retire)
 
 
-REFUSING = make_recommender(every_token=True).retire_items([39])
+REFUSING = make_recommender().retire_items([39])
 
 
 def test_ids_are_needed_without_an_item_tokenizer(tmp_path):
-    with_one = make_recommender(every_token=True)
+    with_one = make_recommender()
     with_one.save_pretrained(tmp_path)
     without = Recommender(with_one.model, with_one.tokenizer, with_one.catalog)
     with pytest.raises(ValueError, match="Item 100 has no semantic_id, and the recommender has no item tokenizer"):
@@ -349,7 +350,7 @@ def test_ids_are_needed_without_an_item_tokenizer(tmp_path):
 
 
 def test_ensembles_need_members_with_the_same_retired_items():
-    before = make_recommender(every_token=True)
+    before = make_recommender()
     after = before.retire_items([3])
     (found,), (expected,) = (one.recommend([[3, 7]], k=40, num_beams=ALL) for one in (Ensemble([after, after]), after))
     assert {one.item: one.log_prob for one in found} == pytest.approx(

@@ -21,7 +21,7 @@ from tests.test_catalog_change import (
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    make_recommender(every_token=True).save_pretrained(folder)
+    make_recommender().save_pretrained(folder)
     (folder / "README.md").write_text("The card.\n")
     (folder / "optimizer.pt").write_text("of the training")
     return folder

@@ -35,7 +35,7 @@ BODY = {"add": [{"item": item, **row} for item, row in NEW.items()], "retire": [
 
 
 def start(recommender: Recommender | None = None, limits: Limits | None = None) -> TestClient:
-    recommender = make_recommender(every_token=True) if recommender is None else recommender
+    recommender = make_recommender() if recommender is None else recommender
     return TestClient(create_app(recommender, limits, TOKEN))
 
 
@@ -104,7 +104,7 @@ def test_a_replaced_catalog_needs_no_garbage_collection():
 def test_a_server_frees_replaced_catalogs_without_a_garbage_collection(tmp_path, monkeypatch):
     """What `serve` freezes is never collected, so a cycle that leads to an old catalog would keep it for ever."""
     uvicorn, httpx2 = pytest.importorskip("uvicorn"), pytest.importorskip("httpx2")
-    make_recommender(every_token=True).save_pretrained(tmp_path)
+    make_recommender().save_pretrained(tmp_path)
     servers, old = [], []
     run, with_change = uvicorn.Server.run, Recommender.with_change
 
@@ -152,7 +152,7 @@ def client():
 
 
 def test_it_is_off_without_a_token():
-    with TestClient(create_app(make_recommender(every_token=True))) as client:
+    with TestClient(create_app(make_recommender())) as client:
         answer = client.post("/catalog", json=BODY, headers=AUTHORIZED)
         assert_refused(answer, 404, "nothing at this path")
         assert 'path="other",status="404"' in client.get("/metrics").text
@@ -213,7 +213,7 @@ def test_wrong_changes_are_refused_and_change_nothing(body, status, message):
         assert "gflowtrl_catalog_swaps_total 0.0" in client.get("/metrics").text
 
 
-REFUSING = make_recommender(every_token=True)
+REFUSING = make_recommender()
 
 
 def test_only_clients_with_the_token_may_send_long_bodies():
@@ -228,7 +228,7 @@ def test_only_clients_with_the_token_may_send_long_bodies():
 
 def test_requests_in_flight_keep_the_old_catalog_and_none_fails():
     """While clients ask all the time, items come and go; each answer is that of one of the versions."""
-    oracles = {1: make_recommender(every_token=True)}
+    oracles = {1: make_recommender()}
     oracles[2] = oracles[1].with_change(oracles[1].plan_change(NEW, [3, 39]))
     expected = {
         version: {one.item: math.exp(one.log_prob) for one in oracle.recommend([[7, 11]], k=60)[0]}
@@ -327,7 +327,7 @@ def test_a_change_is_completed_if_the_client_hangs_up():
     async def hang_up() -> tuple[bool, LivingCatalog]:
         worker = Worker(Limits(), lambda rows: None)
         worker.start()
-        served = LivingCatalog(make_recommender(every_token=True), worker, lambda: None)
+        served = LivingCatalog(make_recommender(), worker, lambda: None)
         request = asyncio.ensure_future(served.change(CatalogRequest(retire=[3]), Limits()))
         await asyncio.sleep(0)
         request.cancel()
@@ -341,7 +341,7 @@ def test_a_change_is_completed_if_the_client_hangs_up():
 
 
 def test_the_memory_of_earlier_catalogs_is_freed():
-    recommender = make_recommender(every_token=True)
+    recommender = make_recommender()
     first = weakref.ref(recommender.catalog)
     with start(recommender) as client:
         del recommender
