@@ -5,8 +5,8 @@
 
 A cell is a row of a study with a seed. Each runs in a process of its own, is resumed after an interruption, and writes
 benchmarks/results/quality/audit-STUDY-ROW-seedSEED.json: the record of office.py with the validation metric of the
-chosen checkpoint, the survival of prefixes in beam search, and the peak memory. Cells with a record of the same recipe
-are not repeated. With --minutes, no cell starts after that time, for work in blocks. At the end, the table of the
+chosen checkpoint, the survival of prefixes in beam search, and the peak memory, unless the cell was resumed or trains
+the shared stages. Cells with a record of the same recipe are not repeated. With --minutes, no cell starts after that time, for work in blocks. At the end, the table of the
 finished cells is printed; differences are relative to the control of the study's first row.
 """
 
@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from office import KEPT, difference, gains, kept_run, make_parser, places, settings
 from safetensors.torch import load_file
-from studies import ALL, STUDIES
+from studies import ALL, METHOD, STUDIES
 from tqdm.auto import tqdm
 
 from gflowtrl.losses import LossSpec, register_loss, trajectory_balance
@@ -72,8 +72,13 @@ def run_cell(study: str, name: str, seed: int, given: argparse.Namespace, others
     row, file = STUDIES[study][name], record_file(study, name, seed)
     options = [*places(given, seed), *row.options, "--evaluation.calibration_rows", "0", *others]
     options += ["--stages", *row.stages]
+    begun = Path(given.output_dir, f"{file.stem}.begun")  # exists from here to the end of the cell
+    resumed = begun.exists()
+    begun.parent.mkdir(parents=True, exist_ok=True)
+    begun.touch()
     record = kept_run(row.recipe, options, file)
     if "survival" in record:
+        begun.unlink()
         return
     recipe = load_recipe(row.recipe, options)
     run_data = prepare(recipe)
@@ -84,33 +89,31 @@ def run_cell(study: str, name: str, seed: int, given: argparse.Namespace, others
         method: prefixes(methods[method]["model"], run_data, USERS, beams, f"{file.stem}, {method}")
         for method in wanted
     }
-    record["peak_memory"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if not resumed and tuple(row.stages) == METHOD:  # otherwise of another part of the work
+        record["peak_memory"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    file.write_text(json.dumps(record | {"resumed": resumed}, indent=2) + "\n", encoding="utf-8")
+    begun.unlink()
 
 
-def is_complete(file: Path) -> bool:
-    """Whether a cell's record exists and has all its parts; the survival of prefixes is the last one."""
-    return file.is_file() and "survival" in json.loads(file.read_text())
-
-
-def is_done(study: str, name: str, seed: int, given: argparse.Namespace, others: Sequence[str]) -> bool:
-    """Whether a complete record of the same recipe exists."""
+def is_done(study: str, name: str, seed: int, others: Sequence[str] = ()) -> bool:
+    """Whether a cell of today's recipe has a record with all its parts; the survival of prefixes is the last one."""
     file, row = record_file(study, name, seed), STUDIES[study][name]
-    if not is_complete(file):
-        return False
-    recipe = load_recipe(row.recipe, [*places(given, seed), *row.options, *others])
-    return settings(json.loads(file.read_text())["recipe"]) == settings(recipe.as_dict())
+    record = json.loads(file.read_text()) if file.is_file() else {}
+    recipe = load_recipe(row.recipe, ["--seed", str(seed), *row.options, *others])
+    return "survival" in record and settings(record["recipe"]) == settings(recipe.as_dict())
 
 
-def table(study: str, seeds: Sequence[int], order: str = "NDCG@10") -> list[dict[str, str]]:
+def table(
+    study: str, seeds: Sequence[int], order: str = "NDCG@10", others: Sequence[str] = ()
+) -> list[dict[str, str]]:
     """Return the lines of a study's methods that are finished for these seeds, each by column.
 
     Figures are means over the seeds with their standard deviation; differences to the control have the interval of
     `difference`. They count semantic ids, so methods with other ids (LETTER) have none. The methods are sorted by the
     column `order`, the best one first.
     """
-    files = {name: [record_file(study, name, seed) for seed in seeds] for name in STUDIES[study]}
-    files = {name: found for name, found in files.items() if all(is_complete(file) for file in found)}
+    done = [name for name in STUDIES[study] if all(is_done(study, name, seed, others) for seed in seeds)]
+    files = {name: [record_file(study, name, seed) for seed in seeds] for name in done}
     shared = next(iter(STUDIES[study]))
     if shared not in files:
         raise SystemExit(f"The row {shared} of the study {study}, which has the control, is not finished.")
@@ -139,8 +142,10 @@ def cells(title: str, method: str, files: Sequence[Path], data: dict, controls: 
         line[name] = spread([entry["metrics"][metric] for entry in entries])
     trained = method != "teacher"
     line["kept"] = spread([record["survival"][method]["survival@2"] for record in records], 3) if trained else ""
-    line["minutes"] = spread([entry["seconds"] / 60 for entry in entries], 1) if trained else ""
-    line["GiB"] = spread([record["peak_memory"] / 2**30 for record in records], 2) if method == "gflownet" else ""
+    timed = trained and not (method == "gflownet" and any(record.get("resumed") for record in records))
+    line["minutes"] = spread([entry["seconds"] / 60 for entry in entries], 1) if timed else ""
+    peaks = [record["peak_memory"] / 2**30 for record in records if "peak_memory" in record]
+    line["GiB"] = spread(peaks, 2) if method == "gflownet" and len(peaks) == len(records) else ""
     for name, metric in EXPOSED.items() if "exposed" in records[0] else ():
         line[name] = spread([record["exposed"]["methods"][method]["metrics"][metric] for record in records], 3)
     ours, compared = gains_of(files, method), method != "control" and records[0]["recipe"]["data"] == data
@@ -168,14 +173,14 @@ def main() -> None:
         return
     start = time.monotonic()
     for seed, name in product(given.seeds, rows):
-        if is_done(given.study, name, seed, given, others):
+        if is_done(given.study, name, seed, others):
             continue
         if time.monotonic() - start > 60 * given.minutes:
             print(f"{given.minutes:g} minutes are over; start again to continue with {name}, seed {seed}.")
             break
         print(f"\n{given.study}: {name}, seed {seed}", flush=True)
         subprocess.run([sys.executable, *sys.argv, "--cell", name, str(seed)], check=True)
-    lines = table(given.study, given.seeds)
+    lines = table(given.study, given.seeds, others=others)
     print(f"\n{aligned([[*lines[0]], *([*line.values()] for line in lines)])}")
 
 

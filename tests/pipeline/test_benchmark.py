@@ -139,17 +139,23 @@ def test_a_study_of_the_audit_is_run_kept_and_tabulated(office, base, tmp_path, 
     study = {
         "first": Row("one", base, (), audit.ALL),
         "second": Row("two", base, ["--gflownet.max_steps", "2"]),
+        "third": Row("three", base, ["--gflownet.max_steps", "3"]),
     }
     monkeypatch.setattr(audit, "STUDIES", {"micro": study})
     given = Namespace(data_dir="data", output_dir="runs")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "audit-micro-third-seed1.begun").touch()  # as after an interruption
     for name in study:
-        assert not audit.is_done("micro", name, 1, given, [])
+        assert not audit.is_done("micro", name, 1)
         audit.run_cell("micro", name, 1, given, [])
-        assert audit.is_done("micro", name, 1, given, [])
-    assert not audit.is_done("micro", "second", 1, given, ["--gflownet.max_steps", "1"])  # another recipe
+        assert audit.is_done("micro", name, 1)
+    assert not audit.is_done("micro", "second", 1, ["--gflownet.max_steps", "1"])  # another recipe
 
     rows = {line["method"]: line for line in audit.table("micro", [1])}
-    assert sorted(rows) == ["control", "one", "sft", "teacher", "two"]
+    assert sorted(rows) == ["control", "one", "sft", "teacher", "three", "two"]
+    costs = {name: (bool(row["minutes"]), bool(row["GiB"])) for name, row in rows.items()}
+    assert costs["two"] == (True, True) and costs["three"] == (False, False) and costs["one"] == (True, False)
+    assert not list((tmp_path / "runs").glob("*.begun"))
     ndcg = [float(row["NDCG@10"]) for row in rows.values()]
     assert ndcg == sorted(ndcg, reverse=True)
     records = {name: json.loads((tmp_path / "kept" / f"audit-micro-{name}-seed1.json").read_text()) for name in study}
