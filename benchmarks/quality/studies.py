@@ -73,6 +73,15 @@ READING = {
         "exp(.5 R), scores standardized, times 4, the teacher's best 50, lambda 1", PAPER, [*EXP_4, HARD, *lambdas(1)]
     ),
 }
+#: The chosen reading with the paper's two balance losses.
+PAPER_CHOSEN = {
+    "tb": replace(READING["exp4"], title="chosen reading, trajectory balance", stages=ALL),
+    "db": Row(
+        "chosen reading, detailed balance",
+        PAPER,
+        [*READING["exp4"].options, "--gflownet.loss_type", "[sft, detailed_balance]"],
+    ),
+}
 OURS = ROOT / "recipes" / "gflowgr_ours.yaml"
 BALANCES = {"tb": "trajectory_balance", "db": "detailed_balance", "subtb": "subtrajectory_balance"}
 
@@ -158,6 +167,7 @@ OF_YAHOO = [  # data, model and schedule of recipes/gflowgr_yahoo.yaml
 ]
 STUDIES: dict[str, dict[str, Row]] = {
     "reading": READING,
+    "paper": PAPER_CHOSEN,
     "ours": OUR_READING,
     "office": METHODS_OF_OFFICE,
     "beauty": changed(ON_BEAUTY, ["--gflownet.num_train_epochs", "1"]),
