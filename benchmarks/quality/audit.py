@@ -6,8 +6,9 @@
 A cell is a row of a study with a seed. Each runs in a process of its own, is resumed after an interruption, and writes
 benchmarks/results/quality/audit-STUDY-ROW-seedSEED.json: the record of office.py with the validation metric of the
 chosen checkpoint, the survival of prefixes in beam search, and the peak memory, unless the cell was resumed or trains
-the shared stages. Cells with a record of the same recipe are not repeated. With --minutes, no cell starts after that time, for work in blocks. At the end, the table of the
-finished cells is printed; differences are relative to the control of the study's first row.
+the shared stages. Cells with a record of the same recipe are not repeated. With --minutes, no cell starts after that
+time, for work in blocks. At the end, the table of the finished cells is printed; differences are relative to the
+control of the study's first row.
 """
 
 from __future__ import annotations
