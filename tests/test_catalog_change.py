@@ -38,7 +38,7 @@ def make_item_tokenizer(collisions: str = "reassign", codes: int = 8) -> ItemTok
 
 
 def make_recommender(item_tokenizer=None, kind=tiny_model, ids=None, **options) -> Recommender:
-    """A recommender of 40 items. The default item tokenizer uses all its codes, so that a new item has no new token."""
+    """A recommender of 40 items. The default item tokenizer uses all its codes, so new items have no new token."""
     if item_tokenizer is None:
         item_tokenizer = make_item_tokenizer()
         assert [len(level.unique()) for level in item_tokenizer.codes.T] == [8, 8]
