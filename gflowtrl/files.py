@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
@@ -56,7 +57,35 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], Any]) -> N
         partial.unlink(missing_ok=True)
 
 
-def give_usual_modes(folder: Path) -> None:
+def check_new_folder(path: Path) -> None:
+    """Raise FileExistsError if a path exists and is not an empty folder."""
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not an empty folder. Choose a new folder.")
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Context manager: a temporary folder, which becomes `path` on success and is removed on an error.
+
+    Its files get the mode of a file that `open` makes.
+
+    Raises:
+        FileExistsError: `path` exists and is not an empty folder.
+    """
+    check_new_folder(Path(path))
+    place = Path(path).resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as scratch:
+        folder = Path(scratch, "folder")
+        folder.mkdir()
+        yield folder
+        _give_usual_modes(folder)
+        if place.exists():
+            place.rmdir()
+        folder.rename(place)
+
+
+def _give_usual_modes(folder: Path) -> None:
     """Give all files of a folder the mode of a file that `open` makes; safetensors lets only the owner read."""
     mask = os.umask(0)  # the only way to read it
     os.umask(mask)

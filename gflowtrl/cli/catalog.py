@@ -43,14 +43,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _change(options: argparse.Namespace) -> None:
-    from gflowtrl.data.formats.output import new_folder
     from gflowtrl.data.item_file import read_items
+    from gflowtrl.files import check_new_folder, new_folder
     from gflowtrl.hub import local_copy
     from gflowtrl.recommender import ITEM_TOKENIZER_FOLDER, Recommender
 
     out = Path(options.output)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty folder. Choose another --output.")
+    check_new_folder(out)
     add, retire = {}, None
     if options.action == "add":
         if len(options.items) > 1:
@@ -70,7 +69,7 @@ def _change(options: argparse.Namespace) -> None:
         retire = _given_items(options.items, recommender)
     change = recommender.plan_change(add, retire or ())
     changed = recommender.with_change(change)
-    with new_folder(out, overwrite=False) as partial:
+    with new_folder(out) as partial:
         shutil.copytree(model, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*OF_TRAINING))
         if options.semantic_ids is not None:
             shutil.rmtree(partial / ITEM_TOKENIZER_FOLDER, ignore_errors=True)

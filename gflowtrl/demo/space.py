@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from huggingface_hub import ModelCard, SpaceCardData
 
 import gflowtrl
 from gflowtrl.checks import check_text
-from gflowtrl.files import give_usual_modes, reading, write_text
+from gflowtrl.files import check_new_folder, new_folder, reading, write_text
 from gflowtrl.hub import local_copy
 from gflowtrl.recommender import Recommender
 
@@ -63,13 +62,13 @@ def write_space(
         The folder.
 
     Raises:
-        ValueError: `out` exists and is not an empty folder, or a file of the recommender is damaged.
+        FileExistsError: `out` exists and is not an empty folder.
+        ValueError: a file of the recommender is damaged.
         FileNotFoundError: the recommender's folder or one of its files is missing.
         ImportError: Gradio is not installed, so that its version is unknown.
     """
     out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} exists. Remove it, or choose another folder for the Space.")
+    check_new_folder(out)
     check_text("The title", title, optional=True)
     check_text("The requirement", requirement, optional=True)
     try:
@@ -84,9 +83,7 @@ def write_space(
         title=title, emoji="🌳", colorFrom="blue", colorTo="green", sdk="gradio", sdk_version=gradio,
         python_version="3.12", app_file="app.py", pinned=False, license=_license_of(source),
     )  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        folder = Path(scratch, "space")
+    with new_folder(out) as folder:
         recommender.save_pretrained(folder / "model")
         if (source / CARD).is_file():
             shutil.copyfile(source / CARD, folder / "model" / CARD)
@@ -96,10 +93,6 @@ def write_space(
         write_text(folder / "requirements.txt", REQUIREMENTS.format(requirement=requirement))
         text = TEXT.format(title=title, items=len(recommender.catalog))
         write_text(folder / CARD, f"---\n{data}\n---\n\n{text}")
-        give_usual_modes(folder)
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
     return out
 
 

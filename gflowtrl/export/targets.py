@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from gflowtrl.files import give_usual_modes
+from gflowtrl.files import check_new_folder, new_folder
 from gflowtrl.hub import local_copy
 
 
@@ -81,20 +80,12 @@ def export(model: str | os.PathLike, target: str, output: str | os.PathLike) -> 
     output = Path(output)
     if target not in TARGETS:
         raise ValueError(f"There is no export to {target!r}; choose {', '.join(TARGETS)}.")
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise FileExistsError(f"{output} exists and is not an empty folder. Choose a new folder.")
+    check_new_folder(output)
     write = TARGETS[target].writer()
     model = local_copy(model)
     from gflowtrl.recommender import Recommender  # imports torch
 
     recommender = Recommender.from_pretrained(model)
-    output.resolve().parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{output.name}.", dir=output.resolve().parent) as partial:
-        folder = Path(partial, "export")
-        folder.mkdir()
+    with new_folder(output) as folder:
         write(recommender, folder)
-        give_usual_modes(folder)
-        if output.exists():
-            output.rmdir()
-        folder.rename(output)
     return output

@@ -108,7 +108,7 @@ def test_an_existing_folder_is_refused_before_the_model_is_loaded(tmp_path, caps
     (tmp_path / "space").mkdir()
     (tmp_path / "space" / "file").touch()
     assert to_space(tmp_path / "no model", tmp_path / "space") == 2
-    assert re.fullmatch(r"error: \S+/space exists\. Remove it, or choose another folder.*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: \S+/space exists and is not an empty folder\..*\n", capsys.readouterr().err)
 
 
 def test_a_damaged_model_leaves_no_folder(model, tmp_path, capsys):
