@@ -22,5 +22,5 @@ def test_a_new_folder_is_complete_or_missing(tmp_path):
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for taken in (out, out / "one", tmp_path / "link"):
-        with pytest.raises(FileExistsError, match=f"{taken.name} exists and is not an empty folder"), new_folder(taken):
-            pass
+        with pytest.raises(FileExistsError, match=f"{taken.name} exists and is not an empty folder"):
+            new_folder(taken).__enter__()
