@@ -143,13 +143,13 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     """`base` updated by `changes`: sections field by field, everything else (lists too) as a whole.
 
     A section with another kind than the base's (another teacher, another model) replaces it as a whole, since its
-    fields differ.
+    fields differ. An empty section empties that of the base.
     """
     result = dict(base)
     for name, value in changes.items():
         both = isinstance(value, Mapping) and isinstance(base.get(name), Mapping)
         same = both and all(value[kind] == base[name].get(kind) for kind in KINDS if kind in value)
-        result[name] = merged(base[name], value) if same else value
+        result[name] = merged(base[name], value) if same and value else value
     return result
 
 

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from gflowtrl.recommender import Recommender
 
 #: Files of a checkpoint with which only the training of the earlier catalog can be resumed.
-OF_TRAINING = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json", "training_args.bin")
+OF_TRAINING = (
+    *("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json", "training_args.bin"),
+    *("sampler*.safetensors", "flow_heads.safetensors", "prefix_weights.safetensors", "reference.safetensors"),
+)
 
 
 def main(arguments: Sequence[str]) -> int:

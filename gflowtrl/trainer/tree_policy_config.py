@@ -99,8 +99,8 @@ class TreePolicyConfig(TRLConfig):
             Keyword arguments of `from_pretrained` if the model is given by name, also for rewards that are given by
             name.
 
-        > Defaults that differ from `TrainingArguments`: learning rate 5e-4, gradient checkpointing off, bf16 only on a
-        > device that supports it, `train_sampling_strategy="group_by_length"`, `remove_unused_columns=False`,
+        > Defaults that differ from `TrainingArguments`: learning rate 5e-4, `logging_steps=10`, bf16 only on a device
+        > that supports it, `train_sampling_strategy="group_by_length"`, `remove_unused_columns=False`,
         > `logging_nan_inf_filter=False`; `metric_for_best_model` is `"eval_ndcg@10"` (or at the largest of `eval_ks`).
     """
 

@@ -150,6 +150,17 @@ def test_a_recipe_tells_its_differences_to_the_base():
     assert merged(base, changes) == {
         "model": {"model_type": "t5", "d_model": 4}, "teacher": {"type": "sasrec", "dropout": 0.3}, "seed": 1,
     }  # fmt: skip
+    assert merged(base, {"teacher": {}}) == base | {"teacher": {}} and merged(base, {}) == base
+
+
+def test_the_largest_recipe_trains_all_weights(tmp_path):
+    tiny_model(vocab_size=8).config.save_pretrained(tmp_path)
+    found = {
+        name: load_recipe(ROOT / f"recipes/gflowgr_office_{name}.yaml", ["--model.model_name_or_path", str(tmp_path)])
+        for name in ("qwen", "smollm2")
+    }
+    assert found["qwen"].peft == {} and found["qwen"].peft_config is None
+    assert found["smollm2"].peft_config is not None
 
 
 ROOT = Path(__file__).parents[2]
