@@ -245,10 +245,13 @@ LARGER = {
 }
 VARIANTS = [
     Row("`gflowgr_office_strong`", STRONG, seed="42"),
+    Row("with the ids of the data folder", "strength-published_ids", seed="42"),
+    Row("width 192", "strength-wide", seed="42"),
+    Row("three altered copies of each history, twice the steps", "strength-augmented", seed="42"),
     Row("without the trajectory to an item of the history", "strength-no_history_trajectory", seed="42"),
-    Row("the same, three altered copies of each history, twice the steps", "strength-augmented", seed="42"),
-    Row("the same, dropout .1 (GPT-NeoX), 30 epochs", "strength-dropout", seed="42"),
-    Row("the same, one cross-fitted SASRec, 12 epochs", "strength-folds", seed="42"),
+    Row("without it, and with rewards for items of the history", "strength-no_exclusion", seed="42"),
+    Row("without it, dropout .1 (GPT-NeoX), 30 epochs", "strength-dropout", seed="42"),
+    Row("without it, one cross-fitted SASRec, 12 epochs", "strength-folds", seed="42"),
 ]
 T5 = [
     Row("cross entropy (control)", "strength-t5", "control"),
