@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from office import KEPT, difference, gains, kept_run, make_parser, places, settings
 from safetensors.torch import load_file
-from studies import ALL, METHOD, STUDIES
+from studies import STUDIES
 from tqdm.auto import tqdm
 
 from gflowtrl.losses import LossSpec, register_loss, trajectory_balance
@@ -85,13 +85,13 @@ def run_cell(study: str, name: str, seed: int, given: argparse.Namespace, others
     run_data = prepare(recipe)
     methods = run(recipe, run_data, quiet=True)["methods"]
     first = next(iter(STUDIES[study])) == name  # its record has the shared stages
-    wanted = ["sft", "control", "gflownet"] if first else ["gflownet"]
+    wanted = [method for method in row.stages if method != "teacher"] if first else ["gflownet"]
     beams = recipe.evaluation.num_beams
     record["survival"] = {
         method: prefixes(methods[method]["model"], run_data, USERS, beams, f"{file.stem}, {method}")
         for method in wanted
     }
-    if not resumed and tuple(row.stages) == METHOD:  # otherwise of another part of the work
+    if not resumed and not first:  # otherwise of another part of the work
         record["peak_memory"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     file.write_text(json.dumps(record | {"resumed": resumed}, indent=2) + "\n", encoding="utf-8")
     begun.unlink()
@@ -124,7 +124,7 @@ def table(
     lines = [
         cells(STUDIES[study][name].title if method == "gflownet" else method, method, found, data, controls)
         for name, found in files.items()
-        for method in (ALL if name == shared else ["gflownet"])
+        for method in (STUDIES[study][name].stages if name == shared else ["gflownet"])
     ]
     return sorted(lines, key=lambda line: line[order], reverse=True)
 

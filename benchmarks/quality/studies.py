@@ -151,12 +151,21 @@ METHODS_OF_OFFICE = {
 }
 
 
-def changed(names: Sequence[str], options: Sequence[str]) -> dict[str, Row]:
-    """Some methods of the first study with further options."""
-    found = {name: METHODS_OF_OFFICE[name] for name in names}
-    return {name: replace(row, options=[*row.options, *options]) for name, row in found.items()}
+def changed(names: Sequence[str], options: Sequence[str], without: str = "") -> dict[str, Row]:
+    """Some methods of the first study with further options, and without a stage."""
+    return {
+        name: replace(
+            METHODS_OF_OFFICE[name],
+            options=[*METHODS_OF_OFFICE[name].options, *options],
+            stages=[stage for stage in METHODS_OF_OFFICE[name].stages if stage != without],
+        )
+        for name in names
+    }
 
 
+#: Five of the best, without an SFT checkpoint: six epochs from random weights.
+UNTRAINED = ["cross_entropy", "bear", "apao_pointwise", "vargrad", "exact_flow"]
+FROM_RANDOM_WEIGHTS = ["--start", "untrained", "--gflownet.num_train_epochs", "6"]
 ON_BEAUTY = ["cross_entropy", "msl", "apao_gentle", "sdpo", "grpo", "gflowgr", "vargrad", "exact_flow"]
 ON_YAHOO = ["cross_entropy", "msl", "apao_gentle", "sdpo", "grpo", "gflowgr"]
 OF_YAHOO = [  # data, model and schedule of recipes/gflowgr_yahoo.yaml
@@ -170,6 +179,7 @@ STUDIES: dict[str, dict[str, Row]] = {
     "paper": PAPER_CHOSEN,
     "ours": OUR_READING,
     "office": METHODS_OF_OFFICE,
+    "untrained": changed(UNTRAINED, FROM_RANDOM_WEIGHTS, without="sft"),
     "beauty": changed(ON_BEAUTY, ["--gflownet.num_train_epochs", "1"]),
     "yahoo": changed(ON_YAHOO, OF_YAHOO),
 }

@@ -134,10 +134,10 @@ def test_records_of_older_versions_are_tabulated(office):
 def test_a_study_of_the_audit_is_run_kept_and_tabulated(office, base, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(QUALITY)
     audit = script("audit", monkeypatch, tmp_path / "kept")
-    from studies import Row
+    from studies import ALL, Row
 
     study = {
-        "first": Row("one", base, (), audit.ALL),
+        "first": Row("one", base, (), ALL),
         "second": Row("two", base, ["--gflownet.max_steps", "2"]),
         "third": Row("three", base, ["--gflownet.max_steps", "3"]),
     }
