@@ -220,6 +220,7 @@ STRONG_ROWS = [
     Row("cross entropy, the same rows and steps (control)", STRONG, "control"),
     Row("exact flows (`gflowgr_office_strong`)", STRONG),
     Row("exact flows, three altered copies of each history, twice the steps", "strength-augmented", seed="4[234]"),
+    Row("exact flows, with rewards for items of the history as well", "strength-no_exclusion"),
     Row("one SASRec", "strength-one_sasrec", "teacher"),
     Row("exact flows with one SASRec as the only teacher", "strength-one_sasrec"),
 ]
@@ -393,7 +394,10 @@ def audit(study: str, seeds: list[int], columns: list[str], order: str) -> str:
 
 
 VALIDATION = "validation NDCG@10"
-READING = [VALIDATION, "Recall@10", "NDCG@10", "coverage@10", "Recall@10 minus control", "NDCG@10 minus control"]
+DIFFERENCES = ["Recall@10 minus control", "NDCG@10 minus control"]
+READING = [VALIDATION, "Recall@10", "NDCG@10", "coverage@10", *DIFFERENCES]
+SEEN_REMOVED = [f"{name}, seen removed" for name in ("Recall@10", "NDCG@10")]
+AUDIT = [VALIDATION, "Recall@10", "NDCG@10", *SEEN_REMOVED, "coverage@10", "kept", "minutes", "GiB", *DIFFERENCES]
 TABLES: dict[str, Callable[[], str]] = {
     "office": lambda: table(SHORT, ACCURACY | dict([next(iter(MINUS_CONTROL.items()))])),
     "office_all": lambda: table(OFFICE, ACCURACY | MINUS_CONTROL),
@@ -409,6 +413,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"new_items_{data}": partial(new_items, f"new_items-{data}") for data in ("office", "beauty")},
     "strong_average": average,
     "reading": lambda: audit("reading", [42], READING, VALIDATION),
+    "audit": lambda: audit("office", [42], AUDIT, "NDCG@10"),
     "strong_t5": lambda: table(T5, ITEMS | minus("control", "strength-t5")),
     "strong_variants": lambda: table(VARIANTS, ITEMS | minus("the recipe", STRONG, "gflownet")),
 }

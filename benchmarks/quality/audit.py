@@ -29,7 +29,6 @@ from safetensors.torch import load_file
 from studies import STUDIES
 from tqdm.auto import tqdm
 
-from gflowtrl.losses import LossSpec, register_loss, trajectory_balance
 from gflowtrl.metrics import prefix_metrics
 from gflowtrl.pipeline import load_recipe, run
 from gflowtrl.pipeline.comparison import spread
@@ -46,6 +45,7 @@ METRICS = {
     "NDCG@10, seen removed": "unseen_item_ndcg@10",
     "coverage@10": "coverage@10",
 }
+SHARED = {"teacher": "SASRec, the teacher", "sft": "SFT, the checkpoint", "control": "cross entropy (control)"}
 EXPOSED = {"NDCG@5, exposed": "ndcg@5", "AUC, exposed": "auc"}
 
 
@@ -122,7 +122,7 @@ def table(
     data = json.loads(files[shared][0].read_text())["recipe"]["data"]
     controls = gains_of(files[shared], "control")
     lines = [
-        cells(STUDIES[study][name].title if method == "gflownet" else method, method, found, data, controls)
+        cells(SHARED.get(method, STUDIES[study][name].title), method, found, data, controls)
         for name, found in files.items()
         for method in (STUDIES[study][name].stages if name == shared else ["gflownet"])
     ]
@@ -157,8 +157,6 @@ def cells(title: str, method: str, files: Sequence[Path], data: dict, controls: 
 
 
 def main() -> None:
-    # For the ablation: pi is the model's softmax over all tokens, as in plain decoding.
-    register_loss("vocabulary_balance", LossSpec(trajectory_balance, any_label_space=True))
     parser = make_parser(__doc__)
     parser.add_argument("study", choices=list(STUDIES))
     parser.add_argument("--rows", nargs="+", help="names of the study's rows (default: all)")

@@ -8,11 +8,15 @@ from pathlib import Path
 
 from office import ROOT
 
+from gflowtrl.losses import LossSpec, register_loss, trajectory_balance
+
 
 OWN = ROOT / "benchmarks" / "quality" / "recipes"
 PAPER = ROOT / "recipes" / "gflowgr_paper.yaml"
 METHOD = ("sft", "gflownet")  # stages
 ALL = ("teacher", "sft", "control", "gflownet")
+# For an ablation: pi is the model's softmax over all tokens, as in plain decoding.
+register_loss("vocabulary_balance", LossSpec(trajectory_balance, any_label_space=True))
 
 
 @dataclass(frozen=True)
