@@ -413,6 +413,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"new_items_{data}": partial(new_items, f"new_items-{data}") for data in ("office", "beauty")},
     "strong_average": average,
     "reading": lambda: audit("reading", [42], READING, VALIDATION),
+    "paper": lambda: audit("paper", [42, 43, 44], READING, "NDCG@10"),
     "audit": lambda: audit("office", [42], AUDIT, "NDCG@10"),
     "strong_t5": lambda: table(T5, ITEMS | minus("control", "strength-t5")),
     "strong_variants": lambda: table(VARIANTS, ITEMS | minus("the recipe", STRONG, "gflownet")),
