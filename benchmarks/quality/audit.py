@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from office import KEPT, difference, gains, kept_run, make_parser, places, settings
 from safetensors.torch import load_file
-from studies import STUDIES
+from studies import STUDIES, register_losses
 from tqdm.auto import tqdm
 
 from gflowtrl.metrics import prefix_metrics
@@ -99,6 +99,7 @@ def run_cell(study: str, name: str, seed: int, given: argparse.Namespace, others
 
 def is_done(study: str, name: str, seed: int, others: Sequence[str] = ()) -> bool:
     """Whether a cell of today's recipe has a record with all its parts; the survival of prefixes is the last one."""
+    register_losses()
     file, row = record_file(study, name, seed), STUDIES[study][name]
     record = json.loads(file.read_text()) if file.is_file() else {}
     recipe = load_recipe(row.recipe, ["--seed", str(seed), *row.options, *others])
@@ -157,6 +158,7 @@ def cells(title: str, method: str, files: Sequence[Path], data: dict, controls: 
 
 
 def main() -> None:
+    register_losses()
     parser = make_parser(__doc__)
     parser.add_argument("study", choices=list(STUDIES))
     parser.add_argument("--rows", nargs="+", help="names of the study's rows (default: all)")

@@ -15,8 +15,11 @@ OWN = ROOT / "benchmarks" / "quality" / "recipes"
 PAPER = ROOT / "recipes" / "gflowgr_paper.yaml"
 METHOD = ("sft", "gflownet")  # stages
 ALL = ("teacher", "sft", "control", "gflownet")
-# For an ablation: pi is the model's softmax over all tokens, as in plain decoding.
-register_loss("vocabulary_balance", LossSpec(trajectory_balance, any_label_space=True))
+
+
+def register_losses() -> None:
+    """Register the loss of an ablation: pi is the model's softmax over all tokens, as in plain decoding."""
+    register_loss("vocabulary_balance", LossSpec(trajectory_balance, any_label_space=True))
 
 
 @dataclass(frozen=True)

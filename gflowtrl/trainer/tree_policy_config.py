@@ -102,6 +102,7 @@ class TreePolicyConfig(TRLConfig):
         > Defaults that differ from `TrainingArguments`: learning rate 5e-4, `logging_steps=10`, bf16 only on a device
         > that supports it, `train_sampling_strategy="group_by_length"`, `remove_unused_columns=False`,
         > `logging_nan_inf_filter=False`; `metric_for_best_model` is `"eval_ndcg@10"` (or at the largest of `eval_ks`).
+        > Unlike in TRL, `gradient_checkpointing` is off.
     """
 
     # Parameters that control trajectories

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from gflowtrl.data import SyntheticShop, write_folder
-from gflowtrl.losses import LOSSES
+from gflowtrl.losses import LOSSES, registry
 from gflowtrl.pipeline import load_recipe
 from gflowtrl.pipeline.recipe import SCHEDULE
 
@@ -26,6 +26,7 @@ def script(name: str, monkeypatch, kept: Path):
     spec = importlib.util.spec_from_file_location(name, QUALITY / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(registry, "LOSSES", dict(registry.LOSSES))  # audit.py registers one
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "KEPT", kept)
     return module
