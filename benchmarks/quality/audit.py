@@ -99,7 +99,6 @@ def run_cell(study: str, name: str, seed: int, given: argparse.Namespace, others
 
 def is_done(study: str, name: str, seed: int, others: Sequence[str] = ()) -> bool:
     """Whether a cell of today's recipe has a record with all its parts; the survival of prefixes is the last one."""
-    register_losses()
     file, row = record_file(study, name, seed), STUDIES[study][name]
     record = json.loads(file.read_text()) if file.is_file() else {}
     recipe = load_recipe(row.recipe, ["--seed", str(seed), *row.options, *others])
@@ -115,6 +114,7 @@ def table(
     `difference`. They count semantic ids, so methods with other ids (LETTER) have none. The methods are sorted by the
     column `order`, the best one first.
     """
+    register_losses()
     done = [name for name in STUDIES[study] if all(is_done(study, name, seed, others) for seed in seeds)]
     files = {name: [record_file(study, name, seed) for seed in seeds] for name in done}
     shared = next(iter(STUDIES[study]))

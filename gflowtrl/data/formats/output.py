@@ -35,7 +35,7 @@ def check_target(out: Path, overwrite: bool) -> None:
 
 
 def _put_back(out: Path) -> None:
-    """Restore `out` after a run was killed between its two renames (`new_folder`)."""
+    """Restore `out` after a run was killed between its two renames (`output_folder`)."""
     moved = sorted(out.parent.glob(f".{escape(out.name)}.old-*"), key=lambda path: path.stat().st_mtime_ns)
     if moved and not os.path.lexists(out):
         moved[-1].rename(out)
@@ -50,7 +50,7 @@ def item_tokenizers(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+def output_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     """Context manager: a temporary folder next to `out`, which replaces `out` on success and is removed on an error.
 
     The item tokenizers of the old folder are copied into the new one; the rest of the old folder is deleted.

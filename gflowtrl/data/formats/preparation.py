@@ -14,7 +14,7 @@ from ..writers import write_folder
 from .cleaning import clean_features
 from .format import Columns, Request
 from .log import MAX_MEMORY, Duplicates, InteractionLog, data_of, log_of, read_log
-from .output import check_target, new_folder
+from .output import check_target, output_folder
 from .preparation_report import Preparation
 from .registry import (
     COMPLETE,
@@ -138,7 +138,7 @@ def prepare(
 
 
 def _write(data: InteractionData, report: Preparation, out: Path, overwrite: bool, parquet: bool) -> None:
-    with new_folder(out, overwrite) as folder:
+    with output_folder(out, overwrite) as folder:
         write_folder(data, folder, parquet)
         (folder / "preparation.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
 
